@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_hf.kernels.fused import fits, lora_linear
 from lora_hf.kernels.reference import add_lora
 
 
@@ -64,11 +65,16 @@ class LoraWeights(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LoraWeights:
         return super()._apply(_in_own_precision(fn), recurse)
 
-    def forward(self, base_output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`(..., out)` and `(..., in)` to `(..., out)`; see `add_lora`."""
-        if self.training and self.lora_dropout > 0:
-            x = nn.functional.dropout(x, self.lora_dropout)
-        return add_lora(base_output, x, self.lora_A, self.lora_B, self.scaling, self.slices)
+    def forward(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """`(..., in)` to `(..., out)`: the base layer with this adapter beside it."""
+        dropout = self.lora_dropout if self.training else 0.0
+        low_rank = (self.lora_A, self.lora_B, self.scaling, self.slices)
+        weight: Any = base_layer.weight
+        if fits(x, weight, base_layer.bias):  # type: ignore[arg-type]
+            weight = weight.T if isinstance(base_layer, Conv1D) else weight
+            return lora_linear(x, weight, base_layer.bias, *low_rank, dropout)  # type: ignore[arg-type]
+        dropped = nn.functional.dropout(x, dropout) if dropout else x
+        return add_lora(base_layer(x), dropped, *low_rank)
 
     def delta_weight(self, out_features: int) -> torch.Tensor:
         """`scaling * B A` as an fp32 `(out, in)` matrix, zero outside the slices."""
@@ -114,10 +120,9 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in)` to `(..., out)`, in the precision of the base layer."""
-        y = self.base_layer(x)
         if self.active is None or self.merged is not None:
-            return y
-        return self.adapters[self.active](y, x)
+            return self.base_layer(x)
+        return self.adapters[self.active](self.base_layer, x)
 
     @torch.no_grad()
     def merge(self) -> None:

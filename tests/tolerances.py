@@ -5,6 +5,8 @@ type loses over the sums in question, and far below what a wrong implementation 
 slice of a fused projection) gives: the numerics tests try those wrong ones at the same number.
 """
 
+import torch
+
 PARITY_FP32 = 1e-5
 """Against peft and loralib with equal weights: logits, gradients, parameters after optimiser steps. Both sum in
 float32, in another order; over hidden sizes up to 1024 that loses about 1e-6 of values near 1."""
@@ -29,3 +31,11 @@ ACCUMULATION_FP32 = 1e-5
 
 FOUR_DECIMALS = 5.001e-5
 """Against a score that its authors printed with four decimals."""
+
+PADDING_FREE_FP32 = 1e-5
+"""Losses and gradients of rows without padding against the padded batch: the same float32 sums in another order,
+through another attention kernel."""
+
+FUSED_RTOL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+"""The fused projection against the reference, relative to the largest value: sums in another order, and in bfloat16 a
+rounding (0.4 %) of x A^T and of scaling * B before they are multiplied instead of after."""

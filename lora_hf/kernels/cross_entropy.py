@@ -1,0 +1,73 @@
+"""Cross-entropy of chosen tokens against a large vocabulary, without a matrix of all logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+CHUNK = 512  # tokens whose logits stand in memory at once: 100 MB in fp32 with GPT-2's vocabulary
+
+
+def token_losses(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    smoothing: float = 0.0,
+    chunk: int = CHUNK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each token, and the share of it that its target has.
+
+    `nll = logsumexp(z) - z[target]` with `z = hidden W^T`, and with smoothing `(1 - s) nll + s mean(logsumexp(z) - z)`
+    (Szegedy et al. 2016, arXiv 1512.00567, section 7; the mean over the vocabulary as in transformers' LabelSmoother).
+
+    Args:
+        hidden: `(tokens, hidden)`, what the language model's head reads; the only input that gets a gradient.
+        weight: `(vocabulary, hidden)`, frozen.
+        targets: `(tokens,)`, none of them -100.
+        smoothing: s, of at least 0 and below 1.
+        chunk: the tokens whose logits are computed at once.
+
+    Returns:
+        `(tokens,)` losses in fp32, nats; and `(tokens,)` nll, which carries no gradient.
+    """
+    return _TokenLosses.apply(hidden, weight, targets, smoothing, chunk)  # type: ignore[return-value]
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Takes the gradient while a chunk's logits are there: nothing of the size of the vocabulary outlives its chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float, chunk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses = hidden.new_empty(len(targets), dtype=torch.float32)
+        nll = torch.empty_like(losses)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            target = targets[part, None]
+            logits = linear(hidden[part], weight).float()
+            mean = logits.mean(1) if smoothing else 0.0
+            chosen = logits.gather(1, target)[:, 0]
+            sums = logits.logsumexp(1)
+            nll[part] = sums - chosen
+            losses[part] = sums - (1 - smoothing) * chosen - smoothing * mean
+            if gradient is not None:
+                # d loss / d z = softmax(z) - (1 - s) onehot - s / vocabulary
+                slope = logits.sub_(sums[:, None]).exp_()
+                if smoothing:
+                    slope -= smoothing / logits.shape[1]
+                slope.scatter_add_(1, target, torch.full_like(chosen, smoothing - 1)[:, None])
+                gradient[part] = slope.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(nll)
+        return losses, nll
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        if gradient is None:
+            return None, None, None, None, None
+        return gradient * gradients[0][:, None].to(gradient.dtype), None, None, None, None

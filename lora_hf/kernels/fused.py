@@ -1,0 +1,111 @@
+"""The adapted projection as one autograd function: `reference.py` defines it, this is how it is run.
+
+What it spares, beside the plain operations: x is saved once, and not at all in the precision of A; the low-rank product
+is added to the projection's output in place; the backward adds the low-rank part of x's gradient to the frozen weight's
+in place, and is skipped where nothing below is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    slices: Sequence[tuple[int, int]],
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """`x W^T + bias`, and on each slice of its columns `scaling * dropout(x) A^T B^T` more; W gets no gradient.
+
+    Args:
+        x: `(..., in)`.
+        weight: `(out, in)`, frozen; a transposed view where it is stored `(in, out)`.
+        bias: `(out,)`, frozen.
+        lora_A, lora_B, scaling, slices: as `reference.add_lora`.
+        dropout: the share of x that the low-rank product does not see.
+
+    Returns:
+        `(..., out)`, in the precision of x.
+    """
+    keep = None
+    if dropout:
+        # One byte an element is kept for the backward, not a second x.
+        keep = torch.empty(x.shape, device=x.device).bernoulli_(1 - dropout).to(torch.bool)
+    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, tuple(slices), keep, dropout)  # type: ignore[return-value]
+
+
+def fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether `lora_linear` may stand in: a frozen projection in the precision of x, and no autocast that decides."""
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    return frozen and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_A: torch.Tensor,
+        lora_B: torch.Tensor, scaling: float, slices: tuple[tuple[int, int], ...], keep: torch.Tensor | None,
+        dropout: float,
+    ) -> torch.Tensor:  # fmt: skip
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        down, up = lora_A.to(x.dtype), _whole(lora_B, slices, weight.shape[0], scaling / (1 - dropout), x.dtype)
+        projected = (rows if keep is None else rows * keep.view_as(rows)) @ down.T
+        y = linear(rows, weight, bias).addmm_(projected, up.T)
+        ctx.save_for_backward(x, weight, projected, down, up, keep)
+        ctx.slices, ctx.scaling, ctx.dtypes = slices, scaling / (1 - dropout), (lora_A.dtype, lora_B.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, projected, down, up, keep = ctx.saved_tensors
+        rows = x.shape[:-1].numel()
+        dy = gradients[0].reshape(rows, weight.shape[0])
+        dprojected = dy @ up
+        dx = dA = dB = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight
+            if keep is None:
+                dx.addmm_(dprojected, down)
+            else:
+                dx.addcmul_(dprojected @ down, keep.view_as(dx).to(dx.dtype))
+            dx = dx.view_as(x)
+        if ctx.needs_input_grad[3]:
+            seen = x if keep is None else x * keep
+            dA = (dprojected.T @ seen.reshape(rows, x.shape[-1])).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[4]:
+            dB = _blocks(dy.T @ projected, ctx.slices).to(ctx.dtypes[1]) * ctx.scaling
+        return dx, None, None, dA, dB, None, None, None, None
+
+
+def _whole(
+    lora_B: torch.Tensor, slices: tuple[tuple[int, int], ...], out: int, scaling: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """`(out, n * r)`: `scaling * B` of each slice in its own rows and columns, zeros elsewhere: one product for all."""
+    scaled = (lora_B * scaling).to(dtype)
+    if slices == ((0, out),):
+        return scaled
+    r, row = lora_B.shape[1], 0
+    whole = scaled.new_zeros(out, len(slices) * r)
+    for index, (start, stop) in enumerate(slices):
+        whole[start:stop, index * r : (index + 1) * r] = scaled[row : row + stop - start]
+        row += stop - start
+    return whole
+
+
+def _blocks(whole: torch.Tensor, slices: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """The blocks of `_whole` from their places, stacked as `lora_B` is."""
+    if slices == ((0, whole.shape[0]),):
+        return whole
+    r = whole.shape[1] // len(slices)
+    return torch.cat([whole[start:stop, i * r : (i + 1) * r] for i, (start, stop) in enumerate(slices)])

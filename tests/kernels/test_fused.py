@@ -1,0 +1,109 @@
+"""The fused projection equals its definition: output and every gradient, in every layout and precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from lora_hf.kernels.fused import fits, lora_linear
+from lora_hf.kernels.reference import add_lora
+from tests.tolerances import FUSED_RTOL, GRADCHECK
+
+SLICES = {"whole": [(0, 7)], "two": [(0, 3), (4, 7)], "all three": [(0, 2), (2, 5), (5, 7)]}
+SHAPES = [(1,), (3,), (2, 3), (0, 3)]
+SCALING = 1.7
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, frozen: bool = False) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype).requires_grad_(not frozen)
+
+
+def parameters(slices: list[tuple[int, int]], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    width = sum(stop - start for start, stop in slices)
+    master = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return draw(2 * len(slices), 5, dtype=master), draw(width, 2, dtype=master)
+
+
+@pytest.mark.parametrize("slices", SLICES.values(), ids=SLICES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("stored", ["(out, in)", "(in, out)"])
+def test_gradcheck(slices: list[tuple[int, int]], shape: tuple[int, ...], stored: str) -> None:
+    torch.manual_seed(0)
+    weight = draw(7, 5, frozen=True) if stored == "(out, in)" else draw(5, 7, frozen=True).T
+    bias = draw(7, frozen=True)
+    inputs = (draw(*shape, 5), *parameters(slices, torch.float64))
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: lora_linear(x, weight, bias, a, b, SCALING, slices), inputs, **GRADCHECK
+    )
+
+
+def results(how: str, dtype: torch.dtype, slices: list[tuple[int, int]], dropout: float = 0.0) -> list[torch.Tensor]:
+    """Output and gradients of x, A and B, from the fused function, the definition, or a wrong implementation."""
+    torch.manual_seed(0)
+    weight, bias = draw(7, 5, dtype=dtype, frozen=True), draw(7, dtype=dtype, frozen=True)
+    x, upstream = draw(4, 9, 5, dtype=dtype), torch.randn(4, 9, 7).to(dtype)
+    a, b = parameters(slices, dtype)
+    torch.manual_seed(1)
+    if how == "fused":
+        y = lora_linear(x, weight, bias, a, b, SCALING, slices, dropout)
+    else:
+        keep = torch.empty(x.shape).bernoulli_(1 - dropout).double() / (1 - dropout) if dropout else 1.0
+        scaling = 1.0 if how == "no scaling" else SCALING
+        seen = x if how == "no dropout" else (x * keep).to(dtype)
+        if how == "wrong slice":
+            slices = [(start + 1, stop) for start, stop in slices][:1] + slices[1:]
+            b = b[1:]
+        y = add_lora(linear(x, weight, bias), seen, a, b, scaling, slices)
+    y.backward(upstream)
+    return [y.detach(), *(tensor.grad for tensor in (x, a) if tensor.grad is not None)]
+
+
+def apart(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """The largest difference, relative to the largest value of its tensor."""
+    return max(float((f - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("slices", SLICES.values(), ids=SLICES)
+@pytest.mark.parametrize("dtype", FUSED_RTOL, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_fused_is_the_reference_and_nothing_near_it(slices: list, dtype: torch.dtype, dropout: float) -> None:
+    wanted = results("reference", dtype, slices, dropout)
+    assert apart(results("fused", dtype, slices, dropout), wanted) < FUSED_RTOL[dtype]
+    for wrong in ("no scaling", "wrong slice", *(["no dropout"] if dropout else [])):
+        assert apart(results(wrong, dtype, slices, dropout), wanted) > FUSED_RTOL[dtype], f"{wrong} would pass"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_come_in_the_masters_precision_and_only_where_asked(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = draw(7, 5, dtype=dtype, frozen=True)
+    a, b = parameters(SLICES["two"], dtype)
+    x = draw(3, 5, dtype=dtype, frozen=True)
+    lora_linear(x, weight, None, a, b, SCALING, SLICES["two"]).sum().backward()
+    assert x.grad is None
+    assert weight.grad is None
+    assert a.grad is not None
+    assert a.grad.dtype == b.grad.dtype == torch.float32
+
+
+def test_one_input_is_saved_once_for_three_projections() -> None:
+    torch.manual_seed(0)
+    x = draw(64, 5, dtype=torch.bfloat16)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        for _ in range(3):
+            a, b = parameters(SLICES["whole"], torch.bfloat16)
+            lora_linear(x, draw(7, 5, dtype=torch.bfloat16, frozen=True), None, a, b, SCALING, SLICES["whole"])
+    wide = {tensor.data_ptr() for tensor in saved if tensor.shape == x.shape}
+    assert wide == {x.data_ptr()}
+
+
+def test_it_stands_in_only_where_it_is_the_same() -> None:
+    x, weight = draw(3, 5, dtype=torch.float32), draw(7, 5, dtype=torch.float32, frozen=True)
+    assert fits(x, weight, None)
+    assert not fits(x, weight.clone().requires_grad_(), None), "a trained projection"
+    assert not fits(x, weight, torch.zeros(7, requires_grad=True)), "a trained bias"
+    assert not fits(x, weight.bfloat16(), None), "another precision"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not fits(x, weight, None), "autocast decides the precision"
