@@ -23,10 +23,12 @@ class Architecture:
     """The projections of a model type by role, and the top-level modules that make its classification head.
 
     A head module is one that pretraining does not provide: it starts random, is always trained and always saved.
+    `plain_attention` is False where the attention is more than softmax of q times k, times v.
     """
 
     projections: dict[str, Projection]
     head: tuple[str, ...]
+    plain_attention: bool = True
 
 
 def _bert_like(layer: str) -> dict[str, Projection]:
@@ -73,6 +75,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "v": Projection("encoder.layer.*.attention.self.value_proj"),
         },
         head=("pooler", "classifier"),
+        plain_attention=False,
     ),
     "llama": Architecture(
         projections={

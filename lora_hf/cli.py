@@ -90,18 +90,31 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
     score.add_argument("--references", required=True, type=Path, nargs="+", metavar="FILE", help="see docs/scores.md")
     score.set_defaults(run=_score)
 
-    bench = verbs.add_parser("benchmark", help="measure methods side by side")
+    bench = verbs.add_parser("benchmark", help="measure methods and libraries side by side")
     bench.add_argument("what", choices=["train"], help="what to measure")
     bench.add_argument("--model", default="tiny-roberta", metavar="NAME")
     bench.add_argument("--init", default="pretrained", choices=["pretrained", "random"])
     bench.add_argument("--tokenizer", metavar="NAME", help="a hub id or folder, where it is not the model's own")
+    bench.add_argument(
+        "--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of our frozen base"
+    )
     bench.add_argument("--task", default="rule-sentiment", metavar="NAME")
     bench.add_argument("--data-dir", metavar="DIR")
-    bench.add_argument("--batch-size", type=int, default=16, metavar="N")
-    bench.add_argument("--against", default="full,head", metavar="METHOD,...", help="full, head")
+    bench.add_argument("--batch-size", type=int, metavar="N", help="default: 16, and 8 for generation")
+    bench.add_argument("--dropout", type=float, default=0.0, metavar="P", help="lora_dropout of every side")
+    bench.add_argument("--base-dropout", type=float, default=0.0, metavar="P", help="the base's own, on every side")
+    bench.add_argument("--steps", type=int, default=10, metavar="N", help="optimiser steps of a round")
+    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="counted rounds, after one that is not")
+    bench.add_argument(
+        "--against",
+        default="full",
+        metavar="SIDE,...",
+        help="peft (peft-default and peft-best), loralib, full, head, frozen (no adapter: the bound)",
+    )
+    bench.add_argument("--output", type=Path, metavar="FILE", help="write the whole record there")
     bench.set_defaults(run=_benchmark)
 
-    demo = verbs.add_parser("demo", help="fine-tune the embedded tiny base on embedded data, in under two minutes")
+    demo = verbs.add_parser("demo", help="fine-tune the embedded tiny bases on embedded data, in under two minutes")
     demo.add_argument("--output", default="outputs", metavar="DIR")
     demo.set_defaults(run=_demo)
 
@@ -157,25 +170,17 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _evaluate_texts(saved: Saved, rows: Mapping[str, Any], adapted: bool) -> dict[str, Any]:
-    """Scores by split and subset; the texts of the adapter stay in its run folder, where there is one."""
-    from lora_hf.generation import Generator, score_texts, write_texts
+    """Scores by split and subset."""
+    from lora_hf.generation import Generator, evaluate_texts
 
-    generator = Generator.load(saved, adapted)
-    scores: dict[str, Any] = {}
-    for split, part in rows.items():
-        examples = generator.task.groups(part)
-        contexts = [example.context for example in examples]
-        texts = _progress(generator.generate(contexts, saved.generate), total=len(examples))
-        run = saved.folder.resolve().parent
-        if (run / "record.json").is_file():
-            place = run / f"predictions-{split}{'' if adapted else '-without-adapter'}.txt"
-            made = write_texts(place, contexts, texts)
-            print(f"texts: {place}", file=sys.stderr)
-        else:
-            made = list(texts)
-        for subset, values in score_texts(generator.task, examples, [text.text for text in made]).items():
-            scores[split if subset == "all" else f"{split}, {subset}"] = values
-    return scores
+    records, scores = evaluate_texts(Generator.load(saved, adapted), saved, rows, adapted, _progress)
+    for record in records:
+        print(f"record: {record}", file=sys.stderr)
+    return {
+        split if subset == "all" else f"{split}, {subset}": values
+        for split, subsets in scores.items()
+        for subset, values in subsets.items()
+    }
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -276,25 +281,45 @@ def _score(options: argparse.Namespace) -> None:
 
 def _benchmark(options: argparse.Namespace) -> None:
     from lora_hf.config import RunConfig
+    from lora_hf.tasks.table import get_task
 
+    if options.output and not options.output.parent.is_dir():
+        raise ConfigError(f"--output {options.output}: there is no folder {options.output.parent}")
+    size = options.batch_size
+    if size is None:
+        size = 8 if get_task(options.task).model_kind == "causal-lm" else 16
     sections: dict[str, dict[str, Any]] = {
-        "model": {"name": options.model, "init": options.init, "tokenizer": options.tokenizer},
+        "model": {
+            "name": options.model,
+            "init": options.init,
+            "tokenizer": options.tokenizer,
+            "precision": options.precision,
+            "dropout": options.base_dropout,
+        },
         "task": {"name": options.task, "data_dir": options.data_dir},
-        "lora": {"r": 16, "lora_alpha": 16, "targets": "all"},
-        "train": {"batch_size": options.batch_size},
+        "lora": {"r": 16, "lora_alpha": 16, "lora_dropout": options.dropout, "targets": "all"},
+        "train": {"batch_size": size},
     }
     config = RunConfig.from_dict(sections, "benchmark")
-    from lora_hf.benchmark import benchmark_train
+    from lora_hf.benchmark.train import benchmark_train
 
-    result = benchmark_train(config, options.against.split(","))
+    result = benchmark_train(config, options.against.split(","), options.steps, options.rounds)
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if options.json:
         _json(result)
         return
-    for name, speed in result["sides"].items():
-        spread = f"{speed['median']:9.1f} examples/s ({speed['min']:.1f} to {speed['max']:.1f})"
-        print(f"{name:6}{spread}  {result['trained_parameters'][name]:,} trained parameters")
+    for name, side in result["sides"].items():
+        speed, memory = side["examples_per_second"], side["memory"]["above_base"]
+        spread = f"{speed['median']:9.2f} examples/s ({speed['min']:.2f} to {speed['max']:.2f})"
+        share = f"{side['share_of_peak']['median']:6.1%} of the matrix peak"
+        print(f"{name:13}{spread}  {share}  {(memory or 0) / 1e6:8.1f} MB above the base")
     for name, ratio in result["ratios"].items():
-        print(f"{name:10} {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})")
+        memory = result["memory_ratios"].get(name)
+        print(
+            f"{name:18} {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
+            + (f", memory {memory:.2f}x" if memory else "")
+        )
 
 
 def _demo(options: argparse.Namespace) -> None:

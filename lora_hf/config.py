@@ -112,7 +112,7 @@ class ModelConfig(_Section):
     revision: str | None = None
     tokenizer: str | None = None  # a hub id or folder, where it is not the model's own
     init: Literal["pretrained", "random"] = "pretrained"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the base; LoRA and head are always fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the base; auto: bf16 where it is faster here
     dropout: float | None = _value(None, low=0, high=0.99)  # of the base, all kinds of it; without: the model's own
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -19,18 +21,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_hf.adapters import load_adapter
 from lora_hf.config import GenerateConfig
 from lora_hf.errors import ConfigError
 from lora_hf.injection import merge
+from lora_hf.loading import load_saved
 from lora_hf.metrics.nlg import NlgMetric
-from lora_hf.models import load_base, load_tokenizer
+from lora_hf.records import RECORD_FILE, ScoreRecord, git_state, machine, versions
 from lora_hf.saved import Saved
 from lora_hf.tasks.generation import Example, TextGeneration
 
 logger = logging.getLogger(__name__)
 
 Scores = dict[str, float | None]
+Progress = Any  # a callable that wraps an iterable and takes its length as `total`, such as tqdm
 
 
 @dataclass(frozen=True)
@@ -54,18 +57,16 @@ class Generator:
     def load(cls, saved: Saved, adapted: bool = True) -> Generator:
         """Loads the adapter merged into its base, or the whole model; the bare base where `adapted` is False.
 
+        In fp32 whatever the run computed in: a beam search turns on small differences, and in bf16 a row's would depend
+        on what else is in its batch.
+
         Raises:
-            AdapterError, ModelError, HubError: as `Predictor.load`.
+            AdapterError, ModelError, HubError: as `load_saved`.
         """
-        tokenizer = load_tokenizer(saved.model)
+        model, tokenizer = load_saved(saved, "fp32", adapted)
         # A prompt ends where its text begins: shorter ones of a batch are padded in front.
         tokenizer.padding_side = "left"
-        model = load_base(saved.model, saved.task, saved.seed)
-        if adapted and not saved.whole:
-            merge(load_adapter(model, saved.folder))
-        model.eval()
-        if torch.cuda.is_available():
-            model.to(torch.device("cuda"))  # type: ignore[call-arg]
+        merge(model)
         positions = getattr(model.config, "max_position_embeddings", saved.max_length)
         return cls(model, tokenizer, saved.task, positions)  # type: ignore[arg-type]
 
@@ -162,6 +163,49 @@ def score_texts(task: TextGeneration, examples: Sequence[Example], texts: Sequen
     for name, reason in metric.reasons.items():
         logger.warning("%s: %s", name, reason)
     return scores
+
+
+def evaluate_texts(
+    generator: Generator, saved: Saved, rows: Mapping[str, Dataset], adapted: bool, progress: Progress
+) -> tuple[list[Path], dict[str, dict[str, Scores]]]:
+    """Writes and scores a text for each input of each split, with the decoding of the run.
+
+    In a run folder `predictions-<split>.txt` and `.jsonl` keep the texts and `scores-<split>.json` the `ScoreRecord`;
+    those of the bare base say so in their names.
+
+    Returns:
+        The records written, and the scores by split and subset.
+    """
+    run = saved.folder.resolve().parent
+    records: list[Path] = []
+    scores: dict[str, dict[str, Scores]] = {}
+    for split, part in rows.items():
+        examples = generator.task.groups(part)
+        contexts = [example.context for example in examples]
+        started = time.perf_counter()
+        texts = progress(generator.generate(contexts, saved.generate), total=len(examples))
+        name = f"{split}{'' if adapted else '-without-adapter'}"
+        in_run = (run / RECORD_FILE).is_file()
+        made = write_texts(run / f"predictions-{name}.txt", contexts, texts) if in_run else list(texts)
+        written = time.perf_counter()
+        scores[split] = score_texts(generator.task, examples, [text.text for text in made])
+        if in_run:
+            record = ScoreRecord(
+                task=generator.task.name,
+                model=saved.model.name,
+                adapted=adapted,
+                split=split,
+                inputs=len(examples),
+                decoding=asdict(saved.generate),
+                metrics=scores[split],
+                precision=str(generator.model.dtype).removeprefix("torch."),
+                timings={"generate": written - started, "score": time.perf_counter() - written},
+                versions=versions(),
+                git=git_state(),
+                machine=machine(),
+            )
+            records.append(record.write(run / f"scores-{name}.json"))
+    return records, scores
 
 
 def write_texts(path: Path, prompts: Sequence[str], texts: Iterator[Generated]) -> list[Generated]:

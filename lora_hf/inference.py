@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_hf.adapters import load_adapter
-from lora_hf.models import load_base, load_tokenizer
+from lora_hf.loading import load_saved
+from lora_hf.padding_free import remove_padding
 from lora_hf.saved import Saved
 from lora_hf.tasks.base import Task
 
@@ -30,21 +30,14 @@ class Predictor:
     max_length: int = 512
 
     @classmethod
-    def load(cls, saved: Saved, precision: Literal["fp32", "bf16", "fp16"] = "fp32") -> Predictor:
-        """Loads the adapter on its base, or the whole model; `precision` is that of the base.
+    def load(cls, saved: Saved, precision: str | None = None) -> Predictor:
+        """Loads the adapter on its base, or the whole model; `precision` is the base's, without it that of the run.
 
         Raises:
-            AdapterError: the adapter is damaged or does not fit the base.
-            ModelError, HubError: the base cannot be loaded.
+            AdapterError, ModelError, HubError: as `load_saved`.
         """
-        config = replace(saved.model, precision=precision)
-        tokenizer = load_tokenizer(config)
-        model = load_base(config, saved.task, saved.seed)
-        if not saved.whole:
-            load_adapter(model, saved.folder)
-        model.eval()
-        if torch.cuda.is_available():
-            model.to(torch.device("cuda"))  # type: ignore[call-arg]
+        model, tokenizer = load_saved(saved, precision or saved.model.precision)
+        remove_padding(model)
         return cls(model, tokenizer, saved.task, min(saved.max_length, tokenizer.model_max_length))
 
     def logits(self, rows: dict[str, list], batch_size: int = 64, progress: Progress = iter) -> np.ndarray:

@@ -77,7 +77,11 @@ def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> P
         ModelError, ConfigError: as `plan`; also a rank above the smaller side of a projection.
         AdapterError: the model already has an adapter of that name, or the name cannot be one.
     """
-    sites = plan(model, lora)
+    return inject_at(model, plan(model, lora), lora, name)
+
+
+def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name: str = "default") -> PreTrainedModel:
+    """`inject` at sites that are already planned, by `plan` with the same `lora`."""
     slices: dict[str, list[tuple[int, int]]] = {}
     for site in sites:
         in_features, out_features = features(_unwrapped(model, site.path))

@@ -16,12 +16,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from lora_hf.architectures import ARCHITECTURES
 from lora_hf.config import ModelConfig
 from lora_hf.errors import HubError, ModelError, did_you_mean
 from lora_hf.offline import hub_is_reachable
+from lora_hf.precision import resolve
 from lora_hf.tasks.base import Task
 
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny" / "bases"
@@ -89,10 +91,11 @@ def load_base(model: ModelConfig, task: Task, seed: int = 0) -> PreTrainedModel:
         head = {"num_labels": task.num_labels, "problem_type": task.problem_type}
         if labels:
             head |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    dtype = DTYPES[model.precision]
+    dtype = DTYPES[resolve(model.precision)]
     config = _config(model, head)
     torch.manual_seed(seed)
     base = auto.from_config(config, dtype=dtype) if model.init == "random" else _pretrained(auto, model, config, dtype)
+    _fuse_activations(base)
     base.name_or_path = model.name
     if base.config.pad_token_id is None:
         base.config.pad_token_id = base.config.eos_token_id
@@ -111,6 +114,14 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _fuse_activations(base: PreTrainedModel) -> None:
+    """GPT-2's `gelu_new` is eight elementwise operations; torch's own kernel of the same formula is one."""
+    for module in base.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 
 def _config(model: ModelConfig, head: dict[str, Any]) -> PretrainedConfig:

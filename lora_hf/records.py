@@ -8,18 +8,52 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_hf.errors import DataError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 RECORD_FILE = "record.json"
 PACKAGES = ("lora-hf", "torch", "transformers", "datasets", "evaluate", "accelerate", "safetensors", "tokenizers")
 
 
+class _Record:
+    """A dataclass that is one JSON file."""
+
+    def write(self, path: Path) -> Path:
+        """Writes aside and renames, so that a record is whole or not there."""
+        aside = path.with_name(f"{path.name}.part")
+        aside.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")  # type: ignore[call-overload]
+        aside.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a record file.
+
+        Raises:
+            DataError: it is missing, damaged, or not a record of this kind and version.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: not a readable record: {error}") from error
+        entries = fields(cls)  # type: ignore[arg-type]
+        known = {entry.name for entry in entries}
+        needed = {entry.name for entry in entries if entry.default is MISSING and entry.default_factory is MISSING}
+        if not isinstance(values, dict) or not needed <= values.keys() <= known:
+            found = sorted(values) if isinstance(values, dict) else type(values).__name__
+            kind = "a run record" if cls is RunRecord else "a record of scores"
+            raise DataError(f"{path}: not {kind}: expected the keys {sorted(known)}, found {found}")
+        return cls(**values)
+
+
 @dataclass
-class RunRecord:
+class RunRecord(_Record):
     """One fine-tuning run. Times are seconds, memory and sizes bytes, metrics fractions as the metric defines them."""
 
     task: str
@@ -45,28 +79,26 @@ class RunRecord:
     machine: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> Path:
-        """Writes `record.json` aside and renames it, so that a record is whole or not there."""
-        path, aside = folder / RECORD_FILE, folder / f"{RECORD_FILE}.part"
-        aside.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(path)
-        return path
+        """Writes the `record.json` of a run folder."""
+        return self.write(folder / RECORD_FILE)
 
-    @classmethod
-    def load(cls, path: Path) -> RunRecord:
-        """Reads a record file.
 
-        Raises:
-            DataError: it is missing, damaged, or not a record of this version.
-        """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable record: {error}") from error
-        known = {entry.name for entry in fields(cls)}
-        if not isinstance(values, dict) or not {"task", "method", "model", "config"} <= values.keys() <= known:
-            found = sorted(values) if isinstance(values, dict) else type(values).__name__
-            raise DataError(f"{path}: not a run record: expected the keys {sorted(known)}, found {found}")
-        return cls(**values)
+@dataclass
+class ScoreRecord(_Record):
+    """The texts of a model for a split's inputs, scored. Times are seconds."""
+
+    task: str
+    model: str
+    adapted: bool  # False: the bare base
+    split: str
+    inputs: int
+    decoding: dict[str, Any]
+    metrics: dict[str, dict[str, float | None]]  # by subset, `all` first; None where a scorer cannot run here
+    precision: str
+    timings: dict[str, float] = field(default_factory=dict)  # generate, score
+    versions: dict[str, str] = field(default_factory=dict)
+    git: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
 
 
 def versions() -> dict[str, str]:
@@ -85,7 +117,7 @@ def git_state() -> dict[str, Any]:
 
     try:
         commit = ask("rev-parse", "HEAD")
-        return {"commit": commit, "changed": bool(ask("status", "--porcelain", "--", "lora_hf"))} if commit else {}
+        return {"commit": commit, "changed": bool(ask("status", "--porcelain", "--", "."))} if commit else {}
     except (OSError, subprocess.TimeoutExpired):
         return {}
 

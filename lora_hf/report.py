@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf.errors import DataError
-from lora_hf.records import RunRecord
+from lora_hf.records import RunRecord, ScoreRecord
 
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -122,6 +122,25 @@ def _glue(results: Path) -> str:
     return _table(head, rows, words=2)
 
 
+def _e2e(results: Path) -> str:
+    run = RunRecord.load(results / "e2e" / "lora.json")
+    rows = []
+    for name, file, perplexity, training in (
+        (f"{run.model}, not trained", "scores-base.json", "-", "-"),
+        (describe(run), "scores-lora.json", f"{run.metrics['validation']['perplexity']:.2f}", _link(run)),
+    ):
+        scored = ScoreRecord.load(results / "e2e" / file)
+        scores = ["null" if value is None else f"{value:.4f}" for value in scored.metrics["all"].values()]
+        writing = f"[{_duration(scored.timings['generate'])}](results/e2e/{file})"
+        rows.append([name, *scores, perplexity, training, writing])
+    metrics = ScoreRecord.load(results / "e2e" / "scores-lora.json").metrics["all"]
+    return _table(["model", *metrics, "dev perplexity", "training (record)", "writing (record)"], rows)
+
+
+def _link(run: RunRecord) -> str:
+    return f"[{_duration(run.timings['total'])}](results/e2e/lora.json)"
+
+
 def _evidence(results: Path) -> dict[str, Any]:
     try:
         return json.loads((results / "tiny-bases.json").read_text(encoding="utf-8"))
@@ -166,6 +185,7 @@ def _continuations(results: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "sst2": _sst2,
     "glue": _glue,
+    "e2e": _e2e,
     "tiny-bases": _bases,
     "tiny-fills": _fills,
     "tiny-continuations": _continuations,

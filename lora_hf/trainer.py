@@ -125,9 +125,13 @@ class Guard(TrainerCallback):
 def completion_loss(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
     """`(rows, 2)` from `(rows, length, vocabulary)`: the loss of each row's labelled tokens in nats, and their number.
 
-    The logits of a whole development set would take gigabytes; these two numbers are all that a perplexity needs.
+    The logits of a whole development set would take gigabytes; these two numbers are all that a perplexity needs. A
+    model that scores labels only (`language_head`) gives them itself.
     """
-    logits = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].float()
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    if logits.ndim == 2:
+        return logits
+    logits = logits[:, :-1].float()
     targets = labels[:, 1:]
     losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     return torch.stack([losses.sum(1), (targets != -100).sum(1).float()], dim=1)

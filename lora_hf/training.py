@@ -34,8 +34,11 @@ from lora_hf.adapters import copy_lora_weights, save_adapter
 from lora_hf.config import RunConfig
 from lora_hf.curves import draw_curves
 from lora_hf.errors import ConfigError, TrainingError
-from lora_hf.injection import count_parameters, inject, inject_head, plan
+from lora_hf.injection import count_parameters, inject_at, inject_head, plan
+from lora_hf.language_head import score_labels_only
 from lora_hf.models import load_base, load_tokenizer
+from lora_hf.padding_free import remove_padding
+from lora_hf.precision import resolve
 from lora_hf.records import (
     RECORD_FILE,
     RunRecord,
@@ -80,6 +83,7 @@ def train(config: RunConfig, resume: str | None = None, rows: Mapping[str, Datas
         TrainingError: nothing to train, or a run that does not train.
     """
     started = time.time()
+    config = replace(config, model=replace(config.model, precision=resolve(config.model.precision)))
     task = get_task(config.task.name)
     folder, checkpoint = _run_folder(config, resume)
     set_seed(config.train.seed)
@@ -95,7 +99,7 @@ def train(config: RunConfig, resume: str | None = None, rows: Mapping[str, Datas
         sites = plan(model, config.lora)
         if not sites:
             raise TrainingError("lora.targets matched no module: nothing would be trained")
-        inject(model, config.lora)
+        inject_at(model, sites, config.lora)
         if config.train.start_from:
             copy_lora_weights(model, read_adapter(config.train.start_from))
     elif config.train.method == "head":
@@ -106,8 +110,12 @@ def train(config: RunConfig, resume: str | None = None, rows: Mapping[str, Datas
     encoded: dict[str, Any] = {
         split: encode(task, part, tokenizer, config.task.max_length) for split, part in rows.items()
     }
+    smoothed = task.model_kind == "causal-lm" and score_labels_only(model, config.train.label_smoothing)
+    padded = remove_padding(model)
+    if padded:
+        logger.warning("batches stay padded, with rows of like length together: %s", padded)
 
-    arguments = _arguments(config, task, folder)
+    arguments = _arguments(config, task, folder, smoothed, grouped=padded is not None)
     _make(folder)
     if checkpoint is None:
         (folder / LOG_FILE).unlink(missing_ok=True)
@@ -178,7 +186,8 @@ def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_le
         enable_progress_bar()
 
 
-def _arguments(config: RunConfig, task: Task, folder: Path) -> HFArguments:
+def _arguments(config: RunConfig, task: Task, folder: Path, smoothed: bool, grouped: bool) -> HFArguments:
+    """The Trainer's own configuration; `smoothed` where the model's loss is, `grouped` to batch rows of like length."""
     train = config.train
     reduced = config.model.precision if train.method == "full" else "fp32"
     values: dict[str, Any] = {
@@ -194,7 +203,8 @@ def _arguments(config: RunConfig, task: Task, folder: Path) -> HFArguments:
         "warmup_steps": train.warmup_ratio if train.warmup_steps is None else train.warmup_steps,
         "lr_scheduler_type": train.schedule,
         "max_grad_norm": train.max_grad_norm,
-        "label_smoothing_factor": train.label_smoothing,
+        "label_smoothing_factor": 0.0 if smoothed else train.label_smoothing,
+        "train_sampling_strategy": "group_by_length" if grouped else "random",
         "seed": train.seed,
         "eval_strategy": "epoch",
         "save_strategy": "epoch",

@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from transformers.activations import ACT2FN
 
-from lora_hf import models
+from lora_hf import models, precision
 from lora_hf.config import ModelConfig
 from lora_hf.errors import HubError, ModelError
 from lora_hf.models import EMBEDDED, SHAPES, load_base, load_tokenizer
 from lora_hf.tasks.table import get_task
 from tests.small import small_model
+from tests.tolerances import PARITY_FP32
 
 SST2 = get_task("sst2")
 
@@ -51,8 +54,25 @@ def test_weights_that_lack_part_of_the_base_are_refused(folder: Path) -> None:
 
 
 def test_precision_is_that_of_the_base(folder: Path) -> None:
-    assert load_base(ModelConfig(name=str(folder)), SST2).dtype == torch.float32
-    assert load_base(ModelConfig(name=str(folder), precision="bf16"), SST2).dtype == torch.bfloat16
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        assert load_base(ModelConfig(name=str(folder), precision=name), SST2).dtype == dtype
+
+
+def test_auto_is_bf16_where_this_machine_is_faster_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for gain, dtype in ((2.0, torch.bfloat16), (1.1, torch.float32)):
+        monkeypatch.setattr(precision, "bf16_gain", lambda gain=gain: gain)
+        assert load_base(ModelConfig(name=str(folder), precision="auto"), SST2).dtype == dtype
+    monkeypatch.undo()
+    assert precision.bf16_gain() >= 0
+
+
+def test_gpt2s_activation_is_one_kernel_of_the_same_formula() -> None:
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2)
+    fused = load_base(ModelConfig(name="gpt2", init="random", precision="fp32"), SST2).transformer.h[0].mlp.act
+    x = torch.linspace(-6, 6, 1001)
+    assert type(fused) is torch.nn.GELU
+    assert torch.allclose(fused(x), ACT2FN[config.activation_function](x), atol=PARITY_FP32)
+    assert not torch.allclose(torch.nn.functional.gelu(x), fused(x), atol=PARITY_FP32), "the other gelu would not do"
 
 
 def test_a_random_base_is_drawn_from_its_seed(folder: Path) -> None:
@@ -87,7 +107,7 @@ def test_the_embedded_bases_and_their_tokenizers_load(name: str) -> None:
 
 
 def test_the_embedded_base_loads_for_a_task() -> None:
-    model = load_base(ModelConfig(name="tiny-roberta"), SST2)
+    model = load_base(ModelConfig(name="tiny-roberta", precision="fp32"), SST2)
     assert model.dtype == torch.float32, "kept in half precision on disk, computed in fp32"
     assert model.name_or_path == "tiny-roberta", "an adapter names its base by this, not by a path of this machine"
 

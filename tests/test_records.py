@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from lora_hf import records
 from lora_hf.errors import DataError
 from lora_hf.records import RunRecord, git_state, machine, peak_rss, versions
 
@@ -33,6 +35,20 @@ def test_an_unknown_key_is_not_a_record_of_this_version(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"new": 1}))
     with pytest.raises(DataError, match="not a run record"):
         RunRecord.load(path)
+
+
+def test_a_changed_checkout_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = tmp_path / "lora_hf" / "records.py"
+    code.parent.mkdir()
+    code.write_text("first")
+    for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-qm", "x"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(records, "__file__", str(code))
+    assert git_state()["changed"] is False
+    (tmp_path / "notes.md").write_text("not code")
+    assert git_state()["changed"] is False
+    code.write_text("second")
+    assert git_state()["changed"] is True
 
 
 def test_the_surroundings_are_told_without_naming_the_machine() -> None:

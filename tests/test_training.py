@@ -36,7 +36,7 @@ def few_rows() -> dict[str, Any]:
 
 
 def config(folder: Path, name: str = "run", **train: Any) -> RunConfig:
-    sections = load_config("rule_sentiment.yaml").to_dict()
+    sections = load_config("rule_sentiment.yaml", ["model.precision=fp32"]).to_dict()
     sections["train"] |= {"epochs": 2, "batch_size": 16, **train}
     sections["output"] |= {"dir": str(folder), "name": name}
     return RunConfig.from_dict(sections)
@@ -195,9 +195,9 @@ def test_a_model_that_answers_one_class_is_told_aloud(
 def test_an_adapter_that_no_gradient_reaches_stops_the_run(
     tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    injected = training.inject
+    injected = training.inject_at
     # A merged adapter is out of the forward pass: its B stays zero for ever, while the head learns and all looks well.
-    monkeypatch.setattr(training, "inject", lambda *rest: merge(injected(*rest)))
+    monkeypatch.setattr(training, "inject_at", lambda *rest: merge(injected(*rest)))
     with pytest.raises(
         TrainingError, match=r"every LoRA B is still zero after step 2: no gradient reaches the adapter"
     ):

@@ -22,11 +22,11 @@ LONGEST_FILE = 400
 # A file imports only from lower floors; the files of one folder may import each other, without cycles.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "records", "architectures"),
-    ("kernels", "metrics", "tiny", "offline", "curves"),
+    ("kernels", "metrics", "tiny", "offline", "precision", "curves"),
     ("layers", "tasks"),
-    ("models", "injection", "padding_free", "fingerprint", "adapter_file", "rows", "references"),
+    ("models", "injection", "padding_free", "language_head", "fingerprint", "adapter_file", "rows", "references"),
     ("adapters", "saved"),
-    ("trainer", "hub"),
+    ("trainer", "hub", "loading"),
     ("training", "inference", "generation"),
     ("compare", "report", "sweep", "benchmark", "serving", "demo"),
     ("cli",),

@@ -1,4 +1,4 @@
-"""The command lines of generation, as subprocesses, on the embedded base and data; and the demo."""
+"""The command lines of generation, as subprocesses, on the embedded base and data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_hf.records import RunRecord
+from lora_hf.records import RunRecord, ScoreRecord
 from tests.recipes.test_commands import last_json, run
 
 
@@ -42,6 +42,20 @@ def test_generate_writes_texts_and_scores(writer: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("adapted", [True, False])
+def test_eval_scores_texts_and_leaves_a_record(writer: Path, adapted: bool) -> None:
+    words = [] if adapted else ["--without-adapter"]
+    scores = last_json(run("eval", "--adapter", writer, "--split", "test", *words, "--json"))["metrics"]
+    name = f"test{'' if adapted else '-without-adapter'}"
+    record = ScoreRecord.load(writer.parent / f"scores-{name}.json")
+    assert scores == {"test": record.metrics["all"]}
+    assert record.adapted == adapted
+    assert 0 <= record.metrics["all"]["BLEU"] < 1  # type: ignore[operator]
+    lines = (writer.parent / f"predictions-{name}.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == record.inputs
+    assert record.timings["generate"] > 0
+
+
 def test_mistakes_are_told_and_nothing_is_written(writer: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.txt"
     for words, message in (
@@ -53,12 +67,3 @@ def test_mistakes_are_told_and_nothing_is_written(writer: Path, tmp_path: Path) 
         assert message in done.stderr
     assert not list(tmp_path.iterdir())
     assert "writes texts; use generate instead" in run("predict", "--adapter", writer, "--text", "x", code=2).stderr
-
-
-def test_the_demo_ends_with_its_table(tmp_path: Path) -> None:
-    shown = run("demo", "--output", tmp_path).stdout
-    for words in ("always the commonest class", "only its head trained", "LoRA and head trained"):
-        assert words in shown
-    head, lora = (RunRecord.load(tmp_path / f"demo-{name}" / "record.json") for name in ("head", "lora"))
-    assert f"{lora.metrics['validation']['accuracy']:.3f}" in shown
-    assert lora.metrics["validation"]["accuracy"] > head.metrics["validation"]["accuracy"] + 0.1 > 0.6

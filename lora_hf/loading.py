@@ -1,0 +1,34 @@
+"""A trained run's model, ready to answer: its base, with the adapter on it, where the machine computes fastest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_hf.adapters import load_adapter
+from lora_hf.models import load_base, load_tokenizer
+from lora_hf.saved import Saved
+
+
+def load_saved(saved: Saved, precision: str, adapted: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The adapter on its base, or the whole model, in evaluation mode and on the GPU where there is one; its tokenizer.
+
+    Args:
+        precision: of the base, or of the whole model, as in a config; LoRA and head are always fp32.
+        adapted: False leaves the adapter out, for the bare base. A whole model has no base without its training.
+
+    Raises:
+        AdapterError: the adapter is damaged or does not fit the base.
+        ModelError, HubError: the base cannot be loaded.
+    """
+    config = replace(saved.model, precision=precision)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(config)
+    model = load_base(config, saved.task, saved.seed)
+    if adapted and not saved.whole:
+        load_adapter(model, saved.folder)
+    model.eval()
+    if torch.cuda.is_available():
+        model.to(torch.device("cuda"))  # type: ignore[call-arg]
+    return model, tokenizer

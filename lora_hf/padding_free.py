@@ -1,0 +1,152 @@
+"""Runs a base model on the tokens of a batch alone, and hands hidden states back in their usual shape.
+
+At batch 16 half of what GLUE's padded batches hold is padding. After `remove_padding(model)` the model is called as
+ever, with a padded batch and its attention mask. In front of the base model the rows are laid one after the
+other, its attention keeps to each row, and behind it the hidden states are put back to `(batch, length, hidden)`, zeros
+where the padding was. Loss and gradients are those of the padded batch, to rounding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from lora_hf.architectures import ARCHITECTURES
+from lora_hf.kernels.attention import attend_rows
+
+ATTENTION = "lora_hf_rows"
+
+
+def remove_padding(model: PreTrainedModel) -> str | None:
+    """Makes the model run without padding; doing it again changes nothing.
+
+    Returns:
+        None, or, where the model is left as it was, why it cannot run so.
+    """
+    reason = _unfit(model)
+    if reason is None and model.config._attn_implementation != ATTENTION:
+        model.set_attn_implementation(ATTENTION)
+        base: Any = model.base_model
+        rows = _Rows(base)
+        base.register_forward_pre_hook(rows.before, with_kwargs=True)
+        base.register_forward_hook(rows.after, with_kwargs=True)
+    return reason
+
+
+def _unfit(model: PreTrainedModel) -> str | None:
+    kind = model.config.model_type
+    if kind not in ARCHITECTURES:
+        return f"model type {kind!r} has no entry in the role table"
+    if not ARCHITECTURES[kind].plain_attention:
+        return f"{kind} brings an attention of its own"
+    if model.config._attn_implementation not in ("sdpa", "eager", ATTENTION):
+        return f"attention {model.config._attn_implementation!r} was chosen for it"
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return f"this transformers' {kind} takes no position_ids"
+    return None
+
+
+@dataclass
+class _Layout:
+    """The shape `(batch, length)` of a padded batch, the flat places of its tokens, and how many each row has."""
+
+    shape: torch.Size
+    places: torch.Tensor
+    lengths: list[int]
+
+    def take(self, padded: torch.Tensor) -> torch.Tensor:
+        """`(1, tokens, ...)` from `(batch, length, ...)`."""
+        return padded.flatten(0, 1).index_select(0, self.places)[None]
+
+    def put_back(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(batch, length, ...)` from `(1, tokens, ...)`, zeros where the padding is."""
+        padded = tokens.new_zeros(self.shape.numel(), *tokens.shape[2:])
+        return padded.index_copy(0, self.places, tokens[0]).unflatten(0, self.shape)
+
+
+class _Rows:
+    """The two hooks of a base model."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.parameters = list(inspect.signature(base.forward).parameters)
+        self.layout: _Layout | None = None
+
+    def before(self, base: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        named = dict(zip(self.parameters, inputs, strict=False)) | named
+        self.layout = _layout(named)
+        if self.layout is None:
+            return (), named
+        named["position_ids"] = self.layout.take(_positions(base, named))
+        for name in ("input_ids", "inputs_embeds", "token_type_ids"):
+            if named.get(name) is not None:
+                named[name] = self.layout.take(named[name])
+        if "use_cache" in self.parameters:
+            named["use_cache"] = False
+        # A mask of four dimensions is handed to the attention as it is, which does not look at it.
+        named["attention_mask"] = named["attention_mask"].new_zeros(1, 1, 1, 1)
+        named["row_lengths"] = self.layout.lengths
+        return (), named
+
+    def after(self, base: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        layout, self.layout = self.layout, None
+        if layout is None:
+            return output
+        padded = layout.put_back(output[0])
+        if isinstance(output, tuple):
+            return (padded, *output[1:])
+        output.last_hidden_state = padded
+        if getattr(output, "pooler_output", None) is not None:
+            output.pooler_output = base.pooler(padded)
+        return output
+
+
+def _layout(named: dict[str, Any]) -> _Layout | None:
+    """The layout of a batch; None without a mask, in generation, and where attentions or all states are asked for."""
+    mask = named.get("attention_mask")
+    special = ("past_key_values", "encoder_hidden_states", "output_attentions", "output_hidden_states")
+    if mask is None or mask.ndim != 2 or any(named.get(name) for name in (*special, "use_cache")):
+        return None
+    lengths = mask.sum(1).tolist()
+    return _Layout(mask.shape, mask.flatten().nonzero()[:, 0], lengths) if min(lengths) > 0 else None
+
+
+def _positions(base: PreTrainedModel, named: dict[str, Any]) -> torch.Tensor:
+    """`(batch, length)`: each token's position in the padded batch, as the model itself would count it."""
+    mask, given = named["attention_mask"], named.get("position_ids")
+    if given is not None:
+        return given.expand(mask.shape)
+    if base.config.model_type == "roberta":
+        # RoBERTa counts from the padding token's number on, and counts tokens that are not padding.
+        return mask.long().cumsum(1) + base.config.pad_token_id
+    return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    row_lengths: list[int] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: q, k, v `(1, heads, tokens, head_dim)` to `(1, tokens, heads, head_dim)`."""
+    if row_lengths is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )  # type: ignore[return-value]
+    causal = bool(getattr(module, "is_causal", False))
+    return attend_rows(query[0], key[0], value[0], row_lengths, scaling, causal, dropout)[None], None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
