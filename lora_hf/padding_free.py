@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lora_hf.architectures import ARCHITECTURES
-from lora_hf.kernels.attention import attend_rows
+from lora_hf.kernels.attention import Rows, attend_rows
 
 ATTENTION = "lora_hf_rows"
 
@@ -55,11 +55,11 @@ def _unfit(model: PreTrainedModel) -> str | None:
 
 @dataclass
 class _Layout:
-    """The shape `(batch, length)` of a padded batch, the flat places of its tokens, and how many each row has."""
+    """The shape `(batch, length)` of a padded batch, the flat places of its tokens, and its rows."""
 
     shape: torch.Size
     places: torch.Tensor
-    lengths: list[int]
+    rows: Rows
 
     def take(self, padded: torch.Tensor) -> torch.Tensor:
         """`(1, tokens, ...)` from `(batch, length, ...)`."""
@@ -91,7 +91,7 @@ class _Rows:
             named["use_cache"] = False
         # A mask of four dimensions is handed to the attention as it is, which does not look at it.
         named["attention_mask"] = named["attention_mask"].new_zeros(1, 1, 1, 1)
-        named["row_lengths"] = self.layout.lengths
+        named["rows"] = self.layout.rows
         return (), named
 
     def after(self, base: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
@@ -114,7 +114,9 @@ def _layout(named: dict[str, Any]) -> _Layout | None:
     if mask is None or mask.ndim != 2 or any(named.get(name) for name in (*special, "use_cache")):
         return None
     lengths = mask.sum(1).tolist()
-    return _Layout(mask.shape, mask.flatten().nonzero()[:, 0], lengths) if min(lengths) > 0 else None
+    if min(lengths) == 0:
+        return None
+    return _Layout(mask.shape, mask.flatten().nonzero()[:, 0], Rows(lengths, mask.device))
 
 
 def _positions(base: PreTrainedModel, named: dict[str, Any]) -> torch.Tensor:
@@ -136,16 +138,16 @@ def _attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    row_lengths: list[int] | None = None,
+    rows: Rows | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: q, k, v `(1, heads, tokens, head_dim)` to `(1, tokens, heads, head_dim)`."""
-    if row_lengths is None:
+    if rows is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )  # type: ignore[return-value]
     causal = bool(getattr(module, "is_causal", False))
-    return attend_rows(query[0], key[0], value[0], row_lengths, scaling, causal, dropout)[None], None
+    return attend_rows(query[0], key[0], value[0], rows, scaling, causal, dropout)[None], None
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from lora_hf.config import LoraConfig
 from lora_hf.injection import inject
-from lora_hf.kernels.attention import attend_rows
+from lora_hf.kernels.attention import Rows, attend_rows
 from lora_hf.padding_free import ATTENTION, remove_padding
 from tests import tolerances
 from tests.small import small_model, stir, token_ids
@@ -63,35 +64,43 @@ def test_rows_see_only_themselves() -> None:
     """The tolerance can fail: attention over the whole concatenation is far away."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, 15, 8)
-    together = attend_rows(q, k, v, [15])
-    apart = attend_rows(q, k, v, LENGTHS)
+    together = attend_rows(q, k, v, Rows([15]))
+    apart = attend_rows(q, k, v, Rows(LENGTHS))
     assert (together - apart).abs().max() > 1000 * tolerances.PADDING_FREE_FP32
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_the_kernels_agree(causal: bool, key_heads: int) -> None:
-    """The row kernel (float32) and the padded form (float64) on odd lengths: outputs and all three gradients."""
+@pytest.mark.parametrize("lengths", [(1, 9, 5), (5, 5, 4, 1), (15,)])
+def test_the_grouped_rows_are_torchs_attention(causal: bool, key_heads: int, lengths: tuple[int, ...]) -> None:
+    """Outputs and all three gradients against torch's own attention of each row, in float64."""
     torch.manual_seed(0)
     tensors = [torch.randn(heads, 15, 8) for heads in (4, key_heads, key_heads)]
     weight = torch.randn(15, 4, 8)
+
+    def definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = (tensor.repeat_interleave(4 // key_heads, 0) for tensor in (k, v))
+        parts = zip(*(tensor.split(lengths, 1) for tensor in (q, k, v)), strict=True)
+        made = [scaled_dot_product_attention(*row, scale=0.3, is_causal=causal) for row in parts]
+        return torch.cat(made, 1).transpose(0, 1)
+
     results = []
-    for dtype in (torch.float32, torch.float64):
-        inputs = [tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors]
-        output = attend_rows(*inputs, (1, 9, 5), scale=0.3, is_causal=causal)
+    for function in (lambda *x: attend_rows(*x, Rows(lengths), scale=0.3, is_causal=causal), definition):
+        inputs = [tensor.to(torch.float64, copy=True).requires_grad_() for tensor in tensors]
+        output = function(*inputs)
         (output * weight).sum().backward()
         results.append([output.detach(), *(tensor.grad for tensor in inputs)])
-    for fast, plain in zip(*results, strict=True):
-        torch.testing.assert_close(fast.double(), plain, atol=tolerances.PADDING_FREE_FP32, rtol=0)
+    for grouped, plain in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, plain, atol=1e-12, rtol=0)
 
 
 def test_dropped_attention_has_the_right_mean() -> None:
     """Attention dropout takes the padded road: over many draws its mean is the undropped output."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, 15, 8)
-    draws = torch.stack([attend_rows(q, k, v, LENGTHS, dropout=0.2) for _ in range(400)])
+    draws = torch.stack([attend_rows(q, k, v, Rows(LENGTHS), dropout=0.2) for _ in range(400)])
     assert not torch.equal(draws[0], draws[1])
-    error = (draws.mean(0) - attend_rows(q, k, v, LENGTHS)).abs()
+    error = (draws.mean(0) - attend_rows(q, k, v, Rows(LENGTHS))).abs()
     assert (error < 6 * draws.std(0) / 400**0.5 + tolerances.PADDING_FREE_FP32).all()
 
 

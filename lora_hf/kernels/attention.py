@@ -1,23 +1,82 @@
-"""Attention of rows that lie one after the other, without padding between them."""
+"""Attention of rows that lie one after the other, without padding between them.
+
+On the CPU torch's flash kernel is no help: in bf16 its backward takes several times as long as the plain matrix
+products. Rows of like length are multiplied together instead, group by group.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+LIKE = 0.75  # rows of at least this share of the longest of their group are padded to it
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows of like length: their numbers, the length they are padded to, and where they are padded."""
+
+    index: torch.Tensor  # (rows, length): the token at each place, 0 where there is none
+    length: int
+    outside: torch.Tensor | None  # (rows, length): True where there is no token; None where there is none such
+
+
+class Rows:
+    """The rows of a batch of `tokens`, made once and used by every layer."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.lengths = tuple(lengths)
+        self.device = torch.device(device)
+        self.tokens = sum(self.lengths)
+        self.ends = torch.tensor([0, *self.lengths], device=device).cumsum(0).int()
+        self.groups = self._grouped()
+        self._indices: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def _grouped(self) -> list[_Group]:
+        order = sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row])
+        parts: list[list[int]] = []
+        for row in order:
+            if not parts or self.lengths[row] < LIKE * self.lengths[parts[-1][0]]:
+                parts.append([])
+            parts[-1].append(row)
+        starts = self.ends.tolist()
+        groups = []
+        for rows in parts:
+            length = self.lengths[rows[0]]
+            places = torch.arange(length)
+            outside = places >= torch.tensor([self.lengths[row] for row in rows])[:, None]
+            index = (places + torch.tensor([starts[row] for row in rows])[:, None]).masked_fill(outside, 0)
+            ragged = outside.to(self.device) if bool(outside.any()) else None
+            groups.append(_Group(index.to(self.device), length, ragged))
+        return groups
+
+    def indices(self, heads: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each group where its `(rows, heads, length)` vectors are taken from and put back, among `tokens * heads`.
+
+        What is padding is taken from the first token and put behind the last.
+        """
+        if heads not in self._indices:
+            made = []
+            for group in self.groups:
+                head = torch.arange(heads, device=self.device)[:, None]
+                taken = group.index[:, None] * heads + head
+                put = taken
+                if group.outside is not None:
+                    put = taken.masked_fill(group.outside[:, None], self.tokens * heads)
+                made.append((taken.flatten(), put.flatten()))
+            self._indices[heads] = made
+        return self._indices[heads]
 
 
 def attend_rows(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: Sequence[int],
+    rows: Rows,
     scale: float | None = None,
     is_causal: bool = False,
     dropout: float = 0.0,
@@ -27,94 +86,106 @@ def attend_rows(
     Args:
         query: `(heads, tokens, head_dim)`, the rows one after the other.
         key, value: `(key heads, tokens, head_dim)`; fewer key heads are each shared by a group of query heads.
-        lengths: the tokens of each row.
         scale: `1 / sqrt(head_dim)` unless given.
         dropout: the share of attention weights that is dropped.
 
     Returns:
         `(tokens, heads, head_dim)`.
     """
-    groups = query.shape[0] // key.shape[0]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    shared = query.shape[0] // key.shape[0]
+    if shared > 1:
+        key, value = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     if query.is_cuda and dropout == 0 and query.dtype in (torch.bfloat16, torch.float16):
-        return _attend_on_gpu(query, key, value, lengths, scale, is_causal)
-    if query.device.type == "cpu" and dropout == 0 and query.dtype != torch.float64:
-        return _RowsOnCpu.apply(query, key, value, tuple(lengths), scale, is_causal)  # type: ignore[return-value]
-    return _attend_padded(query, key, value, lengths, scale, is_causal, dropout)
+        return _attend_on_gpu(query, key, value, rows, scale, is_causal)
+    query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
+    if dropout == 0:
+        return _GroupedRows.apply(query, key, value, rows, scale, is_causal)  # type: ignore[return-value]
+    return _attend_row_by_row(query, key, value, rows, scale, is_causal, dropout)
 
 
-def _spans(lengths: Sequence[int]) -> Iterator[slice]:
-    start = 0
-    for length in lengths:
-        yield slice(start, start + length)
-        start += length
-
-
-class _RowsOnCpu(torch.autograd.Function):
-    """torch's CPU flash kernel on each row: one autograd node a layer, where a call a row costs as much as the work."""
+class _GroupedRows(torch.autograd.Function):
+    """`(tokens, heads, head_dim)` each; the weights of a row no longer than head_dim are kept, others made again."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...],
-        scale: float | None, is_causal: bool,
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scale: float,
+        is_causal: bool,
     ) -> torch.Tensor:  # fmt: skip
-        heads, tokens, size = query.shape
-        output = query.new_empty(tokens, heads, size)
-        sums = []
-        for span in _spans(lengths):
-            row, logsumexp = _flash(
-                query[None, :, span], key[None, :, span], value[None, :, span], 0.0, is_causal, scale=scale
-            )
-            output[span] = row[0].transpose(0, 1)
-            sums.append(logsumexp)
-        ctx.save_for_backward(query, key, value, output, *sums)
-        ctx.options = (lengths, scale, is_causal)
-        return output
+        tokens, heads, size = query.shape
+        output = query.new_empty(tokens * heads + 1, size)
+        kept: list[torch.Tensor | None] = []
+        for group, (taken, put) in zip(rows.groups, rows.indices(heads), strict=True):
+            q, k, v = (_take(tensor, taken, group.length) for tensor in (query, key, value))
+            weights = _weights(q.mul_(scale), k, group, is_causal)
+            output.index_copy_(0, put, torch.bmm(weights, v).view(-1, size))
+            kept.append(weights if group.length <= size else None)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.options = (rows, scale, is_causal)
+        return output[:-1].view(tokens, heads, size)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, output, *sums = ctx.saved_tensors
-        lengths, scale, is_causal = ctx.options
-        # Laid out as the projections' outputs are, (tokens, heads, head_dim): what reads them next needs no copy.
-        made = [tensor.new_empty(tensor.shape[1], tensor.shape[0], tensor.shape[2]) for tensor in (query, key, value)]
-        for span, logsumexp in zip(_spans(lengths), sums, strict=True):
-            row = _flash_backward(
-                gradients[0][None, span].transpose(1, 2),
-                *(tensor[None, :, span] for tensor in (query, key, value)),
-                output[None, span].transpose(1, 2), logsumexp, 0.0, is_causal, scale=scale,
-            )  # fmt: skip
-            for whole, part in zip(made, row, strict=True):
-                whole[span] = part[0].transpose(0, 1)
-        return (*(tensor.transpose(0, 1) for tensor in made), None, None, None)
+        query, key, value, *kept = ctx.saved_tensors
+        rows, scale, is_causal = ctx.options
+        tokens, heads, size = query.shape
+        made = [query.new_empty(tokens * heads + 1, size) for _ in range(3)]
+        for group, (taken, put), weights in zip(rows.groups, rows.indices(heads), kept, strict=True):
+            q, k, v, upstream = (_take(t, taken, group.length) for t in (query, key, value, gradients[0]))
+            q.mul_(scale)
+            if weights is None:
+                weights = _weights(q, k, group, is_causal)
+            slope = torch.bmm(upstream, v.transpose(1, 2))
+            slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype)
+            parts = (
+                torch.bmm(slope, k).mul_(scale),
+                torch.bmm(slope.transpose(1, 2), q),
+                torch.bmm(weights.transpose(1, 2), upstream),
+            )
+            for whole, part in zip(made, parts, strict=True):
+                whole.index_copy_(0, put, part.view(-1, size))
+        return (*(whole[:-1].view(tokens, heads, size) for whole in made), None, None, None)
+
+
+def _take(tensor: torch.Tensor, taken: torch.Tensor, length: int) -> torch.Tensor:
+    """`(rows * heads, length, head_dim)` from `(tokens, heads, head_dim)`."""
+    return tensor.reshape(-1, tensor.shape[-1]).index_select(0, taken).view(-1, length, tensor.shape[-1])
+
+
+def _weights(q: torch.Tensor, k: torch.Tensor, group: _Group, is_causal: bool) -> torch.Tensor:
+    """`(rows * heads, length, length)`: softmax over the keys of a row; zeros for queries that are padding."""
+    scores = torch.bmm(q, k.transpose(1, 2))
+    if is_causal:
+        hidden = torch.ones(group.length, group.length, dtype=torch.bool, device=q.device).triu_(1)
+        scores.masked_fill_(hidden, -torch.inf)
+    if group.outside is None:
+        return scores.softmax(-1)
+    by_row = scores.view(len(group.outside), -1, group.length, group.length)
+    by_row.masked_fill_(group.outside[:, None, None, :], -torch.inf)
+    weights = by_row.softmax(-1)
+    # Zero rows keep the padding's garbage out of every gradient.
+    return weights.masked_fill_(group.outside[:, None, :, None], 0).view_as(scores)
 
 
 def _attend_on_gpu(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], scale: float | None,
-    is_causal: bool,
-) -> torch.Tensor:  # fmt: skip
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scale: float, is_causal: bool
+) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).int()
-    longest = max(lengths)
-    parts = (tensor.transpose(0, 1).contiguous() for tensor in (query, key, value))
-    window = (-1, 0 if is_causal else -1)
-    return varlen_attn(*parts, ends, ends, longest, longest, scale=scale, window_size=window)  # type: ignore[return-value]
+    q, k, v = (tensor.transpose(0, 1).contiguous() for tensor in (query, key, value))
+    window, longest = (-1, 0 if is_causal else -1), max(rows.lengths)
+    return varlen_attn(  # type: ignore[return-value]
+        q, k, v, rows.ends, rows.ends, longest, longest, scale=scale, window_size=window
+    )
 
 
-def _attend_padded(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], scale: float | None,
-    is_causal: bool, dropout: float,
+def _attend_row_by_row(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scale: float, is_causal: bool,
+    dropout: float,
 ) -> torch.Tensor:  # fmt: skip
-    """The same through padded rows: the only form in which torch drops attention weights."""
-    rows = [
-        pad_sequence(list(tensor.transpose(0, 1).split(list(lengths))), batch_first=True).transpose(1, 2)
-        for tensor in (query, key, value)
-    ]
-    places = torch.arange(max(lengths), device=query.device)
-    inside = places < torch.tensor(lengths, device=query.device)[:, None]
-    mask = inside[:, None, None, :]
-    if is_causal:
-        mask = mask & (places[:, None] >= places)
-    padded = scaled_dot_product_attention(*rows, attn_mask=mask, dropout_p=dropout, scale=scale)
-    return padded.transpose(1, 2)[inside]
+    """Row by row through torch's own attention, the only one that drops attention weights."""
+    made = []
+    by_row = (tensor.transpose(0, 1).split(list(rows.lengths), 1) for tensor in (query, key, value))
+    for q, k, v in zip(*by_row, strict=True):
+        made.append(scaled_dot_product_attention(q, k, v, None, dropout, is_causal, scale=scale))
+    return torch.cat(made, 1).transpose(0, 1)
