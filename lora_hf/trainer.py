@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from pathlib import Path
@@ -13,12 +14,16 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lora_hf.adapters import restore_adapter, save_adapter
 from lora_hf.errors import TrainingError
 from lora_hf.injection import lora_layers
+from lora_hf.language_head import score_labels_only
+from lora_hf.padding_free import remove_padding
+
+logger = logging.getLogger(__name__)
 
 
 class RunTrainer(Trainer):
@@ -30,6 +35,22 @@ class RunTrainer(Trainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+
+def spare_work(model: PreTrainedModel, smoothing: float = 0.0) -> dict[str, Any]:
+    """Makes the model skip padding and logits without a label; returns the TrainingArguments that go with it.
+
+    Args:
+        smoothing: of the labels.
+    """
+    scores_labels = score_labels_only(model, smoothing)
+    padded = remove_padding(model)
+    if padded:
+        logger.warning("batches stay padded, with rows of like length together: %s", padded)
+    return {
+        "label_smoothing_factor": 0.0 if scores_labels else smoothing,
+        "train_sampling_strategy": "group_by_length" if padded else "random",
+    }
 
 
 class AdapterTrainer(RunTrainer):

@@ -35,9 +35,7 @@ from lora_hf.config import RunConfig
 from lora_hf.curves import draw_curves
 from lora_hf.errors import ConfigError, TrainingError
 from lora_hf.injection import count_parameters, inject_at, inject_head, plan
-from lora_hf.language_head import score_labels_only
 from lora_hf.models import load_base, load_tokenizer
-from lora_hf.padding_free import remove_padding
 from lora_hf.precision import resolve
 from lora_hf.records import (
     RECORD_FILE,
@@ -51,7 +49,16 @@ from lora_hf.records import (
 from lora_hf.saved import RUN_CONFIG_FILE
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
-from lora_hf.trainer import AdapterTrainer, Guard, LogFile, RunTrainer, completion_loss, cuda_peak, use_callbacks
+from lora_hf.trainer import (
+    AdapterTrainer,
+    Guard,
+    LogFile,
+    RunTrainer,
+    completion_loss,
+    cuda_peak,
+    spare_work,
+    use_callbacks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +117,7 @@ def train(config: RunConfig, resume: str | None = None, rows: Mapping[str, Datas
     encoded: dict[str, Any] = {
         split: encode(task, part, tokenizer, config.task.max_length) for split, part in rows.items()
     }
-    smoothed = task.model_kind == "causal-lm" and score_labels_only(model, config.train.label_smoothing)
-    padded = remove_padding(model)
-    if padded:
-        logger.warning("batches stay padded, with rows of like length together: %s", padded)
-
-    arguments = _arguments(config, task, folder, smoothed, grouped=padded is not None)
+    arguments = _arguments(config, task, folder, spare_work(model, config.train.label_smoothing))
     _make(folder)
     if checkpoint is None:
         (folder / LOG_FILE).unlink(missing_ok=True)
@@ -186,8 +188,8 @@ def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_le
         enable_progress_bar()
 
 
-def _arguments(config: RunConfig, task: Task, folder: Path, smoothed: bool, grouped: bool) -> HFArguments:
-    """The Trainer's own configuration; `smoothed` where the model's loss is, `grouped` to batch rows of like length."""
+def _arguments(config: RunConfig, task: Task, folder: Path, of_model: dict[str, Any]) -> HFArguments:
+    """The Trainer's own configuration, with the arguments that `spare_work` names."""
     train = config.train
     reduced = config.model.precision if train.method == "full" else "fp32"
     values: dict[str, Any] = {
@@ -203,8 +205,6 @@ def _arguments(config: RunConfig, task: Task, folder: Path, smoothed: bool, grou
         "warmup_steps": train.warmup_ratio if train.warmup_steps is None else train.warmup_steps,
         "lr_scheduler_type": train.schedule,
         "max_grad_norm": train.max_grad_norm,
-        "label_smoothing_factor": 0.0 if smoothed else train.label_smoothing,
-        "train_sampling_strategy": "group_by_length" if grouped else "random",
         "seed": train.seed,
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
@@ -225,7 +225,7 @@ def _arguments(config: RunConfig, task: Task, folder: Path, smoothed: bool, grou
         "use_cpu": reduced == "bf16" and not torch.accelerator.is_available(),
     }
     try:
-        return HFArguments(**(values | train.hf))
+        return HFArguments(**(values | of_model | train.hf))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"train.hf: {error}") from error
 

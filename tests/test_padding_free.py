@@ -11,6 +11,7 @@ from lora_hf.config import LoraConfig
 from lora_hf.injection import inject
 from lora_hf.kernels.attention import Rows, attend_rows
 from lora_hf.padding_free import ATTENTION, remove_padding
+from lora_hf.trainer import spare_work
 from tests import tolerances
 from tests.small import small_model, stir, token_ids
 
@@ -137,3 +138,12 @@ def test_the_way_of_attending_is_not_saved(tmp_path) -> None:
     remove_padding(model)
     model.save_pretrained(tmp_path)
     assert ATTENTION not in (tmp_path / "config.json").read_text()
+
+
+def test_the_trainer_groups_rows_where_padding_stays(caplog: pytest.LogCaptureFixture) -> None:
+    assert spare_work(small_model("roberta", 2))["train_sampling_strategy"] == "random"
+    assert not caplog.text
+    arguments = spare_work(small_model("deberta-v2", 2), smoothing=0.1)
+    assert arguments == {"train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1}
+    assert "batches stay padded" in caplog.text
+    assert spare_work(small_model("gpt2"), smoothing=0.1)["label_smoothing_factor"] == 0.0

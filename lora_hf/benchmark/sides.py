@@ -23,13 +23,11 @@ from transformers import (
 from lora_hf.benchmark.work import Work
 from lora_hf.config import RunConfig
 from lora_hf.injection import head_paths, inject, inject_head
-from lora_hf.language_head import score_labels_only
 from lora_hf.models import load_base, load_tokenizer
-from lora_hf.padding_free import remove_padding
 from lora_hf.precision import Precision
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
-from lora_hf.trainer import AdapterTrainer
+from lora_hf.trainer import AdapterTrainer, spare_work
 
 Build = Callable[["Setup"], Trainer]
 
@@ -116,14 +114,9 @@ def _head(setup: Setup) -> Trainer:
 
 
 def our_trainer(setup: Setup, model: PreTrainedModel) -> Trainer:
-    """How `lora_hf.training` trains `model` by default: the one place to change where that changes."""
-    generates = setup.task.model_kind == "causal-lm"
-    if generates:
-        score_labels_only(model)
-    grouped = remove_padding(model) is not None
-    order = "group_by_length" if grouped else "random"
-    trainer = setup.trainer(model, AdapterTrainer, logging_nan_inf_filter=False, train_sampling_strategy=order)
-    trainer.model_accepts_loss_kwargs = generates
+    """How `lora_hf.training` trains `model` by default."""
+    trainer = setup.trainer(model, AdapterTrainer, logging_nan_inf_filter=False, **spare_work(model))
+    trainer.model_accepts_loss_kwargs = setup.task.model_kind == "causal-lm"
     return trainer
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from lora_hf.kernels.fused import fits, lora_linear
+from lora_hf.kernels.fused import STEPS, fits, kept, lora_linear
 from lora_hf.kernels.reference import add_lora
 from tests.tolerances import FUSED_RTOL, GRADCHECK
 
@@ -48,7 +48,8 @@ def results(how: str, dtype: torch.dtype, slices: list[tuple[int, int]], dropout
     if how == "fused":
         y = lora_linear(x, weight, bias, a, b, SCALING, slices, dropout)
     else:
-        keep = torch.empty(x.shape).bernoulli_(1 - dropout).double() / (1 - dropout) if dropout else 1.0
+        dropout = round(dropout * STEPS) / STEPS
+        keep = kept(x, dropout).double() / (1 - dropout) if dropout else 1.0
         scaling = 1.0 if how == "no scaling" else SCALING
         seen = x if how == "no dropout" else (x * keep).to(dtype)
         if how == "wrong slice":
@@ -57,6 +58,21 @@ def results(how: str, dtype: torch.dtype, slices: list[tuple[int, int]], dropout
         y = add_lora(linear(x, weight, bias), seen, a, b, scaling, slices)
     y.backward(upstream)
     return [y.detach(), *(tensor.grad for tensor in (x, a) if tensor.grad is not None)]
+
+
+@pytest.mark.parametrize("dropout", [1 / STEPS, 0.1, 0.5, 1 - 1 / STEPS])
+def test_what_is_kept_is_drawn_with_its_probability_and_independently(dropout: float) -> None:
+    torch.manual_seed(0)
+    count, keep = 400 * 1001, 1 - round(dropout * STEPS) / STEPS
+    drawn = kept(torch.empty(400, 1001), dropout).double()
+    assert drawn.unique().tolist() in ([0, 1], [1], [0])
+    deviation = (keep * (1 - keep) / count) ** 0.5
+    assert abs(drawn.mean() - keep) < 5 * deviation
+    for shift in (1, 2, 3, 4, 1001):
+        flat = drawn.flatten() - keep
+        together = (flat[shift:] * flat[:-shift]).mean()
+        assert abs(together) < 5 * keep * (1 - keep) / count**0.5 + 1e-9, f"elements {shift} apart depend on each other"
+    assert not torch.equal(kept(drawn, 0.5), kept(drawn, 0.5))
 
 
 def apart(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
