@@ -1,0 +1,72 @@
+"""Training without padding, fused, is padded training of the definition: the same losses on the same real rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel
+
+from lora_hf import layers
+from lora_hf.config import LoraConfig, ModelConfig
+from lora_hf.injection import inject
+from lora_hf.models import load_base, load_tokenizer
+from lora_hf.tasks.table import get_task
+from lora_hf.trainer import spare_work
+from lora_hf.training import encode
+from tests.tolerances import BF16_LOSS_RTOL, FAST_TRAINING_FP32
+
+STEPS, ROWS = 50, 8
+WORK = {"sst2": "tiny-roberta", "e2e_nlg": "tiny-gpt2"}
+
+
+def batches(name: str, data_dir: Path, steps: int) -> Iterator[dict[str, torch.Tensor]]:
+    task, tokenizer = get_task(name), load_tokenizer(ModelConfig(name=WORK[name]))
+    rows = task.load(str(data_dir), ["train"])["train"].shuffle(seed=0).select(range(steps * ROWS))
+    encoded = encode(task, rows, tokenizer, 256)
+    collate = (DataCollatorForSeq2Seq if name == "e2e_nlg" else DataCollatorWithPadding)(tokenizer)
+    for start in range(0, steps * ROWS, ROWS):
+        yield dict(collate([encoded[row] for row in range(start, start + ROWS)]))
+
+
+def losses(model: PreTrainedModel, data: Iterator[dict[str, torch.Tensor]]) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    found = []
+    for batch in data:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    return found
+
+
+def adapted(name: str, precision: Any = "fp32") -> PreTrainedModel:
+    model = load_base(ModelConfig(name=WORK[name], precision=precision), get_task(name))
+    torch.manual_seed(0)
+    return inject(model, LoraConfig(r=16, lora_alpha=16, targets=("all",))).train()
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_fifty_steps_lose_what_the_definition_loses(name: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = adapted(name)
+    spare_work(fast)
+    ours = losses(fast, batches(name, data_dir, STEPS))
+    monkeypatch.setattr(layers, "fits", lambda *_: False)
+    plain = losses(adapted(name), batches(name, data_dir, STEPS))
+    apart = max(abs(a - b) for a, b in zip(ours, plain, strict=True))
+    assert apart < FAST_TRAINING_FP32
+    assert abs(plain[0] - plain[-1]) > 1000 * FAST_TRAINING_FP32, "nothing was learned, the comparison says little"
+
+
+def test_bf16_learns_as_fp32_does(data_dir: Path) -> None:
+    """The mean of the last 50 of 200 losses; a single batch's is as far apart as its rows."""
+    ends = []
+    for precision in ("fp32", "bf16"):
+        model = adapted("e2e_nlg", precision)
+        spare_work(model)
+        ends.append(sum(losses(model, batches("e2e_nlg", data_dir, 200))[-50:]) / 50)
+    assert abs(ends[1] - ends[0]) < BF16_LOSS_RTOL * ends[0]
