@@ -15,7 +15,7 @@ help: ## this list
 
 setup: $(READY) ## .venv with everything pinned in requirements.lock
 
-demo: $(READY) ## trains, evaluates and asks a small LoRA model, with no network
+demo: $(READY) ## trains, scores and asks a small classifier and a small writer, with no network
 	@$(BIN)/python scripts/demo.py
 
 test: $(READY) ## the whole test suite

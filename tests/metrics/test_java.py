@@ -24,6 +24,7 @@ def test_meteor_takes_empty_texts_and_its_own_separator() -> None:
             meteor.score(["", "a pub"], [["a pub"], ["b", "a pub"]])
         )
         assert meteor.score(["a cheap pub"], [["a cheap pub", "food"]]) == pytest.approx(1)
+        assert meteor.score(["a cheap bar"], [["a cheap pub", "food"]]) < 0.9
 
 
 def test_a_program_that_takes_too_long_is_ended() -> None:
