@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-LIKE = 0.75  # rows of at least this share of the longest of their group are padded to it
+LIKE = 0.6  # rows of at least this share of the longest of their group are padded to it
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Rows:
         order = sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row])
         parts: list[list[int]] = []
         for row in order:
-            if not parts or self.lengths[row] < LIKE * self.lengths[parts[-1][0]]:
+            longest = self.lengths[parts[-1][0]] if parts else 0
+            if self.lengths[row] < LIKE * longest or not parts:
                 parts.append([])
             parts[-1].append(row)
         starts = self.ends.tolist()
