@@ -55,20 +55,25 @@ def _unfit(model: PreTrainedModel) -> str | None:
 
 @dataclass
 class _Layout:
-    """The shape `(batch, length)` of a padded batch, the flat places of its tokens, and its rows."""
+    """The shape `(batch, length)` of a padded batch, the flat places of its tokens, and its rows.
+
+    There may be a row more than the batch has: `filling` tokens that nothing reads.
+    """
 
     shape: torch.Size
     places: torch.Tensor
     rows: Rows
+    filling: int
 
     def take(self, padded: torch.Tensor) -> torch.Tensor:
         """`(1, tokens, ...)` from `(batch, length, ...)`."""
-        return padded.flatten(0, 1).index_select(0, self.places)[None]
+        filled = torch.cat([self.places, self.places[:1].expand(self.filling)]) if self.filling else self.places
+        return padded.flatten(0, 1).index_select(0, filled)[None]
 
     def put_back(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(batch, length, ...)` from `(1, tokens, ...)`, zeros where the padding is."""
         padded = tokens.new_zeros(self.shape.numel(), *tokens.shape[2:])
-        return padded.index_copy(0, self.places, tokens[0]).unflatten(0, self.shape)
+        return padded.index_copy(0, self.places, tokens[0, : len(self.places)]).unflatten(0, self.shape)
 
 
 class _Rows:
@@ -116,7 +121,17 @@ def _layout(named: dict[str, Any]) -> _Layout | None:
     lengths = mask.sum(1).tolist()
     if min(lengths) == 0:
         return None
-    return _Layout(mask.shape, mask.flatten().nonzero()[:, 0], Rows(lengths, mask.device))
+    filling = _filling(sum(lengths)) if mask.device.type == "cpu" else 0
+    rows = Rows([*lengths, filling] if filling else lengths, mask.device)
+    return _Layout(mask.shape, mask.flatten().nonzero()[:, 0], rows, filling)
+
+
+def _filling(tokens: int) -> int:
+    """How many tokens to add: on the CPU every new number of tokens makes oneDNN build and keep its kernels anew.
+
+    Filled up to the next of 32 to 64 sizes in each doubling, sizes come again.
+    """
+    return -tokens % max(8, 2 ** (tokens.bit_length() - 6))
 
 
 def _positions(base: PreTrainedModel, named: dict[str, Any]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from lora_hf.config import LoraConfig
 from lora_hf.injection import inject
 from lora_hf.kernels.attention import Rows, attend_rows
-from lora_hf.padding_free import ATTENTION, remove_padding
+from lora_hf.padding_free import ATTENTION, _filling, remove_padding
 from lora_hf.trainer import spare_work
 from tests import tolerances
 from tests.small import small_model, stir, token_ids
@@ -103,6 +103,14 @@ def test_dropped_attention_has_the_right_mean() -> None:
     assert not torch.equal(draws[0], draws[1])
     error = (draws.mean(0) - attend_rows(q, k, v, Rows(LENGTHS))).abs()
     assert (error < 6 * draws.std(0) / 400**0.5 + tolerances.PADDING_FREE_FP32).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 15, 209, 256, 1069, 4000])
+def test_the_numbers_of_tokens_are_few(tokens: int) -> None:
+    filled = tokens + _filling(tokens)
+    assert tokens <= filled < tokens + max(8, tokens / 16)
+    assert _filling(filled) == 0
+    assert len({size + _filling(size) for size in range(tokens, 2 * tokens)}) <= 65
 
 
 def test_left_padding_keeps_the_models_own_positions() -> None:
