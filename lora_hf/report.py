@@ -141,11 +141,42 @@ def _link(run: RunRecord) -> str:
     return f"[{_duration(run.timings['total'])}](results/e2e/lora.json)"
 
 
+def _speed(results: Path) -> str:
+    rows = []
+    for file in sorted((results / "speed").glob("*.json")):
+        record = _json(file)
+        work = record["work"]
+        name = f"[{work['model']}, {work['task']}](results/speed/{file.name})"
+        for side, measured in record["sides"].items():
+            ratio, speed = record["ratios"].get(f"lora/{side}"), measured["examples_per_second"]
+            memory = record["memory_ratios"].get(f"lora/{side}")
+            rows.append(
+                [
+                    name,
+                    side,
+                    f"{speed['median']:.1f} ({speed['min']:.1f} to {speed['max']:.1f})",
+                    f"{measured['tokens_per_second']['median']:,.0f}",
+                    _percent(measured["share_of_peak"]["median"]),
+                    f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "1",
+                    f"{(measured['memory']['above_base'] or 0) / 1e6:,.0f}",
+                    f"{memory:.2f}" if memory else "1",
+                ]
+            )
+    if not rows:
+        raise DataError(f"{results / 'speed'}: no records")
+    head = ["work (record)", "side", "examples/s", "tokens/s", "share of peak, %", "lora is faster, x"]
+    return _table([*head, "memory above base, MB", "lora needs, x"], rows, words=2)
+
+
 def _evidence(results: Path) -> dict[str, Any]:
+    return _json(results / "tiny-bases.json")
+
+
+def _json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads((results / "tiny-bases.json").read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{results / 'tiny-bases.json'}: not readable: {error}") from error
+        raise DataError(f"{file}: not readable: {error}") from error
 
 
 def _bases(results: Path) -> str:
@@ -186,6 +217,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "sst2": _sst2,
     "glue": _glue,
     "e2e": _e2e,
+    "speed": _speed,
     "tiny-bases": _bases,
     "tiny-fills": _fills,
     "tiny-continuations": _continuations,
