@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from lora_hf.errors import TrainingError
 from lora_hf.kernels.cross_entropy import token_losses
 
 IGNORED = -100  # the label of a token without loss
@@ -32,11 +33,15 @@ class CompletionOutput(ModelOutput):
 def score_labels_only(model: PreTrainedModel, smoothing: float = 0.0) -> bool:
     """Makes calls with labels skip all other logits; whether this model can be served so.
 
+    Its head must be frozen: the loss gives the head's weight no gradient.
+
     Args:
         smoothing: of the training loss (`kernels.cross_entropy.token_losses`); an evaluation's loss is the plain nll.
     """
     head = model.get_output_embeddings()
-    if model.config.model_type not in ("gpt2", "llama") or type(head) is not nn.Linear or head.bias is not None:
+    if model.config.model_type not in ("gpt2", "llama") or not isinstance(head, nn.Linear):
+        return False
+    if head.bias is not None or head.weight.requires_grad:
         return False
     model.forward = functools.wraps(model.forward)(functools.partial(_forward, model, model.forward, smoothing))
     return True
@@ -56,7 +61,9 @@ def _forward(
     hidden = model.base_model(*inputs, **named)[0]
     targets = labels[:, 1:]
     row, place = (targets != IGNORED).nonzero(as_tuple=True)
-    weight = model.get_output_embeddings().weight.detach()
+    weight = model.get_output_embeddings().weight
+    if weight.requires_grad:
+        raise TrainingError("the language model's head was frozen when its loss was set up, and is now to be trained")
     losses, nll = token_losses(hidden[row, place], weight, targets[row, place], smoothing if model.training else 0.0)
     count = len(row) if num_items_in_batch is None else num_items_in_batch
     sums = nll.new_zeros(len(labels), 2).index_add(0, row, torch.stack([nll, torch.ones_like(nll)], 1))

@@ -133,8 +133,7 @@ def _e2e(results: Path) -> str:
         scores = ["null" if value is None else f"{value:.4f}" for value in scored.metrics["all"].values()]
         writing = f"[{_duration(scored.timings['generate'])}](results/e2e/{file})"
         rows.append([name, *scores, perplexity, training, writing])
-    metrics = ScoreRecord.load(results / "e2e" / "scores-lora.json").metrics["all"]
-    return _table(["model", *metrics, "dev perplexity", "training (record)", "writing (record)"], rows)
+    return _table(["model", *scored.metrics["all"], "dev perplexity", "training (record)", "writing (record)"], rows)
 
 
 def _link(run: RunRecord) -> str:

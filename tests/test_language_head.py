@@ -9,9 +9,10 @@ import torch
 from transformers.trainer_pt_utils import LabelSmoother
 
 from lora_hf.config import LoraConfig
+from lora_hf.errors import TrainingError
 from lora_hf.injection import inject
 from lora_hf.language_head import score_labels_only
-from lora_hf.trainer import completion_loss
+from lora_hf.trainer import completion_loss, spare_work
 from tests.small import small_model, stir, token_ids
 from tests.tolerances import PARITY_FP32
 
@@ -56,7 +57,7 @@ def test_loss_gradients_and_row_sums_are_those_of_all_logits(kind: str, smoothin
 
 
 def test_an_evaluation_is_not_smoothed() -> None:
-    model = small_model("gpt2")
+    model = small_model("gpt2").requires_grad_(False)
     plain = model(**inputs()).loss
     score_labels_only(model, 0.3)
     assert torch.allclose(model(**inputs()).loss, plain, atol=PARITY_FP32)
@@ -65,7 +66,7 @@ def test_an_evaluation_is_not_smoothed() -> None:
 
 
 def test_calls_without_labels_are_what_they_were() -> None:
-    model = small_model("gpt2", bos_token_id=0, eos_token_id=0)
+    model = small_model("gpt2", bos_token_id=0, eos_token_id=0).requires_grad_(False)
     ids = token_ids()
     logits = model(input_ids=ids).logits
     names = set(inspect.signature(model.forward).parameters)
@@ -77,3 +78,23 @@ def test_calls_without_labels_are_what_they_were() -> None:
 def test_what_has_no_plain_head_is_left_alone() -> None:
     assert not score_labels_only(small_model("gpt2", 2))
     assert not score_labels_only(small_model("roberta", 2))
+
+
+def test_a_head_that_is_trained_keeps_its_gradient() -> None:
+    """Full fine-tuning: the head's weight, tied to the embedding, learns from both of its uses."""
+    found = []
+    for spared in (False, True):
+        model = small_model("gpt2")
+        if spared:
+            spare_work(model)
+        model(**inputs()).loss.backward()
+        found.append(model.get_input_embeddings().weight.grad)
+    assert torch.allclose(found[1], found[0], atol=PARITY_FP32)
+
+
+def test_a_head_that_is_unfrozen_later_is_refused() -> None:
+    model = small_model("gpt2").requires_grad_(False)
+    assert score_labels_only(model)
+    model.requires_grad_(True)
+    with pytest.raises(TrainingError, match="head was frozen when its loss was set up"):
+        model(**inputs())
