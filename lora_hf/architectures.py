@@ -23,12 +23,14 @@ class Architecture:
     """The projections of a model type by role, and the top-level modules that make its classification head.
 
     A head module is one that pretraining does not provide: it starts random, is always trained and always saved.
-    `plain_attention` is False where the attention is more than softmax of q times k, times v.
+    `plain_attention` is False where the attention is more than softmax of q times k, times v; `causal` is True where a
+    token sees only what stands before it.
     """
 
     projections: dict[str, Projection]
     head: tuple[str, ...]
     plain_attention: bool = True
+    causal: bool = False
 
 
 def _bert_like(layer: str) -> dict[str, Projection]:
@@ -53,6 +55,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "ffn_down": Projection("h.*.mlp.c_proj"),
         },
         head=("score",),
+        causal=True,
     ),
     "roberta": Architecture(projections=_bert_like("encoder.layer.*"), head=("classifier",)),
     "bert": Architecture(projections=_bert_like("encoder.layer.*"), head=("classifier",)),
@@ -88,5 +91,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             "ffn_down": Projection("layers.*.mlp.down_proj"),
         },
         head=("score",),
+        causal=True,
     ),
 }

@@ -103,6 +103,9 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
     bench.add_argument("--batch-size", type=int, metavar="N", help="default: 16, and 8 for generation")
     bench.add_argument("--dropout", type=float, default=0.0, metavar="P", help="lora_dropout of every side")
     bench.add_argument("--base-dropout", type=float, default=0.0, metavar="P", help="the base's own, on every side")
+    bench.add_argument(
+        "--group-by-prompt", action="store_true", help="generation: all rows of a prompt, which our sides group"
+    )
     bench.add_argument("--steps", type=int, default=10, metavar="N", help="optimiser steps of a round")
     bench.add_argument("--rounds", type=int, default=5, metavar="N", help="counted rounds, after one that is not")
     bench.add_argument(
@@ -298,7 +301,7 @@ def _benchmark(options: argparse.Namespace) -> None:
         },
         "task": {"name": options.task, "data_dir": options.data_dir},
         "lora": {"r": 16, "lora_alpha": 16, "lora_dropout": options.dropout, "targets": "all"},
-        "train": {"batch_size": size},
+        "train": {"batch_size": size, "group_by_prompt": options.group_by_prompt},
     }
     config = RunConfig.from_dict(sections, "benchmark")
     from lora_hf.benchmark.train import benchmark_train

@@ -158,6 +158,7 @@ class TrainConfig(_Section):
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     max_grad_norm: float = _value(1.0, low=0)  # 0: gradients are not clipped
     label_smoothing: float = _value(0.0, low=0, high=1)
+    group_by_prompt: bool = False  # generation: rows of one input together in a batch, where it is encoded once
     seed: int = _value(0, low=0)
     patience: int | None = _value(None, low=1)  # evaluations without a better score before the run stops early
     start_from: str | None = None  # an adapter whose LoRA weights (not its head) the run starts from

@@ -3,7 +3,8 @@
 At batch 16 half of what GLUE's padded batches hold is padding. After `remove_padding(model)` the model is called as
 ever, with a padded batch and its attention mask. In front of the base model the rows are laid one after the
 other, its attention keeps to each row, and behind it the hidden states are put back to `(batch, length, hidden)`, zeros
-where the padding was. Loss and gradients are those of the padded batch, to rounding.
+where the padding was. What rows of a causal model begin with alike is computed once (`kernels/prefixes.py`). Loss and
+gradients are those of the padded batch, to rounding.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lora_hf.architectures import ARCHITECTURES
 from lora_hf.kernels.attention import Rows, attend_rows
+from lora_hf.kernels.prefixes import Trees, share_prefixes
 
 ATTENTION = "lora_hf_rows"
 
@@ -55,25 +57,27 @@ def _unfit(model: PreTrainedModel) -> str | None:
 
 @dataclass
 class _Layout:
-    """The shape `(batch, length)` of a padded batch, the flat places of its tokens, and its rows.
+    """The shape `(batch, length)` of a padded batch, the flat places of its tokens, and the rows that are computed.
 
-    There may be a row more than the batch has: `filling` tokens that nothing reads.
+    `taken` are the places of the tokens that are computed, fewer than `places` where rows share a beginning, and at the
+    end some that nothing reads; `copies` has for each of `places` the number of its token among them, None: its own.
     """
 
     shape: torch.Size
     places: torch.Tensor
+    taken: torch.Tensor
+    copies: torch.Tensor | None
     rows: Rows
-    filling: int
 
     def take(self, padded: torch.Tensor) -> torch.Tensor:
         """`(1, tokens, ...)` from `(batch, length, ...)`."""
-        filled = torch.cat([self.places, self.places[:1].expand(self.filling)]) if self.filling else self.places
-        return padded.flatten(0, 1).index_select(0, filled)[None]
+        return padded.flatten(0, 1).index_select(0, self.taken)[None]
 
     def put_back(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(batch, length, ...)` from `(1, tokens, ...)`, zeros where the padding is."""
         padded = tokens.new_zeros(self.shape.numel(), *tokens.shape[2:])
-        return padded.index_copy(0, self.places, tokens[0, : len(self.places)]).unflatten(0, self.shape)
+        found = tokens[0, : len(self.places)] if self.copies is None else tokens[0].index_select(0, self.copies)
+        return padded.index_copy(0, self.places, found).unflatten(0, self.shape)
 
 
 class _Rows:
@@ -85,7 +89,7 @@ class _Rows:
 
     def before(self, base: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         named = dict(zip(self.parameters, inputs, strict=False)) | named
-        self.layout = _layout(named)
+        self.layout = _layout(base, named)
         if self.layout is None:
             return (), named
         named["position_ids"] = self.layout.take(_positions(base, named))
@@ -112,7 +116,7 @@ class _Rows:
         return output
 
 
-def _layout(named: dict[str, Any]) -> _Layout | None:
+def _layout(base: PreTrainedModel, named: dict[str, Any]) -> _Layout | None:
     """The layout of a batch; None without a mask, in generation, and where attentions or all states are asked for."""
     mask = named.get("attention_mask")
     special = ("past_key_values", "encoder_hidden_states", "output_attentions", "output_hidden_states")
@@ -121,9 +125,30 @@ def _layout(named: dict[str, Any]) -> _Layout | None:
     lengths = mask.sum(1).tolist()
     if min(lengths) == 0:
         return None
+    places = mask.flatten().nonzero()[:, 0]
+    taken, copies, sees = places, None, None
+    trees = _trees(base, named, places, lengths)
+    if trees is not None:
+        lengths, sees = trees.lengths, [*trees.sees]
+        taken, copies = places[trees.first.to(mask.device)], trees.copies.to(mask.device)
     filling = _filling(sum(lengths)) if mask.device.type == "cpu" else 0
-    rows = Rows([*lengths, filling] if filling else lengths, mask.device)
-    return _Layout(mask.shape, mask.flatten().nonzero()[:, 0], rows, filling)
+    if filling:
+        lengths, taken = [*lengths, filling], torch.cat([taken, taken[:1].expand(filling)])
+        sees = None if sees is None else [*sees, None]
+    return _Layout(mask.shape, places, taken, copies, Rows(lengths, mask.device, sees))
+
+
+def _trees(
+    base: PreTrainedModel, named: dict[str, Any], places: torch.Tensor, lengths: list[int]
+) -> Trees | None:
+    """The trees of a causal model's rows, where a token's id and place in its row are all that it depends on."""
+    other = ("inputs_embeds", "token_type_ids", "position_ids")
+    if not ARCHITECTURES[base.config.model_type].causal or any(named.get(name) is not None for name in other):
+        return None
+    if bool((named["attention_mask"].diff(dim=1) > 0).any()):
+        return None  # padded on the left or within: rows that begin alike stand at different positions
+    ids = named["input_ids"].flatten()[places].split(lengths)
+    return share_prefixes([row.tolist() for row in ids], base.config.hidden_size)
 
 
 def _filling(tokens: int) -> int:

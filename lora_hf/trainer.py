@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from lora_hf.adapters import restore_adapter, save_adapter
 from lora_hf.errors import TrainingError
 from lora_hf.injection import lora_layers
-from lora_hf.language_head import score_labels_only
+from lora_hf.language_head import IGNORED, score_labels_only
 from lora_hf.padding_free import remove_padding
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,49 @@ class RunTrainer(Trainer):
     no longer belong to the rows of the file.
     """
 
+    prompts: list[int] | None = None  # of the training rows: rows of one number come together
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        if self.prompts is None:
+            return super()._get_train_sampler(train_dataset)
+        return PromptSampler(self.prompts, self.args.seed)
+
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+
+class PromptSampler(torch.utils.data.Sampler):
+    """Rows in random order, those of one prompt together and among themselves in random order too.
+
+    In a batch of such rows a causal model computes the prompt once (`kernels/prefixes.py`).
+    """
+
+    def __init__(self, prompts: list[int], seed: int) -> None:
+        self.prompts = torch.tensor(prompts)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Every epoch has its own order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        rows = torch.randperm(len(self.prompts), generator=generator)
+        places = torch.randperm(int(self.prompts.max()) + 1, generator=generator)[self.prompts[rows]]
+        return iter(rows[places.argsort(stable=True)].tolist())
+
+
+def number_prompts(labels: Iterable[Sequence[int]], input_ids: Iterable[Sequence[int]]) -> list[int]:
+    """For each row the number of its prompt: the tokens in front of its first label."""
+    numbers: dict[tuple[int, ...], int] = {}
+    found = []
+    for row, ids in zip(labels, input_ids, strict=True):
+        length = next((place for place, label in enumerate(row) if label != IGNORED), len(row))
+        found.append(numbers.setdefault(tuple(ids[:length]), len(numbers)))
+    return found
 
 
 def spare_work(model: PreTrainedModel, smoothing: float = 0.0) -> dict[str, Any]:

@@ -56,6 +56,7 @@ from lora_hf.trainer import (
     RunTrainer,
     completion_loss,
     cuda_peak,
+    number_prompts,
     spare_work,
     use_callbacks,
 )
@@ -92,6 +93,8 @@ def train(config: RunConfig, resume: str | None = None, rows: Mapping[str, Datas
     started = time.time()
     config = replace(config, model=replace(config.model, precision=resolve(config.model.precision)))
     task = get_task(config.task.name)
+    if config.train.group_by_prompt and task.model_kind != "causal-lm":
+        raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave it out")
     folder, checkpoint = _run_folder(config, resume)
     set_seed(config.train.seed)
     rows = rows or task.load(config.task.data_dir, task.splits)
@@ -249,6 +252,9 @@ def _trainer(
         compute_metrics=lambda outcome: task.score(outcome.predictions, outcome.label_ids),
         preprocess_logits_for_metrics=completion_loss if generates else None,
     )
+    if config.train.group_by_prompt:
+        rows = encoded[task.train_split]
+        trainer.prompts = number_prompts(rows["labels"], rows["input_ids"])
     # A classifier's forward takes any keyword, so the Trainer believes that it divides its loss by the number of items
     # of all accumulated batches, and does not divide itself: gradients would grow with gradient_accumulation.
     trainer.model_accepts_loss_kwargs = generates

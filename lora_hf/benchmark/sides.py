@@ -27,7 +27,7 @@ from lora_hf.models import load_base, load_tokenizer
 from lora_hf.precision import Precision
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
-from lora_hf.trainer import AdapterTrainer, spare_work
+from lora_hf.trainer import AdapterTrainer, number_prompts, spare_work
 
 Build = Callable[["Setup"], Trainer]
 
@@ -113,10 +113,12 @@ def _head(setup: Setup) -> Trainer:
     return our_trainer(setup, inject_head(setup.base()))
 
 
-def our_trainer(setup: Setup, model: PreTrainedModel) -> Trainer:
+def our_trainer(setup: Setup, model: PreTrainedModel) -> AdapterTrainer:
     """How `lora_hf.training` trains `model` by default."""
     trainer = setup.trainer(model, AdapterTrainer, logging_nan_inf_filter=False, **spare_work(model))
     trainer.model_accepts_loss_kwargs = setup.task.model_kind == "causal-lm"
+    if setup.config.train.group_by_prompt:
+        trainer.prompts = number_prompts(setup.rows["labels"], setup.rows["input_ids"])
     return trainer
 
 

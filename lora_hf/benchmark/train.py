@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from lora_hf.precision import resolve
 from lora_hf.records import git_state, machine, versions
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
+from lora_hf.trainer import PromptSampler, number_prompts
 from lora_hf.training import encode
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,7 @@ def benchmark_train(
             "lora": plain["lora"],
             "base_dropout": config.model.dropout,
             "precision": config.model.precision,
+            "group_by_prompt": config.train.group_by_prompt,
             "lr": config.train.lr,
             "seed": config.train.seed,
         },
@@ -145,17 +148,16 @@ def take_turns(sides: Mapping[str, Side], rounds: int) -> dict[str, list[dict[st
     return measured
 
 
-def spread_batches(lengths: Sequence[int], batch_size: int, steps: int) -> list[int]:
-    """The rows of `steps` whole batches, evenly spaced over the rows in order of length.
+def spread_batches(order: Sequence[int], batch_size: int, steps: int) -> list[int]:
+    """The rows of `steps` whole batches, evenly spaced over rows that stand in order of length.
 
     Grouping so few rows by length leaves more padding than grouping an epoch, where 50 batches are sorted at a time.
     Taken like this, the sides that group have the padding that they would have in an epoch, and the lengths are
     those of all rows.
     """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     whole = len(order) // batch_size
     if whole <= steps:
-        return order[: steps * batch_size]
+        return list(order[: steps * batch_size])
     chosen = [int((number + 0.5) * whole / steps) for number in range(steps)]
     return [index for batch in chosen for index in order[batch * batch_size : (batch + 1) * batch_size]]
 
@@ -166,13 +168,31 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def _rows(config: RunConfig, task: Task, steps: int) -> list[dict[str, Any]]:
-    """The encoded rows of a round, at their real lengths."""
+    """The encoded rows of a round, at their real lengths; with `group_by_prompt` all rows of the prompts among them."""
     rows = task.load(config.task.data_dir, [task.train_split])[task.train_split]
     pool = max(MEGABATCH, steps) * config.train.batch_size
-    rows = rows.shuffle(seed=config.train.seed).select(range(min(len(rows), pool)))
-    encoded = encode(task, rows, load_tokenizer(config.model), config.task.max_length)
-    lengths = [len(ids) for ids in encoded["input_ids"][:]][:pool]  # a row with several references gives several
-    return encoded.select(spread_batches(lengths, config.train.batch_size, steps)).to_list()
+    tokenizer = load_tokenizer(config.model)
+    if config.train.group_by_prompt:
+        encoded = encode(task, rows, tokenizer, config.task.max_length)
+        encoded = encoded.select(list(islice(PromptSampler(_prompts(encoded), config.train.seed), pool)))
+    else:
+        rows = rows.shuffle(seed=config.train.seed).select(range(min(len(rows), pool)))
+        encoded = encode(task, rows, tokenizer, config.task.max_length)
+        encoded = encoded.select(range(min(len(encoded), pool)))  # a row with several references gives several
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    if config.train.group_by_prompt:
+        prompts = _prompts(encoded)
+        longest = [0] * len(prompts)
+        for prompt, length in zip(prompts, lengths, strict=True):
+            longest[prompt] = max(longest[prompt], length)
+        order = sorted(range(len(lengths)), key=lambda row: (-longest[prompts[row]], prompts[row]))
+    else:
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    return encoded.select(spread_batches(order, config.train.batch_size, steps)).to_list()
+
+
+def _prompts(encoded: Any) -> list[int]:
+    return number_prompts(encoded["labels"], encoded["input_ids"])
 
 
 def _machine() -> dict[str, Any]:

@@ -18,18 +18,29 @@ LIKE = 0.6  # rows of at least this share of the longest of their group are padd
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows of like length: their numbers, the length they are padded to, and where they are padded."""
+    """Rows of like length, the length they are padded to, where they are padded, and what stays unseen."""
 
     index: torch.Tensor  # (rows, length): the token at each place, 0 where there is none
     length: int
     outside: torch.Tensor | None  # (rows, length): True where there is no token; None where there is none such
+    unseen: torch.Tensor | None  # (rows, length, length): True where a token does not see another; None: by is_causal
 
 
 class Rows:
-    """The rows of a batch of `tokens`, made once and used by every layer."""
+    """The rows of a batch of `tokens`, made once and used by every layer.
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+    `sees[i]`, where it is not None, is `(length, length)` and True where a token of row i sees another of it: a tree of
+    several causal rows that begin alike. Other rows are then taken to be causal.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        sees: Sequence[torch.Tensor | None] | None = None,
+    ) -> None:
         self.lengths = tuple(lengths)
+        self.sees = sees
         self.device = torch.device(device)
         self.tokens = sum(self.lengths)
         self.ends = torch.tensor([0, *self.lengths], device=device).cumsum(0).int()
@@ -52,8 +63,17 @@ class Rows:
             outside = places >= torch.tensor([self.lengths[row] for row in rows])[:, None]
             index = (places + torch.tensor([starts[row] for row in rows])[:, None]).masked_fill(outside, 0)
             ragged = outside.to(self.device) if bool(outside.any()) else None
-            groups.append(_Group(index.to(self.device), length, ragged))
+            groups.append(_Group(index.to(self.device), length, ragged, self._unseen(rows, length)))
         return groups
+
+    def _unseen(self, rows: list[int], length: int) -> torch.Tensor | None:
+        if self.sees is None:
+            return None
+        unseen = torch.ones(length, length, dtype=torch.bool).triu_(1).repeat(len(rows), 1, 1)
+        for number, row in enumerate(rows):
+            if (sees := self.sees[row]) is not None:
+                unseen[number, : len(sees), : len(sees)] = ~sees
+        return unseen.to(self.device)
 
     def indices(self, heads: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For each group where its `(rows, heads, length)` vectors are taken from and put back, among `tokens * heads`.
@@ -97,7 +117,7 @@ def attend_rows(
     if shared > 1:
         key, value = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
-    if query.is_cuda and dropout == 0 and query.dtype in (torch.bfloat16, torch.float16):
+    if query.is_cuda and dropout == 0 and rows.sees is None and query.dtype in (torch.bfloat16, torch.float16):
         return _attend_on_gpu(query, key, value, rows, scale, is_causal)
     query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
     if dropout == 0:
@@ -156,12 +176,14 @@ def _take(tensor: torch.Tensor, taken: torch.Tensor, length: int) -> torch.Tenso
 def _weights(q: torch.Tensor, k: torch.Tensor, group: _Group, is_causal: bool) -> torch.Tensor:
     """`(rows * heads, length, length)`: softmax over the keys of a row; zeros for queries that are padding."""
     scores = torch.bmm(q, k.transpose(1, 2))
-    if is_causal:
+    by_row = scores.view(len(group.index), -1, group.length, group.length)
+    if group.unseen is not None:
+        by_row.masked_fill_(group.unseen[:, None], -torch.inf)
+    elif is_causal:
         hidden = torch.ones(group.length, group.length, dtype=torch.bool, device=q.device).triu_(1)
         scores.masked_fill_(hidden, -torch.inf)
     if group.outside is None:
         return scores.softmax(-1)
-    by_row = scores.view(len(group.outside), -1, group.length, group.length)
     by_row.masked_fill_(group.outside[:, None, None, :], -torch.inf)
     weights = by_row.softmax(-1)
     # Zero rows keep the padding's garbage out of every gradient.
@@ -187,6 +209,9 @@ def _attend_row_by_row(
     """Row by row through torch's own attention, the only one that drops attention weights."""
     made = []
     by_row = (tensor.transpose(0, 1).split(list(rows.lengths), 1) for tensor in (query, key, value))
-    for q, k, v in zip(*by_row, strict=True):
-        made.append(scaled_dot_product_attention(q, k, v, None, dropout, is_causal, scale=scale))
+    for row, (q, k, v) in enumerate(zip(*by_row, strict=True)):
+        sees = None if rows.sees is None else rows.sees[row]
+        if sees is not None:
+            sees = sees.to(q.device)
+        made.append(scaled_dot_product_attention(q, k, v, sees, dropout, is_causal and sees is None, scale=scale))
     return torch.cat(made, 1).transpose(0, 1)

@@ -135,7 +135,7 @@ def test_rates_are_of_the_shapes_asked_for() -> None:
 
 def test_batches_are_spread_over_the_lengths() -> None:
     lengths = list(range(100))
-    chosen = spread_batches(lengths, batch_size=5, steps=2)
+    chosen = spread_batches(list(reversed(lengths)), batch_size=5, steps=2)
     # 20 batches of 5 from the longest to the shortest, of which the 6th and the 16th are taken.
     assert [lengths[index] for index in chosen] == [74, 73, 72, 71, 70, 24, 23, 22, 21, 20]
     assert sorted(spread_batches(lengths[:7], batch_size=5, steps=2)) == list(range(7))
