@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import yaml
 from datasets import Dataset
-from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
@@ -33,6 +32,7 @@ from lora_hf.adapter_file import read_adapter
 from lora_hf.adapters import copy_lora_weights, save_adapter
 from lora_hf.config import RunConfig
 from lora_hf.curves import draw_curves
+from lora_hf.encoding import encode
 from lora_hf.errors import ConfigError, TrainingError
 from lora_hf.injection import count_parameters, inject_at, inject_head, plan
 from lora_hf.models import load_base, load_tokenizer
@@ -177,18 +177,6 @@ def train(config: RunConfig, resume: str | None = None, rows: Mapping[str, Datas
     draw_curves(record, folder / "curves.png")
     record.save(folder)
     return run
-
-
-def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """The rows of a split as model inputs, unpadded, nothing else kept."""
-    limit = min(max_length, tokenizer.model_max_length)
-    disable_progress_bar()
-    try:
-        return rows.map(
-            lambda batch: task.encode(batch, tokenizer, limit), batched=True, remove_columns=rows.column_names
-        )
-    finally:
-        enable_progress_bar()
 
 
 def _arguments(config: RunConfig, task: Task, folder: Path, of_model: dict[str, Any]) -> HFArguments:

@@ -21,6 +21,7 @@ import torch
 from lora_hf.benchmark.process import SideProcess
 from lora_hf.benchmark.work import OURS, PEAK, PEERS, Work, sides_of
 from lora_hf.config import RunConfig
+from lora_hf.encoding import encode
 from lora_hf.errors import ConfigError
 from lora_hf.models import load_tokenizer
 from lora_hf.precision import resolve
@@ -28,7 +29,6 @@ from lora_hf.records import git_state, machine, versions
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
 from lora_hf.trainer import PromptSampler, number_prompts
-from lora_hf.training import encode
 
 logger = logging.getLogger(__name__)
 

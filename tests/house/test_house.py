@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "records", "architectures"),
     ("kernels", "metrics", "tiny", "offline", "precision", "curves"),
     ("layers", "tasks"),
-    ("models", "injection", "padding_free", "language_head", "fingerprint", "adapter_file", "rows", "references"),
+    ("models", "injection", "padding_free", "language_head", "fingerprint", "adapter_file", "rows", "references", "encoding"),
     ("adapters", "saved"),
     ("trainer", "hub", "loading"),
     ("training", "inference", "generation"),

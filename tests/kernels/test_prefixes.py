@@ -54,7 +54,8 @@ def test_loss_and_every_gradient_are_those_of_the_rows_one_by_one(kind: str) -> 
         if free:
             remove_padding(model)
             layout = _layout(model.base_model, inputs)
-            assert layout is not None and layout.copies is not None, "the rows do share"
+            assert layout is not None
+            assert layout.copies is not None, "the rows do share"
         loss = model(**inputs).loss
         loss.backward()
         losses.append(loss.detach())
@@ -84,7 +85,8 @@ def test_what_depends_on_more_than_the_tokens_is_not_shared(change: str) -> None
     if change == "left":
         inputs = {name: tensor.flip(1) for name, tensor in inputs.items()}
     layout = _layout(model.base_model, inputs)
-    assert layout is not None and layout.copies is None
+    assert layout is not None
+    assert layout.copies is None
 
 
 def test_rows_of_a_prompt_come_together_and_in_another_order_each_epoch() -> None:

@@ -16,7 +16,7 @@ from lora_hf.injection import inject
 from lora_hf.models import load_base, load_tokenizer
 from lora_hf.tasks.table import get_task
 from lora_hf.trainer import spare_work
-from lora_hf.training import encode
+from lora_hf.encoding import encode
 from tests.tolerances import BF16_LOSS_RTOL, FAST_TRAINING_FP32
 
 STEPS, ROWS = 50, 8
