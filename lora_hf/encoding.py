@@ -8,9 +8,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, config
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from transformers import PreTrainedTokenizerBase
 
@@ -24,8 +23,8 @@ KEPT_FROM = 2000  # rows; fewer are tokenised again in less time than it takes t
 def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """The rows of a split as model inputs, unpadded, nothing else kept.
 
-    The tokens of many rows are kept under `$HF_DATASETS_CACHE/lora_hf`, which may be deleted at any time. They are found
-    again by all that they depend on: the rows themselves, the tokenizer, the length, and the code of the tasks.
+    The tokens of many rows are kept under `$HF_DATASETS_CACHE/lora_hf`, which may be deleted at any time. They are
+    found again by all that they depend on: the rows themselves, the tokenizer, the length, the code of the tasks.
     """
     limit = min(max_length, tokenizer.model_max_length)
     options: dict[str, Any] = {"batched": True, "remove_columns": rows.column_names}
@@ -39,7 +38,7 @@ def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_le
         if len(rows) < KEPT_FROM or backend is None:
             return rows.map(tokens, **options)
         key = _key(task, rows, tokenizer, backend.to_str(), limit)
-        file = Path(datasets.config.HF_DATASETS_CACHE) / "lora_hf" / f"{task.name}-{key[:32]}.arrow"
+        file = Path(config.HF_DATASETS_CACHE) / "lora_hf" / f"{task.name}-{key[:32]}.arrow"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             return rows.map(tokens, **options, cache_file_name=str(file), new_fingerprint=key[:16])
@@ -55,7 +54,8 @@ def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_le
 
 
 def _key(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, backend: str, limit: int) -> str:
-    table, buffer = rows.with_format("arrow")[:], pa.BufferOutputStream()
+    table: Any = rows.with_format("arrow")[:]
+    buffer = pa.BufferOutputStream()
     with pa.ipc.new_stream(buffer, table.schema.remove_metadata()) as stream:
         stream.write_table(table.replace_schema_metadata().combine_chunks())
     found = hashlib.sha256(buffer.getvalue())
@@ -66,4 +66,3 @@ def _key(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, backend:
     for source in sorted((Path(__file__).parent / "tasks").glob("*.py")):
         found.update(source.read_bytes())
     return found.hexdigest()
-

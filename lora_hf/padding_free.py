@@ -138,9 +138,7 @@ def _layout(base: PreTrainedModel, named: dict[str, Any]) -> _Layout | None:
     return _Layout(mask.shape, places, taken, copies, Rows(lengths, mask.device, sees))
 
 
-def _trees(
-    base: PreTrainedModel, named: dict[str, Any], places: torch.Tensor, lengths: list[int]
-) -> Trees | None:
+def _trees(base: PreTrainedModel, named: dict[str, Any], places: torch.Tensor, lengths: list[int]) -> Trees | None:
     """The trees of a causal model's rows, where a token's id and place in its row are all that it depends on."""
     other = ("inputs_embeds", "token_type_ids", "position_ids")
     if not ARCHITECTURES[base.config.model_type].causal or any(named.get(name) is not None for name in other):

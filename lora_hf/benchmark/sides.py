@@ -113,9 +113,9 @@ def _head(setup: Setup) -> Trainer:
     return our_trainer(setup, inject_head(setup.base()))
 
 
-def our_trainer(setup: Setup, model: PreTrainedModel) -> AdapterTrainer:
+def our_trainer(setup: Setup, model: PreTrainedModel) -> Trainer:
     """How `lora_hf.training` trains `model` by default."""
-    trainer = setup.trainer(model, AdapterTrainer, logging_nan_inf_filter=False, **spare_work(model))
+    trainer: Any = setup.trainer(model, AdapterTrainer, logging_nan_inf_filter=False, **spare_work(model))
     trainer.model_accepts_loss_kwargs = setup.task.model_kind == "causal-lm"
     if setup.config.train.group_by_prompt:
         trainer.prompts = number_prompts(setup.rows["labels"], setup.rows["input_ids"])

@@ -29,7 +29,7 @@ class Trees:
     sees: list[torch.Tensor | None]
 
 
-def share_prefixes(rows: Sequence[Sequence[int]], hidden: int) -> Trees | None:
+def share_prefixes(rows: Sequence[list[int]], hidden: int) -> Trees | None:
     """The trees of rows of token ids, for a model of this hidden size; None where no row shares enough to pay.
 
     A row joins a tree where the projections of the tokens it shares cost more than the attention of a longer sequence.
@@ -40,7 +40,7 @@ def share_prefixes(rows: Sequence[Sequence[int]], hidden: int) -> Trees | None:
     first: list[int] = []
     copies = [0] * starts[-1]
     trees: list[list[tuple[list[int], int]]] = []  # the path of each row among its tree's tokens; how much is shared
-    size, previous = 0, ()
+    size, previous = 0, list[int]()
     # In order of their tokens, the row that shares most with a row stands beside it.
     for index in sorted(range(len(rows)), key=lambda number: rows[number]):
         row = rows[index]

@@ -12,11 +12,11 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 
 from lora_hf import layers
 from lora_hf.config import LoraConfig, ModelConfig
+from lora_hf.encoding import encode
 from lora_hf.injection import inject
 from lora_hf.models import load_base, load_tokenizer
 from lora_hf.tasks.table import get_task
 from lora_hf.trainer import spare_work
-from lora_hf.encoding import encode
 from tests.tolerances import BF16_LOSS_RTOL, FAST_TRAINING_FP32
 
 STEPS, ROWS = 50, 8

@@ -1,0 +1,86 @@
+"""`benchmark`: measure methods and libraries side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from lora_hf.commands.output import print_json
+from lora_hf.errors import ConfigError
+
+
+def add(verbs: Any) -> None:
+    """Describes the verb."""
+    parser = verbs.add_parser("benchmark", help="measure methods and libraries side by side")
+    parser.add_argument("what", choices=["train"], help="what to measure")
+    parser.add_argument("--model", default="tiny-roberta", metavar="NAME")
+    parser.add_argument("--init", default="pretrained", choices=["pretrained", "random"])
+    parser.add_argument("--tokenizer", metavar="NAME", help="a hub id or folder, where it is not the model's own")
+    parser.add_argument(
+        "--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of our frozen base"
+    )
+    parser.add_argument("--task", default="rule-sentiment", metavar="NAME")
+    parser.add_argument("--data-dir", metavar="DIR")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="default: 16, and 8 for generation")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="lora_dropout of every side")
+    parser.add_argument("--base-dropout", type=float, default=0.0, metavar="P", help="the base's own, on every side")
+    parser.add_argument(
+        "--group-by-prompt", action="store_true", help="generation: all rows of a prompt, which our sides group"
+    )
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="optimiser steps of a round")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="counted rounds, after one that is not")
+    parser.add_argument(
+        "--against",
+        default="full",
+        metavar="SIDE,...",
+        help="peft (peft-default and peft-best), loralib, full, head, frozen (no adapter: the bound)",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the whole record there")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures, and prints a line a side."""
+    from lora_hf.config import RunConfig
+    from lora_hf.tasks.table import get_task
+
+    if options.output and not options.output.parent.is_dir():
+        raise ConfigError(f"--output {options.output}: there is no folder {options.output.parent}")
+    size = options.batch_size
+    if size is None:
+        size = 8 if get_task(options.task).model_kind == "causal-lm" else 16
+    sections: dict[str, dict[str, Any]] = {
+        "model": {
+            "name": options.model,
+            "init": options.init,
+            "tokenizer": options.tokenizer,
+            "precision": options.precision,
+            "dropout": options.base_dropout,
+        },
+        "task": {"name": options.task, "data_dir": options.data_dir},
+        "lora": {"r": 16, "lora_alpha": 16, "lora_dropout": options.dropout, "targets": "all"},
+        "train": {"batch_size": size, "group_by_prompt": options.group_by_prompt},
+    }
+    config = RunConfig.from_dict(sections, "benchmark")
+    from lora_hf.benchmark.train import benchmark_train
+
+    result = benchmark_train(config, options.against.split(","), options.steps, options.rounds)
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if options.json:
+        print_json(result)
+        return
+    for name, side in result["sides"].items():
+        speed, memory = side["examples_per_second"], side["memory"]["above_base"]
+        spread = f"{speed['median']:9.2f} examples/s ({speed['min']:.2f} to {speed['max']:.2f})"
+        share = f"{side['share_of_peak']['median']:6.1%} of the matrix peak"
+        print(f"{name:13}{spread}  {share}  {(memory or 0) / 1e6:8.1f} MB above the base")
+    for name, ratio in result["ratios"].items():
+        memory = result["memory_ratios"].get(name)
+        print(
+            f"{name:18} {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
+            + (f", memory {memory:.2f}x" if memory else "")
+        )

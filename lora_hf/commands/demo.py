@@ -1,0 +1,27 @@
+"""`demo`: fine-tune the embedded bases on embedded data."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lora_hf.commands.output import print_json
+
+
+def add(verbs: Any) -> None:
+    """Describes the verb."""
+    parser = verbs.add_parser("demo", help="fine-tune the embedded tiny bases on embedded data, in under two minutes")
+    parser.add_argument("--output", default="outputs", metavar="DIR")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains, answers, and prints the table."""
+    from lora_hf.demo import demo
+
+    report = demo(options.output)
+    if options.json:
+        print_json(report.to_dict())
+    else:
+        print(report.table())

@@ -1,0 +1,38 @@
+"""What the verbs say on standard output, and the bars they show on standard error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lora_hf.errors import ConfigError
+
+
+def progress(items: Any, total: int | None = None) -> Any:
+    """The items behind a progress bar, where standard error is a terminal."""
+    from tqdm.auto import tqdm
+
+    return tqdm(items, total=total, leave=False, disable=None)  # None: only on a terminal
+
+
+def shown(value: float | None) -> str:
+    """A score with four decimals; null where there is none."""
+    return "null" if value is None else f"{value:.4f}"
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Writes a JSON object a line.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {path}: cannot be written: {error.strerror}") from error
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on one line."""
+    print(json.dumps(value, ensure_ascii=False))
