@@ -124,6 +124,10 @@ class LoraLinear(nn.Module):
             return self.base_layer(x)
         return self.adapters[self.active](self.base_layer, x)
 
+    def delta_weight(self, name: str) -> torch.Tensor:
+        """What adapter `name` adds to the base weight: fp32 `(out, in)`, also where the base is stored `(in, out)`."""
+        return self.adapters[name].delta_weight(self.out_features)
+
     @torch.no_grad()
     def merge(self) -> None:
         """Adds the active adapter to the base weight: summed in fp32, rounded once. Merging again changes nothing."""
@@ -131,7 +135,7 @@ class LoraLinear(nn.Module):
             return
         self.unmerge()
         weight = self.weight
-        delta = self.adapters[self.active].delta_weight(self.out_features)
+        delta = self.delta_weight(self.active)
         self.unmerged_weight = weight.detach().clone()
         weight.copy_(weight.float() + (delta.T if isinstance(self.base_layer, Conv1D) else delta))
         self.merged = self.active
