@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         set_adapter,
         unmerge,
     )
+    from lora_hf.mixing import mix_adapters, unload_adapter, use_adapter
 
 _HOME = {
     "LoraConfig": "config",
@@ -33,10 +34,13 @@ _HOME = {
     "lora_state_dict": "injection",
     "mark_only_lora_as_trainable": "injection",
     "merge": "injection",
+    "mix_adapters": "mixing",
     "plan": "injection",
     "save_adapter": "adapters",
     "set_adapter": "injection",
+    "unload_adapter": "mixing",
     "unmerge": "injection",
+    "use_adapter": "mixing",
 }
 
 __all__ = [
@@ -50,10 +54,13 @@ __all__ = [
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",
+    "mix_adapters",
     "plan",
     "save_adapter",
     "set_adapter",
+    "unload_adapter",
     "unmerge",
+    "use_adapter",
 ]
 
 
