@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lora_hf.errors import DataError
+from lora_hf.markdown import minutes, percent, table
 from lora_hf.records import RunRecord, ScoreRecord
+from lora_hf.speed_tables import answering, profiles, speed, speed_machines, switching
 
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -65,41 +67,27 @@ def _runs(folder: Path) -> list[tuple[Path, RunRecord]]:
     return [(file, RunRecord.load(file)) for file in files]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table; the first columns hold `words`, the others numbers."""
-    lines = [" | ".join(head), " | ".join("---" if index < words else "---:" for index in range(len(head)))]
-    return "\n".join(f"| {line} |" for line in [*lines, *(" | ".join(row) for row in rows)])
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min"
-
-
 def _sst2(results: Path) -> str:
     runs = _runs(results / "sst2")
     runs.sort(key=lambda run: run[1].metrics["validation"]["accuracy"])
-    rows = [["always the commonest class", _percent(runs[0][1].majority["validation"]["accuracy"]), *["-"] * 7]]
+    rows = [["always the commonest class", percent(runs[0][1].majority["validation"]["accuracy"]), *["-"] * 7]]
     for file, record in runs:
         train, counts = record.config["train"], record.parameters
         rows.append(
             [
                 describe(record),
-                _percent(record.metrics["validation"]["accuracy"]),
+                percent(record.metrics["validation"]["accuracy"]),
                 f"{counts['trainable']:,}",
-                _percent(counts["trainable"] / counts["total"]),
+                percent(counts["trainable"] / counts["total"]),
                 f"{sum(record.files.values()) / 1e6:.2f}",
                 f"{train['epochs']:g}",
                 f"{train['lr']:g}",
-                _duration(record.timings["train"]),
+                minutes(record.timings["train"]),
                 f"[{record.rows['train']:,}](results/sst2/{file.name})",
             ]
         )
     head = ["run", "accuracy, %", "trained", "of all, %", "file, MB", "epochs", "lr", "training", "rows (record)"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _glue(results: Path) -> str:
@@ -119,7 +107,7 @@ def _glue(results: Path) -> str:
                     ]
                 )
     head = ["task", "metric", "score", "one answer", "training rows", "scored rows", "best step (record)"]
-    return _table(head, rows, words=2)
+    return table(head, rows, words=2)
 
 
 def _e2e(results: Path) -> str:
@@ -131,40 +119,13 @@ def _e2e(results: Path) -> str:
     ):
         scored = ScoreRecord.load(results / "e2e" / file)
         scores = ["null" if value is None else f"{value:.4f}" for value in scored.metrics["all"].values()]
-        writing = f"[{_duration(scored.timings['generate'])}](results/e2e/{file})"
+        writing = f"[{minutes(scored.timings['generate'])}](results/e2e/{file})"
         rows.append([name, *scores, perplexity, training, writing])
-    return _table(["model", *scored.metrics["all"], "dev perplexity", "training (record)", "writing (record)"], rows)
+    return table(["model", *scored.metrics["all"], "dev perplexity", "training (record)", "writing (record)"], rows)
 
 
 def _link(run: RunRecord) -> str:
-    return f"[{_duration(run.timings['total'])}](results/e2e/lora.json)"
-
-
-def _speed(results: Path) -> str:
-    rows = []
-    for file in sorted((results / "speed").glob("*.json")):
-        record = _json(file)
-        work = record["work"]
-        name = f"[{work['model']}, {work['task']}](results/speed/{file.name})"
-        for side, measured in record["sides"].items():
-            ratio, speed = record["ratios"].get(f"lora/{side}"), measured["examples_per_second"]
-            memory = record["memory_ratios"].get(f"lora/{side}")
-            rows.append(
-                [
-                    name,
-                    side,
-                    f"{speed['median']:.1f} ({speed['min']:.1f} to {speed['max']:.1f})",
-                    f"{measured['tokens_per_second']['median']:,.0f}",
-                    _percent(measured["share_of_peak"]["median"]),
-                    f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "1",
-                    f"{(measured['memory']['above_base'] or 0) / 1e6:,.0f}",
-                    f"{memory:.2f}" if memory else "1",
-                ]
-            )
-    if not rows:
-        raise DataError(f"{results / 'speed'}: no records")
-    head = ["work (record)", "side", "examples/s", "tokens/s", "share of peak, %", "lora is faster, x"]
-    return _table([*head, "memory above base, MB", "lora needs, x"], rows, words=2)
+    return f"[{minutes(run.timings['total'])}](results/e2e/lora.json)"
 
 
 def _evidence(results: Path) -> dict[str, Any]:
@@ -193,7 +154,7 @@ def _bases(results: Path) -> str:
         for name, base in _evidence(results).items()
     ]
     head = ["base", "parameters", "file, MB", "tokens trained on, M", "tokens of text, M", "minutes", "held-out loss"]
-    return _table([*head, "perplexity"], rows)
+    return table([*head, "perplexity"], rows)
 
 
 def _fills(results: Path) -> str:
@@ -201,13 +162,13 @@ def _fills(results: Path) -> str:
         [row["sentence"].replace("<mask>", "**[?]**"), ", ".join(f"{word} {p:.2f}" for word, p in row["fills"].items())]
         for row in _evidence(results)["tiny-roberta"]["fills"]
     ]
-    return _table(["sentence", "the five likeliest words"], rows, words=2)
+    return table(["sentence", "the five likeliest words"], rows, words=2)
 
 
 def _continuations(results: Path) -> str:
     rows = _evidence(results)["tiny-gpt2"]["continuations"]
     head = ["prompt", "likeliest continuation", "sampled (top-p 0.9, temperature 0.8)"]
-    return _table(
+    return table(
         head, [[" ".join(row[key].split()) for key in ("prompt", "greedy", "sampled")] for row in rows], words=3
     )
 
@@ -216,7 +177,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "sst2": _sst2,
     "glue": _glue,
     "e2e": _e2e,
-    "speed": _speed,
+    "speed": speed,
+    "speed-machines": speed_machines,
+    "profiles": profiles,
+    "answering": answering,
+    "switching": switching,
     "tiny-bases": _bases,
     "tiny-fills": _fills,
     "tiny-continuations": _continuations,

@@ -26,7 +26,6 @@ from lora_hf.errors import ConfigError
 from lora_hf.models import load_tokenizer
 from lora_hf.precision import resolve
 from lora_hf.records import git_state, machine, versions
-from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
 from lora_hf.trainer import PromptSampler, number_prompts
 
@@ -63,7 +62,7 @@ def benchmark_train(
     if steps < 1 or rounds < 1:
         raise ConfigError(f"--steps {steps} --rounds {rounds}: expected at least 1 of each")
     config = replace(config, model=replace(config.model, precision=resolve(config.model.precision)))
-    rows = _rows(config, task, steps)
+    rows = work_rows(config, steps)
     plain = config.to_dict()
     with ExitStack() as stack:
         sides: dict[str, SideProcess] = {}
@@ -167,8 +166,9 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def _rows(config: RunConfig, task: Task, steps: int) -> list[dict[str, Any]]:
+def work_rows(config: RunConfig, steps: int) -> list[dict[str, Any]]:
     """The encoded rows of a round, at their real lengths; with `group_by_prompt` all rows of the prompts among them."""
+    task = get_task(config.task.name)
     rows = task.load(config.task.data_dir, [task.train_split])[task.train_split]
     pool = max(MEGABATCH, steps) * config.train.batch_size
     tokenizer = load_tokenizer(config.model)

@@ -14,7 +14,7 @@ from lora_hf.errors import ConfigError
 def add(verbs: Any) -> None:
     """Describes the verb."""
     parser = verbs.add_parser("benchmark", help="measure methods and libraries side by side")
-    parser.add_argument("what", choices=["train", "infer"], help="training steps, or answering rows of eight adapters")
+    parser.add_argument("what", choices=["train", "infer", "profile"], help="see docs/results.md")
     parser.add_argument("--model", default="tiny-roberta", metavar="NAME")
     parser.add_argument("--init", default="pretrained", choices=["pretrained", "random"])
     parser.add_argument("--tokenizer", metavar="NAME", help="a hub id or folder, where it is not the model's own")
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     if options.output and not options.output.parent.is_dir():
         raise ConfigError(f"--output {options.output}: there is no folder {options.output.parent}")
     size = options.batch_size
-    if size is None and options.what == "train":
+    if size is None and options.what != "infer":
         size = 8 if get_task(options.task).model_kind == "causal-lm" else 16
     sections: dict[str, dict[str, Any]] = {
         "model": {
@@ -81,6 +81,10 @@ def run(options: argparse.Namespace) -> None:
         from lora_hf.benchmark.infer import benchmark_infer
 
         result = benchmark_infer(config, options.rows, options.rounds)
+    elif options.what == "profile":
+        from lora_hf.benchmark.profile import profile_train
+
+        result = profile_train(config, options.steps)
     else:
         from lora_hf.benchmark.train import benchmark_train
 
@@ -90,11 +94,13 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print_json(result)
         return
-    for name, side in result["sides"].items():
+    for purpose, share in result.get("shares", {}).items():
+        print(f"{purpose:32}{share:6.1%}")
+    for name, side in result.get("sides", {}).items():
         print(
             f"{name:18}{_spread(side['rows_per_second'])} rows/s" if options.what == "infer" else _trained(name, side)
         )
-    for name, ratio in result["ratios"].items():
+    for name, ratio in result.get("ratios", {}).items():
         memory = result.get("memory_ratios", {}).get(name)
         print(f"{name:22} {_spread(ratio)}x" + (f", memory {memory:.2f}x" if memory else ""))
 

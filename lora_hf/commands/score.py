@@ -12,7 +12,7 @@ from lora_hf.commands.output import print_json, shown
 
 def add(verbs: Any) -> None:
     """Describes the verb."""
-    parser = verbs.add_parser("score", help="parser a file of texts as the official scorer does")
+    parser = verbs.add_parser("score", help="score a file of texts as the official scorer does")
     parser.add_argument("--task", required=True, metavar="NAME", help="e2e_nlg, dart or web_nlg")
     parser.add_argument("--predictions", required=True, type=Path, metavar="FILE", help="a text a line")
     parser.add_argument("--references", required=True, type=Path, nargs="+", metavar="FILE", help="see docs/scores.md")

@@ -22,7 +22,7 @@ LONGEST_FILE = 400
 # A file imports only from lower floors; the files of one folder may import each other, without cycles.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "records", "architectures"),
-    ("kernels", "metrics", "tiny", "offline", "precision", "curves", "switch"),
+    ("kernels", "metrics", "tiny", "offline", "precision", "curves", "switch", "markdown"),
     ("layers", "tasks"),
     (
         "models",
@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("adapters", "saved", "mixing"),
     ("trainer", "hub", "loading"),
-    ("training", "inference", "generation"),
+    ("training", "inference", "generation", "speed_tables"),
     ("compare", "report", "sweep", "benchmark", "serving", "demo"),
     ("commands",),
     ("cli",),

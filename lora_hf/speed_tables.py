@@ -1,0 +1,112 @@
+"""The tables of what `benchmark` measured: training, answering, and where a step's time goes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lora_hf.errors import DataError
+from lora_hf.markdown import percent, table
+
+
+def speed(results: Path) -> str:
+    """A row for each side of each record."""
+    rows = []
+    for file, record in _records(results / "speed"):
+        for side, measured in record["sides"].items():
+            ratio, memory = record["ratios"].get(f"lora/{side}"), record["memory_ratios"].get(f"lora/{side}")
+            rows.append(
+                [
+                    f"[{_work(record)}](results/speed/{file.name})",
+                    side,
+                    _spread(measured["examples_per_second"], 1),
+                    f"{measured['tokens_per_second']['median']:,.0f}",
+                    percent(measured["share_of_peak"]["median"]),
+                    _spread(ratio, 2) if ratio else "1",
+                    f"{(measured['memory']['above_base'] or 0) / 1e6:,.0f}",
+                    f"{memory:.2f}" if memory else "1",
+                ]
+            )
+    head = ["work (record)", "side", "examples/s", "tokens/s", "share of peak, %", "lora is faster, x"]
+    return table([*head, "memory above base, MB", "lora needs, x"], rows, words=2)
+
+
+def speed_machines(results: Path) -> str:
+    """The machines of these records and their measured peaks."""
+    peaks: dict[str, list[float]] = {}
+    for _, record in _records(results / "speed"):
+        peaks.setdefault(_machine(record), []).append(record["peak"]["bf16_flops_per_second"]["median"])
+    rows = [
+        [machine, f"{min(values) / 1e12:.2f} to {max(values) / 1e12:.2f}", str(len(values))]
+        for machine, values in peaks.items()
+    ]
+    return table(["machine", "bf16 peak, TFLOP/s", "records"], rows)
+
+
+def profiles(results: Path) -> str:
+    """The shares of a step's time by purpose, a column for each record."""
+    found = _records(results / "profile")
+    purposes = dict.fromkeys(purpose for _, record in found for purpose in record["shares"])
+    largest = {purpose: max(record["shares"].get(purpose, 0.0) for _, record in found) for purpose in purposes}
+    rows = [
+        [purpose, *(percent(record["shares"].get(purpose, 0.0)) for _, record in found)]
+        for purpose in sorted(purposes, key=lambda each: -largest[each])
+    ]
+    head = [f"[{_work(record)}](results/profile/{file.name}), %" for file, record in found]
+    return table(["the time goes to", *head], rows)
+
+
+def answering(results: Path) -> str:
+    """A row for each side of each record of `benchmark infer`."""
+    rows = []
+    for file, record in _records(results / "infer"):
+        lora = record["work"]["lora"]
+        work = f"{record['work']['model']}, r={lora['r']} on {' '.join(lora['targets'])}"
+        for side, measured in record["sides"].items():
+            ratio = record["ratios"].get(f"mixed/{side}")
+            rows.append(
+                [
+                    f"[{work}](results/infer/{file.name})",
+                    side,
+                    _spread(measured["rows_per_second"], 1),
+                    _spread(ratio, 2) if ratio else "1",
+                ]
+            )
+    return table(["work (record)", "side", "rows/s", "mixed is faster, x"], rows, words=2)
+
+
+def switching(results: Path) -> str:
+    """How long it takes to make another adapter the active one."""
+    rows = [
+        [f"[{record['work']['model']}](results/infer/{file.name})", f"{1e6 * seconds:.1f}"]
+        for file, record in _records(results / "infer")
+        if (seconds := record["sides"]["mixed"]["switch_seconds"])
+    ]
+    return table(["model (record)", "a switch, microseconds"], rows)
+
+
+def _records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise DataError(f"{folder}: no records")
+    try:
+        return [(file, json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: a record is not readable: {error}") from error
+
+
+def _work(record: dict[str, Any]) -> str:
+    work = record["work"]
+    words = [f"{work['model']}, {work['task']}"]
+    words += ["grouped by prompt"] if work.get("group_by_prompt") else []
+    words += [f"dropout {work['lora']['lora_dropout']:g}"] if work["lora"]["lora_dropout"] else []
+    return f"{', '.join(words)}, {_machine(record).split('(')[0].split()[0]}"
+
+
+def _machine(record: dict[str, Any]) -> str:
+    return f"{record['machine']['processor']}, {record['machine']['cores']} cores"
+
+
+def _spread(value: dict[str, float], digits: int) -> str:
+    return f"{value['median']:.{digits}f} ({value['min']:.{digits}f} to {value['max']:.{digits}f})"
