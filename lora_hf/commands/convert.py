@@ -151,10 +151,8 @@ def _which_alpha(model: str) -> str:
         alphas = found.setdefault(config.model.name.rpartition("/")[2], {})
         alphas.setdefault(config.lora.lora_alpha, []).append(file.name)
     own = model.rpartition("/")[2]
-    lines = [
-        "--lora-alpha: a loralib file does not record it; expected what its layers were built with (loralib's own default "
-        "is 1). Recipes in configs/ have (those in _repo are the authors' scripts):"
-    ]
+    problem = "--lora-alpha: a loralib file does not record it; expected what its layers were built with. Recipes here"
+    lines = [f"{problem} (those in _repo are the authors' scripts):"]
     for name, alphas in found.items() if own not in found else [(own, found[own])]:
         each = [f"{alpha:g} ({files[0]}{', ...' if files[1:] else ''})" for alpha, files in sorted(alphas.items())]
         lines.append(f"{name}: {', '.join(each)}")

@@ -13,7 +13,7 @@ import torch
 from lora_hf.errors import AdapterError
 
 WRAPPERS = ("model_state_dict", "state_dict")  # the first is what the paper's GPT-2 code saves
-FORMATS = (b"PK\x03\x04", b"\x80")  # of torch.save: a zip archive, and the bare pickle of torch before 1.6
+FORMATS = (b"PK\x03\x04", b"\x80\x02")  # of torch.save: a zip archive, and the bare pickle of torch before 1.6
 
 
 def read_loralib(file: str | Path) -> dict[str, torch.Tensor]:

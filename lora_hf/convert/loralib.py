@@ -33,7 +33,7 @@ from lora_hf.injection import (
     projections,
     set_adapter,
 )
-from lora_hf.layers import AdapterHead, LoraLinear, features
+from lora_hf.layers import AdapterHead, LoraLinear, LoraWeights, features
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def loralib_layers(model: PreTrainedModel, name: str = "default") -> dict[str, L
     """The loralib layers that compute what adapter `name` does, by their paths.
 
     Raises:
-        AdapterError: no such adapter, or one that loralib has no layer for: more than A and B, another scaling than
-            lora_alpha / r, slices that are not equal shares of their projection.
+        AdapterError: no such adapter, or one that loralib has no layer for: a variant of LoRA, another scaling
+            than lora_alpha / r, slices that are not equal shares of their projection.
     """
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
     if not layers:
@@ -239,10 +239,11 @@ def _slices(layer: LoralibLayer) -> list[tuple[int, int]]:
 
 def _as_loralib(path: str, layer: LoraLinear, name: str) -> LoralibLayer:
     weights = layer.adapters[name]
-    extra = {key for key, _ in weights.named_parameters()} - {"lora_A", "lora_B"}
-    if extra or weights.scaling != weights.lora_alpha / weights.r:
-        reason = f"holds {', '.join(sorted(extra))}" if extra else f"scales by {weights.scaling}, not lora_alpha / r"
-        raise AdapterError(f"adapter {name!r}: {path} {reason}: a variant of LoRA that loralib does not have")
+    if type(weights) is not LoraWeights or weights.scaling != weights.lora_alpha / weights.r:
+        raise AdapterError(
+            f"adapter {name!r}: {path} holds {type(weights).__name__}, scaled by {weights.scaling:g}: loralib "
+            "has only plain LoRA, scaled by lora_alpha / r"
+        )
     whole, width = layer.out_features, weights.slices[0][1] - weights.slices[0][0]
     known = LoralibLayer(
         layer.in_features, whole, weights.r, weights.lora_alpha, (), isinstance(layer.base_layer, Conv1D)
