@@ -19,7 +19,7 @@ from lora_hf.models import load_base
 from lora_hf.tasks.table import get_task
 from tests.recipes.test_commands import run
 from tests.small import token_ids
-from tests.tolerances import PARITY_FP32
+from tests.tolerances import PRETRAINED_LOGITS_RTOL
 
 TASKS = {"tiny-roberta": "sst2", "tiny-gpt2": "e2e_nlg"}
 
@@ -78,8 +78,8 @@ def test_from_loralib_and_back(
     assert set(made["layers"].values()) == {layer}
     assert made["output"] == str(tmp_path / "adapter")
     ours = load_adapter(base, tmp_path / "adapter")
-    ids = token_ids()
-    assert torch.allclose(ours(ids).logits, trained_loralib(name)(ids).logits, atol=PARITY_FP32, rtol=0)
+    found, expected = ours(token_ids()).logits, trained_loralib(name)(token_ids()).logits
+    assert (found - expected).abs().max() <= PRETRAINED_LOGITS_RTOL * expected.abs().max()
 
     back = ["convert", "--to", "loralib", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "b.bin")]
     assert main(back) == 0
