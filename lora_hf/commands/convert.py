@@ -73,11 +73,12 @@ def _from_loralib(options: argparse.Namespace) -> dict[str, Any]:
     from lora_hf.adapters import save_adapter
     from lora_hf.convert.checkpoint import read_loralib
     from lora_hf.convert.loralib import load_loralib, num_labels
+    from lora_hf.injection import head_paths
 
     width = num_labels(read_loralib(options.file))
     model = _base(options.model, options.task, width)
     load_loralib(model, options.file, options.lora_alpha, enable_lora, partial=options.partial)
-    if options.partial and width is None:
+    if width is None and head_paths(model):
         print("no head in the file: the adapter gets that of the base model, which may be untrained", file=sys.stderr)
     save_adapter(model, options.output, task=options.task)
     return {"output": str(options.output), "layers": _builds(model)}

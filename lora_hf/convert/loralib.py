@@ -9,10 +9,9 @@ adapted slices. Source: loralib 0.1.2, layers.py, `MergedLinear.merge_AB` and `z
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -74,36 +73,16 @@ def load_loralib(
     """
     check_new_name(model, name)
     tensors = _in_model(model, read_loralib(file))
-    layers = projections(model)
-    places = {}
-    for path in lora_paths(tensors):
-        if path not in layers:
-            there = dict(model.named_modules()).get(path)
-            raise AdapterError(
-                f"{file}: {path}.lora_A: expected an nn.Linear or Conv1D of the model there, found "
-                f"{type(there).__name__ if there else 'no such module'}"
-                + ("; lora_hf has no counterpart of loralib's Embedding and Conv layers" if there else "")
-            )
-        places[path] = _layer(path, layers[path], tensors, lora_alpha, enable_lora, str(file))
-    if enable_lora and not any(layer.enable_lora for layer in places.values()):
-        raise AdapterError(
-            f"{file}: enable_lora is given, but no layer in the file is a lora.MergedLinear: leave it out"
-        )
-    expected = _lora_shapes(places if partial else _whole(places, layers))
-    heads = _plain_heads(model)
-    if not partial or any(_inside(key, heads) for key in tensors):
-        for path, head in heads.items():
-            expected |= {f"{path}.{key}": tuple(value.shape) for key, value in head.state_dict().items()}
-    compare(expected, _without_base(model, tensors, expected, str(file)), str(file))
-    for path, layer in places.items():
+    layers = _layers(model, tensors, lora_alpha, enable_lora, str(file))
+    compare(_shapes(model, tensors, layers, partial), _without_base(model, tensors, str(file)), str(file))
+    for path, layer in layers.items():
         weights = add_weights(model, path, name, _slices(layer), layer.r, lora_alpha)
         with torch.no_grad():
             weights.lora_A.copy_(tensors[f"{path}.lora_A"])
             weights.lora_B.copy_(tensors[f"{path}.lora_B"])
     inject_head(model, name)
     for path, head in adapter_heads(model).items():
-        start = f"{path}."
-        found = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+        found = {key.removeprefix(f"{path}."): tensors[key] for key in tensors if key.startswith(f"{path}.")}
         if found:
             head.heads[name].load_state_dict(found)
     return set_adapter(model, name)
@@ -115,9 +94,9 @@ def loralib_state_dict(model: PreTrainedModel, name: str = "default") -> dict[st
     Raises:
         AdapterError: as `loralib_layers`.
     """
-    tensors = {}
+    tensors, layers = {}, lora_layers(model)
     for path in loralib_layers(model, name):
-        weights = lora_layers(model)[path].adapters[name]
+        weights = layers[path].adapters[name]
         tensors |= {f"{path}.lora_A": weights.lora_A.detach(), f"{path}.lora_B": weights.lora_B.detach()}
     for path, head in adapter_heads(model).items():
         if name in head.heads:
@@ -153,7 +132,7 @@ def save_loralib(model: PreTrainedModel, file: str | Path, name: str = "default"
 def num_labels(tensors: Mapping[str, torch.Tensor]) -> int | None:
     """The width of the classification head among the tensors; None where there is none."""
     for key in ("classifier.out_proj.weight", "classifier.weight", "score.weight"):
-        if key in tensors:
+        if key in tensors and tensors[key].dim() == 2:
             return tensors[key].shape[0]
     return None
 
@@ -169,6 +148,31 @@ def _in_model(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> di
     return {full(key): tensor for key, tensor in tensors.items()}
 
 
+def _layers(
+    model: PreTrainedModel,
+    tensors: Mapping[str, torch.Tensor],
+    lora_alpha: float,
+    enable_lora: Sequence[bool] | None,
+    source: str,
+) -> dict[str, LoralibLayer]:
+    """The layers in the file, by their paths in this model."""
+    layers, there = projections(model), dict(model.named_modules())
+    found = {}
+    for path in lora_paths(tensors):
+        if path not in layers:
+            other = path in there and "; lora_hf has no counterpart of loralib's Embedding and Conv layers"
+            raise AdapterError(
+                f"{source}: {path}.lora_A: expected an nn.Linear or Conv1D of the model there, found "
+                f"{type(there[path]).__name__ if other else 'no such module'}{other or ''}"
+            )
+        found[path] = _layer(path, layers[path], tensors, lora_alpha, enable_lora, source)
+    if enable_lora and not any(layer.enable_lora for layer in found.values()):
+        raise AdapterError(
+            f"{source}: enable_lora is given, but no layer in the file is a lora.MergedLinear: leave it out"
+        )
+    return found
+
+
 def _layer(
     path: str,
     projection: nn.Module,
@@ -182,11 +186,12 @@ def _layer(
     transposed = isinstance(projection, Conv1D)
     missing = torch.empty(0, 0)
     a, b = (tensors.get(f"{path}.lora_{part}", missing) for part in "AB")
-    if a.dim() != 2 or b.dim() != 2:
-        raise AdapterError(f"{source}: {path}: expected two matrices, found lora_A {_shape(a)} and lora_B {_shape(b)}")
-    r = b.shape[1] or a.shape[0]
+    shapes = f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}"
+    r = (b.shape[1] or a.shape[0]) if a.dim() == b.dim() == 2 else 0
+    if r == 0:
+        raise AdapterError(f"{source}: {path}: expected two matrices of one rank, found {shapes}")
     plain = LoralibLayer(in_features, out_features, r, lora_alpha, (), transposed)
-    if (a.shape[0], b.shape[0]) == (r, out_features) or 0 in (a.numel(), b.numel()):
+    if (a.shape[0], b.shape[0]) == (r, out_features) or a is missing or b is missing:
         return plain
     if enable_lora is not None:
         if not any(enable_lora) or out_features % len(enable_lora):
@@ -199,33 +204,38 @@ def _layer(
     width = b.shape[0] // count if count else 0
     if not rest and width and not b.shape[0] % count and not out_features % width:
         raise AdapterError(
-            f"{source}: {path}: lora_A {_shape(a)} and lora_B {_shape(b)} are those of a lora.MergedLinear that adapts "
+            f"{source}: {path}: {shapes} are those of a lora.MergedLinear that adapts "
             f"{count} of {out_features // width} slices, and the file does not say which: give its enable_lora (the "
             "paper's GPT-2 has [True, False, True]: q and v)"
         )
     return plain
 
 
-def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
+def _shapes(
+    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, LoralibLayer], partial: bool
+) -> dict[str, tuple[int, ...]]:
+    """What the file must hold, so that nothing of the adapter is left to chance."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, layer in (layers if partial else _whole(layers, projections(model))).items():
+        slices = _slices(layer)
+        width = slices[0][1] - slices[0][0]
+        shapes[f"{path}.lora_A"] = (len(slices) * layer.r, layer.in_features)
+        shapes[f"{path}.lora_B"] = (len(slices) * width, layer.r)
+    heads = {}
+    for path in head_paths(model):
+        head = model.get_submodule(path)
+        plain: nn.Module = head.base_head if isinstance(head, AdapterHead) else head
+        heads |= {f"{path}.{key}": tuple(value.shape) for key, value in plain.state_dict().items()}
+    return shapes if partial and not heads.keys() & tensors.keys() else shapes | heads
 
 
-def _lora_shapes(layers: Mapping[str, LoralibLayer]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for path, layer in layers.items():
-        count = sum(layer.enable_lora) or 1
-        width = layer.out_features // (len(layer.enable_lora) or 1)
-        shapes |= {f"{path}.lora_A": (count * layer.r, layer.in_features), f"{path}.lora_B": (count * width, layer.r)}
-    return shapes
-
-
-def _whole(places: Mapping[str, LoralibLayer], layers: Mapping[str, nn.Module]) -> dict[str, LoralibLayer]:
-    """`places` and the same projection in every other layer of the model.
+def _whole(layers: Mapping[str, LoralibLayer], all_paths: Iterable[str]) -> dict[str, LoralibLayer]:
+    """`layers` and the same projection in every other layer of the model.
 
     A checkpoint of a model with fewer layers of the same width fits in all its shapes; this is what tells.
     """
-    by_kind = {_kind(path): layer for path, layer in places.items()}
-    return {path: places.get(path) or by_kind[_kind(path)] for path in layers if _kind(path) in by_kind}
+    kinds = {_kind(path): layer for path, layer in layers.items()}
+    return {path: layers.get(path) or kinds[_kind(path)] for path in all_paths if _kind(path) in kinds}
 
 
 def _kind(path: str) -> str:
@@ -260,25 +270,12 @@ def _as_loralib(path: str, layer: LoraLinear, name: str) -> LoralibLayer:
     return fused
 
 
-def _plain_heads(model: PreTrainedModel) -> dict[str, nn.Module]:
-    heads: dict[str, nn.Module] = {}
-    for path in head_paths(model):
-        head = model.get_submodule(path)
-        heads[path] = head.base_head if isinstance(head, AdapterHead) else head
-    return heads
-
-
-def _inside(key: str, paths: Mapping[str, Any]) -> bool:
-    return any(key.startswith(f"{path}.") for path in paths)
-
-
-def _without_base(
-    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, Any], source: str
-) -> dict[str, torch.Tensor]:
+def _without_base(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
     """`tensors` without the base's own, which a script may have saved along; AdapterError where they were trained."""
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     own = {name.replace(".base_layer.", "."): tensor for name, tensor in own.items()}
-    beside = {key: tensor for key, tensor in tensors.items() if key in own and key not in expected}
+    heads = tuple(f"{path}." for path in head_paths(model))
+    beside = {key: tensor for key, tensor in tensors.items() if key in own and not key.startswith(heads)}
     changed = [key for key, tensor in beside.items() if not torch.equal(own[key].to("cpu", tensor.dtype), tensor)]
     if changed:
         raise AdapterError(

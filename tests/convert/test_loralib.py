@@ -203,7 +203,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
     "another width": ("roberta", {}, {A: torch.ones(4, 48)}, f"wrong shape: {A}: expected (4, 32), found (4, 48)"),
     "ranks that do not fit": ("roberta", {}, {A: torch.ones(7, 32)}, f"{A}: expected (4, 32), found (7, 32)"),
     "ranks as of a MergedLinear": ("roberta", {}, {A: torch.ones(8, 32)}, "adapts 2 of 2 slices"),
-    "no matrix": ("roberta", {}, {A: torch.ones(8)}, "expected two matrices, found lora_A (8,)"),
+    "no matrix": ("roberta", {}, {A: torch.ones(8)}, "expected two matrices of one rank, found lora_A (8,)"),
+    "a rank of zero": (
+        "roberta",
+        {},
+        {A: torch.ones(0, 32), B: torch.ones(32, 0)},
+        "expected two matrices of one rank, found lora_A (0, 32) and lora_B (32, 0)",
+    ),
     "an Embedding": (
         "roberta",
         {},

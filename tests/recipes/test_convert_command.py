@@ -101,6 +101,16 @@ def test_the_other_verbs_know_a_converted_adapter(
     assert json.loads(capsys.readouterr().out)["label"] in ("negative", "positive")
 
 
+def test_partial_takes_the_head_of_the_base_and_says_so(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = {k: v for k, v in torch.load(checkpoints["tiny-roberta"], weights_only=True).items() if "lora_" in k}
+    torch.save(lora, tmp_path / "lora.bin")
+    words = ["--from", "loralib", str(tmp_path / "lora.bin"), "--model", "tiny-roberta", "--task", "sst2", "--partial"]
+    assert main([*words, "--lora-alpha", "32", "--output", str(tmp_path / "adapter")], verb="convert") == 0
+    assert "no head in the file" in capsys.readouterr().err
+
+
 GOOD = ["--from", "loralib", "{roberta}", "--model", "tiny-roberta", "--lora-alpha", "16"]
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no alpha": (GOOD[:-2], "tiny-roberta: 16 (rule_sentiment.yaml, ...)"),
