@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         set_adapter,
         unmerge,
     )
+    from lora_hf.mixing import mix_adapters, unload_adapter, use_adapter
 
 _HOME = {
     "LoraConfig": "config",
@@ -35,11 +36,14 @@ _HOME = {
     "lora_state_dict": "injection",
     "mark_only_lora_as_trainable": "injection",
     "merge": "injection",
+    "mix_adapters": "mixing",
     "plan": "injection",
     "save_adapter": "adapters",
     "save_loralib": "convert.loralib",
     "set_adapter": "injection",
+    "unload_adapter": "mixing",
     "unmerge": "injection",
+    "use_adapter": "mixing",
 }
 
 __all__ = [
@@ -54,11 +58,14 @@ __all__ = [
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",
+    "mix_adapters",
     "plan",
     "save_adapter",
     "save_loralib",
     "set_adapter",
+    "unload_adapter",
     "unmerge",
+    "use_adapter",
 ]
 
 

@@ -6,6 +6,7 @@ model has been touched by then.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -27,11 +28,14 @@ from lora_hf.injection import (
     check_new_name,
     head_paths,
     inject_head,
+    labels_of,
     lora_layers,
     projections,
     set_adapter,
+    switch_of,
 )
 from lora_hf.layers import AdapterHead, LoraWeights, features
+from lora_hf.switch import Labels, Switch
 
 PREFIX = "base_model.model."  # what PEFT puts before every path
 
@@ -67,13 +71,14 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in head.state_dict().items()}
     classifies = bool(head_paths(model))
     config = model.config
+    labels, problem_type = switch_of(model).labels.get(name, labels_of(model))
     about = About(
         base=model.name_or_path or "",
         revision=getattr(config, "_commit_hash", None),
         task=task,
-        problem_type=config.problem_type if classifies else None,
-        labels=_labels(model) if classifies else (),
-        num_labels=config.num_labels if classifies else None,
+        problem_type=problem_type if classifies else None,
+        labels=labels if classifies else (),
+        num_labels=len(labels) if classifies else None,
         fingerprint=fingerprint(model),
         slices={place.path: [list(pair) for pair in place.slices] for place in places},
     )
@@ -82,8 +87,14 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     return Path(folder)
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "default") -> PreTrainedModel:
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, name: str = "default", own_head: bool = False
+) -> PreTrainedModel:
     """Puts the adapter in `folder` on a plain or already adapted model, under `name`, and makes it the active one.
+
+    Args:
+        own_head: take the adapter's labels whatever those of the model are, their number included; while it is active
+            they are the model's. Several tasks on one base need it.
 
     Raises:
         AdapterError: the folder is no readable adapter, or it does not fit this model: a tensor that is missing, extra
@@ -91,7 +102,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     """
     file = read_adapter(folder)
     check_new_name(model, name)
-    places = _check(model, file)
+    heads = _heads(model, file, own_head)
+    places = _check(model, file, heads, own_head)
     for place in places:
         count = len(place.slices)
         dropout = file.config.get("lora_dropout", 0.0)
@@ -99,9 +111,11 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
             model, place.path, name, place.slices, place.r // count, place.lora_alpha / count, dropout
         )
         _from_peft(weights, file, place.path)
-    inject_head(model, name)
+    switch = switch_of(model)
+    if heads:
+        switch.labels[name] = _labels(switch, file, heads)
+    inject_head(model, name, heads)
     _load_heads(model, file, name)
-    _tell_labels(model, file.about)
     return set_adapter(model, name)
 
 
@@ -195,10 +209,39 @@ def _regex(paths: list[str]) -> str:
     return "|".join(key.replace("\n", rf"\.(?:{'|'.join(layers)})\.") for key, layers in numbers.items())
 
 
-def _check(model: PreTrainedModel, file: AdapterFile) -> list[_Place]:
+def _heads(model: PreTrainedModel, file: AdapterFile, own_head: bool) -> dict[str, nn.Module]:
+    """A head for the adapter by its path: a copy of the base's own, with as many labels as the file has."""
+    heads = {}
+    for path in head_paths(model):
+        head = model.get_submodule(path)
+        heads[path] = copy.deepcopy(head.base_head if isinstance(head, AdapterHead) else head)
+    if heads and own_head:
+        path, wrapper = list(heads)[-1], nn.Sequential()
+        wrapper.head = heads[path]
+        inner = [each for each, module in wrapper.named_modules() if isinstance(module, nn.Linear)][-1]
+        old: Any = wrapper.get_submodule(inner)
+        weight = file.tensors.get(f"{PREFIX}{path}{inner.removeprefix('head')}.weight")
+        if weight is not None and weight.ndim == 2:
+            new = nn.Linear(old.in_features, len(weight), old.bias is not None, old.weight.device, old.weight.dtype)
+            wrapper.set_submodule(inner, new)
+            heads[path] = wrapper.head
+    return heads
+
+
+def _labels(switch: Switch, file: AdapterFile, heads: Mapping[str, nn.Module]) -> Labels:
+    """The adapter's labels: what its file says, else the base's, else as transformers names them."""
+    about, base = file.about, switch.labels[None]
+    if about.num_labels is not None:
+        return about.labels, about.problem_type
+    count = [len(value) for value in list(heads.values())[-1].state_dict().values()][-1]
+    return base if len(base[0]) == count else (tuple(f"LABEL_{index}" for index in range(count)), None)
+
+
+def _check(model: PreTrainedModel, file: AdapterFile, heads: Mapping[str, nn.Module], own_head: bool) -> list[_Place]:
     """The places that the file adapts, once everything in it is known to fit the model."""
     about = file.about
-    _check_labels(model, file)
+    if not own_head:
+        _check_labels(model, file)
     layers = projections(model)
     places = _places(layers, file)
     expected: dict[str, tuple[int, ...]] = {}
@@ -206,10 +249,8 @@ def _check(model: PreTrainedModel, file: AdapterFile) -> list[_Place]:
         in_features, out_features = features(layers[place.path])
         expected[f"{PREFIX}{place.path}.lora_A.weight"] = (place.r, in_features)
         expected[f"{PREFIX}{place.path}.lora_B.weight"] = (out_features, place.r)
-    for path in head_paths(model):
-        head = model.get_submodule(path)
-        plain: nn.Module = head.base_head if isinstance(head, AdapterHead) else head
-        expected |= {f"{PREFIX}{path}.{key}": tuple(value.shape) for key, value in plain.state_dict().items()}
+    for path, head in heads.items():
+        expected |= {f"{PREFIX}{path}.{key}": tuple(value.shape) for key, value in head.state_dict().items()}
     compare(expected, file.tensors, f"{file.folder}/{WEIGHTS_FILE}")
     for place in places:
         b = file.tensors[f"{PREFIX}{place.path}.lora_B.weight"]
@@ -263,36 +304,25 @@ def _patterned(file: AdapterFile, pattern: str, path: str, default: str) -> floa
 
 
 def _check_labels(model: PreTrainedModel, file: AdapterFile) -> None:
-    about, config = file.about, model.config
+    about = file.about
     if not head_paths(model) or about.num_labels is None:
         return
-    if about.num_labels != config.num_labels:
+    names, _ = switch_of(model).labels[None]
+    if about.num_labels != len(names):
         raise AdapterError(
             f"{file.folder} was trained for num_labels={about.num_labels} ({', '.join(about.labels)}); this model has "
-            f"num_labels={config.num_labels}. Load the base with num_labels={about.num_labels}"
+            f"num_labels={len(names)}. Load the base with num_labels={about.num_labels}, or the adapter with "
+            "own_head=True"
         )
-    names = _labels(model)
     if _named(names) and _named(about.labels) and names != tuple(about.labels):
         raise AdapterError(
             f"{file.folder} was trained for the labels {', '.join(about.labels)}; this model has {', '.join(names)}"
         )
 
 
-def _labels(model: PreTrainedModel) -> tuple[str, ...]:
-    names: dict[Any, str] = model.config.id2label or {}
-    return tuple(names[index] for index in sorted(names))
-
-
 def _named(labels: tuple[str, ...]) -> bool:
     """Whether somebody gave the labels names: LABEL_0, LABEL_1, ... is what transformers makes up."""
     return any(label != f"LABEL_{index}" for index, label in enumerate(labels))
-
-
-def _tell_labels(model: PreTrainedModel, about: About) -> None:
-    if head_paths(model) and about.num_labels is not None:
-        model.config.id2label = dict(enumerate(about.labels))
-        model.config.label2id = {label: index for index, label in enumerate(about.labels)}
-        model.config.update({"problem_type": about.problem_type})
 
 
 def compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.Tensor], source: str) -> None:

@@ -7,10 +7,10 @@ which adapters there are: all of it is asked of the modules, there is no second 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from lora_hf.architectures import ARCHITECTURES, Architecture
 from lora_hf.config import PRESETS, LoraConfig
 from lora_hf.errors import AdapterError, ConfigError, ModelError, did_you_mean
 from lora_hf.layers import AdapterHead, LoraLinear, LoraWeights, features
+from lora_hf.switch import SWITCH, Labels, Switch
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -98,14 +99,23 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
     return inject_head(model, name)
 
 
-def inject_head(model: PreTrainedModel, name: str = "default") -> PreTrainedModel:
-    """Gives adapter `name` its own copy of the task head, makes it the active one and freezes everything else."""
+def inject_head(
+    model: PreTrainedModel, name: str = "default", heads: Mapping[str, nn.Module] | None = None
+) -> PreTrainedModel:
+    """Gives adapter `name` its own copy of the task head, makes it the active one and freezes everything else.
+
+    Args:
+        heads: the adapter's own, by path; else copies of the base's.
+    """
+    switch = switch_of(model)
+    switch.names.setdefault(name)
     for path in head_paths(model):
         module = model.get_submodule(path)
         if not isinstance(module, AdapterHead):
-            model.set_submodule(path, module := AdapterHead(module))
+            model.set_submodule(path, module := AdapterHead(module, switch))
         if name not in module.heads:
-            module.add(name)
+            module.add(name, heads[path] if heads else None)
+            switch.labels.setdefault(name, labels_of(model))
     set_adapter(model, name)
     mark_only_lora_as_trainable(model)
     for head in adapter_heads(model).values():
@@ -123,9 +133,10 @@ def add_weights(
     lora_dropout: float = 0.0,
 ) -> LoraWeights:
     """Puts fresh A and B of adapter `name` at one projection, which becomes a LoRA layer if it is not one yet."""
-    module = model.get_submodule(path)
+    module, switch = model.get_submodule(path), switch_of(model)
     if not isinstance(module, LoraLinear):
-        model.set_submodule(path, module := LoraLinear(module))
+        model.set_submodule(path, module := LoraLinear(module, switch))
+    switch.names.setdefault(name)
     weights = LoraWeights(module.in_features, slices, r, lora_alpha, lora_dropout, module.weight.device)
     module.adapters[name] = weights.train(module.training)
     return weights
@@ -142,6 +153,8 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(path, layer.base_layer)
     for path, head in adapter_heads(model).items():
         model.set_submodule(path, head.heads[head.active] if merged and head.active else head.base_head)
+    if hasattr(model.base_model, SWITCH):
+        delattr(model.base_model, SWITCH)
     return model
 
 
@@ -156,24 +169,60 @@ def unmerge(model: PreTrainedModel) -> PreTrainedModel:
     """Restores the base weights bit for bit."""
     for layer in lora_layers(model).values():
         layer.unmerge()
+    switch_of(model).merged = False
     return model
 
 
 def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
-    """Makes adapter `name` the active one; None runs the bare base.
+    """Makes adapter `name` the active one, for all threads that have chosen none for themselves; None: the bare base.
 
     Raises:
         AdapterError: the model has no adapter of that name.
     """
-    known = adapter_names(model)
-    if name is not None and name not in known:
-        raise AdapterError(f"no adapter {name!r} on this model{did_you_mean(name, known)}; it has: {_listed(known)}")
-    for layer in lora_layers(model).values():
-        layer.unmerge()
-        layer.active = name if name is not None and name in layer.adapters else None
-    for head in adapter_heads(model).values():
-        head.active = name if name is not None and name in head.heads else None
+    switch = switch_of(model)
+    check_known(switch, name)
+    if switch.merged:
+        unmerge(model)
+    switch.shared = name
+    if switch.labels:
+        tell_labels(model, switch.labels.get(name, switch.labels[None]))
     return model
+
+
+def switch_of(model: PreTrainedModel) -> Switch:
+    """The switch that all layers and heads of the model share; a plain model gets its own."""
+    base = model.base_model
+    if not hasattr(base, SWITCH):
+        switch = Switch()
+        if head_paths(model):
+            switch.labels[None] = labels_of(model)
+        setattr(base, SWITCH, switch)
+    return getattr(base, SWITCH)
+
+
+def check_known(switch: Switch, name: str | None) -> None:
+    """Raises AdapterError where the model has no adapter of that name; None is the bare base."""
+    if name is not None and name not in switch.names:
+        known = list(switch.names)
+        raise AdapterError(f"no adapter {name!r} on this model{did_you_mean(name, known)}; it has: {_listed(known)}")
+
+
+def labels_of(model: PreTrainedModel) -> Labels:
+    """The names of the model's labels, and its problem type."""
+    names: dict[Any, str] = model.config.id2label or {}
+    return tuple(names[index] for index in sorted(names)), model.config.problem_type
+
+
+def tell_labels(model: PreTrainedModel, labels: Labels) -> None:
+    """Makes these the labels of the model: `id2label` and all that transformers derives from it."""
+    names, problem_type = labels
+    if labels_of(model) == labels:
+        return
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {label: index for index, label in enumerate(names)}
+    model.config.update({"problem_type": problem_type})
+    if hasattr(model, "num_labels"):
+        model.num_labels = len(names)  # type: ignore[assignment]
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:

@@ -11,8 +11,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_hf.kernels.fused import fits, lora_linear
+from lora_hf.errors import AdapterError
+from lora_hf.kernels.fused import block_placed, fits, lora_linear
+from lora_hf.kernels.grouped import Stack, add_grouped
 from lora_hf.kernels.reference import add_lora
+from lora_hf.switch import Mixture, Switch
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -90,22 +93,41 @@ class LoraWeights(nn.Module):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, slices={self.slices}"
 
 
+def stack_weights(weights: Sequence[LoraWeights | None], out_features: int, dtype: torch.dtype) -> Stack:
+    """A and B of several adapters at one projection in one tensor each; None is an adapter that leaves it alone."""
+    some = next(each for each in weights if each is not None)
+    rank = max(each.lora_A.shape[0] for each in weights if each is not None)
+    rank += -rank % 8  # a grouped product wants rows of 16 bytes
+    downs, ups = [], []
+    for each in weights:
+        if each is None:
+            downs.append(some.lora_A.new_zeros(rank, some.lora_A.shape[1]))
+            ups.append(some.lora_B.new_zeros(out_features, rank))
+            continue
+        missing = rank - each.lora_A.shape[0]
+        up = block_placed(each.lora_B, tuple(each.slices), out_features) * each.scaling
+        downs.append(nn.functional.pad(each.lora_A, (0, 0, 0, missing)))
+        ups.append(nn.functional.pad(up, (0, missing)))
+    down, up = torch.stack(downs).to(dtype), torch.stack(ups).to(dtype)
+    return Stack(down.permute(2, 0, 1).contiguous(), up.mT.contiguous())
+
+
 class LoraLinear(nn.Module):
     """`y = base_layer(x) + (lora_alpha / r) * dropout(x) A^T B^T` with the A and B of the active adapter.
 
-    Without an active adapter it is the base layer. `train()` and `eval()` never change a weight; `merge` does, and
-    `unmerge` puts the base back bit for bit.
+    Which one is active, `switch` says, for all layers of a model at once; without one it is the base layer. `train()`
+    and `eval()` never change a weight; `merge` does, and `unmerge` puts the base back bit for bit.
     """
 
     base_layer: Any  # nn.Linear or Conv1D
     adapters: Any  # nn.ModuleDict of LoraWeights, by the adapter's name
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
         super().__init__()
         self.training = base_layer.training
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
-        self.active: str | None = None
+        self.switch = switch
         self.merged: str | None = None
         self.unmerged_weight: torch.Tensor | None = None
         self.in_features, self.out_features = features(base_layer)
@@ -118,11 +140,50 @@ class LoraLinear(nn.Module):
     def bias(self) -> torch.Tensor | None:
         return self.base_layer.bias
 
+    @property
+    def active(self) -> str | None:
+        """The adapter that this thread runs here; None where it has none here, or runs a mixture."""
+        choice = self.switch.choice
+        return choice if isinstance(choice, str) and choice in self.adapters else None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`(..., in)` to `(..., out)`, in the precision of the base layer."""
-        if self.active is None or self.merged is not None:
+        """`(..., in)` to `(..., out)`, in the precision of the base layer.
+
+        Raises:
+            AdapterError: another adapter than the one to run is merged into the base.
+        """
+        active, mixture = self.active, self.switch.mixture
+        if self.merged is not None:
+            if active != self.merged:
+                raise AdapterError(
+                    f"adapter {self.merged!r} is merged into the base, which {self.switch.choice!r} needs as it was; "
+                    "unmerge it first"
+                )
             return self.base_layer(x)
-        return self.adapters[self.active](self.base_layer, x)
+        if mixture is not None:
+            return self._mixed(x, mixture)
+        return self.base_layer(x) if active is None else self.adapters[active](self.base_layer, x)
+
+    def _mixed(self, x: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+        """Each row, or each token of rows without padding, under its own adapter."""
+        y = self.base_layer(x)
+        if not any(name in self.adapters for name in mixture.names):
+            return y
+        tokens = mixture.tokens
+        if tokens is not None and x.shape[:2] == (1, tokens.count):
+            segments, inputs, outputs = tokens, x[0], y[0]
+        else:
+            segments, inputs, outputs = mixture.segments(x.shape[0]), x, y
+        return add_grouped(outputs, inputs, self._stack(mixture, x.dtype), segments.order, segments.ends).view_as(y)
+
+    def _stack(self, mixture: Mixture, dtype: torch.dtype) -> Stack:
+        """The weights of the mixture's adapters; outside training they are stacked once for all of its forwards."""
+        stack = mixture.stacks.get(id(self))
+        if stack is None or torch.is_grad_enabled():
+            here = dict(self.adapters.items())
+            stack = stack_weights([here.get(name) for name in mixture.names], self.out_features, dtype)
+            mixture.stacks[id(self)] = stack
+        return stack
 
     def delta_weight(self, name: str) -> torch.Tensor:
         """What adapter `name` adds to the base weight: fp32 `(out, in)`, also where the base is stored `(in, out)`."""
@@ -136,6 +197,7 @@ class LoraLinear(nn.Module):
         self.unmerge()
         weight = self.weight
         delta = self.delta_weight(self.active)
+        self.switch.merged = True
         self.unmerged_weight = weight.detach().clone()
         weight.copy_(weight.float() + (delta.T if isinstance(self.base_layer, Conv1D) else delta))
         self.merged = self.active
@@ -158,11 +220,11 @@ class AdapterHead(nn.Module):
     base_head: Any
     heads: Any  # nn.ModuleDict, by the adapter's name
 
-    def __init__(self, base_head: nn.Module) -> None:
+    def __init__(self, base_head: nn.Module, switch: Switch) -> None:
         super().__init__()
         self.__dict__["base_head"] = base_head
         self.heads = nn.ModuleDict()
-        self.active: str | None = None
+        self.switch = switch
         self.training = base_head.training
 
     def add(self, name: str, head: nn.Module | None = None) -> None:
@@ -177,9 +239,34 @@ class AdapterHead(nn.Module):
         self.base_head._apply(fn, recurse)
         return super()._apply(_in_own_precision(fn), recurse)
 
+    @property
+    def active(self) -> str | None:
+        """The adapter whose head this thread runs; None for the base's own, or in a mixture."""
+        choice = self.switch.choice
+        return choice if isinstance(choice, str) and choice in self.heads else None
+
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the active head gives, floating-point inputs cast to its precision."""
-        head = self.base_head if self.active is None else self.heads[self.active]
+        """What the active head gives, floating-point inputs cast to its precision.
+
+        In a mixture each row has its own head's, in fp32; rows with fewer labels than others end in -inf.
+        """
+        mixture = self.switch.mixture
+        return self._one(self.active, *inputs, **named) if mixture is None else self._mixed(mixture, *inputs, **named)
+
+    def _mixed(self, mixture: Mixture, hidden: torch.Tensor, **named: Any) -> torch.Tensor:
+        parts = []
+        for name in (*mixture.names, None):
+            rows = mixture.rows_of(name, len(hidden))
+            if len(rows):
+                parts.append((rows, self._one(name if name in self.heads else None, hidden[rows], **named).float()))
+        width = max(part.shape[-1] for _, part in parts)
+        whole = parts[0][1].new_full((len(hidden), *parts[0][1].shape[1:-1], width), -torch.inf)
+        for rows, part in parts:
+            whole[rows, ..., : part.shape[-1]] = part
+        return whole
+
+    def _one(self, name: str | None, *inputs: Any, **named: Any) -> Any:
+        head = self.base_head if name is None else self.heads[name]
         dtype = next(head.parameters()).dtype
 
         def cast(value: Any) -> Any:

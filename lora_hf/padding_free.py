@@ -9,8 +9,10 @@ gradients are those of the padded batch, to rounding.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from lora_hf.architectures import ARCHITECTURES
 from lora_hf.kernels.attention import Rows, attend_rows
 from lora_hf.kernels.prefixes import Trees, share_prefixes
+from lora_hf.switch import SWITCH, Mixture, Segments
 
 ATTENTION = "lora_hf_rows"
 
@@ -36,9 +39,8 @@ def remove_padding(model: PreTrainedModel) -> str | None:
     if reason is None and model.config._attn_implementation != ATTENTION:
         model.set_attn_implementation(ATTENTION)
         base: Any = model.base_model
-        rows = _Rows(base)
-        base.register_forward_pre_hook(rows.before, with_kwargs=True)
-        base.register_forward_hook(rows.after, with_kwargs=True)
+        base.register_forward_pre_hook(_before, with_kwargs=True)
+        base.register_forward_hook(_after, with_kwargs=True)
     return reason
 
 
@@ -80,40 +82,40 @@ class _Layout:
         return padded.index_copy(0, self.places, found).unflatten(0, self.shape)
 
 
-class _Rows:
-    """The two hooks of a base model."""
-
-    def __init__(self, base: PreTrainedModel) -> None:
-        self.parameters = list(inspect.signature(base.forward).parameters)
-        self.layout: _Layout | None = None
-
-    def before(self, base: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        named = dict(zip(self.parameters, inputs, strict=False)) | named
-        self.layout = _layout(base, named)
-        if self.layout is None:
-            return (), named
-        named["position_ids"] = self.layout.take(_positions(base, named))
-        for name in ("input_ids", "inputs_embeds", "token_type_ids"):
-            if named.get(name) is not None:
-                named[name] = self.layout.take(named[name])
-        if "use_cache" in self.parameters:
-            named["use_cache"] = False
-        # A mask of four dimensions is handed to the attention as it is, which does not look at it.
-        named["attention_mask"] = named["attention_mask"].new_zeros(1, 1, 1, 1)
-        named["rows"] = self.layout.rows
+def _before(base: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    parameters = _parameters(type(base))
+    named = dict(zip(parameters, inputs, strict=False)) | named
+    layout = _layout(base, named)
+    if layout is None:
         return (), named
+    named["position_ids"] = layout.take(_positions(base, named))
+    for name in ("input_ids", "inputs_embeds", "token_type_ids"):
+        if named.get(name) is not None:
+            named[name] = layout.take(named[name])
+    if "use_cache" in parameters:
+        named["use_cache"] = False
+    # A mask of four dimensions is handed to the attention as it is, which does not look at it.
+    named["attention_mask"] = named["attention_mask"].new_zeros(1, 1, 1, 1)
+    return (), named | {"layout": layout}
 
-    def after(self, base: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
-        layout, self.layout = self.layout, None
-        if layout is None:
-            return output
-        padded = layout.put_back(output[0])
-        if isinstance(output, tuple):
-            return (padded, *output[1:])
-        output.last_hidden_state = padded
-        if getattr(output, "pooler_output", None) is not None:
-            output.pooler_output = base.pooler(padded)
+
+def _after(base: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+    layout: _Layout | None = named.get("layout")
+    if layout is None:
         return output
+    padded = layout.put_back(output[0])
+    if isinstance(output, tuple):
+        return (padded, *output[1:])
+    output.last_hidden_state = padded
+    if getattr(output, "pooler_output", None) is not None:
+        output.pooler_output = base.pooler(padded)
+    return output
+
+
+@functools.cache
+def _parameters(kind: type) -> tuple[str, ...]:
+    """Of the forward of a class of models, in order."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
 def _layout(base: PreTrainedModel, named: dict[str, Any]) -> _Layout | None:
@@ -127,7 +129,10 @@ def _layout(base: PreTrainedModel, named: dict[str, Any]) -> _Layout | None:
         return None
     places = mask.flatten().nonzero()[:, 0]
     taken, copies, sees = places, None, None
-    trees = _trees(base, named, places, lengths)
+    mixture = _mixture(base)
+    trees = _trees(base, named, places, lengths) if mixture is None else None
+    if mixture is not None:
+        lengths, taken, copies = _by_adapter(mixture, places, lengths)
     if trees is not None:
         lengths, sees = trees.lengths, [*trees.sees]
         taken, copies = places[trees.first.to(mask.device)], trees.copies.to(mask.device)
@@ -135,7 +140,34 @@ def _layout(base: PreTrainedModel, named: dict[str, Any]) -> _Layout | None:
     if filling:
         lengths, taken = [*lengths, filling], torch.cat([taken, taken[:1].expand(filling)])
         sees = None if sees is None else [*sees, None]
+    if mixture is not None:
+        mixture.tokens = _token_segments(mixture, lengths, len(mask))
     return _Layout(mask.shape, places, taken, copies, Rows(lengths, mask.device, sees))
+
+
+def _mixture(base: PreTrainedModel) -> Mixture | None:
+    switch = getattr(base, SWITCH, None)
+    return None if switch is None else switch.mixture
+
+
+def _by_adapter(
+    mixture: Mixture, places: torch.Tensor, lengths: list[int]
+) -> tuple[list[int], torch.Tensor, torch.Tensor | None]:
+    """Rows in the order of their adapters: their lengths, the places of their tokens, and where each token went."""
+    order = mixture.segments(len(lengths)).order
+    if order is None:
+        return lengths, places, None
+    rows = torch.arange(len(places), device=places.device).split(lengths)
+    chosen = torch.cat([rows[row] for row in order.tolist()])
+    copies = torch.empty_like(chosen)
+    copies[chosen] = torch.arange(len(chosen), device=chosen.device)
+    return [lengths[row] for row in order.tolist()], places[chosen], copies
+
+
+def _token_segments(mixture: Mixture, lengths: list[int], rows: int) -> Segments:
+    """The segments of the tokens of rows that stand in the order of their adapters; what fills up is the base's."""
+    ends, edges = mixture.segments(rows).ends, [0, *accumulate(lengths)]
+    return Segments(edges[-1], None, tuple(edges[end] for end in ends))
 
 
 def _trees(base: PreTrainedModel, named: dict[str, Any], places: torch.Tensor, lengths: list[int]) -> Trees | None:
@@ -176,16 +208,16 @@ def _attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    rows: Rows | None = None,
+    layout: _Layout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: q, k, v `(1, heads, tokens, head_dim)` to `(1, tokens, heads, head_dim)`."""
-    if rows is None:
+    if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )  # type: ignore[return-value]
     causal = bool(getattr(module, "is_causal", False))
-    return attend_rows(query[0], key[0], value[0], rows, scaling, causal, dropout)[None], None
+    return attend_rows(query[0], key[0], value[0], layout.rows, scaling, causal, dropout)[None], None
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_hf.kernels.reference import add_lora
 from lora_hf.layers import AdapterHead, LoraLinear, LoraWeights
+from lora_hf.switch import Switch
 from tests.tolerances import GRADCHECK, MERGE_BF16, MERGE_FP32, PARITY_FP32
 
 FUSED = [(0, 6), (12, 18)]  # q and v of a projection to 18 columns
@@ -23,10 +24,10 @@ LAYOUTS = {
 def adapted(layout: str, r: int = 3, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> LoraLinear:
     torch.manual_seed(0)
     make, slices = LAYOUTS[layout]
-    layer = LoraLinear(make().to(dtype).requires_grad_(False))
+    layer = LoraLinear(make().to(dtype).requires_grad_(False), Switch())
     layer.adapters["default"] = LoraWeights(10, slices, r, lora_alpha=5, lora_dropout=dropout)
     nn.init.normal_(layer.adapters["default"].lora_B)
-    layer.active = "default"
+    layer.switch.shared = "default"
     return layer.eval()
 
 
@@ -94,7 +95,7 @@ def test_merging_another_adapter_takes_the_first_one_out() -> None:
     nn.init.normal_(layer.adapters["other"].lora_B)
     before = layer.weight.clone()
     layer.merge()
-    layer.active = "other"
+    layer.switch.shared = "other"
     layer.merge()
     assert torch.allclose(layer.weight, before + layer.adapters["other"].delta_weight(18), atol=MERGE_FP32)
     layer.unmerge()
@@ -137,7 +138,7 @@ def test_dropout_acts_on_the_input_of_lora_in_training_only() -> None:
 @pytest.mark.parametrize("cast", [lambda module: module.half(), lambda module: module.to(torch.bfloat16)])
 def test_lora_and_head_stay_fp32_and_exact_whatever_the_base_is_cast_to(cast) -> None:
     layer = adapted("linear")
-    head = AdapterHead(nn.Linear(10, 2))
+    head = AdapterHead(nn.Linear(10, 2), Switch())
     head.add("default")
     model = nn.ModuleDict({"layer": layer, "head": head})
     before = [parameter.clone() for parameter in (*layer.adapters.parameters(), *head.heads.parameters())]
@@ -147,21 +148,21 @@ def test_lora_and_head_stay_fp32_and_exact_whatever_the_base_is_cast_to(cast) ->
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     x = torch.randn(3, 10).to(layer.weight.dtype)
     assert layer(x).dtype == layer.weight.dtype
-    head.active = "default"
+    head.switch.shared = "default"
     assert head(x).dtype == torch.float32
     layer(x).float().sum().backward()
     assert layer.adapters["default"].lora_A.grad.dtype == torch.float32
 
 
 def test_the_bases_own_head_is_kept_apart() -> None:
-    head = AdapterHead(nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5)))
+    head = AdapterHead(nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5)), Switch())
     head.add("default")
     assert sum(parameter.numel() for parameter in head.parameters()) == 10, "the base's head is not counted"
     assert all(".0." in f".{name}" and name.startswith("heads.default") for name in head.state_dict())
     head.eval()
     x = torch.randn(3, 4)
     assert torch.equal(head(x), head.base_head(x)), "no adapter active: the base's own, in eval mode"
-    head.active = "default"
+    head.switch.shared = "default"
     nn.init.zeros_(head.heads["default"][0].weight)
     assert not torch.equal(head(x), head.base_head(x))
     assert torch.equal(copy.deepcopy(head)(x), head(x))

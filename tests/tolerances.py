@@ -43,6 +43,14 @@ FUSED_RTOL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """The fused projection against the reference, relative to the largest value: sums in another order, and in bfloat16 a
 rounding (0.4 %) of x A^T and of scaling * B before they are multiplied instead of after."""
 
+MIXED_FP32 = 1e-5
+"""A row of a mixed batch against the same row alone under its adapter: the same float32 sums in another order, of a
+batch padded to another length."""
+
+MIXED_GRADIENT_RTOL = 1e-4
+"""Every gradient of an adapter in a mixed batch against the sum over its rows one by one, relative to its largest
+value: float32 sums in another order."""
+
 FAST_TRAINING_FP32 = 1e-5
 """Losses over 50 AdamW steps, without padding and fused against padded and by definition: what float32 sums in another
 order grow to."""

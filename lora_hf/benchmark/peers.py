@@ -27,17 +27,21 @@ def _peft_best(setup: Setup) -> Trainer:
 def _with_peft(setup: Setup, model: PreTrainedModel) -> Any:
     import peft
 
-    lora, sites = setup.config.lora, plan(model, setup.config.lora)
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.lora_alpha,  # type: ignore[arg-type] - PEFT says int and divides
-            lora_dropout=lora.lora_dropout,
-            target_modules=list(dict.fromkeys(site.path for site in sites)),
-            modules_to_save=head_paths(model),
-            fan_in_fan_out=any(site.layout == "conv1d" for site in sites),
-        ),
+    return peft.get_peft_model(model, peft_config(setup.config.lora, model))
+
+
+def peft_config(lora: LoraConfig, model: PreTrainedModel, heads: bool = True) -> Any:
+    """PEFT's words for the same places, with or without a head of its own for the adapter."""
+    import peft
+
+    sites = plan(model, lora)
+    return peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type] - PEFT says int and divides
+        lora_dropout=lora.lora_dropout,
+        target_modules=list(dict.fromkeys(site.path for site in sites)),
+        modules_to_save=head_paths(model) if heads else None,
+        fan_in_fan_out=any(site.layout == "conv1d" for site in sites),
     )
 
 

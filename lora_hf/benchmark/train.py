@@ -123,7 +123,7 @@ def benchmark_train(
             "bf16_flops_per_second": summary(peaks),
             "shapes": {shape: summary([rate[shape] for rate in rates]) for shape in rates[0]},
         },
-        "machine": _machine(),
+        "machine": machine_in_use(),
         "versions": versions()
         | {package: importlib.metadata.version(package) for package in {PEERS[n] for n in names if n in PEERS}},
         "git": git_state(),
@@ -195,7 +195,8 @@ def _prompts(encoded: Any) -> list[int]:
     return number_prompts(encoded["labels"], encoded["input_ids"])
 
 
-def _machine() -> dict[str, Any]:
+def machine_in_use() -> dict[str, Any]:
+    """The machine, with what decides how its cores are used."""
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     threads = {"threads": torch.get_num_threads(), "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
     return machine() | threads | gpu

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from lora_hf.benchmark.answering import ANSWERING, build
 from lora_hf.benchmark.flops import matmul_peak, matrix_weights, step_flops, synchronize
 from lora_hf.benchmark.memory import MemoryWatch
 from lora_hf.benchmark.peers import PEER_SIDES
@@ -83,6 +84,8 @@ def serve(channel: Channel) -> None:
     try:
         if work.side == PEAK:
             _measure_peak(channel, work)
+        elif work.side in ANSWERING:
+            _answer(channel, work)
         else:
             _train(channel, work)
     except UserError as error:
@@ -102,6 +105,18 @@ def _train(channel: Channel, work: Work) -> None:
         }
         trainer.add_callback(Turns(channel, ready, trains_base=work.side == "full"))
         trainer.train()
+
+
+def _answer(channel: Channel, work: Work) -> None:
+    answer, end = build(work)
+    channel.tell(ready={})
+    for _ in range(work.rounds):
+        channel.wait()
+        begin = time.perf_counter()
+        answer()
+        synchronize(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        channel.tell(round={"seconds": time.perf_counter() - begin})
+    channel.tell(done=end())
 
 
 def _setting(trainer: Trainer, model: nn.Module) -> dict[str, Any]:

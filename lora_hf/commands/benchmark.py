@@ -14,7 +14,7 @@ from lora_hf.errors import ConfigError
 def add(verbs: Any) -> None:
     """Describes the verb."""
     parser = verbs.add_parser("benchmark", help="measure methods and libraries side by side")
-    parser.add_argument("what", choices=["train"], help="what to measure")
+    parser.add_argument("what", choices=["train", "infer"], help="training steps, or answering rows of eight adapters")
     parser.add_argument("--model", default="tiny-roberta", metavar="NAME")
     parser.add_argument("--init", default="pretrained", choices=["pretrained", "random"])
     parser.add_argument("--tokenizer", metavar="NAME", help="a hub id or folder, where it is not the model's own")
@@ -23,7 +23,10 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--task", default="rule-sentiment", metavar="NAME")
     parser.add_argument("--data-dir", metavar="DIR")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="default: 16, and 8 for generation")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="default: 16, 8 for generation, 64 to infer")
+    parser.add_argument("--r", type=int, default=16, metavar="N", help="of every adapter, lora_alpha the same")
+    parser.add_argument("--targets", default="all", metavar="ROLE,...", help="as lora.targets in a config")
+    parser.add_argument("--rows", type=int, default=256, metavar="N", help="infer: rows of a round, of all tasks")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="lora_dropout of every side")
     parser.add_argument("--base-dropout", type=float, default=0.0, metavar="P", help="the base's own, on every side")
     parser.add_argument(
@@ -50,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     if options.output and not options.output.parent.is_dir():
         raise ConfigError(f"--output {options.output}: there is no folder {options.output.parent}")
     size = options.batch_size
-    if size is None:
+    if size is None and options.what == "train":
         size = 8 if get_task(options.task).model_kind == "causal-lm" else 16
     sections: dict[str, dict[str, Any]] = {
         "model": {
@@ -61,26 +64,46 @@ def run(options: argparse.Namespace) -> None:
             "dropout": options.base_dropout,
         },
         "task": {"name": options.task, "data_dir": options.data_dir},
-        "lora": {"r": 16, "lora_alpha": 16, "lora_dropout": options.dropout, "targets": "all"},
-        "train": {"batch_size": size, "group_by_prompt": options.group_by_prompt},
+        "lora": {
+            "r": options.r,
+            "lora_alpha": options.r,
+            "lora_dropout": options.dropout,
+            "targets": options.targets.split(","),
+        },
+        "train": {
+            "batch_size": size or 16,
+            "eval_batch_size": size or 64,
+            "group_by_prompt": options.group_by_prompt,
+        },
     }
     config = RunConfig.from_dict(sections, "benchmark")
-    from lora_hf.benchmark.train import benchmark_train
+    if options.what == "infer":
+        from lora_hf.benchmark.infer import benchmark_infer
 
-    result = benchmark_train(config, options.against.split(","), options.steps, options.rounds)
+        result = benchmark_infer(config, options.rows, options.rounds)
+    else:
+        from lora_hf.benchmark.train import benchmark_train
+
+        result = benchmark_train(config, options.against.split(","), options.steps, options.rounds)
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if options.json:
         print_json(result)
         return
     for name, side in result["sides"].items():
-        speed, memory = side["examples_per_second"], side["memory"]["above_base"]
-        spread = f"{speed['median']:9.2f} examples/s ({speed['min']:.2f} to {speed['max']:.2f})"
-        share = f"{side['share_of_peak']['median']:6.1%} of the matrix peak"
-        print(f"{name:13}{spread}  {share}  {(memory or 0) / 1e6:8.1f} MB above the base")
-    for name, ratio in result["ratios"].items():
-        memory = result["memory_ratios"].get(name)
         print(
-            f"{name:18} {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
-            + (f", memory {memory:.2f}x" if memory else "")
+            f"{name:18}{_spread(side['rows_per_second'])} rows/s" if options.what == "infer" else _trained(name, side)
         )
+    for name, ratio in result["ratios"].items():
+        memory = result.get("memory_ratios", {}).get(name)
+        print(f"{name:22} {_spread(ratio)}x" + (f", memory {memory:.2f}x" if memory else ""))
+
+
+def _trained(name: str, side: dict[str, Any]) -> str:
+    share, memory = side["share_of_peak"]["median"], side["memory"]["above_base"] or 0
+    speed = f"{name:18}{_spread(side['examples_per_second'])} examples/s"
+    return f"{speed}  {share:6.1%} of the matrix peak  {memory / 1e6:8.1f} MB above the base"
+
+
+def _spread(value: dict[str, float]) -> str:
+    return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"

@@ -23,31 +23,21 @@ def add(verbs: Any) -> None:
     source.add_argument("--input", type=Path, metavar="FILE", help="a text a line, or .jsonl with the task's columns")
     parser.add_argument("--text-pair", help="the second text, where the task reads two")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write .jsonl there instead of standard output")
-    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="outputs/<run>/adapter")
+    parser.add_argument(
+        "--adapter",
+        required=True,
+        action="append",
+        metavar="[NAME=]DIR",
+        help="outputs/<run>/adapter; several, each with a name, answer the rows that name them under 'adapter'",
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """A JSON object for each text."""
-    from lora_hf.saved import find_saved
-
-    saved = find_saved(options.adapter)
-    if saved.task.model_kind != "sequence-classification":
-        raise ConfigError(
-            f"{options.adapter} was trained for {saved.task.name}, which writes texts; use generate instead"
-        )
-    columns = saved.task.text_columns
-    if options.input is not None:
-        from lora_hf.rows import read_rows
-
-        rows = read_rows(options.input, columns)
-    else:
-        rows = _texts(saved.task, options.text, options.text_pair)
-    from lora_hf.inference import Predictor
-
-    answers = Predictor.load(saved).predict(rows, progress=progress if options.input else iter)
-    lines = [{**{column: rows[column][i] for column in columns}, **answer} for i, answer in enumerate(answers)]
+    folders = _named(options.adapter)
+    lines = _alone(options, *folders.values()) if len(folders) == 1 else _mixed(options, folders)
     if options.output is not None:
         write_lines(options.output, lines)
         print(f"{len(lines)} predictions in {options.output}", file=sys.stderr)
@@ -58,6 +48,52 @@ def run(options: argparse.Namespace) -> None:
     elif options.output is None:
         for line in lines:
             print(json.dumps(line, ensure_ascii=False))
+
+
+def _named(words: list[str]) -> dict[str, Path]:
+    """The folders by name; one alone needs none."""
+    if len(words) == 1 and (Path(words[0]).exists() or "=" not in words[0]):
+        return {"": Path(words[0])}
+    folders: dict[str, Path] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not (name and equals and folder) or name in folders:
+            raise ConfigError(f"--adapter {word}: of several adapters each needs a name of its own: NAME=DIR")
+        folders[name] = Path(folder)
+    return folders
+
+
+def _alone(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    from lora_hf.saved import find_saved
+
+    saved = find_saved(folder)
+    if saved.task.model_kind != "sequence-classification":
+        raise ConfigError(f"{folder} was trained for {saved.task.name}, which writes texts; use generate instead")
+    columns = saved.task.text_columns
+    if options.input is not None:
+        from lora_hf.rows import read_rows
+
+        rows = read_rows(options.input, columns)
+    else:
+        rows = _texts(saved.task, options.text, options.text_pair)
+    from lora_hf.inference import Predictor
+
+    answers = Predictor.load(saved).predict(rows, progress=progress if options.input else iter)
+    return [{**{column: rows[column][i] for column in columns}, **answer} for i, answer in enumerate(answers)]
+
+
+def _mixed(options: argparse.Namespace, folders: dict[str, Path]) -> list[dict[str, Any]]:
+    from lora_hf.rows import read_mixed_rows
+    from lora_hf.saved import find_saved
+
+    if options.input is None:
+        raise ConfigError("--text goes to one adapter; give several an --input file whose rows name theirs")
+    saved = {name: find_saved(folder) for name, folder in folders.items()}
+    rows = read_mixed_rows(options.input, {name: each.task.text_columns for name, each in saved.items()})
+    from lora_hf.inference import MixedPredictor
+
+    answers = MixedPredictor.load(saved).predict(rows, progress=progress)
+    return [{"adapter": name, **row, **answer} for (name, row), answer in zip(rows, answers, strict=True)]
 
 
 def _texts(task: Task, text: str, pair: str | None) -> dict[str, list]:

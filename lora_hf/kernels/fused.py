@@ -74,7 +74,7 @@ class _LoraLinear(torch.autograd.Function):
         dropout: float,
     ) -> torch.Tensor:  # fmt: skip
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        down, up = lora_A.to(x.dtype), _whole(lora_B.to(x.dtype), slices, weight.shape[0])
+        down, up = lora_A.to(x.dtype), block_placed(lora_B.to(x.dtype), slices, weight.shape[0])
         # The scaling goes where the numbers are fewest, on (tokens, r).
         scaling /= 1 - dropout
         projected = ((rows if keep is None else rows * keep.view_as(rows)) @ down.T).mul_(scaling)
@@ -107,7 +107,7 @@ class _LoraLinear(torch.autograd.Function):
         return dx, None, None, dA, dB, None, None, None, None
 
 
-def _whole(lora_B: torch.Tensor, slices: tuple[tuple[int, int], ...], out: int) -> torch.Tensor:
+def block_placed(lora_B: torch.Tensor, slices: tuple[tuple[int, int], ...], out: int) -> torch.Tensor:
     """`(out, n * r)`: the B of each slice in its own rows and columns, zeros elsewhere: one product for all."""
     if slices == ((0, out),):
         return lora_B
@@ -120,7 +120,7 @@ def _whole(lora_B: torch.Tensor, slices: tuple[tuple[int, int], ...], out: int) 
 
 
 def _blocks(whole: torch.Tensor, slices: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """The blocks of `_whole` from their places, stacked as `lora_B` is."""
+    """The blocks of `block_placed` from their places, stacked as `lora_B` is."""
     if slices == ((0, whole.shape[0]),):
         return whole
     r = whole.shape[1] // len(slices)

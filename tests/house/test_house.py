@@ -22,7 +22,7 @@ LONGEST_FILE = 400
 # A file imports only from lower floors; the files of one folder may import each other, without cycles.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "records", "architectures"),
-    ("kernels", "metrics", "tiny", "offline", "precision", "curves"),
+    ("kernels", "metrics", "tiny", "offline", "precision", "curves", "switch"),
     ("layers", "tasks"),
     (
         "models",
@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "references",
         "encoding",
     ),
-    ("adapters", "saved"),
+    ("adapters", "saved", "mixing"),
     ("trainer", "hub", "loading", "convert"),
     ("training", "inference", "generation"),
     ("compare", "report", "sweep", "benchmark", "serving", "demo"),

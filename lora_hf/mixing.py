@@ -1,0 +1,68 @@
+"""Several adapters on one model: a thread's own choice, an adapter for each row of a batch, and letting go of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+from lora_hf.errors import AdapterError
+from lora_hf.injection import adapter_heads, check_known, lora_layers, set_adapter, switch_of
+from lora_hf.switch import Mixture
+
+
+@contextmanager
+def use_adapter(model: PreTrainedModel, name: str | None) -> Iterator[PreTrainedModel]:
+    """Inside, this thread runs adapter `name` (None: the bare base), whatever other threads run on the same model.
+
+    Raises:
+        AdapterError: the model has no adapter of that name, or another one is merged into it.
+    """
+    switch = switch_of(model)
+    check_known(switch, name)
+    with switch.own(name):
+        yield model
+
+
+@contextmanager
+def mix_adapters(model: PreTrainedModel, rows: Sequence[str | None]) -> Iterator[PreTrainedModel]:
+    """Inside, this thread runs each row of a batch under its own adapter: `rows` names them, None is the bare base.
+
+    Forward passes and `generate` (greedy, beams, sampling) take a batch of `len(rows)` rows. Logits of a classifier are
+    `(rows, most labels)`, -inf behind the last label of a row whose adapter has fewer. Weights must not change inside,
+    unless gradients are taken.
+
+    Raises:
+        AdapterError: no rows, an adapter that the model does not have, or one that is merged into the base.
+    """
+    switch = switch_of(model)
+    if not rows:
+        raise AdapterError("a mixture needs a name for each row of the batch, found no rows")
+    for name in dict.fromkeys(rows):
+        check_known(switch, name)
+    with switch.own(Mixture(rows)):
+        yield model
+
+
+def unload_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Takes adapter `name` and its head off the model; where it was the active one, the bare base is.
+
+    No other thread may be running it.
+
+    Raises:
+        AdapterError: the model has no adapter of that name.
+    """
+    switch = switch_of(model)
+    check_known(switch, name)
+    if switch.shared == name or switch.merged:
+        set_adapter(model, None if switch.shared == name else switch.shared)
+    for layer in lora_layers(model).values():
+        if name in layer.adapters:
+            del layer.adapters[name]
+    for head in adapter_heads(model).values():
+        if name in head.heads:
+            del head.heads[name]
+    switch.labels.pop(name, None)
+    del switch.names[name]
+    return model

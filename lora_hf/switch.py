@@ -1,0 +1,122 @@
+"""Which adapter the layers of a model run: one for everybody, one for a thread, or one for each row of a batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_hf.errors import AdapterError
+
+SWITCH = "lora_switch"  # the attribute of a base model that holds its Switch
+Labels = tuple[tuple[str, ...], str | None]  # the names of the labels, and the problem type
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The `count` places of a batch in order of their adapters.
+
+    `order` are the places adapter after adapter, those of the bare base last, or None where they already stand so;
+    `ends[i]` is how many places come before the end of adapter i.
+    """
+
+    count: int
+    order: torch.Tensor | None
+    ends: tuple[int, ...]
+
+
+class Mixture:
+    """An adapter for each row of a batch; None is the bare base.
+
+    Args:
+        rows: the name of each row.
+
+    Attributes:
+        names: the different names, without None.
+        stacks: what each layer keeps of its adapters' weights while the mixture lasts.
+    """
+
+    def __init__(self, rows: Sequence[str | None]) -> None:
+        self.names = tuple(dict.fromkeys(name for name in rows if name is not None))
+        numbers = {name: number for number, name in enumerate(self.names)}
+        self.rows = torch.tensor([len(self.names) if name is None else numbers[name] for name in rows])
+        self.tokens: Segments | None = None  # while a model runs without padding: of its tokens
+        self.stacks: dict[int, Any] = {}
+        self._segments: dict[int, Segments] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def rows_of(self, name: str | None, count: int) -> torch.Tensor:
+        """The rows of one adapter among `count`, which is a multiple of the mixture's rows in a beam search."""
+        number = len(self.names) if name is None else self.names.index(name)
+        return (self._repeated(count) == number).nonzero()[:, 0]
+
+    def segments(self, count: int) -> Segments:
+        """Of the rows of a batch: `count` of them, each repeated in a beam search."""
+        if count not in self._segments:
+            self._segments[count] = segments_of(self._repeated(count), len(self.names))
+        return self._segments[count]
+
+    def _repeated(self, count: int) -> torch.Tensor:
+        times, rest = divmod(count, len(self))
+        if rest or not times:
+            raise AdapterError(f"a mixture of {len(self)} rows met a batch of {count}; name the adapter of each row")
+        return self.rows.repeat_interleave(times)
+
+
+def segments_of(numbers: torch.Tensor, adapters: int) -> Segments:
+    """The segments of places by the number of each one's adapter; `adapters` itself numbers the bare base."""
+    counts = torch.bincount(numbers, minlength=adapters + 1)[:adapters]
+    in_order = bool((numbers.diff() >= 0).all())
+    order = None if in_order else numbers.argsort(stable=True)
+    return Segments(len(numbers), order, tuple(counts.cumsum(0).tolist()))
+
+
+class Switch:
+    """The choice that all LoRA layers and heads of one model share.
+
+    Attributes:
+        names: the adapters on the model, in the order they came.
+        labels: of the head of each adapter, and under None of the base's own.
+        merged: whether a layer may hold an adapter in its base weight.
+    """
+
+    def __init__(self) -> None:
+        self.shared: str | None = None
+        self.names: dict[str, None] = {}
+        self.labels: dict[str | None, Labels] = {}
+        self.merged = False
+        self._own = threading.local()
+
+    @property
+    def choice(self) -> str | Mixture | None:
+        """What this thread runs."""
+        return getattr(self._own, "choice", self.shared)
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The mixture that this thread runs, if it runs one."""
+        choice = self.choice
+        return choice if isinstance(choice, Mixture) else None
+
+    @contextmanager
+    def own(self, choice: str | Mixture | None) -> Iterator[None]:
+        """Makes this thread run `choice` inside, whatever others run."""
+        before = vars(self._own).copy()
+        self._own.choice = choice
+        try:
+            yield
+        finally:
+            vars(self._own).clear()
+            vars(self._own).update(before)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Switch:
+        copied = memo[id(self)] = Switch()
+        copied.shared, copied.merged = self.shared, self.merged
+        copied.names, copied.labels = dict(self.names), dict(self.labels)
+        return copied

@@ -1,0 +1,56 @@
+"""The inference comparison runs every side on the same rows, and the sides that must agree do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from lora_hf.benchmark import answering
+from lora_hf.benchmark.infer import SIDES, _rows
+from lora_hf.benchmark.work import Work
+from lora_hf.cli import main
+from lora_hf.config import RunConfig
+from tests import tolerances
+
+
+def test_a_record_of_all_sides(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["infer", "--rows", "16", "--rounds", "1", "--r", "2", "--targets", "q,v", "--json"]
+    assert main(words, verb="benchmark") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["sides"]) == set(SIDES) == set(answering.ANSWERING)
+    assert (result["work"]["rows"], result["work"]["adapters"]) == (16, 8)
+    assert set(result["ratios"]) == {f"mixed/{side}" for side in SIDES[1:]}
+    assert 0 < result["sides"]["mixed"]["switch_seconds"] < 1
+    assert len(result["sides"]["peft-names"]["seconds"]) == 1
+
+
+def test_mixed_and_apart_give_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig.from_dict(
+        {"model": {"name": "tiny-roberta", "precision": "fp32"}, "task": {"name": "rule-sentiment"}}
+    )
+    rows = _rows(config, 24)
+    found: dict[str, list[Any]] = {"mixed": [], "apart": []}
+    for side, answers in found.items():
+        original = answering.answer_rows
+
+        def keep(*args: Any, answers: list[Any] = answers, original: Any = original) -> Any:
+            answers.extend(original(*args))
+
+        monkeypatch.setattr(answering, "answer_rows", keep)
+        answer, _ = answering.build(Work(side, config.to_dict(), rows, 1, 0.0))
+        answer()
+        monkeypatch.undo()
+    names = [row["adapter"] for row in rows]
+    order = [place for name in dict.fromkeys(names) for place, other in enumerate(names) if other == name]
+    mixed = torch.tensor([found["mixed"][place].tolist() for place in order])
+    torch.testing.assert_close(
+        mixed, torch.tensor([row.tolist() for row in found["apart"]]), atol=tolerances.MIXED_FP32, rtol=0
+    )
+
+
+def test_too_few_rows_are_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["infer", "--rows", "3"], verb="benchmark") == 2
+    assert "at least 8" in capsys.readouterr().err
