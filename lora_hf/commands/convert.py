@@ -67,7 +67,7 @@ def _from_loralib(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--output {options.output}: expected a folder, found a file")
     if options.lora_alpha is None:
         raise ConfigError(_which_alpha(options.model))
-    if options.lora_alpha <= 0:
+    if not 0 < options.lora_alpha < float("inf"):
         raise ConfigError(f"--lora-alpha: expected a number > 0, found {options.lora_alpha:g}")
     enable_lora = _flags(options.enable_lora)
     from lora_hf.adapters import save_adapter

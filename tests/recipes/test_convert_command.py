@@ -119,6 +119,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "roberta-large: 16 (glue_cola_large.yaml, ...)",
     ),
     "an alpha of nothing": ([*GOOD[:-1], "0"], "--lora-alpha: expected a number > 0, found 0"),
+    "an alpha that is no number": ([*GOOD[:-1], "nan"], "--lora-alpha: expected a number > 0, found nan"),
     "no model": (GOOD[:3], "expected a FILE and --model NAME"),
     "an unknown model": ([*GOOD, "--model", "tiny-robert"], "no such model or folder (did you mean 'tiny-roberta'?)"),
     "another model": ([*GOOD, "--model", "tiny-gpt2"], "found no such module"),
