@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_hf.adapters import load_adapter, save_adapter
     from lora_hf.config import LoraConfig
+    from lora_hf.convert.loralib import load_loralib, save_loralib
     from lora_hf.errors import UserError
     from lora_hf.injection import (
         Site,
@@ -31,12 +32,14 @@ _HOME = {
     "eject": "injection",
     "inject": "injection",
     "load_adapter": "adapters",
+    "load_loralib": "convert.loralib",
     "lora_state_dict": "injection",
     "mark_only_lora_as_trainable": "injection",
     "merge": "injection",
     "mix_adapters": "mixing",
     "plan": "injection",
     "save_adapter": "adapters",
+    "save_loralib": "convert.loralib",
     "set_adapter": "injection",
     "unload_adapter": "mixing",
     "unmerge": "injection",
@@ -51,12 +54,14 @@ __all__ = [
     "eject",
     "inject",
     "load_adapter",
+    "load_loralib",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",
     "mix_adapters",
     "plan",
     "save_adapter",
+    "save_loralib",
     "set_adapter",
     "unload_adapter",
     "unmerge",

@@ -141,7 +141,7 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
         expected[f"{PREFIX}{path}.lora_A.weight"] = (rank, layer.in_features)
         expected[f"{PREFIX}{path}.lora_B.weight"] = (layer.out_features, rank)
     found = {key: tensor for key, tensor in file.tensors.items() if ".lora_" in key}
-    _compare(expected, found, file)
+    compare(expected, found, f"{file.folder}/{WEIGHTS_FILE}")
     for path, layer in layers.items():
         _from_peft(layer.adapters[name], file, path)
 
@@ -251,7 +251,7 @@ def _check(model: PreTrainedModel, file: AdapterFile, heads: Mapping[str, nn.Mod
         expected[f"{PREFIX}{place.path}.lora_B.weight"] = (out_features, place.r)
     for path, head in heads.items():
         expected |= {f"{PREFIX}{path}.{key}": tuple(value.shape) for key, value in head.state_dict().items()}
-    _compare(expected, file.tensors, file)
+    compare(expected, file.tensors, f"{file.folder}/{WEIGHTS_FILE}")
     for place in places:
         b = file.tensors[f"{PREFIX}{place.path}.lora_B.weight"]
         blocks = _blocks(b, place.slices, place.r // len(place.slices))
@@ -325,7 +325,7 @@ def _named(labels: tuple[str, ...]) -> bool:
     return any(label != f"LABEL_{index}" for index, label in enumerate(labels))
 
 
-def _compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.Tensor], file: AdapterFile) -> None:
+def compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.Tensor], source: str) -> None:
     """Raises AdapterError with each tensor that is missing, extra or of another shape (the first five of a kind)."""
     kinds = {
         "missing": [f"{key} {expected[key]}" for key in expected if key not in found],
@@ -341,7 +341,7 @@ def _compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.
         lines += [f"{kind}: {entry}" for entry in entries[:5]]
         lines += [f"{kind}: and {len(entries) - 5} more"] if len(entries) > 5 else []
     if lines:
-        raise AdapterError("\n  ".join([f"{file.folder}/{WEIGHTS_FILE} does not fit this model:", *lines]))
+        raise AdapterError("\n  ".join([f"{source} does not fit this model:", *lines]))
 
 
 def _load_heads(model: PreTrainedModel, file: AdapterFile, name: str) -> None:

@@ -306,10 +306,13 @@ def _lora_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
     }
     if bias == "lora_only":
         chosen |= {layer.bias for layer in layers.values() if layer.active and layer.bias is not None}
+    idle = {
+        value for place, active in _places(model) for key in place if key != active for value in place[key].parameters()
+    }
     return {
         name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter in chosen or (bias == "all" and name.rpartition(".")[2] == "bias")
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter in chosen or (bias == "all" and "bias" in name and parameter not in idle)
     }
 
 

@@ -83,16 +83,24 @@ def load_base(model: ModelConfig, task: Task, seed: int = 0) -> PreTrainedModel:
         ModelError: no such model, damaged files, or weights that lack part of the base.
         HubError: it is only on the hub, and the hub is out of reach.
     """
+    if task.model_kind != "sequence-classification":
+        return load_model(model, None, seed)
+    head: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": task.problem_type}
     labels = task.label_names
-    head: dict[str, Any] = {}
-    auto: Any = AutoModelForCausalLM
-    if task.model_kind == "sequence-classification":
-        auto = AutoModelForSequenceClassification
-        head = {"num_labels": task.num_labels, "problem_type": task.problem_type}
-        if labels:
-            head |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if labels:
+        head |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    return load_model(model, head, seed)
+
+
+def load_model(model: ModelConfig, head: dict[str, Any] | None, seed: int = 0) -> PreTrainedModel:
+    """`load_base` without a task: a classifier whose config says what `head` does, or else a causal language model.
+
+    Raises:
+        ModelError, HubError: as `load_base`.
+    """
+    auto: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     dtype = DTYPES[resolve(model.precision)]
-    config = _config(model, head)
+    config = _config(model, head or {})
     torch.manual_seed(seed)
     base = auto.from_config(config, dtype=dtype) if model.init == "random" else _pretrained(auto, model, config, dtype)
     _fuse_activations(base)

@@ -1,0 +1,1 @@
+"""From and to the files of other LoRA libraries."""

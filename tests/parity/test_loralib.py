@@ -1,0 +1,108 @@
+"""`mark_only_lora_as_trainable` and `lora_state_dict` against loralib's own, on models that hold the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import loralib
+import pytest
+import torch
+from torch import nn
+
+import lora_hf
+from lora_hf.benchmark.peers import with_loralib
+from lora_hf.config import LoraConfig
+from lora_hf.convert.loralib import load_loralib
+from lora_hf.injection import Bias, inject, lora_layers
+from tests.small import small_model, stir
+
+MODELS = {
+    "roberta": ("roberta", 3, ("q", "v"), None),
+    "gpt2": ("gpt2", None, ("q", "v", "ffn"), (True, False, True)),
+    "llama": ("llama", None, ("all",), None),  # no projection has a bias
+}
+BIASES: list[Bias] = ["none", "all", "lora_only"]
+
+
+def their_name(name: str) -> str:
+    """What loralib calls the parameter: its layer is the projection, it has one adapter, and no copy of a head."""
+    return name.replace(".base_layer", "").replace(".adapters.default", "").replace(".heads.default", "")
+
+
+def both(case: str, tmp_path: Path) -> tuple[nn.Module, nn.Module]:
+    """Ours and loralib's, with equal values."""
+    kind, num_labels, targets, enable_lora = MODELS[case]
+    theirs = with_loralib(small_model(kind, num_labels), LoraConfig(r=2, lora_alpha=4, targets=targets)).train()
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    torch.save(loralib.lora_state_dict(theirs), tmp_path / "lora.bin")
+    return load_loralib(small_model(kind, num_labels), tmp_path / "lora.bin", 4, enable_lora, partial=True), theirs
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("case", MODELS)
+def test_the_same_parameters_are_trained(case: str, bias: Bias, tmp_path: Path) -> None:
+    ours, theirs = both(case, tmp_path)
+    loralib.mark_only_lora_as_trainable(theirs, bias=bias)
+    lora_hf.mark_only_lora_as_trainable(ours, bias=bias)
+    expected = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    if bias != "all":  # neither trains the head, which loralib leaves to the script
+        assert not [name for name in expected if name.startswith("classifier")]
+    assert {their_name(name) for name, parameter in ours.named_parameters() if parameter.requires_grad} == expected
+    assert {name for name, parameter in ours.named_parameters() if "lora_" in name and parameter.requires_grad}
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("case", MODELS)
+def test_the_state_dict_holds_the_same_tensors(case: str, bias: Bias, tmp_path: Path) -> None:
+    ours, theirs = both(case, tmp_path)
+    expected = loralib.lora_state_dict(theirs, bias=bias)
+    found = lora_hf.lora_state_dict(ours, bias=bias)
+    assert {their_name(name) for name in found} == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[their_name(name)]), name
+        assert not tensor.requires_grad
+        assert tensor.data_ptr() == ours.state_dict()[name].data_ptr(), "as loralib's, it is no copy"
+
+
+def test_a_saved_state_dict_comes_back_with_load_state_dict(tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, targets=("q", "v"))
+    ours = inject(small_model("gpt2"), lora)
+    stir(ours)
+    torch.save(lora_hf.lora_state_dict(ours), tmp_path / "lora.pt")
+    again = inject(small_model("gpt2"), lora)
+    lost = again.load_state_dict(torch.load(tmp_path / "lora.pt", weights_only=True), strict=False)
+    assert not lost.unexpected_keys
+    assert not [key for key in lost.missing_keys if "lora_" in key]
+    for path, layer in lora_layers(ours).items():
+        assert torch.equal(layer.delta_weight("default"), lora_layers(again)[path].delta_weight("default"))
+
+
+def test_only_the_active_adapter_is_trained_and_saved() -> None:
+    model = inject(small_model("roberta", 3), LoraConfig(r=2), name="idle")
+    inject(model, LoraConfig(r=2), name="active")
+    lora_hf.mark_only_lora_as_trainable(model, bias="all")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not [name for name in [*trained, *lora_hf.lora_state_dict(model, bias="all")] if ".idle." in name]
+    assert "classifier.heads.active.dense.bias" in trained
+    assert lora_hf.mark_only_lora_as_trainable(lora_hf.set_adapter(model, None)) is model
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_train_and_eval_change_no_weight_where_loralib_merges(tmp_path: Path) -> None:
+    ours, theirs = both("gpt2", tmp_path)
+    name = "transformer.h.0.attn.c_attn"
+    before = small_model("gpt2").get_submodule(name).weight
+    for model in (ours, theirs):
+        model.eval()
+    assert torch.equal(ours.get_submodule(name).weight, before)
+    assert not torch.equal(theirs.get_submodule(name).weight, before)
+
+
+def test_tied_biases_are_saved_under_both_names() -> None:
+    model = inject(small_model("gpt2"), LoraConfig(r=2, targets=("q", "o")))
+    block = model.transformer.h
+    block[1].ln_1.bias = block[0].ln_1.bias
+    names = lora_hf.lora_state_dict(model, bias="all")
+    assert {"transformer.h.0.ln_1.bias", "transformer.h.1.ln_1.bias"} <= names.keys()
