@@ -100,6 +100,10 @@ def _lora(setup: Setup) -> Trainer:
     return our_trainer(setup, inject(setup.base(), setup.config.lora))
 
 
+def _without_dropout(setup: Setup) -> Trainer:
+    return our_trainer(setup, inject(setup.base(), replace(setup.config.lora, lora_dropout=0.0)))
+
+
 def _frozen(setup: Setup) -> Trainer:
     """The step that `lora` can at best have: no adapter, and the gradient taken down to the embeddings."""
     model = setup.base().requires_grad_(False)
@@ -129,4 +133,10 @@ def _full(setup: Setup) -> Trainer:
 
 # What a step multiplies with each weight of the base, see `step_flops`; 4 where a side is not named.
 PER_WEIGHT = {"full": 6, "head": 2}
-SIDES: dict[str, Build] = {"lora": _lora, "frozen": _frozen, "head": _head, "full": _full}
+SIDES: dict[str, Build] = {
+    "lora": _lora,
+    "frozen": _frozen,
+    "without-dropout": _without_dropout,
+    "head": _head,
+    "full": _full,
+}

@@ -13,7 +13,7 @@ from lora_hf.errors import ConfigError, did_you_mean
 OURS = "lora"
 PEAK = "peak"  # the machine's matrix multiplications; takes its turn as the sides do
 PEERS = {"peft-default": "peft", "peft-best": "peft", "loralib": "loralib"}  # and the package that each needs
-OTHERS = (*PEERS, "full", "head", "frozen")
+OTHERS = (*PEERS, "full", "head", "frozen", "without-dropout")
 GROUPS = {"peft": ("peft-default", "peft-best")}
 
 

@@ -38,7 +38,7 @@ def add(verbs: Any) -> None:
         "--against",
         default="full",
         metavar="SIDE,...",
-        help="peft (peft-default and peft-best), loralib, full, head, frozen (no adapter: the bound)",
+        help="peft (peft-default and peft-best), loralib, full, head, frozen (no adapter: the bound), without-dropout",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the whole record there")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
