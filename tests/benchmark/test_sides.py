@@ -68,7 +68,7 @@ def test_every_side_speaks_the_protocol(model: str, task: str, side: str) -> Non
     assert (memory["trained_weights"] > 0.99 * memory["weights"]) == (side == "full")
     assert memory["peak"] >= memory["above_base"] >= memory["activations"] >= 0
     assert (trained == 0) == (side == "frozen" and model == "tiny-gpt2")
-    if side in ("lora", "frozen", "head", "peft-best"):
+    if side in ("lora", "without-dropout", "frozen", "head", "peft-best"):
         assert setting["weights"] == "bfloat16"
     else:
         assert setting["weights"] == "float32"
