@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,10 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_hf.kernels.fused import fits, lora_linear
 from lora_hf.kernels.reference import add_lora
+from lora_hf.quantised import Packed, QuantisedLinear
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
-    """`(in, out)` of an `nn.Linear` or a `Conv1D`, whose weights are `(out, in)` and `(in, out)`."""
+    """`(in, out)` of an `nn.Linear` or a `Conv1D`, stored `(out, in)` and `(in, out)`, or of either packed."""
+    if isinstance(layer, QuantisedLinear):
+        return layer.in_features, layer.out_features
     weight: Any = layer.weight
     rows, columns = weight.shape
     return (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
@@ -69,10 +74,11 @@ class LoraWeights(nn.Module):
         """`(..., in)` to `(..., out)`: the base layer with this adapter beside it."""
         dropout = self.lora_dropout if self.training else 0.0
         low_rank = (self.lora_A, self.lora_B, self.scaling, self.slices)
-        weight: Any = base_layer.weight
-        if fits(x, weight, base_layer.bias):  # type: ignore[arg-type]
-            weight = weight.T if isinstance(base_layer, Conv1D) else weight
-            return lora_linear(x, weight, base_layer.bias, *low_rank, dropout)  # type: ignore[arg-type]
+        if not isinstance(base_layer, QuantisedLinear):
+            weight: Any = base_layer.weight
+            if fits(x, weight, base_layer.bias):  # type: ignore[arg-type]
+                weight = weight.T if isinstance(base_layer, Conv1D) else weight
+                return lora_linear(x, weight, base_layer.bias, *low_rank, dropout)  # type: ignore[arg-type]
         dropped = nn.functional.dropout(x, dropout) if dropout else x
         return add_lora(base_layer(x), dropped, *low_rank)
 
@@ -90,14 +96,27 @@ class LoraWeights(nn.Module):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, slices={self.slices}"
 
 
+@dataclass(frozen=True)
+class Drift:
+    """What a merge into a packed weight lost to rounding, in Frobenius norms: `|asked - held|` over the norm named."""
+
+    of_weight: float  # of the weight that was asked for
+    of_delta: float  # of the adapter's delta_weight: near 1, the rounding is as large as what was learned
+
+    @classmethod
+    def between(cls, asked: torch.Tensor, held: torch.Tensor, delta: torch.Tensor) -> Drift:
+        lost = float((asked - held).norm())
+        return cls(*(lost / max(float(whole.norm()), torch.finfo(torch.float32).tiny) for whole in (asked, delta)))
+
+
 class LoraLinear(nn.Module):
     """`y = base_layer(x) + (lora_alpha / r) * dropout(x) A^T B^T` with the A and B of the active adapter.
 
     Without an active adapter it is the base layer. `train()` and `eval()` never change a weight; `merge` does, and
-    `unmerge` puts the base back bit for bit.
+    `unmerge` puts the base back bit for bit. A packed base is packed anew by `merge`, and `drift` says what that lost.
     """
 
-    base_layer: Any  # nn.Linear or Conv1D
+    base_layer: Any  # nn.Linear, Conv1D or QuantisedLinear
     adapters: Any  # nn.ModuleDict of LoraWeights, by the adapter's name
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -108,11 +127,19 @@ class LoraLinear(nn.Module):
         self.active: str | None = None
         self.merged: str | None = None
         self.unmerged_weight: torch.Tensor | None = None
+        self.unmerged_packed: Packed | None = None
+        self.drift: Drift | None = None
         self.in_features, self.out_features = features(base_layer)
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.base_layer.weight
+        """The base's own weight; a packed one is dequantised to fp32, a copy."""
+        base = self.base_layer
+        return base.dequantise() if isinstance(base, QuantisedLinear) else base.weight
+
+    @property
+    def device(self) -> torch.device:
+        return next(chain(self.base_layer.parameters(), self.base_layer.buffers())).device
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -136,8 +163,14 @@ class LoraLinear(nn.Module):
         self.unmerge()
         weight = self.weight
         delta = self.delta_weight(self.active)
-        self.unmerged_weight = weight.detach().clone()
-        weight.copy_(weight.float() + (delta.T if isinstance(self.base_layer, Conv1D) else delta))
+        if isinstance(self.base_layer, QuantisedLinear):
+            self.unmerged_packed = self.base_layer.packed()
+            asked = weight + delta
+            self.base_layer.requantise(asked)
+            self.drift = Drift.between(asked, self.weight, delta)
+        else:
+            self.unmerged_weight = weight.detach().clone()
+            weight.copy_(weight.float() + (delta.T if isinstance(self.base_layer, Conv1D) else delta))
         self.merged = self.active
 
     @torch.no_grad()
@@ -145,7 +178,9 @@ class LoraLinear(nn.Module):
         """Restores the base weight bit for bit from the copy that `merge` kept: subtracting would round once more."""
         if self.unmerged_weight is not None:
             self.weight.copy_(self.unmerged_weight)
-        self.unmerged_weight = self.merged = None
+        if self.unmerged_packed is not None:
+            self.base_layer.restore(self.unmerged_packed)
+        self.unmerged_weight = self.unmerged_packed = self.merged = self.drift = None
 
 
 class AdapterHead(nn.Module):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_hf.commands.output import print_json, progress, write_lines
+from lora_hf.commands.output import add_precision, print_json, progress, write_lines
 from lora_hf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def add(verbs: Any) -> None:
     source.add_argument("--input", type=Path, metavar="FILE", help="a text a line, or .jsonl with the task's columns")
     parser.add_argument("--text-pair", help="the second text, where the task reads two")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write .jsonl there instead of standard output")
+    add_precision(parser)
     parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="outputs/<run>/adapter")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
     parser.set_defaults(run=run)
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
         rows = _texts(saved.task, options.text, options.text_pair)
     from lora_hf.inference import Predictor
 
-    answers = Predictor.load(saved).predict(rows, progress=progress if options.input else iter)
+    answers = Predictor.load(saved, options.precision).predict(rows, progress=progress if options.input else iter)
     lines = [{**{column: rows[column][i] for column in columns}, **answer} for i, answer in enumerate(answers)]
     if options.output is not None:
         write_lines(options.output, lines)

@@ -22,10 +22,9 @@ LONGEST_FILE = 400
 # A file imports only from lower floors; the files of one folder may import each other, without cycles.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "records", "architectures"),
-    ("kernels", "metrics", "tiny", "offline", "precision", "curves"),
+    ("kernels", "metrics", "tiny", "offline", "precision", "curves", "quantised"),
     ("layers", "tasks"),
     (
-        "models",
         "injection",
         "padding_free",
         "language_head",
@@ -35,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "references",
         "encoding",
     ),
-    ("adapters", "saved"),
+    ("adapters", "saved", "models"),
     ("trainer", "hub", "loading"),
     ("training", "inference", "generation"),
     ("compare", "report", "sweep", "benchmark", "serving", "demo"),
