@@ -148,7 +148,8 @@ def multiply_integers(x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias:
     """`x W^T + bias` of an int8 weight, with x rounded to 8 bits by a scale a token; `(..., in)` to `(..., out)`."""
     rows = x.reshape(-1, x.shape[-1]).float()
     scales = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(INT8_LARGEST)
-    product = torch._int_mm((rows / scales).round_().to(torch.int8), packed["values"].T)
+    # The one product of 8-bit integers that torch has; torchao's and bitsandbytes' go through it too.
+    product = torch._int_mm((rows / scales).round_().to(torch.int8), packed["values"].T)  # pyright: ignore[reportPrivateImportUsage]
     y = product.mul(scales).mul_(packed["scales"]).to(x.dtype)
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[-1])
 

@@ -61,6 +61,7 @@ INT8_LAYER_RTOL = 0.03
 """A projection with weights and inputs in 8 bits, relative to the largest value of its token: each value errs by up to
 0.4 % of the largest of its row, and the errors of a sum average. One scale for all rows is wrong by factors."""
 
-INT8_MODEL_RTOL = 0.15
-"""The same through all layers of tiny-roberta, as the Frobenius norm of what the logits move: layer after layer adds
-its rounding, and that base makes much of it (bfloat16 moves its hidden states by 2 %, torchao's int8 by 6 %)."""
+INT8_MODEL_RTOL = 0.3
+"""The same through all layers of tiny-roberta after a few steps of training, as the Frobenius norm of what the logits
+move: layer after layer adds its rounding, that base makes much of it (its hidden states move by 6 %, as with torchao's
+int8, and by 2 % in bfloat16), and logits near zero weigh nothing against it."""
