@@ -63,7 +63,7 @@ def benchmark_train(
     if steps < 1 or rounds < 1:
         raise ConfigError(f"--steps {steps} --rounds {rounds}: expected at least 1 of each")
     config = replace(config, model=replace(config.model, precision=resolve(config.model.precision)))
-    rows = _rows(config, task, steps)
+    rows = rows_of_a_round(config, task, steps)
     plain = config.to_dict()
     with ExitStack() as stack:
         sides: dict[str, SideProcess] = {}
@@ -167,7 +167,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def _rows(config: RunConfig, task: Task, steps: int) -> list[dict[str, Any]]:
+def rows_of_a_round(config: RunConfig, task: Task, steps: int) -> list[dict[str, Any]]:
     """The encoded rows of a round, at their real lengths; with `group_by_prompt` all rows of the prompts among them."""
     rows = task.load(config.task.data_dir, [task.train_split])[task.train_split]
     pool = max(MEGABATCH, steps) * config.train.batch_size
