@@ -74,11 +74,10 @@ class LoraWeights(nn.Module):
         """`(..., in)` to `(..., out)`: the base layer with this adapter beside it."""
         dropout = self.lora_dropout if self.training else 0.0
         low_rank = (self.lora_A, self.lora_B, self.scaling, self.slices)
-        if not isinstance(base_layer, QuantisedLinear):
-            weight: Any = base_layer.weight
-            if fits(x, weight, base_layer.bias):  # type: ignore[arg-type]
-                weight = weight.T if isinstance(base_layer, Conv1D) else weight
-                return lora_linear(x, weight, base_layer.bias, *low_rank, dropout)  # type: ignore[arg-type]
+        weight: Any = base_layer.unpacked() if isinstance(base_layer, QuantisedLinear) else base_layer.weight
+        if fits(x, weight, base_layer.bias):  # type: ignore[arg-type]
+            weight = weight.T if isinstance(base_layer, Conv1D) else weight
+            return lora_linear(x, weight, base_layer.bias, *low_rank, dropout)  # type: ignore[arg-type]
         dropped = nn.functional.dropout(x, dropout) if dropout else x
         return add_lora(base_layer(x), dropped, *low_rank)
 

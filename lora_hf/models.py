@@ -116,7 +116,8 @@ def quantise(model: PreTrainedModel, scheme: str, dynamic: bool = False) -> PreT
 
     Args:
         scheme: `int8` or `nf4`.
-        dynamic: with int8, round inputs to 8 bits too and multiply integers: for inference on a CPU.
+        dynamic: with int8, round inputs to 8 bits too and multiply integers: for inference on a CPU, with no adapter
+            beside the projections.
 
     Raises:
         ConfigError: no such scheme, or its package is not installed.

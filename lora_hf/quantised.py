@@ -65,9 +65,9 @@ class QuantisedLinear(nn.Module):
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """`(out, in)`, also where the layer was a Conv1D."""
-        return self._unpacked()(dtype)
+        return self.unpacked()(dtype)
 
-    def _unpacked(self) -> Callable[[torch.dtype], torch.Tensor]:
+    def unpacked(self) -> Callable[[torch.dtype], torch.Tensor]:
         """`dequantise` of the weight held now, whatever is merged before it is called."""
         return partial(unpack, self.packed(), self.scheme, (self.out_features, self.in_features))
 
@@ -96,7 +96,7 @@ class QuantisedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.dynamic and not torch.is_grad_enabled():
             return multiply_integers(x, self.packed(), bias)
-        return _MultiplyPacked.apply(x, self._unpacked(), bias)  # type: ignore[return-value]
+        return _MultiplyPacked.apply(x, self.unpacked(), bias)  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         kind = f"{self.scheme}, dynamic" if self.dynamic else self.scheme

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_hf.adapter_file import read_adapter
 from lora_hf.adapters import load_adapter, save_adapter
+from lora_hf.cli import main
 from lora_hf.config import LoraConfig, ModelConfig, RunConfig, load_config
 from lora_hf.errors import AdapterError, ConfigError, ModelError
 from lora_hf.inference import Predictor, evaluate
@@ -359,7 +361,9 @@ def test_a_config_that_would_train_packed_weights_is_refused() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_run_on_a_packed_base_resumes_scores_and_predicts(scheme: str, tmp_path: Path) -> None:
+def test_a_run_on_a_packed_base_resumes_scores_and_predicts(
+    scheme: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sections = load_config("rule_sentiment.yaml", ["model.precision=fp32", f"model.quantised={scheme}"]).to_dict()
     sections["train"] |= {"epochs": 2, "batch_size": 16, "hf": {"save_total_limit": 2}}
     sections["output"] |= {"dir": str(tmp_path), "name": "run"}
@@ -384,6 +388,13 @@ def test_a_run_on_a_packed_base_resumes_scores_and_predicts(scheme: str, tmp_pat
     assert not lora_layers(integers.model)
     assert not adapter_heads(integers.model)
     assert all(layer.dynamic for layer in quantised_layers(integers.model).values())
+
+    capsys.readouterr()
+    words = ["--adapter", str(run.weights), "--precision", "int8", "--text", texts[task.text_columns[0]][0]]
+    assert main(words, verb="predict") == 0
+    answer = json.loads(capsys.readouterr().out)
+    shown = integers.predict({column: values[:1] for column, values in texts.items()})[0]
+    assert answer["probabilities"] == shown["probabilities"]
 
     def moved() -> float:
         return float(np.linalg.norm(integers.logits(texts) - exact) / np.linalg.norm(exact))

@@ -195,7 +195,7 @@ def _moved(logits: np.ndarray, exact: np.ndarray) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Reads the command line, measures, and writes the record."""
-    parser = argparse.ArgumentParser(prog="python -m lora_hf.benchmark.quantised", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m lora_hf.benchmark.quantised", description="Compares packed bases.")
     parser.add_argument("--data-dir", metavar="DIR", help="default: $LORA_HF_DATA_DIR, else the hub")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the record, as JSON")
     parser.add_argument("--forms", default=",".join(FORMS), metavar="FORM,...", help="default: %(default)s")
