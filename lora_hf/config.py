@@ -113,6 +113,9 @@ class ModelConfig(_Section):
     tokenizer: str | None = None  # a hub id or folder, where it is not the model's own
     init: Literal["pretrained", "random"] = "pretrained"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the base; auto: bf16 where it is faster here
+    quantised: Literal["int8", "nf4"] | None = (
+        None  # how its projections are held; computed in `precision` all the same
+    )
     dropout: float | None = _value(None, low=0, high=0.99)  # of the base, all kinds of it; without: the model's own
 
 
@@ -203,6 +206,13 @@ class RunConfig:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
+    def __post_init__(self) -> None:
+        if self.model.quantised and self.train.method == "full":
+            raise ConfigError(
+                f"model.quantised: {self.model.quantised} weights cannot be trained, and train.method=full trains "
+                "them; leave model.quantised out, or set train.method=lora"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML and JSON; `from_dict` of it gives an equal config."""
         plain = dataclasses.asdict(self)
@@ -227,7 +237,10 @@ class RunConfig:
         if problems:
             count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
             raise ConfigError("\n  ".join([f"{source}: {count}", *problems]))
-        return cls(**built)
+        try:
+            return cls(**built)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -307,7 +320,9 @@ def _checked(value: Any, kind: Any, rules: typing.Mapping[str, Any]) -> tuple[An
 
 
 def _typed(value: Any, kind: Any, bounds: typing.Mapping[str, Any]) -> tuple[Any, str]:
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    # `Literal[...] | None` is a Union of typing, `str | None` one of types.
+    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    options = typing.get_args(kind) if union else (kind,)
     if value is None and types.NoneType in options:
         return None, ""
     kind = next(option for option in options if option is not types.NoneType)

@@ -13,22 +13,31 @@ from transformers import PreTrainedModel
 
 from lora_hf.errors import AdapterError
 from lora_hf.layers import AdapterHead, LoraLinear, LoraWeights
+from lora_hf.quantised import Packed, QuantisedLinear
 
 SAMPLES = 4
 # A base held in another precision differs by one rounding: bf16 keeps 8 bits (2^-8 relative), fp16 has 2^-24 as its
 # smallest step. Other weights differ by about their own size.
 RELATIVE, ABSOLUTE = 2.0**-7, 2.0**-23
+BEFORE = "before_quantising"  # the attribute of a model that holds its fingerprint from then
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """Hash, precision and `SAMPLES` evenly spaced values of each tensor of the base model, without LoRA and head."""
+    """Hash, precision and `SAMPLES` evenly spaced values of each tensor of the base model, without LoRA and head.
+
+    A base that was quantised has the fingerprint that it had before, as long as its packed weights are the ones then
+    made: adapters trained on either find the other.
+    """
+    before = getattr(model, BEFORE, None)
+    if before is not None and before["packed"] == _digest_packed(model):
+        return dict(before["fingerprint"])
     digest = hashlib.sha256()
     samples: dict[str, list[float]] = {}
     tensors = base_tensors(model)
     for name, tensor in tensors.items():
         flat = tensor.detach().reshape(-1)
         digest.update(name.encode())
-        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(_bytes(flat))
         places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
         samples[name] = flat[places.to(flat.device)].to(torch.float32).tolist()
     first = next(iter(tensors.values()))
@@ -38,6 +47,11 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "tensors": len(samples),
         "samples": _packed(samples),
     }
+
+
+def remember(model: PreTrainedModel, before: dict[str, Any]) -> None:
+    """Keeps the fingerprint that a model had before its weights were packed as they are now."""
+    setattr(model, BEFORE, {"fingerprint": before, "packed": _digest_packed(model)})
 
 
 def check_base(model: PreTrainedModel, recorded: dict[str, Any], adapter: str) -> None:
@@ -66,7 +80,31 @@ def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     for path, module in model.base_model.named_modules():
         if isinstance(module, LoraLinear) and module.unmerged_weight is not None:
             tensors[f"{path}.weight"] = module.unmerged_weight
-    return dict(sorted(tensors.items()))
+    return dict(sorted((tensors | _packed_tensors(model)).items()))
+
+
+def _packed_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What holds the quantised weights, by its name in the plain model; as before any merge."""
+    held: dict[str, Packed] = {}
+    for path, module in model.base_model.named_modules():
+        if isinstance(module, QuantisedLinear):
+            held[path.removesuffix(".base_layer")] = module.packed()
+    for path, module in model.base_model.named_modules():
+        if isinstance(module, LoraLinear) and module.unmerged_packed is not None:
+            held[path] = module.unmerged_packed
+    return {f"{path}.{name}": tensor for path, packed in held.items() for name, tensor in packed.items()}
+
+
+def _digest_packed(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_packed_tensors(model).items()):
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def _packed(samples: dict[str, list[float]]) -> str:

@@ -26,6 +26,7 @@ from lora_hf.errors import ConfigError
 from lora_hf.injection import merge
 from lora_hf.loading import load_saved
 from lora_hf.metrics.nlg import NlgMetric
+from lora_hf.models import dequantise
 from lora_hf.records import RECORD_FILE, ScoreRecord, git_state, machine, versions
 from lora_hf.saved import Saved
 from lora_hf.tasks.generation import Example, TextGeneration
@@ -66,7 +67,8 @@ class Generator:
         model, tokenizer = load_saved(saved, "fp32", adapted)
         # A prompt ends where its text begins: shorter ones of a batch are padded in front.
         tokenizer.padding_side = "left"
-        merge(model)
+        # In fp32 nothing is won by a packed base, and merging into it would round the adapter away.
+        merge(dequantise(model))
         positions = getattr(model.config, "max_position_embeddings", saved.max_length)
         return cls(model, tokenizer, saved.task, positions)  # type: ignore[arg-type]
 

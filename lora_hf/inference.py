@@ -36,7 +36,7 @@ class Predictor:
 
     @classmethod
     def load(cls, saved: Saved, precision: str | None = None) -> Predictor:
-        """Loads the adapter on its base, or the whole model; `precision` is the base's, without it that of the run.
+        """Loads the adapter on its base, or the whole model; `precision` as `load_saved`, without it that of the run.
 
         Raises:
             AdapterError, ModelError, HubError: as `load_saved`.

@@ -6,6 +6,7 @@ which adapters there are: all of it is asked of the modules, there is no second 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +21,11 @@ from transformers.pytorch_utils import Conv1D
 from lora_hf.architectures import ARCHITECTURES, Architecture
 from lora_hf.config import PRESETS, LoraConfig
 from lora_hf.errors import AdapterError, ConfigError, ModelError, did_you_mean
-from lora_hf.layers import AdapterHead, LoraLinear, LoraWeights, features
+from lora_hf.layers import AdapterHead, Drift, LoraLinear, LoraWeights, features
+from lora_hf.quantised import QuantisedLinear
 from lora_hf.switch import SWITCH, Labels, Switch
+
+logger = logging.getLogger(__name__)
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -137,7 +141,7 @@ def add_weights(
     if not isinstance(module, LoraLinear):
         model.set_submodule(path, module := LoraLinear(module, switch))
     switch.names.setdefault(name)
-    weights = LoraWeights(module.in_features, slices, r, lora_alpha, lora_dropout, module.weight.device)
+    weights = LoraWeights(module.in_features, slices, r, lora_alpha, lora_dropout, module.device)
     module.adapters[name] = weights.train(module.training)
     return weights
 
@@ -159,10 +163,26 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def merge(model: PreTrainedModel) -> PreTrainedModel:
-    """Adds the active adapter to the base weights (in fp32, rounded once); doing it again changes nothing."""
+    """Adds the active adapter to the base weights (in fp32, rounded once); doing it again changes nothing.
+
+    A quantised base rounds coarsely: what is lost goes to the log, and `merge_drift` tells it by module.
+    """
     for layer in lora_layers(model).values():
         layer.merge()
+    drifts = merge_drift(model).values()
+    if drifts:
+        logger.warning(
+            "merged into a quantised base: rounding moved the weights by up to %.2g of their size, which is up to %.2g "
+            "of the adapter's; dequantise(model) before merge keeps both, unmerge(model) takes it back",
+            max(drift.of_weight for drift in drifts),
+            max(drift.of_delta for drift in drifts),
+        )
     return model
+
+
+def merge_drift(model: nn.Module) -> dict[str, Drift]:
+    """What rounding took from each projection that is merged into a quantised weight, by its path."""
+    return {path: layer.drift for path, layer in lora_layers(model).items() if layer.drift}
 
 
 def unmerge(model: PreTrainedModel) -> PreTrainedModel:
@@ -284,7 +304,10 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
 
 
 def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    packed = [layer for layer in module.modules() if isinstance(layer, QuantisedLinear)]
+    return sum(parameter.numel() for parameter in module.parameters()) + sum(
+        layer.in_features * layer.out_features for layer in packed
+    )
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, str | None]]:
@@ -322,12 +345,12 @@ def _base_prefix(model: PreTrainedModel) -> str:
 
 
 def projections(model: nn.Module) -> dict[str, nn.Module]:
-    """Every nn.Linear and Conv1D by its path, the ones inside a LoRA layer under the path of that layer."""
+    """Every nn.Linear and Conv1D, packed or not, by its path, the ones in a LoRA layer under the path of that layer."""
     layers: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if isinstance(module, LoraLinear):
             layers[path] = module.base_layer
-        elif isinstance(module, (nn.Linear, Conv1D)) and path.rpartition(".")[0] not in layers:
+        elif isinstance(module, (nn.Linear, Conv1D, QuantisedLinear)) and path.rpartition(".")[0] not in layers:
             layers[path] = module
     return layers
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,11 +17,14 @@ from lora_hf.errors import AdapterError
 from lora_hf.kernels.fused import block_placed, fits, lora_linear
 from lora_hf.kernels.grouped import Stack, add_grouped
 from lora_hf.kernels.reference import add_lora
+from lora_hf.quantised import Packed, QuantisedLinear
 from lora_hf.switch import Mixture, Switch
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
-    """`(in, out)` of an `nn.Linear` or a `Conv1D`, whose weights are `(out, in)` and `(in, out)`."""
+    """`(in, out)` of an `nn.Linear` or a `Conv1D`, stored `(out, in)` and `(in, out)`, or of either packed."""
+    if isinstance(layer, QuantisedLinear):
+        return layer.in_features, layer.out_features
     weight: Any = layer.weight
     rows, columns = weight.shape
     return (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
@@ -72,7 +77,7 @@ class LoraWeights(nn.Module):
         """`(..., in)` to `(..., out)`: the base layer with this adapter beside it."""
         dropout = self.lora_dropout if self.training else 0.0
         low_rank = (self.lora_A, self.lora_B, self.scaling, self.slices)
-        weight: Any = base_layer.weight
+        weight: Any = base_layer.unpacked() if isinstance(base_layer, QuantisedLinear) else base_layer.weight
         if fits(x, weight, base_layer.bias):  # type: ignore[arg-type]
             weight = weight.T if isinstance(base_layer, Conv1D) else weight
             return lora_linear(x, weight, base_layer.bias, *low_rank, dropout)  # type: ignore[arg-type]
@@ -112,14 +117,28 @@ def stack_weights(weights: Sequence[LoraWeights | None], out_features: int, dtyp
     return Stack(down.permute(2, 0, 1).contiguous(), up.mT.contiguous())
 
 
+@dataclass(frozen=True)
+class Drift:
+    """What a merge into a packed weight lost to rounding, in Frobenius norms: `|asked - held|` over the norm named."""
+
+    of_weight: float  # of the weight that was asked for
+    of_delta: float  # of the adapter's delta_weight: near 1, the rounding is as large as what was learned
+
+    @classmethod
+    def between(cls, asked: torch.Tensor, held: torch.Tensor, delta: torch.Tensor) -> Drift:
+        lost = float((asked - held).norm())
+        return cls(*(lost / max(float(whole.norm()), torch.finfo(torch.float32).tiny) for whole in (asked, delta)))
+
+
 class LoraLinear(nn.Module):
     """`y = base_layer(x) + (lora_alpha / r) * dropout(x) A^T B^T` with the A and B of the active adapter.
 
     Which one is active, `switch` says, for all layers of a model at once; without one it is the base layer. `train()`
-    and `eval()` never change a weight; `merge` does, and `unmerge` puts the base back bit for bit.
+    and `eval()` never change a weight; `merge` does, and `unmerge` puts the base back bit for bit. A packed base is
+    packed anew by `merge`, and `drift` says what that lost.
     """
 
-    base_layer: Any  # nn.Linear or Conv1D
+    base_layer: Any  # nn.Linear, Conv1D or QuantisedLinear
     adapters: Any  # nn.ModuleDict of LoraWeights, by the adapter's name
 
     def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
@@ -130,11 +149,19 @@ class LoraLinear(nn.Module):
         self.switch = switch
         self.merged: str | None = None
         self.unmerged_weight: torch.Tensor | None = None
+        self.unmerged_packed: Packed | None = None
+        self.drift: Drift | None = None
         self.in_features, self.out_features = features(base_layer)
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.base_layer.weight
+        """The base's own weight; a packed one is dequantised to fp32, a copy."""
+        base = self.base_layer
+        return base.dequantise() if isinstance(base, QuantisedLinear) else base.weight
+
+    @property
+    def device(self) -> torch.device:
+        return next(chain(self.base_layer.parameters(), self.base_layer.buffers())).device
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -198,8 +225,14 @@ class LoraLinear(nn.Module):
         weight = self.weight
         delta = self.delta_weight(self.active)
         self.switch.merged = True
-        self.unmerged_weight = weight.detach().clone()
-        weight.copy_(weight.float() + (delta.T if isinstance(self.base_layer, Conv1D) else delta))
+        if isinstance(self.base_layer, QuantisedLinear):
+            self.unmerged_packed = self.base_layer.packed()
+            asked = weight + delta
+            self.base_layer.requantise(asked)
+            self.drift = Drift.between(asked, self.weight, delta)
+        else:
+            self.unmerged_weight = weight.detach().clone()
+            weight.copy_(weight.float() + (delta.T if isinstance(self.base_layer, Conv1D) else delta))
         self.merged = self.active
 
     @torch.no_grad()
@@ -207,7 +240,9 @@ class LoraLinear(nn.Module):
         """Restores the base weight bit for bit from the copy that `merge` kept: subtracting would round once more."""
         if self.unmerged_weight is not None:
             self.weight.copy_(self.unmerged_weight)
-        self.unmerged_weight = self.merged = None
+        if self.unmerged_packed is not None:
+            self.base_layer.restore(self.unmerged_packed)
+        self.unmerged_weight = self.unmerged_packed = self.merged = self.drift = None
 
 
 class AdapterHead(nn.Module):

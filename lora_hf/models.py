@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,13 +19,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from lora_hf.architectures import ARCHITECTURES
 from lora_hf.config import ModelConfig
-from lora_hf.errors import HubError, ModelError, did_you_mean
+from lora_hf.errors import ConfigError, HubError, ModelError, did_you_mean
+from lora_hf.fingerprint import fingerprint, remember
+from lora_hf.injection import lora_layers
 from lora_hf.offline import hub_is_reachable
 from lora_hf.precision import resolve
+from lora_hf.quantised import SCHEMES, QuantisedLinear
 from lora_hf.tasks.base import Task
 
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny" / "bases"
@@ -82,6 +88,7 @@ def load_base(model: ModelConfig, task: Task, seed: int = 0) -> PreTrainedModel:
     Raises:
         ModelError: no such model, damaged files, or weights that lack part of the base.
         HubError: it is only on the hub, and the hub is out of reach.
+        ConfigError: `model.quantised` needs a package that is not installed.
     """
     if task.model_kind != "sequence-classification":
         return load_model(model, None, seed)
@@ -107,7 +114,59 @@ def load_model(model: ModelConfig, head: dict[str, Any] | None, seed: int = 0) -
     base.name_or_path = model.name
     if base.config.pad_token_id is None:
         base.config.pad_token_id = base.config.eos_token_id
-    return base
+    return quantise(base, model.quantised) if model.quantised else base
+
+
+def quantise(model: PreTrainedModel, scheme: str, dynamic: bool = False) -> PreTrainedModel:
+    """Packs the projections of the base's layers, in place; embeddings, norms, pooler and head stay as they are.
+
+    The fingerprint stays that of the weights before, so that adapters find the base in either form.
+
+    Args:
+        scheme: `int8` or `nf4`.
+        dynamic: with int8, round inputs to 8 bits too and multiply integers: for inference on a CPU, with no adapter
+            beside the projections.
+
+    Raises:
+        ConfigError: no such scheme, or its package is not installed.
+        ModelError: the model has adapters already, is quantised already, or has no projection to pack.
+    """
+    if scheme not in SCHEMES or (dynamic and scheme != "int8"):
+        known = "int8" if dynamic else ", ".join(SCHEMES)
+        raise ConfigError(f"quantise: expected {known}, found {scheme!r}{did_you_mean(scheme, SCHEMES)}")
+    if lora_layers(model) or quantised_layers(model):
+        raise ModelError("quantise: expected a plain base, found adapters or packed weights; quantise before inject")
+    # A layer's path holds its number; subclasses of Linear belong to modules that read their weight themselves.
+    layers = {
+        path: module
+        for path, module in model.base_model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and re.search(r"\.\d+\.", f".{path}")
+    }
+    if not layers:
+        raise ModelError(f"quantise: {model.config.model_type} has no nn.Linear or Conv1D in numbered layers")
+    before = fingerprint(model)
+    for path, layer in layers.items():
+        model.base_model.set_submodule(path, QuantisedLinear(layer, scheme, dynamic))
+    remember(model, before)
+    return model
+
+
+def dequantise(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Unpacks every quantised projection, in place, adapted ones too; the other weights keep their precision.
+
+    Raises:
+        ModelError: an adapter is merged, which unmerge could then no longer take out.
+    """
+    if any(layer.merged for layer in lora_layers(model).values()):
+        raise ModelError("dequantise: an adapter is merged; call unmerge first, and merge again afterwards")
+    for path, layer in quantised_layers(model).items():
+        model.set_submodule(path, layer.plain(dtype))
+    return model
+
+
+def quantised_layers(model: nn.Module) -> dict[str, QuantisedLinear]:
+    """Every packed projection by its path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, QuantisedLinear)}
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:

@@ -57,3 +57,22 @@ order grow to."""
 
 BF16_LOSS_RTOL = 0.01
 """The training loss with a base in bfloat16 against float32: the noise of the gradients averages out."""
+
+QUANTISED_FP32 = 1e-5
+"""The adapted projection over a packed weight against the same over the dequantised one: equal float32 weights, sums in
+another order."""
+
+QUANTISED_BF16_RTOL = 3e-2
+"""The same with everything in bfloat16, relative to the largest value: as FUSED_RTOL."""
+
+NF4_TABLE = 1e-6
+"""Weights unpacked by bitsandbytes against the published table times the scales: a float32 product or two."""
+
+INT8_LAYER_RTOL = 0.03
+"""A projection with weights and inputs in 8 bits, relative to the largest value of its token: each value errs by up to
+0.4 % of the largest of its row, and the errors of a sum average. One scale for all rows is wrong by factors."""
+
+INT8_MODEL_RTOL = 0.3
+"""The same through all layers of tiny-roberta after a few steps of training, as the Frobenius norm of what the logits
+move: layer after layer adds its rounding, that base makes much of it (its hidden states move by 6 %, as with torchao's
+int8, and by 2 % in bfloat16), and logits near zero weigh nothing against it."""

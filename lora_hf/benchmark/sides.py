@@ -64,7 +64,7 @@ class Setup:
     def skeleton(self) -> PreTrainedModel:
         """The base model without its weights, to count by: an adapted one has matrices of its own besides."""
         with torch.device("meta"):
-            return load_base(replace(self.config.model, init="random"), self.task)
+            return load_base(replace(self.config.model, init="random", quantised=None), self.task)
 
     def arguments(self, **more: Any) -> TrainingArguments:
         """An epoch is a round. The Trainer's own defaults, without its logs, evaluations and checkpoints."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_hf.commands.output import print_json, progress, shown
+from lora_hf.commands.output import add_precision, print_json, progress, shown
 from lora_hf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--split", help="default: every evaluation split of the task")
     parser.add_argument("--data-dir", metavar="DIR", help="default: $LORA_HF_DATA_DIR, else the hub")
     parser.add_argument("--without-adapter", action="store_true", help="the bare base, for comparison (generation)")
+    add_precision(parser)
     parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="outputs/<run>/adapter")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
     parser.set_defaults(run=run)
@@ -34,6 +35,8 @@ def run(options: argparse.Namespace) -> None:
     splits = saved.task.evaluation_splits if options.split in (None, "validation") else (options.split,)
     rows = saved.task.load(options.data_dir, splits)
     if saved.task.model_kind == "causal-lm":
+        if options.precision:
+            raise ConfigError(f"--precision: texts of {saved.task.name} are always written in fp32; leave it out")
         scores = _evaluate_texts(saved, rows, adapted=not options.without_adapter)
     elif options.without_adapter:
         raise ConfigError(
@@ -42,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         from lora_hf.inference import Predictor, evaluate
 
-        scores = evaluate(Predictor.load(saved), rows, progress)
+        scores = evaluate(Predictor.load(saved, options.precision), rows, progress)
     if options.json:
         print_json({"adapter": str(options.adapter), "metrics": scores})
         return

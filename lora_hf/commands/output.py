@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,15 @@ def progress(items: Any, total: int | None = None) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(items, total=total, leave=False, disable=None)  # None: only on a terminal
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """The option for the precision of a classifier that answers."""
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16", "int8"],
+        help="to compute in, default: that of the run; int8: merged and quantised, on the CPU",
+    )
 
 
 def shown(value: float | None) -> str:

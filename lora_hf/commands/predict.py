@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_hf.commands.output import print_json, progress, write_lines
+from lora_hf.commands.output import add_precision, print_json, progress, write_lines
 from lora_hf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def add(verbs: Any) -> None:
     source.add_argument("--input", type=Path, metavar="FILE", help="a text a line, or .jsonl with the task's columns")
     parser.add_argument("--text-pair", help="the second text, where the task reads two")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write .jsonl there instead of standard output")
+    add_precision(parser)
     parser.add_argument(
         "--adapter",
         required=True,
@@ -78,7 +79,7 @@ def _alone(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         rows = _texts(saved.task, options.text, options.text_pair)
     from lora_hf.inference import Predictor
 
-    answers = Predictor.load(saved).predict(rows, progress=progress if options.input else iter)
+    answers = Predictor.load(saved, options.precision).predict(rows, progress=progress if options.input else iter)
     return [{**{column: rows[column][i] for column in columns}, **answer} for i, answer in enumerate(answers)]
 
 
@@ -92,7 +93,7 @@ def _mixed(options: argparse.Namespace, folders: dict[str, Path]) -> list[dict[s
     rows = read_mixed_rows(options.input, {name: each.task.text_columns for name, each in saved.items()})
     from lora_hf.inference import MixedPredictor
 
-    answers = MixedPredictor.load(saved).predict(rows, progress=progress)
+    answers = MixedPredictor.load(saved, options.precision).predict(rows, progress=progress)
     return [{"adapter": name, **row, **answer} for (name, row), answer in zip(rows, answers, strict=True)]
 
 

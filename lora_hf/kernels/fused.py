@@ -7,7 +7,7 @@ in place, and is skipped where nothing below is trained.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ from torch.nn.functional import linear
 
 STEPS = 2**16  # in which a dropout is counted
 
+# A frozen weight, or what makes it in a precision: a packed one is made for each product, and not kept in between.
+Weight = torch.Tensor | Callable[[torch.dtype], torch.Tensor]
+
 
 def lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     bias: torch.Tensor | None,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
@@ -31,7 +34,7 @@ def lora_linear(
 
     Args:
         x: `(..., in)`.
-        weight: `(out, in)`, frozen; a transposed view where it is stored `(in, out)`.
+        weight: `(out, in)`, frozen, or what makes it; a transposed view where it is stored `(in, out)`.
         bias: `(out,)`, frozen.
         lora_A, lora_B, scaling, slices: as `reference.add_lora`.
         dropout: the share of x that the low-rank product does not see, to a 65,536th.
@@ -60,39 +63,43 @@ def kept(x: torch.Tensor, dropout: float) -> torch.Tensor:
     return numbers.sub_(first_kept - 1).to(torch.uint8).view(x.shape)
 
 
-def fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def fits(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> bool:
     """Whether `lora_linear` may stand in: a frozen projection in the precision of x, and no autocast that decides."""
-    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    return frozen and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    held = [tensor for tensor in (weight, bias) if isinstance(tensor, torch.Tensor)]
+    fitting = all(not tensor.requires_grad and tensor.dtype == x.dtype for tensor in held)
+    return fitting and not torch.is_autocast_enabled(x.device.type)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_A: torch.Tensor,
+        ctx: Any, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, lora_A: torch.Tensor,
         lora_B: torch.Tensor, scaling: float, slices: tuple[tuple[int, int], ...], keep: torch.Tensor | None,
         dropout: float,
     ) -> torch.Tensor:  # fmt: skip
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        down, up = lora_A.to(x.dtype), block_placed(lora_B.to(x.dtype), slices, weight.shape[0])
+        held = weight if isinstance(weight, torch.Tensor) else None
+        frozen = weight if isinstance(weight, torch.Tensor) else weight(x.dtype)
+        ctx.make = weight if held is None else None
+        down, up = lora_A.to(x.dtype), block_placed(lora_B.to(x.dtype), slices, frozen.shape[0])
         # The scaling goes where the numbers are fewest, on (tokens, r).
         scaling /= 1 - dropout
         projected = ((rows if keep is None else rows * keep.view_as(rows)) @ down.T).mul_(scaling)
-        y = linear(rows, weight, bias).addmm_(projected, up.T)
-        ctx.save_for_backward(x, weight, projected, down, up, keep)
+        y = linear(rows, frozen, bias).addmm_(projected, up.T)
+        ctx.save_for_backward(x, held, projected, down, up, keep)
         ctx.slices, ctx.scaling, ctx.dtypes = slices, scaling, (lora_A.dtype, lora_B.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, projected, down, up, keep = ctx.saved_tensors
+        x, held, projected, down, up, keep = ctx.saved_tensors
         rows = x.shape[:-1].numel()
-        dy = gradients[0].reshape(rows, weight.shape[0])
+        dy = gradients[0].reshape(rows, up.shape[0])
         dprojected = (dy @ up).mul_(ctx.scaling)
         dx = dA = dB = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight
+            dx = dy @ (ctx.make(x.dtype) if held is None else held)
             if keep is None:
                 dx.addmm_(dprojected, down)
             else:

@@ -22,10 +22,9 @@ LONGEST_FILE = 400
 # A file imports only from lower floors; the files of one folder may import each other, without cycles.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "records", "architectures"),
-    ("kernels", "metrics", "tiny", "offline", "precision", "curves", "switch", "markdown"),
+    ("kernels", "metrics", "tiny", "offline", "precision", "curves", "switch", "markdown", "quantised"),
     ("layers", "tasks"),
     (
-        "models",
         "injection",
         "padding_free",
         "language_head",
@@ -35,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "references",
         "encoding",
     ),
-    ("adapters", "saved", "mixing"),
+    ("adapters", "saved", "mixing", "models"),
     ("trainer", "hub", "loading", "convert"),
     ("training", "inference", "generation", "speed_tables"),
     ("compare", "report", "sweep", "benchmark", "serving", "demo"),
