@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lora_hf.adapters import load_adapter, save_adapter
     from lora_hf.config import LoraConfig
     from lora_hf.errors import UserError
+    from lora_hf.hub import push_adapter
     from lora_hf.injection import (
         Site,
         count_parameters,
@@ -34,6 +35,7 @@ _HOME = {
     "mark_only_lora_as_trainable": "injection",
     "merge": "injection",
     "plan": "injection",
+    "push_adapter": "hub",
     "save_adapter": "adapters",
     "set_adapter": "injection",
     "unmerge": "injection",
@@ -51,6 +53,7 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "merge",
     "plan",
+    "push_adapter",
     "save_adapter",
     "set_adapter",
     "unmerge",

@@ -32,6 +32,7 @@ from lora_hf.injection import (
     set_adapter,
 )
 from lora_hf.layers import AdapterHead, LoraWeights, features
+from lora_hf.pulling import local_adapter
 
 PREFIX = "base_model.model."  # what PEFT puts before every path
 
@@ -82,15 +83,20 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     return Path(folder)
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "default") -> PreTrainedModel:
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, name: str = "default", revision: str | None = None
+) -> PreTrainedModel:
     """Puts the adapter in `folder` on a plain or already adapted model, under `name`, and makes it the active one.
 
+    `folder` may also be the hub id of an adapter, `user/name`, and `revision` a branch, tag or commit of it.
+
     Raises:
+        HubError: the hub is out of reach, refuses, or has no such adapter.
         AdapterError: the folder is no readable adapter, or it does not fit this model: a tensor that is missing, extra
             or of another shape, another base, other labels. The model is unchanged then.
     """
-    file = read_adapter(folder)
     check_new_name(model, name)
+    file = read_adapter(local_adapter(folder, revision))
     places = _check(model, file)
     for place in places:
         count = len(place.slices)

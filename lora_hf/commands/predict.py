@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_hf.commands.adapter import add_adapter
 from lora_hf.commands.output import print_json, progress, write_lines
 from lora_hf.errors import ConfigError
 
@@ -23,7 +24,7 @@ def add(verbs: Any) -> None:
     source.add_argument("--input", type=Path, metavar="FILE", help="a text a line, or .jsonl with the task's columns")
     parser.add_argument("--text-pair", help="the second text, where the task reads two")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write .jsonl there instead of standard output")
-    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="outputs/<run>/adapter")
+    add_adapter(parser)
     parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
     parser.set_defaults(run=run)
 
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
     """A JSON object for each text."""
     from lora_hf.saved import find_saved
 
-    saved = find_saved(options.adapter)
+    saved = find_saved(options.adapter, options.revision)
     if saved.task.model_kind != "sequence-classification":
         raise ConfigError(
             f"{options.adapter} was trained for {saved.task.name}, which writes texts; use generate instead"

@@ -21,21 +21,21 @@ LONGEST_FILE = 400
 
 # A file imports only from lower floors; the files of one folder may import each other, without cycles.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "records", "architectures"),
+    ("errors", "config", "records", "architectures", "names"),
     ("kernels", "metrics", "tiny", "offline", "precision", "curves"),
-    ("layers", "tasks"),
+    ("layers", "tasks", "adapter_file"),
     (
         "models",
         "injection",
         "padding_free",
         "language_head",
         "fingerprint",
-        "adapter_file",
+        "pulling",
         "rows",
         "references",
         "encoding",
     ),
-    ("adapters", "saved"),
+    ("adapters", "saved", "card"),
     ("trainer", "hub", "loading"),
     ("training", "inference", "generation"),
     ("compare", "report", "sweep", "benchmark", "serving", "demo"),
