@@ -113,7 +113,7 @@ def _without_paths(run: RunConfig) -> RunConfig:
 
 def _send(repo_id: str, contents: Mapping[str, bytes], private: bool) -> str:
     """Makes the repository and the one commit; the address of the repository."""
-    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: its client's own
 
     if get_token() is None:
@@ -127,7 +127,9 @@ def _send(repo_id: str, contents: Mapping[str, bytes], private: bool) -> str:
             "sent. --dry-run shows what would be"
         )
     api = HfApi()
-    files = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
+    changes: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()
+    ]
     try:
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
@@ -135,9 +137,11 @@ def _send(repo_id: str, contents: Mapping[str, bytes], private: bool) -> str:
                 f"{repo_id} exists and is public: --private would not hide it. Make it private in its settings, or "
                 "choose another name"
             )
-        api.create_commit(repo_id, files, commit_message="Upload a LoRA adapter")
+        if RUN_CONFIG_FILE not in contents and api.file_exists(repo_id, RUN_CONFIG_FILE):
+            changes.append(CommitOperationDelete(RUN_CONFIG_FILE))  # it describes the adapter that was there before
+        api.create_commit(repo_id, changes, commit_message="Upload a LoRA adapter")
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise HubError(f"{repo_id}: {_failure(error)}. The repository holds none of these files") from error
+        raise HubError(f"{repo_id}: {_failure(error)}. What is pushed is there as a whole or not at all") from error
     return f"{constants.ENDPOINT}/{repo_id}"
 
 
