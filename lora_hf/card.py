@@ -90,11 +90,11 @@ def _metadata(name: str, facts: Facts) -> str:
         EvalResult(
             task_type=pipeline or "other",
             dataset_type=dataset or task.name,
-            dataset_name=task.name if subset == "all" else f"{task.name}, {subset}",
+            dataset_name=task.name,
             dataset_config=source.hub_config if isinstance(source, LocalOrHub) else None,
             dataset_split=split,
             metric_type=metric.lower(),
-            metric_name=metric,
+            metric_name=metric if subset == "all" else f"{metric}, {subset}",
             metric_value=value,
         )
         for split, subset, metric, value in facts.measured

