@@ -77,12 +77,14 @@ def _check_repo_id(repo_id: str) -> None:
 def _adapter(folder: Path) -> tuple[Facts, dict[str, bytes]]:
     """What is known of the adapter, and its two files as they are sent."""
     config, about = inspect_adapter(folder)
+    facts = Facts(config, about)
     run, above = run_config(folder), folder.resolve().parent
+    if run is not None and run.model.name == facts.base:
+        facts = replace(facts, run=_without_paths(run))
     record = RunRecord.load(above / RECORD_FILE) if (above / RECORD_FILE).is_file() else None
-    scores = [ScoreRecord.load(file) for file in sorted(above.glob("scores-*.json"))] if record else []
-    facts = Facts(
-        config, about, _without_paths(run) if run else None, record, [each for each in scores if each.adapted]
-    )
+    if record is not None and (record.task, record.model) == (about.task, facts.base):  # else it is of another run
+        scores = [ScoreRecord.load(file) for file in sorted(above.glob("scores-*.json"))]
+        facts = replace(facts, record=record, scores=[each for each in scores if each.adapted])
     if not is_local(facts.base):
         return facts, {name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
     public = base_name(facts.base)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from lora_hf import hub as hub_room
 from lora_hf.config import load_config
 from lora_hf.errors import AdapterError, HubError
 from lora_hf.hub import push_adapter
+from lora_hf.records import RECORD_FILE, RunRecord
 from tests.adapters_on_disk import run_folder
 from tests.hub_server import TOKEN, USER, WEIGHTS, Hub, Repository
 from tests.small import small_model
@@ -49,6 +51,14 @@ def test_an_adapter_without_its_run_is_pushed_too(adapter: Path, tmp_path: Path)
     push = push_adapter(tmp_path / "alone", NAME, dry_run=True)
     assert sorted(push.files) == FILES[:3]
     assert "**Not known:** no record of a run came with this adapter." in push.card
+
+
+def test_the_record_of_another_run_is_not_taken_for_its_own(adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter.parent, tmp_path / "run")
+    record = RunRecord.load(tmp_path / "run" / RECORD_FILE)
+    for other in (replace(record, task="sst2"), replace(record, model="roberta-base")):
+        other.save(tmp_path / "run")
+        assert "**Not known:**" in push_adapter(tmp_path / "run" / "adapter", NAME, dry_run=True).card
 
 
 @pytest.mark.parametrize("name", ["a-lora", "a/b/c", "a b/c", "/c", "a/", "a/--b", "", "a/b.git", "ä/b"])
