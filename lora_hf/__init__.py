@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lora_hf.config import LoraConfig
     from lora_hf.convert.loralib import load_loralib, save_loralib
     from lora_hf.errors import UserError
+    from lora_hf.hub import push_adapter
     from lora_hf.injection import (
         Site,
         count_parameters,
@@ -42,6 +43,7 @@ _HOME = {
     "merge_drift": "injection",
     "mix_adapters": "mixing",
     "plan": "injection",
+    "push_adapter": "hub",
     "quantise": "models",
     "save_adapter": "adapters",
     "save_loralib": "convert.loralib",
@@ -67,6 +69,7 @@ __all__ = [
     "merge_drift",
     "mix_adapters",
     "plan",
+    "push_adapter",
     "quantise",
     "save_adapter",
     "save_loralib",

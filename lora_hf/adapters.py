@@ -35,6 +35,7 @@ from lora_hf.injection import (
     switch_of,
 )
 from lora_hf.layers import AdapterHead, LoraWeights, features
+from lora_hf.pulling import local_adapter
 from lora_hf.switch import Labels, Switch
 
 PREFIX = "base_model.model."  # what PEFT puts before every path
@@ -88,20 +89,27 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: str | Path, name: str = "default", own_head: bool = False
+    model: PreTrainedModel,
+    folder: str | Path,
+    name: str = "default",
+    own_head: bool = False,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Puts the adapter in `folder` on a plain or already adapted model, under `name`, and makes it the active one.
 
     Args:
+        folder: or the hub id of an adapter, `user/name`.
         own_head: take the adapter's labels whatever those of the model are, their number included; while it is active
             they are the model's. Several tasks on one base need it.
+        revision: a branch, tag or commit of `user/name`.
 
     Raises:
+        HubError: the hub is out of reach, refuses, or has no such adapter.
         AdapterError: the folder is no readable adapter, or it does not fit this model: a tensor that is missing, extra
             or of another shape, another base, other labels. The model is unchanged then.
     """
-    file = read_adapter(folder)
     check_new_name(model, name)
+    file = read_adapter(local_adapter(folder, revision))
     heads = _heads(model, file, own_head)
     places = _check(model, file, heads, own_head)
     for place in places:

@@ -27,25 +27,13 @@ from lora_hf.config import ModelConfig
 from lora_hf.errors import ConfigError, HubError, ModelError, did_you_mean
 from lora_hf.fingerprint import fingerprint, remember
 from lora_hf.injection import lora_layers
+from lora_hf.names import EMBEDDED, HUB_IDS, is_path
 from lora_hf.offline import hub_is_reachable
 from lora_hf.precision import resolve
 from lora_hf.quantised import SCHEMES, QuantisedLinear
 from lora_hf.tasks.base import Task
 
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny" / "bases"
-EMBEDDED = ("tiny-roberta", "tiny-gpt2")
-
-# The short names that everybody writes, and the hub's own for them.
-HUB_IDS = {
-    "roberta-base": "FacebookAI/roberta-base",
-    "roberta-large": "FacebookAI/roberta-large",
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "deberta-v2-xxlarge": "microsoft/deberta-v2-xxlarge",
-    "bert-base-uncased": "google-bert/bert-base-uncased",
-    "distilbert-base-uncased": "distilbert/distilbert-base-uncased",
-}
 
 _ROBERTA = {"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
 _ROBERTA |= {"layer_norm_eps": 1e-5, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
@@ -255,8 +243,7 @@ def _place(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
         return str(EMBEDDED_FOLDER / name), {}
     if Path(name).is_dir():
         return name, {}
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local:
+    if is_path(name):
         raise ModelError(f"{name}: no such folder; expected a Hugging Face model folder or a hub id")
     if "/" not in name and name not in HUB_IDS:
         known = (*EMBEDDED, *HUB_IDS)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from lora_hf.adapter_file import CONFIG_FILE, inspect_adapter
-from lora_hf.config import GenerateConfig, ModelConfig, RunConfig
+from lora_hf.config import GenerateConfig, ModelConfig, RunConfig, load_config
 from lora_hf.errors import AdapterError
+from lora_hf.pulling import local_adapter
+from lora_hf.records import RUN_CONFIG_FILE
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
-
-RUN_CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,17 @@ class Saved:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 
 
-def find_saved(folder: str | Path) -> Saved:
+def find_saved(folder: str | Path, revision: str | None = None) -> Saved:
     """What lies in `outputs/<run>/adapter`, `outputs/<run>/model`, or in an adapter folder that was copied elsewhere.
+
+    `folder` may also be the hub id of an adapter, `user/name`, and `revision` a branch, tag or commit of it.
 
     Raises:
         AdapterError: neither of them, damaged, or without a word on base and task.
+        HubError: as `local_adapter`.
     """
-    folder = Path(folder)
-    run = _run_config(folder)
+    folder = local_adapter(folder, revision)
+    run = run_config(folder)
     if not (folder / CONFIG_FILE).is_file() and (folder / "config.json").is_file():
         if run is None:
             raise AdapterError(
@@ -63,7 +64,13 @@ def find_saved(folder: str | Path) -> Saved:
     return Saved(folder, False, task, run.model, run.train.seed, run.task.max_length, run.generate)
 
 
-def _run_config(folder: Path) -> RunConfig | None:
-    """The config of the run that a folder of weights lies in, where it still lies there."""
-    path = folder.resolve().parent / RUN_CONFIG_FILE
-    return RunConfig.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), str(path)) if path.is_file() else None
+def run_config(folder: Path) -> RunConfig | None:
+    """The config of the run that the weights in `folder` come from: above them in a run folder, beside them if pulled.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    for place in (folder / RUN_CONFIG_FILE, folder.resolve().parent / RUN_CONFIG_FILE):
+        if place.is_file():
+            return load_config(place)
+    return None

@@ -39,6 +39,7 @@ from lora_hf.models import load_base, load_tokenizer
 from lora_hf.precision import resolve
 from lora_hf.records import (
     RECORD_FILE,
+    RUN_CONFIG_FILE,
     RunRecord,
     folder_size,
     git_state,
@@ -46,7 +47,6 @@ from lora_hf.records import (
     peak_rss,
     versions,
 )
-from lora_hf.saved import RUN_CONFIG_FILE
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
 from lora_hf.trainer import (

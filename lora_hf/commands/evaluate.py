@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_hf.commands.adapter import add_adapter
 from lora_hf.commands.output import add_precision, print_json, progress, shown
 from lora_hf.errors import ConfigError
 
@@ -22,7 +22,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--data-dir", metavar="DIR", help="default: $LORA_HF_DATA_DIR, else the hub")
     parser.add_argument("--without-adapter", action="store_true", help="the bare base, for comparison (generation)")
     add_precision(parser)
-    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="outputs/<run>/adapter")
+    add_adapter(parser)
     parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
     parser.set_defaults(run=run)
 
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     """Scores, by split and metric."""
     from lora_hf.saved import find_saved
 
-    saved = find_saved(options.adapter)
+    saved = find_saved(options.adapter, options.revision)
     splits = saved.task.evaluation_splits if options.split in (None, "validation") else (options.split,)
     rows = saved.task.load(options.data_dir, splits)
     if saved.task.model_kind == "causal-lm":

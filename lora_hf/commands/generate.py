@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lora_hf.commands.adapter import add_adapter
 from lora_hf.commands.output import print_json, progress
 from lora_hf.errors import ConfigError
 
@@ -33,7 +34,7 @@ def add(verbs: Any) -> None:
     for name, kind in DECODING.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="default: what the run's config says")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a text a line there, and .jsonl with the scores")
-    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="outputs/<run>/adapter")
+    add_adapter(parser)
     parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
     parser.set_defaults(run=run)
 
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.saved import find_saved
     from lora_hf.tasks.generation import TextGeneration
 
-    saved = find_saved(options.adapter)
+    saved = find_saved(options.adapter, options.revision)
     task = saved.task
     if not isinstance(task, TextGeneration):
         raise ConfigError(f"{options.adapter} was trained for {task.name}, which classifies; use predict instead")

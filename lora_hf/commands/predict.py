@@ -29,16 +29,18 @@ def add(verbs: Any) -> None:
         required=True,
         action="append",
         metavar="[NAME=]DIR",
-        help="outputs/<run>/adapter; several, each with a name, answer the rows that name them under 'adapter'",
+        help="outputs/<run>/adapter, or USER/NAME on the hub; several, each with a name, answer the rows that name them "
+        "under 'adapter'",
     )
+    parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit of USER/NAME")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """A JSON object for each text."""
-    folders = _named(options.adapter)
-    lines = _alone(options, *folders.values()) if len(folders) == 1 else _mixed(options, folders)
+    adapters = _named(options.adapter)
+    lines = _alone(options, *adapters.values()) if len(adapters) == 1 else _mixed(options, adapters)
     if options.output is not None:
         write_lines(options.output, lines)
         print(f"{len(lines)} predictions in {options.output}", file=sys.stderr)
@@ -51,25 +53,25 @@ def run(options: argparse.Namespace) -> None:
             print(json.dumps(line, ensure_ascii=False))
 
 
-def _named(words: list[str]) -> dict[str, Path]:
-    """The folders by name; one alone needs none."""
+def _named(words: list[str]) -> dict[str, str]:
+    """Folders or hub ids by name; one alone needs none."""
     if len(words) == 1 and (Path(words[0]).exists() or "=" not in words[0]):
-        return {"": Path(words[0])}
-    folders: dict[str, Path] = {}
+        return {"": words[0]}
+    adapters: dict[str, str] = {}
     for word in words:
-        name, equals, folder = word.partition("=")
-        if not (name and equals and folder) or name in folders:
+        name, equals, adapter = word.partition("=")
+        if not (name and equals and adapter) or name in adapters:
             raise ConfigError(f"--adapter {word}: of several adapters each needs a name of its own: NAME=DIR")
-        folders[name] = Path(folder)
-    return folders
+        adapters[name] = adapter
+    return adapters
 
 
-def _alone(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def _alone(options: argparse.Namespace, adapter: str) -> list[dict[str, Any]]:
     from lora_hf.saved import find_saved
 
-    saved = find_saved(folder)
+    saved = find_saved(adapter, options.revision)
     if saved.task.model_kind != "sequence-classification":
-        raise ConfigError(f"{folder} was trained for {saved.task.name}, which writes texts; use generate instead")
+        raise ConfigError(f"{adapter} was trained for {saved.task.name}, which writes texts; use generate instead")
     columns = saved.task.text_columns
     if options.input is not None:
         from lora_hf.rows import read_rows
@@ -83,13 +85,13 @@ def _alone(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     return [{**{column: rows[column][i] for column in columns}, **answer} for i, answer in enumerate(answers)]
 
 
-def _mixed(options: argparse.Namespace, folders: dict[str, Path]) -> list[dict[str, Any]]:
+def _mixed(options: argparse.Namespace, adapters: dict[str, str]) -> list[dict[str, Any]]:
     from lora_hf.rows import read_mixed_rows
     from lora_hf.saved import find_saved
 
     if options.input is None:
         raise ConfigError("--text goes to one adapter; give several an --input file whose rows name theirs")
-    saved = {name: find_saved(folder) for name, folder in folders.items()}
+    saved = {name: find_saved(adapter, options.revision) for name, adapter in adapters.items()}
     rows = read_mixed_rows(options.input, {name: each.task.text_columns for name, each in saved.items()})
     from lora_hf.inference import MixedPredictor
 

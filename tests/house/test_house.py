@@ -21,20 +21,20 @@ LONGEST_FILE = 400
 
 # A file imports only from lower floors; the files of one folder may import each other, without cycles.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "records", "architectures"),
+    ("errors", "config", "records", "architectures", "names"),
     ("kernels", "metrics", "tiny", "offline", "precision", "curves", "switch", "markdown", "quantised"),
-    ("layers", "tasks"),
+    ("layers", "tasks", "adapter_file"),
     (
         "injection",
         "padding_free",
         "language_head",
         "fingerprint",
-        "adapter_file",
+        "pulling",
         "rows",
         "references",
         "encoding",
     ),
-    ("adapters", "saved", "mixing", "models"),
+    ("adapters", "saved", "mixing", "models", "card"),
     ("trainer", "hub", "loading", "convert"),
     ("training", "inference", "generation", "speed_tables"),
     ("compare", "report", "sweep", "benchmark", "serving", "demo"),

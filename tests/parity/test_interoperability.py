@@ -1,0 +1,134 @@
+"""What is written here, read by the libraries that people have: transformers alone, its pipelines, and peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_hf.adapter_file import WEIGHTS_FILE
+from lora_hf.adapters import load_adapter, save_adapter
+from lora_hf.config import GenerateConfig, LoraConfig, ModelConfig
+from lora_hf.generation import Generator
+from lora_hf.inference import Predictor
+from lora_hf.injection import count_parameters, eject, inject, merge
+from lora_hf.models import load_base, load_tokenizer
+from lora_hf.tasks.generation import TextGeneration
+from lora_hf.tasks.table import get_task
+from tests.small import small_model, stir, token_ids
+from tests.tolerances import FILE_ROUNDTRIP, MERGE_FP32
+
+CASES = {
+    "roberta classifier": ("roberta", 3, LoraConfig(r=4, lora_alpha=6, targets=("all",))),
+    "gpt2, slices of a fused Conv1D": ("gpt2", None, LoraConfig(r=4, lora_alpha=32, targets=("q", "v"))),
+}
+TEXTS = ["A moving, funny and wise film.", "A dull film.", "It is neither good nor bad, and much too long."]
+
+
+def adapted(model: PreTrainedModel, lora: LoraConfig, std: float = 0.5) -> PreTrainedModel:
+    """With LoRA, and its head, far from where they start."""
+    stir(inject(model, lora), std=std)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if ".heads." in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+def by_transformers(plain: PreTrainedModel, folder: Path) -> nn.Module:
+    plain.load_adapter(str(folder))
+    return plain.eval()
+
+
+def by_peft(plain: PreTrainedModel, folder: Path) -> nn.Module:
+    return peft.PeftModel.from_pretrained(plain, str(folder)).eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("load", [by_transformers, by_peft, load_adapter])
+def test_an_adapter_written_here_gives_equal_logits(load, case: str, tmp_path: Path) -> None:
+    kind, num_labels, lora = CASES[case]
+    ours, ids = adapted(small_model(kind, num_labels), lora), token_ids()
+    save_adapter(ours, tmp_path)
+    with torch.inference_mode():
+        expected, plain = ours(ids).logits, small_model(kind, num_labels)(ids).logits
+        found = load(small_model(kind, num_labels), tmp_path)(ids).logits
+    assert torch.allclose(found, expected, atol=FILE_ROUNDTRIP, rtol=0)
+    assert not torch.allclose(plain, expected, atol=1000 * FILE_ROUNDTRIP), "an adapter that is not loaded would pass"
+
+
+@pytest.mark.parametrize(
+    ("base", "task", "targets", "on_disk"),
+    [("tiny-roberta", "sst2", "all", 1), ("tiny-gpt2", "e2e_nlg", ("q", "v"), 2)],
+)
+def test_the_file_holds_lora_the_head_and_little_else(
+    base: str, task: str, targets: tuple[str, ...], on_disk: int, tmp_path: Path
+) -> None:
+    """Two slices of GPT-2's fused projection are one LoRA of PEFT's format, whose B is zero outside its blocks: where
+    we train A (2 r, d) and B (2 d, r), the file holds A (2 r, d) and B (3 d, 2 r), which is twice as much.
+    """
+    model = adapted(load_base(ModelConfig(name=base, precision="fp32"), get_task(task)), LoraConfig(targets=targets))
+    save_adapter(model, tmp_path)
+    counts = count_parameters(model)
+    size = (tmp_path / WEIGHTS_FILE).stat().st_size
+    trained = 4 * (on_disk * counts.lora + counts.head)
+    assert trained < size <= trained + 64 * 1024
+    assert size < 4 * counts.total / 4, "the base is not in it"
+
+
+def merged(model: PreTrainedModel, base: str, folder: Path) -> Path:
+    """A folder that transformers alone loads: the adapter in the weights, the model plain again, its tokenizer."""
+    merge(model)
+    eject(model).save_pretrained(folder)
+    load_tokenizer(ModelConfig(name=base)).save_pretrained(folder)
+    return folder
+
+
+def test_the_classification_pipeline_on_a_merged_folder_answers_as_we_do(tmp_path: Path) -> None:
+    task, config = get_task("rule-sentiment"), ModelConfig(name="tiny-roberta", precision="fp32")
+    model = adapted(load_base(config, task), LoraConfig(r=4, targets=("all",)))
+    ours = Predictor(model, load_tokenizer(config), task).predict({"sentence": TEXTS})
+    folder = merged(model, config.name, tmp_path)
+    theirs = transformers.pipeline("text-classification", model=str(folder), device="cpu")(TEXTS, top_k=None)
+    for answer, scores in zip(ours, theirs, strict=True):
+        assert answer["label"] == scores[0]["label"]
+        for score in scores:
+            assert score["score"] == pytest.approx(answer["probabilities"][score["label"]], abs=6e-5)
+    assert len({answer["probabilities"]["positive"] for answer in ours}) == len(TEXTS), "a constant would prove nothing"
+
+
+def test_the_generation_pipeline_on_a_merged_folder_writes_as_we_do(tmp_path: Path) -> None:
+    task, config = get_task("rule-restaurants"), ModelConfig(name="tiny-gpt2", precision="fp32")
+    assert isinstance(task, TextGeneration)
+    tokenizer, decoding = load_tokenizer(config), GenerateConfig(max_new_tokens=16)
+    tokenizer.padding_side = "left"
+    contexts = [task.context(prompt) for prompt in ("name[The Vaults], eatType[pub]", "name[Aromi], food[Italian]")]
+
+    def written(model: PreTrainedModel) -> list[str]:
+        writer = Generator(model, tokenizer, task, model.config.max_position_embeddings)
+        return [text.text for text in writer.generate(contexts, decoding)]
+
+    plain = written(load_base(config, task).eval())
+    model = adapted(load_base(config, task), LoraConfig(r=4, targets=("q", "v")), std=0.05)
+    ours = written(model)
+    write = transformers.pipeline("text-generation", model=str(merged(model, config.name, tmp_path)), device="cpu")
+    asked = [context + tokenizer.eos_token for context in contexts]
+    theirs = write(asked, max_new_tokens=decoding.max_new_tokens, do_sample=False, return_full_text=False)
+    assert [" ".join(texts[0]["generated_text"].split()) for texts in theirs] == ours
+    assert all(ours)
+    assert ours != plain, "an adapter that is not merged would pass"
+
+
+def test_merged_logits_are_those_of_the_adapter(tmp_path: Path) -> None:
+    for kind, num_labels, lora in CASES.values():
+        model, ids = adapted(small_model(kind, num_labels), lora), token_ids()
+        expected = model(ids).logits
+        merge(model)
+        eject(model).save_pretrained(tmp_path / kind)
+        found = type(model).from_pretrained(tmp_path / kind).eval()(ids).logits
+        assert torch.allclose(found, expected, atol=MERGE_FP32, rtol=0), kind
