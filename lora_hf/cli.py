@@ -12,10 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lora_hf.commands import benchmark, demo, evaluate, generate, predict, score, train
+from lora_hf.commands import benchmark, combine, demo, evaluate, generate, merge, predict, score, train
 from lora_hf.errors import UserError
 
-VERBS = (train, evaluate, predict, generate, score, benchmark, demo)
+VERBS = (train, evaluate, predict, generate, score, merge, combine, benchmark, demo)
 
 
 def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int:

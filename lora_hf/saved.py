@@ -8,8 +8,9 @@ from pathlib import Path
 import yaml
 
 from lora_hf.adapter_file import CONFIG_FILE, inspect_adapter
-from lora_hf.config import GenerateConfig, ModelConfig, RunConfig
+from lora_hf.config import GenerateConfig, ModelConfig, RunConfig, TaskConfig, TrainConfig
 from lora_hf.errors import AdapterError
+from lora_hf.records import COMBINE_FILE, MERGE_FILE, CombineRecord, MergeRecord
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
 
@@ -30,10 +31,12 @@ class Saved:
 
 
 def find_saved(folder: str | Path) -> Saved:
-    """What lies in `outputs/<run>/adapter`, `outputs/<run>/model`, or in an adapter folder that was copied elsewhere.
+    """What lies in `outputs/<run>/adapter`, `outputs/<run>/model`, in an adapter folder that was copied elsewhere, or
+    in a merged model or combined adapter, wherever it is.
 
     Raises:
-        AdapterError: neither of them, damaged, or without a word on base and task.
+        AdapterError: none of them, damaged, or without a word on base and task.
+        DataError: the record of a merge or a combination is damaged.
     """
     folder = Path(folder)
     run = _run_config(folder)
@@ -42,7 +45,8 @@ def find_saved(folder: str | Path) -> Saved:
             raise AdapterError(
                 f"{folder}: a whole model outside its run folder: expected ../{RUN_CONFIG_FILE}, which names its task"
             )
-        whole = ModelConfig(name=str(folder))
+        merged = (folder / MERGE_FILE).is_file()
+        whole = ModelConfig(name=str(folder), precision=run.model.precision if merged else "auto")
         return Saved(folder, True, get_task(run.task.name), whole, 0, run.task.max_length, run.generate)
     config, about = inspect_adapter(folder)
     base = about.base or config.get("base_model_name_or_path")
@@ -63,7 +67,21 @@ def find_saved(folder: str | Path) -> Saved:
     return Saved(folder, False, task, run.model, run.train.seed, run.task.max_length, run.generate)
 
 
+def config_of(saved: Saved) -> RunConfig:
+    """The config of a run that would answer as `saved` does: what is made from it keeps this in its record."""
+    return RunConfig(
+        model=saved.model,
+        task=TaskConfig(name=saved.task.name, max_length=saved.max_length),
+        train=TrainConfig(seed=saved.seed),
+        generate=saved.generate,
+    )
+
+
 def _run_config(folder: Path) -> RunConfig | None:
-    """The config of the run that a folder of weights lies in, where it still lies there."""
+    """The config of the run that a folder of weights was made from, or lies in, where that can be known."""
+    if (folder / MERGE_FILE).is_file():
+        return RunConfig.from_dict(MergeRecord.load(folder / MERGE_FILE).config, str(folder / MERGE_FILE))
+    if (folder / COMBINE_FILE).is_file():
+        return RunConfig.from_dict(CombineRecord.load(folder / COMBINE_FILE).config, str(folder / COMBINE_FILE))
     path = folder.resolve().parent / RUN_CONFIG_FILE
     return RunConfig.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), str(path)) if path.is_file() else None

@@ -21,7 +21,7 @@ LONGEST_FILE = 400
 
 # A file imports only from lower floors; the files of one folder may import each other, without cycles.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "records", "architectures"),
+    ("errors", "config", "records", "architectures", "folders"),
     ("kernels", "metrics", "tiny", "offline", "precision", "curves"),
     ("layers", "tasks"),
     (
@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("adapters", "saved"),
     ("trainer", "hub", "loading"),
-    ("training", "inference", "generation"),
+    ("training", "inference", "generation", "merging", "combining"),
     ("compare", "report", "sweep", "benchmark", "serving", "demo"),
     ("commands",),
     ("cli",),
