@@ -159,7 +159,7 @@ def combine_saved(
             method=method,
             density=density,
             seed=seed,
-            config=config_of(first).to_dict(),
+            config=config_of(first),
             ranks=made.ranks,
             errors=made.errors,
             error=made.error,

@@ -146,8 +146,21 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def merge(model: PreTrainedModel) -> PreTrainedModel:
-    """Adds the active adapter to the base weights (in fp32, rounded once); doing it again changes nothing."""
-    for layer in lora_layers(model).values():
+    """Adds the active adapter to the base weights (in fp32, rounded once); doing it again changes nothing.
+
+    Raises:
+        AdapterError: it adapts a language model's head that shares its weight with the embeddings, which would change
+            as well. Nothing is merged then.
+    """
+    layers = lora_layers(model)
+    embeddings = model.get_input_embeddings().weight
+    for path, layer in layers.items():
+        if layer.active and layer.weight is embeddings:
+            raise AdapterError(
+                f"{path} shares its weight with the input embeddings; merging adapter {layer.active!r} would change "
+                "both. Keep the adapter beside its base"
+            )
+    for layer in layers.values():
         layer.merge()
     return model
 

@@ -73,7 +73,7 @@ def merge_adapter(saved: Saved, output: Path, dtype: Dtype = "fp32", overwrite: 
             base=saved.model.name,
             adapter=str(saved.folder),
             dtype=dtype,
-            config=config.to_dict(),
+            config=config,
             drift=drift,
             probe={"drawn": len(drawn), "real": len(rows), "seed": PROBE_SEED},
             files={"model": folder_size(folder)},
@@ -125,8 +125,8 @@ def _drift(before: torch.Tensor, after: torch.Tensor, dtype: Dtype, output: Path
     relative, tolerance = moved / max(1.0, largest), TOLERANCES[dtype]
     if not relative <= tolerance:  # NaN, where a weight is beyond fp16, is no drift that could be told
         raise AdapterError(
-            f"--output {output}: not written: merged in {dtype} the model answers otherwise than the adapter beside its "
-            f"base: a logit moved by {moved:.3g}, the largest being {largest:.3g}; expected a relative drift of at most "
-            f"{tolerance:g}, found {relative:.3g}. {ADVICE[dtype]}"
+            f"--output {output}: not written: merged in {dtype} the model answers otherwise than the adapter beside "
+            f"its base: a logit moved by {moved:.3g}, the largest being {largest:.3g}; expected a relative drift of "
+            f"at most {tolerance:g}, found {relative:.3g}. {ADVICE[dtype]}"
         )
     return {"max_abs": moved, "largest_logit": largest, "relative": relative, "tolerance": tolerance}

@@ -110,7 +110,7 @@ class ScoreRecord(_Record):
 class MergeRecord(_Record):
     """A model with its adapter merged: what it was made of, and how far its answers moved. Times are seconds.
 
-    `config` is as a run's; task, tokens and decoding of the merged model are read from there.
+    `config` holds the sections of a run's config that say how the merged model answers.
     """
 
     kind = "a record of a merge"
@@ -132,7 +132,7 @@ class MergeRecord(_Record):
 class CombineRecord(_Record):
     """An adapter that was combined from others, by which method, and how much of them its rank leaves out.
 
-    `config` is as a run's; base, task, tokens and decoding of the combined adapter are read from there.
+    `config` holds the sections of a run's config that say how the combined adapter answers.
     """
 
     kind = "a record of a combination"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from lora_hf.adapter_file import CONFIG_FILE, inspect_adapter
-from lora_hf.config import GenerateConfig, ModelConfig, RunConfig, TaskConfig, TrainConfig
+from lora_hf.config import GenerateConfig, ModelConfig, RunConfig
 from lora_hf.errors import AdapterError
 from lora_hf.records import COMBINE_FILE, MERGE_FILE, CombineRecord, MergeRecord
 from lora_hf.tasks.base import Task
@@ -67,14 +68,14 @@ def find_saved(folder: str | Path) -> Saved:
     return Saved(folder, False, task, run.model, run.train.seed, run.task.max_length, run.generate)
 
 
-def config_of(saved: Saved) -> RunConfig:
-    """The config of a run that would answer as `saved` does: what is made from it keeps this in its record."""
-    return RunConfig(
-        model=saved.model,
-        task=TaskConfig(name=saved.task.name, max_length=saved.max_length),
-        train=TrainConfig(seed=saved.seed),
-        generate=saved.generate,
-    )
+def config_of(saved: Saved) -> dict[str, Any]:
+    """The sections of a run's config that say how `saved` answers; what is made from it keeps them in its record."""
+    return {
+        "model": asdict(saved.model),
+        "task": {"name": saved.task.name, "max_length": saved.max_length},
+        "train": {"seed": saved.seed},
+        "generate": asdict(saved.generate),
+    }
 
 
 def _run_config(folder: Path) -> RunConfig | None:

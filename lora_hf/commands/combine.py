@@ -46,13 +46,16 @@ def run(options: argparse.Namespace) -> None:
         options.seed,
         options.overwrite,
     )
-    ranks = sorted(set(record.ranks.values()))
     if options.json:
-        print_json({"output": str(options.output), "method": record.method, "ranks": ranks, "error": record.error})
+        print_json(
+            {"output": str(options.output), "ranks": record.ranks, "errors": record.errors, "error": record.error}
+        )
         return
-    for path, error in record.errors.items():
-        print(f"{path}: rank {record.ranks[path]}, left out {error:.2%}")
-    print(f"all:     left out {record.error:.2%} (relative, Frobenius norm)")
+    low, high = min(record.ranks.values(), default=0), max(record.ranks.values(), default=0)
+    print(f"{record.method} of {len(adapters)} adapters: rank {low if low == high else f'{low} to {high}'}")
+    if record.method != "linear":
+        worst = max(record.errors, key=lambda path: record.errors[path], default="")
+        print(f"left out by the rank: {record.error:.2%} of all; the most, {record.errors[worst]:.2%}, of {worst}")
     print(f"adapter: {options.output}\nrecord:  {options.output / COMBINE_FILE}")
 
 
