@@ -151,6 +151,7 @@ def test_pefts_linear_is_not_the_weighted_sum_and_ours_is(tmp_path: Path) -> Non
         assert float((other.get_delta_weight("mix") - expected).norm()) > 0.1 * scale
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["gpt2", "roberta"])
 def test_svd_is_the_nearest_of_the_rank_and_tells_its_error(kind: str) -> None:
     model = adapted(kind, None if kind == "gpt2" else 3, a=MIXED["a"], c={**MIXED["c"], "targets": ("q", "v")})
