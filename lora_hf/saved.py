@@ -11,7 +11,7 @@ import yaml
 from lora_hf.adapter_file import CONFIG_FILE, inspect_adapter
 from lora_hf.config import GenerateConfig, ModelConfig, RunConfig
 from lora_hf.errors import AdapterError
-from lora_hf.records import COMBINE_FILE, MERGE_FILE, CombineRecord, MergeRecord
+from lora_hf.records import COMBINE_FILE, MERGE_FILE, RECORD_FILE, CombineRecord, MergeRecord
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
 
@@ -29,6 +29,13 @@ class Saved:
     seed: int = 0
     max_length: int = 512
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+    @property
+    def run(self) -> Path | None:
+        """The folder of the run that these weights are the result of, where they lie in it."""
+        made = any((self.folder / name).is_file() for name in (MERGE_FILE, COMBINE_FILE))
+        run = self.folder.resolve().parent
+        return run if (run / RECORD_FILE).is_file() and not made else None
 
 
 def find_saved(folder: str | Path) -> Saved:
