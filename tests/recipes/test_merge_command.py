@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, seed in (("one", 0), ("two", 1)):
         words = [f"output.dir={outputs}", f"output.name={name}", f"train.seed={seed}", "train.lr=3e-3"]
         assert main(["train", "--config", "rule_sentiment.yaml", *QUICK, *words]) == 0
-    words = [f"output.dir={outputs}", "output.name=writer", "generate.max_new_tokens=8"]
+    words = [f"output.dir={outputs}", "output.name=writer", "generate.num_beams=1", "generate.max_new_tokens=8"]
     assert main(["train", "--config", "rule_restaurants.yaml", *QUICK, *words]) == 0
     return outputs
 
