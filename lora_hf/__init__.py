@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_hf.adapters import load_adapter, save_adapter
+    from lora_hf.combining import combine_adapters
     from lora_hf.config import LoraConfig
     from lora_hf.convert.loralib import load_loralib, save_loralib
     from lora_hf.errors import UserError
@@ -31,6 +32,7 @@ _HOME = {
     "LoraConfig": "config",
     "Site": "injection",
     "UserError": "errors",
+    "combine_adapters": "combining",
     "count_parameters": "injection",
     "dequantise": "models",
     "eject": "injection",
@@ -57,6 +59,7 @@ __all__ = [
     "LoraConfig",
     "Site",
     "UserError",
+    "combine_adapters",
     "count_parameters",
     "dequantise",
     "eject",

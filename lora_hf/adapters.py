@@ -64,7 +64,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     tensors, places = {}, []
     for path, layer in layers.items():
         weights = layer.adapters[name]
-        a, b = _to_peft(weights, layer.out_features)
+        a, b = to_peft(weights, layer.out_features)
         tensors |= {f"{PREFIX}{path}.lora_A.weight": a, f"{PREFIX}{path}.lora_B.weight": b}
         count = len(weights.slices)
         places.append(_Place(path, weights.slices, count * weights.r, count * weights.lora_alpha))
@@ -154,7 +154,7 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
         _from_peft(layer.adapters[name], file, path)
 
 
-def _to_peft(weights: LoraWeights, out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+def to_peft(weights: LoraWeights, out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A `(n r, in)` and B `(out, n r)` of one standard LoRA that equals the slices: B block-placed, zero elsewhere."""
     r = weights.r
     b = weights.lora_B.new_zeros(out_features, len(weights.slices) * r)

@@ -12,10 +12,22 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lora_hf.commands import benchmark, convert, demo, evaluate, generate, predict, push, score, train
+from lora_hf.commands import (
+    benchmark,
+    combine,
+    convert,
+    demo,
+    evaluate,
+    generate,
+    merge,
+    predict,
+    push,
+    score,
+    train,
+)
 from lora_hf.errors import UserError
 
-VERBS = (train, evaluate, predict, generate, score, convert, push, benchmark, demo)
+VERBS = (train, evaluate, predict, generate, score, merge, combine, convert, push, benchmark, demo)
 
 
 def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int:

@@ -27,7 +27,7 @@ from lora_hf.injection import merge
 from lora_hf.loading import load_saved
 from lora_hf.metrics.nlg import NlgMetric
 from lora_hf.models import dequantise
-from lora_hf.records import RECORD_FILE, ScoreRecord, git_state, machine, versions
+from lora_hf.records import ScoreRecord, git_state, machine, versions
 from lora_hf.saved import Saved
 from lora_hf.tasks.generation import Example, TextGeneration
 
@@ -178,7 +178,7 @@ def evaluate_texts(
     Returns:
         The records written, and the scores by split and subset.
     """
-    run = saved.folder.resolve().parent
+    run = saved.run
     records: list[Path] = []
     scores: dict[str, dict[str, Scores]] = {}
     for split, part in rows.items():
@@ -187,11 +187,10 @@ def evaluate_texts(
         started = time.perf_counter()
         texts = progress(generator.generate(contexts, saved.generate), total=len(examples))
         name = f"{split}{'' if adapted else '-without-adapter'}"
-        in_run = (run / RECORD_FILE).is_file()
-        made = write_texts(run / f"predictions-{name}.txt", contexts, texts) if in_run else list(texts)
+        made = write_texts(run / f"predictions-{name}.txt", contexts, texts) if run else list(texts)
         written = time.perf_counter()
         scores[split] = score_texts(generator.task, examples, [text.text for text in made])
-        if in_run:
+        if run:
             record = ScoreRecord(
                 task=generator.task.name,
                 model=saved.model.name,

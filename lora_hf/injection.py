@@ -166,8 +166,20 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
     """Adds the active adapter to the base weights (in fp32, rounded once); doing it again changes nothing.
 
     A quantised base rounds coarsely: what is lost goes to the log, and `merge_drift` tells it by module.
+
+    Raises:
+        AdapterError: it adapts a language model's head that shares its weight with the embeddings, which would change
+            as well. Nothing is merged then.
     """
-    for layer in lora_layers(model).values():
+    layers = lora_layers(model)
+    embeddings = model.get_input_embeddings().weight
+    for path, layer in layers.items():
+        if layer.active and layer.weight is embeddings:
+            raise AdapterError(
+                f"{path} shares its weight with the input embeddings; merging adapter {layer.active!r} would change "
+                "both. Keep the adapter beside its base"
+            )
+    for layer in layers.values():
         layer.merge()
     drifts = merge_drift(model).values()
     if drifts:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_hf.errors import DataError
 
@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 RECORD_FILE = "record.json"
 RUN_CONFIG_FILE = "config.yaml"
+MERGE_FILE = "merge.json"
+COMBINE_FILE = "combine.json"
 PACKAGES = ("lora-hf", "torch", "transformers", "datasets", "evaluate", "accelerate", "safetensors", "tokenizers")
 
 
 class _Record:
     """A dataclass that is one JSON file."""
+
+    kind: ClassVar[str]  # as a message names it
 
     def write(self, path: Path) -> Path:
         """Writes aside and renames, so that a record is whole or not there."""
@@ -48,8 +52,7 @@ class _Record:
         needed = {entry.name for entry in entries if entry.default is MISSING and entry.default_factory is MISSING}
         if not isinstance(values, dict) or not needed <= values.keys() <= known:
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
-            kind = "a run record" if cls is RunRecord else "a record of scores"
-            raise DataError(f"{path}: not {kind}: expected the keys {sorted(known)}, found {found}")
+            raise DataError(f"{path}: not {cls.kind}: expected the keys {sorted(known)}, found {found}")
         return cls(**values)
 
 
@@ -57,6 +60,7 @@ class _Record:
 class RunRecord(_Record):
     """One fine-tuning run. Times are seconds, memory and sizes bytes, metrics fractions as the metric defines them."""
 
+    kind = "a run record"
     task: str
     method: str
     model: str
@@ -88,6 +92,7 @@ class RunRecord(_Record):
 class ScoreRecord(_Record):
     """The texts of a model for a split's inputs, scored. Times are seconds."""
 
+    kind = "a record of scores"
     task: str
     model: str
     adapted: bool  # False: the bare base
@@ -97,6 +102,51 @@ class ScoreRecord(_Record):
     metrics: dict[str, dict[str, float | None]]  # by subset, `all` first; None where a scorer cannot run here
     precision: str
     timings: dict[str, float] = field(default_factory=dict)  # generate, score
+    versions: dict[str, str] = field(default_factory=dict)
+    git: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class MergeRecord(_Record):
+    """A model with its adapter merged: what it was made of, and how far its answers moved. Times are seconds.
+
+    `config` holds the sections of a run's config that say how the merged model answers.
+    """
+
+    kind = "a record of a merge"
+    task: str
+    base: str
+    adapter: str
+    dtype: str
+    config: dict[str, Any]
+    drift: dict[str, float]  # max_abs, largest_logit, relative, tolerance; the logits of the probe are compared in fp32
+    probe: dict[str, int]  # drawn and real rows, and the seed of the drawn ones
+    files: dict[str, int] = field(default_factory=dict)  # sizes in bytes
+    timings: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    git: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CombineRecord(_Record):
+    """An adapter that was combined from others, by which method, and how much of them its rank leaves out.
+
+    `config` holds the sections of a run's config that say how the combined adapter answers.
+    """
+
+    kind = "a record of a combination"
+    task: str
+    base: str
+    adapters: list[dict[str, Any]]  # folder and weight of each
+    method: str
+    density: float | None
+    seed: int
+    config: dict[str, Any]
+    ranks: dict[str, int]  # by path
+    errors: dict[str, float]  # by path: relative, in the Frobenius norm
+    error: float  # the same over all paths
     versions: dict[str, str] = field(default_factory=dict)
     git: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)

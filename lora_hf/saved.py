@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lora_hf.adapter_file import CONFIG_FILE, inspect_adapter
 from lora_hf.config import GenerateConfig, ModelConfig, RunConfig, load_config
 from lora_hf.errors import AdapterError
 from lora_hf.pulling import local_adapter
-from lora_hf.records import RUN_CONFIG_FILE
+from lora_hf.records import COMBINE_FILE, MERGE_FILE, RECORD_FILE, RUN_CONFIG_FILE, CombineRecord, MergeRecord
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
 
@@ -26,14 +27,23 @@ class Saved:
     max_length: int = 512
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 
+    @property
+    def run(self) -> Path | None:
+        """The folder of the run that these weights are the result of, where they lie in it."""
+        made = any((self.folder / name).is_file() for name in (MERGE_FILE, COMBINE_FILE))
+        run = self.folder.resolve().parent
+        return run if (run / RECORD_FILE).is_file() and not made else None
+
 
 def find_saved(folder: str | Path, revision: str | None = None) -> Saved:
-    """What lies in `outputs/<run>/adapter`, `outputs/<run>/model`, or in an adapter folder that was copied elsewhere.
+    """What lies in `outputs/<run>/adapter`, `outputs/<run>/model`, in an adapter folder that was copied elsewhere, or
+    in a merged model or combined adapter, wherever it is.
 
     `folder` may also be the hub id of an adapter, `user/name`, and `revision` a branch, tag or commit of it.
 
     Raises:
-        AdapterError: neither of them, damaged, or without a word on base and task.
+        AdapterError: none of them, damaged, or without a word on base and task.
+        DataError: the record of a merge or a combination is damaged.
         HubError: as `local_adapter`.
     """
     folder = local_adapter(folder, revision)
@@ -43,7 +53,8 @@ def find_saved(folder: str | Path, revision: str | None = None) -> Saved:
             raise AdapterError(
                 f"{folder}: a whole model outside its run folder: expected ../{RUN_CONFIG_FILE}, which names its task"
             )
-        whole = ModelConfig(name=str(folder))
+        merged = (folder / MERGE_FILE).is_file()
+        whole = ModelConfig(name=str(folder), precision=run.model.precision if merged else "auto")
         return Saved(folder, True, get_task(run.task.name), whole, 0, run.task.max_length, run.generate)
     config, about = inspect_adapter(folder)
     base = about.base or config.get("base_model_name_or_path")
@@ -64,12 +75,28 @@ def find_saved(folder: str | Path, revision: str | None = None) -> Saved:
     return Saved(folder, False, task, run.model, run.train.seed, run.task.max_length, run.generate)
 
 
+def config_of(saved: Saved) -> dict[str, Any]:
+    """The sections of a run's config that say how `saved` answers; what is made from it keeps them in its record."""
+    return {
+        "model": asdict(saved.model),
+        "task": {"name": saved.task.name, "max_length": saved.max_length},
+        "train": {"seed": saved.seed},
+        "generate": asdict(saved.generate),
+    }
+
+
 def run_config(folder: Path) -> RunConfig | None:
-    """The config of the run that the weights in `folder` come from: above them in a run folder, beside them if pulled.
+    """The config of the run that the weights in `folder` come from, where that can be known.
+
+    It stands in the record of a merge or a combination, above the weights in a run folder, beside them if pulled.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError, DataError: it cannot be read.
     """
+    if (folder / MERGE_FILE).is_file():
+        return RunConfig.from_dict(MergeRecord.load(folder / MERGE_FILE).config, str(folder / MERGE_FILE))
+    if (folder / COMBINE_FILE).is_file():
+        return RunConfig.from_dict(CombineRecord.load(folder / COMBINE_FILE).config, str(folder / COMBINE_FILE))
     for place in (folder / RUN_CONFIG_FILE, folder.resolve().parent / RUN_CONFIG_FILE):
         if place.is_file():
             return load_config(place)

@@ -32,6 +32,8 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.saved import find_saved
 
     saved = find_saved(options.adapter, options.revision)
+    if options.without_adapter and saved.whole:
+        raise ConfigError(f"--without-adapter: {options.adapter} is a whole model, which has no base beside it")
     splits = saved.task.evaluation_splits if options.split in (None, "validation") else (options.split,)
     rows = saved.task.load(options.data_dir, splits)
     if saved.task.model_kind == "causal-lm":

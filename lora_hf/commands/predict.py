@@ -29,7 +29,7 @@ def add(verbs: Any) -> None:
         required=True,
         action="append",
         metavar="[NAME=]DIR",
-        help="outputs/<run>/adapter, or USER/NAME on the hub; several, each with a name, answer the rows that name them "
+        help="outputs/<run>/adapter, or USER/NAME on the hub; several, each with a name, answer the rows that name it "
         "under 'adapter'",
     )
     parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit of USER/NAME")

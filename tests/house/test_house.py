@@ -21,7 +21,7 @@ LONGEST_FILE = 400
 
 # A file imports only from lower floors; the files of one folder may import each other, without cycles.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "records", "architectures", "names"),
+    ("errors", "config", "records", "architectures", "names", "folders"),
     ("kernels", "metrics", "tiny", "offline", "precision", "curves", "switch", "markdown", "quantised"),
     ("layers", "tasks", "adapter_file"),
     (
@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("adapters", "saved", "mixing", "models", "card"),
     ("trainer", "hub", "loading", "convert"),
-    ("training", "inference", "generation", "speed_tables"),
+    ("training", "inference", "generation", "speed_tables", "merging", "combining"),
     ("compare", "report", "sweep", "benchmark", "serving", "demo"),
     ("commands",),
     ("cli",),
