@@ -6,6 +6,7 @@ model has been touched by then.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -31,19 +32,26 @@ from lora_hf.injection import (
     projections,
     set_adapter,
 )
-from lora_hf.layers import AdapterHead, LoraWeights, features
+from lora_hf.layers import AdapterHead, LoraLinear, LoraWeights, features
+from lora_hf.variants.dora import DoraWeights
+from lora_hf.variants.patterns import layer_of
+from lora_hf.variants.table import initialise
 
 PREFIX = "base_model.model."  # what PEFT puts before every path
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A and B at one projection as the file holds them: `slices` share the rank `r` of the file evenly."""
+    """A and B at one projection as the file holds them: `slices` share the rank `r` of the file evenly.
+
+    `times` is how often the rank of the adapter that is its: once for each slice, and twice where a start is kept.
+    """
 
     path: str
     slices: list[tuple[int, int]]
     r: int
     lora_alpha: float
+    times: int = 1
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "default", task: str | None = None) -> Path:
@@ -59,10 +67,11 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     tensors, places = {}, []
     for path, layer in layers.items():
         weights = layer.adapters[name]
-        a, b = _to_peft(weights, layer.out_features)
-        tensors |= {f"{PREFIX}{path}.lora_A.weight": a, f"{PREFIX}{path}.lora_B.weight": b}
-        count = len(weights.slices)
-        places.append(_Place(path, weights.slices, count * weights.r, count * weights.lora_alpha))
+        tensors |= _to_peft(layer, weights, path)
+        rank = tensors[f"{PREFIX}{path}.lora_A.weight"].shape[0]
+        times = rank // weights.r
+        alpha = weights.lora_alpha * (math.sqrt(times) if weights.use_rslora else times)
+        places.append(_Place(path, weights.slices, rank, alpha, times))
     for path, head in heads.items():
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in head.state_dict().items()}
     classifies = bool(head_paths(model))
@@ -76,9 +85,15 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         num_labels=config.num_labels if classifies else None,
         fingerprint=fingerprint(model),
         slices={place.path: [list(pair) for pair in place.slices] for place in places},
+        start=next((layer.adapters[name].start for layer in layers.values()), ""),
     )
-    dropout = max((layer.adapters[name].lora_dropout for layer in layers.values()), default=0.0)
-    write_adapter(Path(folder), _peft_config(model, places, list(heads), about, dropout), tensors, about)
+    all_weights = [layer.adapters[name] for layer in layers.values()]
+    variant = {
+        "lora_dropout": max((weights.lora_dropout for weights in all_weights), default=0.0),
+        "use_rslora": any(weights.use_rslora for weights in all_weights),
+        "use_dora": any(isinstance(weights, DoraWeights) for weights in all_weights),
+    }
+    write_adapter(Path(folder), _peft_config(model, places, list(heads), about) | variant, tensors, about)
     return Path(folder)
 
 
@@ -92,12 +107,25 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     file = read_adapter(folder)
     check_new_name(model, name)
     places = _check(model, file)
+    start, doubled = _start(file)
+    use_rslora, use_dora = bool(file.config.get("use_rslora")), bool(file.config.get("use_dora"))
     for place in places:
-        count = len(place.slices)
-        dropout = file.config.get("lora_dropout", 0.0)
+        alpha = place.lora_alpha / (math.sqrt(place.times) if use_rslora else place.times)
         weights = add_weights(
-            model, place.path, name, place.slices, place.r // count, place.lora_alpha / count, dropout
+            model,
+            place.path,
+            name,
+            place.slices,
+            place.r // place.times,
+            alpha,
+            file.config.get("lora_dropout", 0.0),
+            use_rslora,
+            use_dora,
+            start,
         )
+        layer: Any = model.get_submodule(place.path)
+        if start and not doubled:
+            initialise(weights, layer, start)
         _from_peft(weights, file, place.path)
     inject_head(model, name)
     _load_heads(model, file, name)
@@ -121,43 +149,62 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
     if file.about.fingerprint:
         check_base(model, file.about.fingerprint, str(file.folder))
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    said = (_start(file), bool(file.config.get("use_rslora")))
     for path, layer in layers.items():
-        rank = len(layer.adapters[name].slices) * layer.adapters[name].r
-        expected[f"{PREFIX}{path}.lora_A.weight"] = (rank, layer.in_features)
-        expected[f"{PREFIX}{path}.lora_B.weight"] = (layer.out_features, rank)
+        weights = layer.adapters[name]
+        expected |= {key: tuple(tensor.shape) for key, tensor in _to_peft(layer, weights, path).items()}
+        wanted = ((weights.start, bool(weights.start)), weights.use_rslora)
+        if said != wanted:
+            raise AdapterError(
+                f"{file.folder} holds another variant of LoRA: expected init_lora_weights={wanted[0][0] or 'default'}, "
+                f"use_rslora={wanted[1]}, found {said[0][0] or 'default'}, {said[1]}"
+            )
     found = {key: tensor for key, tensor in file.tensors.items() if ".lora_" in key}
     _compare(expected, found, file)
     for path, layer in layers.items():
         _from_peft(layer.adapters[name], file, path)
 
 
-def _to_peft(weights: LoraWeights, out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _start(file: AdapterFile) -> tuple[str, bool]:
+    """What A and B of the file started from, and whether the file says it: PEFT's pissa is computed from the base."""
+    init = str(file.config.get("init_lora_weights", True)).lower()
+    return (file.about.start, True) if file.about.start else (init if init in ("pissa", "olora") else "", False)
+
+
+def _to_peft(layer: LoraLinear, weights: LoraWeights, path: str) -> dict[str, torch.Tensor]:
     """A `(n r, in)` and B `(out, n r)` of one standard LoRA that equals the slices: B block-placed, zero elsewhere."""
-    r = weights.r
-    b = weights.lora_B.new_zeros(out_features, len(weights.slices) * r)
-    row = 0
+    a, stacked = weights.saved_factors()
+    r, row = stacked.shape[1], 0
+    b = stacked.new_zeros(layer.out_features, len(weights.slices) * r)
     for index, (start, stop) in enumerate(weights.slices):
-        b[start:stop, index * r : (index + 1) * r] = weights.lora_B[row : row + stop - start]
+        b[start:stop, index * r : (index + 1) * r] = stacked[row : row + stop - start]
         row += stop - start
-    return weights.lora_A, b
+    tensors = {f"{PREFIX}{path}.lora_A.weight": a, f"{PREFIX}{path}.lora_B.weight": b}
+    if isinstance(weights, DoraWeights):
+        tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = weights.magnitudes(layer.original_weight())
+    return tensors
 
 
+@torch.no_grad()
 def _from_peft(weights: LoraWeights, file: AdapterFile, path: str) -> None:
     a = file.tensors[f"{PREFIX}{path}.lora_A.weight"].float()
     b = file.tensors[f"{PREFIX}{path}.lora_B.weight"].float()
-    with torch.no_grad():
+    stacked = torch.cat(_blocks(b, weights.slices, b.shape[1] // len(weights.slices)))
+    if stacked.shape == weights.lora_B.shape:
         weights.lora_A.copy_(a)
-        weights.lora_B.copy_(torch.cat(_blocks(b, weights.slices, weights.r)))
+        weights.lora_B.copy_(stacked)
+    else:
+        weights.load_factors(a, stacked)
+    if isinstance(weights, DoraWeights):
+        weights.load_magnitudes(file.tensors[f"{PREFIX}{path}.lora_magnitude_vector"].float())
 
 
 def _blocks(b: torch.Tensor, slices: list[tuple[int, int]], r: int) -> list[torch.Tensor]:
     return [b[start:stop, index * r : (index + 1) * r] for index, (start, stop) in enumerate(slices)]
 
 
-def _peft_config(
-    model: PreTrainedModel, places: list[_Place], heads: list[str], about: About, dropout: float
-) -> dict[str, Any]:
+def _peft_config(model: PreTrainedModel, places: list[_Place], heads: list[str], about: About) -> dict[str, Any]:
     """What PEFT's LoraConfig needs; ranks and alphas that are not the common ones go into its patterns."""
     common = Counter((place.r, place.lora_alpha) for place in places).most_common(1)
     r, alpha = common[0][0] if common else (1, 1.0)
@@ -170,7 +217,6 @@ def _peft_config(
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
-        "lora_dropout": dropout,
         "target_modules": _regex([place.path for place in places]),
         "modules_to_save": heads or None,
         "fan_in_fan_out": model.config.model_type == "gpt2",
@@ -206,6 +252,8 @@ def _check(model: PreTrainedModel, file: AdapterFile) -> list[_Place]:
         in_features, out_features = features(layers[place.path])
         expected[f"{PREFIX}{place.path}.lora_A.weight"] = (place.r, in_features)
         expected[f"{PREFIX}{place.path}.lora_B.weight"] = (out_features, place.r)
+        if file.config.get("use_dora"):
+            expected[f"{PREFIX}{place.path}.lora_magnitude_vector"] = (out_features,)
     for path in head_paths(model):
         head = model.get_submodule(path)
         plain: nn.Module = head.base_head if isinstance(head, AdapterHead) else head
@@ -230,7 +278,12 @@ def _places(layers: Mapping[str, nn.Module], file: AdapterFile) -> list[_Place]:
             raise AdapterError(f"{source}: target_modules is not a regular expression: {error}") from error
         paths = [path for path in layers if targets and expression.fullmatch(path)]
     elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        paths = [path for path in layers if any(path == t or path.endswith(f".{t}") for t in targets)]
+        chosen = file.config.get("layers_to_transform")
+        paths = [
+            path
+            for path in layers
+            if path in targets or (any(path.endswith(f".{t}") for t in targets) and _in_layers(path, chosen))
+        ]
     else:
         raise AdapterError(f"{source}: target_modules: expected an expression or a list of names, found {targets!r}")
     if targets and not paths:
@@ -242,12 +295,20 @@ def _places(layers: Mapping[str, nn.Module], file: AdapterFile) -> list[_Place]:
         out_features = features(layers[path])[1]
         slices = [(start, stop) for start, stop in file.about.slices.get(path, [[0, out_features]])]
         ordered = [0, *(edge for pair in slices for edge in pair), out_features]
-        if r != int(r) or r < 1 or r % len(slices) or sorted(ordered) != ordered:
+        times = len(slices) * (2 if _start(file)[1] else 1)
+        if r != int(r) or r < 1 or r % times or sorted(ordered) != ordered:
             raise AdapterError(
                 f"{source}: {path}: rank {r} and slices {slices} of {out_features} columns make no sense"
             )
-        places.append(_Place(path, slices, int(r), alpha))
+        places.append(_Place(path, slices, int(r), alpha, times))
     return places
+
+
+def _in_layers(path: str, chosen: list[int] | int | None) -> bool:
+    """PEFT's layers_to_transform: a list of layers, a single one, or, where it is empty, all."""
+    if chosen is None or chosen == []:
+        return True
+    return layer_of(path) in (chosen if isinstance(chosen, list) else [chosen])
 
 
 def _patterned(file: AdapterFile, pattern: str, path: str, default: str) -> float:

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import importlib.util
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ PRESETS = {
     "ffn": ("ffn_up", "ffn_gate", "ffn_down"),
     "all": ROLES,
 }
+INITS = ("default", "gaussian", "pissa", "olora")
 RECIPE_FOLDERS = (Path("configs"), Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs")
 
 
@@ -42,6 +44,16 @@ def _target_problem(targets: tuple[str, ...]) -> str:
         return ""
     found = ", ".join(repr(target) + did_you_mean(target, words) for target in unknown) or "nothing"
     return f"expected some of {', '.join(words)}, or a module path with dots, found {found}"
+
+
+def _pattern_problem(patterns: dict[str, Any]) -> str:
+    return _target_problem(tuple(patterns)) if patterns else ""
+
+
+def _init_problem(init: str) -> str:
+    if init in INITS or re.fullmatch(r"pissa_niter_[1-9]\d*", init):
+        return ""
+    return f"expected one of {', '.join(INITS)}, pissa_niter_[n], found {init!r}{did_you_mean(init, INITS)}"
 
 
 OURS = {
@@ -132,13 +144,20 @@ class LoraConfig(_Section):
     Source: LoRA, arXiv 2106.09685, section 4.1.
 
     `targets` holds roles (`q k v o ffn_up ffn_gate ffn_down`), presets (`attention ffn all`), or, for what has no
-    role, anchored module paths in which `*` stands for one segment (`encoder.layer.*.output.dense`).
+    role, anchored module paths in which `*` stands for one segment (`encoder.layer.*.output.dense`). The keys of
+    `rank_pattern` and `alpha_pattern` are such words too; the first that fits a place gives its number there.
     """
 
     r: int = _value(8, low=1)
     lora_alpha: float = _value(8, above=0)
     lora_dropout: float = _value(0.0, low=0, high=0.99)
     targets: tuple[str, ...] = field(default=("q", "v"), metadata={"check": _target_problem})
+    layers: tuple[int, ...] | None = None  # of the model, -1 is the last; without: all
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"check": _pattern_problem, "low": 1})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"check": _pattern_problem, "above": 0})
+    use_rslora: bool = False  # scaling = lora_alpha / sqrt(r): arXiv 2312.03732
+    use_dora: bool = False  # magnitude and direction apart: arXiv 2402.09353
+    init_lora_weights: str = field(default="default", metadata={"check": _init_problem})
 
 
 @dataclass(frozen=True)
@@ -206,7 +225,9 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML and JSON; `from_dict` of it gives an equal config."""
         plain = dataclasses.asdict(self)
-        plain["lora"]["targets"] = list(self.lora.targets)
+        for key in ("targets", "layers"):
+            value = plain["lora"][key]
+            plain["lora"][key] = list(value) if value is not None else None
         return plain
 
     @classmethod
@@ -317,12 +338,20 @@ def _typed(value: Any, kind: Any, bounds: typing.Mapping[str, Any]) -> tuple[Any
         near = did_you_mean(str(value), words)
         return value, "" if value in words else f"expected one of {', '.join(words)}, found {value!r}{near}"
     if origin is tuple:
-        value = [value] if isinstance(value, str) else value
-        good = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-        return (tuple(value), "") if good else (value, f"expected a word or a list of words, found {_kind_of(value)}")
+        item = typing.get_args(kind)[0]
+        noun, nouns = ("a word", "words") if item is str else ("a whole number", "whole numbers")
+        value = [value] if type(value) is item else value
+        good = isinstance(value, (list, tuple)) and all(type(entry) is item for entry in value)
+        return (tuple(value), "") if good else (value, f"expected {noun} or a list of {nouns}, found {_kind_of(value)}")
     if origin is dict:
-        good = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        return value, "" if good else f"expected keys and values, found {_kind_of(value)}"
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            return value, f"expected keys and values, found {_kind_of(value)}"
+        inner = typing.get_args(kind)[1]
+        if inner is Any:
+            return value, ""
+        typed = {key: _typed(entry, inner, bounds) for key, entry in value.items()}
+        problems = [f"{key}: {problem}" for key, (_, problem) in typed.items() if problem]
+        return {key: entry for key, (entry, _) in typed.items()}, "; ".join(problems)
     if kind is float:
         return _number(_as_float(value), value, "a number", bounds)
     if kind is int:

@@ -21,6 +21,8 @@ from lora_hf.architectures import ARCHITECTURES, Architecture
 from lora_hf.config import PRESETS, LoraConfig
 from lora_hf.errors import AdapterError, ConfigError, ModelError, did_you_mean
 from lora_hf.layers import AdapterHead, LoraLinear, LoraWeights, features
+from lora_hf.variants.patterns import check_patterns, chosen_layers, layer_of, path_expression, value_at
+from lora_hf.variants.table import initialise, new_weights
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -50,16 +52,23 @@ def plan(model: PreTrainedModel, lora: LoraConfig) -> list[Site]:
 
     Raises:
         ModelError: a role is asked for and the model type has no entry in the role table.
-        ConfigError: a target that matches nothing here, or two targets that adapt the same columns.
+        ConfigError: a target that matches nothing here, or two targets that adapt the same columns; a layer that the
+            model does not have.
     """
     prefix = _base_prefix(model)
     layers = projections(model)
+    chosen = None if lora.layers is None else chosen_layers(lora.layers, layers)
     sites: list[Site] = []
     for target in dict.fromkeys(lora.targets):
         found = [site for pattern in _patterns(model, target) for site in _match(pattern, layers, prefix)]
         if not found:
             raise ConfigError(_no_match(target, model, layers, prefix))
-        sites += [site for site in found if site not in sites]
+        kept = [site for site in found if chosen is None or layer_of(site.path) in chosen]
+        if not kept:
+            raise ConfigError(
+                f"lora.layers: target {target!r} has no module in the layers {_listed(map(str, lora.layers or ()))}"
+            )
+        sites += [site for site in kept if site not in sites]
     order = {path: index for index, path in enumerate(layers)}
     sites.sort(key=lambda site: (order[site.path], site.slice or (0, 0)))
     for before, site in pairwise(sites):
@@ -82,20 +91,45 @@ def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> P
 
 def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name: str = "default") -> PreTrainedModel:
     """`inject` at sites that are already planned, by `plan` with the same `lora`."""
-    slices: dict[str, list[tuple[int, int]]] = {}
+    start = "" if lora.init_lora_weights in ("default", "gaussian") else lora.init_lora_weights
+    if start and lora.use_dora:
+        raise ConfigError(f"lora.use_dora: not together with lora.init_lora_weights={start}; choose one of them")
+    numbers = _numbers(model, sites, lora)
+    check_new_name(model, name)
+    for path, (columns, r, alpha) in numbers.items():
+        weights = add_weights(
+            model, path, name, columns, r, alpha, lora.lora_dropout, lora.use_rslora, lora.use_dora, start
+        )
+        initialise(weights, model.get_submodule(path), lora.init_lora_weights)  # type: ignore[arg-type]
+    return inject_head(model, name)
+
+
+def _numbers(
+    model: PreTrainedModel, sites: list[Site], lora: LoraConfig
+) -> dict[str, tuple[list[tuple[int, int]], int, float]]:
+    """For each path its slices, rank and alpha."""
+    prefix = _base_prefix(model)
+    for key in ("rank_pattern", "alpha_pattern"):
+        check_patterns(key, getattr(lora, key), [(site.role, site.path) for site in sites], prefix)
+    numbers: dict[str, tuple[list[tuple[int, int]], int, float]] = {}
     for site in sites:
         in_features, out_features = features(_unwrapped(model, site.path))
         start, stop = site.slice or (0, out_features)
-        if lora.r > min(in_features, stop - start):
+        r = value_at(lora.rank_pattern, site.role, site.path, prefix, lora.r)
+        alpha = float(value_at(lora.alpha_pattern, site.role, site.path, prefix, lora.lora_alpha))
+        if r > min(in_features, stop - start):
             raise ConfigError(
                 f"lora.r: {site.path} maps {in_features} to {stop - start}; expected a rank of at most "
-                f"{min(in_features, stop - start)}, found {lora.r}"
+                f"{min(in_features, stop - start)}, found {r}"
             )
-        slices.setdefault(site.path, []).append((start, stop))
-    check_new_name(model, name)
-    for path, columns in slices.items():
-        add_weights(model, path, name, columns, lora.r, lora.lora_alpha, lora.lora_dropout)
-    return inject_head(model, name)
+        slices, common_r, common_alpha = numbers.setdefault(site.path, ([], r, alpha))
+        if (r, alpha) != (common_r, common_alpha):
+            raise ConfigError(
+                f"lora.rank_pattern, lora.alpha_pattern: {site.path} is one projection for several roles, which share "
+                f"r and lora_alpha; found {common_r}, {common_alpha:g} and, for {site.role}, {r}, {alpha:g}"
+            )
+        slices.append((start, stop))
+    return numbers
 
 
 def inject_head(model: PreTrainedModel, name: str = "default") -> PreTrainedModel:
@@ -121,12 +155,15 @@ def add_weights(
     r: int,
     lora_alpha: float,
     lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    start: str = "",
 ) -> LoraWeights:
     """Puts fresh A and B of adapter `name` at one projection, which becomes a LoRA layer if it is not one yet."""
     module = model.get_submodule(path)
     if not isinstance(module, LoraLinear):
         model.set_submodule(path, module := LoraLinear(module))
-    weights = LoraWeights(module.in_features, slices, r, lora_alpha, lora_dropout, module.weight.device)
+    weights = new_weights(module, slices, r, lora_alpha, lora_dropout, use_rslora, use_dora, start)
     module.adapters[name] = weights.train(module.training)
     return weights
 
@@ -312,10 +349,10 @@ def _architecture(model: PreTrainedModel) -> Architecture:
 
 
 def _match(pattern: _Pattern, layers: dict[str, nn.Module], prefix: str) -> Iterator[Site]:
-    expression = re.escape(pattern.path).replace(r"\*", r"[^.]+")
+    expression = path_expression(pattern.path, prefix)
     index, count = pattern.slice
     for path, layer in layers.items():
-        if re.fullmatch(expression, path) or re.fullmatch(re.escape(prefix) + expression, path):
+        if expression.fullmatch(path):
             width = features(layer)[1] // count
             columns = None if count == 1 else (index * width, (index + 1) * width)
             yield Site(path, pattern.role, "conv1d" if isinstance(layer, Conv1D) else "linear", columns)

@@ -37,7 +37,11 @@ class LoraWeights(nn.Module):
 
     `lora_A` is `(n * r, in)` and `lora_B` `(sum of slice widths, r)`: the slices of a fused projection stacked, an A
     each (loralib's MergedLinear). Both are fp32 whatever the base's precision. A starts Kaiming-uniform, B zero.
+
+    A variant (`lora_hf/variants/`) is a subclass that multiplies other factors, or adds something else.
     """
+
+    start = ""  # what A and B started from, where their start was not nothing
 
     def __init__(
         self,
@@ -47,10 +51,12 @@ class LoraWeights(nn.Module):
         lora_alpha: float,
         lora_dropout: float = 0.0,
         device: torch.device | None = None,
+        use_rslora: bool = False,
     ) -> None:
         super().__init__()
         self.slices = list(slices)
         self.r = r
+        self.use_rslora = use_rslora
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
         width = sum(stop - start for start, stop in slices)
@@ -60,7 +66,24 @@ class LoraWeights(nn.Module):
 
     @property
     def scaling(self) -> float:
-        return self.lora_alpha / self.r
+        """`lora_alpha / r`; rank-stabilised `lora_alpha / sqrt(r)` (rsLoRA, arXiv 2312.03732, theorem 3.2)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The A and B that are multiplied, stacked as `lora_A` and `lora_B` are, of whatever rank."""
+        return self.lora_A, self.lora_B
+
+    def saved_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The A and B of a plain LoRA that equals this one, as a file holds them; `load_factors` takes them back."""
+        return self.lora_A, self.lora_B
+
+    def load_factors(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        self.lora_A.copy_(a)
+        self.lora_B.copy_(b)
+
+    def moved(self) -> bool:
+        """Whether training has changed B since the start."""
+        return bool(self.lora_B.any())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LoraWeights:
         return super()._apply(_in_own_precision(fn), recurse)
@@ -68,7 +91,7 @@ class LoraWeights(nn.Module):
     def forward(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """`(..., in)` to `(..., out)`: the base layer with this adapter beside it."""
         dropout = self.lora_dropout if self.training else 0.0
-        low_rank = (self.lora_A, self.lora_B, self.scaling, self.slices)
+        low_rank = (*self.factors(), self.scaling, self.slices)
         weight: Any = base_layer.weight
         if fits(x, weight, base_layer.bias):  # type: ignore[arg-type]
             weight = weight.T if isinstance(base_layer, Conv1D) else weight
@@ -76,13 +99,17 @@ class LoraWeights(nn.Module):
         dropped = nn.functional.dropout(x, dropout) if dropout else x
         return add_lora(base_layer(x), dropped, *low_rank)
 
-    def delta_weight(self, out_features: int) -> torch.Tensor:
-        """`scaling * B A` as an fp32 `(out, in)` matrix, zero outside the slices."""
-        delta = self.lora_A.new_zeros(out_features, self.lora_A.shape[1])
-        row = 0
+    def delta_weight(self, out_features: int, original: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+        """`scaling * B A` as an fp32 `(out, in)` matrix, zero outside the slices.
+
+        Args:
+            original: gives the base weight, fp32 `(out, in)`, to the variants whose change depends on it.
+        """
+        a, b = self.factors()
+        r, row = b.shape[1], 0
+        delta = a.new_zeros(out_features, a.shape[1])
         for index, (start, stop) in enumerate(self.slices):
-            block = self.lora_B[row : row + stop - start]
-            delta[start:stop] = block @ self.lora_A[index * self.r : (index + 1) * self.r] * self.scaling
+            delta[start:stop] = b[row : row + stop - start] @ a[index * r : (index + 1) * r] * self.scaling
             row += stop - start
         return delta
 
@@ -126,7 +153,12 @@ class LoraLinear(nn.Module):
 
     def delta_weight(self, name: str) -> torch.Tensor:
         """What adapter `name` adds to the base weight: fp32 `(out, in)`, also where the base is stored `(in, out)`."""
-        return self.adapters[name].delta_weight(self.out_features)
+        return self.adapters[name].delta_weight(self.out_features, self.original_weight)
+
+    def original_weight(self) -> torch.Tensor:
+        """The base weight as it was before any merge: fp32 `(out, in)`."""
+        weight = self.weight if self.unmerged_weight is None else self.unmerged_weight
+        return (weight.T if isinstance(self.base_layer, Conv1D) else weight).detach().float()
 
     @torch.no_grad()
     def merge(self) -> None:

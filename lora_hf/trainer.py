@@ -150,7 +150,7 @@ class LogFile(TrainerCallback):
 
 
 class Guard(TrainerCallback):
-    """Stops a run that does not train: an empty optimiser, LoRA B still zero after a step, a loss that is no number."""
+    """Stops a run that does not train: an empty optimiser, LoRA B unmoved after a step, a loss that is no number."""
 
     def __init__(self, method: str) -> None:
         self.method = method
@@ -171,10 +171,10 @@ class Guard(TrainerCallback):
             return
         self.checked = True
         layers = lora_layers(kwargs["model"])
-        if not any(bool(layer.adapters[layer.active].lora_B.any()) for layer in layers.values() if layer.active):
+        if not any(layer.adapters[layer.active].moved() for layer in layers.values() if layer.active):
             raise TrainingError(
-                f"every LoRA B is still zero after step {state.global_step}: no gradient reaches the adapter, so the "
-                "run would change nothing. Is the adapter merged or disabled, or the loss detached from it?"
+                f"every LoRA B is still what it started as after step {state.global_step}: no gradient reaches the "
+                "adapter, so the run would change nothing. Is it merged or disabled, or the loss detached from it?"
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

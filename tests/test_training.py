@@ -199,7 +199,7 @@ def test_an_adapter_that_no_gradient_reaches_stops_the_run(
     # A merged adapter is out of the forward pass: its B stays zero for ever, while the head learns and all looks well.
     monkeypatch.setattr(training, "inject_at", lambda *rest: merge(injected(*rest)))
     with pytest.raises(
-        TrainingError, match=r"every LoRA B is still zero after step 2: no gradient reaches the adapter"
+        TrainingError, match=r"every LoRA B is still what it started as after step 2: no gradient reaches the adapter"
     ):
         train(config(tmp_path), rows=few_rows)
 

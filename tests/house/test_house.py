@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "records", "architectures"),
     ("kernels", "metrics", "tiny", "offline", "precision", "curves"),
     ("layers", "tasks"),
+    ("variants",),
     (
         "models",
         "injection",
