@@ -171,6 +171,7 @@ class TrainConfig(_Section):
     eval_batch_size: int = _value(64, low=1)
     gradient_accumulation: int = _value(1, low=1)
     lr: float = _value(5e-4, above=0)
+    loraplus_lr_ratio: float | None = _value(None, above=0)  # of lr, for LoRA's B: arXiv 2402.12354
     weight_decay: float = _value(0.0, low=0)
     warmup_ratio: float = _value(0.06, low=0, high=1)
     warmup_steps: int | None = _value(None, low=0)  # overrides warmup_ratio

@@ -23,6 +23,7 @@ from lora_hf.errors import TrainingError
 from lora_hf.injection import lora_layers
 from lora_hf.language_head import IGNORED, score_labels_only
 from lora_hf.padding_free import remove_padding
+from lora_hf.variants.loraplus import quicken
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class RunTrainer(Trainer):
     """
 
     prompts: list[int] | None = None  # of the training rows: rows of one number come together
+    loraplus_lr_ratio: float | None = None  # how many times faster LoRA's B learns
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         if self.prompts is None:
@@ -97,6 +99,15 @@ def spare_work(model: PreTrainedModel, smoothing: float = 0.0) -> dict[str, Any]
 
 class AdapterTrainer(RunTrainer):
     """A trainer whose checkpoints hold the adapter instead of the model, and which loads them back strictly."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.loraplus_lr_ratio is not None:
+            layers = lora_layers(self.model if model is None else model)  # type: ignore[arg-type]
+            factors = [layer.adapters[layer.active].lora_B for layer in layers.values() if layer.active]
+            quicken(optimizer, factors, self.loraplus_lr_ratio)
+        return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or self.args.output_dir

@@ -21,40 +21,43 @@ from lora_hf.variants.pissa import principal_factors
 
 
 class StartedWeights(LoraWeights):
-    """LoRA's A and B with the values they started from, `start_A` and `start_B`, which are never trained."""
+    """LoRA's A and B with the values they started from, `start_a` and `start_b`, which are never trained."""
+
+    start_a: torch.Tensor
+    start_b: torch.Tensor
 
     def __init__(self, start: str, *plain: Any, **named: Any) -> None:
         super().__init__(*plain, **named)
         self.start = start
-        self.register_buffer("start_A", torch.zeros_like(self.lora_A))
-        self.register_buffer("start_B", torch.zeros_like(self.lora_B))
+        self.register_buffer("start_a", torch.zeros_like(self.lora_A))
+        self.register_buffer("start_b", torch.zeros_like(self.lora_B))
 
     @torch.no_grad()
     def begin(self, weight: torch.Tensor) -> None:
         """Takes the start from the base weight, fp32 `(out, in)`: each slice from its own rows."""
         pairs = [self._start_of(weight[start:stop]) for start, stop in self.slices]
-        self.start_A.copy_(torch.cat([a for a, _ in pairs]))
-        self.start_B.copy_(torch.cat([b for _, b in pairs]))
-        self.lora_A.copy_(self.start_A)
-        self.lora_B.copy_(self.start_B)
+        self.start_a.copy_(torch.cat([a for a, _ in pairs]))
+        self.start_b.copy_(torch.cat([b for _, b in pairs]))
+        self.lora_A.copy_(self.start_a)
+        self.lora_B.copy_(self.start_b)
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`[A - A_0; A_0]` and `[B, B - B_0]`, of rank 2r."""
-        return self._stacked(self.lora_A - self.start_A), torch.cat([self.lora_B, self.lora_B - self.start_B], 1)
+        return self._stacked(self.lora_A - self.start_a), torch.cat([self.lora_B, self.lora_B - self.start_b], 1)
 
     def saved_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`[A; A_0]` and `[B, -B_0]`, as PEFT converts them, from which the four come back bit for bit."""
-        return self._stacked(self.lora_A), torch.cat([self.lora_B, -self.start_B], 1)
+        return self._stacked(self.lora_A), torch.cat([self.lora_B, -self.start_b], 1)
 
     def load_factors(self, a: torch.Tensor, b: torch.Tensor) -> None:
         trained, start = a.view(len(self.slices), 2, self.r, a.shape[1]).unbind(1)
         self.lora_A.copy_(trained.reshape_as(self.lora_A))
-        self.start_A.copy_(start.reshape_as(self.start_A))
+        self.start_a.copy_(start.reshape_as(self.start_a))
         self.lora_B.copy_(b[:, : self.r])
-        self.start_B.copy_(-b[:, self.r :])
+        self.start_b.copy_(-b[:, self.r :])
 
     def moved(self) -> bool:
-        return not torch.equal(self.lora_B, self.start_B)
+        return not torch.equal(self.lora_B, self.start_b)
 
     def _start_of(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.start == "olora":
@@ -65,4 +68,4 @@ class StartedWeights(LoraWeights):
     def _stacked(self, a: torch.Tensor) -> torch.Tensor:
         """`a` over the start of A, slice by slice."""
         shape = (len(self.slices), self.r, a.shape[1])
-        return torch.cat([a.view(shape), self.start_A.view(shape)], 1).flatten(0, 1)
+        return torch.cat([a.view(shape), self.start_a.view(shape)], 1).flatten(0, 1)

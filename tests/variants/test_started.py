@@ -97,7 +97,7 @@ def test_the_gradients_are_those_of_b_times_a() -> None:
     weights, x = layer.adapters["default"], torch.randn(5, 32)
     layer(x).square().sum().backward()
     a, b = (parameter.detach().clone().requires_grad_(True) for parameter in (weights.lora_A, weights.lora_B))
-    rest = layer.original_weight() - weights.scaling * weights.start_B @ weights.start_A
+    rest = layer.original_weight() - weights.scaling * weights.start_b @ weights.start_a
     y = x @ (rest + weights.scaling * b @ a).T + layer.bias
     y.square().sum().backward()
     for found, wanted in ((weights.lora_A, a), (weights.lora_B, b)):
