@@ -28,7 +28,6 @@ HEADER = "lora_hf"
 UNSUPPORTED = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
-    "bias": "none",
     "ensure_weight_tying": False,
     "exclude_modules": None,
     "kasa_config": None,
@@ -114,6 +113,10 @@ def inspect_adapter(folder: str | Path) -> tuple[dict[str, Any], About]:
     if used:
         values = ", ".join(f"{key}={config[key]!r}" for key in used)
         raise AdapterError(f"{folder}/{CONFIG_FILE}: {values} not supported")
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise AdapterError(
+            f"{folder}/{CONFIG_FILE}: bias: expected one of none, all, lora_only, found {config['bias']!r}"
+        )
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(CHANGES_BASE) or (config.get("use_dora") and init in ("pissa", "olora")):
         raise AdapterError(

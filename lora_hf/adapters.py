@@ -32,9 +32,11 @@ from lora_hf.injection import (
     projections,
     set_adapter,
 )
-from lora_hf.layers import AdapterHead, LoraLinear, LoraWeights, features
+from lora_hf.layers import AdapterHead, features
+from lora_hf.variants.biases import add_biases, biased_modules, check_no_bias_alone, free_biases
 from lora_hf.variants.dora import DoraWeights
 from lora_hf.variants.patterns import layer_of
+from lora_hf.variants.peft_form import blocks, from_peft, to_peft
 from lora_hf.variants.table import initialise
 
 PREFIX = "base_model.model."  # what PEFT puts before every path
@@ -67,11 +69,13 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     tensors, places = {}, []
     for path, layer in layers.items():
         weights = layer.adapters[name]
-        tensors |= _to_peft(layer, weights, path)
+        tensors |= {f"{PREFIX}{path}.{key}": value for key, value in to_peft(layer, name).items()}
         rank = tensors[f"{PREFIX}{path}.lora_A.weight"].shape[0]
         times = rank // weights.r
         alpha = weights.lora_alpha * (math.sqrt(times) if weights.use_rslora else times)
         places.append(_Place(path, weights.slices, rank, alpha, times))
+    alone = _biases(model, name)
+    tensors |= alone
     for path, head in heads.items():
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in head.state_dict().items()}
     classifies = bool(head_paths(model))
@@ -91,6 +95,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     variant = {
         "lora_dropout": max((weights.lora_dropout for weights in all_weights), default=0.0),
         "use_rslora": any(weights.use_rslora for weights in all_weights),
+        "bias": "all" if alone else "lora_only" if any(weights.bias is not None for weights in all_weights) else "none",
         "use_dora": any(isinstance(weights, DoraWeights) for weights in all_weights),
     }
     write_adapter(Path(folder), _peft_config(model, places, list(heads), about) | variant, tensors, about)
@@ -107,6 +112,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     file = read_adapter(folder)
     check_new_name(model, name)
     places = _check(model, file)
+    alone = _free_biases(model, file, places)
     start, doubled = _start(file)
     use_rslora, use_dora = bool(file.config.get("use_rslora")), bool(file.config.get("use_dora"))
     for place in places:
@@ -122,11 +128,14 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
             use_rslora,
             use_dora,
             start,
+            file.config.get("bias", "none") != "none",
         )
         layer: Any = model.get_submodule(place.path)
         if start and not doubled:
             initialise(weights, layer, start)
-        _from_peft(weights, file, place.path)
+        from_peft(weights, file.tensors, f"{PREFIX}{place.path}")
+    add_biases(model, alone, name)
+    _load_biases(model, file, name)
     inject_head(model, name)
     _load_heads(model, file, name)
     _tell_labels(model, file.about)
@@ -153,55 +162,54 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
     said = (_start(file), bool(file.config.get("use_rslora")))
     for path, layer in layers.items():
         weights = layer.adapters[name]
-        expected |= {key: tuple(tensor.shape) for key, tensor in _to_peft(layer, weights, path).items()}
+        expected |= {f"{PREFIX}{path}.{key}": tuple(value.shape) for key, value in to_peft(layer, name).items()}
         wanted = ((weights.start, bool(weights.start)), weights.use_rslora)
         if said != wanted:
             raise AdapterError(
                 f"{file.folder} holds another variant of LoRA: expected init_lora_weights={wanted[0][0] or 'default'}, "
                 f"use_rslora={wanted[1]}, found {said[0][0] or 'default'}, {said[1]}"
             )
-    found = {key: tensor for key, tensor in file.tensors.items() if ".lora_" in key}
+    expected |= {key: tuple(bias.shape) for key, bias in _biases(model, name).items()}
+    found = {key: tensor for key, tensor in _without_copies(model, file).items() if not _of_head(model, key)}
     _compare(expected, found, file)
     for path, layer in layers.items():
-        _from_peft(layer.adapters[name], file, path)
+        from_peft(layer.adapters[name], file.tensors, f"{PREFIX}{path}")
+    _load_biases(model, file, name)
+
+
+def _biases(model: PreTrainedModel, name: str) -> dict[str, torch.Tensor]:
+    """The biases that adapter `name` trains alone, by their names in a file."""
+    modules = {path: module for path, module in biased_modules(model).items() if name in module.adapters}
+    return {f"{PREFIX}{path}.bias": module.adapters[name].bias for path, module in modules.items()}
+
+
+@torch.no_grad()
+def _load_biases(model: PreTrainedModel, file: AdapterFile, name: str) -> None:
+    for key, bias in _biases(model, name).items():
+        bias.copy_(file.tensors[key])
+
+
+def _free_biases(model: PreTrainedModel, file: AdapterFile, places: list[_Place]) -> dict[str, nn.Module]:
+    paths = [place.path for place in places]
+    check_no_bias_alone(model, paths)
+    return free_biases(model, paths, head_paths(model)) if file.config.get("bias") == "all" else {}
+
+
+def _of_head(model: PreTrainedModel, key: str) -> bool:
+    return any(key.startswith(f"{PREFIX}{path}.") for path in head_paths(model)) and ".lora_" not in key
+
+
+def _without_copies(model: PreTrainedModel, file: AdapterFile) -> dict[str, torch.Tensor]:
+    """The file's tensors without the further copies of the head's biases that PEFT writes where `bias` is `all`."""
+    parts = ("modules_to_save.", "original_module.") if file.config.get("bias") == "all" else ()
+    copies = tuple(f"{PREFIX}{path}.{part}" for path in head_paths(model) for part in parts)
+    return {key: tensor for key, tensor in file.tensors.items() if not key.startswith(copies)}
 
 
 def _start(file: AdapterFile) -> tuple[str, bool]:
     """What A and B of the file started from, and whether the file says it: PEFT's pissa is computed from the base."""
     init = str(file.config.get("init_lora_weights", True)).lower()
     return (file.about.start, True) if file.about.start else (init if init in ("pissa", "olora") else "", False)
-
-
-def _to_peft(layer: LoraLinear, weights: LoraWeights, path: str) -> dict[str, torch.Tensor]:
-    """A `(n r, in)` and B `(out, n r)` of one standard LoRA that equals the slices: B block-placed, zero elsewhere."""
-    a, stacked = weights.saved_factors()
-    r, row = stacked.shape[1], 0
-    b = stacked.new_zeros(layer.out_features, len(weights.slices) * r)
-    for index, (start, stop) in enumerate(weights.slices):
-        b[start:stop, index * r : (index + 1) * r] = stacked[row : row + stop - start]
-        row += stop - start
-    tensors = {f"{PREFIX}{path}.lora_A.weight": a, f"{PREFIX}{path}.lora_B.weight": b}
-    if isinstance(weights, DoraWeights):
-        tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = weights.magnitudes(layer.original_weight())
-    return tensors
-
-
-@torch.no_grad()
-def _from_peft(weights: LoraWeights, file: AdapterFile, path: str) -> None:
-    a = file.tensors[f"{PREFIX}{path}.lora_A.weight"].float()
-    b = file.tensors[f"{PREFIX}{path}.lora_B.weight"].float()
-    stacked = torch.cat(_blocks(b, weights.slices, b.shape[1] // len(weights.slices)))
-    if stacked.shape == weights.lora_B.shape:
-        weights.lora_A.copy_(a)
-        weights.lora_B.copy_(stacked)
-    else:
-        weights.load_factors(a, stacked)
-    if isinstance(weights, DoraWeights):
-        weights.load_magnitudes(file.tensors[f"{PREFIX}{path}.lora_magnitude_vector"].float())
-
-
-def _blocks(b: torch.Tensor, slices: list[tuple[int, int]], r: int) -> list[torch.Tensor]:
-    return [b[start:stop, index * r : (index + 1) * r] for index, (start, stop) in enumerate(slices)]
 
 
 def _peft_config(model: PreTrainedModel, places: list[_Place], heads: list[str], about: About) -> dict[str, Any]:
@@ -220,7 +228,6 @@ def _peft_config(model: PreTrainedModel, places: list[_Place], heads: list[str],
         "target_modules": _regex([place.path for place in places]),
         "modules_to_save": heads or None,
         "fan_in_fan_out": model.config.model_type == "gpt2",
-        "bias": "none",
         "init_lora_weights": True,
         "rank_pattern": {re.escape(place.path): place.r for place in odd},
         "alpha_pattern": {re.escape(place.path): place.lora_alpha for place in odd},
@@ -254,15 +261,18 @@ def _check(model: PreTrainedModel, file: AdapterFile) -> list[_Place]:
         expected[f"{PREFIX}{place.path}.lora_B.weight"] = (out_features, place.r)
         if file.config.get("use_dora"):
             expected[f"{PREFIX}{place.path}.lora_magnitude_vector"] = (out_features,)
+        if file.config.get("bias", "none") != "none" and layers[place.path].bias is not None:
+            expected[f"{PREFIX}{place.path}.base_layer.bias"] = (out_features,)
+    for path, module in _free_biases(model, file, places).items():
+        expected[f"{PREFIX}{path}.bias"] = tuple(module.bias.shape)  # type: ignore[union-attr]
     for path in head_paths(model):
         head = model.get_submodule(path)
         plain: nn.Module = head.base_head if isinstance(head, AdapterHead) else head
         expected |= {f"{PREFIX}{path}.{key}": tuple(value.shape) for key, value in plain.state_dict().items()}
-    _compare(expected, file.tensors, file)
+    _compare(expected, _without_copies(model, file), file)
     for place in places:
         b = file.tensors[f"{PREFIX}{place.path}.lora_B.weight"]
-        blocks = _blocks(b, place.slices, place.r // len(place.slices))
-        if sum(int(block.count_nonzero()) for block in blocks) != int(b.count_nonzero()):
+        if sum(int(block.count_nonzero()) for block in blocks(b, place.slices)) != int(b.count_nonzero()):
             raise AdapterError(f"{file.folder}: {place.path}.lora_B is not zero outside its slices {place.slices}")
     if about.fingerprint:
         check_base(model, about.fingerprint, str(file.folder))
@@ -376,8 +386,9 @@ def _compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.
 
 
 def _load_heads(model: PreTrainedModel, file: AdapterFile, name: str) -> None:
+    tensors = _without_copies(model, file)
     for path, head in adapter_heads(model).items():
         start = f"{PREFIX}{path}."
         head.heads[name].load_state_dict(
-            {key.removeprefix(start): value for key, value in file.tensors.items() if key.startswith(start)}
+            {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
         )

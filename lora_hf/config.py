@@ -157,6 +157,7 @@ class LoraConfig(_Section):
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"check": _pattern_problem, "above": 0})
     use_rslora: bool = False  # scaling = lora_alpha / sqrt(r): arXiv 2312.03732
     use_dora: bool = False  # magnitude and direction apart: arXiv 2402.09353
+    bias: Literal["none", "all", "lora_only"] = "none"  # of the base, which to train beside
     init_lora_weights: str = field(default="default", metadata={"check": _init_problem})
 
 

@@ -21,6 +21,14 @@ from lora_hf.architectures import ARCHITECTURES, Architecture
 from lora_hf.config import PRESETS, LoraConfig
 from lora_hf.errors import AdapterError, ConfigError, ModelError, did_you_mean
 from lora_hf.layers import AdapterHead, LoraLinear, LoraWeights, features
+from lora_hf.variants.biases import (
+    BiasedModule,
+    add_biases,
+    biased_modules,
+    check_no_bias_alone,
+    free_biases,
+    unwrap_biases,
+)
 from lora_hf.variants.patterns import check_patterns, chosen_layers, layer_of, path_expression, value_at
 from lora_hf.variants.table import initialise, new_weights
 
@@ -96,11 +104,13 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
         raise ConfigError(f"lora.use_dora: not together with lora.init_lora_weights={start}; choose one of them")
     numbers = _numbers(model, sites, lora)
     check_new_name(model, name)
+    check_no_bias_alone(model, numbers)
+    biases = free_biases(model, numbers, head_paths(model)) if lora.bias == "all" else {}
+    variant = (lora.use_rslora, lora.use_dora, start, lora.bias != "none")
     for path, (columns, r, alpha) in numbers.items():
-        weights = add_weights(
-            model, path, name, columns, r, alpha, lora.lora_dropout, lora.use_rslora, lora.use_dora, start
-        )
+        weights = add_weights(model, path, name, columns, r, alpha, lora.lora_dropout, *variant)
         initialise(weights, model.get_submodule(path), lora.init_lora_weights)  # type: ignore[arg-type]
+    add_biases(model, biases, name)
     return inject_head(model, name)
 
 
@@ -158,12 +168,13 @@ def add_weights(
     use_rslora: bool = False,
     use_dora: bool = False,
     start: str = "",
+    bias: bool = False,
 ) -> LoraWeights:
     """Puts fresh A and B of adapter `name` at one projection, which becomes a LoRA layer if it is not one yet."""
     module = model.get_submodule(path)
     if not isinstance(module, LoraLinear):
         model.set_submodule(path, module := LoraLinear(module))
-    weights = new_weights(module, slices, r, lora_alpha, lora_dropout, use_rslora, use_dora, start)
+    weights = new_weights(module, slices, r, lora_alpha, lora_dropout, use_rslora, use_dora, start, bias)
     module.adapters[name] = weights.train(module.training)
     return weights
 
@@ -177,6 +188,7 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
     merged = any(layer.merged for layer in layers.values())
     for path, layer in layers.items():
         model.set_submodule(path, layer.base_layer)
+    unwrap_biases(model, keep=merged)
     for path, head in adapter_heads(model).items():
         model.set_submodule(path, head.heads[head.active] if merged and head.active else head.base_head)
     return model
@@ -208,6 +220,8 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     for layer in lora_layers(model).values():
         layer.unmerge()
         layer.active = name if name is not None and name in layer.adapters else None
+    for module in biased_modules(model).values():
+        module.active = name if name is not None and name in module.adapters else None
     for head in adapter_heads(model).values():
         head.active = name if name is not None and name in head.heads else None
     return model
@@ -258,8 +272,9 @@ def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, torch.Te
 
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
-    """Counts the parameters, those that tied modules share once."""
-    weights = [layer.adapters[layer.active] for layer in lora_layers(model).values() if layer.active]
+    """Counts the parameters, those that tied modules share once; trained biases belong to LoRA."""
+    places = [*lora_layers(model).values(), *biased_modules(model).values()]
+    weights = [place.adapters[place.active] for place in places if place.active]
     heads = [head.heads[head.active] for head in adapter_heads(model).values() if head.active]
     idle = [place[name] for place, active in _places(model) for name in place if name != active]
     total = _count(model)
@@ -276,8 +291,8 @@ def _count(module: nn.Module) -> int:
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, str | None]]:
-    for layer in lora_layers(model).values():
-        yield layer.adapters, layer.active
+    for place in [*lora_layers(model).values(), *biased_modules(model).values()]:
+        yield place.adapters, place.active
     for head in adapter_heads(model).values():
         yield head.heads, head.active
 
@@ -288,9 +303,9 @@ def _lora_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
     layers = lora_layers(model)
     chosen = {
         parameter
-        for layer in layers.values()
-        if layer.active
-        for parameter in layer.adapters[layer.active].parameters()
+        for place in [*layers.values(), *biased_modules(model).values()]
+        if place.active
+        for parameter in place.adapters[place.active].parameters()
     }
     if bias == "lora_only":
         chosen |= {layer.bias for layer in layers.values() if layer.active and layer.bias is not None}
@@ -312,6 +327,8 @@ def projections(model: nn.Module) -> dict[str, nn.Module]:
     for path, module in model.named_modules():
         if isinstance(module, LoraLinear):
             layers[path] = module.base_layer
+        elif isinstance(module, BiasedModule):
+            layers |= {path: module.base_layer} if isinstance(module.base_layer, (nn.Linear, Conv1D)) else {}
         elif isinstance(module, (nn.Linear, Conv1D)) and path.rpartition(".")[0] not in layers:
             layers[path] = module
     return layers
@@ -319,7 +336,7 @@ def projections(model: nn.Module) -> dict[str, nn.Module]:
 
 def _unwrapped(model: nn.Module, path: str) -> nn.Module:
     module = model.get_submodule(path)
-    return module.base_layer if isinstance(module, LoraLinear) else module
+    return module.base_layer if isinstance(module, (LoraLinear, BiasedModule)) else module
 
 
 @dataclass(frozen=True)

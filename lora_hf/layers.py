@@ -22,7 +22,7 @@ def features(layer: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
 
 
-def _in_own_precision(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+def in_own_precision(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """`fn` of `Module.to`, `.half()`, ... without its cast: the tensor follows to the device and stays exact."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,6 +57,7 @@ class LoraWeights(nn.Module):
         self.slices = list(slices)
         self.r = r
         self.use_rslora = use_rslora
+        self.bias: nn.Parameter | None = None  # the projection's bias as this adapter trains it
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
         width = sum(stop - start for start, stop in slices)
@@ -86,10 +87,15 @@ class LoraWeights(nn.Module):
         return bool(self.lora_B.any())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LoraWeights:
-        return super()._apply(_in_own_precision(fn), recurse)
+        return super()._apply(in_own_precision(fn), recurse)
 
     def forward(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """`(..., in)` to `(..., out)`: the base layer with this adapter beside it."""
+        """`(..., in)` to `(..., out)`: the base layer with this adapter beside it, and with its bias."""
+        y = self.adapt(base_layer, x)
+        return y if self.bias is None else y + (self.bias - base_layer.bias).to(y.dtype)  # type: ignore[operator]
+
+    def adapt(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """`forward` without the trained bias: what a variant changes."""
         dropout = self.lora_dropout if self.training else 0.0
         low_rank = (*self.factors(), self.scaling, self.slices)
         weight: Any = base_layer.weight
@@ -135,6 +141,7 @@ class LoraLinear(nn.Module):
         self.active: str | None = None
         self.merged: str | None = None
         self.unmerged_weight: torch.Tensor | None = None
+        self.unmerged_bias: torch.Tensor | None = None
         self.in_features, self.out_features = features(base_layer)
 
     @property
@@ -170,6 +177,10 @@ class LoraLinear(nn.Module):
         delta = self.delta_weight(self.active)
         self.unmerged_weight = weight.detach().clone()
         weight.copy_(weight.float() + (delta.T if isinstance(self.base_layer, Conv1D) else delta))
+        bias = self.adapters[self.active].bias
+        if bias is not None:
+            self.unmerged_bias = self.base_layer.bias.detach().clone()
+            self.base_layer.bias.copy_(bias)
         self.merged = self.active
 
     @torch.no_grad()
@@ -177,7 +188,9 @@ class LoraLinear(nn.Module):
         """Restores the base weight bit for bit from the copy that `merge` kept: subtracting would round once more."""
         if self.unmerged_weight is not None:
             self.weight.copy_(self.unmerged_weight)
-        self.unmerged_weight = self.merged = None
+        if self.unmerged_bias is not None:
+            self.base_layer.bias.copy_(self.unmerged_bias)
+        self.unmerged_weight = self.unmerged_bias = self.merged = None
 
 
 class AdapterHead(nn.Module):
@@ -207,7 +220,7 @@ class AdapterHead(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> AdapterHead:
         self.base_head._apply(fn, recurse)
-        return super()._apply(_in_own_precision(fn), recurse)
+        return super()._apply(in_own_precision(fn), recurse)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the active head gives, floating-point inputs cast to its precision."""

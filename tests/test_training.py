@@ -119,7 +119,7 @@ def test_the_other_methods_take_the_same_way(
     [
         {},
         {"lora": {"init_lora_weights": "pissa_niter_4", "r": 4}, "loraplus_lr_ratio": 4},
-        {"lora": {"use_dora": True, "use_rslora": True, "layers": [-1]}},
+        {"lora": {"use_dora": True, "use_rslora": True, "layers": [-1], "bias": "all"}},
     ],
 )
 def test_a_resumed_run_ends_as_the_uninterrupted_one(

@@ -48,13 +48,13 @@ class DoraWeights(LoraWeights):
             row += stop - start
         return torch.cat(norms).clamp_min(TINY)
 
-    def forward(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def adapt(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """`(..., in)` to `(..., out)`: `m / norm` times what plain LoRA gives, beside the bias.
 
         Dropout acts on the input of A alone. PEFT also drops it in `(m / norm - 1) W x`, which is the same on average
         and takes a second product with W.
         """
-        y = super().forward(base_layer, x)
+        y = super().adapt(base_layer, x)
         weight: Any = base_layer.weight
         bias: Any = base_layer.bias
         gain = self.lora_magnitude_vector / self.norms(weight.T if isinstance(base_layer, Conv1D) else weight) - 1

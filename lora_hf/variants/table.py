@@ -19,12 +19,22 @@ def new_weights(
     use_rslora: bool = False,
     use_dora: bool = False,
     start: str = "",
+    bias: bool = False,
 ) -> LoraWeights:
-    """Fresh A and B for one projection; `start` (`pissa`, `olora`) names a start that is still to be computed."""
-    if use_dora:
-        return DoraWeights(layer.original_weight(), slices, r, lora_alpha, lora_dropout, use_rslora)
+    """Fresh A and B for one projection; `start` (`pissa`, `olora`) names a start that is still to be computed.
+
+    Args:
+        bias: whether the adapter trains the projection's bias, where there is one.
+    """
     plain = (layer.in_features, slices, r, lora_alpha, lora_dropout, layer.weight.device, use_rslora)
-    return StartedWeights(start, *plain) if start else LoraWeights(*plain)
+    if use_dora:
+        weights = DoraWeights(layer.original_weight(), slices, r, lora_alpha, lora_dropout, use_rslora)
+    else:
+        weights = StartedWeights(start, *plain) if start else LoraWeights(*plain)
+    own = layer.bias if layer.unmerged_bias is None else layer.unmerged_bias
+    if bias and own is not None:
+        weights.bias = nn.Parameter(own.detach().float().clone())
+    return weights
 
 
 def initialise(weights: LoraWeights, layer: LoraLinear, init: str) -> None:

@@ -44,6 +44,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"init_lora_weights": "pissa", "use_rslora": True},
     ),
     "olora": ("roberta", {"init_lora_weights": "olora"}, {"init_lora_weights": "olora"}),
+    "bias of lora": ("roberta", {"bias": "lora_only"}, {"bias": "lora_only"}),
+    "bias of lora on Conv1D, dora": (
+        "gpt2",
+        {"bias": "lora_only", "use_dora": True},
+        {"bias": "lora_only", "use_dora": True},
+    ),
+    "all biases": ("roberta", {"bias": "all"}, {"bias": "all"}),
+    "all biases on Conv1D": ("gpt2", {"bias": "all"}, {"bias": "all"}),
 }
 PLACES = {
     "roberta": (("q", "v"), ["query", "value"]),
@@ -81,6 +89,9 @@ def pairs(ours: nn.Module, theirs: nn.Module) -> dict[str, tuple[nn.Parameter, n
             other = "base_model.model." + name.replace(".heads.default", ".modules_to_save.default")
             for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
                 other = other.replace(f".adapters.default.{part}", f".{part}.default.weight")
+            if name.endswith(".adapters.default.bias"):
+                stem = "base_model.model." + name.removesuffix(".adapters.default.bias")
+                other = next(key for key in (f"{stem}.base_layer.bias", f"{stem}.bias") if key in named)
             found[name] = (parameter, named[other])
     return found
 
@@ -107,8 +118,8 @@ def test_logits_and_every_gradient_equal_pefts(name: str) -> None:
     start = ours(token_ids()).logits.detach()
     assert torch.allclose(start, theirs(token_ids()).logits, atol=PARITY_FP32, rtol=0)
     matched = step_away(ours, theirs)
-    assert len(matched) == sum(parameter.requires_grad for parameter in theirs.parameters())
     found, expected = gradients(ours), gradients(theirs)
+    assert len(matched) == sum(parameter.grad is not None for parameter in theirs.parameters())
     assert torch.allclose(found, expected, atol=PARITY_FP32, rtol=0)
     assert not torch.allclose(found, start, atol=100 * PARITY_FP32, rtol=0), "it must have moved"
     for key, (parameter, other) in matched.items():
