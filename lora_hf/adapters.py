@@ -35,8 +35,9 @@ from lora_hf.injection import (
 from lora_hf.layers import AdapterHead, features
 from lora_hf.variants.biases import add_biases, biased_modules, check_no_bias_alone, free_biases
 from lora_hf.variants.dora import DoraWeights
+from lora_hf.variants.embedding import is_base
 from lora_hf.variants.patterns import layer_of
-from lora_hf.variants.peft_form import blocks, from_peft, to_peft
+from lora_hf.variants.peft_form import blocks, factor_names, from_peft, shapes, to_peft
 from lora_hf.variants.table import initialise
 
 PREFIX = "base_model.model."  # what PEFT puts before every path
@@ -70,7 +71,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     for path, layer in layers.items():
         weights = layer.adapters[name]
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in to_peft(layer, name).items()}
-        rank = tensors[f"{PREFIX}{path}.lora_A.weight"].shape[0]
+        rank = tensors[f"{PREFIX}{path}.{factor_names(layer)[0]}"].shape[0]
         times = rank // weights.r
         alpha = weights.lora_alpha * (math.sqrt(times) if weights.use_rslora else times)
         places.append(_Place(path, weights.slices, rank, alpha, times))
@@ -133,7 +134,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         layer: Any = model.get_submodule(place.path)
         if start and not doubled:
             initialise(weights, layer, start)
-        from_peft(weights, file.tensors, f"{PREFIX}{place.path}")
+        from_peft(layer, name, file.tensors, f"{PREFIX}{place.path}")
     add_biases(model, alone, name)
     _load_biases(model, file, name)
     inject_head(model, name)
@@ -173,7 +174,7 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
     found = {key: tensor for key, tensor in _without_copies(model, file).items() if not _of_head(model, key)}
     _compare(expected, found, file)
     for path, layer in layers.items():
-        from_peft(layer.adapters[name], file.tensors, f"{PREFIX}{path}")
+        from_peft(layer, name, file.tensors, f"{PREFIX}{path}")
     _load_biases(model, file, name)
 
 
@@ -200,10 +201,15 @@ def _of_head(model: PreTrainedModel, key: str) -> bool:
 
 
 def _without_copies(model: PreTrainedModel, file: AdapterFile) -> dict[str, torch.Tensor]:
-    """The file's tensors without the further copies of the head's biases that PEFT writes where `bias` is `all`."""
+    """The file's tensors without PEFT's further copies: of the head's biases (`bias` all), and of base embeddings."""
     parts = ("modules_to_save.", "original_module.") if file.config.get("bias") == "all" else ()
     copies = tuple(f"{PREFIX}{path}.{part}" for path in head_paths(model) for part in parts)
-    return {key: tensor for key, tensor in file.tensors.items() if not key.startswith(copies)}
+    layers = projections(model)
+    return {
+        key: tensor
+        for key, tensor in file.tensors.items()
+        if not key.startswith(copies) and not is_base(layers, key.removeprefix(PREFIX), tensor)
+    }
 
 
 def _start(file: AdapterFile) -> tuple[str, bool]:
@@ -255,14 +261,10 @@ def _check(model: PreTrainedModel, file: AdapterFile) -> list[_Place]:
     layers = projections(model)
     places = _places(layers, file)
     expected: dict[str, tuple[int, ...]] = {}
+    biased = file.config.get("bias", "none") != "none"
     for place in places:
-        in_features, out_features = features(layers[place.path])
-        expected[f"{PREFIX}{place.path}.lora_A.weight"] = (place.r, in_features)
-        expected[f"{PREFIX}{place.path}.lora_B.weight"] = (out_features, place.r)
-        if file.config.get("use_dora"):
-            expected[f"{PREFIX}{place.path}.lora_magnitude_vector"] = (out_features,)
-        if file.config.get("bias", "none") != "none" and layers[place.path].bias is not None:
-            expected[f"{PREFIX}{place.path}.base_layer.bias"] = (out_features,)
+        wanted = shapes(layers[place.path], place.r, bool(file.config.get("use_dora")), biased)
+        expected |= {f"{PREFIX}{place.path}.{key}": shape for key, shape in wanted.items()}
     for path, module in _free_biases(model, file, places).items():
         expected[f"{PREFIX}{path}.bias"] = tuple(module.bias.shape)  # type: ignore[union-attr]
     for path in head_paths(model):
@@ -271,7 +273,7 @@ def _check(model: PreTrainedModel, file: AdapterFile) -> list[_Place]:
         expected |= {f"{PREFIX}{path}.{key}": tuple(value.shape) for key, value in plain.state_dict().items()}
     _compare(expected, _without_copies(model, file), file)
     for place in places:
-        b = file.tensors[f"{PREFIX}{place.path}.lora_B.weight"]
+        b = file.tensors[f"{PREFIX}{place.path}.{factor_names(layers[place.path])[1]}"]
         if sum(int(block.count_nonzero()) for block in blocks(b, place.slices)) != int(b.count_nonzero()):
             raise AdapterError(f"{file.folder}: {place.path}.lora_B is not zero outside its slices {place.slices}")
     if about.fingerprint:

@@ -38,7 +38,7 @@ def _value(default: Any, low: float | None = None, high: float | None = None, ab
 
 
 def _target_problem(targets: tuple[str, ...]) -> str:
-    words = (*ROLES, *PRESETS)
+    words = (*ROLES, *PRESETS, "embeddings")
     unknown = [target for target in targets if target not in words and "." not in target]
     if targets and not unknown:
         return ""
@@ -143,9 +143,10 @@ class LoraConfig(_Section):
 
     Source: LoRA, arXiv 2106.09685, section 4.1.
 
-    `targets` holds roles (`q k v o ffn_up ffn_gate ffn_down`), presets (`attention ffn all`), or, for what has no
-    role, anchored module paths in which `*` stands for one segment (`encoder.layer.*.output.dense`). The keys of
-    `rank_pattern` and `alpha_pattern` are such words too; the first that fits a place gives its number there.
+    `targets` holds roles (`q k v o ffn_up ffn_gate ffn_down`), presets (`attention ffn all`), `embeddings` (of the
+    tokens; in no preset), or, for what has no role, anchored module paths in which `*` stands for one segment
+    (`encoder.layer.*.output.dense`). The keys of `rank_pattern` and `alpha_pattern` are such words too; the first that
+    fits a place gives its number there.
     """
 
     r: int = _value(8, low=1)

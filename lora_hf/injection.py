@@ -29,7 +29,8 @@ from lora_hf.variants.biases import (
     free_biases,
     unwrap_biases,
 )
-from lora_hf.variants.patterns import check_patterns, chosen_layers, layer_of, path_expression, value_at
+from lora_hf.variants.embedding import check_not_tied, embeddings_path
+from lora_hf.variants.patterns import chosen_layers, layer_of, numbers_of, path_expression
 from lora_hf.variants.table import initialise, new_weights
 
 Bias = Literal["none", "all", "lora_only"]
@@ -41,7 +42,7 @@ class Site:
 
     path: str
     role: str
-    layout: Literal["linear", "conv1d"]
+    layout: Literal["linear", "conv1d", "embedding"]
     slice: tuple[int, int] | None = None
 
 
@@ -100,9 +101,13 @@ def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> P
 def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name: str = "default") -> PreTrainedModel:
     """`inject` at sites that are already planned, by `plan` with the same `lora`."""
     start = "" if lora.init_lora_weights in ("default", "gaussian") else lora.init_lora_weights
+    if (start or lora.use_dora) and any(site.layout == "embedding" for site in sites):
+        raise ConfigError(
+            "lora.targets: embeddings take neither lora.use_dora nor a start (pissa, olora); leave them out"
+        )
     if start and lora.use_dora:
         raise ConfigError(f"lora.use_dora: not together with lora.init_lora_weights={start}; choose one of them")
-    numbers = _numbers(model, sites, lora)
+    numbers = numbers_of(sites, projections(model), lora, _base_prefix(model))
     check_new_name(model, name)
     check_no_bias_alone(model, numbers)
     biases = free_biases(model, numbers, head_paths(model)) if lora.bias == "all" else {}
@@ -112,34 +117,6 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
         initialise(weights, model.get_submodule(path), lora.init_lora_weights)  # type: ignore[arg-type]
     add_biases(model, biases, name)
     return inject_head(model, name)
-
-
-def _numbers(
-    model: PreTrainedModel, sites: list[Site], lora: LoraConfig
-) -> dict[str, tuple[list[tuple[int, int]], int, float]]:
-    """For each path its slices, rank and alpha."""
-    prefix = _base_prefix(model)
-    for key in ("rank_pattern", "alpha_pattern"):
-        check_patterns(key, getattr(lora, key), [(site.role, site.path) for site in sites], prefix)
-    numbers: dict[str, tuple[list[tuple[int, int]], int, float]] = {}
-    for site in sites:
-        in_features, out_features = features(_unwrapped(model, site.path))
-        start, stop = site.slice or (0, out_features)
-        r = value_at(lora.rank_pattern, site.role, site.path, prefix, lora.r)
-        alpha = float(value_at(lora.alpha_pattern, site.role, site.path, prefix, lora.lora_alpha))
-        if r > min(in_features, stop - start):
-            raise ConfigError(
-                f"lora.r: {site.path} maps {in_features} to {stop - start}; expected a rank of at most "
-                f"{min(in_features, stop - start)}, found {r}"
-            )
-        slices, common_r, common_alpha = numbers.setdefault(site.path, ([], r, alpha))
-        if (r, alpha) != (common_r, common_alpha):
-            raise ConfigError(
-                f"lora.rank_pattern, lora.alpha_pattern: {site.path} is one projection for several roles, which share "
-                f"r and lora_alpha; found {common_r}, {common_alpha:g} and, for {site.role}, {r}, {alpha:g}"
-            )
-        slices.append((start, stop))
-    return numbers
 
 
 def inject_head(model: PreTrainedModel, name: str = "default") -> PreTrainedModel:
@@ -195,7 +172,12 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def merge(model: PreTrainedModel) -> PreTrainedModel:
-    """Adds the active adapter to the base weights (in fp32, rounded once); doing it again changes nothing."""
+    """Adds the active adapter to the base weights (in fp32, rounded once); doing it again changes nothing.
+
+    Raises:
+        AdapterError: the adapter is on embeddings that are tied to the output head.
+    """
+    check_not_tied(model)
     for layer in lora_layers(model).values():
         layer.merge()
     return model
@@ -322,21 +304,18 @@ def _base_prefix(model: PreTrainedModel) -> str:
 
 
 def projections(model: nn.Module) -> dict[str, nn.Module]:
-    """Every nn.Linear and Conv1D by its path, the ones inside a LoRA layer under the path of that layer."""
+    """Every nn.Linear, Conv1D and nn.Embedding by its path; one inside a LoRA layer by the path of that layer."""
     layers: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if isinstance(module, LoraLinear):
             layers[path] = module.base_layer
         elif isinstance(module, BiasedModule):
             layers |= {path: module.base_layer} if isinstance(module.base_layer, (nn.Linear, Conv1D)) else {}
-        elif isinstance(module, (nn.Linear, Conv1D)) and path.rpartition(".")[0] not in layers:
+        elif (isinstance(module, (nn.Linear, Conv1D)) or type(module) is nn.Embedding) and path.rpartition(".")[
+            0
+        ] not in layers:
             layers[path] = module
     return layers
-
-
-def _unwrapped(model: nn.Module, path: str) -> nn.Module:
-    module = model.get_submodule(path)
-    return module.base_layer if isinstance(module, (LoraLinear, BiasedModule)) else module
 
 
 @dataclass(frozen=True)
@@ -348,8 +327,8 @@ class _Pattern:
 
 def _patterns(model: PreTrainedModel, target: str) -> list[_Pattern]:
     """What to look for: one pattern for a role or a path, one for each role that the model has for a preset."""
-    if "." in target:
-        return [_Pattern(target, target)]
+    if "." in target or target == "embeddings":
+        return [_Pattern(target, target if "." in target else embeddings_path(model))]
     table = _architecture(model).projections
     roles = [role for role in PRESETS.get(target, (target,)) if role in table]
     return [_Pattern(role, table[role].path, table[role].slice) for role in roles]
@@ -372,7 +351,10 @@ def _match(pattern: _Pattern, layers: dict[str, nn.Module], prefix: str) -> Iter
         if expression.fullmatch(path):
             width = features(layer)[1] // count
             columns = None if count == 1 else (index * width, (index + 1) * width)
-            yield Site(path, pattern.role, "conv1d" if isinstance(layer, Conv1D) else "linear", columns)
+            layout = (
+                "embedding" if isinstance(layer, nn.Embedding) else "conv1d" if isinstance(layer, Conv1D) else "linear"
+            )
+            yield Site(path, pattern.role, layout, columns)
 
 
 def _no_match(target: str, model: PreTrainedModel, layers: dict[str, nn.Module], prefix: str) -> str:
@@ -381,7 +363,9 @@ def _no_match(target: str, model: PreTrainedModel, layers: dict[str, nn.Module],
         return f"lora.targets: {kind} has no role {target!r}; it has: {_listed(_architecture(model).projections)}"
     templates = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", path.removeprefix(prefix)) for path in layers)
     near = did_you_mean(target, templates, count=3)
-    return f"lora.targets: no nn.Linear or Conv1D of this {kind} matches {target!r}{near}; it has: {_listed(templates)}"
+    return f"lora.targets: no nn.Linear, Conv1D or nn.Embedding of this {kind} matches {target!r}{near}; it has: " + (
+        _listed(templates)
+    )
 
 
 def _listed(names: object) -> str:

@@ -14,12 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from lora_hf.kernels.fused import fits, lora_linear
 from lora_hf.kernels.reference import add_lora
 
+TRANSPOSED = (Conv1D, nn.Embedding)  # whose weight is (in, out)
+
 
 def features(layer: nn.Module) -> tuple[int, int]:
-    """`(in, out)` of an `nn.Linear` or a `Conv1D`, whose weights are `(out, in)` and `(in, out)`."""
+    """`(in, out)` of an `nn.Linear`, whose weight is `(out, in)`, or a `Conv1D` or embedding with `(in, out)`."""
     weight: Any = layer.weight
     rows, columns = weight.shape
-    return (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
+    return (rows, columns) if isinstance(layer, TRANSPOSED) else (columns, rows)
 
 
 def in_own_precision(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -130,7 +132,7 @@ class LoraLinear(nn.Module):
     `unmerge` puts the base back bit for bit.
     """
 
-    base_layer: Any  # nn.Linear or Conv1D
+    base_layer: Any  # nn.Linear, Conv1D or nn.Embedding
     adapters: Any  # nn.ModuleDict of LoraWeights, by the adapter's name
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -150,7 +152,7 @@ class LoraLinear(nn.Module):
 
     @property
     def bias(self) -> torch.Tensor | None:
-        return self.base_layer.bias
+        return getattr(self.base_layer, "bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in)` to `(..., out)`, in the precision of the base layer."""
@@ -165,7 +167,7 @@ class LoraLinear(nn.Module):
     def original_weight(self) -> torch.Tensor:
         """The base weight as it was before any merge: fp32 `(out, in)`."""
         weight = self.weight if self.unmerged_weight is None else self.unmerged_weight
-        return (weight.T if isinstance(self.base_layer, Conv1D) else weight).detach().float()
+        return (weight.T if isinstance(self.base_layer, TRANSPOSED) else weight).detach().float()
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -176,11 +178,11 @@ class LoraLinear(nn.Module):
         weight = self.weight
         delta = self.delta_weight(self.active)
         self.unmerged_weight = weight.detach().clone()
-        weight.copy_(weight.float() + (delta.T if isinstance(self.base_layer, Conv1D) else delta))
+        weight.copy_(weight.float() + (delta.T if isinstance(self.base_layer, TRANSPOSED) else delta))
         bias = self.adapters[self.active].bias
-        if bias is not None:
-            self.unmerged_bias = self.base_layer.bias.detach().clone()
-            self.base_layer.bias.copy_(bias)
+        if bias is not None and self.bias is not None:
+            self.unmerged_bias = self.bias.detach().clone()
+            self.bias.copy_(bias)
         self.merged = self.active
 
     @torch.no_grad()

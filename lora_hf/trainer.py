@@ -23,6 +23,7 @@ from lora_hf.errors import TrainingError
 from lora_hf.injection import lora_layers
 from lora_hf.language_head import IGNORED, score_labels_only
 from lora_hf.padding_free import remove_padding
+from lora_hf.variants.embedding import EmbeddingWeights
 from lora_hf.variants.loraplus import quicken
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,9 @@ class AdapterTrainer(RunTrainer):
         optimizer = super().create_optimizer(model)
         if fresh and self.loraplus_lr_ratio is not None:
             layers = lora_layers(self.model if model is None else model)  # type: ignore[arg-type]
-            factors = [layer.adapters[layer.active].lora_B for layer in layers.values() if layer.active]
+            weights = [layer.adapters[layer.active] for layer in layers.values() if layer.active]
+            # B of an embedding is random from the start; it is A that begins at zero there.
+            factors = [place.lora_B for place in weights if not isinstance(place, EmbeddingWeights)]
             quicken(optimizer, factors, self.loraplus_lr_ratio)
         return optimizer
 

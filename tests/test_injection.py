@@ -167,7 +167,7 @@ def test_a_path_adapts_what_has_no_role() -> None:
     [
         ("roberta", ("ffn_gate",), "roberta has no role 'ffn_gate'; it has: q, k, v, o, ffn_up, ffn_down"),
         ("roberta", ("encoder.layer.*.atention.self.query",), "did you mean 'encoder.layer.*.attention.self.query'"),
-        ("roberta", ("output.dense",), "no nn.Linear or Conv1D of this roberta matches 'output.dense'"),
+        ("roberta", ("output.dense",), "no nn.Linear, Conv1D or nn.Embedding of this roberta matches 'output.dense'"),
         ("gpt2", ("q", "h.*.attn.c_attn"), "both adapt transformer.h.0.attn.c_attn"),
     ],
 )

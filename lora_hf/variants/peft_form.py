@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
-from lora_hf.layers import LoraLinear, LoraWeights
+from lora_hf.layers import LoraLinear, features
 from lora_hf.variants.dora import DoraWeights
 
 
@@ -22,7 +23,7 @@ def to_peft(layer: LoraLinear, name: str) -> dict[str, torch.Tensor]:
     for index, (start, stop) in enumerate(weights.slices):
         b[start:stop, index * r : (index + 1) * r] = stacked[row : row + stop - start]
         row += stop - start
-    tensors = {"lora_A.weight": a, "lora_B.weight": b}
+    tensors = dict(zip(factor_names(layer), (a, b), strict=True))
     if isinstance(weights, DoraWeights):
         tensors["lora_magnitude_vector"] = weights.magnitudes(layer.original_weight())
     if weights.bias is not None:
@@ -30,10 +31,32 @@ def to_peft(layer: LoraLinear, name: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def shapes(plain: nn.Module, r: int, use_dora: bool, bias: bool) -> dict[str, tuple[int, ...]]:
+    """What a file must hold for a projection with rank `r` in the file."""
+    in_features, out_features = features(plain)
+    found: dict[str, tuple[int, ...]] = dict(
+        zip(factor_names(plain), ((r, in_features), (out_features, r)), strict=True)
+    )
+    if use_dora:
+        found["lora_magnitude_vector"] = (out_features,)
+    if bias and getattr(plain, "bias", None) is not None:
+        found["base_layer.bias"] = (out_features,)
+    return found
+
+
+def factor_names(layer: nn.Module) -> tuple[str, str]:
+    """What a file calls A and B of a projection, wrapped or plain."""
+    plain = layer.base_layer if isinstance(layer, LoraLinear) else layer
+    if isinstance(plain, nn.Embedding):
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"
+
+
 @torch.no_grad()
-def from_peft(weights: LoraWeights, tensors: Mapping[str, torch.Tensor], path: str) -> None:
+def from_peft(layer: LoraLinear, name: str, tensors: Mapping[str, torch.Tensor], path: str) -> None:
     """Takes what `to_peft` gave, from the tensors of a file in which it lies under `path`."""
-    a, b = tensors[f"{path}.lora_A.weight"].float(), tensors[f"{path}.lora_B.weight"].float()
+    weights = layer.adapters[name]
+    a, b = (tensors[f"{path}.{key}"].float() for key in factor_names(layer))
     stacked = torch.cat(blocks(b, weights.slices))
     if stacked.shape == weights.lora_B.shape:
         weights.lora_A.copy_(a)

@@ -7,6 +7,7 @@ from torch import nn
 
 from lora_hf.layers import LoraLinear, LoraWeights
 from lora_hf.variants.dora import DoraWeights
+from lora_hf.variants.embedding import EmbeddingWeights
 from lora_hf.variants.started import StartedWeights
 
 
@@ -27,7 +28,9 @@ def new_weights(
         bias: whether the adapter trains the projection's bias, where there is one.
     """
     plain = (layer.in_features, slices, r, lora_alpha, lora_dropout, layer.weight.device, use_rslora)
-    if use_dora:
+    if isinstance(layer.base_layer, nn.Embedding):
+        weights = EmbeddingWeights(layer, r, lora_alpha, use_rslora)
+    elif use_dora:
         weights = DoraWeights(layer.original_weight(), slices, r, lora_alpha, lora_dropout, use_rslora)
     else:
         weights = StartedWeights(start, *plain) if start else LoraWeights(*plain)
@@ -44,6 +47,6 @@ def initialise(weights: LoraWeights, layer: LoraLinear, init: str) -> None:
     """
     if isinstance(weights, StartedWeights):
         weights.begin(layer.original_weight())
-    elif init == "gaussian":
+    elif init == "gaussian" and not isinstance(weights, EmbeddingWeights):
         with torch.no_grad():
             nn.init.normal_(weights.lora_A, std=1 / weights.r)

@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_hf.adapters import load_adapter, save_adapter
 from lora_hf.config import LoraConfig
+from lora_hf.errors import AdapterError
 from lora_hf.injection import inject, lora_layers, merge
 from tests.small import small_model, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, MERGE_FP32, PARITY_FP32
@@ -50,9 +51,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"bias": "lora_only", "use_dora": True},
         {"bias": "lora_only", "use_dora": True},
     ),
+    "embeddings": ("roberta", {"targets": ("embeddings", "q")}, {"target_modules": ["word_embeddings", "query"]}),
+    "tied embeddings": (
+        "gpt2",
+        {"targets": ("transformer.wte",), "use_rslora": True},
+        {"target_modules": ["wte"], "use_rslora": True, "fan_in_fan_out": False},
+    ),
     "all biases": ("roberta", {"bias": "all"}, {"bias": "all"}),
     "all biases on Conv1D": ("gpt2", {"bias": "all"}, {"bias": "all"}),
 }
+OTHER_PLACES = {"gaussian", "layers", "embeddings", "tied embeddings"}  # or another start: else plain LoRA
 PLACES = {
     "roberta": (("q", "v"), ["query", "value"]),
     "gpt2": (("h.*.attn.c_attn", "o"), ["c_attn", "attn.c_proj"]),
@@ -77,7 +85,7 @@ def both(name: str) -> tuple[nn.Module, nn.Module]:
         "fan_in_fan_out": kind == "gpt2",
     }
     wrapped = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**(values | theirs))).eval()
-    return inject(base, LoraConfig(r=4, lora_alpha=6, targets=targets, **ours)), wrapped
+    return inject(base, LoraConfig(**{"r": 4, "lora_alpha": 6, "targets": targets, **ours})), wrapped
 
 
 def pairs(ours: nn.Module, theirs: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -89,6 +97,8 @@ def pairs(ours: nn.Module, theirs: nn.Module) -> dict[str, tuple[nn.Parameter, n
             other = "base_model.model." + name.replace(".heads.default", ".modules_to_save.default")
             for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
                 other = other.replace(f".adapters.default.{part}", f".{part}.default.weight")
+            if other not in named and ".lora_" in other:
+                other = other.replace(".lora_", ".lora_embedding_").removesuffix(".weight")
             if name.endswith(".adapters.default.bias"):
                 stem = "base_model.model." + name.removesuffix(".adapters.default.bias")
                 other = next(key for key in (f"{stem}.base_layer.bias", f"{stem}.bias") if key in named)
@@ -116,6 +126,7 @@ def gradients(model: nn.Module) -> torch.Tensor:
 def test_logits_and_every_gradient_equal_pefts(name: str) -> None:
     ours, theirs = both(name)
     start = ours(token_ids()).logits.detach()
+    assert torch.allclose(start, base_of(VARIANTS[name][0])(token_ids()).logits, atol=PARITY_FP32, rtol=0)
     assert torch.allclose(start, theirs(token_ids()).logits, atol=PARITY_FP32, rtol=0)
     matched = step_away(ours, theirs)
     found, expected = gradients(ours), gradients(theirs)
@@ -128,7 +139,7 @@ def test_logits_and_every_gradient_equal_pefts(name: str) -> None:
         assert torch.allclose(parameter.grad, other.grad, atol=PARITY_FP32 * scale, rtol=0), key
 
 
-@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {"gaussian", "layers"}))  # another start, other places
+@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - OTHER_PLACES))
 def test_a_plain_lora_of_the_same_weights_is_another_model(name: str) -> None:
     """The parity above could fail: without the variant the same numbers give other logits."""
     ours, theirs = both(name)
@@ -152,10 +163,15 @@ def test_a_file_written_here_loads_in_peft_on_the_original_base_and_here(name: s
     kind = VARIANTS[name][0]
     read = peft.PeftModel.from_pretrained(base_of(kind), str(tmp_path)).eval()
     assert torch.allclose(read(token_ids()).logits, logits, atol=PARITY_FP32, rtol=0)
-    adapted = {path for path, module in read.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    adapted = {path for path, module in read.base_model.model.named_modules() if hasattr(module, "lora_embedding_A")}
     assert adapted == set(lora_layers(ours))
     again = load_adapter(base_of(kind), tmp_path)
     assert torch.allclose(again(token_ids()).logits, logits, atol=FILE_ROUNDTRIP, rtol=0)
+    if name == "tied embeddings":
+        with pytest.raises(AdapterError, match=r"transformer.wte: its weight is also the output head's"):
+            merge(again)
+        assert torch.equal(again(token_ids()).logits, logits)
+        return
     assert torch.allclose(merge(again)(token_ids()).logits, logits, atol=MERGE_FP32, rtol=0)
 
 

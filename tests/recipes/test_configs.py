@@ -18,7 +18,7 @@ from lora_hf.errors import ConfigError
 from lora_hf.tasks.table import task_names
 
 REPO = Path(__file__).parents[2]
-TARGETS = "q, k, v, o, ffn_up, ffn_gate, ffn_down, attention, ffn, all, or a module path with dots"
+TARGETS = "q, k, v, o, ffn_up, ffn_gate, ffn_down, attention, ffn, all, embeddings, or a module path with dots"
 SCHEDULES = "linear, cosine, constant, constant_with_warmup"
 RECIPES = sorted((REPO / "configs").glob("*.yaml"))
 GLUE_RECIPES = sorted((REPO / "configs").glob("glue_*.yaml"))
