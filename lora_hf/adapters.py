@@ -304,6 +304,8 @@ def _places(layers: Mapping[str, nn.Module], file: AdapterFile) -> list[_Place]:
     for path in paths:
         r = _patterned(file, "rank_pattern", path, "r")
         alpha = _patterned(file, "alpha_pattern", path, "lora_alpha")
+        if isinstance(layers[path], nn.Embedding) and (file.config.get("use_dora") or _start(file)[0]):
+            raise AdapterError(f"{source}: {path}: an embedding takes neither use_dora nor init_lora_weights=pissa")
         out_features = features(layers[path])[1]
         slices = [(start, stop) for start, stop in file.about.slices.get(path, [[0, out_features]])]
         ordered = [0, *(edge for pair in slices for edge in pair), out_features]

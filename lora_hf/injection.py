@@ -311,10 +311,8 @@ def projections(model: nn.Module) -> dict[str, nn.Module]:
             layers[path] = module.base_layer
         elif isinstance(module, BiasedModule):
             layers |= {path: module.base_layer} if isinstance(module.base_layer, (nn.Linear, Conv1D)) else {}
-        elif (isinstance(module, (nn.Linear, Conv1D)) or type(module) is nn.Embedding) and path.rpartition(".")[
-            0
-        ] not in layers:
-            layers[path] = module
+        elif isinstance(module, (nn.Linear, Conv1D)) or type(module) is nn.Embedding:  # some of its children scale
+            layers |= {} if path.rpartition(".")[0] in layers else {path: module}
     return layers
 
 

@@ -190,6 +190,20 @@ def test_a_file_that_peft_wrote_loads_here(name: str, tmp_path: Path) -> None:
     assert torch.allclose(again(token_ids()).logits, read(token_ids()).logits, atol=FILE_ROUNDTRIP, rtol=0)
 
 
+def test_what_is_not_supported_is_refused_and_not_left_out(tmp_path: Path) -> None:
+    for index, variant in enumerate(({"use_dora": True}, {"init_lora_weights": "pissa"})):
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["embed_tokens", "q_proj"], **variant)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft.get_peft_model(base_of("llama"), config).save_pretrained(str(tmp_path / str(index)))
+        with pytest.raises(AdapterError, match=r"model.embed_tokens: an embedding takes neither use_dora nor"):
+            load_adapter(base_of("llama"), tmp_path / str(index))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa_niter_4")
+    peft.get_peft_model(base_of("llama"), config).save_pretrained(str(tmp_path / "random"))
+    with pytest.raises(AdapterError, match=r"belongs to a base that PEFT changed and did not save"):
+        load_adapter(base_of("llama"), tmp_path / "random")
+
+
 def test_a_pissa_file_that_peft_converted_loads_here(tmp_path: Path) -> None:
     """`path_initial_model_for_weight_conversion`: the file is a plain LoRA of twice the rank on the original base."""
     ours, theirs = both("pissa with rslora")
