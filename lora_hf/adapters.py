@@ -33,10 +33,10 @@ from lora_hf.injection import (
     set_adapter,
 )
 from lora_hf.layers import AdapterHead, features
-from lora_hf.variants.biases import add_biases, biased_modules, check_no_bias_alone, free_biases
+from lora_hf.variants.biases import add_biases, check_no_bias_alone, free_biases, load_lone_biases, lone_biases
 from lora_hf.variants.dora import DoraWeights
 from lora_hf.variants.embedding import is_base
-from lora_hf.variants.patterns import layer_of
+from lora_hf.variants.patterns import in_layers
 from lora_hf.variants.peft_form import blocks, factor_names, from_peft, shapes, to_peft
 from lora_hf.variants.table import initialise
 
@@ -75,7 +75,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         times = rank // weights.r
         alpha = weights.lora_alpha * (math.sqrt(times) if weights.use_rslora else times)
         places.append(_Place(path, weights.slices, rank, alpha, times))
-    alone = _biases(model, name)
+    alone = lone_biases(model, name, PREFIX)
     tensors |= alone
     for path, head in heads.items():
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in head.state_dict().items()}
@@ -136,7 +136,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
             initialise(weights, layer, start)
         from_peft(layer, name, file.tensors, f"{PREFIX}{place.path}")
     add_biases(model, alone, name)
-    _load_biases(model, file, name)
+    load_lone_biases(model, name, file.tensors, PREFIX)
     inject_head(model, name)
     _load_heads(model, file, name)
     _tell_labels(model, file.about)
@@ -170,24 +170,12 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
                 f"{file.folder} holds another variant of LoRA: expected init_lora_weights={wanted[0][0] or 'default'}, "
                 f"use_rslora={wanted[1]}, found {said[0][0] or 'default'}, {said[1]}"
             )
-    expected |= {key: tuple(bias.shape) for key, bias in _biases(model, name).items()}
+    expected |= {key: tuple(bias.shape) for key, bias in lone_biases(model, name, PREFIX).items()}
     found = {key: tensor for key, tensor in _without_copies(model, file).items() if not _of_head(model, key)}
     _compare(expected, found, file)
     for path, layer in layers.items():
         from_peft(layer, name, file.tensors, f"{PREFIX}{path}")
-    _load_biases(model, file, name)
-
-
-def _biases(model: PreTrainedModel, name: str) -> dict[str, torch.Tensor]:
-    """The biases that adapter `name` trains alone, by their names in a file."""
-    modules = {path: module for path, module in biased_modules(model).items() if name in module.adapters}
-    return {f"{PREFIX}{path}.bias": module.adapters[name].bias for path, module in modules.items()}
-
-
-@torch.no_grad()
-def _load_biases(model: PreTrainedModel, file: AdapterFile, name: str) -> None:
-    for key, bias in _biases(model, name).items():
-        bias.copy_(file.tensors[key])
+    load_lone_biases(model, name, file.tensors, PREFIX)
 
 
 def _free_biases(model: PreTrainedModel, file: AdapterFile, places: list[_Place]) -> dict[str, nn.Module]:
@@ -294,7 +282,7 @@ def _places(layers: Mapping[str, nn.Module], file: AdapterFile) -> list[_Place]:
         paths = [
             path
             for path in layers
-            if path in targets or (any(path.endswith(f".{t}") for t in targets) and _in_layers(path, chosen))
+            if path in targets or (any(path.endswith(f".{t}") for t in targets) and in_layers(path, chosen))
         ]
     else:
         raise AdapterError(f"{source}: target_modules: expected an expression or a list of names, found {targets!r}")
@@ -316,13 +304,6 @@ def _places(layers: Mapping[str, nn.Module], file: AdapterFile) -> list[_Place]:
             )
         places.append(_Place(path, slices, int(r), alpha, times))
     return places
-
-
-def _in_layers(path: str, chosen: list[int] | int | None) -> bool:
-    """PEFT's layers_to_transform: a list of layers, a single one, or, where it is empty, all."""
-    if chosen is None or chosen == []:
-        return True
-    return layer_of(path) in (chosen if isinstance(chosen, list) else [chosen])
 
 
 def _patterned(file: AdapterFile, pattern: str, path: str, default: str) -> float:

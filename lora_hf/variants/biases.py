@@ -9,7 +9,7 @@ other projections and norms, outside the task head, which is trained whole: `Bia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -116,6 +116,19 @@ def add_biases(model: nn.Module, modules: dict[str, nn.Module], name: str) -> No
         if not isinstance(module, BiasedModule):
             model.set_submodule(path, module := BiasedModule(plain))
         module.adapters[name] = Bias(module.bias)
+
+
+def lone_biases(model: nn.Module, name: str, prefix: str) -> dict[str, nn.Parameter]:
+    """The biases that adapter `name` trains without A and B beside them, by their names in a file."""
+    modules = {path: module for path, module in biased_modules(model).items() if name in module.adapters}
+    return {f"{prefix}{path}.bias": module.adapters[name].bias for path, module in modules.items()}
+
+
+@torch.no_grad()
+def load_lone_biases(model: nn.Module, name: str, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
+    """Takes `lone_biases` from the tensors of a file."""
+    for key, bias in lone_biases(model, name, prefix).items():
+        bias.copy_(tensors[key])
 
 
 @torch.no_grad()

@@ -64,6 +64,13 @@ def layer_of(path: str) -> int | None:
     return int(number[1]) if number else None
 
 
+def in_layers(path: str, chosen: list[int] | int | None) -> bool:
+    """PEFT's layers_to_transform: a list of layers, a single one, or, where it is empty, all."""
+    if chosen is None or chosen == []:
+        return True
+    return layer_of(path) in (chosen if isinstance(chosen, list) else [chosen])
+
+
 def chosen_layers(layers: Iterable[int], paths: Iterable[str]) -> set[int]:
     """The numbers meant by `lora.layers`, where -1 is the last layer.
 
