@@ -22,6 +22,7 @@ from lora_hf.adapter_file import CONFIG_FILE, WEIGHTS_FILE, About, AdapterFile, 
 from lora_hf.errors import AdapterError
 from lora_hf.fingerprint import check_base, fingerprint
 from lora_hf.injection import (
+    adaptable,
     adapter_heads,
     adapter_names,
     add_weights,
@@ -29,7 +30,6 @@ from lora_hf.injection import (
     head_paths,
     inject_head,
     lora_layers,
-    projections,
     set_adapter,
 )
 from lora_hf.layers import AdapterHead, features
@@ -192,7 +192,7 @@ def _without_copies(model: PreTrainedModel, file: AdapterFile) -> dict[str, torc
     """The file's tensors without PEFT's further copies: of the head's biases (`bias` all), and of base embeddings."""
     parts = ("modules_to_save.", "original_module.") if file.config.get("bias") == "all" else ()
     copies = tuple(f"{PREFIX}{path}.{part}" for path in head_paths(model) for part in parts)
-    layers = projections(model)
+    layers = adaptable(model)
     return {
         key: tensor
         for key, tensor in file.tensors.items()
@@ -246,7 +246,7 @@ def _check(model: PreTrainedModel, file: AdapterFile) -> list[_Place]:
     """The places that the file adapts, once everything in it is known to fit the model."""
     about = file.about
     _check_labels(model, file)
-    layers = projections(model)
+    layers = adaptable(model)
     places = _places(layers, file)
     expected: dict[str, tuple[int, ...]] = {}
     biased = file.config.get("bias", "none") != "none"

@@ -65,7 +65,7 @@ def plan(model: PreTrainedModel, lora: LoraConfig) -> list[Site]:
             model does not have.
     """
     prefix = _base_prefix(model)
-    layers = projections(model)
+    layers = adaptable(model)
     chosen = None if lora.layers is None else chosen_layers(lora.layers, layers)
     sites: list[Site] = []
     for target in dict.fromkeys(lora.targets):
@@ -107,7 +107,7 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
         )
     if start and lora.use_dora:
         raise ConfigError(f"lora.use_dora: not together with lora.init_lora_weights={start}; choose one of them")
-    numbers = numbers_of(sites, projections(model), lora, _base_prefix(model))
+    numbers = numbers_of(sites, adaptable(model), lora, _base_prefix(model))
     check_new_name(model, name)
     check_no_bias_alone(model, numbers)
     biases = free_biases(model, numbers, head_paths(model)) if lora.bias == "all" else {}
@@ -304,6 +304,11 @@ def _base_prefix(model: PreTrainedModel) -> str:
 
 
 def projections(model: nn.Module) -> dict[str, nn.Module]:
+    """Every nn.Linear and Conv1D by its path, the ones inside a LoRA layer under the path of that layer."""
+    return {path: layer for path, layer in adaptable(model).items() if not isinstance(layer, nn.Embedding)}
+
+
+def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     """Every nn.Linear, Conv1D and nn.Embedding by its path; one inside a LoRA layer by the path of that layer."""
     layers: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
