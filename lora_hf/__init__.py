@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from lora_hf.errors import UserError
     from lora_hf.hub import push_adapter
     from lora_hf.injection import (
-        Site,
         count_parameters,
         eject,
         inject,
@@ -21,16 +20,16 @@ if TYPE_CHECKING:
         mark_only_lora_as_trainable,
         merge,
         merge_drift,
-        plan,
         set_adapter,
         unmerge,
     )
     from lora_hf.mixing import mix_adapters, unload_adapter, use_adapter
     from lora_hf.models import dequantise, quantise
+    from lora_hf.planning import Site, plan
 
 _HOME = {
     "LoraConfig": "config",
-    "Site": "injection",
+    "Site": "planning",
     "UserError": "errors",
     "combine_adapters": "combining",
     "count_parameters": "injection",
@@ -44,7 +43,7 @@ _HOME = {
     "merge": "injection",
     "merge_drift": "injection",
     "mix_adapters": "mixing",
-    "plan": "injection",
+    "plan": "planning",
     "push_adapter": "hub",
     "quantise": "models",
     "save_adapter": "adapters",

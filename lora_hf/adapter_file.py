@@ -28,22 +28,22 @@ HEADER = "lora_hf"
 UNSUPPORTED = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
-    "bias": "none",
     "ensure_weight_tying": False,
     "exclude_modules": None,
     "kasa_config": None,
+    "layers_pattern": None,
     "layer_replication": None,
-    "layers_to_transform": None,
     "lora_bias": False,
     "monteclora_config": None,
     "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
-    "use_rslora": False,
     "velora_config": None,
 }
+
+# Values of PEFT's init_lora_weights under which PEFT trains on a changed base that nobody can compute again.
+CHANGES_BASE = ("pissa_niter", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class About:
     num_labels: int | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
     slices: dict[str, list[list[int]]] = field(default_factory=dict)
+    start: str = ""  # where A and B are a trained pair over the pair it started from: `pissa`, `olora`, ...
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,20 @@ def inspect_adapter(folder: str | Path) -> tuple[dict[str, Any], About]:
         raise AdapterError(
             f"{folder}/{CONFIG_FILE}: expected peft_type LORA, found {kind!r}; lora_hf loads LoRA adapters"
         )
-    used = [key for key, neutral in UNSUPPORTED.items() if config.get(key, neutral) not in (neutral, None)]
+    used = [key for key, neutral in UNSUPPORTED.items() if config.get(key, neutral) not in (neutral, None, [])]
     if used:
         values = ", ".join(f"{key}={config[key]!r}" for key in used)
         raise AdapterError(f"{folder}/{CONFIG_FILE}: {values} not supported")
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise AdapterError(
+            f"{folder}/{CONFIG_FILE}: bias: expected one of none, all, lora_only, found {config['bias']!r}"
+        )
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(CHANGES_BASE) or (config.get("use_dora") and init in ("pissa", "olora")):
+        raise AdapterError(
+            f"{folder}/{CONFIG_FILE}: init_lora_weights={init!r}: this adapter belongs to a base that PEFT "
+            "changed and did not save. Save it in PEFT with path_initial_model_for_weight_conversion"
+        )
     return config, about
 
 

@@ -7,10 +7,8 @@ model has been touched by then.
 from __future__ import annotations
 
 import copy
-import re
-from collections import Counter
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_hf.adapter_file import CONFIG_FILE, WEIGHTS_FILE, About, AdapterFile, read_adapter, write_adapter
+from lora_hf.adapter_file import WEIGHTS_FILE, About, AdapterFile, read_adapter, write_adapter
 from lora_hf.errors import AdapterError
 from lora_hf.fingerprint import check_base, fingerprint
 from lora_hf.injection import (
@@ -26,29 +24,24 @@ from lora_hf.injection import (
     adapter_names,
     add_weights,
     check_new_name,
-    head_paths,
     inject_head,
     labels_of,
     lora_layers,
-    projections,
     set_adapter,
     switch_of,
 )
-from lora_hf.layers import AdapterHead, LoraWeights, features
+from lora_hf.layers import AdapterHead
+from lora_hf.places import Place, peft_config, read_places, start_of
+from lora_hf.planning import adaptable, head_paths
 from lora_hf.pulling import local_adapter
 from lora_hf.switch import Labels, Switch
+from lora_hf.variants.biases import add_biases, check_no_bias_alone, free_biases, load_lone_biases, lone_biases
+from lora_hf.variants.dora import DoraWeights
+from lora_hf.variants.embedding import is_base
+from lora_hf.variants.peft_form import blocks, factor_names, from_peft, shapes, to_peft
+from lora_hf.variants.table import initialise
 
 PREFIX = "base_model.model."  # what PEFT puts before every path
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A and B at one projection as the file holds them: `slices` share the rank `r` of the file evenly."""
-
-    path: str
-    slices: list[tuple[int, int]]
-    r: int
-    lora_alpha: float
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "default", task: str | None = None) -> Path:
@@ -64,15 +57,19 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     tensors, places = {}, []
     for path, layer in layers.items():
         weights = layer.adapters[name]
-        a, b = to_peft(weights, layer.out_features)
-        tensors |= {f"{PREFIX}{path}.lora_A.weight": a, f"{PREFIX}{path}.lora_B.weight": b}
-        count = len(weights.slices)
-        places.append(_Place(path, weights.slices, count * weights.r, count * weights.lora_alpha))
+        tensors |= {f"{PREFIX}{path}.{key}": value for key, value in to_peft(layer, name).items()}
+        rank = tensors[f"{PREFIX}{path}.{factor_names(layer)[0]}"].shape[0]
+        times = rank // weights.r
+        alpha = weights.lora_alpha * (math.sqrt(times) if weights.use_rslora else times)
+        places.append(Place(path, weights.slices, rank, alpha, times))
+    alone = lone_biases(model, name, PREFIX)
+    tensors |= alone
     for path, head in heads.items():
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in head.state_dict().items()}
     classifies = bool(head_paths(model))
     config = model.config
-    labels, problem_type = switch_of(model).labels.get(name, labels_of(model))
+    switch = switch_of(model)
+    labels, problem_type = labels_of(model) if name == switch.shared else switch.labels.get(name, labels_of(model))
     about = About(
         base=model.name_or_path or "",
         revision=getattr(config, "_commit_hash", None),
@@ -82,9 +79,16 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         num_labels=len(labels) if classifies else None,
         fingerprint=fingerprint(model),
         slices={place.path: [list(pair) for pair in place.slices] for place in places},
+        start=next((layer.adapters[name].start for layer in layers.values()), ""),
     )
-    dropout = max((layer.adapters[name].lora_dropout for layer in layers.values()), default=0.0)
-    write_adapter(Path(folder), _peft_config(model, places, list(heads), about, dropout), tensors, about)
+    all_weights = [layer.adapters[name] for layer in layers.values()]
+    variant = {
+        "lora_dropout": max((weights.lora_dropout for weights in all_weights), default=0.0),
+        "use_rslora": any(weights.use_rslora for weights in all_weights),
+        "bias": "all" if alone else "lora_only" if any(weights.bias is not None for weights in all_weights) else "none",
+        "use_dora": any(isinstance(weights, DoraWeights) for weights in all_weights),
+    }
+    write_adapter(Path(folder), peft_config(model, places, list(heads), about) | variant, tensors, about)
     return Path(folder)
 
 
@@ -112,14 +116,31 @@ def load_adapter(
     file = read_adapter(local_adapter(folder, revision))
     heads = _heads(model, file, own_head)
     places = _check(model, file, heads, own_head)
+    alone = _free_biases(model, file, places)
+    start, doubled = start_of(file)
+    use_rslora, use_dora = bool(file.config.get("use_rslora")), bool(file.config.get("use_dora"))
     for place in places:
-        count = len(place.slices)
-        dropout = file.config.get("lora_dropout", 0.0)
+        alpha = place.lora_alpha / (math.sqrt(place.times) if use_rslora else place.times)
         weights = add_weights(
-            model, place.path, name, place.slices, place.r // count, place.lora_alpha / count, dropout
+            model,
+            place.path,
+            name,
+            place.slices,
+            place.r // place.times,
+            alpha,
+            file.config.get("lora_dropout", 0.0),
+            use_rslora,
+            use_dora,
+            start,
+            file.config.get("bias", "none") != "none",
         )
-        _from_peft(weights, file, place.path)
+        layer: Any = model.get_submodule(place.path)
+        if start and not doubled:
+            initialise(weights, layer, start)
+        from_peft(layer, name, file.tensors, f"{PREFIX}{place.path}")
     switch = switch_of(model)
+    add_biases(model, alone, name, switch)
+    load_lone_biases(model, name, file.tensors, PREFIX)
     if heads:
         switch.labels[name] = _labels(switch, file, heads)
     inject_head(model, name, heads)
@@ -143,78 +164,45 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
     if file.about.fingerprint:
         check_base(model, file.about.fingerprint, str(file.folder))
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    said = (start_of(file), bool(file.config.get("use_rslora")))
     for path, layer in layers.items():
-        rank = len(layer.adapters[name].slices) * layer.adapters[name].r
-        expected[f"{PREFIX}{path}.lora_A.weight"] = (rank, layer.in_features)
-        expected[f"{PREFIX}{path}.lora_B.weight"] = (layer.out_features, rank)
-    found = {key: tensor for key, tensor in file.tensors.items() if ".lora_" in key}
+        weights = layer.adapters[name]
+        expected |= {f"{PREFIX}{path}.{key}": tuple(value.shape) for key, value in to_peft(layer, name).items()}
+        wanted = ((weights.start, bool(weights.start)), weights.use_rslora)
+        if said != wanted:
+            raise AdapterError(
+                f"{file.folder} holds another variant of LoRA: expected init_lora_weights={wanted[0][0] or 'default'}, "
+                f"use_rslora={wanted[1]}, found {said[0][0] or 'default'}, {said[1]}"
+            )
+    expected |= {key: tuple(bias.shape) for key, bias in lone_biases(model, name, PREFIX).items()}
+    found = {key: tensor for key, tensor in _without_copies(model, file).items() if not _of_head(model, key)}
     compare(expected, found, f"{file.folder}/{WEIGHTS_FILE}")
     for path, layer in layers.items():
-        _from_peft(layer.adapters[name], file, path)
+        from_peft(layer, name, file.tensors, f"{PREFIX}{path}")
+    load_lone_biases(model, name, file.tensors, PREFIX)
 
 
-def to_peft(weights: LoraWeights, out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A `(n r, in)` and B `(out, n r)` of one standard LoRA that equals the slices: B block-placed, zero elsewhere."""
-    r = weights.r
-    b = weights.lora_B.new_zeros(out_features, len(weights.slices) * r)
-    row = 0
-    for index, (start, stop) in enumerate(weights.slices):
-        b[start:stop, index * r : (index + 1) * r] = weights.lora_B[row : row + stop - start]
-        row += stop - start
-    return weights.lora_A, b
+def _free_biases(model: PreTrainedModel, file: AdapterFile, places: list[Place]) -> dict[str, nn.Module]:
+    paths = [place.path for place in places]
+    check_no_bias_alone(model, paths)
+    return free_biases(model, paths, head_paths(model)) if file.config.get("bias") == "all" else {}
 
 
-def _from_peft(weights: LoraWeights, file: AdapterFile, path: str) -> None:
-    a = file.tensors[f"{PREFIX}{path}.lora_A.weight"].float()
-    b = file.tensors[f"{PREFIX}{path}.lora_B.weight"].float()
-    with torch.no_grad():
-        weights.lora_A.copy_(a)
-        weights.lora_B.copy_(torch.cat(_blocks(b, weights.slices, weights.r)))
+def _of_head(model: PreTrainedModel, key: str) -> bool:
+    return any(key.startswith(f"{PREFIX}{path}.") for path in head_paths(model)) and ".lora_" not in key
 
 
-def _blocks(b: torch.Tensor, slices: list[tuple[int, int]], r: int) -> list[torch.Tensor]:
-    return [b[start:stop, index * r : (index + 1) * r] for index, (start, stop) in enumerate(slices)]
-
-
-def _peft_config(
-    model: PreTrainedModel, places: list[_Place], heads: list[str], about: About, dropout: float
-) -> dict[str, Any]:
-    """What PEFT's LoraConfig needs; ranks and alphas that are not the common ones go into its patterns."""
-    common = Counter((place.r, place.lora_alpha) for place in places).most_common(1)
-    r, alpha = common[0][0] if common else (1, 1.0)
-    odd = [place for place in places if (place.r, place.lora_alpha) != (r, alpha)]
+def _without_copies(model: PreTrainedModel, file: AdapterFile) -> dict[str, torch.Tensor]:
+    """The file's tensors without PEFT's further copies: of the head's biases (`bias` all), and of base embeddings."""
+    parts = ("modules_to_save.", "original_module.") if file.config.get("bias") == "all" else ()
+    copies = tuple(f"{PREFIX}{path}.{part}" for path in head_paths(model) for part in parts)
+    layers = adaptable(model)
     return {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
-        "base_model_name_or_path": about.base,
-        "revision": about.revision,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "target_modules": _regex([place.path for place in places]),
-        "modules_to_save": heads or None,
-        "fan_in_fan_out": model.config.model_type == "gpt2",
-        "bias": "none",
-        "init_lora_weights": True,
-        "rank_pattern": {re.escape(place.path): place.r for place in odd},
-        "alpha_pattern": {re.escape(place.path): place.lora_alpha for place in odd},
+        key: tensor
+        for key, tensor in file.tensors.items()
+        if not key.startswith(copies) and not is_base(layers, key.removeprefix(PREFIX), tensor)
     }
-
-
-def _regex(paths: list[str]) -> str:
-    """One anchored expression that matches exactly these paths: `a\\.(?:0|1)\\.b|a\\.(?:0|1)\\.c`."""
-    numbers: dict[str, list[str]] = {}
-    for path in paths:
-        layer = re.search(r"\.(\d+)\.", path)
-        key = (
-            re.escape(path)
-            if layer is None
-            else re.escape(path[: layer.start()]) + "\n" + re.escape(path[layer.end() :])
-        )
-        numbers.setdefault(key, []).append(layer[1] if layer else "")
-    return "|".join(key.replace("\n", rf"\.(?:{'|'.join(layers)})\.") for key, layers in numbers.items())
 
 
 def _heads(model: PreTrainedModel, file: AdapterFile, own_head: bool) -> dict[str, nn.Module]:
@@ -245,70 +233,30 @@ def _labels(switch: Switch, file: AdapterFile, heads: Mapping[str, nn.Module]) -
     return base if len(base[0]) == count else (tuple(f"LABEL_{index}" for index in range(count)), None)
 
 
-def _check(model: PreTrainedModel, file: AdapterFile, heads: Mapping[str, nn.Module], own_head: bool) -> list[_Place]:
+def _check(model: PreTrainedModel, file: AdapterFile, heads: Mapping[str, nn.Module], own_head: bool) -> list[Place]:
     """The places that the file adapts, once everything in it is known to fit the model."""
     about = file.about
     if not own_head:
         _check_labels(model, file)
-    layers = projections(model)
-    places = _places(layers, file)
+    layers = adaptable(model)
+    places = read_places(layers, file)
     expected: dict[str, tuple[int, ...]] = {}
+    biased = file.config.get("bias", "none") != "none"
     for place in places:
-        in_features, out_features = features(layers[place.path])
-        expected[f"{PREFIX}{place.path}.lora_A.weight"] = (place.r, in_features)
-        expected[f"{PREFIX}{place.path}.lora_B.weight"] = (out_features, place.r)
+        wanted = shapes(layers[place.path], place.r, bool(file.config.get("use_dora")), biased)
+        expected |= {f"{PREFIX}{place.path}.{key}": shape for key, shape in wanted.items()}
+    for path, module in _free_biases(model, file, places).items():
+        expected[f"{PREFIX}{path}.bias"] = tuple(module.bias.shape)  # type: ignore[union-attr]
     for path, head in heads.items():
         expected |= {f"{PREFIX}{path}.{key}": tuple(value.shape) for key, value in head.state_dict().items()}
-    compare(expected, file.tensors, f"{file.folder}/{WEIGHTS_FILE}")
+    compare(expected, _without_copies(model, file), f"{file.folder}/{WEIGHTS_FILE}")
     for place in places:
-        b = file.tensors[f"{PREFIX}{place.path}.lora_B.weight"]
-        blocks = _blocks(b, place.slices, place.r // len(place.slices))
-        if sum(int(block.count_nonzero()) for block in blocks) != int(b.count_nonzero()):
+        b = file.tensors[f"{PREFIX}{place.path}.{factor_names(layers[place.path])[1]}"]
+        if sum(int(block.count_nonzero()) for block in blocks(b, place.slices)) != int(b.count_nonzero()):
             raise AdapterError(f"{file.folder}: {place.path}.lora_B is not zero outside its slices {place.slices}")
     if about.fingerprint:
         check_base(model, about.fingerprint, str(file.folder))
     return places
-
-
-def _places(layers: Mapping[str, nn.Module], file: AdapterFile) -> list[_Place]:
-    targets, source = file.config.get("target_modules"), f"{file.folder}/{CONFIG_FILE}"
-    if isinstance(targets, str):
-        try:
-            expression = re.compile(targets)
-        except re.error as error:
-            raise AdapterError(f"{source}: target_modules is not a regular expression: {error}") from error
-        paths = [path for path in layers if targets and expression.fullmatch(path)]
-    elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        paths = [path for path in layers if any(path == t or path.endswith(f".{t}") for t in targets)]
-    else:
-        raise AdapterError(f"{source}: target_modules: expected an expression or a list of names, found {targets!r}")
-    if targets and not paths:
-        raise AdapterError(f"{source}: target_modules {targets!r} matches no projection of this model")
-    places = []
-    for path in paths:
-        r = _patterned(file, "rank_pattern", path, "r")
-        alpha = _patterned(file, "alpha_pattern", path, "lora_alpha")
-        out_features = features(layers[path])[1]
-        slices = [(start, stop) for start, stop in file.about.slices.get(path, [[0, out_features]])]
-        ordered = [0, *(edge for pair in slices for edge in pair), out_features]
-        if r != int(r) or r < 1 or r % len(slices) or sorted(ordered) != ordered:
-            raise AdapterError(
-                f"{source}: {path}: rank {r} and slices {slices} of {out_features} columns make no sense"
-            )
-        places.append(_Place(path, slices, int(r), alpha))
-    return places
-
-
-def _patterned(file: AdapterFile, pattern: str, path: str, default: str) -> float:
-    """PEFT's rule: the first pattern that matches the end of the path, else the common value."""
-    value = file.config.get(default)
-    for key, special in (file.config.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            value = special
-            break
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise AdapterError(f"{file.folder}/{CONFIG_FILE}: {default}: expected a number, found {value!r}")
-    return value
 
 
 def _check_labels(model: PreTrainedModel, file: AdapterFile) -> None:
@@ -353,8 +301,9 @@ def compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.T
 
 
 def _load_heads(model: PreTrainedModel, file: AdapterFile, name: str) -> None:
+    tensors = _without_copies(model, file)
     for path, head in adapter_heads(model).items():
         start = f"{PREFIX}{path}."
         head.heads[name].load_state_dict(
-            {key.removeprefix(start): value for key, value in file.tensors.items() if key.startswith(start)}
+            {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
         )

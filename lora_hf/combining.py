@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_hf.adapter_file import About, inspect_adapter
-from lora_hf.adapters import load_adapter, save_adapter, to_peft
+from lora_hf.adapters import load_adapter, save_adapter
 from lora_hf.errors import AdapterError, ConfigError, did_you_mean
 from lora_hf.folders import new_folder
 from lora_hf.injection import adapter_heads, adapter_names, add_weights, check_new_name, inject_head, lora_layers
@@ -23,6 +23,7 @@ from lora_hf.layers import LoraLinear, LoraWeights
 from lora_hf.loading import load_saved
 from lora_hf.records import COMBINE_FILE, CombineRecord, git_state, machine, versions
 from lora_hf.saved import Saved, config_of, find_saved
+from lora_hf.variants.peft_form import factor_names, to_peft
 
 Method = Literal["linear", "svd", "ties", "dare"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -234,7 +235,13 @@ def _slices(layer: LoraLinear, weights: Mapping[str, float]) -> Slices:
 
 
 def _rank(weights: LoraWeights, slices: Slices) -> int:
-    return weights.r if weights.slices == slices else weights.r * len(weights.slices)
+    rank = _width(weights)
+    return rank if weights.slices == slices else rank * len(weights.slices)
+
+
+def _width(weights: LoraWeights) -> int:
+    """The rank of each slice as a file holds it."""
+    return weights.saved_factors()[1].shape[1]
 
 
 def _highest(layer: LoraLinear, slices: Slices) -> int:
@@ -244,7 +251,9 @@ def _highest(layer: LoraLinear, slices: Slices) -> int:
 def _factors(path: str, layer: LoraLinear, name: str, weight: float, slices: Slices) -> list[Factors]:
     """A and `weight * scaling * B` of each slice, or of the whole output where the adapter has other slices."""
     weights: LoraWeights = layer.adapters[name]
-    a, b = to_peft(weights, layer.out_features)
+    tensors = to_peft(layer, name)
+    a, b = (tensors[key] for key in factor_names(layer))
+    r = _width(weights)
     delta = layer.delta_weight(name)
     if (weights.scaling * (b @ a) - delta).norm() > PLAIN * delta.norm():
         raise AdapterError(
@@ -255,8 +264,8 @@ def _factors(path: str, layer: LoraLinear, name: str, weight: float, slices: Sli
     if weights.slices != slices:
         return [(a, b)]
     return [
-        (rows, b[start:stop, index * weights.r : (index + 1) * weights.r])
-        for index, (rows, (start, stop)) in enumerate(zip(a.split(weights.r), slices, strict=True))
+        (rows, b[start:stop, index * r : (index + 1) * r])
+        for index, (rows, (start, stop)) in enumerate(zip(a.split(r), slices, strict=True))
     ]
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lora_hf.errors import AdapterError
 from lora_hf.layers import AdapterHead, LoraLinear, LoraWeights
 from lora_hf.quantised import Packed, QuantisedLinear
+from lora_hf.variants.biases import Bias
 
 SAMPLES = 4
 # A base held in another precision differs by one rounding: bf16 keeps 8 bits (2^-8 relative), fp16 has 2^-24 as its
@@ -73,13 +74,15 @@ def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The parameters of the base model by their names in the plain model, sorted; as they were before any merge."""
     tensors: dict[str, torch.Tensor] = {}
     for path, module in model.base_model.named_modules():
-        if isinstance(module, (LoraWeights, AdapterHead)):
+        if isinstance(module, (LoraWeights, AdapterHead, Bias)):
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
             tensors[name.replace(".base_layer.", ".")] = parameter
     for path, module in model.base_model.named_modules():
         if isinstance(module, LoraLinear) and module.unmerged_weight is not None:
             tensors[f"{path}.weight"] = module.unmerged_weight
+        if isinstance(module, LoraLinear) and module.unmerged_bias is not None:
+            tensors[f"{path}.bias"] = module.unmerged_bias
     return dict(sorted((tensors | _packed_tensors(model)).items()))
 
 

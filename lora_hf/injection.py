@@ -7,37 +7,34 @@ which adapters there are: all of it is asked of the modules, there is no second 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from lora_hf.architectures import ARCHITECTURES, Architecture
-from lora_hf.config import PRESETS, LoraConfig
-from lora_hf.errors import AdapterError, ConfigError, ModelError, did_you_mean
-from lora_hf.layers import AdapterHead, Drift, LoraLinear, LoraWeights, features
+from lora_hf.config import LoraConfig
+from lora_hf.errors import AdapterError, ConfigError, did_you_mean
+from lora_hf.layers import AdapterHead, Drift, LoraLinear, LoraWeights
+from lora_hf.planning import Site, adaptable, base_prefix, head_paths, listed, plan
 from lora_hf.quantised import QuantisedLinear
 from lora_hf.switch import SWITCH, Labels, Switch
+from lora_hf.variants.biases import (
+    add_biases,
+    biased_modules,
+    check_no_bias_alone,
+    free_biases,
+    unwrap_biases,
+)
+from lora_hf.variants.embedding import check_not_tied
+from lora_hf.variants.patterns import numbers_of
+from lora_hf.variants.table import initialise, new_weights
 
 logger = logging.getLogger(__name__)
 
 Bias = Literal["none", "all", "lora_only"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place to adapt: a module and, in a fused projection, the output columns `(start, stop)` that the role owns."""
-
-    path: str
-    role: str
-    layout: Literal["linear", "conv1d"]
-    slice: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,31 +45,6 @@ class ParameterCounts:
     trainable: int
     lora: int
     head: int
-
-
-def plan(model: PreTrainedModel, lora: LoraConfig) -> list[Site]:
-    """The exact sites that `lora.targets` names in this model, in the order of its modules.
-
-    Raises:
-        ModelError: a role is asked for and the model type has no entry in the role table.
-        ConfigError: a target that matches nothing here, or two targets that adapt the same columns.
-    """
-    prefix = _base_prefix(model)
-    layers = projections(model)
-    sites: list[Site] = []
-    for target in dict.fromkeys(lora.targets):
-        found = [site for pattern in _patterns(model, target) for site in _match(pattern, layers, prefix)]
-        if not found:
-            raise ConfigError(_no_match(target, model, layers, prefix))
-        sites += [site for site in found if site not in sites]
-    order = {path: index for index, path in enumerate(layers)}
-    sites.sort(key=lambda site: (order[site.path], site.slice or (0, 0)))
-    for before, site in pairwise(sites):
-        if before.path == site.path and (before.slice is None or site.slice is None):
-            raise ConfigError(
-                f"lora.targets: {before.role} and {site.role} both adapt {site.path}; leave one of them out"
-            )
-    return sites
 
 
 def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> PreTrainedModel:
@@ -87,19 +59,22 @@ def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> P
 
 def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name: str = "default") -> PreTrainedModel:
     """`inject` at sites that are already planned, by `plan` with the same `lora`."""
-    slices: dict[str, list[tuple[int, int]]] = {}
-    for site in sites:
-        in_features, out_features = features(_unwrapped(model, site.path))
-        start, stop = site.slice or (0, out_features)
-        if lora.r > min(in_features, stop - start):
-            raise ConfigError(
-                f"lora.r: {site.path} maps {in_features} to {stop - start}; expected a rank of at most "
-                f"{min(in_features, stop - start)}, found {lora.r}"
-            )
-        slices.setdefault(site.path, []).append((start, stop))
+    start = "" if lora.init_lora_weights in ("default", "gaussian") else lora.init_lora_weights
+    if (start or lora.use_dora) and any(site.layout == "embedding" for site in sites):
+        raise ConfigError(
+            "lora.targets: embeddings take neither lora.use_dora nor a start (pissa, olora); leave them out"
+        )
+    if start and lora.use_dora:
+        raise ConfigError(f"lora.use_dora: not together with lora.init_lora_weights={start}; choose one of them")
+    numbers = numbers_of(sites, adaptable(model), lora, base_prefix(model))
     check_new_name(model, name)
-    for path, columns in slices.items():
-        add_weights(model, path, name, columns, lora.r, lora.lora_alpha, lora.lora_dropout)
+    check_no_bias_alone(model, numbers)
+    biases = free_biases(model, numbers, head_paths(model)) if lora.bias == "all" else {}
+    variant = (lora.use_rslora, lora.use_dora, start, lora.bias != "none")
+    for path, (columns, r, alpha) in numbers.items():
+        weights = add_weights(model, path, name, columns, r, alpha, lora.lora_dropout, *variant)
+        initialise(weights, model.get_submodule(path), lora.init_lora_weights)  # type: ignore[arg-type]
+    add_biases(model, biases, name, switch_of(model))
     return inject_head(model, name)
 
 
@@ -135,13 +110,17 @@ def add_weights(
     r: int,
     lora_alpha: float,
     lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    start: str = "",
+    bias: bool = False,
 ) -> LoraWeights:
     """Puts fresh A and B of adapter `name` at one projection, which becomes a LoRA layer if it is not one yet."""
     module, switch = model.get_submodule(path), switch_of(model)
     if not isinstance(module, LoraLinear):
         model.set_submodule(path, module := LoraLinear(module, switch))
     switch.names.setdefault(name)
-    weights = LoraWeights(module.in_features, slices, r, lora_alpha, lora_dropout, module.device)
+    weights = new_weights(module, slices, r, lora_alpha, lora_dropout, use_rslora, use_dora, start, bias)
     module.adapters[name] = weights.train(module.training)
     return weights
 
@@ -155,6 +134,7 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
     merged = any(layer.merged for layer in layers.values())
     for path, layer in layers.items():
         model.set_submodule(path, layer.base_layer)
+    unwrap_biases(model, keep=merged)
     for path, head in adapter_heads(model).items():
         model.set_submodule(path, head.heads[head.active] if merged and head.active else head.base_head)
     if hasattr(model.base_model, SWITCH):
@@ -168,18 +148,11 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
     A quantised base rounds coarsely: what is lost goes to the log, and `merge_drift` tells it by module.
 
     Raises:
-        AdapterError: it adapts a language model's head that shares its weight with the embeddings, which would change
-            as well. Nothing is merged then.
+        AdapterError: it adapts a weight that the input embeddings and the output head share, which would change both.
+            Nothing is merged then.
     """
-    layers = lora_layers(model)
-    embeddings = model.get_input_embeddings().weight
-    for path, layer in layers.items():
-        if layer.active and layer.weight is embeddings:
-            raise AdapterError(
-                f"{path} shares its weight with the input embeddings; merging adapter {layer.active!r} would change "
-                "both. Keep the adapter beside its base"
-            )
-    for layer in layers.values():
+    check_not_tied(model)
+    for layer in lora_layers(model).values():
         layer.merge()
     drifts = merge_drift(model).values()
     if drifts:
@@ -215,9 +188,10 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     check_known(switch, name)
     if switch.merged:
         unmerge(model)
-    switch.shared = name
     if switch.labels:
+        switch.labels[switch.shared] = labels_of(model)  # somebody may have named them meanwhile
         tell_labels(model, switch.labels.get(name, switch.labels[None]))
+    switch.shared = name
     return model
 
 
@@ -236,7 +210,7 @@ def check_known(switch: Switch, name: str | None) -> None:
     """Raises AdapterError where the model has no adapter of that name; None is the bare base."""
     if name is not None and name not in switch.names:
         known = list(switch.names)
-        raise AdapterError(f"no adapter {name!r} on this model{did_you_mean(name, known)}; it has: {_listed(known)}")
+        raise AdapterError(f"no adapter {name!r} on this model{did_you_mean(name, known)}; it has: {listed(known)}")
 
 
 def labels_of(model: PreTrainedModel) -> Labels:
@@ -274,12 +248,6 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for place in places for name in place))
 
 
-def head_paths(model: PreTrainedModel) -> list[str]:
-    """The top-level modules that make the model's classification head; none where it has no such head."""
-    architecture = ARCHITECTURES.get(model.config.model_type)
-    return [path for path in architecture.head if hasattr(model, path)] if architecture else []
-
-
 def check_new_name(model: nn.Module, name: str) -> None:
     """Raises AdapterError where `name` is taken, or cannot name a submodule."""
     if name in adapter_names(model):
@@ -302,8 +270,9 @@ def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, torch.Te
 
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
-    """Counts the parameters, those that tied modules share once."""
-    weights = [layer.adapters[layer.active] for layer in lora_layers(model).values() if layer.active]
+    """Counts the parameters, those that tied modules share once; trained biases belong to LoRA."""
+    places = [*lora_layers(model).values(), *biased_modules(model).values()]
+    weights = [place.adapters[place.active] for place in places if place.active]
     heads = [head.heads[head.active] for head in adapter_heads(model).values() if head.active]
     idle = [place[name] for place, active in _places(model) for name in place if name != active]
     total = _count(model)
@@ -323,8 +292,8 @@ def _count(module: nn.Module) -> int:
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, str | None]]:
-    for layer in lora_layers(model).values():
-        yield layer.adapters, layer.active
+    for place in [*lora_layers(model).values(), *biased_modules(model).values()]:
+        yield place.adapters, place.active
     for head in adapter_heads(model).values():
         yield head.heads, head.active
 
@@ -335,9 +304,9 @@ def _lora_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
     layers = lora_layers(model)
     chosen = {
         parameter
-        for layer in layers.values()
-        if layer.active
-        for parameter in layer.adapters[layer.active].parameters()
+        for place in [*layers.values(), *biased_modules(model).values()]
+        if place.active
+        for parameter in place.adapters[place.active].parameters()
     }
     if bias == "lora_only":
         chosen |= {layer.bias for layer in layers.values() if layer.active and layer.bias is not None}
@@ -349,73 +318,3 @@ def _lora_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter in chosen or (bias == "all" and "bias" in name and parameter not in idle)
     }
-
-
-def _base_prefix(model: PreTrainedModel) -> str:
-    """`"roberta."` in a model with a head, nothing in the base model itself."""
-    return "" if model.base_model is model else f"{model.base_model_prefix}."
-
-
-def projections(model: nn.Module) -> dict[str, nn.Module]:
-    """Every nn.Linear and Conv1D, packed or not, by its path, the ones in a LoRA layer under the path of that layer."""
-    layers: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            layers[path] = module.base_layer
-        elif isinstance(module, (nn.Linear, Conv1D, QuantisedLinear)) and path.rpartition(".")[0] not in layers:
-            layers[path] = module
-    return layers
-
-
-def _unwrapped(model: nn.Module, path: str) -> nn.Module:
-    module = model.get_submodule(path)
-    return module.base_layer if isinstance(module, LoraLinear) else module
-
-
-@dataclass(frozen=True)
-class _Pattern:
-    role: str
-    path: str
-    slice: tuple[int, int] = (0, 1)
-
-
-def _patterns(model: PreTrainedModel, target: str) -> list[_Pattern]:
-    """What to look for: one pattern for a role or a path, one for each role that the model has for a preset."""
-    if "." in target:
-        return [_Pattern(target, target)]
-    table = _architecture(model).projections
-    roles = [role for role in PRESETS.get(target, (target,)) if role in table]
-    return [_Pattern(role, table[role].path, table[role].slice) for role in roles]
-
-
-def _architecture(model: PreTrainedModel) -> Architecture:
-    kind = model.config.model_type
-    if kind not in ARCHITECTURES:
-        raise ModelError(
-            f"model type {kind!r} has no entry in the role table (lora_hf/architectures.py); it has: "
-            f"{_listed(ARCHITECTURES)}. Name modules by path instead: lora.targets='[encoder.layer.*.attention.query]'"
-        )
-    return ARCHITECTURES[kind]
-
-
-def _match(pattern: _Pattern, layers: dict[str, nn.Module], prefix: str) -> Iterator[Site]:
-    expression = re.escape(pattern.path).replace(r"\*", r"[^.]+")
-    index, count = pattern.slice
-    for path, layer in layers.items():
-        if re.fullmatch(expression, path) or re.fullmatch(re.escape(prefix) + expression, path):
-            width = features(layer)[1] // count
-            columns = None if count == 1 else (index * width, (index + 1) * width)
-            yield Site(path, pattern.role, "conv1d" if isinstance(layer, Conv1D) else "linear", columns)
-
-
-def _no_match(target: str, model: PreTrainedModel, layers: dict[str, nn.Module], prefix: str) -> str:
-    kind = model.config.model_type
-    if "." not in target:
-        return f"lora.targets: {kind} has no role {target!r}; it has: {_listed(_architecture(model).projections)}"
-    templates = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", path.removeprefix(prefix)) for path in layers)
-    near = did_you_mean(target, templates, count=3)
-    return f"lora.targets: no nn.Linear or Conv1D of this {kind} matches {target!r}{near}; it has: {_listed(templates)}"
-
-
-def _listed(names: object) -> str:
-    return ", ".join(names) or "none"  # type: ignore[arg-type]

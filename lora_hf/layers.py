@@ -17,20 +17,22 @@ from lora_hf.errors import AdapterError
 from lora_hf.kernels.fused import block_placed, fits, lora_linear
 from lora_hf.kernels.grouped import Stack, add_grouped
 from lora_hf.kernels.reference import add_lora
-from lora_hf.quantised import Packed, QuantisedLinear
+from lora_hf.quantised import Packed, QuantisedLinear, unpack
 from lora_hf.switch import Mixture, Switch
+
+TRANSPOSED = (Conv1D, nn.Embedding)  # whose weight is (in, out)
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
-    """`(in, out)` of an `nn.Linear` or a `Conv1D`, stored `(out, in)` and `(in, out)`, or of either packed."""
+    """`(in, out)` of an `nn.Linear`, stored `(out, in)`, or a `Conv1D` or embedding, `(in, out)`, or of one packed."""
     if isinstance(layer, QuantisedLinear):
         return layer.in_features, layer.out_features
     weight: Any = layer.weight
     rows, columns = weight.shape
-    return (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
+    return (rows, columns) if isinstance(layer, TRANSPOSED) else (columns, rows)
 
 
-def _in_own_precision(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+def in_own_precision(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """`fn` of `Module.to`, `.half()`, ... without its cast: the tensor follows to the device and stays exact."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,7 +47,11 @@ class LoraWeights(nn.Module):
 
     `lora_A` is `(n * r, in)` and `lora_B` `(sum of slice widths, r)`: the slices of a fused projection stacked, an A
     each (loralib's MergedLinear). Both are fp32 whatever the base's precision. A starts Kaiming-uniform, B zero.
+
+    A variant (`lora_hf/variants/`) is a subclass that multiplies other factors, or adds something else.
     """
+
+    start = ""  # what A and B started from, where their start was not nothing
 
     def __init__(
         self,
@@ -55,10 +61,13 @@ class LoraWeights(nn.Module):
         lora_alpha: float,
         lora_dropout: float = 0.0,
         device: torch.device | None = None,
+        use_rslora: bool = False,
     ) -> None:
         super().__init__()
         self.slices = list(slices)
         self.r = r
+        self.use_rslora = use_rslora
+        self.bias: nn.Parameter | None = None  # the projection's bias as this adapter trains it
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
         width = sum(stop - start for start, stop in slices)
@@ -68,15 +77,42 @@ class LoraWeights(nn.Module):
 
     @property
     def scaling(self) -> float:
-        return self.lora_alpha / self.r
+        """`lora_alpha / r`; rank-stabilised `lora_alpha / sqrt(r)` (rsLoRA, arXiv 2312.03732, theorem 3.2)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def plain(self) -> bool:
+        """Whether all it does is to add `scaling * B A` of its `factors`."""
+        return type(self).adapt is LoraWeights.adapt and self.bias is None
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The A and B that are multiplied, stacked as `lora_A` and `lora_B` are, of whatever rank."""
+        return self.lora_A, self.lora_B
+
+    def saved_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The A and B of a plain LoRA that equals this one, as a file holds them; `load_factors` takes them back."""
+        return self.lora_A, self.lora_B
+
+    def load_factors(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        self.lora_A.copy_(a)
+        self.lora_B.copy_(b)
+
+    def moved(self) -> bool:
+        """Whether training has changed B since the start."""
+        return bool(self.lora_B.any())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LoraWeights:
-        return super()._apply(_in_own_precision(fn), recurse)
+        return super()._apply(in_own_precision(fn), recurse)
 
     def forward(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """`(..., in)` to `(..., out)`: the base layer with this adapter beside it."""
+        """`(..., in)` to `(..., out)`: the base layer with this adapter beside it, and with its bias."""
+        y = self.adapt(base_layer, x)
+        return y if self.bias is None else y + (self.bias - base_layer.bias).to(y.dtype)  # type: ignore[operator]
+
+    def adapt(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """`forward` without the trained bias: what a variant changes."""
         dropout = self.lora_dropout if self.training else 0.0
-        low_rank = (self.lora_A, self.lora_B, self.scaling, self.slices)
+        low_rank = (*self.factors(), self.scaling, self.slices)
         weight: Any = base_layer.unpacked() if isinstance(base_layer, QuantisedLinear) else base_layer.weight
         if fits(x, weight, base_layer.bias):  # type: ignore[arg-type]
             weight = weight.T if isinstance(base_layer, Conv1D) else weight
@@ -84,13 +120,17 @@ class LoraWeights(nn.Module):
         dropped = nn.functional.dropout(x, dropout) if dropout else x
         return add_lora(base_layer(x), dropped, *low_rank)
 
-    def delta_weight(self, out_features: int) -> torch.Tensor:
-        """`scaling * B A` as an fp32 `(out, in)` matrix, zero outside the slices."""
-        delta = self.lora_A.new_zeros(out_features, self.lora_A.shape[1])
-        row = 0
+    def delta_weight(self, out_features: int, original: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+        """`scaling * B A` as an fp32 `(out, in)` matrix, zero outside the slices.
+
+        Args:
+            original: gives the base weight, fp32 `(out, in)`, to the variants whose change depends on it.
+        """
+        a, b = self.factors()
+        r, row = b.shape[1], 0
+        delta = a.new_zeros(out_features, a.shape[1])
         for index, (start, stop) in enumerate(self.slices):
-            block = self.lora_B[row : row + stop - start]
-            delta[start:stop] = block @ self.lora_A[index * self.r : (index + 1) * self.r] * self.scaling
+            delta[start:stop] = b[row : row + stop - start] @ a[index * r : (index + 1) * r] * self.scaling
             row += stop - start
         return delta
 
@@ -101,7 +141,7 @@ class LoraWeights(nn.Module):
 def stack_weights(weights: Sequence[LoraWeights | None], out_features: int, dtype: torch.dtype) -> Stack:
     """A and B of several adapters at one projection in one tensor each; None is an adapter that leaves it alone."""
     some = next(each for each in weights if each is not None)
-    rank = max(each.lora_A.shape[0] for each in weights if each is not None)
+    rank = max(each.factors()[0].shape[0] for each in weights if each is not None)
     rank += -rank % 8  # a grouped product wants rows of 16 bytes
     downs, ups = [], []
     for each in weights:
@@ -109,9 +149,10 @@ def stack_weights(weights: Sequence[LoraWeights | None], out_features: int, dtyp
             downs.append(some.lora_A.new_zeros(rank, some.lora_A.shape[1]))
             ups.append(some.lora_B.new_zeros(out_features, rank))
             continue
-        missing = rank - each.lora_A.shape[0]
-        up = block_placed(each.lora_B, tuple(each.slices), out_features) * each.scaling
-        downs.append(nn.functional.pad(each.lora_A, (0, 0, 0, missing)))
+        a, b = each.factors()
+        missing = rank - a.shape[0]
+        up = block_placed(b, tuple(each.slices), out_features) * each.scaling
+        downs.append(nn.functional.pad(a, (0, 0, 0, missing)))
         ups.append(nn.functional.pad(up, (0, missing)))
     down, up = torch.stack(downs).to(dtype), torch.stack(ups).to(dtype)
     return Stack(down.permute(2, 0, 1).contiguous(), up.mT.contiguous())
@@ -138,7 +179,7 @@ class LoraLinear(nn.Module):
     packed anew by `merge`, and `drift` says what that lost.
     """
 
-    base_layer: Any  # nn.Linear, Conv1D or QuantisedLinear
+    base_layer: Any  # nn.Linear, Conv1D, nn.Embedding or QuantisedLinear
     adapters: Any  # nn.ModuleDict of LoraWeights, by the adapter's name
 
     def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
@@ -151,6 +192,7 @@ class LoraLinear(nn.Module):
         self.unmerged_weight: torch.Tensor | None = None
         self.unmerged_packed: Packed | None = None
         self.drift: Drift | None = None
+        self.unmerged_bias: torch.Tensor | None = None
         self.in_features, self.out_features = features(base_layer)
 
     @property
@@ -165,13 +207,12 @@ class LoraLinear(nn.Module):
 
     @property
     def bias(self) -> torch.Tensor | None:
-        return self.base_layer.bias
+        return getattr(self.base_layer, "bias", None)
 
     @property
     def active(self) -> str | None:
         """The adapter that this thread runs here; None where it has none here, or runs a mixture."""
-        choice = self.switch.choice
-        return choice if isinstance(choice, str) and choice in self.adapters else None
+        return self.switch.active(self.adapters)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in)` to `(..., out)`, in the precision of the base layer.
@@ -194,13 +235,12 @@ class LoraLinear(nn.Module):
     def _mixed(self, x: torch.Tensor, mixture: Mixture) -> torch.Tensor:
         """Each row, or each token of rows without padding, under its own adapter."""
         y = self.base_layer(x)
-        if not any(name in self.adapters for name in mixture.names):
+        here = [self.adapters[name] for name in mixture.names if name in self.adapters]
+        if not here:
             return y
-        tokens = mixture.tokens
-        if tokens is not None and x.shape[:2] == (1, tokens.count):
-            segments, inputs, outputs = tokens, x[0], y[0]
-        else:
-            segments, inputs, outputs = mixture.segments(x.shape[0]), x, y
+        if not all(weights.plain for weights in here):
+            return mixture.apply(y, x, lambda name, rows, _: self.adapters[name](self.base_layer, rows), self.adapters)
+        inputs, outputs, segments = mixture.places(x, y)
         return add_grouped(outputs, inputs, self._stack(mixture, x.dtype), segments.order, segments.ends).view_as(y)
 
     def _stack(self, mixture: Mixture, dtype: torch.dtype) -> Stack:
@@ -214,7 +254,16 @@ class LoraLinear(nn.Module):
 
     def delta_weight(self, name: str) -> torch.Tensor:
         """What adapter `name` adds to the base weight: fp32 `(out, in)`, also where the base is stored `(in, out)`."""
-        return self.adapters[name].delta_weight(self.out_features)
+        return self.adapters[name].delta_weight(self.out_features, self.original_weight)
+
+    def original_weight(self) -> torch.Tensor:
+        """The base weight as it was before any merge: fp32 `(out, in)`."""
+        if self.unmerged_packed is not None:
+            return unpack(
+                self.unmerged_packed, self.base_layer.scheme, (self.out_features, self.in_features), torch.float32
+            )
+        weight = self.weight if self.unmerged_weight is None else self.unmerged_weight
+        return (weight.T if isinstance(self.base_layer, TRANSPOSED) else weight).detach().float()
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -232,7 +281,11 @@ class LoraLinear(nn.Module):
             self.drift = Drift.between(asked, self.weight, delta)
         else:
             self.unmerged_weight = weight.detach().clone()
-            weight.copy_(weight.float() + (delta.T if isinstance(self.base_layer, Conv1D) else delta))
+            weight.copy_(weight.float() + (delta.T if isinstance(self.base_layer, TRANSPOSED) else delta))
+        bias = self.adapters[self.active].bias
+        if bias is not None and self.bias is not None:
+            self.unmerged_bias = self.bias.detach().clone()
+            self.bias.copy_(bias)
         self.merged = self.active
 
     @torch.no_grad()
@@ -242,7 +295,9 @@ class LoraLinear(nn.Module):
             self.weight.copy_(self.unmerged_weight)
         if self.unmerged_packed is not None:
             self.base_layer.restore(self.unmerged_packed)
-        self.unmerged_weight = self.unmerged_packed = self.merged = self.drift = None
+        if self.unmerged_bias is not None:
+            self.base_layer.bias.copy_(self.unmerged_bias)
+        self.unmerged_weight = self.unmerged_packed = self.unmerged_bias = self.merged = self.drift = None
 
 
 class AdapterHead(nn.Module):
@@ -272,13 +327,12 @@ class AdapterHead(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> AdapterHead:
         self.base_head._apply(fn, recurse)
-        return super()._apply(_in_own_precision(fn), recurse)
+        return super()._apply(in_own_precision(fn), recurse)
 
     @property
     def active(self) -> str | None:
         """The adapter whose head this thread runs; None for the base's own, or in a mixture."""
-        choice = self.switch.choice
-        return choice if isinstance(choice, str) and choice in self.heads else None
+        return self.switch.active(self.heads)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the active head gives, floating-point inputs cast to its precision.

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from lora_hf.errors import AdapterError
 from lora_hf.injection import adapter_heads, check_known, lora_layers, set_adapter, switch_of
 from lora_hf.switch import Mixture
+from lora_hf.variants.biases import biased_modules
 
 
 @contextmanager
@@ -60,6 +61,9 @@ def unload_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     for layer in lora_layers(model).values():
         if name in layer.adapters:
             del layer.adapters[name]
+    for module in biased_modules(model).values():
+        if name in module.adapters:
+            del module.adapters[name]
     for head in adapter_heads(model).values():
         if name in head.heads:
             del head.heads[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +62,29 @@ class Mixture:
             self._segments[count] = segments_of(self._repeated(count), len(self.names))
         return self._segments[count]
 
+    def places(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Segments]:
+        """Input and output of a layer with the mixture's places in front: rows, or tokens of rows without padding."""
+        if self.tokens is not None and x.shape[:2] == (1, self.tokens.count):
+            return x[0], y[0], self.tokens
+        return x, y, self.segments(x.shape[0])
+
+    def apply(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        change: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor],
+        adapters: Container[str],
+    ) -> torch.Tensor:
+        """`y` with the places of each of `adapters` replaced by `change(name, x there, y there)`."""
+        inputs, outputs, segments = self.places(x, y)
+        changed, start = outputs.clone(), 0
+        for name, end in zip(self.names, segments.ends, strict=True):
+            if name in adapters and end > start:
+                there = slice(start, end) if segments.order is None else segments.order[start:end]
+                changed[there] = change(name, inputs[there], outputs[there])
+            start = end
+        return changed.view_as(y)
+
     def _repeated(self, count: int) -> torch.Tensor:
         times, rest = divmod(count, len(self))
         if rest or not times:
@@ -103,6 +126,11 @@ class Switch:
         """The mixture that this thread runs, if it runs one."""
         choice = self.choice
         return choice if isinstance(choice, Mixture) else None
+
+    def active(self, adapters: Container[str]) -> str | None:
+        """The one of `adapters` that this thread runs; None where it runs another, none or a mixture."""
+        choice = self.choice
+        return choice if isinstance(choice, str) and choice in adapters else None
 
     @contextmanager
     def own(self, choice: str | Mixture | None) -> Iterator[None]:

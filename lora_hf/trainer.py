@@ -23,6 +23,8 @@ from lora_hf.errors import TrainingError
 from lora_hf.injection import lora_layers
 from lora_hf.language_head import IGNORED, score_labels_only
 from lora_hf.padding_free import remove_padding
+from lora_hf.variants.embedding import EmbeddingWeights
+from lora_hf.variants.loraplus import quicken
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class RunTrainer(Trainer):
     """
 
     prompts: list[int] | None = None  # of the training rows: rows of one number come together
+    loraplus_lr_ratio: float | None = None  # how many times faster LoRA's B learns
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         if self.prompts is None:
@@ -98,6 +101,17 @@ def spare_work(model: PreTrainedModel, smoothing: float = 0.0) -> dict[str, Any]
 class AdapterTrainer(RunTrainer):
     """A trainer whose checkpoints hold the adapter instead of the model, and which loads them back strictly."""
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.loraplus_lr_ratio is not None:
+            layers = lora_layers(self.model if model is None else model)  # type: ignore[arg-type]
+            weights = [layer.adapters[layer.active] for layer in layers.values() if layer.active]
+            # B of an embedding is random from the start; it is A that begins at zero there.
+            factors = [place.lora_B for place in weights if not isinstance(place, EmbeddingWeights)]
+            quicken(optimizer, factors, self.loraplus_lr_ratio)
+        return optimizer
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or self.args.output_dir
         if self.args.should_save and folder:
@@ -150,7 +164,7 @@ class LogFile(TrainerCallback):
 
 
 class Guard(TrainerCallback):
-    """Stops a run that does not train: an empty optimiser, LoRA B still zero after a step, a loss that is no number."""
+    """Stops a run that does not train: an empty optimiser, LoRA B unmoved after a step, a loss that is no number."""
 
     def __init__(self, method: str) -> None:
         self.method = method
@@ -171,10 +185,10 @@ class Guard(TrainerCallback):
             return
         self.checked = True
         layers = lora_layers(kwargs["model"])
-        if not any(bool(layer.adapters[layer.active].lora_B.any()) for layer in layers.values() if layer.active):
+        if not any(layer.adapters[layer.active].moved() for layer in layers.values() if layer.active):
             raise TrainingError(
-                f"every LoRA B is still zero after step {state.global_step}: no gradient reaches the adapter, so the "
-                "run would change nothing. Is the adapter merged or disabled, or the loss detached from it?"
+                f"every LoRA B is still what it started as after step {state.global_step}: no gradient reaches the "
+                "adapter, so the run would change nothing. Is it merged or disabled, or the loss detached from it?"
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

@@ -34,8 +34,9 @@ from lora_hf.config import RunConfig
 from lora_hf.curves import draw_curves
 from lora_hf.encoding import encode
 from lora_hf.errors import ConfigError, TrainingError
-from lora_hf.injection import count_parameters, inject_at, inject_head, plan
+from lora_hf.injection import count_parameters, inject_at, inject_head
 from lora_hf.models import load_base, load_tokenizer
+from lora_hf.planning import plan
 from lora_hf.precision import resolve
 from lora_hf.records import (
     RECORD_FILE,
@@ -95,6 +96,8 @@ def train(config: RunConfig, resume: str | None = None, rows: Mapping[str, Datas
     task = get_task(config.task.name)
     if config.train.group_by_prompt and task.model_kind != "causal-lm":
         raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave it out")
+    if config.train.loraplus_lr_ratio is not None and config.train.method != "lora":
+        raise ConfigError(f"train.loraplus_lr_ratio: train.method={config.train.method} has no LoRA B; leave it out")
     folder, checkpoint = _run_folder(config, resume)
     set_seed(config.train.seed)
     rows = rows or task.load(config.task.data_dir, task.splits)
@@ -240,6 +243,7 @@ def _trainer(
         compute_metrics=lambda outcome: task.score(outcome.predictions, outcome.label_ids),
         preprocess_logits_for_metrics=completion_loss if generates else None,
     )
+    trainer.loraplus_lr_ratio = config.train.loraplus_lr_ratio
     if config.train.group_by_prompt:
         rows = encoded[task.train_split]
         trainer.prompts = number_prompts(rows["labels"], rows["input_ids"])

@@ -9,7 +9,6 @@ from lora_hf.architectures import ARCHITECTURES
 from lora_hf.config import ROLES, LoraConfig
 from lora_hf.errors import AdapterError, ConfigError, ModelError
 from lora_hf.injection import (
-    Site,
     count_parameters,
     eject,
     inject,
@@ -17,10 +16,10 @@ from lora_hf.injection import (
     lora_state_dict,
     mark_only_lora_as_trainable,
     merge,
-    plan,
     set_adapter,
 )
 from lora_hf.models import SHAPES as PUBLISHED
+from lora_hf.planning import Site, plan
 from tests.small import SHAPES, small_model, stir, token_ids
 
 
@@ -167,7 +166,7 @@ def test_a_path_adapts_what_has_no_role() -> None:
     [
         ("roberta", ("ffn_gate",), "roberta has no role 'ffn_gate'; it has: q, k, v, o, ffn_up, ffn_down"),
         ("roberta", ("encoder.layer.*.atention.self.query",), "did you mean 'encoder.layer.*.attention.self.query'"),
-        ("roberta", ("output.dense",), "no nn.Linear or Conv1D of this roberta matches 'output.dense'"),
+        ("roberta", ("output.dense",), "no nn.Linear, Conv1D or nn.Embedding of this roberta matches 'output.dense'"),
         ("gpt2", ("q", "h.*.attn.c_attn"), "both adapt transformer.h.0.attn.c_attn"),
     ],
 )

@@ -30,14 +30,14 @@ from lora_hf.injection import (
     lora_layers,
     merge,
     merge_drift,
-    plan,
-    projections,
     unmerge,
 )
 from lora_hf.layers import LoraLinear, LoraWeights
 from lora_hf.models import dequantise, load_base, quantise, quantised_layers
+from lora_hf.planning import plan, projections
 from lora_hf.quantised import QuantisedLinear, pack, unpack
 from lora_hf.saved import find_saved
+from lora_hf.switch import Switch
 from lora_hf.tasks.table import get_task
 from lora_hf.training import train
 from tests.small import small_model, stir, token_ids
@@ -109,10 +109,10 @@ def adapted(scheme: str, transposed: bool, slices: list[tuple[int, int]], bias: 
     nn.init.normal_(plain.weight)
     if bias:
         nn.init.normal_(plain.bias)
-    layer = LoraLinear(QuantisedLinear(plain.requires_grad_(False), scheme))
+    layer = LoraLinear(QuantisedLinear(plain.requires_grad_(False), scheme), Switch())
     layer.adapters["default"] = LoraWeights(10, slices, r=3, lora_alpha=5)
     nn.init.normal_(layer.adapters["default"].lora_B)
-    layer.active = "default"
+    layer.switch.shared = "default"
     return layer
 
 
@@ -224,7 +224,7 @@ def test_merging_another_adapter_takes_the_first_one_out(scheme: str) -> None:
     nn.init.normal_(layer.adapters["other"].lora_B)
     before = layer.weight
     layer.merge()
-    layer.active = "other"
+    layer.switch.shared = "other"
     layer.merge()
     expected = pack(before + layer.delta_weight("other").detach(), scheme)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in layer.base_layer.packed().items())

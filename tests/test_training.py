@@ -35,8 +35,9 @@ def few_rows() -> dict[str, Any]:
     return {"train": rows["train"].select(range(ROWS)), "validation": rows["validation"].select(range(100))}
 
 
-def config(folder: Path, name: str = "run", **train: Any) -> RunConfig:
+def config(folder: Path, name: str = "run", lora: dict[str, Any] | None = None, **train: Any) -> RunConfig:
     sections = load_config("rule_sentiment.yaml", ["model.precision=fp32"]).to_dict()
+    sections["lora"] |= lora or {}
     sections["train"] |= {"epochs": 2, "batch_size": 16, **train}
     sections["output"] |= {"dir": str(folder), "name": name}
     return RunConfig.from_dict(sections)
@@ -113,10 +114,18 @@ def test_the_other_methods_take_the_same_way(
     assert scores["validation"]["accuracy"] == pytest.approx(run.record.metrics["validation"]["accuracy"], abs=apart)
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"lora": {"init_lora_weights": "pissa_niter_4", "r": 4}, "loraplus_lr_ratio": 4},
+        {"lora": {"use_dora": True, "use_rslora": True, "layers": [-1], "bias": "all"}},
+    ],
+)
 def test_a_resumed_run_ends_as_the_uninterrupted_one(
-    tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    variant: dict[str, Any], tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(config(tmp_path / "whole"), rows=few_rows)
+    whole = train(config(tmp_path / "whole", **variant), rows=few_rows)
 
     def die(self: AdapterTrainer, *_: Any) -> None:
         self.control.should_training_stop = True
@@ -129,14 +138,16 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
         lambda self, *rest, **named: die(self) if self.state.epoch > 1.5 else evaluations(self, *rest, **named),
     )
     with pytest.raises(KeyboardInterrupt):
-        train(config(tmp_path / "cut"), rows=few_rows)
+        train(config(tmp_path / "cut", **variant), rows=few_rows)
     monkeypatch.undo()
     assert not (tmp_path / "cut" / "run" / "record.json").exists()
-    resumed = train(config(tmp_path / "cut"), resume="auto", rows=few_rows)
+    resumed = train(config(tmp_path / "cut", **variant), resume="auto", rows=few_rows)
     assert resumed.folder == tmp_path / "cut" / "run"
     uninterrupted, continued = weights(whole), weights(resumed)
     assert all(torch.equal(uninterrupted[key], continued[key]) for key in uninterrupted)
     assert resumed.record.metrics == whole.record.metrics
+    scores = evaluate(Predictor.load(find_saved(whole.weights)), {"validation": few_rows["validation"]})
+    assert scores == whole.record.metrics, "and is loaded as it was trained"
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path: Path, few_rows: dict[str, Any]) -> None:
@@ -199,7 +210,7 @@ def test_an_adapter_that_no_gradient_reaches_stops_the_run(
     # A merged adapter is out of the forward pass: its B stays zero for ever, while the head learns and all looks well.
     monkeypatch.setattr(training, "inject_at", lambda *rest: merge(injected(*rest)))
     with pytest.raises(
-        TrainingError, match=r"every LoRA B is still zero after step 2: no gradient reaches the adapter"
+        TrainingError, match=r"every LoRA B is still what it started as after step 2: no gradient reaches the adapter"
     ):
         train(config(tmp_path), rows=few_rows)
 

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from lora_hf.config import LoraConfig
-from lora_hf.injection import plan, projections
+from lora_hf.planning import plan, projections
 from lora_hf.tasks.generation import IGNORED
 
 SHAPES = ((768, 768), (768, 3072))  # (in, out): the projections of roberta-base and gpt2

@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_hf.benchmark.sides import Build, Setup
 from lora_hf.config import LoraConfig
-from lora_hf.injection import head_paths, plan, projections
 from lora_hf.layers import features
+from lora_hf.planning import head_paths, plan, projections
 
 
 def _peft_default(setup: Setup) -> Trainer:

@@ -22,8 +22,9 @@ from transformers import (
 
 from lora_hf.benchmark.work import Work
 from lora_hf.config import RunConfig
-from lora_hf.injection import head_paths, inject, inject_head
+from lora_hf.injection import inject, inject_head
 from lora_hf.models import load_base, load_tokenizer
+from lora_hf.planning import head_paths
 from lora_hf.precision import Precision
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task

@@ -73,7 +73,7 @@ def _from_loralib(options: argparse.Namespace) -> dict[str, Any]:
     from lora_hf.adapters import save_adapter
     from lora_hf.convert.checkpoint import read_loralib
     from lora_hf.convert.loralib import load_loralib, num_labels
-    from lora_hf.injection import head_paths
+    from lora_hf.planning import head_paths
 
     width = num_labels(read_loralib(options.file))
     model = _base(options.model, options.task, width)

@@ -26,13 +26,12 @@ from lora_hf.injection import (
     adapter_names,
     add_weights,
     check_new_name,
-    head_paths,
     inject_head,
     lora_layers,
-    projections,
     set_adapter,
 )
 from lora_hf.layers import AdapterHead, LoraLinear, LoraWeights, features
+from lora_hf.planning import head_paths, projections
 
 
 @dataclass(frozen=True)

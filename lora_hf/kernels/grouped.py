@@ -38,7 +38,7 @@ def add_grouped(
         ends: n numbers: how many places come before the end of each adapter.
     """
     inner, stop = x.shape[1:-1].numel(), ends[-1]
-    adapted = x[:stop] if order is None else x.index_select(0, order[:stop])
+    adapted = x[:stop] if order is None else x.index_select(0, order[:stop].to(x.device))
     rows = adapted.reshape(stop * inner, x.shape[-1])
     added = _low_rank(rows, stack, [end * inner for end in ends]).view(stop, *base_output.shape[1:])
     if order is not None:

@@ -24,6 +24,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "records", "architectures", "names", "folders"),
     ("kernels", "metrics", "tiny", "offline", "precision", "curves", "switch", "markdown", "quantised"),
     ("layers", "tasks", "adapter_file"),
+    ("variants",),
+    ("planning", "places"),
     (
         "injection",
         "padding_free",

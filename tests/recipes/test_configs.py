@@ -18,7 +18,7 @@ from lora_hf.errors import ConfigError
 from lora_hf.tasks.table import task_names
 
 REPO = Path(__file__).parents[2]
-TARGETS = "q, k, v, o, ffn_up, ffn_gate, ffn_down, attention, ffn, all, or a module path with dots"
+TARGETS = "q, k, v, o, ffn_up, ffn_gate, ffn_down, attention, ffn, all, embeddings, or a module path with dots"
 SCHEDULES = "linear, cosine, constant, constant_with_warmup"
 RECIPES = sorted((REPO / "configs").glob("*.yaml"))
 GLUE_RECIPES = sorted((REPO / "configs").glob("glue_*.yaml"))
@@ -282,7 +282,7 @@ def test_all_problems_are_told_in_one_message(broken: Path) -> None:
     assert problem(broken).splitlines() == [
         f"{broken}: 5 problems",
         "  modl: unknown section (did you mean 'model'?); expected model, task, lora, train, generate, output",
-        "  lora.rank: unknown key",
+        "  lora.rank: unknown key (did you mean 'rank_pattern'?)",
         f"  lora.targets: expected some of {TARGETS}, found 'vv' (did you mean 'v'?)",
         "  train.lr: expected a number > 0, found -1",
         f"  train.schedule: expected one of {SCHEDULES}, found 'liner' (did you mean 'linear'?)",

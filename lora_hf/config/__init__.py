@@ -9,8 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
-import math
-import types
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from lora_hf.config.values import Section, bounded, build_section, kind_of
 from lora_hf.errors import ConfigError, did_you_mean
 
 ROLES = ("q", "k", "v", "o", "ffn_up", "ffn_gate", "ffn_down")
@@ -27,21 +27,27 @@ PRESETS = {
     "ffn": ("ffn_up", "ffn_gate", "ffn_down"),
     "all": ROLES,
 }
-RECIPE_FOLDERS = (Path("configs"), Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs")
-
-
-def _value(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
-    """A field with its range: `low <= value <= high`, and `value > above`."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
+INITS = ("default", "gaussian", "pissa", "olora")
+RECIPE_FOLDERS = (Path("configs"), Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs")
 
 
 def _target_problem(targets: tuple[str, ...]) -> str:
-    words = (*ROLES, *PRESETS)
+    words = (*ROLES, *PRESETS, "embeddings")
     unknown = [target for target in targets if target not in words and "." not in target]
     if targets and not unknown:
         return ""
     found = ", ".join(repr(target) + did_you_mean(target, words) for target in unknown) or "nothing"
     return f"expected some of {', '.join(words)}, or a module path with dots, found {found}"
+
+
+def _pattern_problem(patterns: dict[str, Any]) -> str:
+    return _target_problem(tuple(patterns)) if patterns else ""
+
+
+def _init_problem(init: str) -> str:
+    if init in INITS or re.fullmatch(r"pissa_niter_[1-9]\d*", init):
+        return ""
+    return f"expected one of {', '.join(INITS)}, pissa_niter_[n], found {init!r}{did_you_mean(init, INITS)}"
 
 
 OURS = {
@@ -88,24 +94,8 @@ def _training_argument_names() -> tuple[str, ...]:
     )
 
 
-class _Section:
-    """Checks its own values when built, so that a config made in Python is held to the same rules as a file."""
-
-    def __post_init__(self) -> None:
-        kinds = typing.get_type_hints(type(self))
-        problems = []
-        for entry in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, problem = _checked(getattr(self, entry.name), kinds[entry.name], entry.metadata)
-            if problem:
-                problems.append(f"{entry.name}: {problem}")
-            else:
-                object.__setattr__(self, entry.name, value)
-        if problems:
-            raise ConfigError("; ".join(problems))
-
-
 @dataclass(frozen=True)
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The base model: `name` is a hub id, a local folder, or an embedded base (`tiny-roberta`, `tiny-gpt2`)."""
 
     name: str = "FacebookAI/roberta-base"
@@ -116,54 +106,64 @@ class ModelConfig(_Section):
     quantised: Literal["int8", "nf4"] | None = (
         None  # how its projections are held; computed in `precision` all the same
     )
-    dropout: float | None = _value(None, low=0, high=0.99)  # of the base, all kinds of it; without: the model's own
+    dropout: float | None = bounded(None, low=0, high=0.99)  # of the base, all kinds of it; without: the model's own
 
 
 @dataclass(frozen=True)
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """The data: `data_dir` is a local folder, else `$LORA_HF_DATA_DIR`, else the hub."""
 
     name: str = "sst2"
     data_dir: str | None = None
-    max_length: int = _value(512, low=4)
+    max_length: int = bounded(512, low=4)
 
 
 @dataclass(frozen=True)
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """What to adapt and how strongly: `delta_weight = (lora_alpha / r) * lora_B @ lora_A`.
 
     Source: LoRA, arXiv 2106.09685, section 4.1.
 
-    `targets` holds roles (`q k v o ffn_up ffn_gate ffn_down`), presets (`attention ffn all`), or, for what has no
-    role, anchored module paths in which `*` stands for one segment (`encoder.layer.*.output.dense`).
+    `targets` holds roles (`q k v o ffn_up ffn_gate ffn_down`), presets (`attention ffn all`), `embeddings` (of the
+    tokens; in no preset), or, for what has no role, anchored module paths in which `*` stands for one segment
+    (`encoder.layer.*.output.dense`). The keys of `rank_pattern` and `alpha_pattern` are such words too; the first that
+    fits a place gives its number there.
     """
 
-    r: int = _value(8, low=1)
-    lora_alpha: float = _value(8, above=0)
-    lora_dropout: float = _value(0.0, low=0, high=0.99)
+    r: int = bounded(8, low=1)
+    lora_alpha: float = bounded(8, above=0)
+    lora_dropout: float = bounded(0.0, low=0, high=0.99)
     targets: tuple[str, ...] = field(default=("q", "v"), metadata={"check": _target_problem})
+    layers: tuple[int, ...] | None = None  # of the model, -1 is the last; without: all
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"check": _pattern_problem, "low": 1})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"check": _pattern_problem, "above": 0})
+    use_rslora: bool = False  # scaling = lora_alpha / sqrt(r): arXiv 2312.03732
+    use_dora: bool = False  # magnitude and direction apart: arXiv 2402.09353
+    bias: Literal["none", "all", "lora_only"] = "none"  # of the base, which to train beside
+    init_lora_weights: str = field(default="default", metadata={"check": _init_problem})
 
 
 @dataclass(frozen=True)
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The fine-tuning. `method: head` trains the task head alone, `full` everything: what LoRA is compared with."""
 
     method: Literal["lora", "full", "head"] = "lora"
-    epochs: float = _value(3.0, above=0)
-    max_steps: int | None = _value(None, low=1)  # overrides epochs
-    batch_size: int = _value(16, low=1)
-    eval_batch_size: int = _value(64, low=1)
-    gradient_accumulation: int = _value(1, low=1)
-    lr: float = _value(5e-4, above=0)
-    weight_decay: float = _value(0.0, low=0)
-    warmup_ratio: float = _value(0.06, low=0, high=1)
-    warmup_steps: int | None = _value(None, low=0)  # overrides warmup_ratio
+    epochs: float = bounded(3.0, above=0)
+    max_steps: int | None = bounded(None, low=1)  # overrides epochs
+    batch_size: int = bounded(16, low=1)
+    eval_batch_size: int = bounded(64, low=1)
+    gradient_accumulation: int = bounded(1, low=1)
+    lr: float = bounded(5e-4, above=0)
+    loraplus_lr_ratio: float | None = bounded(None, above=0)  # of lr, for LoRA's B: arXiv 2402.12354
+    weight_decay: float = bounded(0.0, low=0)
+    warmup_ratio: float = bounded(0.06, low=0, high=1)
+    warmup_steps: int | None = bounded(None, low=0)  # overrides warmup_ratio
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    max_grad_norm: float = _value(1.0, low=0)  # 0: gradients are not clipped
-    label_smoothing: float = _value(0.0, low=0, high=1)
+    max_grad_norm: float = bounded(1.0, low=0)  # 0: gradients are not clipped
+    label_smoothing: float = bounded(0.0, low=0, high=1)
     group_by_prompt: bool = False  # generation: rows of one input together in a batch, where it is encoded once
-    seed: int = _value(0, low=0)
-    patience: int | None = _value(None, low=1)  # evaluations without a better score before the run stops early
+    seed: int = bounded(0, low=0)
+    patience: int | None = bounded(None, low=1)  # evaluations without a better score before the run stops early
     start_from: str | None = None  # an adapter whose LoRA weights (not its head) the run starts from
     hf: dict[str, Any] = field(
         default_factory=dict, metadata={"check": _hf_problem}
@@ -171,23 +171,23 @@ class TrainConfig(_Section):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(_Section):
+class GenerateConfig(Section):
     """The decoding: greedy with `num_beams: 1`, beam search above it, sampling with `do_sample: true`."""
 
-    num_beams: int = _value(1, low=1)
-    length_penalty: float = _value(1.0, low=-10, high=10)  # a beam's score is its log-probability / length ** this
-    no_repeat_ngram_size: int = _value(0, low=0)  # 0: n-grams may repeat
-    max_new_tokens: int = _value(64, low=1)
+    num_beams: int = bounded(1, low=1)
+    length_penalty: float = bounded(1.0, low=-10, high=10)  # a beam's score is its log-probability / length ** this
+    no_repeat_ngram_size: int = bounded(0, low=0)  # 0: n-grams may repeat
+    max_new_tokens: int = bounded(64, low=1)
     do_sample: bool = False
-    temperature: float = _value(1.0, above=0)
-    top_p: float = _value(1.0, above=0, high=1)
-    top_k: int = _value(0, low=0)  # 0: all tokens
-    seed: int = _value(0, low=0)
-    batch_size: int = _value(16, low=1)
+    temperature: float = bounded(1.0, above=0)
+    top_p: float = bounded(1.0, above=0, high=1)
+    top_k: int = bounded(0, low=0)  # 0: all tokens
+    seed: int = bounded(0, low=0)
+    batch_size: int = bounded(16, low=1)
 
 
 @dataclass(frozen=True)
-class OutputConfig(_Section):
+class OutputConfig(Section):
     """Where the run folder goes: `<dir>/<name>`; without a name, one is made of task, model, method and time."""
 
     dir: str = "outputs"
@@ -216,7 +216,9 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML and JSON; `from_dict` of it gives an equal config."""
         plain = dataclasses.asdict(self)
-        plain["lora"]["targets"] = list(self.lora.targets)
+        for key in ("targets", "layers"):
+            value = plain["lora"][key]
+            plain["lora"][key] = list(value) if value is not None else None
         return plain
 
     @classmethod
@@ -232,7 +234,7 @@ class RunConfig:
             if name not in kinds:
                 problems.append(f"{name}: unknown section{did_you_mean(str(name), kinds)}; expected {', '.join(kinds)}")
                 continue
-            built[name], found = _build(kinds[name], values if values is not None else {})
+            built[name], found = build_section(kinds[name], values if values is not None else {})
             problems += [f"{name}.{problem}" for problem in found]
         if problems:
             count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -255,7 +257,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not a readable YAML file: {error}") from error
     if not isinstance(sections, dict):
-        raise ConfigError(f"{path}: expected sections such as 'model:' and 'task:', found {_kind_of(sections)}")
+        raise ConfigError(f"{path}: expected sections such as 'model:' and 'task:', found {kind_of(sections)}")
     for override in overrides:
         _apply(override, sections)
     return RunConfig.from_dict(sections, source=str(path))
@@ -288,93 +290,7 @@ def _apply(override: str, sections: dict[str, Any]) -> None:
     for step in steps[:-1]:
         if not isinstance(level.get(step), dict):
             if level.get(step) is not None:
-                raise ConfigError(f"{override!r}: {step} holds {_kind_of(level[step])}, not further keys")
+                raise ConfigError(f"{override!r}: {step} holds {kind_of(level[step])}, not further keys")
             level[step] = {}
         level = level[step]
     level[steps[-1]] = value
-
-
-def _build(kind: type, values: Any) -> tuple[Any, list[str]]:
-    """One section from its mapping, with the problems found; the section is None where there are any."""
-    if not isinstance(values, dict):
-        return None, [f"*: expected keys and values, found {_kind_of(values)}"]
-    known = {entry.name: entry for entry in dataclasses.fields(kind)}
-    kinds = typing.get_type_hints(kind)
-    problems = []
-    for key, value in values.items():
-        if key not in known:
-            problems.append(f"{key}: unknown key{did_you_mean(str(key), known)}")
-            continue
-        _, problem = _checked(value, kinds[key], known[key].metadata)
-        if problem:
-            problems.append(f"{key}: {problem}")
-    return (None if problems else kind(**values)), problems
-
-
-def _checked(value: Any, kind: Any, rules: typing.Mapping[str, Any]) -> tuple[Any, str]:
-    """The value in its field's type, and what is wrong with it (an empty string where nothing is)."""
-    value, problem = _typed(value, kind, rules)
-    if not problem and "check" in rules:
-        problem = rules["check"](value)
-    return value, problem
-
-
-def _typed(value: Any, kind: Any, bounds: typing.Mapping[str, Any]) -> tuple[Any, str]:
-    # `Literal[...] | None` is a Union of typing, `str | None` one of types.
-    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
-    options = typing.get_args(kind) if union else (kind,)
-    if value is None and types.NoneType in options:
-        return None, ""
-    kind = next(option for option in options if option is not types.NoneType)
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        words = typing.get_args(kind)
-        near = did_you_mean(str(value), words)
-        return value, "" if value in words else f"expected one of {', '.join(words)}, found {value!r}{near}"
-    if origin is tuple:
-        value = [value] if isinstance(value, str) else value
-        good = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-        return (tuple(value), "") if good else (value, f"expected a word or a list of words, found {_kind_of(value)}")
-    if origin is dict:
-        good = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        return value, "" if good else f"expected keys and values, found {_kind_of(value)}"
-    if kind is float:
-        return _number(_as_float(value), value, "a number", bounds)
-    if kind is int:
-        whole = value if isinstance(value, int) and not isinstance(value, bool) else None
-        return _number(whole, value, "a whole number", bounds)
-    expected = {str: "text", bool: "true or false"}[kind]
-    return value, "" if isinstance(value, kind) else f"expected {expected}, found {_kind_of(value)}"
-
-
-def _as_float(value: Any) -> float | None:
-    # PyYAML reads 5e-4 as text (YAML 1.1 wants 5.0e-4), and everybody writes 5e-4.
-    try:
-        return None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _number(number: Any, value: Any, noun: str, bounds: typing.Mapping[str, Any]) -> tuple[Any, str]:
-    low, high, above = bounds.get("low"), bounds.get("high"), bounds.get("above")
-    wanted = noun
-    if above is not None:
-        wanted += f" > {above}"
-    if low is not None:
-        wanted += f" >= {low}"
-    if high is not None:
-        wanted += f" and <= {high}"
-    if number is None:
-        return value, f"expected {wanted}, found {_kind_of(value)}"
-    inside = (
-        math.isfinite(number)
-        and (low is None or number >= low)
-        and (high is None or number <= high)
-        and (above is None or number > above)
-    )
-    return number, "" if inside else f"expected {wanted}, found {value}"
-
-
-def _kind_of(value: Any) -> str:
-    words = {dict: "keys and values", list: "a list", type(None): "nothing", bool: f"{str(value).lower()}"}
-    return words.get(type(value), repr(value))
