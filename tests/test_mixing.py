@@ -260,3 +260,54 @@ def test_a_mixture_knows_its_rows() -> None:
     assert segments.order is not None
     assert segments.order.tolist() == [0, 3, 2, 1]
     assert segments.ends == (2, 3)
+
+
+VARIANTS = {
+    "dora": LoraConfig(r=2, targets=("all",), use_dora=True),
+    "pissa": LoraConfig(r=2, lora_alpha=2, targets=("q", "v"), init_lora_weights="pissa", use_rslora=True),
+    "biased": LoraConfig(r=3, targets=("o", "ffn_up"), bias="lora_only"),
+    "plain": LoraConfig(r=4, targets=("all",), rank_pattern={"ffn_down": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", ["roberta", "gpt2"])
+@pytest.mark.parametrize("padding", [True, False])
+def test_variants_mix_with_plain_adapters(kind: str, padding: bool) -> None:
+    model, inputs = small_model(kind, 3), batch()
+    for name, lora in VARIANTS.items():
+        inject(model, lora, name)
+    stir(model)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "magnitude" in key or key.endswith("adapters.biased.bias"):
+                parameter.add_(0.1)
+    if not padding:
+        remove_padding(model)
+    rows = ["biased", "dora", None, "pissa", "plain"]
+    with torch.inference_mode():
+        with mix_adapters(model, rows):
+            mixed = model(**inputs).logits
+        for row, name in enumerate(rows):
+            expected = alone(model, inputs, row, name)
+            torch.testing.assert_close(mixed[row], expected, atol=tolerances.MIXED_FP32, rtol=0)
+            bare = alone(model, inputs, row, None)
+            assert name is None or (bare - expected).abs().max() > 10 * tolerances.MIXED_FP32
+
+
+def test_biases_of_all_modules_mix_too() -> None:
+    model, inputs = small_model("bert", 3), batch()
+    for name in ("x", "y"):
+        inject(model, LoraConfig(r=2, targets=("q",), bias="all"), name)
+    with torch.no_grad():
+        for number, (key, parameter) in enumerate(model.named_parameters()):
+            if ".adapters." in key and key.endswith(".bias"):
+                parameter.add_(0.05 * (number % 7 - 3))
+    remove_padding(model)
+    rows = ["y", "x", None, "x", "y"]
+    with torch.inference_mode():
+        with mix_adapters(model, rows):
+            mixed = model(**inputs).logits
+        alones = [alone(model, inputs, row, name) for row, name in enumerate(rows)]
+        unload_adapter(model, "x")
+        assert alone(model, inputs, 0, "y").equal(alones[0])
+    torch.testing.assert_close(mixed, torch.stack(alones), atol=tolerances.MIXED_FP32, rtol=0)
