@@ -16,7 +16,7 @@ from typing import Any
 from lora_hf.errors import DataError
 from lora_hf.markdown import minutes, percent, table
 from lora_hf.records import RunRecord, ScoreRecord
-from lora_hf.speed_tables import answering, profiles, speed, speed_machines, switching
+from lora_hf.speed_tables import answering, answers_in, profiles, quantised, speed, speed_machines, switching
 
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -128,6 +128,21 @@ def _link(run: RunRecord) -> str:
     return f"[{minutes(run.timings['total'])}](results/e2e/lora.json)"
 
 
+def _grouping(results: Path) -> str:
+    rows = [
+        [
+            "rows of a prompt together"
+            if record.config["train"]["group_by_prompt"]
+            else "rows of like length together",
+            f"{record.metrics['validation']['perplexity']:.3f}",
+            f"{record.throughput['samples']:.1f}",
+            f"[{minutes(record.timings['train'])}](results/grouping/{file.name})",
+        ]
+        for file, record in _runs(results / "grouping")
+    ]
+    return table(["batches", "dev perplexity", "examples/s", "training (record)"], rows)
+
+
 def _evidence(results: Path) -> dict[str, Any]:
     return _json(results / "tiny-bases.json")
 
@@ -182,6 +197,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "profiles": profiles,
     "answering": answering,
     "switching": switching,
+    "grouping": _grouping,
+    "quantised": quantised,
+    "answers-in": answers_in,
     "tiny-bases": _bases,
     "tiny-fills": _fills,
     "tiny-continuations": _continuations,

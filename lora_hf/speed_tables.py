@@ -86,6 +86,44 @@ def switching(results: Path) -> str:
     return table(["model (record)", "a switch, microseconds"], rows)
 
 
+def quantised(results: Path) -> str:
+    """How the base is held: its size, the speed and memory of training, and the score."""
+    rows = []
+    for file, record in _records(results / "quantised"):
+        for form, measured in record["speed"].items():
+            quality = record["quality"][form]
+            merged = quality["merged"]
+            rows.append(
+                [
+                    f"[{form}](results/quantised/{file.name})",
+                    f"{measured['base_bytes'] / 1e6:,.0f}",
+                    _spread(measured["examples_per_second"], 1),
+                    f"{(measured['memory']['above_base'] or 0) / 1e6:,.0f}",
+                    percent(quality["metrics"]["accuracy"]),
+                    percent(merged["metrics"]["accuracy"]) if merged else "-",
+                    percent(merged["drift"]["of_delta"]) if merged else "-",
+                ]
+            )
+    head = ["base held in (record)", "base, MB", "examples/s", "memory above base, MB", "accuracy, %"]
+    return table([*head, "merged, %", "rounded away of the delta, %"], rows)
+
+
+def answers_in(results: Path) -> str:
+    """One trained adapter, answering in several precisions."""
+    rows = []
+    for file, record in _records(results / "quantised"):
+        for precision, measured in record["inference"]["precisions"].items():
+            rows.append(
+                [
+                    f"[{precision}](results/quantised/{file.name})",
+                    percent(measured["metrics"]["accuracy"]),
+                    percent(measured["logits_moved"]),
+                    f"{measured['examples_per_second']:,.0f}",
+                ]
+            )
+    return table(["answers in (record)", "accuracy, %", "logits moved by, %", "examples/s"], rows)
+
+
 def _records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     files = sorted(folder.glob("*.json"))
     if not files:

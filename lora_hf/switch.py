@@ -66,7 +66,10 @@ class Mixture:
         """Input and output of a layer with the mixture's places in front: rows, or tokens of rows without padding."""
         if self.tokens is not None and x.shape[:2] == (1, self.tokens.count):
             return x[0], y[0], self.tokens
-        return x, y, self.segments(x.shape[0])
+        if self.tokens is not None and len(x) == 1:
+            # BERT's pooler, given the first of all tokens: what it makes of it is thrown away, and made anew by row.
+            return x, y, Segments(1, None, (0,) * len(self.names))
+        return x, y, self.segments(len(x))
 
     def apply(
         self,
