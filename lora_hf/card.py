@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_hf.adapter_file import About
 from lora_hf.config import RunConfig
+from lora_hf.markdown import table
 from lora_hf.names import EMBEDDED, HUB_IDS, base_name, is_local
 from lora_hf.records import RunRecord, ScoreRecord
 from lora_hf.tasks.base import Task
@@ -141,7 +142,7 @@ def _results(facts: Facts, record: RunRecord) -> str:
         majority = record.majority.get(split, {}).get(metric) if subset == "all" else None
         where = split if subset == "all" else f"{split}, {subset}"
         rows.append((where, metric, f"{value:.4f}", "" if majority is None else f"{majority:.4f}"))
-    parts = [_table(("split", "metric", "value", "always one answer"), rows)]
+    parts = [table(("split", "metric", "value", "always one answer"), rows, words=2)]
     best = record.best
     chosen = f", of the checkpoint at step {best['step']}, chosen by {best['metric']}" if "step" in best else ""
     parts.append(f"One run, seed {record.seed}{chosen}.")
@@ -167,7 +168,7 @@ def _recipe(run: RunConfig) -> str:
         for key, value in settings.items()
         if key.startswith(_RECIPE) and value not in (None, {}, "")
     ]
-    return f"{_table(('setting', 'value'), rows)}\n\n`config.yaml` in this repository holds all of it."
+    return f"{table(('setting', 'value'), rows, words=2)}\n\n`config.yaml` in this repository holds all of it."
 
 
 def _parameters(record: RunRecord) -> str:
@@ -184,11 +185,6 @@ def _versions(record: RunRecord) -> str:
     commit = record.git.get("commit")
     changed = " and changes since" if record.git.get("changed") else ""
     return f"{known}{f'; lora_hf at commit `{commit[:12]}`{changed}' if commit else ''}."
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
 def _usage(repo_id: str, facts: Facts) -> str:

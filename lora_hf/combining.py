@@ -23,6 +23,7 @@ from lora_hf.layers import LoraLinear, LoraWeights
 from lora_hf.loading import load_saved
 from lora_hf.records import COMBINE_FILE, CombineRecord, git_state, machine, versions
 from lora_hf.saved import Saved, config_of, find_saved
+from lora_hf.variants.biases import lone_biases
 from lora_hf.variants.peft_form import factor_names, to_peft
 
 Method = Literal["linear", "svd", "ties", "dare"]
@@ -94,7 +95,7 @@ def combine_adapters(
 
     Raises:
         AdapterError: no adapter of a name; `name` is taken; `ties` on adapters that do not adapt the same columns;
-            `linear` or `svd` on a variant whose delta is not `scaling * B A`. The model is unchanged then.
+            `linear` or `svd` on a variant whose delta is not `scaling * B A`; trained biases. Then the model is as it was.
         ConfigError: an argument that makes no sense, or a rank above the smaller side of a projection.
     """
     _check(model, weights, name, method, rank, density)
@@ -308,9 +309,19 @@ def _check(
             raise AdapterError(f"no adapter {adapter!r} on this model{near}; it has: {', '.join(known) or 'none'}")
         if not math.isfinite(weight):
             raise ConfigError(f"weight of {adapter}: expected a number, found {weight}")
+        if any(bias is not None for bias in _biases(model, adapter)):
+            raise AdapterError(
+                f"adapter {adapter!r} trains biases, which are no delta that could be summed; combine adapters of "
+                "lora.bias=none"
+            )
     check_new_name(model, name)
     if adapter_heads(model) and abs(sum(weights.values())) < 1e-6:
         raise ConfigError(f"weights: their sum is {sum(weights.values()):g}; heads are averaged over it, choose others")
+
+
+def _biases(model: PreTrainedModel, name: str) -> list[nn.Parameter | None]:
+    beside = [layer.adapters[name].bias for layer in lora_layers(model).values() if name in layer.adapters]
+    return [*beside, *lone_biases(model, name, "").values()]
 
 
 def _check_method(count: int, method: str, rank: int | None, density: float | None) -> None:

@@ -16,7 +16,7 @@ from lora_hf.errors import AdapterError
 from lora_hf.folders import new_folder
 from lora_hf.injection import adapter_heads, eject, merge
 from lora_hf.loading import load_saved
-from lora_hf.models import DTYPES, load_base
+from lora_hf.models import DTYPES, dequantise, load_base
 from lora_hf.records import MERGE_FILE, MergeRecord, folder_size, git_state, machine, versions
 from lora_hf.saved import Saved, config_of
 from lora_hf.tasks.base import Task
@@ -40,7 +40,8 @@ PROBE_ROWS, PROBE_LENGTH, PROBE_SEED = 8, 32, 0  # rows of each kind, tokens of 
 def merge_adapter(saved: Saved, output: Path, dtype: Dtype = "fp32", overwrite: bool = False) -> MergeRecord:
     """Writes the model with its adapter merged to `output`: weights, config, tokenizer, and the record of the merge.
 
-    The base is read in fp32 whatever the run computed in, the adapter added in fp32, the sum rounded once to `dtype`. A
+    The base is read in fp32 whatever the run computed in (a quantised one as it was packed, and unpacked for good), the
+    adapter added in fp32, the sum rounded once to `dtype`. A
     probe (token ids drawn from a fixed seed and, where the task comes with the package, rows of it) goes through the
     adapter beside its base and through the written folder, read again; both compute in fp32, so that what they differ
     by is what merging did to the weights.
@@ -60,14 +61,14 @@ def merge_adapter(saved: Saved, output: Path, dtype: Dtype = "fp32", overwrite: 
         model, tokenizer = load_saved(saved, "fp32")
         drawn, rows = draw_probe(model, tokenizer), real_rows(saved.task, tokenizer, saved.max_length)
         before = logits(model, [*drawn, *rows])
-        merged = plain_model(model).to(DTYPES[dtype])  # type: ignore[arg-type]
+        merged = plain_model(dequantise(model)).to(DTYPES[dtype])  # type: ignore[arg-type]
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         written = time.perf_counter()
         again = load_base(ModelConfig(name=str(folder), precision="fp32"), saved.task).eval()
         after = logits(again.to(model.device), [*drawn, *rows])  # type: ignore[arg-type]
         drift = _drift(before, after, dtype, output)
-        config = config_of(replace(saved, model=replace(saved.model, precision=dtype)))
+        config = config_of(replace(saved, model=replace(saved.model, precision=dtype, quantised=None)))
         record = MergeRecord(
             task=saved.task.name,
             base=saved.model.name,

@@ -312,3 +312,12 @@ def test_folders_that_do_not_belong_together_are_refused(saved: Path) -> None:
     (saved / "binary" / "config.json").write_text("{}")
     with pytest.raises(AdapterError, match="a whole model"):
         combine_saved([(saved / "binary", 0.5)], saved / "out")
+
+
+def test_trained_biases_are_not_dropped_in_silence() -> None:
+    model = small_model("roberta", 2)
+    inject(model, LoraConfig(r=2, bias="lora_only"), "biased")
+    inject(model, LoraConfig(r=2), "plain")
+    with pytest.raises(AdapterError, match="'biased' trains biases"):
+        combine_adapters(model, {"plain": 1.0, "biased": 1.0})
+    combine_adapters(model, {"plain": 1.0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,20 @@ def test_a_merged_model_is_not_merged_again_nor_over_anything(classifier: Path, 
     (tmp_path / "merged" / MERGE_FILE).write_text(json.dumps({"task": "sst2"}))
     with pytest.raises(DataError, match="not a record of a merge: expected the keys"):
         find_saved(tmp_path / "merged")
+
+
+def test_what_was_trained_on_a_packed_base_is_merged_into_its_unpacked_weights(tmp_path: Path) -> None:
+    packed = ModelConfig(name="tiny-roberta", precision="fp32", quantised="int8")
+    model = load_base(packed, get_task("rule-sentiment")).eval()
+    inject(model, LoraConfig(r=4, targets=("q", "v")))
+    stir(model)
+    save_adapter(model, tmp_path / "adapter", task="rule-sentiment")
+    record = merge_adapter(replace(find_saved(tmp_path / "adapter"), model=packed), tmp_path / "merged")
+    expected, found = (
+        each(token_ids()).logits.detach()
+        for each in (model, AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged"))
+    )
+    plain = load_adapter(load_base(replace(packed, quantised=None), get_task("rule-sentiment")), tmp_path / "adapter")
+    assert float((found - expected).abs().max()) <= MERGE_FP32 * max(1.0, float(expected.abs().max()))
+    assert not torch.allclose(plain.eval()(token_ids()).logits, expected, atol=10 * MERGE_FP32), "packing rounds"
+    assert record.config["model"]["quantised"] is None
