@@ -95,7 +95,7 @@ def combine_adapters(
 
     Raises:
         AdapterError: no adapter of a name; `name` is taken; `ties` on adapters that do not adapt the same columns;
-            `linear` or `svd` on a variant whose delta is not `scaling * B A`; trained biases. Then the model is as it was.
+            `linear` or `svd` on a variant that adds more than `scaling * B A`; trained biases. Nothing is added then.
         ConfigError: an argument that makes no sense, or a rank above the smaller side of a projection.
     """
     _check(model, weights, name, method, rank, density)
