@@ -58,6 +58,8 @@ def _speak_on_standard_error() -> None:
     """Our own messages on standard error; the libraries speak up only where something is wrong."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
     logging.getLogger("lora_hf").setLevel(logging.INFO)
+    # On import it regrets a kernel for inference that is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Read when torch is loaded. Threads that spin for long while they wait take the core from the one that is late:
     # beside a busy program a step takes twice as long. Threads that sleep at once are woken too late for the next
