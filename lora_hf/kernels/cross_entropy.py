@@ -48,18 +48,16 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             target = targets[part, None]
-            logits = linear(hidden[part], weight).float()
-            mean = logits.mean(1) if smoothing else 0.0
-            chosen = logits.gather(1, target)[:, 0]
-            sums = logits.logsumexp(1)
-            nll[part] = sums - chosen
-            losses[part] = sums - (1 - smoothing) * chosen - smoothing * mean
+            # One kernel, whose passes over a row stay in the cache.
+            log_p = linear(hidden[part], weight).log_softmax(1, dtype=torch.float32)
+            nll[part] = -log_p.gather(1, target)[:, 0]
+            losses[part] = (1 - smoothing) * nll[part] - (smoothing * log_p.mean(1) if smoothing else 0.0)
             if gradient is not None:
                 # d loss / d z = softmax(z) - (1 - s) onehot - s / vocabulary
-                slope = logits.sub_(sums[:, None]).exp_()
+                slope = log_p.exp_()
                 if smoothing:
-                    slope -= smoothing / logits.shape[1]
-                slope.scatter_add_(1, target, torch.full_like(chosen, smoothing - 1)[:, None])
+                    slope -= smoothing / log_p.shape[1]
+                slope.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=slope.dtype))
                 gradient[part] = slope.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(nll)
