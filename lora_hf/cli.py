@@ -10,7 +10,9 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from lora_hf.commands import (
     benchmark,
@@ -35,6 +37,12 @@ def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int
     words = list(sys.argv[1:] if arguments is None else arguments)
     parsed = _parser(verb).parse_args(words if verb is None else [verb, *words])
     _speak_on_standard_error()
+    if machine_is_busy():
+        # Read when torch is loaded. Threads that spin for long while they wait for each other, as is their default,
+        # take the core from the one that is late: beside a busy program a step takes nearly twice as long. Alone on
+        # the machine a short spin costs a third, because threads that sleep are woken too late for the next kernel.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         parsed.run(parsed)
     except UserError as error:
@@ -54,6 +62,19 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def machine_is_busy(samples: int = 3) -> bool:
+    """Whether other programs keep more than a quarter of the cores at work; False where the system does not tell."""
+    running = []
+    for _ in range(samples):
+        try:
+            words = Path("/proc/loadavg").read_text(encoding="ascii").split()
+            running.append(int(words[3].partition("/")[0]) - 1)  # without this very program
+        except (OSError, ValueError, IndexError):
+            return False
+        time.sleep(0.005)
+    return sorted(running)[samples // 2] > (os.cpu_count() or 1) / 4
+
+
 def _speak_on_standard_error() -> None:
     """Our own messages on standard error; the libraries speak up only where something is wrong."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
@@ -61,9 +82,4 @@ def _speak_on_standard_error() -> None:
     # On import it regrets a kernel for inference that is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Read when torch is loaded. Threads that spin for long while they wait take the core from the one that is late:
-    # beside a busy program a step takes twice as long. Threads that sleep at once are woken too late for the next
-    # kernel: alone on the machine it takes a third longer. A short spin has little of either.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -198,5 +198,5 @@ def _prompts(encoded: Any) -> list[int]:
 def machine_in_use() -> dict[str, Any]:
     """The machine, with what decides how its cores are used."""
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    threads = {"threads": torch.get_num_threads(), "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
+    threads = {"threads": torch.get_num_threads(), "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default")}
     return machine() | threads | gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lora_hf import cli
 from lora_hf.records import RunRecord
 
 REPO = Path(__file__).parents[2]
@@ -135,3 +137,14 @@ def test_a_real_task_trains_from_the_command_line(data_dir: Path, tmp_path: Path
     assert last_json(scored)["metrics"] == result["metrics"]
     hidden = run("eval", "--adapter", result["weights"], "--split", "test", "--data-dir", data_dir, code=2)
     assert "labels are hidden" in hidden.stderr
+
+
+def test_a_busy_machine_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = tmp_path / "loadavg"
+    monkeypatch.setattr(cli, "Path", lambda _: loads)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for text, busy in (("0.1 0.2 0.3 3/200 77\n", True), ("9.9 9.9 9.9 2/200 77\n", False), ("nonsense", False)):
+        loads.write_text(text, encoding="ascii")
+        assert cli.machine_is_busy() == busy
+    loads.unlink()
+    assert not cli.machine_is_busy()
