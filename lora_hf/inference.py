@@ -150,11 +150,12 @@ def answer_rows(
     """The logits of each row in order, from batches of rows of like length; with `adapters` each row's own."""
     order: list[int] = np.argsort([-len(row["input_ids"]) for row in inputs], kind="stable").tolist()
     answers: list[Any] = [None] * len(order)
+    stacks: dict[Any, Any] = {}
     with torch.inference_mode():
         for start in progress(range(0, len(order), batch_size)):
             chosen = order[start : start + batch_size]
             batch = tokenizer.pad([inputs[row] for row in chosen], return_tensors="pt").to(model.device)
-            with mix_adapters(model, [adapters[row] for row in chosen]) if adapters else nullcontext():
+            with mix_adapters(model, [adapters[row] for row in chosen], stacks) if adapters else nullcontext():
                 logits = model(**batch).logits
             for row, values in zip(chosen, logits.float().cpu().numpy(), strict=True):
                 answers[row] = values

@@ -245,11 +245,12 @@ class LoraLinear(nn.Module):
 
     def _stack(self, mixture: Mixture, dtype: torch.dtype) -> Stack:
         """The weights of the mixture's adapters; outside training they are stacked once for all of its forwards."""
-        stack = mixture.stacks.get(id(self))
+        key = (id(self), mixture.names, dtype)
+        stack = mixture.stacks.get(key)
         if stack is None or torch.is_grad_enabled():
             here = dict(self.adapters.items())
             stack = stack_weights([here.get(name) for name in mixture.names], self.out_features, dtype)
-            mixture.stacks[id(self)] = stack
+            mixture.stacks[key] = stack
         return stack
 
     def delta_weight(self, name: str) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -27,12 +28,19 @@ def use_adapter(model: PreTrainedModel, name: str | None) -> Iterator[PreTrained
 
 
 @contextmanager
-def mix_adapters(model: PreTrainedModel, rows: Sequence[str | None]) -> Iterator[PreTrainedModel]:
+def mix_adapters(
+    model: PreTrainedModel, rows: Sequence[str | None], stacks: dict[Any, Any] | None = None
+) -> Iterator[PreTrainedModel]:
     """Inside, this thread runs each row of a batch under its own adapter: `rows` names them, None is the bare base.
 
     Forward passes and `generate` (greedy, beams, sampling) take a batch of `len(rows)` rows. Logits of a classifier are
     `(rows, most labels)`, -inf behind the last label of a row whose adapter has fewer. Weights must not change inside,
     unless gradients are taken.
+
+    Args:
+        rows: the adapter of each row.
+        stacks: a dict, empty at first, that keeps what is made of the adapters' weights from one mixture to the next;
+            with a new one wherever a weight has changed since.
 
     Raises:
         AdapterError: no rows, an adapter that the model does not have, or one that is merged into the base.
@@ -42,7 +50,7 @@ def mix_adapters(model: PreTrainedModel, rows: Sequence[str | None]) -> Iterator
         raise AdapterError("a mixture needs a name for each row of the batch, found no rows")
     for name in dict.fromkeys(rows):
         check_known(switch, name)
-    with switch.own(Mixture(rows)):
+    with switch.own(Mixture(rows, stacks)):
         yield model
 
 
