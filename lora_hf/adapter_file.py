@@ -93,7 +93,8 @@ def inspect_adapter(folder: str | Path) -> tuple[dict[str, Any], About]:
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            there = ", ".join(sorted(file.name for file in folder.iterdir())) if folder.is_dir() else "no such folder"
+            names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else ["no such folder"]
+            there = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise AdapterError(f"{folder}: not an adapter folder: expected {name}, found {there or 'nothing'}")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
