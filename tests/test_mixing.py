@@ -14,6 +14,7 @@ from lora_hf import load_adapter, mix_adapters, save_adapter, set_adapter, unloa
 from lora_hf.config import LoraConfig
 from lora_hf.errors import AdapterError
 from lora_hf.injection import adapter_names, inject, merge
+from lora_hf.kernels import grouped
 from lora_hf.padding_free import remove_padding
 from lora_hf.switch import Mixture
 from tests import tolerances
@@ -122,6 +123,16 @@ def test_texts_of_a_mixed_batch_are_those_of_each_adapter_alone(kind: str, decod
         texts.add(tuple(text[0].tolist()))
         assert torch.equal(mixed[row * times : (row + 1) * times, 7:], text[:, 7:])
     assert len(texts) == 5
+
+
+def test_a_torch_without_grouped_products_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = adapted("gpt2", 3), batch()
+    found = []
+    for has in (True, False):
+        monkeypatch.setattr(grouped, "_has_grouped", lambda *_, has=has: has)
+        with torch.inference_mode(), mix_adapters(model, NAMES):
+            found.append(model(**inputs).logits)
+    torch.testing.assert_close(found[1], found[0], atol=tolerances.MIXED_FP32, rtol=0)
 
 
 def test_half_precision_takes_the_wide_product() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,8 +56,8 @@ def _low_rank(rows: torch.Tensor, stack: Stack, ends: list[int]) -> torch.Tensor
     width, adapters, r = stack.lora_A.shape
     # torch's grouped product is a loop on the CPU, and the fastest way in fp32. In half precision products so narrow
     # are slow, and one wide product of which each row keeps its own columns takes two thirds of the time.
-    grouped = rows.dtype == (torch.bfloat16 if rows.is_cuda else torch.float32)
-    if grouped and not torch.is_grad_enabled():
+    preferred = rows.dtype == (torch.bfloat16 if rows.is_cuda else torch.float32)
+    if preferred and not torch.is_grad_enabled() and _has_grouped(rows.dtype, rows.device.type):
         offsets = torch.tensor(ends, dtype=torch.int32, device=rows.device)
         projected = grouped_mm(rows, stack.lora_A.transpose(0, 1), offs=offsets)
         return grouped_mm(projected, stack.lora_B, offs=offsets)
@@ -65,3 +66,14 @@ def _low_rank(rows: torch.Tensor, stack: Stack, ends: list[int]) -> torch.Tensor
     others = own[:, None] != torch.arange(adapters, device=rows.device).repeat_interleave(r)
     projected = (rows @ stack.lora_A.reshape(width, adapters * r)).masked_fill(others, 0)
     return projected @ stack.lora_B.reshape(adapters * r, -1)
+
+
+@functools.cache
+def _has_grouped(dtype: torch.dtype, device: str) -> bool:
+    """Whether this torch multiplies groups in this precision: what it promises is bf16 on a GPU alone."""
+    try:
+        rows = torch.zeros(16, 16, dtype=dtype, device=device)
+        grouped_mm(rows, rows[None], offs=torch.tensor([16], dtype=torch.int32, device=device))
+    except (RuntimeError, ValueError):
+        return False
+    return True
