@@ -85,7 +85,10 @@ class _Layout:
 def _before(base: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     parameters = _parameters(type(base))
     named = dict(zip(parameters, inputs, strict=False)) | named
-    layout = _layout(base, named)
+    mixture = _mixture(base)
+    layout = _layout(base, named, mixture)
+    if mixture is not None:
+        mixture.tokens = None if layout is None else _token_segments(mixture, layout)
     if layout is None:
         return (), named
     named["position_ids"] = layout.take(_positions(base, named))
@@ -103,6 +106,9 @@ def _after(base: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: An
     layout: _Layout | None = named.get("layout")
     if layout is None:
         return output
+    mixture = _mixture(base)
+    if mixture is not None:
+        mixture.tokens = None
     padded = layout.put_back(output[0])
     if isinstance(output, tuple):
         return (padded, *output[1:])
@@ -118,7 +124,7 @@ def _parameters(kind: type) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
-def _layout(base: PreTrainedModel, named: dict[str, Any]) -> _Layout | None:
+def _layout(base: PreTrainedModel, named: dict[str, Any], mixture: Mixture | None = None) -> _Layout | None:
     """The layout of a batch; None without a mask, in generation, and where attentions or all states are asked for."""
     mask = named.get("attention_mask")
     special = ("past_key_values", "encoder_hidden_states", "output_attentions", "output_hidden_states")
@@ -129,7 +135,6 @@ def _layout(base: PreTrainedModel, named: dict[str, Any]) -> _Layout | None:
         return None
     places = mask.flatten().nonzero()[:, 0]
     taken, copies, sees = places, None, None
-    mixture = _mixture(base)
     trees = _trees(base, named, places, lengths) if mixture is None else None
     if mixture is not None:
         lengths, taken, copies = _by_adapter(mixture, places, lengths)
@@ -140,8 +145,6 @@ def _layout(base: PreTrainedModel, named: dict[str, Any]) -> _Layout | None:
     if filling:
         lengths, taken = [*lengths, filling], torch.cat([taken, taken[:1].expand(filling)])
         sees = None if sees is None else [*sees, None]
-    if mixture is not None:
-        mixture.tokens = _token_segments(mixture, lengths, len(mask))
     return _Layout(mask.shape, places, taken, copies, Rows(lengths, mask.device, sees))
 
 
@@ -164,9 +167,9 @@ def _by_adapter(
     return [lengths[row] for row in order.tolist()], places[chosen], copies
 
 
-def _token_segments(mixture: Mixture, lengths: list[int], rows: int) -> Segments:
+def _token_segments(mixture: Mixture, layout: _Layout) -> Segments:
     """The segments of the tokens of rows that stand in the order of their adapters; what fills up is the base's."""
-    ends, edges = mixture.segments(rows).ends, [0, *accumulate(lengths)]
+    ends, edges = mixture.segments(layout.shape[0]).ends, [0, *accumulate(layout.rows.lengths)]
     return Segments(edges[-1], None, tuple(edges[end] for end in ends))
 
 

@@ -125,6 +125,20 @@ def test_texts_of_a_mixed_batch_are_those_of_each_adapter_alone(kind: str, decod
     assert len(texts) == 5
 
 
+def test_a_row_alone_is_adapted_in_generation_after_a_forward_without_padding() -> None:
+    model, inputs = adapted("gpt2"), {key: value[:1] for key, value in batch().items()}
+    remove_padding(model)
+    options = {"max_new_tokens": 6, "pad_token_id": 1, "do_sample": False}
+    texts = []
+    for name in ("a", None):
+        set_adapter(model, name)
+        texts.append(model.generate(**inputs, **options))
+    with torch.inference_mode(), mix_adapters(model, ["a"]):
+        model(**inputs)
+        assert torch.equal(model.generate(**inputs, **options), texts[0])
+    assert not torch.equal(texts[0], texts[1])
+
+
 def test_a_torch_without_grouped_products_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = adapted("gpt2", 3), batch()
     found = []

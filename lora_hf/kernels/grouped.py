@@ -41,11 +41,12 @@ def add_grouped(
     inner, stop = x.shape[1:-1].numel(), ends[-1]
     if not stop:
         return base_output
-    adapted = x[:stop] if order is None else x.index_select(0, order[:stop].to(x.device))
+    there = None if order is None else order[:stop].to(x.device)
+    adapted = x[:stop] if there is None else x.index_select(0, there)
     rows = adapted.reshape(stop * inner, x.shape[-1])
     added = _low_rank(rows, stack, [end * inner for end in ends]).view(stop, *base_output.shape[1:])
-    if order is not None:
-        return base_output.index_add(0, order[:stop].to(x.device), added)
+    if there is not None:
+        return base_output.index_add(0, there, added)
     if stop == len(x):
         return base_output + added
     return torch.cat([base_output[:stop] + added, base_output[stop:]])
