@@ -243,9 +243,7 @@ def adapter_heads(model: nn.Module) -> dict[str, AdapterHead]:
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters on the model, in the order they came."""
-    places = [layer.adapters for layer in lora_layers(model).values()]
-    places += [head.heads for head in adapter_heads(model).values()]
-    return list(dict.fromkeys(name for place in places for name in place))
+    return list(dict.fromkeys(name for place, _ in adapter_places(model) for name in place))
 
 
 def check_new_name(model: nn.Module, name: str) -> None:
@@ -274,7 +272,7 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     places = [*lora_layers(model).values(), *biased_modules(model).values()]
     weights = [place.adapters[place.active] for place in places if place.active]
     heads = [head.heads[head.active] for head in adapter_heads(model).values() if head.active]
-    idle = [place[name] for place, active in _places(model) for name in place if name != active]
+    idle = [place[name] for place, active in adapter_places(model) for name in place if name != active]
     total = _count(model)
     return ParameterCounts(
         total=total - sum(map(_count, idle)),
@@ -291,7 +289,8 @@ def _count(module: nn.Module) -> int:
     )
 
 
-def _places(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, str | None]]:
+def adapter_places(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, str | None]]:
+    """Everything that holds adapters by their names, and which of them is active there."""
     for place in [*lora_layers(model).values(), *biased_modules(model).values()]:
         yield place.adapters, place.active
     for head in adapter_heads(model).values():
@@ -311,7 +310,11 @@ def _lora_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
     if bias == "lora_only":
         chosen |= {layer.bias for layer in layers.values() if layer.active and layer.bias is not None}
     idle = {
-        value for place, active in _places(model) for key in place if key != active for value in place[key].parameters()
+        value
+        for place, active in adapter_places(model)
+        for key in place
+        if key != active
+        for value in place[key].parameters()
     }
     return {
         name: parameter

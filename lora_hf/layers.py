@@ -171,7 +171,26 @@ class Drift:
         return cls(*(lost / max(float(whole.norm()), torch.finfo(torch.float32).tiny) for whole in (asked, delta)))
 
 
-class LoraLinear(nn.Module):
+class Adapted(nn.Module):
+    """A frozen module, `base_layer`, and what each adapter adds to it; which one is active, `switch` says."""
+
+    base_layer: Any
+    adapters: Any  # nn.ModuleDict, by the adapter's name
+
+    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+        super().__init__()
+        self.training = base_layer.training
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.switch = switch
+
+    @property
+    def active(self) -> str | None:
+        """The adapter that this thread runs here; None where it has none here, or runs a mixture."""
+        return self.switch.active(self.adapters)
+
+
+class LoraLinear(Adapted):
     """`y = base_layer(x) + (lora_alpha / r) * dropout(x) A^T B^T` with the A and B of the active adapter.
 
     Which one is active, `switch` says, for all layers of a model at once; without one it is the base layer. `train()`
@@ -183,11 +202,7 @@ class LoraLinear(nn.Module):
     adapters: Any  # nn.ModuleDict of LoraWeights, by the adapter's name
 
     def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
-        super().__init__()
-        self.training = base_layer.training
-        self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
-        self.switch = switch
+        super().__init__(base_layer, switch)
         self.merged: str | None = None
         self.unmerged_weight: torch.Tensor | None = None
         self.unmerged_packed: Packed | None = None
@@ -208,11 +223,6 @@ class LoraLinear(nn.Module):
     @property
     def bias(self) -> torch.Tensor | None:
         return getattr(self.base_layer, "bias", None)
-
-    @property
-    def active(self) -> str | None:
-        """The adapter that this thread runs here; None where it has none here, or runs a mixture."""
-        return self.switch.active(self.adapters)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in)` to `(..., out)`, in the precision of the base layer.

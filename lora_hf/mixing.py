@@ -9,9 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lora_hf.errors import AdapterError
-from lora_hf.injection import adapter_heads, check_known, lora_layers, set_adapter, switch_of
+from lora_hf.injection import adapter_places, check_known, set_adapter, switch_of
 from lora_hf.switch import Mixture
-from lora_hf.variants.biases import biased_modules
 
 
 @contextmanager
@@ -66,15 +65,9 @@ def unload_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     check_known(switch, name)
     if switch.shared == name or switch.merged:
         set_adapter(model, None if switch.shared == name else switch.shared)
-    for layer in lora_layers(model).values():
-        if name in layer.adapters:
-            del layer.adapters[name]
-    for module in biased_modules(model).values():
-        if name in module.adapters:
-            del module.adapters[name]
-    for head in adapter_heads(model).values():
-        if name in head.heads:
-            del head.heads[name]
+    for place, _ in adapter_places(model):
+        if name in place:
+            del place[name]
     switch.labels.pop(name, None)
     del switch.names[name]
     return model

@@ -10,14 +10,13 @@ other projections and norms, outside the task head, which is trained whole: `Bia
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.errors import AdapterError, ModelError
-from lora_hf.layers import AdapterHead, LoraLinear, in_own_precision
+from lora_hf.layers import Adapted, AdapterHead, LoraLinear, in_own_precision
 from lora_hf.switch import Switch
 
 AFFINE = (nn.Linear, Conv1D, nn.LayerNorm)  # their bias is added to the output last
@@ -34,23 +33,8 @@ class Bias(nn.Module):
         return super()._apply(in_own_precision(fn), recurse)
 
 
-class BiasedModule(nn.Module):
-    """A module with a trained bias per adapter; without an active adapter it is the module itself."""
-
-    base_layer: Any
-    adapters: Any  # nn.ModuleDict of Bias, by the adapter's name
-
-    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
-        super().__init__()
-        self.training = base_layer.training
-        self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
-        self.switch = switch
-
-    @property
-    def active(self) -> str | None:
-        """The adapter that this thread runs here; None where it has no bias here, or runs a mixture."""
-        return self.switch.active(self.adapters)
+class BiasedModule(Adapted):
+    """A module with a trained `Bias` per adapter; without an active adapter it is the module itself."""
 
     @property
     def weight(self) -> torch.Tensor:
