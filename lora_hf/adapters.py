@@ -39,7 +39,7 @@ from lora_hf.variants.biases import add_biases, check_no_bias_alone, free_biases
 from lora_hf.variants.dora import DoraWeights
 from lora_hf.variants.embedding import is_base
 from lora_hf.variants.peft_form import blocks, factor_names, from_peft, shapes, to_peft
-from lora_hf.variants.table import initialise
+from lora_hf.variants.table import Variant, initialise
 
 PREFIX = "base_model.model."  # what PEFT puts before every path
 
@@ -118,22 +118,14 @@ def load_adapter(
     places = _check(model, file, heads, own_head)
     alone = _free_biases(model, file, places)
     start, doubled = start_of(file)
-    use_rslora, use_dora = bool(file.config.get("use_rslora")), bool(file.config.get("use_dora"))
+    config = file.config
+    biased = config.get("bias", "none") != "none"
+    variant = Variant(bool(config.get("use_rslora")), bool(config.get("use_dora")), start, biased)
+    dropout = config.get("lora_dropout", 0.0)
     for place in places:
-        alpha = place.lora_alpha / (math.sqrt(place.times) if use_rslora else place.times)
-        weights = add_weights(
-            model,
-            place.path,
-            name,
-            place.slices,
-            place.r // place.times,
-            alpha,
-            file.config.get("lora_dropout", 0.0),
-            use_rslora,
-            use_dora,
-            start,
-            file.config.get("bias", "none") != "none",
-        )
+        alpha = place.lora_alpha / (math.sqrt(place.times) if variant.use_rslora else place.times)
+        rank = place.r // place.times
+        weights = add_weights(model, place.path, name, place.slices, rank, alpha, dropout, variant)
         layer: Any = model.get_submodule(place.path)
         if start and not doubled:
             initialise(weights, layer, start)

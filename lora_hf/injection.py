@@ -30,7 +30,7 @@ from lora_hf.variants.biases import (
 )
 from lora_hf.variants.embedding import check_not_tied
 from lora_hf.variants.patterns import numbers_of
-from lora_hf.variants.table import initialise, new_weights
+from lora_hf.variants.table import PLAIN, Variant, initialise, new_weights
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +70,9 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
     check_new_name(model, name)
     check_no_bias_alone(model, numbers)
     biases = free_biases(model, numbers, head_paths(model)) if lora.bias == "all" else {}
-    variant = (lora.use_rslora, lora.use_dora, start, lora.bias != "none")
+    variant = Variant(lora.use_rslora, lora.use_dora, start, lora.bias != "none")
     for path, (columns, r, alpha) in numbers.items():
-        weights = add_weights(model, path, name, columns, r, alpha, lora.lora_dropout, *variant)
+        weights = add_weights(model, path, name, columns, r, alpha, lora.lora_dropout, variant)
         initialise(weights, model.get_submodule(path), lora.init_lora_weights)  # type: ignore[arg-type]
     add_biases(model, biases, name, switch_of(model))
     return inject_head(model, name)
@@ -110,17 +110,14 @@ def add_weights(
     r: int,
     lora_alpha: float,
     lora_dropout: float = 0.0,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    start: str = "",
-    bias: bool = False,
+    variant: Variant = PLAIN,
 ) -> LoraWeights:
     """Puts fresh A and B of adapter `name` at one projection, which becomes a LoRA layer if it is not one yet."""
     module, switch = model.get_submodule(path), switch_of(model)
     if not isinstance(module, LoraLinear):
         model.set_submodule(path, module := LoraLinear(module, switch))
     switch.names.setdefault(name)
-    weights = new_weights(module, slices, r, lora_alpha, lora_dropout, use_rslora, use_dora, start, bias)
+    weights = new_weights(module, slices, r, lora_alpha, lora_dropout, variant)
     module.adapters[name] = weights.train(module.training)
     return weights
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -11,31 +13,41 @@ from lora_hf.variants.embedding import EmbeddingWeights
 from lora_hf.variants.started import StartedWeights
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What an adapter does beside plain LoRA, in PEFT's words.
+
+    `start` (`pissa`, `olora`) names a start that is still to be computed; `bias` trains a projection's bias, where there
+    is one.
+    """
+
+    use_rslora: bool = False
+    use_dora: bool = False
+    start: str = ""
+    bias: bool = False
+
+
+PLAIN = Variant()
+
+
 def new_weights(
     layer: LoraLinear,
     slices: list[tuple[int, int]],
     r: int,
     lora_alpha: float,
     lora_dropout: float = 0.0,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    start: str = "",
-    bias: bool = False,
+    variant: Variant = PLAIN,
 ) -> LoraWeights:
-    """Fresh A and B for one projection; `start` (`pissa`, `olora`) names a start that is still to be computed.
-
-    Args:
-        bias: whether the adapter trains the projection's bias, where there is one.
-    """
-    plain = (layer.in_features, slices, r, lora_alpha, lora_dropout, layer.device, use_rslora)
+    """Fresh A and B for one projection."""
+    plain = (layer.in_features, slices, r, lora_alpha, lora_dropout, layer.device, variant.use_rslora)
     if isinstance(layer.base_layer, nn.Embedding):
-        weights = EmbeddingWeights(layer, r, lora_alpha, use_rslora)
-    elif use_dora:
-        weights = DoraWeights(layer.original_weight(), slices, r, lora_alpha, lora_dropout, use_rslora)
+        weights = EmbeddingWeights(layer, r, lora_alpha, variant.use_rslora)
+    elif variant.use_dora:
+        weights = DoraWeights(layer.original_weight(), slices, r, lora_alpha, lora_dropout, variant.use_rslora)
     else:
-        weights = StartedWeights(start, *plain) if start else LoraWeights(*plain)
+        weights = StartedWeights(variant.start, *plain) if variant.start else LoraWeights(*plain)
     own = layer.bias if layer.unmerged_bias is None else layer.unmerged_bias
-    if bias and own is not None:
+    if variant.bias and own is not None:
         weights.bias = nn.Parameter(own.detach().float().clone())
     return weights
 
