@@ -17,8 +17,8 @@ from lora_hf.variants.started import StartedWeights
 class Variant:
     """What an adapter does beside plain LoRA, in PEFT's words.
 
-    `start` (`pissa`, `olora`) names a start that is still to be computed; `bias` trains a projection's bias, where there
-    is one.
+    `start` (`pissa`, `olora`) names a start that is still to be computed; `bias` trains a projection's bias,
+    where there is one.
     """
 
     use_rslora: bool = False
