@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,8 +21,10 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     set_seed,
 )
 from transformers import TrainingArguments as HFArguments
@@ -36,7 +38,7 @@ from lora_hf.encoding import encode
 from lora_hf.errors import ConfigError, TrainingError
 from lora_hf.injection import count_parameters, inject_at, inject_head
 from lora_hf.models import load_base, load_tokenizer
-from lora_hf.planning import plan
+from lora_hf.planning import Site, plan
 from lora_hf.precision import resolve
 from lora_hf.records import (
     RECORD_FILE,
@@ -80,12 +82,18 @@ class Run:
         return self.folder / ("model" if self.record.method == "full" else "adapter")
 
 
-def train(config: RunConfig, resume: str | None = None, rows: Mapping[str, Dataset] | None = None) -> Run:
+def train(
+    config: RunConfig,
+    resume: str | None = None,
+    rows: Mapping[str, Dataset] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Run:
     """Fine-tunes as the config says and writes the run folder.
 
     Args:
         resume: a checkpoint folder, or `auto`: the newest checkpoint of the newest unfinished run of this very config.
         rows: the task's splits, where they have been read already.
+        callbacks: of the Trainer, beside the run's own.
 
     Raises:
         UserError: whatever of the config, data, model or adapter cannot be used, before anything is trained.
@@ -102,24 +110,8 @@ def train(config: RunConfig, resume: str | None = None, rows: Mapping[str, Datas
     set_seed(config.train.seed)
     rows = rows or task.load(config.task.data_dir, task.splits)
     tokenizer = load_tokenizer(config.model)
-    model_config = config.model
-    if config.train.method == "full":
-        # All weights are masters here: they stay fp32, and autocast computes in the precision asked for.
-        model_config = replace(model_config, precision="fp32")
-    model = load_base(model_config, task, config.train.seed)
-    sites = []
-    if config.train.method == "lora":
-        sites = plan(model, config.lora)
-        if not sites:
-            raise TrainingError("lora.targets matched no module: nothing would be trained")
-        inject_at(model, sites, config.lora)
-        if config.train.start_from:
-            copy_lora_weights(model, read_adapter(config.train.start_from))
-    elif config.train.method == "head":
-        inject_head(model)
+    model, sites = prepare_model(config, task)
     counts = count_parameters(model)
-    if not counts.trainable:
-        raise TrainingError(f"train.method={config.train.method}: this model has no parameter that it would train")
     encoded: dict[str, Any] = {
         split: encode(task, part, tokenizer, config.task.max_length) for split, part in rows.items()
     }
@@ -129,7 +121,7 @@ def train(config: RunConfig, resume: str | None = None, rows: Mapping[str, Datas
         (folder / LOG_FILE).unlink(missing_ok=True)
     (folder / RUN_CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
     trainer = _trainer(config, task, model, tokenizer, encoded, arguments)
-    use_callbacks(trainer, Guard(config.train.method), LogFile(folder / LOG_FILE))
+    use_callbacks(trainer, Guard(config.train.method), LogFile(folder / LOG_FILE), *callbacks)
     record = RunRecord(
         task=task.name,
         method=config.train.method,
@@ -142,18 +134,12 @@ def train(config: RunConfig, resume: str | None = None, rows: Mapping[str, Datas
         rows={split: len(part) for split, part in rows.items()},
         versions=versions(),
         git=git_state(),
-        machine=machine(),
+        machine=machine() | {"threads": torch.get_num_threads()},
     )
     training = time.time()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     scoring = time.time()
-    for split in task.evaluation_splits:
-        answers = np.asarray(trainer.predict(encoded[split], metric_key_prefix=split).predictions)
-        if task.model_kind == "causal-lm":
-            record.metrics[split] = task.score(answers, ())
-            continue
-        _write_predictions(folder / f"predictions-{split}.jsonl", task, rows[split], answers)
-        _score(record, task, split, answers, rows)
+    _score_all(record, task, trainer, encoded, rows, folder)
     run = Run(folder, record)
     if config.train.method == "full":
         model.save_pretrained(run.weights)
@@ -180,6 +166,33 @@ def train(config: RunConfig, resume: str | None = None, rows: Mapping[str, Datas
     draw_curves(record, folder / "curves.png")
     record.save(folder)
     return run
+
+
+def prepare_model(config: RunConfig, task: Task) -> tuple[PreTrainedModel, list[Site]]:
+    """The base with what the run trains on it, drawn from the run's seed, and where its LoRA layers are.
+
+    Raises:
+        TrainingError: nothing would be trained.
+        UserError: the base cannot be loaded or adapted so.
+    """
+    model_config = config.model
+    if config.train.method == "full":
+        # All weights are masters here: they stay fp32, and autocast computes in the precision asked for.
+        model_config = replace(model_config, precision="fp32")
+    model = load_base(model_config, task, config.train.seed)
+    sites = []
+    if config.train.method == "lora":
+        sites = plan(model, config.lora)
+        if not sites:
+            raise TrainingError("lora.targets matched no module: nothing would be trained")
+        inject_at(model, sites, config.lora)
+        if config.train.start_from:
+            copy_lora_weights(model, read_adapter(config.train.start_from))
+    elif config.train.method == "head":
+        inject_head(model)
+    if not count_parameters(model).trainable:
+        raise TrainingError(f"train.method={config.train.method}: this model has no parameter that it would train")
+    return model, sites
 
 
 def _arguments(config: RunConfig, task: Task, folder: Path, of_model: dict[str, Any]) -> HFArguments:
@@ -313,6 +326,24 @@ def _score(record: RunRecord, task: Task, split: str, logits: np.ndarray, rows: 
         )
     for warning in record.warnings:
         logger.warning(warning)
+
+
+def _score_all(
+    record: RunRecord,
+    task: Task,
+    trainer: Trainer,
+    encoded: Mapping[str, Any],
+    rows: Mapping[str, Dataset],
+    folder: Path,
+) -> None:
+    """Scores the trained model on each evaluation split, and keeps a classifier's answers beside the record."""
+    for split in task.evaluation_splits:
+        answers = np.asarray(trainer.predict(encoded[split], metric_key_prefix=split).predictions)
+        if task.model_kind == "causal-lm":
+            record.metrics[split] = task.score(answers, ())
+            continue
+        _write_predictions(folder / f"predictions-{split}.jsonl", task, rows[split], answers)
+        _score(record, task, split, answers, rows)
 
 
 def _write_predictions(path: Path, task: Task, rows: Dataset, logits: np.ndarray) -> None:
