@@ -39,6 +39,8 @@ def score_labels_only(model: PreTrainedModel, smoothing: float = 0.0) -> bool:
         smoothing: of the training loss (`kernels.cross_entropy.token_losses`); an evaluation's loss is the plain nll.
     """
     head = model.get_output_embeddings()
+    if getattr(model.forward, "func", None) is _forward:
+        return True
     if model.config.model_type not in ("gpt2", "llama") or not isinstance(head, nn.Linear):
         return False
     if head.bias is not None or head.weight.requires_grad:
@@ -56,6 +58,7 @@ def _forward(
     num_items_in_batch: torch.Tensor | int | None = None,
     **named: Any,
 ) -> Any:
+    """`num_items_in_batch`: what the sum of losses is divided by, one number or one for each row."""
     if labels is None:
         return plain(*inputs, **named)
     hidden = model.base_model(*inputs, **named)[0]
@@ -66,5 +69,7 @@ def _forward(
         raise TrainingError("the language model's head was frozen when its loss was set up, and is now to be trained")
     losses, nll = token_losses(hidden[row, place], weight, targets[row, place], smoothing if model.training else 0.0)
     count = len(row) if num_items_in_batch is None else num_items_in_batch
+    if isinstance(count, torch.Tensor) and count.ndim:
+        count = count[row]
     sums = nll.new_zeros(len(labels), 2).index_add(0, row, torch.stack([nll, torch.ones_like(nll)], 1))
-    return CompletionOutput(loss=losses.sum() / count, rows=sums)
+    return CompletionOutput(loss=(losses / count).sum(), rows=sums)

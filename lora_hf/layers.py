@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.errors import AdapterError
-from lora_hf.kernels.fused import block_placed, fits, lora_linear
+from lora_hf.kernels.fused import Part, Weight, block_placed, fits, lora_linear, lora_linear_parts
 from lora_hf.kernels.grouped import Stack, add_grouped
 from lora_hf.kernels.reference import add_lora
 from lora_hf.quantised import Packed, QuantisedLinear, unpack
@@ -113,9 +113,8 @@ class LoraWeights(nn.Module):
         """`forward` without the trained bias: what a variant changes."""
         dropout = self.lora_dropout if self.training else 0.0
         low_rank = (*self.factors(), self.scaling, self.slices)
-        weight: Any = base_layer.unpacked() if isinstance(base_layer, QuantisedLinear) else base_layer.weight
+        weight = frozen_weight(base_layer)
         if fits(x, weight, base_layer.bias):  # type: ignore[arg-type]
-            weight = weight.T if isinstance(base_layer, Conv1D) else weight
             return lora_linear(x, weight, base_layer.bias, *low_rank, dropout)  # type: ignore[arg-type]
         dropped = nn.functional.dropout(x, dropout) if dropout else x
         return add_lora(base_layer(x), dropped, *low_rank)
@@ -136,6 +135,13 @@ class LoraWeights(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, slices={self.slices}"
+
+
+def frozen_weight(base_layer: Any) -> Weight:
+    """`(out, in)`, or what makes it of a packed one."""
+    if isinstance(base_layer, QuantisedLinear):
+        return base_layer.unpacked()
+    return base_layer.weight.T if isinstance(base_layer, Conv1D) else base_layer.weight
 
 
 def stack_weights(weights: Sequence[LoraWeights | None], out_features: int, dtype: torch.dtype) -> Stack:
@@ -244,14 +250,34 @@ class LoraLinear(Adapted):
 
     def _mixed(self, x: torch.Tensor, mixture: Mixture) -> torch.Tensor:
         """Each row, or each token of rows without padding, under its own adapter."""
-        y = self.base_layer(x)
         here = [self.adapters[name] for name in mixture.names if name in self.adapters]
+        plain = all(weights.plain for weights in here)
+        if here and plain and torch.is_grad_enabled() and fits(x, frozen_weight(self.base_layer), self.bias):
+            parts = self._parts(x, mixture)
+            if parts is not None:
+                return lora_linear_parts(x, frozen_weight(self.base_layer), self.bias, parts)
+        y = self.base_layer(x)
         if not here:
             return y
-        if not all(weights.plain for weights in here):
+        if not plain:
             return mixture.apply(y, x, lambda name, rows, _: self.adapters[name](self.base_layer, rows), self.adapters)
         inputs, outputs, segments = mixture.places(x, y)
         return add_grouped(outputs, inputs, self._stack(mixture, x.dtype), segments.order, segments.ends).view_as(y)
+
+    def _parts(self, x: torch.Tensor, mixture: Mixture) -> list[Part] | None:
+        """What each adapter of the mixture multiplies; None where its places do not stand together."""
+        inputs, _, segments = mixture.places(x, x)
+        if segments.order is not None:
+            return None
+        inner, start, parts = inputs.shape[1:-1].numel(), 0, []
+        for name, end in zip(mixture.names, segments.ends, strict=True):
+            if name in self.adapters and end > start:
+                weights = self.adapters[name]
+                a, b = weights.factors()
+                dropout = weights.lora_dropout if weights.training else 0.0
+                parts.append(Part(start * inner, end * inner, a, b, weights.scaling, weights.slices, dropout))
+            start = end
+        return parts
 
     def _stack(self, mixture: Mixture, dtype: torch.dtype) -> Stack:
         """The weights of the mixture's adapters; outside training they are stacked once for all of its forwards."""

@@ -82,6 +82,7 @@ class RunRecord(_Record):
     versions: dict[str, str] = field(default_factory=dict)
     git: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
+    together: int = 1  # runs in the same batches, this one included: times, throughput and memory are those of all
 
     def save(self, folder: Path) -> Path:
         """Writes the `record.json` of a run folder."""

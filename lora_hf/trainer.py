@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -38,6 +38,8 @@ class RunTrainer(Trainer):
 
     prompts: list[int] | None = None  # of the training rows: rows of one number come together
     loraplus_lr_ratio: float | None = None  # how many times faster LoRA's B learns
+    adapter: str = "default"  # the name of the adapter that is trained
+    shared: SharedModel | None = None  # where other runs train theirs on the same model
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         if self.prompts is None:
@@ -98,8 +100,30 @@ def spare_work(model: PreTrainedModel, smoothing: float = 0.0) -> dict[str, Any]
     }
 
 
+class SharedModel(Protocol):
+    """One model on which several runs train an adapter each (`joint`), as one of them sees it."""
+
+    name: str  # of this run's adapter on the model
+    runs: int
+
+    def take_in(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The shared model, which now has this run's adapter as well; `model` is no longer needed."""
+        ...
+
+    def step(self, trainer: Trainer, inputs: dict[str, Any], items: torch.Tensor | int | None) -> torch.Tensor:
+        """The loss of a batch, its gradients left on this run's parameters; what `Trainer.training_step` does."""
+        ...
+
+
 class AdapterTrainer(RunTrainer):
     """A trainer whose checkpoints hold the adapter instead of the model, and which loads them back strictly."""
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        if self.shared is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        return self.shared.step(self, self._prepare_inputs(inputs), num_items_in_batch)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
@@ -115,14 +139,15 @@ class AdapterTrainer(RunTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or self.args.output_dir
         if self.args.should_save and folder:
-            save_adapter(self.accelerator.unwrap_model(self.model), folder)
+            save_adapter(self.accelerator.unwrap_model(self.model), folder, self.adapter)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_adapter(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+        restore_adapter(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint, self.adapter)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint:
-            restore_adapter(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+            best = self.state.best_model_checkpoint
+            restore_adapter(self.accelerator.unwrap_model(self.model), best, self.adapter)
 
 
 def use_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
@@ -130,7 +155,7 @@ def use_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(QuietProgress())
-    for callback in (EvaluationLines(), *callbacks):
+    for callback in callbacks:
         trainer.add_callback(callback)
 
 
@@ -144,11 +169,14 @@ class QuietProgress(ProgressCallback):
 class EvaluationLines(TrainerCallback):
     """A line on standard error for each evaluation, above the progress bars where there are any."""
 
+    def __init__(self, of: str = "") -> None:
+        self.of = of
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         scores = {key.removeprefix("eval_"): value for key, value in (logs or {}).items() if key.startswith("eval_")}
         shown = [f"{key} {value:.4f}" for key, value in scores.items() if not key.endswith(("_runtime", "_per_second"))]
         if shown and state.is_world_process_zero:
-            tqdm.write(f"epoch {state.epoch:.2f}: " + "  ".join(shown), file=sys.stderr)
+            tqdm.write(f"{self.of}epoch {state.epoch:.2f}: " + "  ".join(shown), file=sys.stderr)
 
 
 class LogFile(TrainerCallback):

@@ -54,9 +54,11 @@ from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
 from lora_hf.trainer import (
     AdapterTrainer,
+    EvaluationLines,
     Guard,
     LogFile,
     RunTrainer,
+    SharedModel,
     completion_loss,
     cuda_peak,
     number_prompts,
@@ -87,6 +89,7 @@ def train(
     resume: str | None = None,
     rows: Mapping[str, Dataset] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    shared: SharedModel | None = None,
 ) -> Run:
     """Fine-tunes as the config says and writes the run folder.
 
@@ -94,6 +97,7 @@ def train(
         resume: a checkpoint folder, or `auto`: the newest checkpoint of the newest unfinished run of this very config.
         rows: the task's splits, where they have been read already.
         callbacks: of the Trainer, beside the run's own.
+        shared: the model that this run trains its adapter on together with others (`joint`).
 
     Raises:
         UserError: whatever of the config, data, model or adapter cannot be used, before anything is trained.
@@ -112,6 +116,8 @@ def train(
     tokenizer = load_tokenizer(config.model)
     model, sites = prepare_model(config, task)
     counts = count_parameters(model)
+    if shared:
+        model = shared.take_in(model)
     encoded: dict[str, Any] = {
         split: encode(task, part, tokenizer, config.task.max_length) for split, part in rows.items()
     }
@@ -121,7 +127,15 @@ def train(
         (folder / LOG_FILE).unlink(missing_ok=True)
     (folder / RUN_CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
     trainer = _trainer(config, task, model, tokenizer, encoded, arguments)
-    use_callbacks(trainer, Guard(config.train.method), LogFile(folder / LOG_FILE), *callbacks)
+    if shared:
+        trainer.shared, trainer.adapter = shared, shared.name
+    use_callbacks(
+        trainer,
+        EvaluationLines(f"{folder.name}, " if shared else ""),
+        Guard(config.train.method),
+        LogFile(folder / LOG_FILE),
+        *callbacks,
+    )
     record = RunRecord(
         task=task.name,
         method=config.train.method,
@@ -135,6 +149,7 @@ def train(
         versions=versions(),
         git=git_state(),
         machine=machine() | {"threads": torch.get_num_threads()},
+        together=shared.runs if shared else 1,
     )
     training = time.time()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
@@ -145,7 +160,7 @@ def train(
         model.save_pretrained(run.weights)
         tokenizer.save_pretrained(run.weights)
     else:
-        save_adapter(model, run.weights, task=task.name)
+        save_adapter(model, run.weights, shared.name if shared else "default", task.name)
 
     state = trainer.state
     record.history = state.log_history
@@ -244,7 +259,7 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     encoded: Mapping[str, Any],
     arguments: HFArguments,
-) -> Trainer:
+) -> RunTrainer:
     generates = task.model_kind == "causal-lm"
     kind = RunTrainer if config.train.method == "full" else AdapterTrainer
     trainer = kind(

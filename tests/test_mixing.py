@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from lora_hf import load_adapter, mix_adapters, save_adapter, set_adapter, unload_adapter, use_adapter
 from lora_hf.config import LoraConfig
 from lora_hf.errors import AdapterError
-from lora_hf.injection import adapter_names, inject, merge
+from lora_hf.injection import adapter_names, inject, lora_layers, merge
 from lora_hf.kernels import grouped
+from lora_hf.layers import LoraWeights
 from lora_hf.padding_free import remove_padding
 from lora_hf.switch import Mixture
 from tests import tolerances
@@ -102,6 +103,19 @@ def test_each_adapter_gets_the_gradients_of_its_own_rows(kind: str) -> None:
         assert gradient.any(), key
         error = (found[0][key] - gradient).abs().max() / gradient.abs().max()
         assert error < tolerances.MIXED_GRADIENT_RTOL, key
+
+
+def test_a_mixture_in_training_drops_what_its_adapters_drop() -> None:
+    model, inputs = adapted("roberta", 3), batch()
+    remove_padding(model)
+    for layer in lora_layers(model).values():
+        layer.adapters["a"].lora_dropout = 0.5
+    for module in model.modules():
+        module.train(isinstance(module, LoraWeights))
+    with mix_adapters(model, NAMES):
+        first, second = (model(**inputs).logits for _ in range(2))
+    for row, name in enumerate(NAMES):
+        assert torch.equal(first[row], second[row]) == (name != "a"), f"row {row} under {name}"
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -7,7 +7,9 @@ in place, and is skipped where nothing below is trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,19 @@ STEPS = 2**16  # in which a dropout is counted
 
 # A frozen weight, or what makes it in a precision: a packed one is made for each product, and not kept in between.
 Weight = torch.Tensor | Callable[[torch.dtype], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The low-rank product of one adapter on the places `start:stop` of a batch; the arguments as `lora_linear`'s."""
+
+    start: int
+    stop: int
+    lora_A: torch.Tensor  # noqa: N815
+    lora_B: torch.Tensor  # noqa: N815
+    scaling: float
+    slices: Sequence[tuple[int, int]]
+    dropout: float = 0.0
 
 
 def lora_linear(
@@ -42,25 +57,41 @@ def lora_linear(
     Returns:
         `(..., out)`, in the precision of x.
     """
-    keep = None
-    if dropout:
-        dropout = min(max(1, round(dropout * STEPS)), STEPS - 1) / STEPS
-        keep = kept(x, dropout)
-    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, tuple(slices), keep, dropout)  # type: ignore[return-value]
+    whole = Part(0, x.shape[:-1].numel(), lora_A, lora_B, scaling, slices, dropout)
+    return lora_linear_parts(x, weight, bias, [whole])
 
 
-def kept(x: torch.Tensor, dropout: float) -> torch.Tensor:
-    """uint8 of the shape of x, 1 with probability `1 - dropout`, a multiple of `1 / STEPS`, and 0 otherwise.
+def lora_linear_parts(
+    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, parts: Sequence[Part]
+) -> torch.Tensor:
+    """`lora_linear` with an adapter of its own for each part of the places of x, which are counted in order.
+
+    A place in no part gets the frozen projection alone.
+    """
+    settings, factors = [], []
+    for part in parts:
+        dropout, keep = part.dropout, None
+        if dropout:
+            dropout = min(max(1, round(dropout * STEPS)), STEPS - 1) / STEPS
+            keep = kept((part.stop - part.start, x.shape[-1]), dropout, x.device)
+        settings.append((slice(part.start, part.stop), part.scaling / (1 - dropout), tuple(part.slices), keep))
+        factors += [part.lora_A, part.lora_B]
+    return _LoraLinear.apply(x, weight, bias, settings, *factors)  # type: ignore[return-value]
+
+
+def kept(shape: Sequence[int], dropout: float, device: torch.device) -> torch.Tensor:
+    """uint8 of a shape, 1 with probability `1 - dropout`, a multiple of `1 / STEPS`, and 0 otherwise.
 
     On the CPU torch's `bernoulli_` takes about as long as the projection itself. Two random bytes an element, compared
     by a clamp, are several times cheaper.
     """
-    if x.device.type != "cpu":
-        return torch.empty(x.shape, device=x.device).bernoulli_(1 - dropout).to(torch.uint8)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    if device.type != "cpu":
+        return torch.empty(shape, device=device).bernoulli_(1 - dropout).to(torch.uint8)
+    count = math.prod(shape)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     first_kept = round(dropout * STEPS) - STEPS // 2  # of the values of an int16
-    numbers = words.view(torch.int16)[: x.numel()].clamp_(first_kept - 1, first_kept)
-    return numbers.sub_(first_kept - 1).to(torch.uint8).view(x.shape)
+    numbers = words.view(torch.int16)[:count].clamp_(first_kept - 1, first_kept)
+    return numbers.sub_(first_kept - 1).to(torch.uint8).view(shape)
 
 
 def fits(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> bool:
@@ -70,48 +101,63 @@ def fits(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> bool:
     return fitting and not torch.is_autocast_enabled(x.device.type)
 
 
+# Of a part: its places, its scaling with that of the dropout, its slices, and what the dropout keeps.
+_Setting = tuple[slice, float, tuple[tuple[int, int], ...], torch.Tensor | None]
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, lora_A: torch.Tensor,
-        lora_B: torch.Tensor, scaling: float, slices: tuple[tuple[int, int], ...], keep: torch.Tensor | None,
-        dropout: float,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any,
+        x: torch.Tensor,
+        weight: Weight,
+        bias: torch.Tensor | None,
+        settings: Sequence[_Setting],
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         held = weight if isinstance(weight, torch.Tensor) else None
         frozen = weight if isinstance(weight, torch.Tensor) else weight(x.dtype)
         ctx.make = weight if held is None else None
-        down, up = lora_A.to(x.dtype), block_placed(lora_B.to(x.dtype), slices, frozen.shape[0])
-        # The scaling goes where the numbers are fewest, on (tokens, r).
-        scaling /= 1 - dropout
-        projected = ((rows if keep is None else rows * keep.view_as(rows)) @ down.T).mul_(scaling)
-        y = linear(rows, frozen, bias).addmm_(projected, up.T)
-        ctx.save_for_backward(x, held, projected, down, up, keep)
-        ctx.slices, ctx.scaling, ctx.dtypes = slices, scaling, (lora_A.dtype, lora_B.dtype)
+        y, saved = linear(rows, frozen, bias), []
+        for (places, scaling, slices, keep), lora_A, lora_B in zip(settings, factors[::2], factors[1::2], strict=True):
+            down, up = lora_A.to(x.dtype), block_placed(lora_B.to(x.dtype), slices, frozen.shape[0])
+            seen = rows[places] if keep is None else rows[places] * keep
+            # The scaling goes where the numbers are fewest, on (tokens, r).
+            projected = (seen @ down.T).mul_(scaling)
+            y[places].addmm_(projected, up.T)
+            saved += [projected, down, up, keep]
+        ctx.save_for_backward(x, held, *saved)
+        ctx.settings = [(places, scaling, slices) for places, scaling, slices, _ in settings]
+        ctx.dtypes = [factor.dtype for factor in factors]
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, held, projected, down, up, keep = ctx.saved_tensors
-        rows = x.shape[:-1].numel()
-        dy = gradients[0].reshape(rows, up.shape[0])
-        dprojected = (dy @ up).mul_(ctx.scaling)
-        dx = dA = dB = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ (ctx.make(x.dtype) if held is None else held)
-            if keep is None:
-                dx.addmm_(dprojected, down)
-            else:
-                dx.addcmul_(dprojected @ down, keep.view_as(dx).to(dx.dtype))
-            dx = dx.view_as(x)
-        if ctx.needs_input_grad[3]:
-            seen = x if keep is None else x * keep
-            dA = (dprojected.T @ seen.reshape(rows, x.shape[-1])).to(ctx.dtypes[0])
-        if ctx.needs_input_grad[4]:
-            # The transposed product: with so few columns it is twice as fast.
-            dB = _blocks((projected.T @ dy).T, ctx.slices).to(ctx.dtypes[1], memory_format=torch.contiguous_format)
-        return dx, None, None, dA, dB, None, None, None, None
+        x, held, *saved = ctx.saved_tensors
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        dy = gradients[0].reshape(len(rows), gradients[0].shape[-1])
+        dx = dy @ (ctx.make(x.dtype) if held is None else held) if ctx.needs_input_grad[0] else None
+        of_factors: list[torch.Tensor | None] = []
+        for number, (places, scaling, slices) in enumerate(ctx.settings):
+            projected, down, up, keep = saved[4 * number : 4 * number + 4]
+            of_a, of_b = ctx.dtypes[2 * number : 2 * number + 2]
+            own = dy[places]
+            dprojected = (own @ up).mul_(scaling)
+            dA = dB = None
+            if dx is not None and keep is None:
+                dx[places].addmm_(dprojected, down)
+            elif dx is not None:
+                dx[places].addcmul_(dprojected @ down, keep.to(dx.dtype))
+            if ctx.needs_input_grad[4 + 2 * number]:
+                seen = rows[places] if keep is None else rows[places] * keep
+                dA = (dprojected.T @ seen).to(of_a)
+            if ctx.needs_input_grad[5 + 2 * number]:
+                # The transposed product: with so few columns it is twice as fast.
+                dB = _blocks((projected.T @ own).T, slices).to(of_b, memory_format=torch.contiguous_format)
+            of_factors += [dA, dB]
+        return None if dx is None else dx.view_as(x), None, None, None, *of_factors
 
 
 def block_placed(lora_B: torch.Tensor, slices: tuple[tuple[int, int], ...], out: int) -> torch.Tensor:

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from lora_hf.kernels.fused import STEPS, fits, kept, lora_linear
+from lora_hf.kernels.fused import STEPS, Part, fits, kept, lora_linear, lora_linear_parts
 from lora_hf.kernels.reference import add_lora
 from tests.tolerances import FUSED_RTOL, GRADCHECK
 
 SLICES = {"whole": [(0, 7)], "two": [(0, 3), (4, 7)], "all three": [(0, 2), (2, 5), (5, 7)]}
 SHAPES = [(1,), (3,), (2, 3), (0, 3)]
 SCALING = 1.7
+CPU = torch.device("cpu")
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64, frozen: bool = False) -> torch.Tensor:
@@ -49,7 +50,7 @@ def results(how: str, dtype: torch.dtype, slices: list[tuple[int, int]], dropout
         y = lora_linear(x, weight, bias, a, b, SCALING, slices, dropout)
     else:
         dropout = round(dropout * STEPS) / STEPS
-        keep = kept(x, dropout).double() / (1 - dropout) if dropout else 1.0
+        keep = kept(x.shape, dropout, x.device).double() / (1 - dropout) if dropout else 1.0
         scaling = 1.0 if how == "no scaling" else SCALING
         seen = x if how == "no dropout" else (x * keep).to(dtype)
         if how == "wrong slice":
@@ -64,7 +65,7 @@ def results(how: str, dtype: torch.dtype, slices: list[tuple[int, int]], dropout
 def test_what_is_kept_is_drawn_with_its_probability_and_independently(dropout: float) -> None:
     torch.manual_seed(0)
     count, keep = 400 * 1001, 1 - round(dropout * STEPS) / STEPS
-    drawn = kept(torch.empty(400, 1001), dropout).double()
+    drawn = kept((400, 1001), dropout, CPU).double()
     assert drawn.unique().tolist() in ([0, 1], [1], [0])
     deviation = (keep * (1 - keep) / count) ** 0.5
     assert abs(drawn.mean() - keep) < 5 * deviation
@@ -72,7 +73,7 @@ def test_what_is_kept_is_drawn_with_its_probability_and_independently(dropout: f
         flat = drawn.flatten() - keep
         together = (flat[shift:] * flat[:-shift]).mean()
         assert abs(together) < 5 * keep * (1 - keep) / count**0.5 + 1e-9, f"elements {shift} apart depend on each other"
-    assert not torch.equal(kept(drawn, 0.5), kept(drawn, 0.5))
+    assert not torch.equal(kept((400, 1001), 0.5, CPU), kept((400, 1001), 0.5, CPU))
 
 
 def apart(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
@@ -88,6 +89,46 @@ def test_fused_is_the_reference_and_nothing_near_it(slices: list, dtype: torch.d
     assert apart(results("fused", dtype, slices, dropout), wanted) < FUSED_RTOL[dtype]
     for wrong in ("no scaling", "wrong slice", *(["no dropout"] if dropout else [])):
         assert apart(results(wrong, dtype, slices, dropout), wanted) > FUSED_RTOL[dtype], f"{wrong} would pass"
+
+
+@pytest.mark.parametrize("stored", ["(out, in)", "(in, out)"])
+def test_gradcheck_of_parts(stored: str) -> None:
+    torch.manual_seed(0)
+    weight = draw(7, 5, frozen=True) if stored == "(out, in)" else draw(5, 7, frozen=True).T
+    first, second = parameters(SLICES["two"], torch.float64), parameters(SLICES["whole"], torch.float64)
+
+    def run(x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        parts = [Part(0, 2, *factors[:2], SCALING, SLICES["two"]), Part(3, 6, *factors[2:], 0.3, SLICES["whole"])]
+        return lora_linear_parts(x, weight, None, parts)
+
+    assert torch.autograd.gradcheck(run, (draw(2, 4, 5), *first, *second), **GRADCHECK)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_each_part_is_what_its_adapter_gives_alone(dropout: float) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = draw(7, 5, frozen=True), draw(7, frozen=True), draw(8, 5)
+    adapters = [(parameters(SLICES[name], torch.float64), SLICES[name]) for name in ("two", "whole")]
+    places, found = [(0, 3), (3, 6)], []
+    for together in (True, False):
+        torch.manual_seed(1)
+        parts = [
+            Part(*at, *factors, SCALING, slices, dropout)
+            for at, (factors, slices) in zip(places, adapters, strict=True)
+        ]
+        if together:
+            y = lora_linear_parts(x, weight, bias, parts)
+        else:
+            rows = [
+                lora_linear(x[start:stop], weight, bias, *factors, SCALING, slices, dropout)
+                for (start, stop), (factors, slices) in zip(places, adapters, strict=True)
+            ]
+            y = torch.cat([*rows, linear(x[6:], weight, bias)])
+        inputs = [x, *(factor for factors, _ in adapters for factor in factors)]
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), inputs)])
+    assert apart(found[0], found[1]) < FUSED_RTOL[torch.float64]
+    swapped = [Part(*at, *factors, SCALING, s) for at, (factors, s) in zip(places[::-1], adapters, strict=True)]
+    assert apart([lora_linear_parts(x, weight, bias, swapped).detach()], found[1][:1]) > FUSED_RTOL[torch.float64]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
