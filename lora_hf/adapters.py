@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from lora_hf.adapter_file import WEIGHTS_FILE, About, AdapterFile, read_adapter, write_adapter
 from lora_hf.errors import AdapterError
 from lora_hf.fingerprint import check_base, fingerprint
+from lora_hf.heads import AdapterHead
 from lora_hf.injection import (
     adapter_heads,
     adapter_names,
@@ -30,7 +31,6 @@ from lora_hf.injection import (
     set_adapter,
     switch_of,
 )
-from lora_hf.layers import AdapterHead
 from lora_hf.places import Place, peft_config, read_places, start_of
 from lora_hf.planning import adaptable, head_paths
 from lora_hf.pulling import local_adapter

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_hf.errors import AdapterError
-from lora_hf.layers import AdapterHead, LoraLinear, LoraWeights
+from lora_hf.heads import AdapterHead
+from lora_hf.layers import LoraLinear, LoraWeights
 from lora_hf.quantised import Packed, QuantisedLinear
 from lora_hf.variants.biases import Bias
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from lora_hf.config import LoraConfig
 from lora_hf.errors import AdapterError, ConfigError, did_you_mean
-from lora_hf.layers import AdapterHead, Drift, LoraLinear, LoraWeights
+from lora_hf.heads import AdapterHead
+from lora_hf.layers import Drift, LoraLinear, LoraWeights
 from lora_hf.planning import Site, adaptable, base_prefix, head_paths, listed, plan
 from lora_hf.quantised import QuantisedLinear
 from lora_hf.switch import SWITCH, Labels, Switch

@@ -1,9 +1,10 @@
-"""Which precision a frozen base is held in where a config says `auto`: what this machine multiplies faster."""
+"""In which precision weights are held: a frozen base, where a config says `auto`, and what is trained."""
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -31,6 +32,16 @@ def bf16_gain() -> float:
         return 2.0 if torch.cuda.is_bf16_supported(including_emulation=False) else 0.0
     seconds = {dtype: _seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
     return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def in_own_precision(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`fn` of `Module.to`, `.half()`, ... without its cast: the tensor follows to the device and stays exact."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
 
 
 def _seconds(dtype: torch.dtype, tries: int = 5) -> float:

@@ -60,13 +60,7 @@ def differing(folder: Path) -> list[RunConfig]:
     return [
         config(folder, "first"),
         config(folder, "second", train={"seed": 1, "lr": 3e-4, "epochs": 1}),
-        config(
-            folder,
-            "third",
-            "stsb",
-            lora={"r": 8, "targets": ["all"]},
-            train={"batch_size": 6, "hf": {"adam_epsilon": 1e-5}},
-        ),
+        config(folder, "third", "stsb", lora={"r": 8, "targets": ["all"]}, train={"batch_size": 6, "hf": damped}),
         config(folder, "fourth", train={"batch_size": 4, "gradient_accumulation": 3, "seed": 2}),
     ]
 
@@ -128,15 +122,8 @@ def test_writers_train_together(tmp_path: Path) -> None:
     runs: list[list[Any]] = []
     for folder in ("alone", "together"):
         configs = [
-            config(
-                tmp_path / folder,
-                f"run{number}",
-                "rule-restaurants",
-                model=model,
-                task={"max_length": 128},
-                train=train,
-            )
-            for number, train in enumerate(more)
+            config(tmp_path / folder, f"run{number}", "rule-restaurants", **sections, train=settings)
+            for number, settings in enumerate(more)
         ]
         alone = folder == "alone"
         runs.append(

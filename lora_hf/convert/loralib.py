@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_hf.adapters import compare
 from lora_hf.convert.checkpoint import lora_paths, read_loralib, write_loralib
 from lora_hf.errors import AdapterError
+from lora_hf.heads import AdapterHead
 from lora_hf.injection import (
     adapter_heads,
     adapter_names,
@@ -30,7 +31,7 @@ from lora_hf.injection import (
     lora_layers,
     set_adapter,
 )
-from lora_hf.layers import AdapterHead, LoraLinear, LoraWeights, features
+from lora_hf.layers import LoraLinear, LoraWeights, features
 from lora_hf.planning import head_paths, projections
 
 

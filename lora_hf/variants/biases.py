@@ -16,7 +16,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.errors import AdapterError, ModelError
-from lora_hf.layers import Adapted, AdapterHead, LoraLinear, in_own_precision
+from lora_hf.heads import AdapterHead
+from lora_hf.layers import Adapted, LoraLinear
+from lora_hf.precision import in_own_precision
 from lora_hf.switch import Switch
 
 AFFINE = (nn.Linear, Conv1D, nn.LayerNorm)  # their bias is added to the output last

@@ -23,7 +23,7 @@ LONGEST_FILE = 400
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "records", "architectures", "names", "folders"),
     ("kernels", "metrics", "tiny", "offline", "precision", "curves", "switch", "markdown", "quantised"),
-    ("layers", "tasks", "adapter_file"),
+    ("layers", "heads", "tasks", "adapter_file"),
     ("variants",),
     ("planning", "places"),
     (
