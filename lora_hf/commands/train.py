@@ -1,17 +1,32 @@
-"""`train`: fine-tune as a config says."""
+"""`train`: fine-tune as a config says, or as several say, together."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora_hf.commands.output import print_json
+from lora_hf.errors import TrainingError
+
+if TYPE_CHECKING:
+    from lora_hf.config import RunConfig
+    from lora_hf.training import Run
 
 
 def add(verbs: Any) -> None:
     """Describes the verb."""
     parser = verbs.add_parser("train", help="fine-tune as a config says")
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, or a recipe's name in configs/")
+    parser.add_argument(
+        "--config",
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="a YAML file, or a recipe's name in configs/; given again, all train together on one base",
+    )
     parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="go on from a checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as lora.r=16 train.epochs=1")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
@@ -23,19 +38,57 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.config import load_config
     from lora_hf.tasks.table import get_task
 
-    config = load_config(options.config, options.overrides)
-    task = get_task(config.task.name)
+    configs = [load_config(file, options.overrides) for file in options.config]
     # Mistakes in the data are told before the seconds that importing the Trainer takes.
-    rows = task.load(config.task.data_dir, task.splits)
+    rows = {}
+    for config in configs:
+        task = get_task(config.task.name)
+        if task.name not in rows:
+            rows[task.name] = task.load(config.task.data_dir, task.splits)
+    if len(configs) > 1:
+        _together(options, configs, rows)
+        return
     from lora_hf.training import train
 
-    run = train(config, options.resume, rows)
-    record = run.record
+    run = train(configs[0], options.resume, rows[configs[0].task.name])
     if options.json:
-        print_json(
-            {"run": str(run.folder), "weights": str(run.weights), "metrics": record.metrics, "best": record.best}
-        )
-        return
+        print_json(_told(run))
+    else:
+        _print(run)
+
+
+def _together(options: argparse.Namespace, configs: Sequence[RunConfig], rows: dict[str, Any]) -> None:
+    from lora_hf.joint import train_together
+    from lora_hf.training import Run
+
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    named = [
+        replace(config, output=replace(config.output, name=config.output.name or f"{Path(file).stem}-{stamp}"))
+        for file, config in zip(options.config, configs, strict=True)
+    ]
+    outcomes = train_together(named, options.resume, rows)
+    runs = [outcome for outcome in outcomes if isinstance(outcome, Run)]
+    if options.json:
+        print_json({"runs": [_told(run) for run in runs]})
+    else:
+        for run in runs:
+            _print(run)
+    failed = [
+        f"{config.output.name}: {outcome}"
+        for config, outcome in zip(named, outcomes, strict=True)
+        if not isinstance(outcome, Run)
+    ]
+    if failed:
+        raise TrainingError("\n  ".join([f"{len(failed)} of {len(named)} runs stopped:", *failed]))
+
+
+def _told(run: Run) -> dict[str, Any]:
+    record = run.record
+    return {"run": str(run.folder), "weights": str(run.weights), "metrics": record.metrics, "best": record.best}
+
+
+def _print(run: Run) -> None:
+    record = run.record
     for split, scores in record.metrics.items():
         print(f"{split}: " + "  ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))
     print(f"trained {record.parameters['trainable']:,} of {record.parameters['total']:,} parameters")
