@@ -214,7 +214,7 @@ def bytes_of(run: Run) -> int:
 def _gap(compared: dict[str, Any]) -> str:
     if "why_not" in compared:
         return compared["why_not"]
-    return f"{compared['gap']:+.1f} ({compared['score']:g}±{compared['spread']:g})"
+    return f"{compared['gap']:+.1f} ({compared['score']:.1f}±{compared['spread']:.1f})"
 
 
 def _full_models(record: SuiteRecord, tasks: Sequence[str]) -> tuple[float | None, bool]:

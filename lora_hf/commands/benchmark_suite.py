@@ -44,7 +44,7 @@ def add(kinds: Any) -> None:
             "overrides",
             nargs="*",
             metavar="[TASK:]key=value",
-            help="such as train.epochs=1, or of one task rte:train.epochs=10 mnli:seeds=0",
+            help="all together: train.epochs=1, and of one task rte:train.epochs=10 mnli:seeds=0",
         )
         parser.set_defaults(run=run)
 
