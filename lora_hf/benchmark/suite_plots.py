@@ -108,7 +108,9 @@ def _draw_costs(
             )  # fmt: skip
     front = pareto_front([(costs[name], quality[name]) for name in costs])
     axes.plot(*zip(*front, strict=True), color="grey", linestyle="--", zorder=2, label="Pareto front")
-    axes.set(xscale="log", xlabel=words[0], ylabel=words[1], title=record.base["name"])
+    if max(costs.values()) > 10 * min(costs.values()):
+        axes.set_xscale("log")
+    axes.set(xlabel=words[0], ylabel=words[1], title=record.base["name"])
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)
