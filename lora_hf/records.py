@@ -153,6 +153,29 @@ class CombineRecord(_Record):
     machine: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class SuiteRecord(_Record):
+    """Many tasks trained on one base, each in several configurations and with several seeds.
+
+    Each run holds task, configuration, seed, folder, metric and value (of `metric` over all evaluation splits, or of
+    the written texts) and what its `RunRecord` says of scores, parameters, times, memory and files. Units as there.
+    """
+
+    kind = "a record of a suite"
+    base: dict[str, Any]  # name, and bytes of its weights; None where no file of them exists
+    configurations: dict[str, dict[str, dict[str, Any]]]  # by name and task: resolved, without seed and output
+    planned: int  # runs
+    jobs: int  # runs at a time
+    started: str  # ISO 8601, UTC
+    rows: dict[str, dict[str, int]] = field(default_factory=dict)  # by task and split
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    published: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)  # by task and configuration
+    failures: dict[str, str] = field(default_factory=dict)  # by run folder: the end of what it said
+    versions: dict[str, str] = field(default_factory=dict)
+    git: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
     installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions() if dist.name}

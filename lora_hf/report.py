@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_hf import suite_tables
 from lora_hf.errors import DataError
 from lora_hf.markdown import minutes, percent, table
 from lora_hf.records import RunRecord, ScoreRecord
@@ -200,6 +201,12 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "grouping": _grouping,
     "quantised": quantised,
     "answers-in": answers_in,
+    "suite": suite_tables.from_results(suite_tables.scores),
+    "suite-resources": suite_tables.from_results(suite_tables.resources),
+    "suite-storage": suite_tables.from_results(suite_tables.storage),
+    "suite-texts": suite_tables.from_results(suite_tables.texts),
+    "suite-choice": suite_tables.from_results(suite_tables.choice),
+    "suite-guide": suite_tables.from_results(suite_tables.guide),
     "tiny-bases": _bases,
     "tiny-fills": _fills,
     "tiny-continuations": _continuations,

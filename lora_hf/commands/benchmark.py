@@ -7,14 +7,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lora_hf.commands import benchmark_suite
 from lora_hf.commands.output import print_json
 from lora_hf.errors import ConfigError
+
+MEASURED = {
+    "train": "how fast methods and libraries train",
+    "infer": "how fast adapters answer",
+    "profile": "where the time of a training step goes",
+}
 
 
 def add(verbs: Any) -> None:
     """Describes the verb."""
     parser = verbs.add_parser("benchmark", help="measure methods and libraries side by side")
-    parser.add_argument("what", choices=["train", "infer", "profile"], help="see docs/results.md")
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for what, words in MEASURED.items():
+        _add_measured(kinds.add_parser(what, help=words))
+    benchmark_suite.add(kinds)
+
+
+def _add_measured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny-roberta", metavar="NAME")
     parser.add_argument("--init", default="pretrained", choices=["pretrained", "random"])
     parser.add_argument("--tokenizer", metavar="NAME", help="a hub id or folder, where it is not the model's own")
