@@ -50,9 +50,9 @@ def resources(record: SuiteRecord) -> str:
                 name,
                 f"{runs[0]['rows']['train']:,}",
                 f"{runs[0]['parameters']['trainable']:,}",
-                minutes(_mean(runs, lambda run: run["timings"]["train"])),
+                minutes(_mean(runs, lambda run: run["timings"]["train"] / run.get("together", 1))),
                 minutes(_mean(runs, seconds_of)),
-                f"{_mean(runs, lambda run: run['throughput']['samples']):,.0f}",
+                f"{_mean(runs, lambda run: run['throughput']['samples'] * run.get('together', 1)):,.0f}",
                 _megabytes(_mean(runs, memory_of)),
                 _megabytes(_mean(runs, bytes_of), 2),
             ]
@@ -192,8 +192,8 @@ def metric_words(run: Run) -> str:
 
 
 def seconds_of(run: Run) -> float:
-    """The whole run, with the writing and scoring of its texts."""
-    return run["timings"]["total"] + sum(run.get("texts", {}).get("timings", {}).values())
+    """The whole run, with the writing and scoring of its texts; of runs that trained together its share."""
+    return run["timings"]["total"] / run.get("together", 1) + sum(run.get("texts", {}).get("timings", {}).values())
 
 
 def core_seconds_of(run: Run) -> float:

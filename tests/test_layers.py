@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_hf.kernels.reference import add_lora
 from lora_hf.heads import AdapterHead
+from lora_hf.kernels.reference import add_lora
 from lora_hf.layers import LoraLinear, LoraWeights
 from lora_hf.switch import Switch
 from tests.tolerances import GRADCHECK, MERGE_BF16, MERGE_FP32, PARITY_FP32

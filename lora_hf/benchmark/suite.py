@@ -44,16 +44,20 @@ PATIENCE = 10  # seconds that a stopped process gets to end
 
 @dataclass
 class _Started:
-    """A run whose processes are at work: the current one, and the words of those to come."""
+    """Runs whose processes are at work: the current one, and the words of those to come."""
 
-    run: PlannedRun
+    runs: list[PlannedRun]
     process: subprocess.Popen[bytes]
     rest: list[list[str]] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
 
 
-def run_suite(options: SuiteOptions, jobs: int = 1) -> tuple[SuiteRecord, Path]:
+def run_suite(options: SuiteOptions, jobs: int = 1, joint: int = 1) -> tuple[SuiteRecord, Path]:
     """Makes every run that is not finished yet, and the record after each.
+
+    Args:
+        jobs: processes at a time.
+        joint: LoRA runs that one process trains together, on one copy of the base (`lora_hf.joint`).
 
     A run that fails does not stop the others. An interruption stops the processes at work: finished runs stay, and a
     later call with the same options goes on from the checkpoints.
@@ -64,8 +68,8 @@ def run_suite(options: SuiteOptions, jobs: int = 1) -> tuple[SuiteRecord, Path]:
     Raises:
         ConfigError, DataError, ModelError, HubError: a mistake of the whole suite, told before the first run.
     """
-    if jobs < 1:
-        raise ConfigError(f"--jobs {jobs}: expected at least 1")
+    if jobs < 1 or joint < 1:
+        raise ConfigError(f"--jobs {jobs} --joint {joint}: expected at least 1 of each")
     runs = plan_suite(options)
     done = {run.name for run in runs if is_finished(run)}
     _check_base_and_data(runs)
@@ -88,11 +92,13 @@ def run_suite(options: SuiteOptions, jobs: int = 1) -> tuple[SuiteRecord, Path]:
     if done:
         logger.info("%d of %d runs are finished already", len(done), len(runs))
     _renew(record, runs, done, file)
-    _run_all(runs, done, jobs, record, file)
+    _run_all(runs, done, jobs, joint, record, file)
     return record, file
 
 
-def _run_all(runs: Sequence[PlannedRun], done: set[str], jobs: int, record: SuiteRecord, file: Path) -> None:
+def _run_all(
+    runs: Sequence[PlannedRun], done: set[str], jobs: int, joint: int, record: SuiteRecord, file: Path
+) -> None:
     """Keeps `jobs` runs at work until none is left, and renews the record as they end."""
     waiting = [run for run in runs if run.name not in done]
     total, began, at_work = len(waiting), time.monotonic(), []
@@ -102,8 +108,8 @@ def _run_all(runs: Sequence[PlannedRun], done: set[str], jobs: int, record: Suit
                 for run in [run for run in waiting if run.needs in record.failures]:
                     waiting.remove(run)
                     record.failures[run.name] = f"the run it starts from failed: {run.needs}"
-                while len(at_work) < jobs and (ready := _next_ready(waiting, done)):
-                    waiting.remove(ready)
+                while len(at_work) < jobs and (ready := _next_ready(waiting, done, joint)):
+                    waiting = [run for run in waiting if run not in ready]
                     at_work.append(_start(ready, jobs))
                 time.sleep(PAUSE)
                 for started in [each for each in at_work if each.process.poll() is not None]:
@@ -111,42 +117,55 @@ def _run_all(runs: Sequence[PlannedRun], done: set[str], jobs: int, record: Suit
                     if started.process.returncode == 0 and started.rest:
                         at_work.append(_go_on(started, jobs))
                         continue
-                    if started.process.returncode == 0 and is_finished(started.run):
-                        done.add(started.run.name)
-                        shutil.rmtree(started.run.folder / "checkpoints", ignore_errors=True)  # its best is kept
-                    else:
-                        record.failures[started.run.name] = _why(started)
+                    for run in started.runs:
+                        # One that trained together with one that failed may have finished.
+                        if is_finished(run) and (len(started.runs) > 1 or started.process.returncode == 0):
+                            done.add(run.name)
+                            shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # its best is kept
+                        else:
+                            record.failures[run.name] = _why(started)
                     _renew(record, runs, done, file)
-                    left = len(waiting) + len(at_work)
-                    _tell(started, record, total - left, total, time.monotonic() - began)
+                    left = len(waiting) + sum(len(each.runs) for each in at_work)
+                    for run in started.runs:
+                        _tell(run, started.since, record, total - left, total, time.monotonic() - began)
         finally:
             _stop(at_work)
     _renew(record, runs, done, file)
 
 
-def _next_ready(waiting: Sequence[PlannedRun], done: set[str]) -> PlannedRun | None:
-    return next((run for run in waiting if run.needs is None or run.needs in done), None)
+def _next_ready(waiting: Sequence[PlannedRun], done: set[str], joint: int) -> list[PlannedRun]:
+    """The next run that need not wait for another, and up to `joint` of those that can train together with it."""
+    ready = [run for run in waiting if run.needs is None or run.needs in done]
+    if not ready or joint == 1 or ready[0].config.train.method != "lora":
+        return ready[:1]
+    alike = [run for run in ready if run.config.train.method == "lora" and run.config.model == ready[0].config.model]
+    return alike[:joint]
 
 
-def _start(run: PlannedRun, jobs: int) -> _Started:
-    """Starts what is missing of a run: its training, and for generation the scoring of its texts."""
+def _start(runs: list[PlannedRun], jobs: int) -> _Started:
+    """Starts what is missing of runs: their training, and for generation the scoring of their texts."""
     steps = []
-    if not (run.folder / RECORD_FILE).is_file():
-        resume = ["--resume", "auto"] if can_resume(run) else []
-        steps.append(["train", "--config", str(write_config(run)), *resume, "--json"])
-    if run.writes_texts:
-        weights = run.folder / ("model" if run.config.train.method == "full" else "adapter")
-        data = ["--data-dir", run.config.task.data_dir] if run.config.task.data_dir else []
-        steps.append(["eval", "--adapter", str(weights), "--split", "test", *data, "--json"])
-    (run.folder / SAID_FILE).unlink(missing_ok=True)
-    return _Started(run, _process(run, steps[0], jobs), steps[1:])
+    missing = [run for run in runs if not (run.folder / RECORD_FILE).is_file()]
+    if missing:
+        resume = ["--resume", "auto"] if any(can_resume(run) for run in missing) else []
+        configs = [word for run in missing for word in ("--config", str(write_config(run)))]
+        steps.append(["train", *configs, *resume, "--json"])
+    for run in runs:
+        if run.writes_texts:
+            weights = run.folder / ("model" if run.config.train.method == "full" else "adapter")
+            data = ["--data-dir", run.config.task.data_dir] if run.config.task.data_dir else []
+            steps.append(["eval", "--adapter", str(weights), "--split", "test", *data, "--json"])
+    said = runs[0].folder / SAID_FILE
+    said.unlink(missing_ok=True)
+    return _Started(runs, _process(said, steps[0], jobs), steps[1:])
 
 
 def _go_on(started: _Started, jobs: int) -> _Started:
-    return replace(started, process=_process(started.run, started.rest[0], jobs), rest=started.rest[1:])
+    said = started.runs[0].folder / SAID_FILE
+    return replace(started, process=_process(said, started.rest[0], jobs), rest=started.rest[1:])
 
 
-def _process(run: PlannedRun, words: list[str], jobs: int) -> subprocess.Popen[bytes]:
+def _process(said: Path, words: list[str], jobs: int) -> subprocess.Popen[bytes]:
     """A process with its share of the cores, out of reach of the terminal's Ctrl-C: the suite stops it itself."""
     threads = max(1, _cores() // jobs)
     limit = os.environ.get("OMP_NUM_THREADS", "")
@@ -156,9 +175,9 @@ def _process(run: PlannedRun, words: list[str], jobs: int) -> subprocess.Popen[b
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    with (run.folder / SAID_FILE).open("ab") as said:
+    with said.open("ab") as out:
         return subprocess.Popen(
-            [*VERB, *words], stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment, start_new_session=True
+            [*VERB, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
         )
 
 
@@ -196,7 +215,7 @@ def _stops_when_told() -> Iterator[None]:
 
 
 def _why(started: _Started) -> str:
-    text = (started.run.folder / SAID_FILE).read_text(encoding="utf-8", errors="replace")
+    text = (started.runs[0].folder / SAID_FILE).read_text(encoding="utf-8", errors="replace")
     lines = [line for line in text.splitlines() if line.strip()][-TAIL:]
     code = started.process.returncode
     said = f"killed by signal {-code}, which for 9 mostly means that memory ran out" if code < 0 else f"exit {code}"
@@ -205,12 +224,11 @@ def _why(started: _Started) -> str:
     return "\n".join([said, *(mistakes or lines)])
 
 
-def _tell(started: _Started, record: SuiteRecord, done: int, total: int, seconds: float) -> None:
+def _tell(run: PlannedRun, since: float, record: SuiteRecord, done: int, total: int, seconds: float) -> None:
     """Progress over the whole; the time left supposes that the rest takes as long a run as those before."""
-    run = started.run
     made = next((each for each in record.runs if each["folder"] == run.name), None)
     said = f"{made['metric']} {made['value']:.4f}" if made else f"failed: {record.failures[run.name]}"
-    took = (time.monotonic() - started.since) / 60
+    took = (time.monotonic() - since) / 60
     left = seconds / max(done, 1) * (total - done) / 60
     logger.info("[%d/%d] %s: %s, %.1f min; about %.1f min left", done, total, run.name, said, took, left)
 

@@ -45,6 +45,7 @@ def result_of(run: PlannedRun) -> dict[str, Any]:
         "throughput": record.throughput,
         "memory": record.memory,
         "threads": record.machine.get("threads"),
+        "together": record.together,
         "files": record.files,
         "warnings": record.warnings,
         "history": _development(record),

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_hf.commands import benchmark_suite
+from lora_hf.commands import benchmark_joint, benchmark_suite
 from lora_hf.commands.output import print_json
 from lora_hf.errors import ConfigError
 
@@ -24,6 +24,7 @@ def add(verbs: Any) -> None:
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for what, words in MEASURED.items():
         _add_measured(kinds.add_parser(what, help=words))
+    benchmark_joint.add(kinds)
     benchmark_suite.add(kinds)
 
 

@@ -13,6 +13,7 @@ from lora_hf.errors import TrainingError
 if TYPE_CHECKING:
     from lora_hf.records import SuiteRecord
 
+JOINT = 8  # runs: the tasks of GLUE
 FAMILIES = {
     "glue": ("cola,sst2,mrpc,qqp,stsb,mnli,qnli,rte", "train and score all GLUE tasks, an adapter each on one base"),
     "nlg": ("e2e_nlg,dart,web_nlg", "train, write texts and score them, an adapter a task on one base"),
@@ -39,6 +40,15 @@ def add(kinds: Any) -> None:
         )
         parser.add_argument("--output", type=Path, metavar="DIR", help=f"default: outputs/{family}")
         parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
+        parser.add_argument(
+            "--joint",
+            type=int,
+            nargs="?",
+            const=JOINT,
+            default=1,
+            metavar="N",
+            help=f"train N LoRA runs at a time together, on one copy of the base; without N: {JOINT}",
+        )
         parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
         parser.add_argument(
             "overrides",
@@ -64,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         from_mnli=options.from_mnli,
         overrides=tuple(options.overrides),
     )
-    record, file = run_suite(suite, options.jobs)
+    record, file = run_suite(suite, options.jobs, options.joint)
     plots = []
     if record.runs:
         from lora_hf.benchmark.suite_plots import draw_suite
