@@ -168,7 +168,10 @@ def alive(trial: FrozenTrial) -> bool:
 def one_trial(this: Sweep, study: optuna.Study, rows: Mapping[str, Dataset]) -> None:
     """Draws values, trains with them, and says how it went."""
 
+    lost = False  # whether others gave the trial up while it ran
+
     def objective(trial: Trial) -> float:
+        nonlocal lost
         before = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
         if sum(alive(other) or finished(other) for other in before) >= this.trials:
             raise TrialFailed("another process took the last trial at the same moment")
@@ -176,7 +179,10 @@ def one_trial(this: Sweep, study: optuna.Study, rows: Mapping[str, Dataset]) -> 
         values = this.space.values(trial.params)
         config = with_values(this.config, values, f"trial {trial.number}")
         output = replace(config.output, dir=str(this.folder), name=trial_folder(trial.number), overwrite=True)
-        return run_trial(trial, replace(config, output=output), this.task, rows)
+        try:
+            return run_trial(trial, replace(config, output=output), this.task, rows)
+        finally:
+            lost = study.get_trials(deepcopy=False)[trial.number].state != TrialState.RUNNING
 
     def tell(study: optuna.Study, trial: FrozenTrial) -> None:
         trials = study.get_trials(deepcopy=False)
@@ -193,7 +199,9 @@ def one_trial(this: Sweep, study: optuna.Study, rows: Mapping[str, Dataset]) -> 
 
     try:
         study.optimize(objective, n_trials=1, catch=(TrialFailed,), callbacks=[tell])
-    except UpdateFinishedTrialError:
+    except (UpdateFinishedTrialError, ValueError, AssertionError):  # what Optuna says then depends on where it notices
+        if not lost:
+            raise
         logger.warning("a trial of this process gave no sign of life for %d s, and others gave it up", GRACE)
     free_memory()
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -183,3 +184,32 @@ def test_what_is_wrong_with_every_trial_stops_the_sweep(tmp_path: Path, rows: di
 def test_a_study_is_named_as_a_folder(name: str, tmp_path: Path, rows: dict[str, Dataset]) -> None:
     with pytest.raises(ConfigError, match="expected a name for a folder"):
         run(tmp_path, rows, *SPACE, name=name)
+
+
+def test_a_trial_that_others_gave_up_does_not_end_the_sweep(
+    tmp_path: Path, rows: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, real, given_up = f"sqlite:///{tmp_path}/x.db", study.run_trial, []
+
+    def slow(trial: Any, *rest: Any) -> float:
+        value = real(trial, *rest)
+        if not given_up:  # what another process does after a minute without a heartbeat
+            given_up.append(trial.number)
+            optuna.storages.get_storage(url).set_trial_state_values(trial._trial_id, optuna.trial.TrialState.FAIL)
+        return value
+
+    monkeypatch.setattr(study, "run_trial", slow)
+    _, record = run(tmp_path, rows, "train.lr=1e-4..1e-2", "train.max_steps=1", trials=1, storage=url)
+    assert any("others gave it up" in line for line in caplog.messages)
+    assert [(trial["number"], trial["state"]) for trial in record.trials] == [(0, "interrupted"), (1, "complete")]
+
+
+def test_another_mistake_of_a_value_is_still_a_bug(
+    tmp_path: Path, rows: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*rest: Any) -> float:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(study, "run_trial", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        run(tmp_path, rows, "train.lr=1e-4..1e-2", trials=1)
