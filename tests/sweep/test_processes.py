@@ -105,7 +105,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words, said = MISTAKES[mistake]
-    assert cli.main(["sweep", *WORDS, "--output", str(tmp_path), *words]) == 2
+    assert cli.main(["sweep", "--output", str(tmp_path), *words[:2], *WORDS, *words[2:]]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert "secret" not in error
