@@ -25,11 +25,12 @@ from lora_hf.commands import (
     predict,
     push,
     score,
+    sweep,
     train,
 )
 from lora_hf.errors import UserError
 
-VERBS = (train, evaluate, predict, generate, score, merge, combine, convert, push, benchmark, demo)
+VERBS = (train, sweep, evaluate, predict, generate, score, merge, combine, convert, push, benchmark, demo)
 
 
 def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int:

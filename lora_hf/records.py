@@ -176,6 +176,27 @@ class SuiteRecord(_Record):
     machine: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class SweepRecord(_Record):
+    """Many runs of one config, each with values of its own, and which did best on the development rows."""
+
+    kind = "a record of a sweep"
+    study: str
+    task: str
+    split: str
+    metric: str  # of that split; the score of a trial
+    greater_is_better: bool
+    config: dict[str, Any]  # what the trials share
+    space: list[str]  # what they vary, as typed
+    seed: int  # of the sampler
+    trials: list[dict[str, Any]]  # number, state, values, score, evaluations, seconds, record, error
+    best: dict[str, Any]  # of the trials; empty where none is complete
+    importance: dict[str, float] = field(default_factory=dict)  # of each key; they sum to 1
+    versions: dict[str, str] = field(default_factory=dict)
+    git: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
     installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions() if dist.name}

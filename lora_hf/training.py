@@ -88,7 +88,7 @@ def train(
     config: RunConfig,
     resume: str | None = None,
     rows: Mapping[str, Dataset] | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
+    callbacks: Sequence[TrainerCallback] | None = None,
     shared: SharedModel | None = None,
 ) -> Run:
     """Fine-tunes as the config says and writes the run folder.
@@ -96,7 +96,7 @@ def train(
     Args:
         resume: a checkpoint folder, or `auto`: the newest checkpoint of the newest unfinished run of this very config.
         rows: the task's splits, where they have been read already.
-        callbacks: of the Trainer, beside the run's own.
+        callbacks: of the Trainer, beside the run's own; without: a line on standard error for each evaluation.
         shared: the model that this run trains its adapter on together with others (`joint`).
 
     Raises:
@@ -129,13 +129,9 @@ def train(
     trainer = _trainer(config, task, model, tokenizer, encoded, arguments)
     if shared:
         trainer.shared, trainer.adapter = shared, shared.name
-    use_callbacks(
-        trainer,
-        EvaluationLines(f"{folder.name}, " if shared else ""),
-        Guard(config.train.method),
-        LogFile(folder / LOG_FILE),
-        *callbacks,
-    )
+    if callbacks is None:
+        callbacks = [EvaluationLines(f"{folder.name}, " if shared else "")]
+    use_callbacks(trainer, Guard(config.train.method), LogFile(folder / LOG_FILE), *callbacks)
     record = RunRecord(
         task=task.name,
         method=config.train.method,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import re
 import typing
@@ -28,6 +29,7 @@ PRESETS = {
     "all": ROLES,
 }
 INITS = ("default", "gaussian", "pissa", "olora")
+FORM = "expected an override of the form section.key=value, such as lora.r=16"
 RECIPE_FOLDERS = (Path("configs"), Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs")
 
 
@@ -81,6 +83,7 @@ def _hf_problem(hf: dict[str, Any]) -> str:
     return "; ".join(problems)
 
 
+@functools.cache
 def _training_argument_names() -> tuple[str, ...]:
     # Importing TrainingArguments takes seconds and pulls in torch; its source says the same in milliseconds.
     spec = importlib.util.find_spec("transformers")
@@ -228,6 +231,15 @@ class RunConfig:
         Raises:
             ConfigError: all problems at once, each with its key, what was expected and what was found.
         """
+        config, problems = cls.check(sections)
+        if config is None:
+            count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+            raise ConfigError("\n  ".join([f"{source}: {count}", *problems]))
+        return config
+
+    @classmethod
+    def check(cls, sections: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
+        """The config of nested mappings and no problems, or None and everything that is wrong with them."""
         kinds = typing.get_type_hints(cls)
         problems, built = [], {}
         for name, values in sections.items():
@@ -237,12 +249,11 @@ class RunConfig:
             built[name], found = build_section(kinds[name], values if values is not None else {})
             problems += [f"{name}.{problem}" for problem in found]
         if problems:
-            count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-            raise ConfigError("\n  ".join([f"{source}: {count}", *problems]))
+            return None, problems
         try:
-            return cls(**built)
+            return cls(**built), []
         except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
+            return None, [str(error)]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -250,6 +261,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         ConfigError: a missing or malformed file, or any key that is unknown, mistyped or out of range.
+    """
+    return RunConfig.from_dict(read_sections(path, overrides), source=str(path))
+
+
+def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a YAML recipe says with the overrides applied, its keys and values not yet checked.
+
+    Raises:
+        ConfigError: a missing or malformed file or override.
     """
     file = _find(Path(path))
     try:
@@ -259,8 +279,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(sections, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' and 'task:', found {kind_of(sections)}")
     for override in overrides:
-        _apply(override, sections)
-    return RunConfig.from_dict(sections, source=str(path))
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r}: {FORM}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from error
+        set_value(sections, key, value, override)
+    return sections
+
+
+def set_value(sections: dict[str, Any], key: str, value: Any, said: str) -> None:
+    """Puts the value where `section.key` points to, in place.
+
+    Raises:
+        ConfigError: `key` has no section, or leads through something that holds no keys; opens with what was `said`.
+    """
+    steps = key.split(".")
+    if len(steps) < 2 or not all(steps):
+        raise ConfigError(f"{said!r}: {FORM}")
+    level = sections
+    for step in steps[:-1]:
+        if not isinstance(level.get(step), dict):
+            if level.get(step) is not None:
+                raise ConfigError(f"{said!r}: {step} holds {kind_of(level[step])}, not further keys")
+            level[step] = {}
+        level = level[step]
+    level[steps[-1]] = value
 
 
 def _find(path: Path) -> Path:
@@ -275,22 +321,3 @@ def _find(path: Path) -> Path:
     where = "the current folder and configs/" if bare else "that place"
     hint = did_you_mean(path.name, known) or (f"; recipes: {', '.join(known)}" if bare else "")
     raise ConfigError(f"{path}: no such config file in {where}{hint}")
-
-
-def _apply(override: str, sections: dict[str, Any]) -> None:
-    key, equals, text = override.partition("=")
-    steps = key.split(".")
-    if not equals or len(steps) < 2 or not all(steps):
-        raise ConfigError(f"{override!r}: expected an override of the form section.key=value, such as lora.r=16")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from error
-    level = sections
-    for step in steps[:-1]:
-        if not isinstance(level.get(step), dict):
-            if level.get(step) is not None:
-                raise ConfigError(f"{override!r}: {step} holds {kind_of(level[step])}, not further keys")
-            level[step] = {}
-        level = level[step]
-    level[steps[-1]] = value

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lora_hf.config import load_config
+from lora_hf.sweep.space import read_sweep
 
 REPO = Path(__file__).parents[2]
 PACKAGE = REPO / "lora_hf"
@@ -239,7 +240,8 @@ def test_page_commands_exist(page: Path) -> None:
                 assert (REPO / word).is_file(), f"{said}: there is no {word}"
         if "--config" in words:
             rest = words[words.index("--config") + 1 :]
-            load_config(rest[0], [word for word in rest[1:] if re.match(r"[a-z_]+\.[a-z_.]+=", word)])
+            read = read_sweep if "scripts/sweep.py" in words else load_config
+            read(rest[0], [word for word in rest[1:] if re.match(r"[a-z_]+\.[a-z_.]+=", word)])
 
 
 def test_readme_says_how_to_start() -> None:

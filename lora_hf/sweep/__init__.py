@@ -1,0 +1,1 @@
+"""Many runs of one config, to find the values that score best on the development rows."""
