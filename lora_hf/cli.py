@@ -36,7 +36,7 @@ VERBS = (train, sweep, evaluate, predict, generate, score, merge, combine, conve
 def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int:
     """Runs one verb; `scripts/<verb>.py` names it, otherwise it is the first argument."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = _parser(verb).parse_args(words if verb is None else [verb, *words])
+    parsed = _parse(words if verb is None else [verb, *words], verb)
     _speak_on_standard_error()
     if machine_is_busy():
         # Read when torch is loaded. Threads that spin for long while they wait for each other, as is their default,
@@ -53,6 +53,18 @@ def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(words: list[str], verb: str | None) -> argparse.Namespace:
+    """The options; overrides (`key=value`) may stand anywhere among them, which argparse alone does not allow."""
+    parser = _parser(verb)
+    parsed, rest = parser.parse_known_args(words)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
 
 
 def _parser(verb: str | None) -> argparse.ArgumentParser:

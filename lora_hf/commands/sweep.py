@@ -25,7 +25,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampler")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
     parser.add_argument(
-        "space",
+        "overrides",
         nargs="+",
         metavar="key=...",
         help="low..high, low..high:log, low..high:log2 (powers of two), a,b or 'a|b' (one of them), 2*other.key, value",
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.sweep.space import read_sweep
     from lora_hf.tasks.table import get_task
 
-    config, space = read_sweep(options.config, options.space)
+    config, space = read_sweep(options.config, options.overrides)
     if options.seed < 0:
         raise ConfigError(f"--seed: expected a whole number >= 0, found {options.seed}")
     if importlib.util.find_spec("optuna") is None:

@@ -99,6 +99,19 @@ def test_a_mistake_is_one_message_and_exit_code_2(mistake: str, tmp_path: Path) 
     assert not list(tmp_path.iterdir()), "nothing may be left behind"
 
 
+def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train.lr=-1", "--config", "rule_sentiment.yaml", "lora.r=0", "--json", "task.max_length=1"]
+    assert cli.main(words, verb="train") == 2
+    said = capsys.readouterr().err
+    assert "3 problems" in said
+    for key in ("train.lr", "lora.r", "task.max_length"):
+        assert key in said
+    for strange in ("--jsonn", "lora.r"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*words, strange], verb="train")
+        assert f"unrecognized arguments: {strange}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
