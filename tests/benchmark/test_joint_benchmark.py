@@ -1,0 +1,74 @@
+"""Runs together through the command line: several configs of `train`, `benchmark glue --joint`, `benchmark joint`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_hf.adapter_file import read_adapter
+from lora_hf.cli import main
+from tests.tolerances import JOINT_FP32
+
+FAST = ["model.precision=fp32", "train.max_steps=3", "train.batch_size=4", "train.lr=1e-4", "task.max_length=32"]
+
+
+def last_json(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def furthest(one: Path, other: Path) -> float:
+    tensors = [read_adapter(folder).tensors for folder in (one, other)]
+    return max(float((tensors[0][key] - tensors[1][key]).abs().max()) for key in tensors[0])
+
+
+def test_several_configs_of_train_train_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "rule_sentiment.yaml", "--config", "tiny_glue_qv8.yaml", "task.name=rule-sentiment"]
+    output = [f"output.dir={tmp_path}", "--json", *FAST]
+    assert main([*words, *output], verb="train") == 0
+    runs = last_json(capsys)["runs"]
+    assert [Path(run["run"]).name.rpartition("-")[0].rpartition("-")[0] for run in runs] == [
+        "rule_sentiment",
+        "tiny_glue_qv8",
+    ]
+    for run, config in zip(runs, words[1::2], strict=False):
+        record = json.loads((Path(run["run"]) / "record.json").read_text(encoding="utf-8"))
+        assert record["together"] == 2
+        assert record["metrics"] == run["metrics"]
+        alone = ["--config", config, "task.name=rule-sentiment", f"output.name=alone-{config}"]
+        assert main([*alone, *output], verb="train") == 0
+        assert furthest(Path(run["weights"]), Path(last_json(capsys)["weights"])) < JOINT_FP32
+
+
+def test_a_suite_trains_its_lora_runs_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configs = ["--config", "tiny_glue_qv8.yaml", "--config", "tiny_glue_head.yaml"]
+    words = ["glue", "--tasks", "rule-sentiment", "--seeds", "0,1", *configs, "--output", str(tmp_path), *FAST]
+    assert main([*words, "--joint", "4", "--json"], verb="benchmark") == 0
+    record = last_json(capsys)
+    assert {run["folder"]: run["together"] for run in record["runs"]} == {
+        "rule-sentiment-tiny_glue_qv8-seed0": 2,
+        "rule-sentiment-tiny_glue_qv8-seed1": 2,
+        "rule-sentiment-tiny_glue_head-seed0": 1,
+        "rule-sentiment-tiny_glue_head-seed1": 1,
+    }
+    assert not list(tmp_path.glob("*/checkpoints"))
+    assert main([*words, "--joint", "0"], verb="benchmark") == 2
+    assert "--joint 0: expected at least 1" in capsys.readouterr().err
+
+
+def test_both_sides_are_measured_and_their_weights_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "joint.json"
+    words = ["joint", "--tasks", "rule-sentiment", "--seeds", "0,1", "--steps", "3", "--batch-size", "4"]
+    assert main([*words, "--rounds", "1", "--output", str(file)], verb="benchmark") == 0
+    record = json.loads(file.read_text(encoding="utf-8"))
+    assert record["work"]["runs"] == ["rule-sentiment-seed0", "rule-sentiment-seed1"]
+    seconds = {side: measured["seconds"][0] for side, measured in record["sides"].items()}
+    assert record["ratios"]["together/apart"]["median"] == seconds["apart"] / seconds["together"]
+    assert record["sides"]["apart"]["examples_per_second"]["median"] == 2 * 3 * 4 / seconds["apart"]
+    for each in record["weights_apart"].values():
+        assert each["difference"] < JOINT_FP32 < each["largest"]
+    assert "times as fast" in capsys.readouterr().out
+    assert main([*words[:3], "--rounds", "1", "--steps", "3"], verb="benchmark") == 2
+    assert "expected at least 2 runs, found 1" in capsys.readouterr().err
