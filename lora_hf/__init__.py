@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         set_adapter,
         unmerge,
     )
+    from lora_hf.joint import train_together
     from lora_hf.mixing import mix_adapters, unload_adapter, use_adapter
     from lora_hf.models import dequantise, quantise
     from lora_hf.planning import Site, plan
@@ -49,6 +50,7 @@ _HOME = {
     "save_adapter": "adapters",
     "save_loralib": "convert.loralib",
     "set_adapter": "injection",
+    "train_together": "joint",
     "unload_adapter": "mixing",
     "unmerge": "injection",
     "use_adapter": "mixing",
@@ -76,6 +78,7 @@ __all__ = [
     "save_adapter",
     "save_loralib",
     "set_adapter",
+    "train_together",
     "unload_adapter",
     "unmerge",
     "use_adapter",

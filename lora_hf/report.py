@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 from lora_hf import suite_tables
 from lora_hf.errors import DataError
 from lora_hf.markdown import minutes, percent, table
-from lora_hf.records import RunRecord, ScoreRecord
-from lora_hf.speed_tables import answering, answers_in, profiles, quantised, speed, speed_machines, switching
+from lora_hf.records import RunRecord, ScoreRecord, SweepRecord
+from lora_hf.speed_tables import answering, answers_in, joint, profiles, quantised, speed, speed_machines, switching
 
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -62,10 +63,14 @@ def describe(record: RunRecord) -> str:
 
 
 def _runs(folder: Path) -> list[tuple[Path, RunRecord]]:
+    return [(file, RunRecord.load(file)) for file in _json_files(folder)]
+
+
+def _json_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.json"))
     if not files:
         raise DataError(f"{folder}: no records")
-    return [(file, RunRecord.load(file)) for file in files]
+    return files
 
 
 def _sst2(results: Path) -> str:
@@ -144,6 +149,39 @@ def _grouping(results: Path) -> str:
     return table(["batches", "dev perplexity", "examples/s", "training (record)"], rows)
 
 
+def _sweep(results: Path) -> str:
+    """The trials of each sweep, the best first; those that were stopped early at the end."""
+    parts = []
+    for file in _json_files(results / "sweep"):
+        record = SweepRecord.load(file)
+        keys = list(dict.fromkeys(key for trial in record.trials for key in trial["values"]))
+        sign = -1 if record.greater_is_better else 1
+        done = [trial for trial in record.trials if trial["state"] == "complete"]
+        done.sort(key=lambda trial: sign * trial["score"])
+        counts = Counter(trial["state"] for trial in record.trials)
+        rows = [
+            [
+                str(trial["number"]),
+                *(_typed(trial["values"].get(key)) for key in keys),
+                f"{trial['score']:.4f}",
+                f"{trial['seconds']:.0f}",
+            ]
+            for trial in done
+        ]
+        told = ", ".join(f"{number} {state}" for state, number in counts.items())
+        shares = ", ".join(f"{key} {percent(share)} %" for key, share in record.importance.items())
+        head = ["trial", *keys, f"{record.split} {record.metric}", "seconds"]
+        caption = f"{record.task}, {told} ([record](results/sweep/{file.name})). Importance: {shares}."
+        parts.append(f"{caption}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2e}"
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
 def _evidence(results: Path) -> dict[str, Any]:
     return _json(results / "tiny-bases.json")
 
@@ -199,6 +237,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "answering": answering,
     "switching": switching,
     "grouping": _grouping,
+    "joint": joint,
+    "sweep": _sweep,
     "quantised": quantised,
     "answers-in": answers_in,
     "suite": suite_tables.from_results(suite_tables.scores),

@@ -86,6 +86,27 @@ def switching(results: Path) -> str:
     return table(["model (record)", "a switch, microseconds"], rows)
 
 
+def joint(results: Path) -> str:
+    """A row for each record of `benchmark joint`: runs together on one base against one after another."""
+    rows = []
+    for file, record in _records(results / "joint"):
+        work, sides = record["work"], record["sides"]
+        lora = f"r={work['lora']['r']} on {' '.join(work['lora']['targets'])}"
+        rows.append(
+            [
+                f"[{work['model']} in {work['precision']}, {lora}](results/joint/{file.name})",
+                str(len(work["runs"])),
+                f"{work['steps']} of {work['batch_size']} rows",
+                *(_spread(sides[side]["examples_per_second"], 1) for side in ("together", "apart")),
+                _spread(record["ratios"]["together/apart"], 2),
+                *(f"{sides[side]['rss']['median'] / 1e6:,.0f}" for side in ("together", "apart")),
+                f"{max(each['difference'] for each in record['weights_apart'].values()):.1e}",
+            ]
+        )
+    head = ["work (record)", "runs", "steps each", "together, examples/s", "one by one, examples/s", "faster, x"]
+    return table([*head, "together, peak MB", "one by one, peak MB", "weights apart by at most"], rows)
+
+
 def quantised(results: Path) -> str:
     """How the base is held: its size, the speed and memory of training, and the score."""
     rows = []
