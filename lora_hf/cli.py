@@ -17,6 +17,7 @@ from pathlib import Path
 from lora_hf.commands import (
     benchmark,
     combine,
+    compare,
     convert,
     demo,
     evaluate,
@@ -30,7 +31,7 @@ from lora_hf.commands import (
 )
 from lora_hf.errors import UserError
 
-VERBS = (train, sweep, evaluate, predict, generate, score, merge, combine, convert, push, benchmark, demo)
+VERBS = (train, sweep, evaluate, predict, generate, score, merge, combine, convert, compare, push, benchmark, demo)
 
 
 def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int:

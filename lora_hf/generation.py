@@ -172,8 +172,8 @@ def evaluate_texts(
 ) -> tuple[list[Path], dict[str, dict[str, Scores]]]:
     """Writes and scores a text for each input of each split, with the decoding of the run.
 
-    In a run folder `predictions-<split>.txt` and `.jsonl` keep the texts and `scores-<split>.json` the `ScoreRecord`;
-    those of the bare base say so in their names.
+    In a run folder `predictions-<split>.txt` and `.jsonl` keep the texts, `outputs-<split>.jsonl` each with its input
+    and references, and `scores-<split>.json` the `ScoreRecord`; those of the bare base say so in their names.
 
     Returns:
         The records written, and the scores by split and subset.
@@ -191,6 +191,7 @@ def evaluate_texts(
         written = time.perf_counter()
         scores[split] = score_texts(generator.task, examples, [text.text for text in made])
         if run:
+            _write_outputs(run / f"outputs-{name}.jsonl", generator.task.name, examples, made)
             record = ScoreRecord(
                 task=generator.task.name,
                 model=saved.model.name,
@@ -207,6 +208,17 @@ def evaluate_texts(
             )
             records.append(record.write(run / f"scores-{name}.json"))
     return records, scores
+
+
+def _write_outputs(path: Path, task: str, examples: Sequence[Example], made: Sequence[Generated]) -> None:
+    """One JSON object an input: what was asked, what people wrote, and what the model wrote."""
+    aside = path.with_name(f"{path.name}.part")
+    with aside.open("w", encoding="utf-8") as file:
+        for example, text in zip(examples, made, strict=True):
+            references = list(example.references)
+            line = {"task": task, "input": example.context, "references": references, "output": text.text}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    aside.replace(path)
 
 
 def write_texts(path: Path, prompts: Sequence[str], texts: Iterator[Generated]) -> list[Generated]:

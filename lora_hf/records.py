@@ -21,6 +21,7 @@ RECORD_FILE = "record.json"
 RUN_CONFIG_FILE = "config.yaml"
 MERGE_FILE = "merge.json"
 COMBINE_FILE = "combine.json"
+COMPARISON_FILE = "comparison.json"
 PACKAGES = ("lora-hf", "torch", "transformers", "datasets", "evaluate", "accelerate", "safetensors", "tokenizers")
 
 
@@ -195,6 +196,41 @@ class SweepRecord(_Record):
     versions: dict[str, str] = field(default_factory=dict)
     git: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ComparisonRecord(_Record):
+    """Runs side by side: every number of the report that is made from it. Units as in the records of the runs."""
+
+    kind = "a record of a comparison"
+    made: str  # ISO 8601, UTC
+    runs: list[dict[str, Any]]  # folder, task, seed, and the key of its configuration
+    left_out: list[dict[str, str]]  # what could not be read, and why
+    tasks: list[dict[str, Any]]
+    statistics: dict[str, Any]  # confidence, resamples, seed
+    options: dict[str, Any] = field(default_factory=dict)  # as given: quality, price_per_hour, currency
+    versions: dict[str, str] = field(default_factory=dict)
+    git: dict[str, Any] = field(default_factory=dict)
+
+
+def describe(record: RunRecord) -> str:
+    """A run in a few words: which base, which method, and for LoRA which rank and targets."""
+    return f"{describe_base(record)}, {describe_method(record)}"
+
+
+def describe_base(record: RunRecord) -> str:
+    """The base of a run, with what is unusual about it."""
+    model = record.config["model"]
+    base = record.model + (" (random weights)" if model["init"] == "random" else "")
+    return base + (f" in {model['precision']}" if model["precision"] != "fp32" else "")
+
+
+def describe_method(record: RunRecord) -> str:
+    """What a run trained."""
+    if record.method != "lora":
+        return "head only" if record.method == "head" else "full fine-tuning"
+    lora = record.config["lora"]
+    return f"LoRA r={lora['r']} on {', '.join(lora['targets'])}"
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 from lora_hf import suite_tables
 from lora_hf.errors import DataError
 from lora_hf.markdown import minutes, percent, table
-from lora_hf.records import RunRecord, ScoreRecord, SweepRecord
+from lora_hf.records import RunRecord, ScoreRecord, SweepRecord, describe
 from lora_hf.speed_tables import answering, answers_in, joint, profiles, quantised, speed, speed_machines, switching
 
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -49,17 +49,6 @@ def fill_pages(root: Path) -> list[Path]:
             page.write_text(after, encoding="utf-8")
             changed.append(page)
     return changed
-
-
-def describe(record: RunRecord) -> str:
-    """A run in a few words: which base, which method, and for LoRA which rank and targets."""
-    model = record.config["model"]
-    base = record.model + (" (random weights)" if model["init"] == "random" else "")
-    base += f" in {model['precision']}" if model["precision"] != "fp32" else ""
-    if record.method != "lora":
-        return f"{base}, {'head only' if record.method == 'head' else 'full fine-tuning'}"
-    lora = record.config["lora"]
-    return f"{base}, LoRA r={lora['r']} on {', '.join(lora['targets'])}"
 
 
 def _runs(folder: Path) -> list[tuple[Path, RunRecord]]:

@@ -53,6 +53,11 @@ def test_eval_scores_texts_and_leaves_a_record(writer: Path, adapted: bool) -> N
     assert 0 <= record.metrics["all"]["BLEU"] < 1  # type: ignore[operator]
     lines = (writer.parent / f"predictions-{name}.txt").read_text(encoding="utf-8").splitlines()
     assert len(lines) == record.inputs
+    kept = (writer.parent / f"outputs-{name}.jsonl").read_text(encoding="utf-8")
+    outputs = [json.loads(line) for line in kept.splitlines()]
+    assert [row["output"] for row in outputs] == lines
+    assert outputs[0].keys() == {"task", "input", "references", "output"}
+    assert all(row["references"] and "name : " in row["input"] for row in outputs)
     assert record.timings["generate"] > 0
 
 
