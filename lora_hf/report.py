@@ -85,26 +85,6 @@ def _sst2(results: Path) -> str:
     return table(head, rows)
 
 
-def _glue(results: Path) -> str:
-    rows = []
-    for file, record in _runs(results / "glue"):
-        for split, scores in record.metrics.items():
-            for metric, value in scores.items():
-                rows.append(
-                    [
-                        f"{record.task}, {split}" if len(record.metrics) > 1 else record.task,
-                        metric,
-                        f"{value:.3f}",
-                        f"{record.majority[split][metric]:.3f}",
-                        f"{record.rows['train']:,}",
-                        f"{record.rows[split]:,}",
-                        f"[{record.best['step']}](results/glue/{file.name})",
-                    ]
-                )
-    head = ["task", "metric", "score", "one answer", "training rows", "scored rows", "best step (record)"]
-    return table(head, rows, words=2)
-
-
 def _e2e(results: Path) -> str:
     run = RunRecord.load(results / "e2e" / "lora.json")
     rows = []
@@ -218,7 +198,6 @@ def _continuations(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "sst2": _sst2,
-    "glue": _glue,
     "e2e": _e2e,
     "speed": speed,
     "speed-machines": speed_machines,
