@@ -227,9 +227,46 @@ def test_a_loss_that_is_no_number_stops_the_run(
 
     monkeypatch.setattr(training, "load_base", broken)
     with pytest.raises(
-        TrainingError, match=r"the loss is nan at step \d+: lower train\.lr, or use model\.precision=fp32"
+        TrainingError,
+        match=r"the loss is nan at step 1: lower train\.lr, or use model\.precision=fp32.*checkpoint: none",
     ):
-        train(config(tmp_path, hf={"logging_steps": 1}), rows=few_rows)
+        train(config(tmp_path, hf={"logging_steps": 100}), rows=few_rows)
+
+
+@pytest.mark.parametrize("more", [{"gradient_accumulation": 2}, {"hf": {"train_sampling_strategy": "group_by_length"}}])
+def test_a_loss_that_is_no_number_names_its_batch_and_the_last_good_checkpoint(
+    more: dict[str, Any], tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, prepared = AdapterTrainer.compute_loss, AdapterTrainer._prepare_inputs
+    batches: list[list[int]] = []
+
+    def broken(self: AdapterTrainer, model: Any, inputs: Any, **named: Any) -> torch.Tensor:
+        loss = computed(self, model, inputs, **named)
+        if not model.training or len(batches) < 10:
+            return loss
+        return loss * float("inf")
+
+    def seen(self: AdapterTrainer, inputs: Any) -> Any:
+        if self.model.training:
+            batches.append(
+                [
+                    row[mask.bool()].tolist()
+                    for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+                ]
+            )
+        return prepared(self, inputs)
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", broken)
+    monkeypatch.setattr(AdapterTrainer, "_prepare_inputs", seen)
+    with pytest.raises(TrainingError, match=r"the loss is inf at step") as stop:
+        train(config(tmp_path, epochs=3, **more), rows=few_rows)
+    accumulated = more.get("gradient_accumulation", 1)
+    epoch = 6 // accumulated
+    assert f"at step {9 // accumulated + 1}:" in str(stop.value)
+    assert str(stop.value).endswith(f"last good checkpoint: {tmp_path / 'run' / 'checkpoints' / f'checkpoint-{epoch}'}")
+    named = [int(word) for word in str(stop.value).split("examples ")[1].split(" (")[0].split(", ")]
+    tokenizer = training.load_tokenizer(config(tmp_path).model)
+    assert [tokenizer(few_rows["train"][row]["sentence"])["input_ids"] for row in named] == batches[9]
 
 
 def test_a_finished_run_is_not_written_over(tmp_path: Path, few_rows: dict[str, Any]) -> None:
