@@ -17,6 +17,7 @@ from lora_hf.config import RunConfig, load_config
 from lora_hf.errors import ConfigError, TrainingError
 from lora_hf.inference import Predictor, evaluate
 from lora_hf.injection import lora_layers, merge
+from lora_hf.layers import LoraLinear
 from lora_hf.records import RunRecord
 from lora_hf.saved import find_saved
 from lora_hf.tasks.table import get_task
@@ -170,6 +171,30 @@ def test_eight_rows_at_once_equal_four_times_two(tmp_path: Path, few_rows: dict[
     for key in a:
         assert torch.allclose(a[key], b[key], atol=ACCUMULATION_FP32, rtol=0), key
     assert in_parts.record.best["step"] == at_once.record.best["step"] == ROWS // 8
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_activations_computed_again_give_the_same_run(
+    tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = 0
+    plain = LoraLinear.forward
+
+    def counted(self: LoraLinear, *rest: Any) -> torch.Tensor:
+        nonlocal forwards
+        forwards += self.training
+        return plain(self, *rest)
+
+    monkeypatch.setattr(LoraLinear, "forward", counted)
+    runs, counts = [], []
+    for hf in ({}, {"gradient_checkpointing": True}):
+        forwards = 0
+        sgd = {"optim": "sgd", **hf}
+        runs.append(weights(train(config(tmp_path, f"{hf}", epochs=1, max_steps=4, lr=0.1, hf=sgd), rows=few_rows)))
+        counts.append(forwards)
+    assert counts[1] == 2 * counts[0] > 0
+    for key in runs[0]:
+        assert torch.allclose(runs[0][key], runs[1][key], atol=ACCUMULATION_FP32, rtol=0), key
 
 
 def test_a_run_can_start_from_the_lora_weights_of_another(tmp_path: Path, few_rows: dict[str, Any]) -> None:
