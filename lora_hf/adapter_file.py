@@ -8,7 +8,7 @@ a fused projection belong to which A and B.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +42,64 @@ UNSUPPORTED = {
     "velora_config": None,
 }
 
+# Values of PEFT's init_lora_weights that leave the base as it is, beside true and false.
+STARTS = ("gaussian", "eva", "olora", "orthogonal", "pissa", "true", "false", "none")
+
 # Values of PEFT's init_lora_weights under which PEFT trains on a changed base that nobody can compute again.
 CHANGES_BASE = ("pissa_niter", "corda", "loftq", "lora_ga")
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_switch(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_alpha(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < FLOAT32_MAX
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+
+
+def _is_init(value: Any) -> bool:
+    return _is_switch(value) or (isinstance(value, str) and value.lower().startswith((*STARTS, *CHANGES_BASE)))
+
+
+def _is_pattern(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(fits, value.values())))
+
+
+FLOAT32_MAX = 3.4e38
+
+# What a field that lora_hf reads may hold, in words and as a check.
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "alpha_pattern": ("names with numbers > 0", lambda value: _is_pattern(value, _is_alpha)),
+    "base_model_name_or_path": ("a name", _is_text),
+    "bias": ("one of none, all, lora_only", lambda value: value in ("none", "all", "lora_only")),
+    "fan_in_fan_out": ("true or false", _is_switch),
+    "inference_mode": ("true or false", _is_switch),
+    "init_lora_weights": (f"true, false or one of {', '.join(STARTS[:5])}", _is_init),
+    "lora_alpha": ("a number > 0", _is_alpha),
+    "lora_dropout": ("a number >= 0 and < 1", _is_share),
+    "modules_to_save": (
+        "a list of names",
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
+    ),
+    "r": ("a whole number >= 1", _is_rank),
+    "rank_pattern": ("names with whole numbers >= 1", lambda value: _is_pattern(value, _is_rank)),
+    "revision": ("a name", _is_text),
+    "task_type": ("a name", _is_text),
+    "use_dora": ("true or false", _is_switch),
+    "use_rslora": ("true or false", _is_switch),
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +157,7 @@ def inspect_adapter(folder: str | Path) -> tuple[dict[str, Any], About]:
         with safe_open(folder / WEIGHTS_FILE, framework="np") as file:  # checks that every tensor lies in the file
             header = file.metadata() or {}
         about = _about(json.loads(header[HEADER])) if HEADER in header else About()
-    except (ValueError, TypeError, AttributeError, SafetensorError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, SafetensorError, OSError) as error:
         raise AdapterError(
             f"{folder}: damaged adapter: {error}. Copy it again from where it came, or train it again"
         ) from error
@@ -114,10 +170,9 @@ def inspect_adapter(folder: str | Path) -> tuple[dict[str, Any], About]:
     if used:
         values = ", ".join(f"{key}={config[key]!r}" for key in used)
         raise AdapterError(f"{folder}/{CONFIG_FILE}: {values} not supported")
-    if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise AdapterError(
-            f"{folder}/{CONFIG_FILE}: bias: expected one of none, all, lora_only, found {config['bias']!r}"
-        )
+    for key, (wanted, fits) in FIELDS.items():
+        if key in config and not fits(config[key]):
+            raise AdapterError(f"{folder}/{CONFIG_FILE}: {key}: expected {wanted}, found {config[key]!r:.100}")
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(CHANGES_BASE) or (config.get("use_dora") and init in ("pissa", "olora")):
         raise AdapterError(
@@ -131,7 +186,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     """An adapter folder with its tensors.
 
     Raises:
-        AdapterError: as `inspect_adapter`; also a tensor that holds a value that is no number.
+        AdapterError: as `inspect_adapter`; also a tensor of whole numbers, or with a value that is no number.
     """
     from safetensors.torch import load_file
 
@@ -139,6 +194,8 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     config, about = inspect_adapter(folder)
     tensors = load_file(folder / WEIGHTS_FILE)
     for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{folder}/{WEIGHTS_FILE}: {key}: expected floating point numbers, found {tensor.dtype}")
         if not tensor.isfinite().all():
             raise AdapterError(f"{folder}/{WEIGHTS_FILE}: {key} holds NaN or infinity; the adapter is unusable")
     return AdapterFile(folder, config, tensors, about)

@@ -1,7 +1,7 @@
 """The command line: `lora-hf <verb>`, or `python scripts/<verb>.py`.
 
 Results go to standard output, progress and logs to standard error. Exit 0: done; 2: the user's mistake, told in one
-message; 1: a bug, with its traceback.
+message; 130 and 143: stopped by Ctrl-C or SIGTERM; 1: a bug, with its traceback.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lora_hf.commands import (
     sweep,
     train,
 )
-from lora_hf.errors import UserError
+from lora_hf.errors import Interrupted, UserError
 
 VERBS = (train, sweep, evaluate, predict, generate, score, merge, combine, convert, compare, push, benchmark, demo)
 
@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"stopped by {stop}", file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -7,6 +7,7 @@ escapes is a bug in lora_hf and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -36,6 +37,14 @@ class HubError(UserError):
 
 class TrainingError(UserError):
     """A run that would not train, or stopped training: nothing to train, no gradient, a loss that is not a number."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that Ctrl-C or SIGTERM ended; `code` is what a shell expects then."""
+
+    def __init__(self, kind: signal.Signals, message: str) -> None:
+        super().__init__(f"{kind.name}: {message}")
+        self.code = 128 + kind
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:

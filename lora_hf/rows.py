@@ -69,7 +69,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 def _object(where: str, line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a JSON object: {error}") from error
 
 
@@ -77,5 +77,9 @@ def _text(where: str, row: Any, column: str) -> str:
     value = row.get(column) if isinstance(row, dict) else None
     if not isinstance(value, str) or not value.strip():
         near = did_you_mean(column, row) if isinstance(row, dict) else ""
-        raise DataError(f"{where}: expected a text under {column!r}, found {value!r}{near}")
+        raise DataError(f"{where}: expected a text under {column!r}, found {value!r:.100}{near}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(
+            f"{where}: {column!r} holds half of a surrogate pair; write the whole character, or leave it out"
+        )
     return value

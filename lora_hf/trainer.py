@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +19,10 @@ from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lora_hf.adapters import restore_adapter, save_adapter
+from lora_hf.checkpoints import ASIDE, STATE, newest_whole, prune, publish
 from lora_hf.errors import TrainingError
 from lora_hf.injection import lora_layers
 from lora_hf.language_head import IGNORED, score_labels_only
@@ -27,6 +31,9 @@ from lora_hf.variants.embedding import EmbeddingWeights
 from lora_hf.variants.loraplus import quicken
 
 logger = logging.getLogger(__name__)
+
+PROGRESS = "progress.json"  # what the Trainer does not keep in a checkpoint
+UNCHECKED = 16  # losses on a GPU that may wait for a look
 
 
 class RunTrainer(Trainer):
@@ -40,14 +47,129 @@ class RunTrainer(Trainer):
     loraplus_lr_ratio: float | None = None  # how many times faster LoRA's B learns
     adapter: str = "default"  # the name of the adapter that is trained
     shared: SharedModel | None = None  # where other runs train theirs on the same model
+    aside: Path | None = None  # where a checkpoint is being written
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.losses: list[tuple[int, torch.Tensor]] = []  # not yet checked: steps before, loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        if self.prompts is None:
-            return super()._get_train_sampler(train_dataset)
-        return PromptSampler(self.prompts, self.args.seed)
+        if self.prompts is not None:
+            return PromptSampler(self.prompts, self.args.seed)
+        sampler = super()._get_train_sampler(train_dataset)
+        return EpochSampler(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self.aside is None else str(self.aside)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes aside and renames: whatever stands under a checkpoint's name is whole."""
+        folder, state = Path(str(self.args.output_dir)), self.state
+        name, self.aside = f"checkpoint-{state.global_step}", folder / ASIDE
+        if self.args.should_save:
+            shutil.rmtree(self.aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.aside = None
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(folder / name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            written = folder / ASIDE / name
+            state.save_to_json(str(written / STATE))
+            progress = {
+                "loss": float(self._tr_loss),
+                "logged": self._globalstep_last_logged,
+                "finished": self.control.should_training_stop,
+            }
+            (written / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+            publish(written, folder / name)
+            best = state.best_model_checkpoint
+            prune(folder, self.args.save_total_limit, Path(best) if best else None)
+        self.accelerator.wait_for_everyone()
+
+    def _init_training_state(self, *arguments: Any) -> Any:
+        checkpoint = arguments[3]
+        found = super()._init_training_state(*arguments)
+        if checkpoint is not None and self.state.best_global_step:
+            # The run may have been moved, or be gone on with from another folder.
+            best = Path(checkpoint).with_name(f"checkpoint-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        return found
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        """Goes on where the checkpoint was saved, in what is logged as well, and not beyond the end of the run."""
+        checkpoint = arguments["resume_from_checkpoint"]
+        if checkpoint is not None and arguments["epoch"] == arguments["epochs_trained"]:
+            progress = json.loads((Path(checkpoint) / PROGRESS).read_text(encoding="utf-8"))
+            self._tr_loss += progress["loss"]
+            self._globalstep_last_logged = progress["logged"]
+            if progress["finished"]:
+                self.control.should_training_stop = True
+                return
+        super()._run_epoch(**arguments)
+
+    def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        loss = super().training_step(*arguments, **named)
+        self.losses.append((self.state.global_step, loss.detach()))
+        return loss
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **named: Any) -> None:
+        due = self.control.should_log or self.control.should_evaluate or self.control.should_save
+        # To look at a loss is to wait for the GPU; the CPU has it already.
+        if due or self.args.device.type == "cpu" or len(self.losses) >= UNCHECKED:
+            self._check_losses()
+        super()._maybe_log_save_evaluate(*arguments, **named)
+
+    def _check_losses(self) -> None:
+        """Raises TrainingError for the first batch since the last check whose loss is no number."""
+        losses, self.losses = self.losses, []
+        if not losses or bool(torch.stack([loss for _, loss in losses]).isfinite().all()):
+            return
+        first = next(place for place, (_, loss) in enumerate(losses) if not loss.isfinite())
+        step, loss = losses[first]
+        batch = sum(earlier == step for earlier, _ in losses[:first])
+        rows = ", ".join(map(str, self._examples(step, batch)))
+        good = newest_whole(Path(str(self.args.output_dir))) or "none"
+        raise TrainingError(
+            f"the loss is {loss.item()} at step {step + 1}: lower train.lr, or use model.precision=fp32. Its batch "
+            f"holds the training examples {rows} (counting from 0); the last good checkpoint: {good}"
+        )
+
+    def _examples(self, step: int, batch: int) -> list[int]:
+        """The rows of the encoded training set that were in a batch: the samplers give an epoch's order again."""
+        loader: Any = self.callback_handler.train_dataloader
+        accumulated = self.args.gradient_accumulation_steps
+        epoch, done = divmod(step, math.ceil(len(loader) / accumulated))
+        loader.set_epoch(epoch)
+        return next(islice(loader.batch_sampler, done * accumulated + batch, None))
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Another sampler of rows, with an order for each epoch that depends on the seed alone.
+
+    The Trainer draws the order of `group_by_length` from the generator of everything else: a run that goes on in the
+    middle of an epoch would get another.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Every epoch has its own order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
 
 
 class PromptSampler(torch.utils.data.Sampler):
@@ -123,7 +245,9 @@ class AdapterTrainer(RunTrainer):
     ) -> torch.Tensor:
         if self.shared is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        return self.shared.step(self, self._prepare_inputs(inputs), num_items_in_batch)
+        loss = self.shared.step(self, self._prepare_inputs(inputs), num_items_in_batch)
+        self.losses.append((self.state.global_step, loss.detach()))
+        return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
@@ -185,6 +309,16 @@ class LogFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drops what a run wrote after the checkpoint from which it goes on now: it writes that again."""
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        self.path.write_text(
+            "".join(line for line in whole if json.loads(line)["step"] <= state.global_step), encoding="utf-8"
+        )
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
@@ -192,7 +326,7 @@ class LogFile(TrainerCallback):
 
 
 class Guard(TrainerCallback):
-    """Stops a run that does not train: an empty optimiser, LoRA B unmoved after a step, a loss that is no number."""
+    """Stops a run that does not train: an empty optimiser, or LoRA B unmoved after a step."""
 
     def __init__(self, method: str) -> None:
         self.method = method
@@ -217,13 +351,6 @@ class Guard(TrainerCallback):
             raise TrainingError(
                 f"every LoRA B is still what it started as after step {state.global_step}: no gradient reaches the "
                 "adapter, so the run would change nothing. Is it merged or disabled, or the loss detached from it?"
-            )
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {state.global_step}: lower train.lr, or use model.precision=fp32"
             )
 
 

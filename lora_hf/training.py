@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from datasets import Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -28,21 +26,20 @@ from transformers import (
     set_seed,
 )
 from transformers import TrainingArguments as HFArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from lora_hf.adapter_file import read_adapter
 from lora_hf.adapters import copy_lora_weights, save_adapter
+from lora_hf.checkpoints import told_when_full
 from lora_hf.config import RunConfig
 from lora_hf.curves import draw_curves
 from lora_hf.encoding import encode
 from lora_hf.errors import ConfigError, TrainingError
 from lora_hf.injection import count_parameters, inject_at, inject_head
+from lora_hf.interruption import Interruption
 from lora_hf.models import load_base, load_tokenizer
 from lora_hf.planning import Site, plan
 from lora_hf.precision import resolve
 from lora_hf.records import (
-    RECORD_FILE,
-    RUN_CONFIG_FILE,
     RunRecord,
     folder_size,
     git_state,
@@ -50,6 +47,7 @@ from lora_hf.records import (
     peak_rss,
     versions,
 )
+from lora_hf.run_folder import LOG_FILE, begin_run, find_run_folder
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
 from lora_hf.trainer import (
@@ -67,8 +65,6 @@ from lora_hf.trainer import (
 )
 
 logger = logging.getLogger(__name__)
-
-LOG_FILE = "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,8 @@ def train(
 
     Raises:
         UserError: whatever of the config, data, model or adapter cannot be used, before anything is trained.
-        TrainingError: nothing to train, or a run that does not train.
+        TrainingError: nothing to train, a run that does not train, or a disk that is full.
+        Interrupted: Ctrl-C or SIGTERM, after the step was finished and saved.
     """
     started = time.time()
     config = replace(config, model=replace(config.model, precision=resolve(config.model.precision)))
@@ -110,7 +107,21 @@ def train(
         raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave it out")
     if config.train.loraplus_lr_ratio is not None and config.train.method != "lora":
         raise ConfigError(f"train.loraplus_lr_ratio: train.method={config.train.method} has no LoRA B; leave it out")
-    folder, checkpoint = _run_folder(config, resume)
+    folder, checkpoint = find_run_folder(config, resume)
+    with told_when_full(folder):
+        return _train(config, task, folder, checkpoint, rows, callbacks, shared, started)
+
+
+def _train(
+    config: RunConfig,
+    task: Task,
+    folder: Path,
+    checkpoint: Path | None,
+    rows: Mapping[str, Dataset] | None,
+    callbacks: Sequence[TrainerCallback] | None,
+    shared: SharedModel | None,
+    started: float,
+) -> Run:
     set_seed(config.train.seed)
     rows = rows or task.load(config.task.data_dir, task.splits)
     tokenizer = load_tokenizer(config.model)
@@ -122,16 +133,14 @@ def train(
         split: encode(task, part, tokenizer, config.task.max_length) for split, part in rows.items()
     }
     arguments = _arguments(config, task, folder, spare_work(model, config.train.label_smoothing))
-    _make(folder)
-    if checkpoint is None:
-        (folder / LOG_FILE).unlink(missing_ok=True)
-    (folder / RUN_CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+    begin_run(config, folder, checkpoint)
     trainer = _trainer(config, task, model, tokenizer, encoded, arguments)
     if shared:
         trainer.shared, trainer.adapter = shared, shared.name
     if callbacks is None:
         callbacks = [EvaluationLines(f"{folder.name}, " if shared else "")]
-    use_callbacks(trainer, Guard(config.train.method), LogFile(folder / LOG_FILE), *callbacks)
+    interruption = Interruption(folder)
+    use_callbacks(trainer, Guard(config.train.method), LogFile(folder / LOG_FILE), *callbacks, interruption)
     record = RunRecord(
         task=task.name,
         method=config.train.method,
@@ -148,7 +157,8 @@ def train(
         together=shared.runs if shared else 1,
     )
     training = time.time()
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    with interruption:
+        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     scoring = time.time()
     _score_all(record, task, trainer, encoded, rows, folder)
     run = Run(folder, record)
@@ -226,7 +236,8 @@ def _arguments(config: RunConfig, task: Task, folder: Path, of_model: dict[str, 
         "seed": train.seed,
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # one to go back to, should the newest be damaged
+        "restore_callback_states_from_checkpoint": True,  # how long patience has lasted
         "load_best_model_at_end": True,
         "metric_for_best_model": f"eval_{task.evaluation_splits[0]}_{task.best_metric}",
         "greater_is_better": task.greater_is_better,
@@ -277,48 +288,6 @@ def _trainer(
     if config.train.patience:
         trainer.add_callback(EarlyStoppingCallback(config.train.patience))
     return trainer
-
-
-def _run_folder(config: RunConfig, resume: str | None) -> tuple[Path, str | None]:
-    """The folder of the run and the checkpoint to go on from; nothing is made or written yet."""
-    if resume is not None and resume != "auto":
-        checkpoint = Path(resume)
-        if not (checkpoint / "trainer_state.json").is_file():
-            raise ConfigError(f"--resume {resume}: expected a checkpoint folder with trainer_state.json, or 'auto'")
-        return checkpoint.resolve().parent.parent, str(checkpoint)
-    if resume == "auto":
-        folder = _unfinished(config)
-        if folder is not None:
-            return folder, get_last_checkpoint(str(folder / "checkpoints"))
-        logger.warning("--resume auto: no unfinished run of this config with a checkpoint; starting from the beginning")
-    name = config.output.name
-    if name is None:
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        name = f"{config.task.name}-{Path(config.model.name).name}-{config.train.method}-{stamp}"
-    folder = Path(config.output.dir) / name
-    if (folder / RECORD_FILE).exists() and not config.output.overwrite:
-        raise ConfigError(f"{folder}: holds a finished run; choose another output.name, or set output.overwrite=true")
-    return folder, None
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output.dir: cannot make {folder}: {error.strerror}") from error
-    (folder / RECORD_FILE).unlink(missing_ok=True)
-
-
-def _unfinished(config: RunConfig) -> Path | None:
-    """The newest run of this config that has a checkpoint and no record yet."""
-    places = Path(config.output.dir).glob(f"*/{RUN_CONFIG_FILE}")
-    for place in sorted(places, key=os.path.getmtime, reverse=True):
-        folder, checkpoints = place.parent, place.parent / "checkpoints"
-        if (folder / RECORD_FILE).exists() or not checkpoints.is_dir() or not get_last_checkpoint(str(checkpoints)):
-            continue
-        if yaml.safe_load(place.read_text(encoding="utf-8")) == config.to_dict():
-            return folder
-    return None
 
 
 def _score(record: RunRecord, task: Task, split: str, logits: np.ndarray, rows: Mapping[str, Dataset]) -> None:

@@ -17,6 +17,7 @@ from lora_hf.config import RunConfig, load_config
 from lora_hf.errors import ConfigError, TrainingError
 from lora_hf.inference import Predictor, evaluate
 from lora_hf.injection import lora_layers, merge
+from lora_hf.layers import LoraLinear
 from lora_hf.records import RunRecord
 from lora_hf.saved import find_saved
 from lora_hf.tasks.table import get_task
@@ -172,6 +173,30 @@ def test_eight_rows_at_once_equal_four_times_two(tmp_path: Path, few_rows: dict[
     assert in_parts.record.best["step"] == at_once.record.best["step"] == ROWS // 8
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_activations_computed_again_give_the_same_run(
+    tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = 0
+    plain = LoraLinear.forward
+
+    def counted(self: LoraLinear, *rest: Any) -> torch.Tensor:
+        nonlocal forwards
+        forwards += self.training
+        return plain(self, *rest)
+
+    monkeypatch.setattr(LoraLinear, "forward", counted)
+    runs, counts = [], []
+    for hf in ({}, {"gradient_checkpointing": True}):
+        forwards = 0
+        sgd = {"optim": "sgd", **hf}
+        runs.append(weights(train(config(tmp_path, f"{hf}", epochs=1, max_steps=4, lr=0.1, hf=sgd), rows=few_rows)))
+        counts.append(forwards)
+    assert counts[1] == 2 * counts[0] > 0
+    for key in runs[0]:
+        assert torch.allclose(runs[0][key], runs[1][key], atol=ACCUMULATION_FP32, rtol=0), key
+
+
 def test_a_run_can_start_from_the_lora_weights_of_another(tmp_path: Path, few_rows: dict[str, Any]) -> None:
     first = train(config(tmp_path, "first", epochs=1), rows=few_rows)
     # A learning rate too small to move anything shows what the second run began with.
@@ -227,9 +252,46 @@ def test_a_loss_that_is_no_number_stops_the_run(
 
     monkeypatch.setattr(training, "load_base", broken)
     with pytest.raises(
-        TrainingError, match=r"the loss is nan at step \d+: lower train\.lr, or use model\.precision=fp32"
+        TrainingError,
+        match=r"the loss is nan at step 1: lower train\.lr, or use model\.precision=fp32.*checkpoint: none",
     ):
-        train(config(tmp_path, hf={"logging_steps": 1}), rows=few_rows)
+        train(config(tmp_path, hf={"logging_steps": 100}), rows=few_rows)
+
+
+@pytest.mark.parametrize("more", [{"gradient_accumulation": 2}, {"hf": {"train_sampling_strategy": "group_by_length"}}])
+def test_a_loss_that_is_no_number_names_its_batch_and_the_last_good_checkpoint(
+    more: dict[str, Any], tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, prepared = AdapterTrainer.compute_loss, AdapterTrainer._prepare_inputs
+    batches: list[list[int]] = []
+
+    def broken(self: AdapterTrainer, model: Any, inputs: Any, **named: Any) -> torch.Tensor:
+        loss = computed(self, model, inputs, **named)
+        if not model.training or len(batches) < 10:
+            return loss
+        return loss * float("inf")
+
+    def seen(self: AdapterTrainer, inputs: Any) -> Any:
+        if self.model.training:
+            batches.append(
+                [
+                    row[mask.bool()].tolist()
+                    for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+                ]
+            )
+        return prepared(self, inputs)
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", broken)
+    monkeypatch.setattr(AdapterTrainer, "_prepare_inputs", seen)
+    with pytest.raises(TrainingError, match=r"the loss is inf at step") as stop:
+        train(config(tmp_path, epochs=3, **more), rows=few_rows)
+    accumulated = more.get("gradient_accumulation", 1)
+    epoch = 6 // accumulated
+    assert f"at step {9 // accumulated + 1}:" in str(stop.value)
+    assert str(stop.value).endswith(f"last good checkpoint: {tmp_path / 'run' / 'checkpoints' / f'checkpoint-{epoch}'}")
+    named = [int(word) for word in str(stop.value).split("examples ")[1].split(" (")[0].split(", ")]
+    tokenizer = training.load_tokenizer(config(tmp_path).model)
+    assert [tokenizer(few_rows["train"][row]["sentence"])["input_ids"] for row in named] == batches[9]
 
 
 def test_a_finished_run_is_not_written_over(tmp_path: Path, few_rows: dict[str, Any]) -> None:

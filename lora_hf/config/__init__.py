@@ -70,6 +70,17 @@ OURS = {
 }
 
 
+def _path_problem(path: str) -> str:
+    return "" if path.isprintable() and path else f"expected a folder, found {path!r}"
+
+
+def _name_problem(name: str | None) -> str:
+    """A run folder lies in output.dir and nowhere else."""
+    if name is None or (name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\")):
+        return ""
+    return f"expected the name of a folder in output.dir, without a path, found {name!r}"
+
+
 def _hf_problem(hf: dict[str, Any]) -> str:
     """Names under `train.hf` that are not fields of TrainingArguments, or that have a key of their own here."""
     problems = [f"{name}: set {OURS[name]} instead" for name in hf if name in OURS]
@@ -151,7 +162,7 @@ class TrainConfig(Section):
     """The fine-tuning. `method: head` trains the task head alone, `full` everything: what LoRA is compared with."""
 
     method: Literal["lora", "full", "head"] = "lora"
-    epochs: float = bounded(3.0, above=0)
+    epochs: float = bounded(3.0, above=0, high=1e6)
     max_steps: int | None = bounded(None, low=1)  # overrides epochs
     batch_size: int = bounded(16, low=1)
     eval_batch_size: int = bounded(64, low=1)
@@ -165,7 +176,7 @@ class TrainConfig(Section):
     max_grad_norm: float = bounded(1.0, low=0)  # 0: gradients are not clipped
     label_smoothing: float = bounded(0.0, low=0, high=1)
     group_by_prompt: bool = False  # generation: rows of one input together in a batch, where it is encoded once
-    seed: int = bounded(0, low=0)
+    seed: int = bounded(0, low=0, high=2**32 - 1)
     patience: int | None = bounded(None, low=1)  # evaluations without a better score before the run stops early
     start_from: str | None = None  # an adapter whose LoRA weights (not its head) the run starts from
     hf: dict[str, Any] = field(
@@ -185,7 +196,7 @@ class GenerateConfig(Section):
     temperature: float = bounded(1.0, above=0)
     top_p: float = bounded(1.0, above=0, high=1)
     top_k: int = bounded(0, low=0)  # 0: all tokens
-    seed: int = bounded(0, low=0)
+    seed: int = bounded(0, low=0, high=2**32 - 1)
     batch_size: int = bounded(16, low=1)
 
 
@@ -193,8 +204,8 @@ class GenerateConfig(Section):
 class OutputConfig(Section):
     """Where the run folder goes: `<dir>/<name>`; without a name, one is made of task, model, method and time."""
 
-    dir: str = "outputs"
-    name: str | None = None
+    dir: str = field(default="outputs", metadata={"check": _path_problem})
+    name: str | None = field(default=None, metadata={"check": _name_problem})
     overwrite: bool = False
 
 
@@ -273,8 +284,8 @@ def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     """
     file = _find(Path(path))
     try:
-        sections = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        sections = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{path}: not a readable YAML file: {error}") from error
     if not isinstance(sections, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' and 'task:', found {kind_of(sections)}")
@@ -284,7 +295,7 @@ def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
             raise ConfigError(f"{override!r}: {FORM}")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from error
         set_value(sections, key, value, override)
     return sections

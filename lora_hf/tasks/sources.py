@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 DATA_DIR_VARIABLE = "LORA_HF_DATA_DIR"
 HIDDEN_LABEL = -1
+LONGEST_TEXT = 1_000_000  # a tokenizer takes a hundred times as much memory
 
 _log = logging.getLogger(__name__)
 
@@ -268,6 +269,8 @@ def check_text(rows: Dataset, where: str, columns: tuple[str, ...]) -> None:
     Raises:
         DataError: naming the column, what was expected and what was found.
     """
+    from pyarrow.compute import call_function
+
     if len(rows) == 0:
         raise DataError(f"{where}: no rows; expected at least one")
     check_columns(rows.column_names, columns, where)
@@ -276,6 +279,8 @@ def check_text(rows: Dataset, where: str, columns: tuple[str, ...]) -> None:
         if kind not in ("string", "large_string"):
             raise DataError(f"{where}: column {column!r} should hold text (string), found {kind}")
         _refuse(rows, column, _is_null(rows, column), where, "expected text")
+        lengths = call_function("binary_length", [rows.data.column(column)]).to_numpy()
+        _refuse(rows, column, lengths > LONGEST_TEXT, where, f"expected a text of at most {LONGEST_TEXT:,} bytes")
 
 
 def check_labels(rows: Dataset, where: str, split: str, label_names: tuple[str, ...], highest: float) -> None:
@@ -329,7 +334,7 @@ def _refuse(rows: Dataset, column: str, wrong: np.ndarray, where: str, expected:
         value = rows.data.column(column)[first].as_py()
         raise DataError(
             f"{where}: {count} of {len(rows)} rows have a wrong {column!r}, the first is row {first} "
-            f"(counting from 0): {value!r}; {expected}"
+            f"(counting from 0): {value!r:.100}; {expected}"
         )
 
 

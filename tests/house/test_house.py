@@ -23,8 +23,8 @@ LONGEST_FILE = 400
 # A file imports only from lower floors; the files of one folder may import each other, without cycles.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "records", "architectures", "names", "folders"),
-    ("kernels", "metrics", "tiny", "offline", "precision", "curves", "switch", "markdown", "quantised"),
-    ("layers", "heads", "tasks", "adapter_file"),
+    ("kernels", "metrics", "tiny", "offline", "precision", "curves", "switch", "markdown", "quantised", "checkpoints"),
+    ("layers", "heads", "tasks", "adapter_file", "interruption", "run_folder"),
     ("variants",),
     ("planning", "places"),
     (
@@ -39,7 +39,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("adapters", "saved", "mixing", "models", "card"),
     ("trainer", "hub", "loading", "convert"),
-    ("training", "inference", "generation", "speed_tables", "suite_tables", "merging", "combining", "compare"),
+    (
+        "training",
+        "inference",
+        "generation",
+        "speed_tables",
+        "robustness_tables",
+        "suite_tables",
+        "merging",
+        "combining",
+        "compare",
+    ),
     ("joint", "report", "sweep", "serving", "demo"),
     ("benchmark",),
     ("commands",),

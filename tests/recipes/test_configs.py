@@ -321,7 +321,7 @@ def test_a_learning_rate_is_read_however_it_is_written(broken: Path, text: str) 
         ("generate.temperature=0", "generate.temperature: expected a number > 0, found 0"),
         ("generate.top_p=0", "generate.top_p: expected a number > 0 and <= 1, found 0"),
         ("generate.top_k=-1", "generate.top_k: expected a whole number >= 0, found -1"),
-        ("generate.seed=-1", "generate.seed: expected a whole number >= 0, found -1"),
+        ("generate.seed=-1", "generate.seed: expected a whole number >= 0 and <= 4294967295, found -1"),
         ("generate.batch_size=0", "generate.batch_size: expected a whole number >= 1, found 0"),
         ("model.precision=int4", "model.precision: expected one of auto, fp32, bf16, fp16, found 'int4'"),
         ("train.hf=fast", "train.hf: expected keys and values, found 'fast'"),

@@ -122,7 +122,7 @@ def test_all_problems_are_told_at_once() -> None:
         "model.dropout=0.1..0.2:ln: expected :log or :log2, found :ln",
         "train.max_steps=5..7:log2: expected at least two powers of two between low and high",
         "train.patience=1,,2: a choice is empty",
-        "train.seed: expected a whole number >= 0, found 'many'",
+        "train.seed: expected a whole number >= 0 and <= 4294967295, found 'many'",
         "lora.lora_alpha=2*lora.s: lora.s is not swept (did you mean 'lora.r'?)",
         "lora.rank: unknown key (did you mean 'rank_pattern'?)",
         "lora.r: expected a whole number >= 1, found 0",

@@ -1,0 +1,51 @@
+"""The tables of robustness, from records written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_hf.errors import DataError
+from lora_hf.robustness_tables import damaged, kills
+
+
+def write(folder: Path, name: str, record: object) -> None:
+    (folder / "robustness").mkdir(exist_ok=True)
+    (folder / "robustness" / name).write_text(json.dumps(record))
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+
+
+def test_damaged_input_is_counted_by_kind(tmp_path: Path) -> None:
+    record = {
+        "counts": {"adapters": {"refused": 1406, "used": 46}, "data": {"refused": 3, "escaped": 2}},
+        "worst": {"adapters": {"seconds": 0.04, "memory": 0}, "data": {"seconds": 1.93, "memory": 259448832}},
+    }
+    write(tmp_path, "input.json", record)
+    assert cells(damaged(tmp_path)) == [
+        ["adapters", "1,452", "1,406", "46", "0", "0.0", "0"],
+        ["data", "5", "3", "0", "2", "1.9", "259"],
+    ]
+
+
+def test_each_kill_has_a_row(tmp_path: Path) -> None:
+    record = {
+        "kills": [
+            {"seconds": 2.5, "checkpoint": "checkpoint-6", "while_writing": True, "differences": []},
+            {"seconds": 0.125, "checkpoint": None, "while_writing": False, "differences": ["metrics", "best"]},
+        ]
+    }
+    write(tmp_path, "kills.json", record)
+    assert cells(kills(tmp_path)) == [
+        ["1", "2.50", "checkpoint-6", "yes", "nothing"],
+        ["2", "0.12", "the beginning", "no", "metrics, best"],
+    ]
+
+
+def test_a_missing_record_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"input\.json: not readable"):
+        damaged(tmp_path)
