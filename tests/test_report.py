@@ -1,22 +1,39 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_hf.errors import DataError
 from lora_hf.report import MARKER, TABLES, fill, fill_pages
+from tests.numbers_in_records import unexplained
 
 REPO = Path(__file__).parents[1]
 RESULTS = REPO / "docs" / "results"
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("**/*.md"))]
 
 
-@pytest.mark.parametrize(
-    "page", [REPO / "README.md", *sorted((REPO / "docs").glob("**/*.md"))], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_table_of_the_pages_is_what_the_records_say(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert fill(text, RESULTS) == text, "run: python -m lora_hf.report"
+
+
+@pytest.fixture(scope="module")
+def records() -> list[Any]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.rglob("*.json"))]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if MARKER.search(page.read_text(encoding="utf-8"))], ids=lambda page: page.name
+)
+def test_every_number_of_a_page_of_results_stands_in_a_record(page: Path, records: list[Any]) -> None:
+    """Those of the sentences too; the tables are held to their own records by the test above."""
+    text = page.read_text(encoding="utf-8")
+    assert not unexplained(text, records)
+    assert unexplained(f"{text}\nIt is 314,159.26 times as fast.", records) == ["314,159.26"]
 
 
 def test_a_table_goes_between_its_markers_and_nowhere_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
