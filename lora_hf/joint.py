@@ -60,6 +60,10 @@ def train_together(
         ConfigError: configs that cannot share a base.
         UserError: what `train` finds wrong with one of them before anything is trained.
     """
+    if resume not in (None, "auto"):
+        raise ConfigError(
+            f"--resume {resume}: a checkpoint is one run's, and these are {len(configs)}; expected 'auto'"
+        )
     _check(configs)
     return _Together(configs, resume, rows or {}).run()
 
