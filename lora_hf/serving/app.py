@@ -43,6 +43,14 @@ BOUNDS = ("too_long", "string_too_long", "less_than_equal")  # what pydantic cal
 EXAMPLE = "send a JSON object with the header 'content-type: application/json'; /docs shows examples"
 
 
+class ProblemError(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers
+
+
 @dataclass
 class Door:
     """Who may come in, and whether the server is open.
@@ -185,7 +193,7 @@ def _adapters(app: FastAPI, engine: Engine, door: Door) -> None:
         except UserError as error:
             # The message names the folder; where the server keeps it is not the client's to know.
             message = str(error).replace(str(folder), body.folder).replace(str(_root(door)), ".")
-            raise HTTPException(422, {"code": "bad_adapter", "message": message}) from error
+            raise ProblemError(422, "bad_adapter", message) from error
 
     @app.delete("/v1/adapters/{name}", response_model=Adapter)
     async def remove(name: str) -> Any:
@@ -212,16 +220,14 @@ def _described(version: Version) -> Adapter:
 def _root(door: Door) -> Path:
     if door.folder is None:
         message = "this server's adapters are fixed; it was started without --allow-loading"
-        raise HTTPException(403, {"code": "loading_off", "message": message})
+        raise ProblemError(403, "loading_off", message)
     return door.folder.resolve()
 
 
 def _below(door: Door, folder: str) -> Path:
     """The folder that a client names, if it and its files lie below the one allowed, whatever links say."""
     root = _root(door)
-    refused = HTTPException(
-        403, {"code": "outside", "message": f"{folder!r} is no folder below that of --allow-loading"}
-    )
+    refused = ProblemError(403, "outside", f"{folder!r} is no folder below that of --allow-loading")
     if "\0" in folder or "\\" in folder or Path(folder).is_absolute() or ".." in Path(folder).parts:
         raise refused
     try:
@@ -246,7 +252,7 @@ def _health(app: FastAPI, door: Door, metrics: Metrics) -> None:
         """Whether it takes requests: 503 while it loads, and from SIGTERM on."""
         if door.draining or not door.open:
             word = "closing" if door.draining else "loading"
-            raise HTTPException(503, {"code": word, "message": f"the server is {word}"}, {"retry-after": "1"})
+            raise ProblemError(503, word, f"the server is {word}", {"retry-after": "1"})
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -280,10 +286,12 @@ def _errors(app: FastAPI, door: Door) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
-        detail: Any = error.detail
-        if not isinstance(detail, dict):
-            detail = {"code": WORDS.get(error.status_code, "refused"), "message": str(detail)}
-        return _failure(error.status_code, detail["code"], detail["message"], dict(error.headers or {}))
+        code = WORDS.get(error.status_code, "refused")
+        return _failure(error.status_code, code, str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(ProblemError)
+    async def told(_: Request, error: ProblemError) -> Response:
+        return _failure(error.status, error.code, str(error), error.headers)
 
     @app.exception_handler(UserError)
     async def broken(_: Request, error: UserError) -> Response:

@@ -283,11 +283,13 @@ class Engine:
             raise TooLargeError(
                 f"inputs: expected at most {self.limits.max_inputs}, found {len(inputs)}; ask several times"
             )
-        rows = [[row] if isinstance(row, str) else list(row) for row in inputs]
+        rows: list[list[str]] = [[row] if isinstance(row, str) else list(row) for row in inputs]
         for place, row in enumerate(rows):
             if len(row) != len(names):
-                wanted = f"{len(names)} texts ({', '.join(names)})" if len(names) > 1 else f"one text ({names[0]})"
-                raise BadInputError(f"inputs[{place}]: {version.name} reads {wanted}, found {len(row)}")
+                wanted = "one text" if len(names) == 1 else f"{len(names)} texts"
+                raise BadInputError(
+                    f"inputs[{place}]: {version.name} reads {wanted} ({', '.join(names)}), found {len(row)}"
+                )
             for text in row:
                 self._check_text(text, f"inputs[{place}]")
         return {name: [row[column] for row in rows] for column, name in enumerate(names)}

@@ -1,10 +1,10 @@
 """The bodies of requests and answers, with the limits of one server in them: what OpenAPI shows."""
 
-# No postponed annotations here: pydantic reads those of classes within a function where they stand.
+from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, create_model
 
 from lora_hf.serving.limits import Limits
 
@@ -70,41 +70,44 @@ class Load(BaseModel):
     )
 
 
-def bodies(limits: Limits) -> tuple[type[BaseModel], type[BaseModel]]:
-    """The bodies of /v1/classify and /v1/generate."""
+def bodies(limits: Limits) -> tuple[Any, Any]:
+    """The bodies of /v1/classify and /v1/generate, as pydantic models."""
     name = Annotated[StrictStr, Field(min_length=1, max_length=64, description="as in /v1/adapters")]
     text = Annotated[StrictStr, Field(min_length=1, max_length=limits.max_characters)]
-    pair = Annotated[list[text], Field(min_length=2, max_length=2)]
-    seconds = Annotated[float | None, Field(gt=0, le=limits.deadline, description="seconds to wait at most")]
+    pair = Annotated[list[text], Field(min_length=2, max_length=2)]  # type: ignore[valid-type]
+    inputs = Field(min_length=1, max_length=limits.max_inputs, description="texts, or pairs where the task reads two")
+    seconds = Field(None, gt=0, le=limits.deadline, description="to wait at most")
+    stream = Field(False, description="server-sent events: `text` for each piece, then `done`, or `error`")
+    classify: dict[str, Any] = {"adapter": "sst2", "inputs": ["a warm, funny film"]}
+    generate: dict[str, Any] = {"adapter": "e2e", "prompt": "name[The Vaults], eatType[pub]", "num_beams": 4}
+    fields: dict[str, Any] = {
+        "adapter": (name, ...),
+        "prompt": (text, ...),
+        "num_beams": _optional(int, ge=1, le=limits.max_beams),
+        "length_penalty": _optional(float, ge=-10, le=10),
+        "no_repeat_ngram_size": _optional(int, ge=0, le=100),
+        "max_new_tokens": _optional(int, ge=1, le=limits.max_new_tokens),
+        "temperature": _optional(float, ge=0.01, le=100),
+        "top_p": _optional(float, gt=0, le=1),
+        "top_k": _optional(int, ge=0, le=1_000_000),
+        "seed": _optional(int, ge=0, lt=2**63),
+        "stream": (StrictBool, stream),
+        "deadline": (float | None, seconds),
+    }
+    return (
+        create_model(
+            "ClassifyBody",
+            __config__=STRICT | ConfigDict(json_schema_extra={"examples": [classify]}),
+            adapter=(name, ...),
+            inputs=(Annotated[list[text | pair], inputs], ...),  # type: ignore[valid-type]
+            deadline=(float | None, seconds),
+        ),
+        create_model(
+            "GenerateBody", __config__=STRICT | ConfigDict(json_schema_extra={"examples": [generate]}), **fields
+        ),
+    )
 
-    class ClassifyBody(BaseModel):
-        model_config = STRICT | ConfigDict(
-            json_schema_extra={"examples": [{"adapter": "sst2", "inputs": ["a warm, funny film"]}]}
-        )
-        adapter: name
-        inputs: Annotated[
-            list[text | pair],
-            Field(min_length=1, max_length=limits.max_inputs, description="texts, or pairs where the task reads two"),
-        ]
-        deadline: seconds = None
 
-    class GenerateBody(BaseModel):
-        model_config = STRICT | ConfigDict(
-            json_schema_extra={
-                "examples": [{"adapter": "e2e", "prompt": "name[The Vaults], eatType[pub]", "num_beams": 4}]
-            }
-        )
-        adapter: name
-        prompt: text
-        num_beams: Annotated[StrictInt | None, Field(ge=1, le=limits.max_beams)] = None
-        length_penalty: Annotated[float | None, Field(ge=-10, le=10)] = None
-        no_repeat_ngram_size: Annotated[StrictInt | None, Field(ge=0, le=100)] = None
-        max_new_tokens: Annotated[StrictInt | None, Field(ge=1, le=limits.max_new_tokens)] = None
-        temperature: Annotated[float | None, Field(ge=0.01, le=100)] = None
-        top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-        top_k: Annotated[StrictInt | None, Field(ge=0, le=1_000_000)] = None
-        seed: Annotated[StrictInt | None, Field(ge=0, lt=2**63)] = None
-        stream: StrictBool = Field(False, description="server-sent events: `text` for each piece, `done`, or `error`")
-        deadline: seconds = None
-
-    return ClassifyBody, GenerateBody
+def _optional(kind: type, **bounds: float) -> tuple[Any, Any]:
+    """A number that the adapter's run decides where it is left out."""
+    return (StrictInt if kind is int else float) | None, Field(None, **bounds)  # type: ignore[arg-type, operator]

@@ -44,6 +44,21 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns Nagle's waiting off only where a socket says that it is TCP, and so do those that it accepts: an
+    # answer in two packets would come 40 ms later.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"--host {host} --port {port}: cannot be listened to: {error.strerror or error}") from error
+    return listening
+
+
 def serve(
     engine: Engine,
     adapters: Mapping[str, str],
@@ -63,11 +78,7 @@ def serve(
         ConfigError: the address cannot be had.
         UserError: an adapter cannot be loaded; the server has ended by then.
     """
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise ConfigError(f"--host {host} --port {port}: cannot be listened to: {error.strerror or error}") from error
+    listening = _listen(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     failures: list[BaseException] = []
 
