@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,9 @@ class _Server:
     def ask(
         self, method: str, path: str, body: Any = None, connection: http.client.HTTPConnection | None = None
     ) -> tuple[int, bytes]:
-        connection = connection or self.connect()
+        if connection is None:
+            with closing(self.connect()) as own:
+                return self.ask(method, path, body, own)
         headers = {"authorization": f"Bearer {self.token}", "content-type": "application/json"}
         connection.request(method, path, None if body is None else json.dumps(body), headers)
         response = connection.getresponse()
@@ -258,7 +260,13 @@ def _drive(server: _Server, load: Load, clients: int, seconds: float, meanwhile:
 
 
 def _client(server: _Server, load: Load, number: int, end: float, tally: Tally) -> None:
-    connection = server.connect()
+    with closing(server.connect()) as connection:
+        _ask_on(connection, server, load, number, end, tally)
+
+
+def _ask_on(
+    connection: http.client.HTTPConnection, server: _Server, load: Load, number: int, end: float, tally: Tally
+) -> None:
     turn = number * 7919  # clients start at different texts
     while time.perf_counter() < end:
         name, place = load.names[turn % len(load.names)], turn // len(load.names) % len(load.texts)
@@ -267,9 +275,9 @@ def _client(server: _Server, load: Load, number: int, end: float, tally: Tally) 
         try:
             body = {"adapter": name, "inputs": [load.texts[place]]}
             status, content = server.ask("POST", "/v1/classify", body, connection)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             tally.errors.append(repr(error))
-            connection = server.connect()
+            connection.close()  # the next request opens it again
             continue
         tally.latencies.append(time.perf_counter() - begin)
         if status != 200:
@@ -281,12 +289,12 @@ def _client(server: _Server, load: Load, number: int, end: float, tally: Tally) 
         if (
             answer["adapter"] != name
             or expected is None
-            or not _same(answer["answers"], expected[place], load.tolerance)
+            or not same(answer["answers"], expected[place], load.tolerance)
         ):
             tally.wrong.append(f"{name}: {answer} instead of {expected and expected[place]}")
 
 
-def _same(answers: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> bool:
+def same(answers: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> bool:
     """Whether the one answer is the expected one; where two labels are as probable, either may be named."""
     (answer,) = answers
     found, wanted = answer["probabilities"], expected["probabilities"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_hf.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from lora_hf.config import GenerateConfig
+from lora_hf.errors import AdapterError
 from lora_hf.saved import Saved
 from lora_hf.serving.limits import DeadlinePassedError, RefusalError
 
@@ -46,10 +47,17 @@ class Version:
 
 
 def digest_of(folder: Path) -> str:
-    """Twelve hexadecimal digits of a hash of an adapter's two files."""
+    """Twelve hexadecimal digits of a hash of an adapter's two files.
+
+    Raises:
+        AdapterError: one cannot be read.
+    """
     found = hashlib.sha256()
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        content = (folder / name).read_bytes()
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            raise AdapterError(f"{folder / name}: cannot be read: {error.strerror}") from error
         found.update(f"{len(content)}:".encode())
         found.update(content)
     return found.hexdigest()[:12]

@@ -63,6 +63,7 @@ class Worker(ABC):
         self._rate = 0.0  # rows a second, lately
         self._running = self._closed = self._ending = False
         self._merged: str | None = None
+        self._unmergeable: str | None = None
         self._stacks: dict[Any, Any] = {}
         self._plain = True
         self.thread = threading.Thread(target=self._run, name=f"lora_hf {base}", daemon=True)
@@ -245,12 +246,16 @@ class Worker(ABC):
         if len(self.versions) != 1 or self._merged is not None or quantised_layers(self.model):
             return
         slot = self.versions[0].slot
+        if slot == self._unmergeable:
+            return
         set_adapter(self.model, slot)
         try:
             merge(self.model)
             self._merged = slot
-        except AdapterError:
-            pass  # it adapts tied embeddings, which cannot be merged: it is answered beside the base
+        except Exception as error:  # noqa: BLE001 - it can always be answered beside the base
+            logger.info("%s is answered beside its base: %s", self.versions[0].name, error)
+            set_adapter(self.model, None)
+            self._unmergeable = slot
 
     def _gather(self) -> list[tuple[Any, int]]:
         with self._changed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -79,6 +80,13 @@ def paused(engine: Engine, name: str) -> Iterator[None]:
 
 def model_of(engine: Engine, name: str) -> Any:
     return engine._current[name][1].worker.model
+
+
+def change_tensors(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        about = file.metadata()
+    save_file({key: change(key, value) for key, value in tensors.items()}, folder / WEIGHTS_FILE, metadata=about)
 
 
 def close_to(found: Any, wanted: np.ndarray) -> bool:
@@ -182,6 +190,20 @@ def test_an_adapter_alone_is_merged_until_another_comes(
             answer = engine.classify("a", TEXTS)
             assert all((layer.merged is not None) == merged for layer in lora_layers(model).values())
             assert close_to(answer.logits, expected[answer.version])
+
+
+def test_an_adapter_that_cannot_be_merged_is_answered_beside_its_base(tmp_path: Path) -> None:
+    tied = save_random(tmp_path / "tied", "rule-restaurants", targets=("embeddings",))
+    change_tensors(tied, lambda key, value: torch.full_like(value, 0.3) if "embedding_A" in key else value)
+    saved = find_saved(tied)
+    with pytest.raises(AdapterError, match="share"):
+        Generator.load(saved)
+    with Engine() as engine:
+        engine.load("tied", tied)
+        alone = engine.generate("tied", PROMPTS[0], max_new_tokens=12)
+        bare = engine.submit_generate("tied", PROMPTS[0], {"max_new_tokens": 12}, bare=True).future.result(30)
+        assert alone.score != bare.score
+        assert engine.generate("tied", PROMPTS[0], max_new_tokens=12) == alone
 
 
 def test_each_answer_is_of_the_version_that_it_names_while_adapters_are_replaced(
@@ -308,11 +330,7 @@ def test_a_broken_adapter_does_not_take_others_with_it(
     folders: dict[str, Path], expected: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     huge = save_random(tmp_path / "huge", seed=9)
-    tensors = load_file(huge / WEIGHTS_FILE)
-    heads = {key: value.sign() * 3e38 if "classifier" in key else value for key, value in tensors.items()}
-    with safe_open(huge / WEIGHTS_FILE, "pt") as file:
-        about = file.metadata()
-    save_file(heads, huge / WEIGHTS_FILE, metadata=about)
+    change_tensors(huge, lambda key, value: value.sign() * 3e38 if "classifier" in key else value)
     with served(folders, "a") as engine:
         engine.load("huge", huge)
         with paused(engine, "a"):
