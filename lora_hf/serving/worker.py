@@ -25,7 +25,9 @@ from lora_hf.serving.requests import Request, Version, digest_of
 
 logger = logging.getLogger(__name__)
 
-GATHER = 0.002  # seconds: where the last batch had several requests, the next one's are given this long to come
+# Where several ask at once, those just answered ask again while the next batch is made up: it waits until as many have
+# come as did lately, for at most this share of the last batch's time and this many seconds.
+GATHER_SHARE, GATHER = 0.3, 0.005
 RANDOM = threading.Lock()  # torch's own generator is one for all threads: whoever seeds it or draws from it holds this
 
 
@@ -59,7 +61,8 @@ class Worker(ABC):
         self._waiting: deque[Any] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._rows = 0  # that wait
-        self._last = 0  # requests of the last batch
+        self._crowd = 0.0  # requests that waited at once, lately
+        self._seconds = 0.0  # of the last batch
         self._rate = 0.0  # rows a second, lately
         self._running = self._closed = self._ending = False
         self._merged: str | None = None
@@ -259,8 +262,10 @@ class Worker(ABC):
 
     def _gather(self) -> list[tuple[Any, int]]:
         with self._changed:
-            if self._last > 1 and 0 < len(self._waiting) < self._last:
-                self._changed.wait_for(lambda: len(self._waiting) >= self._last or self._ending, GATHER)
+            if 0 < len(self._waiting) < int(self._crowd):
+                patience = min(GATHER, GATHER_SHARE * self._seconds)
+                self._changed.wait_for(lambda: len(self._waiting) >= int(self._crowd) or self._ending, patience)
+            self._crowd = max(float(len(self._waiting)), 0.9 * self._crowd)
             self._sweep()
             batch = self._take()
             self._rows -= len(batch)
@@ -279,7 +284,7 @@ class Worker(ABC):
         begin = time.perf_counter()
         tokens = self._attempt(batch)
         seconds = time.perf_counter() - begin
-        self._last = len({id(request) for request, _ in batch})
+        self._seconds = seconds
         rate = len(batch) / max(seconds, 1e-6)
         self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
         self.observer.ran(self.base, [request for request, _ in batch], tokens, seconds)
