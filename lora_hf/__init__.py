@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from lora_hf.mixing import mix_adapters, unload_adapter, use_adapter
     from lora_hf.models import dequantise, quantise
     from lora_hf.planning import Site, plan
+    from lora_hf.serving.engine import Engine
 
 _HOME = {
+    "Engine": "serving.engine",
     "LoraConfig": "config",
     "Site": "planning",
     "UserError": "errors",
@@ -57,6 +59,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Engine",
     "LoraConfig",
     "Site",
     "UserError",

@@ -26,12 +26,28 @@ from lora_hf.commands import (
     predict,
     push,
     score,
+    serve,
     sweep,
     train,
 )
 from lora_hf.errors import Interrupted, UserError
 
-VERBS = (train, sweep, evaluate, predict, generate, score, merge, combine, convert, compare, push, benchmark, demo)
+VERBS = (
+    train,
+    sweep,
+    evaluate,
+    predict,
+    generate,
+    score,
+    merge,
+    combine,
+    convert,
+    compare,
+    push,
+    serve,
+    benchmark,
+    demo,
+)
 
 
 def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int:

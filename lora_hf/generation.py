@@ -19,6 +19,8 @@ from transformers import (
     NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 from lora_hf.config import GenerateConfig
@@ -81,16 +83,23 @@ class Generator:
         prompts = self.task.prompts(contexts, self.tokenizer, self.max_length - decoding.max_new_tokens)
         torch.manual_seed(decoding.seed)
         starts = range(0, len(prompts), decoding.batch_size)
-        return (text for at in starts for text in self._batch(prompts[at : at + decoding.batch_size], decoding))
+        return (text for at in starts for text in self.write(prompts[at : at + decoding.batch_size], decoding))
 
     @torch.inference_mode()
-    def _batch(self, prompts: list[list[int]], decoding: GenerateConfig) -> Iterator[Generated]:
-        batch = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.model.device)
+    def write(
+        self,
+        prompts: Sequence[list[int]],
+        decoding: GenerateConfig,
+        stopping: Sequence[StoppingCriteria] = (),
+    ) -> Iterator[Generated]:
+        """A text for each encoded prompt, all in one batch; `stopping` are asked after each token, beside the end."""
+        batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.model.device)
         width = batch["input_ids"].shape[1]
         made: Any = self.model.generate(  # type: ignore[operator]
             **batch,
             generation_config=self._settings(decoding),
             logits_processor=LogitsProcessorList(_processors(decoding, width)),
+            stopping_criteria=StoppingCriteriaList(stopping),
         )
         tokens = made.sequences[:, width:]
         lengths = self._lengths(tokens)

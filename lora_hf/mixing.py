@@ -28,7 +28,10 @@ def use_adapter(model: PreTrainedModel, name: str | None) -> Iterator[PreTrained
 
 @contextmanager
 def mix_adapters(
-    model: PreTrainedModel, rows: Sequence[str | None], stacks: dict[Any, Any] | None = None
+    model: PreTrainedModel,
+    rows: Sequence[str | None],
+    stacks: dict[Any, Any] | None = None,
+    among: Sequence[str] = (),
 ) -> Iterator[PreTrainedModel]:
     """Inside, this thread runs each row of a batch under its own adapter: `rows` names them, None is the bare base.
 
@@ -40,6 +43,8 @@ def mix_adapters(
         rows: the adapter of each row.
         stacks: a dict, empty at first, that keeps what is made of the adapters' weights from one mixture to the next;
             with a new one wherever a weight has changed since.
+        among: adapters to stack with those of the rows. Where different ones meet in each batch, naming all of them
+            each time has `stacks` made once.
 
     Raises:
         AdapterError: no rows, an adapter that the model does not have, or one that is merged into the base.
@@ -47,9 +52,9 @@ def mix_adapters(
     switch = switch_of(model)
     if not rows:
         raise AdapterError("a mixture needs a name for each row of the batch, found no rows")
-    for name in dict.fromkeys(rows):
+    for name in dict.fromkeys((*rows, *among)):
         check_known(switch, name)
-    with switch.own(Mixture(rows, stacks)):
+    with switch.own(Mixture(rows, stacks, among)):
         yield model
 
 

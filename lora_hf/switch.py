@@ -35,14 +35,17 @@ class Mixture:
     Args:
         rows: the name of each row.
         stacks: of an earlier mixture on the same model, whose weights have not changed since.
+        among: adapters that belong to the mixture whether a row names them or not.
 
     Attributes:
         names: the different names in alphabetical order, without None.
         stacks: what each layer keeps of the weights of a set of adapters.
     """
 
-    def __init__(self, rows: Sequence[str | None], stacks: dict[Any, Any] | None = None) -> None:
-        self.names = tuple(sorted({name for name in rows if name is not None}))
+    def __init__(
+        self, rows: Sequence[str | None], stacks: dict[Any, Any] | None = None, among: Sequence[str] = ()
+    ) -> None:
+        self.names = tuple(sorted({name for name in (*rows, *among) if name is not None}))
         numbers = {name: number for number, name in enumerate(self.names)}
         self.rows = torch.tensor([len(self.names) if name is None else numbers[name] for name in rows])
         self.tokens: Segments | None = None  # while a model runs without padding: of its tokens

@@ -188,6 +188,24 @@ def test_stacked_weights_follow_a_change() -> None:
     torch.testing.assert_close(after[2], alone(model, inputs, 2, NAMES[2]), atol=tolerances.MIXED_FP32, rtol=0)
 
 
+@pytest.mark.parametrize("has_grouped", [True, False])
+def test_one_stack_of_all_adapters_serves_rows_of_any(has_grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "_has_grouped", lambda *_: has_grouped)
+    model, inputs = adapted("roberta", 3), batch()
+    remove_padding(model)
+    stacks: dict = {}
+    with torch.inference_mode():
+        for rows in (["b", None, "b", "c", "c"], ["a"] * 5, [None] * 5, list(NAMES)):
+            with mix_adapters(model, rows, stacks, list(SETTINGS)):
+                mixed = model(**inputs).logits
+            for row, name in enumerate(rows):
+                expected = alone(model, inputs, row, name)
+                torch.testing.assert_close(mixed[row], expected, atol=tolerances.MIXED_FP32, rtol=0)
+    assert {names for _, names, _ in stacks} == {tuple(SETTINGS)}
+    with pytest.raises(AdapterError, match="no adapter 'd'"), mix_adapters(model, ["a"], stacks, ["a", "d"]):
+        pass
+
+
 def test_threads_choose_for_themselves() -> None:
     """More threads than adapters, each its own, while another switches the model's choice to and fro."""
     model, inputs = adapted("roberta", 3), batch()

@@ -116,3 +116,7 @@ there, the standard error of the mean 0.006. Resampling labels and answers apart
 COVERAGE = 0.04
 """How often a 95 % interval covers the truth in 300 repetitions: a standard error of 0.013, and the percentile interval
 of an accuracy over 250 rows covers about 0.94. An 85 % interval is out by more."""
+
+SERVED_PROBABILITY = 1.001e-4
+"""A served probability against the offline one: both are rounded to four decimals, and logits that differ by
+MIXED_FP32 may fall to either side of a rounding."""

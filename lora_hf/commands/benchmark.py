@@ -15,6 +15,7 @@ MEASURED = {
     "train": "how fast methods and libraries train",
     "infer": "how fast adapters answer",
     "profile": "where the time of a training step goes",
+    "serve": "how a server answers many clients",
 }
 
 
@@ -41,6 +42,10 @@ def _add_measured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--r", type=int, default=16, metavar="N", help="of every adapter, lora_alpha the same")
     parser.add_argument("--targets", default="all", metavar="ROLE,...", help="as lora.targets in a config")
     parser.add_argument("--rows", type=int, default=256, metavar="N", help="infer: rows of a round, of all tasks")
+    parser.add_argument("--clients", type=int, default=16, metavar="N", help="serve: that ask at once")
+    parser.add_argument("--adapters", type=int, default=8, metavar="N", help="serve: of one base")
+    parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="serve: of the load")
+    parser.add_argument("--replacements", type=int, default=10, metavar="N", help="serve: of adapters, during the load")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="lora_dropout of every side")
     parser.add_argument("--base-dropout", type=float, default=0.0, metavar="P", help="the base's own, on every side")
     parser.add_argument(
@@ -95,6 +100,12 @@ def run(options: argparse.Namespace) -> None:
         from lora_hf.benchmark.infer import benchmark_infer
 
         result = benchmark_infer(config, options.rows, options.rounds)
+    elif options.what == "serve":
+        from lora_hf.benchmark.serving import benchmark_serving
+
+        result = benchmark_serving(
+            config, options.clients, options.adapters, options.seconds, options.replacements, options.rows
+        )
     elif options.what == "profile":
         from lora_hf.benchmark.profile import profile_train
 
@@ -108,6 +119,9 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print_json(result)
         return
+    if options.what == "serve":
+        _print_served(result)
+        return
     for purpose, share in result.get("shares", {}).items():
         print(f"{purpose:32}{share:6.1%}")
     for name, side in result.get("sides", {}).items():
@@ -117,6 +131,18 @@ def run(options: argparse.Namespace) -> None:
     for name, ratio in result.get("ratios", {}).items():
         memory = result.get("memory_ratios", {}).get(name)
         print(f"{name:22} {_spread(ratio)}x" + (f", memory {memory:.2f}x" if memory else ""))
+
+
+def _print_served(result: dict[str, Any]) -> None:
+    for name in ("one_at_a_time", "together"):
+        part = result[name]
+        print(
+            f"{name:18}{part['per_second']:9.1f} requests/s  p50 {part['p50_ms']:.1f} ms  p99 {part['p99_ms']:.1f} ms  "
+            f"{part['errors']} errors, {part['wrong']} wrong"
+        )
+    replaced = result["replaced"]
+    print(f"{'ratio':18}{result['ratio']:9.2f}x  {replaced['times']} adapters replaced, {replaced['failed']} failed")
+    print(f"{'started again in':18}{result['started_again_in_seconds']:9.1f} s")
 
 
 def _trained(name: str, side: dict[str, Any]) -> str:

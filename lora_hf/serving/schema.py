@@ -1,0 +1,113 @@
+"""The bodies of requests and answers, with the limits of one server in them: what OpenAPI shows."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, create_model
+
+from lora_hf.serving.limits import Limits
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Problem(BaseModel):
+    """Why there is no answer: `code` for programs, `message` for people."""
+
+    code: str = Field(examples=["unknown_adapter"])
+    message: str = Field(examples=["no adapter 'sst3' is served (did you mean 'sst2'?); there is: rte, sst2"])
+
+
+class Failure(BaseModel):
+    """The body of every error."""
+
+    error: Problem
+
+
+class ClassifyAnswer(BaseModel):
+    """An answer for each input: `label` and `probabilities`, or for a regression its `score`."""
+
+    adapter: str = Field(examples=["sst2"])
+    version: str = Field(description="a hash of the adapter's files", examples=["1058a1ae93b4"])
+    answers: list[dict[str, Any]] = Field(
+        examples=[[{"label": "positive", "probabilities": {"negative": 0.0312, "positive": 0.9688}}]]
+    )
+
+
+class GenerateAnswer(BaseModel):
+    """A text, and the log-probability of its tokens over their number ** length_penalty."""
+
+    adapter: str = Field(examples=["e2e"])
+    version: str | None = Field(description="a hash of the adapter's files; null for the bare base")
+    text: str = Field(examples=["The Vaults is a pub."])
+    score: float = Field(examples=[-0.4213])
+
+
+class Adapter(BaseModel):
+    """An adapter that is served, as it was loaded last."""
+
+    name: str = Field(examples=["sst2"])
+    version: str = Field(examples=["1058a1ae93b4"])
+    base: str = Field(examples=["roberta-base"])
+    task: str = Field(examples=["sst2"])
+    kind: str = Field(examples=["sequence-classification"])
+    labels: list[str] = Field(examples=[["negative", "positive"]])
+    reads: list[str] = Field(description="the texts of one input", examples=[["sentence"]])
+
+
+class Adapters(BaseModel):
+    """All that are served, by name."""
+
+    adapters: list[Adapter]
+
+
+class Load(BaseModel):
+    """Where the adapter lies."""
+
+    model_config = STRICT
+    folder: StrictStr = Field(
+        min_length=1, max_length=1000, description="below the folder of --allow-loading", examples=["sst2/adapter"]
+    )
+
+
+def bodies(limits: Limits) -> tuple[Any, Any]:
+    """The bodies of /v1/classify and /v1/generate, as pydantic models."""
+    name = Annotated[StrictStr, Field(min_length=1, max_length=64, description="as in /v1/adapters")]
+    text = Annotated[StrictStr, Field(min_length=1, max_length=limits.max_characters)]
+    pair = Annotated[list[text], Field(min_length=2, max_length=2)]  # type: ignore[valid-type]
+    inputs = Field(min_length=1, max_length=limits.max_inputs, description="texts, or pairs where the task reads two")
+    seconds = Field(None, gt=0, le=limits.deadline, description="to wait at most")
+    stream = Field(False, description="server-sent events: `text` for each piece, then `done`, or `error`")
+    classify: dict[str, Any] = {"adapter": "sst2", "inputs": ["a warm, funny film"]}
+    generate: dict[str, Any] = {"adapter": "e2e", "prompt": "name[The Vaults], eatType[pub]", "num_beams": 4}
+    fields: dict[str, Any] = {
+        "adapter": (name, ...),
+        "prompt": (text, ...),
+        "num_beams": _optional(int, ge=1, le=limits.max_beams),
+        "length_penalty": _optional(float, ge=-10, le=10),
+        "no_repeat_ngram_size": _optional(int, ge=0, le=100),
+        "max_new_tokens": _optional(int, ge=1, le=limits.max_new_tokens),
+        "temperature": _optional(float, ge=0.01, le=100),
+        "top_p": _optional(float, gt=0, le=1),
+        "top_k": _optional(int, ge=0, le=1_000_000),
+        "seed": _optional(int, ge=0, lt=2**63),
+        "stream": (StrictBool, stream),
+        "deadline": (float | None, seconds),
+    }
+    return (
+        create_model(
+            "ClassifyBody",
+            __config__=STRICT | ConfigDict(json_schema_extra={"examples": [classify]}),
+            adapter=(name, ...),
+            inputs=(Annotated[list[text | pair], inputs], ...),  # type: ignore[valid-type]
+            deadline=(float | None, seconds),
+        ),
+        create_model(
+            "GenerateBody", __config__=STRICT | ConfigDict(json_schema_extra={"examples": [generate]}), **fields
+        ),
+    )
+
+
+def _optional(kind: type, **bounds: float) -> tuple[Any, Any]:
+    """A number that the adapter's run decides where it is left out."""
+    return (StrictInt if kind is int else float) | None, Field(None, **bounds)  # type: ignore[arg-type, operator]

@@ -1,0 +1,327 @@
+"""The HTTP interface in process: every answer, and every way to be refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from lora_hf.inference import Predictor
+from lora_hf.saved import find_saved
+from lora_hf.serving.app import Door, build_app
+from lora_hf.serving.engine import Engine
+from lora_hf.serving.gate import Gate
+from lora_hf.serving.limits import Limits
+from lora_hf.serving.metrics import Metrics
+from lora_hf.serving.requests import digest_of
+from tests import tolerances
+from tests.served_adapters import PROMPTS, TEXTS, save_random
+
+TOKEN = "a-token-of-this-test"
+AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
+CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance]
+LIMITS = Limits(max_inputs=4, max_queue=8, max_characters=200, max_new_tokens=32, max_bytes=4000, deadline=20)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("allowed")
+    tasks = {"a": "rule-sentiment", "b": "rule-sentiment", "pair": "rte", "score": "stsb", "w": "rule-restaurants"}
+    return {name: save_random(root / name, task, seed) for seed, (name, task) in enumerate(tasks.items())}
+
+
+@pytest.fixture(scope="module")
+def engine(folders: dict[str, Path]) -> Iterator[Engine]:
+    with Engine(LIMITS, "fp32", Metrics()) as engine:
+        for name, folder in folders.items():
+            if name != "b":
+                engine.load(name, folder)
+        yield engine
+
+
+def client_of(engine: Engine, door: Door) -> TestClient:
+    return TestClient(build_app(engine, door, engine._observer), raise_server_exceptions=False)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine) -> Iterator[TestClient]:
+    with client_of(engine, Door(open=True)) as client:
+        yield client
+
+
+@pytest.fixture
+def guarded(engine: Engine, folders: dict[str, Path]) -> Iterator[TestClient]:
+    with client_of(engine, Door(TOKEN, folders["a"].parent, open=True)) as client:
+        yield client
+
+
+def test_labels_and_probabilities_are_those_of_predict(client: TestClient, folders: dict[str, Path]) -> None:
+    found = client.post("/v1/classify", json={"adapter": "a", "inputs": list(TEXTS)})
+    wanted = Predictor.load(find_saved(folders["a"]), "fp32").predict({"sentence": list(TEXTS)})
+    assert found.status_code == 200
+    assert (found.json()["adapter"], found.json()["version"]) == ("a", digest_of(folders["a"]))
+    for answer, expected in zip(found.json()["answers"], wanted, strict=True):
+        assert answer["label"] == expected["label"]
+        assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=tolerances.SERVED_PROBABILITY)
+
+
+def test_pairs_and_regressions(client: TestClient, folders: dict[str, Path]) -> None:
+    for name in ("pair", "score"):
+        found = client.post("/v1/classify", json={"adapter": name, "inputs": [TEXTS[:2], TEXTS[2:]]}).json()["answers"]
+        columns = {"sentence1": [TEXTS[0], TEXTS[2]], "sentence2": [TEXTS[1], TEXTS[3]]}
+        wanted = Predictor.load(find_saved(folders[name]), "fp32").predict(columns)
+        key = "label" if name == "pair" else "score"
+        if key == "label":
+            assert [answer[key] for answer in found] == [answer[key] for answer in wanted]
+        else:
+            wanted_scores = [answer[key] for answer in wanted]
+            assert [answer[key] for answer in found] == pytest.approx(wanted_scores, abs=tolerances.SERVED_PROBABILITY)
+
+
+def test_a_text_whole_and_streamed(client: TestClient, engine: Engine) -> None:
+    body = {"adapter": "w", "prompt": PROMPTS[1], "max_new_tokens": 20}
+    whole = client.post("/v1/generate", json=body)
+    assert whole.status_code == 200
+    assert whole.json()["text"] == engine.generate("w", PROMPTS[1], max_new_tokens=20).text
+    streamed = client.post("/v1/generate", json={**body, "stream": True})
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    events = [event.split("\n") for event in streamed.text.strip().split("\n\n")]
+    parsed = [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in events]
+    assert [name for name, _ in parsed[:-1]] == ["text"] * (len(parsed) - 1)
+    assert parsed[-1] == ("done", whole.json())
+    assert "".join(data["text"] for _, data in parsed[:-1]) == whole.json()["text"]
+    sampled = [client.post("/v1/generate", json={**body, "temperature": 1.5, "seed": 3}).json() for _ in range(2)]
+    assert sampled[0] == sampled[1] != whole.json()
+
+
+CLASSIFY, GENERATE = "/v1/classify", "/v1/generate"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code", "message"),
+    [
+        (CLASSIFY, {"adapter": "aa", "inputs": ["x"]}, 404, "unknown_adapter", "did you mean 'a'"),
+        (CLASSIFY, {"adapter": "w", "inputs": ["x"]}, 400, "wrong_kind", "use generate instead"),
+        (CLASSIFY, {"adapter": "a", "inputs": []}, 422, "invalid_request", "inputs: List should have at least 1 item"),
+        (CLASSIFY, {"adapter": "a", "inputs": [" "]}, 422, "bad_input", "inputs[0]: expected a text"),
+        (CLASSIFY, {"adapter": "a", "inputs": ["x"] * 5}, 413, "too_large", "at most 4 items"),
+        (CLASSIFY, {"adapter": "pair", "inputs": ["x"]}, 422, "bad_input", "reads 2 texts (sentence1, sentence2)"),
+        (CLASSIFY, {"adapter": "a", "inputs": ["x"], "top": 1}, 422, "invalid_request", "top: Extra inputs"),
+        (CLASSIFY, {"inputs": ["x"]}, 422, "invalid_request", "adapter: Field required"),
+        (CLASSIFY, {"adapter": "a", "inputs": ["x"], "deadline": 21}, 413, "too_large", "less than or equal to 20"),
+        (GENERATE, {"adapter": "w", "prompt": "name[A], eatTipe[pub]"}, 422, "bad_input", "did you mean 'eatType'"),
+        (GENERATE, {"adapter": "w", "prompt": "x" * 201}, 413, "too_large", "at most 200 characters"),
+        (GENERATE, {"adapter": "w", "prompt": "name[A]", "num_beams": 17}, 413, "too_large", "num_beams"),
+        (GENERATE, {"adapter": "w", "prompt": "name[A]", "num_beams": "2"}, 422, "invalid_request", "valid integer"),
+        ("/v1/classified", {}, 404, "not_found", "Not Found"),
+    ],
+)  # fmt: skip
+def test_refusals(path: str, body: Any, status: int, code: str, message: str, client: TestClient) -> None:
+    found = client.post(path, json=body)
+    assert (found.status_code, found.json()["error"]["code"]) == (status, code)
+    assert message in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "code"),
+    [
+        (b'{"adapter": "a", ', {}, 400, "malformed_json"),
+        (b"\xff\xfe", {}, 400, "malformed_json"),
+        (b'"\xff"', {}, 400, "bad_request"),
+        (b"[" * 3000, {}, 400, "bad_request"),
+        (b'{"adapter": "a", "inputs": ["\\ud800"]}', {}, 422, "invalid_request"),
+        (b'{"adapter": "a", "inputs": ["x"], "deadline": NaN}', {}, 422, "invalid_request"),
+        (b'{"adapter": "a", "inputs": ["x"]}', {"content-type": "text/plain"}, 415, "unsupported_media_type"),
+        (b"{}" + b" " * 4000, {}, 413, "too_large"),
+        (b"{}", {"content-length": "99999999999999"}, 413, "too_large"),
+        (b"", {}, 422, "invalid_request"),
+    ],
+)
+def test_bodies_that_are_none(content: bytes, headers: dict, status: int, code: str, client: TestClient) -> None:
+    found = client.post(CLASSIFY, content=content, headers={"content-type": "application/json", **headers})
+    assert (found.status_code, found.json()["error"]["code"]) == (status, code)
+
+
+def test_a_body_of_unknown_length_is_read_no_further_than_the_limit() -> None:
+    read, sent = [], []
+
+    async def receive() -> dict[str, Any]:
+        read.append(1)
+        return {"type": "http.request", "body": b" " * 1000, "more_body": True}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": CLASSIFY, "headers": []}
+    asyncio.run(Gate(None, None, 4000, Metrics())(scope, receive, send))
+    assert len(read) == 5
+    assert sent[0]["status"] == 413
+
+
+def test_a_full_queue_and_a_passed_deadline(client: TestClient, engine: Engine) -> None:
+    there, go = threading.Event(), threading.Event()
+    engine._current["a"][1].worker.call(lambda: there.set() or go.wait())
+    assert there.wait(30)
+    try:
+        late = client.post(CLASSIFY, json={"adapter": "a", "inputs": ["x"], "deadline": 0.05})
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_passed")
+        waiting = [engine.submit_classify("a", ["x"] * 4) for _ in range(2)]
+        full = client.post(CLASSIFY, json={"adapter": "a", "inputs": ["x"]})
+        assert (full.status_code, full.json()["error"]["code"]) == (503, "queue_full")
+        assert int(full.headers["retry-after"]) >= 1
+        assert 'lora_hf_queue_rows{base="tiny-roberta"} 8.0' in client.get("/metrics").text
+    finally:
+        go.set()
+    for request in waiting:
+        request.future.result(30)
+
+
+def test_health_readiness_and_metrics(engine: Engine) -> None:
+    door = Door()
+    with client_of(Engine(LIMITS, observer=Metrics()), door) as client:
+        assert client.get("/healthz").json() == {"status": "ok"}
+        assert (client.get("/readyz").status_code, client.get("/readyz").json()["error"]["code"]) == (503, "loading")
+        asked = client.post(CLASSIFY, json={"adapter": "a", "inputs": ["x"]})
+        assert (asked.status_code, asked.json()["error"]["code"]) == (503, "loading")
+        door.open = True
+        assert client.get("/readyz").json() == {"status": "ready"}
+        door.draining = True
+        assert client.get("/readyz").json()["error"]["code"] == "closing"
+        page = client.get("/metrics").text
+        assert 'lora_hf_requests_total{route="/v1/classify",status="503"} 1.0' in page
+        assert "lora_hf_adapters 0.0" in page
+
+
+def test_the_token_guards_everything(guarded: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    paths = ["/v1/adapters", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/nowhere"]
+    for headers in ({}, {"authorization": f"Bearer {TOKEN}x"}, {"authorization": TOKEN}, {"authorization": "Bearer é"}):
+        for path in paths:
+            found = guarded.get(path, headers={key: value.encode() for key, value in headers.items()})
+            assert (found.status_code, found.json()["error"]["code"]) == (401, "unauthorized")
+    assert guarded.get("/v1/adapters", headers=AUTHORIZED).status_code == 200
+    answer = guarded.post(CLASSIFY, json={"adapter": "a", "inputs": ["a secret text"]}, headers=AUTHORIZED)
+    assert answer.status_code == 200
+    ours = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("lora_hf"))
+    assert "POST /v1/classify 200" in ours
+    assert TOKEN not in ours
+    assert "secret" not in ours
+
+
+def test_adapters_come_and_go(guarded: TestClient, folders: dict[str, Path]) -> None:
+    def put(name: str, folder: str) -> Any:
+        return guarded.put(f"/v1/adapters/{name}", json={"folder": folder}, headers=AUTHORIZED)
+
+    for folder in ("b", "a", "b"):
+        assert put("new", folder).json()["version"] == digest_of(folders[folder])
+    listed = {each["name"]: each for each in guarded.get("/v1/adapters", headers=AUTHORIZED).json()["adapters"]}
+    assert listed["new"] == {
+        "name": "new",
+        "version": digest_of(folders["b"]),
+        "base": "tiny-roberta",
+        "task": "rule-sentiment",
+        "kind": "sequence-classification",
+        "labels": ["negative", "positive"],
+        "reads": ["sentence"],
+    }
+    assert guarded.delete("/v1/adapters/new", headers=AUTHORIZED).status_code == 200
+    assert guarded.delete("/v1/adapters/new", headers=AUTHORIZED).status_code == 404
+    assert put("a b", "a").json()["error"]["code"] == "bad_adapter"
+
+
+def test_only_what_lies_below_the_folder_is_loaded(
+    guarded: TestClient, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    root = folders["a"].parent
+    outside = save_random(tmp_path / "outside", seed=4)
+    (root / "link").symlink_to(outside)
+    (root / "half").mkdir()
+    for file in outside.iterdir():
+        (root / "half" / file.name).symlink_to(file)
+    (root / "empty").mkdir()
+    for folder in (
+        str(outside),
+        "../outside",
+        f"a/../../{outside.name}",
+        "link",
+        "half",
+        ".",
+        "a\0",
+        "a\\b",
+        "nowhere",
+    ):
+        found = guarded.put("/v1/adapters/a", json={"folder": folder}, headers=AUTHORIZED)
+        assert (found.status_code, found.json()["error"]["code"]) == (403, "outside"), folder
+        assert str(tmp_path) not in found.text or folder == str(outside)
+    found = guarded.put("/v1/adapters/a", json={"folder": "empty"}, headers=AUTHORIZED)
+    assert (found.status_code, found.json()["error"]["code"]) == (422, "bad_adapter")
+    assert str(root) not in found.text
+    listed = {each["name"]: each for each in guarded.get("/v1/adapters", headers=AUTHORIZED).json()["adapters"]}
+    assert listed["a"]["version"] == digest_of(folders["a"]), "the old one is still served"
+
+
+def test_loading_is_off_unless_allowed(client: TestClient) -> None:
+    for found in (client.put("/v1/adapters/new", json={"folder": "a"}), client.delete("/v1/adapters/a")):
+        assert (found.status_code, found.json()["error"]["code"]) == (403, "loading_off")
+
+
+TAKING = (("POST", CLASSIFY), ("POST", GENERATE), ("PUT", "/v1/adapters/{name}"))  # a body
+OPERATIONS = (
+    *TAKING,
+    ("DELETE", "/v1/adapters/{name}"),
+    *(("GET", path) for path in ("/v1/adapters", "/healthz", "/readyz", "/metrics")),
+)
+MODES = [(*each, GenerationMode.POSITIVE) for each in OPERATIONS] + [
+    (*each, GenerationMode.NEGATIVE) for each in TAKING
+]
+
+
+@pytest.fixture(scope="module")
+def schema(engine: Engine, folders: dict[str, Path]) -> Any:
+    """What schemathesis sends is made from the server's own description; adapters may be loaded, but there are none."""
+    (folders["a"].parent / "nothing").mkdir()
+    app = build_app(engine, Door(folder=folders["a"].parent / "nothing", open=True), Metrics())
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    assert {(o.ok().method.upper(), o.ok().path) for o in schema.get_all_operations()} == set(OPERATIONS)
+    return schema
+
+
+@pytest.mark.parametrize(("method", "path", "mode"), MODES)
+def test_nothing_that_is_sent_breaks_it(method: str, path: str, mode: GenerationMode, schema: Any) -> None:
+    operation = schema[path][method]
+    statuses = set()
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @given(operation.as_strategy(generation_mode=mode))
+    def check(case: Any) -> None:
+        if isinstance(case.body, dict) and isinstance(case.body.get("adapter"), str):
+            case.body["adapter"] = "w" if path == GENERATE else "a"  # else nearly all would end at an unknown name
+            if isinstance(case.body.get("prompt"), str) and len(case.body["prompt"]) % 2:
+                case.body["prompt"] = PROMPTS[0]
+        response = case.call()
+        assert response.status_code < 500, response.content
+        case.validate_response(response, checks=CHECKS)
+        statuses.add(response.status_code)
+
+    check()
+    assert statuses, "at least one request must have been made"
+
+
+def test_and_afterwards_it_answers_as_before(client: TestClient, folders: dict[str, Path]) -> None:
+    test_labels_and_probabilities_are_those_of_predict(client, folders)

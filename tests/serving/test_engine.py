@@ -1,0 +1,420 @@
+"""One base, many adapters, many threads: every answer is that of its adapter alone, and none is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lora_hf.adapter_file import WEIGHTS_FILE
+from lora_hf.config import GenerateConfig
+from lora_hf.errors import AdapterError, ConfigError
+from lora_hf.generation import Generator
+from lora_hf.inference import Predictor
+from lora_hf.injection import lora_layers
+from lora_hf.saved import find_saved
+from lora_hf.serving.engine import Engine
+from lora_hf.serving.limits import (
+    BadInputError,
+    ClosingError,
+    DeadlinePassedError,
+    Limits,
+    QueueFullError,
+    RefusalError,
+    TooLargeError,
+    UnknownAdapterError,
+    WrongKindError,
+)
+from lora_hf.serving.requests import digest_of
+from tests import tolerances
+from tests.served_adapters import PROMPTS, TEXTS, save_random
+
+TASKS = {"a": "rule-sentiment", "b": "rule-sentiment", "pair": "rte", "w": "rule-restaurants", "x": "rule-restaurants"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: save_random(root / name, task, seed) for seed, (name, task) in enumerate(TASKS.items())}
+
+
+@pytest.fixture(scope="module")
+def expected(folders: dict[str, Path]) -> dict[str, np.ndarray]:
+    """The logits that `predict.py` has for TEXTS, by the digest of the adapter."""
+    return {digest_of(folders[name]): offline(folders[name]) for name in ("a", "b")}
+
+
+def offline(folder: Path) -> np.ndarray:
+    return Predictor.load(find_saved(folder), "fp32").logits({"sentence": list(TEXTS)})
+
+
+def served(folders: dict[str, Path], *names: str, **limits: Any) -> Engine:
+    engine = Engine(Limits(**limits), precision="fp32")
+    for name in names:
+        engine.load(name, folders[name])
+    return engine
+
+
+@contextmanager
+def paused(engine: Engine, name: str) -> Iterator[None]:
+    """The worker of an adapter's base does nothing inside."""
+    there, go = threading.Event(), threading.Event()
+    engine._current[name][1].worker.call(lambda: there.set() or go.wait())
+    assert there.wait(30)
+    try:
+        yield
+    finally:
+        go.set()
+
+
+def model_of(engine: Engine, name: str) -> Any:
+    return engine._current[name][1].worker.model
+
+
+def change_tensors(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        about = file.metadata()
+    save_file({key: change(key, value) for key, value in tensors.items()}, folder / WEIGHTS_FILE, metadata=about)
+
+
+def close_to(found: Any, wanted: np.ndarray) -> bool:
+    return bool(np.abs(np.asarray(found) - wanted).max() < tolerances.MIXED_FP32)
+
+
+def test_rows_of_many_threads_and_adapters_are_each_their_own(
+    folders: dict[str, Path], expected: dict[str, np.ndarray]
+) -> None:
+    digests = {name: digest_of(folders[name]) for name in ("a", "b")}
+    assert np.abs(expected[digests["a"]] - expected[digests["b"]]).max() > 100 * tolerances.MIXED_FP32
+    with served(folders, "a", "b", "pair", max_batch=5) as engine, ThreadPoolExecutor(8) as threads:
+
+        def ask(number: int) -> None:
+            name, rows = "ab"[number % 2], [(number + i) % len(TEXTS) for i in range(1 + number % 3)]
+            answer = engine.classify(name, [TEXTS[row] for row in rows])
+            assert (answer.adapter, answer.version) == (name, digests[name])
+            assert close_to(answer.logits, expected[digests[name]][rows])
+
+        list(threads.map(ask, range(60)))
+        pair = engine.classify("pair", [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[3])])
+        columns = {"sentence1": [TEXTS[0], TEXTS[2]], "sentence2": [TEXTS[1], TEXTS[3]]}
+        predictor = Predictor.load(find_saved(folders["pair"]), "fp32")
+        assert close_to(pair.logits, predictor.logits(columns))
+        for answer, wanted in zip(pair.answers, predictor.predict(columns), strict=True):
+            assert answer["label"] == wanted["label"]
+            assert answer["probabilities"] == pytest.approx(wanted["probabilities"], abs=tolerances.SERVED_PROBABILITY)
+
+
+def test_requests_that_wait_share_batches(folders: dict[str, Path]) -> None:
+    batches: list[list[str]] = []
+    with served(folders, "a", "b", max_batch=4) as engine:
+        engine._current["a"][1].worker.observer.ran = lambda base, rows, *_: batches.append(
+            [each.version.name for each in rows]
+        )
+        with paused(engine, "a"):
+            requests = [engine.submit_classify(name, TEXTS[:rows]) for name, rows in (("a", 3), ("b", 2), ("a", 1))]
+            assert engine.waiting() == {"tiny-roberta": 6}
+        for request in requests:
+            request.future.result(30)
+    assert batches == [["a", "a", "a", "b"], ["b", "a"]]
+
+
+@pytest.mark.parametrize(
+    "decoding", [{}, {"num_beams": 3, "length_penalty": 0.8}, {"temperature": 1.3, "top_k": 40, "seed": 5}]
+)
+def test_texts_are_those_of_generate(decoding: dict[str, Any], folders: dict[str, Path]) -> None:
+    with served(folders, "w", "x") as engine:
+        with paused(engine, "w"):
+            asked = [(name, prompt) for name in ("w", "x") for prompt in PROMPTS]
+            requests = [
+                engine.submit_generate(name, prompt, {"max_new_tokens": 20, **decoding}) for name, prompt in asked
+            ]
+        made = [request.future.result(60) for request in requests]
+    settings = replace(GenerateConfig(max_new_tokens=20, batch_size=1, do_sample="seed" in decoding), **decoding)
+    for name in ("w", "x"):
+        saved = find_saved(folders[name])
+        generator = Generator.load(saved)
+        contexts = [generator.task.context(prompt) for prompt in PROMPTS]
+        wanted = [next(generator.generate([context], settings)) for context in contexts]
+        found = [text for text, (asked_name, _) in zip(made, asked, strict=True) if asked_name == name]
+        assert [text.text for text in found] == [text.text for text in wanted]
+        assert [text.score for text in found] == pytest.approx([text.score for text in wanted], abs=2e-3)
+    assert len({text.text for text in made}) > 2, "one text for all would prove nothing"
+
+
+def test_pieces_of_a_text_make_the_text(folders: dict[str, Path]) -> None:
+    with served(folders, "w", "x") as engine:
+        pieces: dict[str, list[str]] = {"w": [], "x": []}
+        with paused(engine, "w"):
+            requests = {
+                name: engine.submit_generate(name, PROMPTS[1], {"max_new_tokens": 24}, on_text=pieces[name].append)
+                for name in pieces
+            }
+        for name, request in requests.items():
+            text = request.future.result(30).text
+            assert "".join(pieces[name]) == text
+        assert len(pieces["w"]) > 1
+
+
+def test_the_bare_base_writes_as_it_does_without_adapter(folders: dict[str, Path]) -> None:
+    generator = Generator.load(find_saved(folders["w"]), adapted=False)
+    (wanted,) = generator.generate([generator.task.context(PROMPTS[0])], GenerateConfig(max_new_tokens=12))
+    with served(folders, "w") as engine:
+        adapted = engine.generate("w", PROMPTS[0], max_new_tokens=12)
+        bare = engine.submit_generate("w", PROMPTS[0], {"max_new_tokens": 12}, bare=True).future.result(30)
+        assert (bare.text, bare.version) == (wanted.text, None)
+        assert engine.generate("w", PROMPTS[0], max_new_tokens=12) == adapted != bare
+
+
+def test_an_adapter_alone_is_merged_until_another_comes(
+    folders: dict[str, Path], expected: dict[str, np.ndarray]
+) -> None:
+    with served(folders, "a") as engine:
+        model = model_of(engine, "a")
+        for merged, change in ((True, None), (False, lambda: engine.load("b", folders["b"])), (True, engine.remove)):
+            if merged and change:
+                engine.remove("b")
+            elif change:
+                change()  # type: ignore[call-arg]
+            answer = engine.classify("a", TEXTS)
+            assert all((layer.merged is not None) == merged for layer in lora_layers(model).values())
+            assert close_to(answer.logits, expected[answer.version])
+
+
+def test_an_adapter_that_cannot_be_merged_is_answered_beside_its_base(tmp_path: Path) -> None:
+    tied = save_random(tmp_path / "tied", "rule-restaurants", targets=("embeddings",))
+    change_tensors(tied, lambda key, value: torch.full_like(value, 0.3) if "embedding_A" in key else value)
+    saved = find_saved(tied)
+    with pytest.raises(AdapterError, match="share"):
+        Generator.load(saved)
+    with Engine() as engine:
+        engine.load("tied", tied)
+        alone = engine.generate("tied", PROMPTS[0], max_new_tokens=12)
+        bare = engine.submit_generate("tied", PROMPTS[0], {"max_new_tokens": 12}, bare=True).future.result(30)
+        assert alone.score != bare.score
+        assert engine.generate("tied", PROMPTS[0], max_new_tokens=12) == alone
+
+
+def test_each_answer_is_of_the_version_that_it_names_while_adapters_are_replaced(
+    folders: dict[str, Path], expected: dict[str, np.ndarray]
+) -> None:
+    stop, seen, wrong = threading.Event(), set(), []
+
+    def ask(engine: Engine, first: int) -> None:
+        number = first
+        while not stop.is_set():
+            row = number % len(TEXTS)
+            answer = engine.classify("changing", [TEXTS[row]])
+            seen.add(answer.version)
+            if not close_to(answer.logits[0], expected[answer.version][row]):
+                wrong.append(answer)
+            number += 1
+
+    with served(folders, "a") as engine, ThreadPoolExecutor(5) as threads:
+        engine.load("changing", folders["a"])
+        asking = [threads.submit(ask, engine, first) for first in range(4)]
+        try:
+            versions = [engine.load("changing", folders["ba"[turn % 2]]) for turn in range(12)]
+            with paused(engine, "changing"):
+                old = engine.submit_classify("changing", TEXTS[:1])
+                replacing = threads.submit(engine.load, "changing", folders["b"])
+            assert old.future.result(30).version == versions[-1].digest == digest_of(folders["a"])
+            assert replacing.result(30).digest == engine.classify("changing", TEXTS[:1]).version
+        finally:
+            stop.set()
+        for each in asking:
+            each.result(30)
+        worker = engine._current["changing"][1].worker
+        assert worker.call(lambda: None).result(30) is None
+        assert worker.call(lambda: len(worker.versions)).result(30) == 2, "what was replaced has left the model"
+    assert not wrong
+    assert seen == set(expected)
+
+
+def test_a_damaged_replacement_leaves_the_old_one(
+    folders: dict[str, Path], expected: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    with served(folders, "a", "b") as engine:
+        broken = save_random(tmp_path / "broken", seed=3)
+        tensors = load_file(broken / WEIGHTS_FILE)
+        tensors.popitem()
+        save_file(tensors, broken / WEIGHTS_FILE, metadata={"format": "pt"})
+        for place in (broken, tmp_path / "nowhere"):
+            with pytest.raises(AdapterError):
+                engine.load("a", place)
+        (broken / WEIGHTS_FILE).write_bytes((folders["b"] / WEIGHTS_FILE).read_bytes()[:-40])
+        with pytest.raises(AdapterError, match="damaged"):
+            engine.load("a", broken)
+        assert close_to(engine.classify("a", TEXTS).logits, expected[digest_of(folders["a"])])
+        assert len(engine.adapters()) == 2
+
+
+def test_what_was_accepted_is_answered_after_the_adapter_is_removed(
+    folders: dict[str, Path], expected: dict[str, np.ndarray]
+) -> None:
+    with served(folders, "a", "w") as engine:
+        worker = engine._current["a"][1].worker
+        with paused(engine, "a"):
+            request = engine.submit_classify("a", TEXTS)
+            engine.remove("a")
+            with pytest.raises(UnknownAdapterError, match="no adapter 'a' is served; there is: w"):
+                engine.classify("a", TEXTS)
+        assert close_to(request.future.result(30).logits, expected[digest_of(folders["a"])])
+        worker.thread.join(10)
+        assert not worker.thread.is_alive(), "a base without adapters is let go"
+        assert [version.name for version in engine.adapters()] == ["w"]
+        engine.load("a", folders["a"])
+        assert close_to(engine.classify("a", TEXTS).logits, expected[digest_of(folders["a"])])
+
+
+def test_a_full_queue_refuses_and_says_when(folders: dict[str, Path]) -> None:
+    with served(folders, "a", max_queue=4, max_inputs=4) as engine:
+        engine.classify("a", TEXTS)
+        with paused(engine, "a"):
+            waiting = [engine.submit_classify("a", TEXTS[:3])]
+            with pytest.raises(QueueFullError, match="3 rows wait already, and 4 may") as refused:
+                engine.submit_classify("a", TEXTS[:2])
+            assert refused.value.retry_after >= 1
+            waiting[0].future.cancel()
+            waiting = [engine.submit_classify("a", TEXTS[:2])]  # the cancelled one makes room
+        assert len(waiting[0].future.result(30).answers) == 2
+
+
+def test_what_is_late_or_cancelled_costs_no_batch(folders: dict[str, Path]) -> None:
+    with served(folders, "a", deadline=20) as engine:
+        batches: list[int] = []
+        engine._current["a"][1].worker.observer.ran = lambda base, rows, *_: batches.append(len(rows))
+        with paused(engine, "a"):
+            late, cancelled = (engine.submit_classify("a", TEXTS[:1], seconds) for seconds in (0.01, 20))
+            cancelled.future.cancel()
+            with pytest.raises(DeadlinePassedError, match="the deadline passed"):
+                engine.classify("a", TEXTS[:1], deadline=0.05)
+            good = engine.submit_classify("a", TEXTS[:2], deadline=1000)
+            assert good.deadline < time.monotonic() + 21, "no longer than the server allows"
+        assert len(good.future.result(30).answers) == 2
+        with pytest.raises(DeadlinePassedError):
+            late.future.result(30)
+    assert batches == [2]
+
+
+def test_a_text_that_nobody_waits_for_is_not_written_to_its_end(folders: dict[str, Path]) -> None:
+    with served(folders, "w", "x") as engine:
+        steps: list[str] = []
+        asked: Future = Future()
+
+        def leave(piece: str) -> None:
+            steps.append(piece)
+            request.future.cancel()
+            asked.set_result(None)
+
+        with paused(engine, "w"):
+            request = engine.submit_generate("w", PROMPTS[1], {"max_new_tokens": 24}, on_text=leave)
+            other = engine.submit_generate("x", PROMPTS[1], {"max_new_tokens": 24})
+        asked.result(30)
+        assert other.future.result(30).text == engine.generate("x", PROMPTS[1], max_new_tokens=24).text
+    assert len(steps) == 1
+
+
+def test_a_broken_adapter_does_not_take_others_with_it(
+    folders: dict[str, Path], expected: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    huge = save_random(tmp_path / "huge", seed=9)
+    change_tensors(huge, lambda key, value: value.sign() * 3e38 if "classifier" in key else value)
+    with served(folders, "a") as engine:
+        engine.load("huge", huge)
+        with paused(engine, "a"):
+            requests = [engine.submit_classify(name, TEXTS) for name in ("a", "huge", "a")]
+        for request in requests[::2]:
+            assert close_to(request.future.result(30).logits, expected[digest_of(folders["a"])])
+        with pytest.raises(AdapterError, match="no finite number"):
+            requests[1].future.result(30)
+
+
+def test_a_row_that_fails_in_the_model_fails_alone(
+    folders: dict[str, Path], expected: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(folders, "a", "b") as engine:
+        with paused(engine, "a"):
+            requests = [engine.submit_classify(name, TEXTS[:2]) for name in ("a", "b", "a")]
+            requests[1].inputs[1]["input_ids"][0] = 10**6  # type: ignore[attr-defined] - beyond the vocabulary
+        for request in requests[::2]:
+            assert close_to(request.future.result(30).logits, expected[digest_of(folders["a"])][:2])
+        with pytest.raises(IndexError):
+            requests[1].future.result(30)
+        assert close_to(engine.classify("b", TEXTS).logits, expected[digest_of(folders["b"])])
+
+
+def test_closing_answers_what_was_accepted(folders: dict[str, Path], expected: dict[str, np.ndarray]) -> None:
+    engine = served(folders, "a", "b", max_batch=1)
+    with paused(engine, "a"):
+        requests = [engine.submit_classify("a", TEXTS) for _ in range(3)]
+    engine.close()
+    for request in requests:
+        assert close_to(request.future.result(0).logits, expected[digest_of(folders["a"])])
+    for refused in (lambda: engine.classify("a", TEXTS), lambda: engine.load("c", folders["a"])):
+        with pytest.raises(ClosingError):
+            refused()
+
+
+def test_closing_without_grace_tells_those_who_wait(folders: dict[str, Path]) -> None:
+    engine = served(folders, "a")
+    with paused(engine, "a"):
+        request = engine.submit_classify("a", TEXTS)
+        engine.close(grace=0)
+    with pytest.raises(ClosingError, match="before it came to this"):
+        request.future.result(30)
+
+
+@pytest.mark.parametrize(
+    ("ask", "kind", "message"),
+    [
+        (lambda e: e.classify("aa", TEXTS), UnknownAdapterError, "did you mean 'a'"),
+        (lambda e: e.classify("w", TEXTS), WrongKindError, "use generate instead"),
+        (lambda e: e.generate("a", "x"), WrongKindError, "use classify instead"),
+        (lambda e: e.classify("a", []), BadInputError, "at least one"),
+        (lambda e: e.classify("a", "a text"), BadInputError, "a list of texts"),
+        (lambda e: e.classify("a", ["fine", "  "]), BadInputError, r"inputs\[1\]: expected a text"),
+        (lambda e: e.classify("a", [("one", "two")]), BadInputError, r"reads one text \(sentence\), found 2"),
+        (lambda e: e.classify("pair", ["one"]), BadInputError, r"reads 2 texts \(sentence1, sentence2\), found 1"),
+        (lambda e: e.classify("a", ["x"] * 65), TooLargeError, "at most 64, found 65"),
+        (lambda e: e.classify("a", ["x" * 10_001]), TooLargeError, "at most 10000 characters"),
+        (lambda e: e.classify("a", ["\ud800"]), BadInputError, "half of a surrogate pair"),
+        (lambda e: e.generate("w", "name[The Vaults], eatTipe[pub]"), BadInputError, "did you mean 'eatType'"),
+        (lambda e: e.generate("w", f"name[{'The Vaults ' * 300}]"), BadInputError, "the model reads at most"),
+        (lambda e: e.generate("w", PROMPTS[0], num_beams=17), TooLargeError, "num_beams: expected at most 16"),
+        (lambda e: e.generate("w", PROMPTS[0], max_new_tokens=1000), TooLargeError, "max_new_tokens"),
+        (lambda e: e.generate("w", PROMPTS[0], temperature=-1.0), BadInputError, "temperature"),
+        (lambda e: e.generate("w", PROMPTS[0], top_p=0.9, num_beams=2), BadInputError, "where a text is sampled"),
+        (lambda e: e.generate("w", PROMPTS[0], nun_beams=2), BadInputError, "did you mean 'num_beams'"),
+        (lambda e: e.load("a/b", "x"), AdapterError, "cannot name an adapter"),
+        (lambda e: e.remove("aa"), UnknownAdapterError, "did you mean"),
+    ],
+)  # fmt: skip
+def test_refusals_say_what_was_expected(ask: Any, kind: type[RefusalError], message: str, refusing: Engine) -> None:
+    with pytest.raises(kind, match=message):
+        ask(refusing)
+    assert all(version.held == 0 for version in refusing.adapters())
+
+
+@pytest.fixture(scope="module")
+def refusing(folders: dict[str, Path]) -> Iterator[Engine]:
+    with served(folders, "a", "pair", "w") as engine:
+        yield engine
+
+
+def test_limits_must_make_sense() -> None:
+    with pytest.raises(ConfigError, match="max_batch: expected a number above 0, found 0"):
+        Limits(max_batch=0)
+    with pytest.raises(ConfigError, match="raise max_queue"):
+        Limits(max_queue=10)
