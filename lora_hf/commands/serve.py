@@ -43,6 +43,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of one text that is written")
     parser.add_argument("--deadline", type=float, metavar="S", help="seconds that a request may take")
     parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="seconds to end in, after SIGTERM")
+    parser.add_argument("--playground", action="store_true", help="a page to try the adapters on, at /playground")
     parser.set_defaults(run=run)
 
 
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--allow-loading {folder}: no such folder")
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"--port {options.port}: expected 0 to 65535")
-    _check_installed()
+    _check_installed(options.playground)
     from lora_hf.serving.limits import Limits
 
     given = ("max_queue", "max_batch", "max_inputs", "max_characters", "max_new_tokens", "deadline")
@@ -69,7 +70,8 @@ def run(options: argparse.Namespace) -> None:
 
     metrics = Metrics()
     engine = Engine(limits, options.precision, metrics)
-    serve(engine, adapters, metrics, Door(token, folder), options.host, options.port, options.grace)
+    door = Door(token, folder)
+    serve(engine, adapters, metrics, door, options.host, options.port, options.grace, options.playground)
 
 
 def _named(words: list[str]) -> dict[str, str]:
@@ -95,9 +97,11 @@ def _token(file: Path | None) -> str | None:
     return token
 
 
-def _check_installed() -> None:
+def _check_installed(playground: bool) -> None:
     import importlib.util
 
     missing = [name for name in SERVED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"serve needs {', '.join(missing)}: run pip install 'lora-hf[serve]'")
+    if playground and importlib.util.find_spec("gradio") is None:
+        raise ConfigError("--playground needs gradio: run pip install 'lora-hf[serve,playground]'")

@@ -26,6 +26,7 @@ from lora_hf.serving.engine import CHUNK, Engine
 from lora_hf.serving.gate import Gate, problem
 from lora_hf.serving.limits import RefusalError
 from lora_hf.serving.metrics import Metrics
+from lora_hf.serving.playground import PATH, mount
 from lora_hf.serving.requests import Version, late
 from lora_hf.serving.schema import Adapter, Adapters, ClassifyAnswer, Failure, GenerateAnswer, Load, bodies
 
@@ -69,7 +70,9 @@ class Door:
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
-def build_app(engine: Engine, door: Door, metrics: Metrics, lifespan: Lifespan | None = None) -> FastAPI:
+def build_app(
+    engine: Engine, door: Door, metrics: Metrics, lifespan: Lifespan | None = None, playground: bool = False
+) -> FastAPI:
     """The whole application; `engine` may still be loading, `door.open` says when it is not."""
     app = FastAPI(
         title="lora_hf",
@@ -80,11 +83,14 @@ def build_app(engine: Engine, door: Door, metrics: Metrics, lifespan: Lifespan |
         },
     )  # fmt: skip
     metrics.watch(engine.waiting, lambda: len(engine.adapters()))
-    app.add_middleware(Gate, token=door.token, max_bytes=engine.limits.max_bytes, metrics=metrics)
+    login = PATH if playground else None
+    app.add_middleware(Gate, token=door.token, max_bytes=engine.limits.max_bytes, metrics=metrics, own_login=login)
     _errors(app, door)
     _answers(app, engine)
     _adapters(app, engine, door)
     _health(app, door, metrics)
+    if playground:
+        mount(app, engine, door.token)
     return app
 
 

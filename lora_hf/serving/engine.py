@@ -160,7 +160,7 @@ class Engine:
         Raises:
             DeadlinePassedError: the answer was not there in time; and as `submit_classify`.
         """
-        return self._wait(self.submit_classify(adapter, inputs, deadline))
+        return self.wait(self.submit_classify(adapter, inputs, deadline))
 
     def generate(self, adapter: str, prompt: str, deadline: float | None = None, **decoding: Any) -> Written:
         """`submit_generate`, and its text.
@@ -168,7 +168,7 @@ class Engine:
         Raises:
             DeadlinePassedError: the text was not there in time; and as `submit_generate`.
         """
-        return self._wait(self.submit_generate(adapter, prompt, decoding, deadline))
+        return self.wait(self.submit_generate(adapter, prompt, decoding, deadline))
 
     def submit_classify(self, adapter: str, inputs: Sequence[Text], deadline: float | None = None) -> Request:
         """Tokenises in this thread and queues; the request's `future` becomes a `Classified`, and may be cancelled.
@@ -220,6 +220,18 @@ class Engine:
             request = Write(version, self._deadline(deadline), Future(), tokens, settings, bare, on_text)
             return self._submit(request, base.worker)
 
+    def wait(self, request: Request) -> Any:
+        """The answer of a request that was submitted.
+
+        Raises:
+            DeadlinePassedError: it was not there in time; the request is dropped.
+        """
+        try:
+            return request.future.result(max(0.0, request.deadline - time.monotonic()))
+        except FutureTimeout:
+            request.future.cancel()
+            raise late() from None
+
     def close(self, grace: float = 30.0) -> None:
         """Takes on nothing more, answers for up to `grace` seconds what it has taken on, and ends its threads."""
         with self._lock:
@@ -264,13 +276,6 @@ class Engine:
         worker.submit(request)
         request.future.add_done_callback(lambda _: worker.release(request.version))
         return request
-
-    def _wait(self, request: Request) -> Any:
-        try:
-            return request.future.result(max(0.0, request.deadline - time.monotonic()))
-        except FutureTimeout:
-            request.future.cancel()
-            raise late() from None
 
     def _deadline(self, seconds: float | None) -> float:
         return time.monotonic() + min(seconds or self.limits.deadline, self.limits.deadline)

@@ -25,10 +25,14 @@ class Gate:
 
     Args:
         token: what `Authorization: Bearer` must say, on every path; None: nothing is asked.
+        own_login: what lies below this path asks for the token itself, as a browser sends no such header.
     """
 
-    def __init__(self, app: Any, token: str | None, max_bytes: int, metrics: Metrics) -> None:
+    def __init__(
+        self, app: Any, token: str | None, max_bytes: int, metrics: Metrics, own_login: str | None = None
+    ) -> None:
         self.app, self.token, self.max_bytes, self.metrics = app, token, max_bytes, metrics
+        self.own_login = own_login
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -56,7 +60,8 @@ class Gate:
 
     async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
         headers = dict(scope["headers"])
-        if self.token is not None and not self._knows(headers.get(b"authorization", b"")):
+        asked = self.token is not None and not self._below_login(scope["path"])
+        if asked and not self._knows(headers.get(b"authorization", b"")):
             message = "expected the header 'Authorization: Bearer TOKEN' with this server's token"
             await _refuse(send, 401, problem("unauthorized", message), {"www-authenticate": "Bearer"})
             return
@@ -75,6 +80,9 @@ class Gate:
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self.app(scope, replay, send)
+
+    def _below_login(self, path: str) -> bool:
+        return self.own_login is not None and (path == self.own_login or path.startswith(f"{self.own_login}/"))
 
     def _knows(self, header: bytes) -> bool:
         scheme, _, given = header.partition(b" ")

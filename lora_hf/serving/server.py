@@ -19,6 +19,7 @@ from lora_hf.errors import ConfigError
 from lora_hf.serving.app import Door, build_app
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.metrics import Metrics
+from lora_hf.serving.playground import PATH
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +68,14 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     grace: float = 30.0,
+    playground: bool = False,
 ) -> None:
     """Loads `adapters`, folders or hub ids by name, and serves them until SIGTERM or SIGINT.
 
     Args:
         port: 0 takes a free one.
         grace: seconds that requests in flight have to end in.
+        playground: put the page there as well.
 
     Raises:
         ConfigError: the address cannot be had.
@@ -87,7 +90,7 @@ def serve(
             for name, place in adapters.items():
                 engine.load(name, place)
             door.open = True
-            logger.info("ready: %d adapters on %s", len(adapters), address)
+            logger.info("ready: %d adapters on %s%s", len(adapters), address, PATH if playground else "")
         except BaseException as error:  # noqa: BLE001 - it is raised again in the main thread
             if not door.draining:
                 failures.append(error)
@@ -99,7 +102,7 @@ def serve(
         yield
         await asyncio.to_thread(engine.close, grace)
 
-    app = build_app(engine, door, metrics, lifespan)
+    app = build_app(engine, door, metrics, lifespan, playground)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=max(1, round(grace)), server_header=False
     )

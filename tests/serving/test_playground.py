@@ -1,0 +1,174 @@
+"""The page, in a real browser and, for what it refuses, in process."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+
+from lora_hf.serving.app import Door, build_app
+from lora_hf.serving.engine import Engine
+from lora_hf.serving.limits import Limits
+from lora_hf.serving.metrics import Metrics
+from lora_hf.serving.playground import BARE, PATH, USER, _asked, _compared, _of_file
+from tests.browser import Browser, browser, free_port, missing
+from tests.served_adapters import PROMPTS, TEXTS, save_random
+
+TOKEN = "a-token-of-this-test"
+TASKS = {"a": "rule-sentiment", "pair": "rte", "score": "stsb", "writer": "rule-restaurants"}
+CONTROL, ENTER = "\ue009", "\ue007"  # keys, in WebDriver's letters
+SHOWN = "const box = document.querySelector(arguments[0]); return box && box.offsetParent && box.innerText.trim()"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    root = tmp_path_factory.mktemp("adapters")
+    with Engine(Limits(max_inputs=4, max_new_tokens=16), "fp32", Metrics()) as engine:
+        for seed, (name, task) in enumerate(TASKS.items()):
+            engine.load(name, save_random(root / name, task, seed))
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def address(engine: Engine) -> Iterator[str]:
+    """The page on a socket, behind its login."""
+    app = build_app(engine, Door(TOKEN, open=True), Metrics(), playground=True)
+    server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_config=None))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{server.config.port}"
+    server.should_exit = True
+    thread.join()
+
+
+def choose(page: Browser, box: str, name: str) -> None:
+    """Types the name over what stands there; the list below follows, and Enter takes what is left of it."""
+    page.click(f"{box} input")
+    page.type(f"{box} input", f"{CONTROL}a{CONTROL}{name}")
+    page.until("return document.querySelector(arguments[0])?.value === arguments[1]", f"{box} input", name)
+    page.type(f"{box} input", ENTER)
+
+
+@pytest.mark.skipif(bool(missing()), reason=f"not installed: {missing()}")
+def test_adapters_answer_in_a_browser(engine: Engine, address: str, tmp_path: Path) -> None:
+    pictures = Path(os.environ.get("LORA_HF_PICTURES", tmp_path))
+    with browser() as page:
+        page.open(address + PATH)
+        page.type("input[type=text], textarea", USER)
+        page.type("input[type=password]", TOKEN)
+        page.click("form button, button.lg, button")
+        page.until("return document.querySelector('#ask-adapter input')?.value === 'a'")
+        page.type("#ask-text textarea", TEXTS[0])
+        page.click("#ask")
+        said = page.until(SHOWN, "#ask-label")
+        wanted = engine.classify("a", [TEXTS[0]]).answers[0]
+        assert wanted["label"] in said
+        assert f"{round(100 * max(wanted['probabilities'].values()))}%" in said
+        page.picture(pictures / "ask.png")
+
+        page.click("button[role=tab]:nth-of-type(2)")
+        choose(page, "#compare-one", "writer")
+        choose(page, "#compare-other", BARE)
+        page.type("#compare-text textarea", PROMPTS[0])
+        page.click("#compare")
+        read = "return document.querySelector(arguments[0])?.value"
+        texts = [page.until(read, f"#{side}-answer textarea") for side in ("one", "other")]
+        bare = engine.wait(engine.submit_generate("writer", PROMPTS[0], bare=True)).text
+        assert texts == [engine.generate("writer", PROMPTS[0]).text, bare]
+        page.picture(pictures / "compare.png")
+
+        rows = tmp_path / "texts.txt"
+        rows.write_text("\n".join(TEXTS), encoding="utf-8")
+        page.click("button[role=tab]:nth-of-type(3)")
+        page._of_session("POST", f"/element/{hidden(page, '#file input[type=file]')}/value", {"text": str(rows)})
+        page.until("return document.querySelector('#file')?.innerText.includes('texts.txt')")
+        page.click("#file-ask")
+        said = page.until(
+            f"const t = document.querySelector('#file-answers').innerText; return t.includes('{TEXTS[3]}') && t"
+        )
+        for answer in engine.classify("a", TEXTS).answers:
+            assert answer["label"] in said
+        page.picture(pictures / "file.png")
+
+
+def hidden(page: Browser, css: str) -> str:
+    found = page._of_session("POST", "/elements", {"using": "css selector", "value": css})
+    return next(iter(found[0].values()))
+
+
+def test_the_token_guards_the_page_too(engine: Engine) -> None:
+    app = build_app(engine, Door(TOKEN, open=True), Metrics(), playground=True)
+    with TestClient(app) as client:
+        assert client.get("/v1/adapters").status_code == 401
+        assert client.get(f"{PATH}-other").status_code == 401
+        asked = client.post(f"{PATH}/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "x"})
+        assert asked.status_code == 401
+        assert client.post(f"{PATH}/login", data={"username": USER, "password": "wrong"}).status_code == 400
+        assert client.post(f"{PATH}/login", data={"username": USER, "password": TOKEN}).status_code == 200
+    with TestClient(build_app(engine, Door(open=True), Metrics())) as client:
+        assert client.get(PATH).status_code == 404, "the page is there only where it was asked for"
+
+
+def answered(parts: Any) -> list[Any]:
+    return [part.value for part in parts]
+
+
+def test_each_kind_of_adapter_has_its_answer(engine: Engine) -> None:
+    ask = _asked(engine)
+    label, text = ask("pair", "It rained.", "It was dry.")
+    assert label.visible
+    assert not text.visible
+    _, score = ask("score", "A man walks.", "A man is walking.")
+    (wanted,) = engine.classify("score", [["A man walks.", "A man is walking."]]).answers
+    assert score.value == f"{wanted['score']:.3f}"
+    both = _compared(engine)("a", "a", TEXTS[1], "")
+    assert both[0].value == both[2].value
+
+
+@pytest.mark.parametrize(
+    ("adapter", "content", "said"),
+    [
+        ("a", b"\n \n", "expected a text in each line"),
+        ("a", b"caf\xe9", "no UTF-8"),
+        ("a", b"1\n2\n3\n4\n5", "at most 4 lines, found 5"),
+        ("pair", b"only one", "reads 2 texts"),
+        ("gone", b"a text", "is not served any more"),
+        (None, b"a text", "choose an adapter"),
+    ],
+)
+def test_what_a_file_cannot_be_is_said_on_the_page(
+    engine: Engine, adapter: str | None, content: bytes, said: str, tmp_path: Path
+) -> None:
+    import gradio
+
+    file = tmp_path / "rows.txt"
+    file.write_bytes(content)
+    with pytest.raises(gradio.Error) as shown:
+        _of_file(engine)(adapter, str(file))
+    assert said in shown.value.message
+
+
+def test_a_file_of_pairs(engine: Engine, tmp_path: Path) -> None:
+    file = tmp_path / "rows.tsv"
+    file.write_text("It rained.\tIt was dry.\nA man walks.\tA man moves.\n", encoding="utf-8")
+    found = _of_file(engine)("pair", str(file))
+    assert found["headers"] == ["sentence1", "sentence2", "label", "probability"]
+    pairs = [["It rained.", "It was dry."], ["A man walks.", "A man moves."]]
+    assert [row[:2] for row in found["data"]] == pairs
+    assert [row[2] for row in found["data"]] == [each["label"] for each in engine.classify("pair", pairs).answers]
+
+
+def test_only_writers_can_be_compared_with_their_base(engine: Engine) -> None:
+    import gradio
+
+    with pytest.raises(gradio.Error, match="has no head for it"):
+        _compared(engine)("a", BARE, TEXTS[0], "")
