@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf.commands import benchmark_joint, benchmark_suite
+from lora_hf.commands.base import add_base, base_section
 from lora_hf.commands.output import print_json
 from lora_hf.errors import ConfigError
 
@@ -30,12 +31,7 @@ def add(verbs: Any) -> None:
 
 
 def _add_measured(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="tiny-roberta", metavar="NAME")
-    parser.add_argument("--init", default="pretrained", choices=["pretrained", "random"])
-    parser.add_argument("--tokenizer", metavar="NAME", help="a hub id or folder, where it is not the model's own")
-    parser.add_argument(
-        "--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of our frozen base"
-    )
+    add_base(parser, "auto")
     parser.add_argument("--task", default="rule-sentiment", metavar="NAME")
     parser.add_argument("--data-dir", metavar="DIR")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: 16, 8 for generation, 64 to infer")
@@ -75,13 +71,7 @@ def run(options: argparse.Namespace) -> None:
     if size is None and options.what != "infer":
         size = 8 if get_task(options.task).model_kind == "causal-lm" else 16
     sections: dict[str, dict[str, Any]] = {
-        "model": {
-            "name": options.model,
-            "init": options.init,
-            "tokenizer": options.tokenizer,
-            "precision": options.precision,
-            "dropout": options.base_dropout,
-        },
+        "model": base_section(options, options.base_dropout),
         "task": {"name": options.task, "data_dir": options.data_dir},
         "lora": {
             "r": options.r,

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lora_hf.commands.base import add_base, base_section
 from lora_hf.commands.output import print_json
 from lora_hf.errors import ConfigError
 
@@ -15,10 +16,7 @@ def add(kinds: Any) -> None:
     """Describes it."""
     words = "how fast runs train together on one base, against one after another"
     parser = kinds.add_parser("joint", help=words, description=words)
-    parser.add_argument("--model", default="tiny-roberta", metavar="NAME")
-    parser.add_argument("--init", default="pretrained", choices=["pretrained", "random"])
-    parser.add_argument("--tokenizer", metavar="NAME", help="a hub id or folder, where it is not the model's own")
-    parser.add_argument("--precision", default="fp32", choices=["auto", "fp32", "bf16", "fp16"], help="of the base")
+    add_base(parser, "fp32")
     parser.add_argument("--data-dir", metavar="DIR")
     parser.add_argument("--tasks", default="cola,mrpc,rte,stsb", metavar="TASK,...")
     parser.add_argument("--seeds", default="0", metavar="N,...", help="of every task")
@@ -42,13 +40,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--output {options.output}: there is no folder {options.output.parent}")
     base = RunConfig.from_dict(
         {
-            "model": {
-                "name": options.model,
-                "init": options.init,
-                "tokenizer": options.tokenizer,
-                "precision": options.precision,
-                "dropout": 0.0,
-            },
+            "model": base_section(options, 0.0),
             "task": {"data_dir": options.data_dir, "max_length": 128},
             "lora": {"r": options.r, "lora_alpha": options.r, "targets": options.targets.split(",")},
             "train": {"max_steps": options.steps, "batch_size": options.batch_size, "lr": options.lr},

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from lora_hf.adapter_file import read_adapter
+from lora_hf.benchmark.suite import _next_ready
+from lora_hf.benchmark.suite_plan import SuiteOptions, plan_suite
 from lora_hf.cli import main
 from tests.tolerances import JOINT_FP32
 
@@ -43,19 +45,27 @@ def test_several_configs_of_train_train_together(tmp_path: Path, capsys: pytest.
 
 
 def test_a_suite_trains_its_lora_runs_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    configs = ["--config", "tiny_glue_qv8.yaml", "--config", "tiny_glue_head.yaml"]
-    words = ["glue", "--tasks", "rule-sentiment", "--seeds", "0,1", *configs, "--output", str(tmp_path), *FAST]
-    assert main([*words, "--joint", "4", "--json"], verb="benchmark") == 0
+    words = ["glue", "--tasks", "rule-sentiment", "--seeds", "0,1", "--config", "tiny_glue_qv8.yaml"]
+    where = ["--output", str(tmp_path), *FAST]
+    assert main([*words, *where, "--joint", "4", "--json"], verb="benchmark") == 0
     record = last_json(capsys)
     assert {run["folder"]: run["together"] for run in record["runs"]} == {
         "rule-sentiment-tiny_glue_qv8-seed0": 2,
         "rule-sentiment-tiny_glue_qv8-seed1": 2,
-        "rule-sentiment-tiny_glue_head-seed0": 1,
-        "rule-sentiment-tiny_glue_head-seed1": 1,
     }
     assert not list(tmp_path.glob("*/checkpoints"))
-    assert main([*words, "--joint", "0"], verb="benchmark") == 2
+    assert main([*words, *where, "--joint", "0"], verb="benchmark") == 2
     assert "--joint 0: expected at least 1" in capsys.readouterr().err
+
+
+def test_only_lora_runs_that_are_alike_train_together(tmp_path: Path) -> None:
+    configs = ("tiny_glue_qv8.yaml", "tiny_glue_all16.yaml", "tiny_glue_head.yaml", "tiny_glue_full.yaml")
+    runs = plan_suite(SuiteOptions(("rule-sentiment",), tmp_path, seeds=(0, 1), configs=configs))
+    names = [f"{run.configuration} {run.config.train.seed}" for run in _next_ready(runs, set(), 3)]
+    assert names == ["tiny_glue_qv8 0", "tiny_glue_all16 0", "tiny_glue_qv8 1"]
+    assert len(_next_ready(runs, set(), 1)) == 1
+    heads = [run for run in runs if run.config.train.method == "head"]
+    assert _next_ready(heads, set(), 3) == heads[:1]
 
 
 def test_both_sides_are_measured_and_their_weights_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
