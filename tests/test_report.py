@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -23,7 +24,29 @@ def test_every_table_of_the_pages_is_what_the_records_say(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def records() -> list[Any]:
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.rglob("*.json"))]
+    """Every record, and of a suite what its tables make of its runs."""
+    found = {file: json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.rglob("*.json"))}
+    suites = [record for file, record in found.items() if file.parent.name == "suite"]
+    return [*found.values(), *map(means_and_sums, suites)]
+
+
+def means_and_sums(suite: dict[str, Any]) -> list[Any]:
+    """By task and configuration the means over the seeds, their sums over the tasks, and the ratios of these."""
+    runs: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for run in suite["runs"]:
+        numbers = {
+            f"{part}.{key}": value for part in ("timings", "throughput", "memory") for key, value in run[part].items()
+        }
+        numbers |= {"value": 100 * run["value"], "files": sum(run["files"].values())}
+        runs.setdefault(run["configuration"], {}).setdefault(run["task"], []).append(numbers)
+    means = {
+        name: {task: {key: fmean(each[key] for each in seeds) for key in seeds[0]} for task, seeds in tasks.items()}
+        for name, tasks in runs.items()
+    }
+    summed = ("timings.total", "files")
+    sums = [{key: sum(task[key] for task in tasks.values()) for key in summed} for tasks in means.values()]
+    ratios = [one[key] / other[key] for one in sums for other in sums for key in one]
+    return [means, sums, ratios]
 
 
 @pytest.mark.parametrize(
