@@ -27,12 +27,13 @@ def mount(app: FastAPI, engine: Engine, token: str | None) -> None:
     """Puts the page under `PATH` of the application; with a token, behind a login whose password it is."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is imported: nothing is sent anywhere
     import gradio
+    from gradio.themes import Base
 
     def knows(user: str, password: str) -> bool:
         assert token is not None
         return user == USER and hmac.compare_digest(password.encode(), token.encode())
 
-    theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     gradio.mount_gradio_app(
         app,
         build(engine),
