@@ -89,6 +89,7 @@ class RunTrainer(Trainer):
             }
             (written / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
             publish(written, folder / name)
+            shutil.rmtree(folder / ASIDE, ignore_errors=True)  # else what lists checkpoints would find it
             best = state.best_model_checkpoint
             prune(folder, self.args.save_total_limit, Path(best) if best else None)
         self.accelerator.wait_for_everyone()
