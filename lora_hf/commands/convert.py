@@ -149,6 +149,8 @@ def _which_alpha(model: str) -> str:
     found: dict[str, dict[float, list[str]]] = {}
     for file in sorted(next(folder for folder in RECIPE_FOLDERS[1:] if folder.is_dir()).glob("*.yaml")):
         config = load_config(file)
+        if config.train.method != "lora":
+            continue
         alphas = found.setdefault(config.model.name.rpartition("/")[2], {})
         alphas.setdefault(config.lora.lora_alpha, []).append(file.name)
     own = model.rpartition("/")[2]

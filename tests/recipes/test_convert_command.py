@@ -113,7 +113,7 @@ def test_partial_takes_the_head_of_the_base_and_says_so(
 
 GOOD = ["--from", "loralib", "{roberta}", "--model", "tiny-roberta", "--lora-alpha", "16"]
 MISTAKES: dict[str, tuple[list[str], str]] = {
-    "no alpha": (GOOD[:-2], "tiny-roberta: 16 (rule_sentiment.yaml, ...)"),
+    "no alpha": (GOOD[:-2], "tiny-roberta: 8 (tiny_glue_qv8.yaml), 16 (rule_sentiment.yaml, ...)"),
     "no alpha for a model of one's own": (
         [*GOOD[:3], "--model", "mine"],
         "roberta-large: 16 (glue_cola_large.yaml, ...)",

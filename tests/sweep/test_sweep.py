@@ -97,6 +97,7 @@ def test_a_study_goes_on_and_repeats_itself(
 ) -> None:
     _, record = swept
     run(tmp_path, rows, *SPACE, trials=1)
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="lora_hf"):
         _, gone_on = run(tmp_path, rows, *SPACE, trials=3)
     assert [line.split(":")[0] for line in caplog.messages if line.startswith("trial ")] == ["trial 1", "trial 2"]
