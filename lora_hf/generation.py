@@ -29,6 +29,7 @@ from lora_hf.injection import merge
 from lora_hf.loading import load_saved
 from lora_hf.metrics.nlg import NlgMetric
 from lora_hf.models import dequantise
+from lora_hf.precision import denormals_flushed
 from lora_hf.records import ScoreRecord, git_state, machine, versions
 from lora_hf.saved import Saved
 from lora_hf.tasks.generation import Example, TextGeneration
@@ -95,12 +96,13 @@ class Generator:
         """A text for each encoded prompt, all in one batch; `stopping` are asked after each token, beside the end."""
         batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.model.device)
         width = batch["input_ids"].shape[1]
-        made: Any = self.model.generate(  # type: ignore[operator]
-            **batch,
-            generation_config=self._settings(decoding),
-            logits_processor=LogitsProcessorList(_processors(decoding, width)),
-            stopping_criteria=StoppingCriteriaList(stopping),
-        )
+        with denormals_flushed():
+            made: Any = self.model.generate(  # type: ignore[operator]
+                **batch,
+                generation_config=self._settings(decoding),
+                logits_processor=LogitsProcessorList(_processors(decoding, width)),
+                stopping_criteria=StoppingCriteriaList(stopping),
+            )
         tokens = made.sequences[:, width:]
         lengths = self._lengths(tokens)
         if decoding.num_beams > 1:

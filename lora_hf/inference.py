@@ -18,6 +18,7 @@ from lora_hf.injection import check_known, switch_of
 from lora_hf.loading import load_saved
 from lora_hf.mixing import mix_adapters
 from lora_hf.padding_free import remove_padding
+from lora_hf.precision import denormals_flushed
 from lora_hf.saved import Saved
 from lora_hf.tasks.base import Task
 
@@ -139,6 +140,7 @@ def _inputs(
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
 
+@denormals_flushed()
 def answer_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

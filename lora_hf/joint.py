@@ -32,6 +32,7 @@ from lora_hf.errors import ConfigError, TrainingError, UserError
 from lora_hf.injection import eject, set_adapter
 from lora_hf.language_head import IGNORED
 from lora_hf.mixing import mix_adapters
+from lora_hf.precision import denormals_flushed
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
 from lora_hf.training import Run, train
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 FILLINGS = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
 
 
+@denormals_flushed()
 def train_together(
     configs: Sequence[RunConfig], resume: str | None = None, rows: Mapping[str, Mapping[str, Dataset]] | None = None
 ) -> list[Run | UserError]:

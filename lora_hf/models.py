@@ -29,7 +29,7 @@ from lora_hf.fingerprint import fingerprint, remember
 from lora_hf.injection import lora_layers
 from lora_hf.names import EMBEDDED, HUB_IDS, is_path
 from lora_hf.offline import hub_is_reachable
-from lora_hf.precision import resolve
+from lora_hf.precision import denormals_flushed, resolve
 from lora_hf.quantised import SCHEMES, QuantisedLinear
 from lora_hf.tasks.base import Task
 
@@ -87,6 +87,7 @@ def load_base(model: ModelConfig, task: Task, seed: int = 0) -> PreTrainedModel:
     return load_model(model, head, seed)
 
 
+@denormals_flushed()
 def load_model(model: ModelConfig, head: dict[str, Any] | None, seed: int = 0) -> PreTrainedModel:
     """`load_base` without a task: a classifier whose config says what `head` does, or else a causal language model.
 

@@ -38,7 +38,7 @@ from lora_hf.injection import count_parameters, inject_at, inject_head
 from lora_hf.interruption import Interruption
 from lora_hf.models import load_base, load_tokenizer
 from lora_hf.planning import Site, plan
-from lora_hf.precision import resolve
+from lora_hf.precision import denormals_flushed, resolve
 from lora_hf.records import (
     RunRecord,
     folder_size,
@@ -80,6 +80,7 @@ class Run:
         return self.folder / ("model" if self.record.method == "full" else "adapter")
 
 
+@denormals_flushed()
 def train(
     config: RunConfig,
     resume: str | None = None,

@@ -20,6 +20,7 @@ from lora_hf.fingerprint import fingerprint, remember
 from lora_hf.injection import lora_layers, merge, set_adapter
 from lora_hf.mixing import mix_adapters, unload_adapter
 from lora_hf.models import quantised_layers
+from lora_hf.precision import denormals_flushed
 from lora_hf.serving.limits import ClosingError, Limits, QueueFullError
 from lora_hf.serving.requests import Request, Version, digest_of
 
@@ -183,6 +184,7 @@ class Worker(ABC):
 
     # The thread.
 
+    @denormals_flushed()
     def _run(self) -> None:
         while True:
             with self._changed:
