@@ -10,13 +10,12 @@ Without dropout a run's weights are those of the run alone, to rounding. With dr
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import random
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss, pad
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, Trainer
 
 from lora_hf.adapters import load_adapter, save_adapter
@@ -110,7 +110,7 @@ class _Member(threading.Thread):
     def __init__(self, number: int, config: RunConfig, host: _Together) -> None:
         super().__init__(name=f"run{number:03d}", daemon=True)
         self.config, self.host = config, host
-        self.runs = len(host.configs)
+        self.runs, self.threads = len(host.configs), torch.get_num_threads()
         self.task: Task = get_task(config.task.name)
         self.own: list[nn.Parameter] = []
         self.gradients: list[torch.Tensor | None] = []
@@ -118,12 +118,17 @@ class _Member(threading.Thread):
         self.items: torch.Tensor | int | None = None  # by what the sum of a language model's losses is divided
         self.divisor = 1
         self.loss = torch.tensor(0.0)
+        self.work: Callable[[], Any] | None = None  # what it waits for the host to compute, and then that
+        self.done: Any = None
         self.outcome: Run | BaseException | None = None
         self.cancelled = False
         self._may_move, self._stands = threading.Semaphore(0), threading.Semaphore(0)
 
     def run(self) -> None:
         self._may_move.acquire()
+        # Each thread would have helpers of its own. Once there are more of them than cores, all of them sleep between
+        # two operations. So the host's compute what is large: the setting is the thread's, but MKL's is everybody's.
+        torch.set_num_threads(1)
         try:
             if not self.cancelled:
                 rows = self.host.rows.get(self.task.name)
@@ -138,6 +143,25 @@ class _Member(threading.Thread):
         self.inputs = None
         self._may_move.release()
         self._stands.acquire()
+        torch.set_num_threads(self.threads)
+        while self.work is not None:
+            try:
+                self.done = self.work()
+            except Exception as error:  # noqa: BLE001 - it is the other thread's to handle
+                self.done = error
+            self.work = None
+            self._may_move.release()
+            self._stands.acquire()
+
+    def compute(self, function: Callable[[], Any]) -> Any:
+        self.work = function
+        self._stands.release()
+        self._may_move.acquire()
+        if self.cancelled:
+            raise SystemExit
+        if isinstance(self.done, Exception):
+            raise self.done
+        return self.done
 
     def take_in(self, model: PreTrainedModel) -> PreTrainedModel:
         return self.host.take_in(self, model)
@@ -196,8 +220,6 @@ class _Together:
                 self.model = eject(model)
             load_adapter(self.model, folder, member.name, own_head=True)
         member.own = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        del model
-        gc.collect()
         return self.model
 
     def _proceed(self, member: _Member) -> None:
@@ -220,9 +242,16 @@ class _Together:
         batches = [member.inputs or {} for member in waiting]
         counts = [len(batch["input_ids"]) for batch in batches]
         names = [member.name for member, count in zip(waiting, counts, strict=True) for _ in range(count)]
-        with mix_adapters(self.model, names):
-            total, losses = self._losses(waiting, batches, counts)
-        total.backward()
+        every = [parameter for member in waiting for parameter in member.own]
+        for masked in (True, False):
+            with mix_adapters(self.model, names, masked=masked):
+                total, losses = self._losses(waiting, batches, counts)
+            total.backward()
+            if get_total_norm(parameter.grad for parameter in every if parameter.grad is not None).isfinite():
+                break
+            # One run goes wrong. Only where no product is shared do the others stay as they are alone.
+            if masked:
+                _put(every, [None] * len(every))
         for member, loss in zip(waiting, losses, strict=True):
             member.loss = loss.detach()
             new = [parameter.grad for parameter in member.own]

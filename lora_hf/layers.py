@@ -245,7 +245,7 @@ class LoraLinear(Adapted):
         if here and plain and torch.is_grad_enabled() and fits(x, frozen_weight(self.base_layer), self.bias):
             parts = self._parts(x, mixture)
             if parts is not None:
-                return lora_linear_parts(x, frozen_weight(self.base_layer), self.bias, parts)
+                return lora_linear_parts(x, frozen_weight(self.base_layer), self.bias, parts, mixture.masked)
         y = self.base_layer(x)
         if not here:
             return y

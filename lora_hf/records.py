@@ -235,8 +235,14 @@ def describe_method(record: RunRecord) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
-    installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions() if dist.name}
-    return {"python": platform.python_version(), **{name: installed.get(name, "not installed") for name in PACKAGES}}
+
+    def installed(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    return {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}}
 
 
 def git_state() -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Mixture:
         rows: the name of each row.
         stacks: of an earlier mixture on the same model, whose weights have not changed since.
         among: adapters that belong to the mixture whether a row names them or not.
+        masked: as `lora_linear_parts`, where gradients are taken.
 
     Attributes:
         names: the different names in alphabetical order, without None.
@@ -43,8 +44,13 @@ class Mixture:
     """
 
     def __init__(
-        self, rows: Sequence[str | None], stacks: dict[Any, Any] | None = None, among: Sequence[str] = ()
+        self,
+        rows: Sequence[str | None],
+        stacks: dict[Any, Any] | None = None,
+        among: Sequence[str] = (),
+        masked: bool = False,
     ) -> None:
+        self.masked = masked
         self.names = tuple(sorted({name for name in (*rows, *among) if name is not None}))
         numbers = {name: number for number, name in enumerate(self.names)}
         self.rows = torch.tensor([len(self.names) if name is None else numbers[name] for name in rows])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -228,6 +229,7 @@ class SharedModel(Protocol):
 
     name: str  # of this run's adapter on the model
     runs: int
+    threads: int  # that its batches are computed with
 
     def take_in(self, model: PreTrainedModel) -> PreTrainedModel:
         """The shared model, which now has this run's adapter as well; `model` is no longer needed."""
@@ -235,6 +237,10 @@ class SharedModel(Protocol):
 
     def step(self, trainer: Trainer, inputs: dict[str, Any], items: torch.Tensor | int | None) -> torch.Tensor:
         """The loss of a batch, its gradients left on this run's parameters; what `Trainer.training_step` does."""
+        ...
+
+    def compute(self, function: Callable[[], Any]) -> Any:
+        """What the function returns, called where the shared model computes."""
         ...
 
 
@@ -249,6 +255,11 @@ class AdapterTrainer(RunTrainer):
         loss = self.shared.step(self, self._prepare_inputs(inputs), num_items_in_batch)
         self.losses.append((self.state.global_step, loss.detach()))
         return loss
+
+    def prediction_step(self, *batch: Any, **named: Any) -> Any:
+        if self.shared is None:
+            return super().prediction_step(*batch, **named)
+        return self.shared.compute(functools.partial(super().prediction_step, *batch, **named))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None

@@ -154,7 +154,7 @@ def _train(
         rows={split: len(part) for split, part in rows.items()},
         versions=versions(),
         git=git_state(),
-        machine=machine() | {"threads": torch.get_num_threads()},
+        machine=machine() | {"threads": shared.threads if shared else torch.get_num_threads()},
         together=shared.runs if shared else 1,
     )
     training = time.time()

@@ -7,6 +7,7 @@ in place, and is skipped where nothing below is trained.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 STEPS = 2**16  # in which a dropout is counted
+MASKED = 128  # columns of A that parts may share: small beside a projection's, and beside the calls that it spares
 
 # A frozen weight, or what makes it in a precision: a packed one is made for each product, and not kept in between.
 Weight = torch.Tensor | Callable[[torch.dtype], torch.Tensor]
@@ -62,21 +64,58 @@ def lora_linear(
 
 
 def lora_linear_parts(
-    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, parts: Sequence[Part]
+    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, parts: Sequence[Part], masked: bool = False
 ) -> torch.Tensor:
     """`lora_linear` with an adapter of its own for each part of the places of x, which are counted in order.
 
     A place in no part gets the frozen projection alone.
+
+    Args:
+        masked: multiply every place by the factors of all parts without dropout, and mask what is not its own: a few
+            large products instead of many small ones. An infinite number in one part then spoils the others too.
     """
-    settings, factors = [], []
-    for part in parts:
-        dropout, keep = part.dropout, None
+    groups, factors = [], []
+    for members in _grouped(parts) if masked else [[part] for part in parts]:
+        dropout, keep = members[0].dropout, None
+        places = slice(members[0].start, members[-1].stop)
         if dropout:
             dropout = min(max(1, round(dropout * STEPS)), STEPS - 1) / STEPS
-            keep = kept((part.stop - part.start, x.shape[-1]), dropout, x.device)
-        settings.append((slice(part.start, part.stop), part.scaling / (1 - dropout), tuple(part.slices), keep))
-        factors += [part.lora_A, part.lora_B]
-    return _LoraLinear.apply(x, weight, bias, settings, *factors)  # type: ignore[return-value]
+            keep = kept((places.stop - places.start, x.shape[-1]), dropout, x.device)
+        scaling = members[0].scaling / (1 - dropout) if len(members) == 1 else _mask(members, x)
+        groups.append((places, scaling, [tuple(part.slices) for part in members], keep))
+        factors += [factor for part in members for factor in (part.lora_A, part.lora_B)]
+    return _LoraLinear.apply(x, weight, bias, groups, *factors)  # type: ignore[return-value]
+
+
+def _grouped(parts: Sequence[Part]) -> list[list[Part]]:
+    """The parts in order, those together that follow each other without dropout and have at most MASKED columns."""
+    groups: list[list[Part]] = []
+    for part in parts:
+        last = groups[-1] if groups else [part]
+        columns = sum(len(member.lora_A) for member in (*last, part))
+        if groups and columns <= MASKED and not part.dropout and not last[0].dropout:
+            last.append(part)
+        else:
+            groups.append([part])
+    return groups
+
+
+def _mask(parts: Sequence[Part], x: torch.Tensor) -> torch.Tensor:
+    """`(places of the parts, their columns)`: the scaling of a part where its places meet its columns, else zero."""
+    widths = tuple(len(part.lora_A) for part in parts)
+    where = tuple((part.start - parts[0].start, part.stop - parts[0].start, part.scaling) for part in parts)
+    return _drawn_mask(where, widths, x.dtype, x.device)
+
+
+@functools.lru_cache(maxsize=4)  # the layers of a model ask for the same few
+def _drawn_mask(
+    where: tuple[tuple[int, int, float], ...], widths: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    mask, column = torch.zeros(where[-1][1], sum(widths), dtype=dtype, device=device), 0
+    for (start, stop, scaling), width in zip(where, widths, strict=True):
+        mask[start:stop, column : column + width] = scaling
+        column += width
+    return mask
 
 
 def kept(shape: Sequence[int], dropout: float, device: torch.device) -> torch.Tensor:
@@ -101,8 +140,9 @@ def fits(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> bool:
     return fitting and not torch.is_autocast_enabled(x.device.type)
 
 
-# Of a part: its places, its scaling with that of the dropout, its slices, and what the dropout keeps.
-_Setting = tuple[slice, float, tuple[tuple[int, int], ...], torch.Tensor | None]
+# Of parts that are multiplied together: their places, the scaling with that of the dropout or the mask that holds it,
+# the slices of each, and what the dropout keeps.
+_Group = tuple[slice, "float | torch.Tensor", list[tuple[tuple[int, int], ...]], "torch.Tensor | None"]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -112,23 +152,26 @@ class _LoraLinear(torch.autograd.Function):
         x: torch.Tensor,
         weight: Weight,
         bias: torch.Tensor | None,
-        settings: Sequence[_Setting],
+        groups: Sequence[_Group],
         *factors: torch.Tensor,
     ) -> torch.Tensor:
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         held = weight if isinstance(weight, torch.Tensor) else None
         frozen = weight if isinstance(weight, torch.Tensor) else weight(x.dtype)
         ctx.make = weight if held is None else None
-        y, saved = linear(rows, frozen, bias), []
-        for (places, scaling, slices, keep), lora_A, lora_B in zip(settings, factors[::2], factors[1::2], strict=True):
-            down, up = lora_A.to(x.dtype), block_placed(lora_B.to(x.dtype), slices, frozen.shape[0])
+        y, saved, pairs = linear(rows, frozen, bias), [], zip(factors[::2], factors[1::2], strict=True)
+        for places, scaling, slices, keep in groups:
+            own = [next(pairs) for _ in slices]
+            down = _joined([a.to(x.dtype) for a, _ in own], 0)
+            up = _joined([block_placed(b.to(x.dtype), at, len(y.T)) for at, (_, b) in zip(slices, own, strict=True)], 1)
             seen = rows[places] if keep is None else rows[places] * keep
             # The scaling goes where the numbers are fewest, on (tokens, r).
             projected = (seen @ down.T).mul_(scaling)
             y[places].addmm_(projected, up.T)
             saved += [projected, down, up, keep]
         ctx.save_for_backward(x, held, *saved)
-        ctx.settings = [(places, scaling, slices) for places, scaling, slices, _ in settings]
+        ctx.groups = [(places, scaling, slices) for places, scaling, slices, _ in groups]
+        ctx.widths = [len(lora_A) for lora_A in factors[::2]]
         ctx.dtypes = [factor.dtype for factor in factors]
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -140,24 +183,34 @@ class _LoraLinear(torch.autograd.Function):
         dy = gradients[0].reshape(len(rows), gradients[0].shape[-1])
         dx = dy @ (ctx.make(x.dtype) if held is None else held) if ctx.needs_input_grad[0] else None
         of_factors: list[torch.Tensor | None] = []
-        for number, (places, scaling, slices) in enumerate(ctx.settings):
+        for number, (places, scaling, slices) in enumerate(ctx.groups):
             projected, down, up, keep = saved[4 * number : 4 * number + 4]
-            of_a, of_b = ctx.dtypes[2 * number : 2 * number + 2]
+            at = len(of_factors)
+            asked, dtypes = ctx.needs_input_grad[4 + at :], ctx.dtypes[at:]
+            widths = ctx.widths[at // 2 : at // 2 + len(slices)]
             own = dy[places]
             dprojected = (own @ up).mul_(scaling)
-            dA = dB = None
+            dA: Sequence[torch.Tensor | None] = [None] * len(slices)
+            dB: Sequence[torch.Tensor | None] = [None] * len(slices)
             if dx is not None and keep is None:
                 dx[places].addmm_(dprojected, down)
             elif dx is not None:
                 dx[places].addcmul_(dprojected @ down, keep.to(dx.dtype))
-            if ctx.needs_input_grad[4 + 2 * number]:
+            if any(asked[0 : 2 * len(slices) : 2]):
                 seen = rows[places] if keep is None else rows[places] * keep
-                dA = (dprojected.T @ seen).to(of_a)
-            if ctx.needs_input_grad[5 + 2 * number]:
+                dA = (dprojected.T @ seen).split(widths)
+            if any(asked[1 : 2 * len(slices) : 2]):
                 # The transposed product: with so few columns it is twice as fast.
-                dB = _blocks((projected.T @ own).T, slices).to(of_b, memory_format=torch.contiguous_format)
-            of_factors += [dA, dB]
+                whole = (projected.T @ own).split(widths)
+                dB = [_blocks(part.T, its) for part, its in zip(whole, slices, strict=True)]
+            for factor in (factor for pair in zip(dA, dB, strict=True) for factor in pair):
+                dtype = dtypes[len(of_factors) - at]
+                of_factors.append(None if factor is None else factor.to(dtype, memory_format=torch.contiguous_format))
         return None if dx is None else dx.view_as(x), None, None, None, *of_factors
+
+
+def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def block_placed(lora_B: torch.Tensor, slices: tuple[tuple[int, int], ...], out: int) -> torch.Tensor:
