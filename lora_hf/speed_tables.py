@@ -92,15 +92,16 @@ def joint(results: Path) -> str:
     for file, record in _records(results / "joint"):
         work, sides = record["work"], record["sides"]
         lora = f"r={work['lora']['r']} on {' '.join(work['lora']['targets'])}"
+        tasks = dict.fromkeys(name.rpartition("-seed")[0] for name in work["runs"])
         rows.append(
             [
                 f"[{work['model']} in {work['precision']}, {lora}](results/joint/{file.name})",
-                str(len(work["runs"])),
+                f"{len(work['runs'])}: {', '.join(tasks)}",
                 f"{work['steps']} of {work['batch_size']} rows",
                 *(_spread(sides[side]["examples_per_second"], 1) for side in ("together", "apart")),
                 _spread(record["ratios"]["together/apart"], 2),
                 *(f"{sides[side]['rss']['median'] / 1e6:,.0f}" for side in ("together", "apart")),
-                f"{max(each['difference'] for each in record['weights_apart'].values()):.1e}",
+                f"{max(each['difference'] for each in record['weights_apart'].values()):.2g}",
             ]
         )
     head = ["work (record)", "runs", "steps each", "together, examples/s", "one by one, examples/s", "faster, x"]
