@@ -147,7 +147,7 @@ def _sweep(results: Path) -> str:
 
 def _typed(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.2e}"
+        return f"{value:.2g}"
     return " ".join(value) if isinstance(value, list) else str(value)
 
 
