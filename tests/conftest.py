@@ -104,6 +104,12 @@ def pytest_unconfigure() -> None:
         _cache.cleanup()
 
 
+@pytest.fixture
+def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scorers that Java runs take seconds to start, and are null like this."""
+    monkeypatch.setenv("PATH", "")
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data: `$LORA_HF_DATA_DIR`, else `../shared/data` beside the repository."""
