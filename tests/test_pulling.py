@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import re
 import time
@@ -27,11 +28,19 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_folder(tmp_path_factory.mktemp("run"))
 
 
+@pytest.fixture(scope="module")
+def pushed(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    server = Hub()
+    server.ask(tmp_path_factory.mktemp("pusher"), "push", "--adapter", adapter, "--repo-id", NAME)
+    server.close()
+    return server.repositories[NAME]
+
+
 @pytest.fixture
-def hub(adapter: Path, tmp_path: Path) -> Iterator[Hub]:
+def hub(pushed: Repository) -> Iterator[Hub]:
     """A hub that holds the adapter."""
     server = Hub()
-    server.ask(tmp_path / "pusher", "push", "--adapter", adapter, "--repo-id", NAME)
+    server.repositories[NAME] = copy.deepcopy(pushed)
     yield server
     server.close()
 
