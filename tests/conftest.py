@@ -6,6 +6,7 @@ pytest-xdist and the commands that tests start inherit it.
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import socket
@@ -102,6 +103,19 @@ _cut_network()
 def pytest_unconfigure() -> None:
     if _cache is not None:
         _cache.cleanup()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_loaded_stays() -> None:
+    """The Trainer looks for garbage after each run, among all objects of torch and transformers; not from here on."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scorers that Java runs take seconds to start, and are null like this."""
+    monkeypatch.setenv("PATH", "")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import re
 import time
@@ -14,6 +15,7 @@ from lora_hf.hub import push_adapter
 from lora_hf.pulling import local_adapter
 from lora_hf.saved import find_saved
 from tests.adapters_on_disk import run_folder
+from tests.command_lines import ask
 from tests.hub_server import USER, WEIGHTS, Hub, Repository
 from tests.small import small_model
 from tests.tolerances import FILE_ROUNDTRIP
@@ -27,11 +29,19 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_folder(tmp_path_factory.mktemp("run"))
 
 
+@pytest.fixture(scope="module")
+def pushed(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    server = Hub()
+    server.ask(tmp_path_factory.mktemp("pusher"), "push", "--adapter", adapter, "--repo-id", NAME)
+    server.close()
+    return server.repositories[NAME]
+
+
 @pytest.fixture
-def hub(adapter: Path, tmp_path: Path) -> Iterator[Hub]:
+def hub(pushed: Repository) -> Iterator[Hub]:
     """A hub that holds the adapter."""
     server = Hub()
-    server.ask(tmp_path / "pusher", "push", "--adapter", adapter, "--repo-id", NAME)
+    server.repositories[NAME] = copy.deepcopy(pushed)
     yield server
     server.close()
 
@@ -90,7 +100,7 @@ def test_a_verb_takes_a_hub_id_a_revision_and_works_offline_afterwards(hub: Hub,
     hub.ask(tmp_path / "pusher", "push", "--adapter", other, "--repo-id", NAME)
 
     by_id = hub.ask(tmp_path / "home", "predict", "--adapter", NAME, "--revision", first, *TEXT)
-    assert by_id.stdout == hub.ask(tmp_path / "home", "predict", "--adapter", adapter, *TEXT).stdout
+    assert by_id.stdout == ask("predict", "--adapter", adapter, *TEXT).stdout
     folder = pulled(hub, tmp_path / "home")
     assert (folder / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes() != (adapter / WEIGHTS).read_bytes()
     hub.requests.clear()

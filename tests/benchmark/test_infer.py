@@ -2,36 +2,57 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import pytest
 import torch
 
-from lora_hf.benchmark import answering
+from lora_hf.benchmark import answering, infer
 from lora_hf.benchmark.infer import SIDES, _rows
 from lora_hf.benchmark.work import Work
+from lora_hf.benchmark.worker import Channel, serve
 from lora_hf.cli import main
 from lora_hf.config import RunConfig
 from tests import tolerances
 
+CONFIG = RunConfig.from_dict(
+    {"model": {"name": "tiny-roberta", "precision": "fp32"}, "task": {"name": "rule-sentiment"}}
+)
 
-def test_a_record_of_all_sides(capsys: pytest.CaptureFixture[str]) -> None:
+
+def test_a_record_of_two_sides_in_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(infer, "SIDES", ("mixed", "peft-names"))
     words = ["infer", "--rows", "16", "--rounds", "1", "--r", "2", "--targets", "q,v", "--json"]
     assert main(words, verb="benchmark") == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(result["sides"]) == set(SIDES) == set(answering.ANSWERING)
+    assert set(result["sides"]) == {"mixed", "peft-names"}
     assert (result["work"]["rows"], result["work"]["adapters"]) == (16, 8)
-    assert set(result["ratios"]) == {f"mixed/{side}" for side in SIDES[1:]}
+    assert set(result["ratios"]) == {"mixed/peft-names"}
     assert 0 < result["sides"]["mixed"]["switch_seconds"] < 1
     assert len(result["sides"]["peft-names"]["seconds"]) == 1
 
 
+def test_every_side_has_an_answer() -> None:
+    assert set(SIDES) == set(answering.ANSWERING)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_every_side_speaks_the_protocol(side: str) -> None:
+    out, order = io.StringIO(), Work(side, CONFIG.to_dict(), _rows(CONFIG, 16), 2, 0.0)
+    serve(Channel(io.StringIO(order.to_line() + "\ngo\ngo\n"), out))
+    ready, *rounds, done = (json.loads(line) for line in out.getvalue().splitlines())
+    assert ready == {"ready": {}}
+    assert len(rounds) == 2
+    assert all(each["round"]["seconds"] > 0 for each in rounds)
+    assert done["done"].keys() == ({"switch_seconds"} if side == "mixed" else set())
+
+
 def test_mixed_and_apart_give_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = RunConfig.from_dict(
-        {"model": {"name": "tiny-roberta", "precision": "fp32"}, "task": {"name": "rule-sentiment"}}
-    )
-    rows = _rows(config, 24)
+    rows = _rows(CONFIG, 24)
     found: dict[str, list[Any]] = {"mixed": [], "apart": []}
     for side, answers in found.items():
         original = answering.answer_rows
@@ -40,7 +61,7 @@ def test_mixed_and_apart_give_the_same_answers(monkeypatch: pytest.MonkeyPatch) 
             answers.extend(original(*args))
 
         monkeypatch.setattr(answering, "answer_rows", keep)
-        answer, _ = answering.build(Work(side, config.to_dict(), rows, 1, 0.0))
+        answer, _ = answering.build(Work(side, CONFIG.to_dict(), rows, 1, 0.0))
         answer()
         monkeypatch.undo()
     names = [row["adapter"] for row in rows]

@@ -149,6 +149,7 @@ def test_one_failure_stops_only_what_needs_it(data: Path, tmp_path: Path, capsys
     assert not (tmp_path / "rte-tiny_glue_qv8-seed0" / "record.json").exists()
 
 
+@pytest.mark.usefixtures("without_java")
 def test_texts_are_written_and_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = ["nlg", "--tasks", "rule-restaurants", "--config", "rule_restaurants.yaml", "--output", str(tmp_path)]
     short = ["train.max_steps=2", "generate.max_new_tokens=3", "generate.num_beams=1", "--json"]

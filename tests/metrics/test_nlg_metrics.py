@@ -6,13 +6,14 @@ import json
 import math
 import shutil
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lora_hf.errors import ConfigError, DataError
-from lora_hf.metrics import requirements
+from lora_hf.metrics import captioning, requirements
 from lora_hf.metrics.captioning import caption_tokens, cider, rouge_l
 from lora_hf.metrics.java import running_meteor
 from lora_hf.metrics.nlg import NlgMetric
@@ -29,31 +30,22 @@ def official(folder: Path) -> dict[str, dict[str, float]]:
 
 
 @needs_java
-def test_ten_real_systems_score_what_their_authors_logged(data_dir: Path) -> None:
+def test_real_systems_score_what_their_authors_logged(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst, a middling and the best one of ten."""
     folder = data_dir / "e2e_eval"
     groups = read_references([folder / "dev_refs.txt"])
     expected = official(folder)
-    systems = {
-        seed: read_predictions(folder / "dev_system_outputs" / f"ukp_{seed}.txt", groups) for seed in sorted(expected)
-    }
-    assert len(systems) == 10
-    # Java starts once for all ten: its start is most of the time.
-    tokens, references = caption_tokens([text for texts in systems.values() for text in texts], groups.groups)
+    assert len(expected) == 10
+    ranked = sorted(expected, key=lambda seed: expected[seed]["BLEU"])
+    # METEOR starts once for all: its start takes as long as some systems.
     with running_meteor() as meteor:
-        for number, (seed, texts) in enumerate(systems.items()):
-            words = tokens[number * len(texts) : (number + 1) * len(texts)]
-            values = {
-                "BLEU": mteval_bleu(texts, groups.groups),
-                "NIST": mteval_nist(texts, groups.groups),
-                "METEOR": meteor.score(words, references),
-                "ROUGE_L": rouge_l(words, references),
-                "CIDEr": cider(words, references),
-            }
-            for name, value in values.items():
+        monkeypatch.setattr(captioning, "running_meteor", lambda: nullcontext(meteor))
+        for seed in (ranked[0], ranked[5], ranked[-1]):
+            texts = read_predictions(folder / "dev_system_outputs" / f"ukp_{seed}.txt", groups)
+            scores = score_texts("e2e_nlg", texts, groups.groups)
+            assert not scores.reasons
+            for name, value in scores.values.items():
                 assert value == pytest.approx(expected[seed][name], abs=FOUR_DECIMALS), (seed, name)
-    whole = score_texts("e2e_nlg", systems["seed10"], groups.groups)
-    assert whole.values == pytest.approx(values)
-    assert not whole.reasons
 
 
 def test_bleu_by_hand() -> None:

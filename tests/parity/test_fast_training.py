@@ -19,7 +19,7 @@ from lora_hf.tasks.table import get_task
 from lora_hf.trainer import spare_work
 from tests.tolerances import BF16_LOSS_RTOL, FAST_TRAINING_FP32
 
-STEPS, ROWS = 50, 8
+STEPS, ROWS = {"sst2": 50, "e2e_nlg": 20}, 8
 WORK = {"sst2": "tiny-roberta", "e2e_nlg": "tiny-gpt2"}
 
 
@@ -51,22 +51,24 @@ def adapted(name: str, precision: Any = "fp32") -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_fifty_steps_lose_what_the_definition_loses(name: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_loses_what_the_definition_loses(name: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = adapted(name)
     spare_work(fast)
-    ours = losses(fast, batches(name, data_dir, STEPS))
+    ours = losses(fast, batches(name, data_dir, STEPS[name]))
     monkeypatch.setattr(layers, "fits", lambda *_: False)
-    plain = losses(adapted(name), batches(name, data_dir, STEPS))
+    plain = losses(adapted(name), batches(name, data_dir, STEPS[name]))
     apart = max(abs(a - b) for a, b in zip(ours, plain, strict=True))
     assert apart < FAST_TRAINING_FP32
     assert abs(plain[0] - plain[-1]) > 1000 * FAST_TRAINING_FP32, "nothing was learned, the comparison says little"
 
 
 def test_bf16_learns_as_fp32_does(data_dir: Path) -> None:
-    """The mean of the last 50 of 200 losses; a single batch's is as far apart as its rows."""
+    """The mean of the last 20 of 50 losses; a single batch's is as far apart as its rows."""
     ends = []
     for precision in ("fp32", "bf16"):
         model = adapted("e2e_nlg", precision)
         spare_work(model)
-        ends.append(sum(losses(model, batches("e2e_nlg", data_dir, 200))[-50:]) / 50)
+        found = losses(model, batches("e2e_nlg", data_dir, 50))
+        ends.append(sum(found[-20:]) / 20)
+        assert found[0] > 1.2 * ends[-1], "nothing was learned, the comparison says little"
     assert abs(ends[1] - ends[0]) < BF16_LOSS_RTOL * ends[0]

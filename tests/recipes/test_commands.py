@@ -1,4 +1,4 @@
-"""The command lines that people type, as subprocesses, on the embedded base and data."""
+"""The command lines that people type, on the embedded base and data; some as processes, the others in this one."""
 
 from __future__ import annotations
 
@@ -13,25 +13,14 @@ import pytest
 
 from lora_hf import cli
 from lora_hf.records import RunRecord
+from tests.command_lines import REPO, ask, last_json, run
 
-REPO = Path(__file__).parents[2]
 QUICK = ["train.max_steps=12", "train.warmup_steps=2"]
 
 
-def run(verb: str, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, str(REPO / "scripts" / f"{verb}.py"), *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def last_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.mark.parametrize("script", sorted(file.stem for file in (REPO / "scripts").glob("*.py")))
+def test_every_script_is_its_verb(script: str) -> None:
+    assert run(script, "--help").stdout.startswith(f"usage: python scripts {script} ")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +37,7 @@ def test_train_then_eval_then_predict(trained: dict[str, Any], tmp_path: Path) -
     assert folder.name.startswith("rule-sentiment-tiny-roberta-lora-")
     record = RunRecord.load(folder / "record.json")
     assert record.metrics == trained["metrics"]
-    scored = last_json(run("eval", "--adapter", folder / "adapter", "--json"))
+    scored = last_json(ask("eval", "--adapter", folder / "adapter", "--json"))
     assert scored["metrics"] == trained["metrics"]
     answer = json.loads(
         run("predict", "--adapter", folder / "adapter", "--text", "A moving, funny and wise film.").stdout
@@ -57,7 +46,7 @@ def test_train_then_eval_then_predict(trained: dict[str, Any], tmp_path: Path) -
     assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)
 
     (tmp_path / "in.txt").write_text("A dull film.\nA moving, funny and wise film.\n")
-    run("predict", "--adapter", folder / "adapter", "--input", tmp_path / "in.txt", "--output", tmp_path / "out.jsonl")
+    ask("predict", "--adapter", folder / "adapter", "--input", tmp_path / "in.txt", "--output", tmp_path / "out.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["sentence"] for line in lines] == ["A dull film.", "A moving, funny and wise film."]
     assert lines[1]["probabilities"] == pytest.approx(answer["probabilities"], abs=2e-4)
@@ -68,7 +57,7 @@ def test_a_copied_adapter_needs_no_run_folder(trained: dict[str, Any], tmp_path:
     copy.mkdir()
     for file in Path(trained["weights"]).iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    assert last_json(run("eval", "--adapter", copy, "--json"))["metrics"] == trained["metrics"]
+    assert last_json(ask("eval", "--adapter", copy, "--json"))["metrics"] == trained["metrics"]
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
@@ -92,7 +81,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_message_and_exit_code_2(mistake: str, tmp_path: Path) -> None:
     words, message = MISTAKES[mistake]
-    done = run("train", "--config", "rule_sentiment.yaml", f"output.dir={tmp_path}", *words, code=2)
+    done = ask("train", "--config", "rule_sentiment.yaml", f"output.dir={tmp_path}", *words, code=2)
     assert message in done.stderr
     assert done.stderr.count("error:") == 1
     assert not done.stdout
@@ -121,7 +110,7 @@ def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> Non
     ],
 )
 def test_bad_input_to_predict(words: list[str], message: str, trained: dict[str, Any]) -> None:
-    assert message in run("predict", "--adapter", trained["weights"], *words, code=2).stderr
+    assert message in ask("predict", "--adapter", trained["weights"], *words, code=2).stderr
 
 
 @pytest.mark.parametrize("verb", ["eval", "predict"])
@@ -129,7 +118,7 @@ def test_a_damaged_or_missing_adapter_is_told_before_torch_is_loaded(
     verb: str, trained: dict[str, Any], tmp_path: Path
 ) -> None:
     words = ["--text", "x"] if verb == "predict" else []
-    assert "not an adapter folder" in run(verb, "--adapter", tmp_path / "nowhere", *words, code=2).stderr
+    assert "not an adapter folder" in ask(verb, "--adapter", tmp_path / "nowhere", *words, code=2).stderr
     for file in Path(trained["weights"]).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[:-7])
     code = (
@@ -144,11 +133,11 @@ def test_a_damaged_or_missing_adapter_is_told_before_torch_is_loaded(
 
 def test_a_real_task_trains_from_the_command_line(data_dir: Path, tmp_path: Path) -> None:
     words = ["model.name=tiny-roberta", f"task.data_dir={data_dir}", f"output.dir={tmp_path}", "train.max_steps=8"]
-    result = last_json(run("train", "--config", "glue_sst2.yaml", *words, "train.batch_size=8", "--json"))
+    result = last_json(ask("train", "--config", "glue_sst2.yaml", *words, "train.batch_size=8", "--json"))
     assert RunRecord.load(Path(result["run"]) / "record.json").rows == {"train": 67349, "validation": 872}
-    scored = run("eval", "--adapter", result["weights"], "--split", "validation", "--data-dir", data_dir, "--json")
+    scored = ask("eval", "--adapter", result["weights"], "--split", "validation", "--data-dir", data_dir, "--json")
     assert last_json(scored)["metrics"] == result["metrics"]
-    hidden = run("eval", "--adapter", result["weights"], "--split", "test", "--data-dir", data_dir, code=2)
+    hidden = ask("eval", "--adapter", result["weights"], "--split", "test", "--data-dir", data_dir, code=2)
     assert "labels are hidden" in hidden.stderr
 
 

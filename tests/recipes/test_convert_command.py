@@ -17,7 +17,7 @@ from lora_hf.cli import main
 from lora_hf.config import LoraConfig, ModelConfig
 from lora_hf.models import load_base
 from lora_hf.tasks.table import get_task
-from tests.recipes.test_commands import run
+from tests.command_lines import ask
 from tests.small import token_ids
 from tests.tolerances import PRETRAINED_LOGITS_RTOL
 
@@ -175,6 +175,6 @@ def test_a_mistake_is_one_message_and_nothing_is_written(
 def test_an_output_that_is_in_the_way_is_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     words = [str(word).format(roberta=checkpoints["tiny-roberta"]) for word in GOOD]
-    assert "expected a folder, found a file" in run("convert", *words, "--output", tmp_path / "file", code=2).stderr
+    assert "expected a folder, found a file" in ask("convert", *words, "--output", tmp_path / "file", code=2).stderr
     words = ["--to", "loralib", "--adapter", tmp_path, "--output", tmp_path]
-    assert "expected a file in a folder that exists" in run("convert", *words, code=2).stderr
+    assert "expected a file in a folder that exists" in ask("convert", *words, code=2).stderr

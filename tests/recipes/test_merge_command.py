@@ -1,13 +1,10 @@
 """The command lines of merging and combining on the embedded bases and data.
 
-Runs are trained and merged by scripts in processes of their own; what is asked of the results afterwards goes through
-the same `main` in this process, which loads torch once.
+All of it goes through `main` in this process, which loads torch once.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +12,14 @@ import pytest
 
 from lora_hf.cli import main
 from lora_hf.records import CombineRecord, MergeRecord
-from tests.recipes.test_commands import run
+from tests.command_lines import ask, last_json
 
 QUICK = ["train.max_steps=12", "train.warmup_steps=2", "model.precision=fp32"]
-Ask = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture
-def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
+def asked(verb: str, *words: str | Path) -> dict[str, Any]:
     """The JSON that a command line ends with."""
-
-    def asked(*words: str | Path) -> dict[str, Any]:
-        assert main([*map(str, words), "--json"]) == 0, capsys.readouterr().err
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return asked
+    return last_json(ask(verb, *words, "--json"))
 
 
 @pytest.fixture(scope="module")
@@ -44,47 +34,46 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return outputs
 
 
-def test_a_merged_classifier_scores_and_answers_as_its_adapter(folder: Path, tmp_path: Path, ask: Ask) -> None:
+def test_a_merged_classifier_scores_and_answers_as_its_adapter(folder: Path, tmp_path: Path) -> None:
     adapter, merged = folder / "one" / "adapter", tmp_path / "merged"
-    said = run("merge", "--adapter", adapter, "--output", merged).stdout
+    said = ask("merge", "--adapter", adapter, "--output", merged).stdout
     assert said.startswith("drift: a logit moved by at most ")
-    assert ask("eval", "--adapter", merged)["metrics"] == ask("eval", "--adapter", adapter)["metrics"]
+    assert asked("eval", "--adapter", merged)["metrics"] == asked("eval", "--adapter", adapter)["metrics"]
     text = ["--text", "A moving, funny and wise film."]
-    assert ask("predict", "--adapter", merged, *text) == ask("predict", "--adapter", adapter, *text)
+    assert asked("predict", "--adapter", merged, *text) == asked("predict", "--adapter", adapter, *text)
 
 
-def test_a_merged_writer_writes_and_scores_as_its_adapter(
-    folder: Path, ask: Ask, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("without_java")
+def test_a_merged_writer_writes_and_scores_as_its_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter, merged = folder / "writer" / "adapter", folder / "writer" / "merged"
-    result = ask("merge", "--adapter", adapter, "--output", merged)
+    result = asked("merge", "--adapter", adapter, "--output", merged)
     assert result["drift"] == MergeRecord.load(merged / "merge.json").drift
     prompt = ["--prompt", "name[The Vaults], eatType[pub]"]
-    texts = [ask("generate", "--adapter", place, *prompt)["texts"] for place in (adapter, merged)]
+    texts = [asked("generate", "--adapter", place, *prompt)["texts"] for place in (adapter, merged)]
     assert [text["text"] for text in texts[0]] == [text["text"] for text in texts[1]]
-    found = ask("eval", "--adapter", merged, "--split", "test")["metrics"]
+    found = asked("eval", "--adapter", merged, "--split", "test")["metrics"]
     assert not list(merged.parent.glob("scores-*")), "the records of a run are of its own weights"
-    assert found == ask("eval", "--adapter", adapter, "--split", "test")["metrics"]
+    assert found == asked("eval", "--adapter", adapter, "--split", "test")["metrics"]
     assert list(merged.parent.glob("scores-*"))
     assert main(["eval", "--adapter", str(merged), "--without-adapter"]) == 2
     assert "is a whole model, which has no base beside it" in capsys.readouterr().err
 
 
-def test_a_combined_adapter_is_one_like_any_other(folder: Path, tmp_path: Path, ask: Ask) -> None:
+def test_a_combined_adapter_is_one_like_any_other(folder: Path, tmp_path: Path) -> None:
     one, two = folder / "one" / "adapter", folder / "two" / "adapter"
-    ask("combine", "--adapter", f"{one}=1", "--output", tmp_path / "same")
-    assert ask("eval", "--adapter", tmp_path / "same")["metrics"] == ask("eval", "--adapter", one)["metrics"]
+    asked("combine", "--adapter", f"{one}=1", "--output", tmp_path / "same")
+    assert asked("eval", "--adapter", tmp_path / "same")["metrics"] == asked("eval", "--adapter", one)["metrics"]
     words = ["--adapter", f"{one}=0.7", "--adapter", f"{two}=0.3"]
-    assert ask("combine", *words, "--output", tmp_path / "sum")["error"] == 0
-    said = run("combine", *words, "--method", "svd", "--rank", "4", "--output", tmp_path / "short").stdout
+    assert asked("combine", *words, "--output", tmp_path / "sum")["error"] == 0
+    said = ask("combine", *words, "--method", "svd", "--rank", "4", "--output", tmp_path / "short").stdout
     record = CombineRecord.load(tmp_path / "short" / "combine.json")
     assert f"left out by the rank: {record.error:.2%} of all" in said
     assert 0 < record.error < 1
     assert set(record.ranks.values()) == {4}
     assert [entry["weight"] for entry in record.adapters] == [0.7, 0.3]
-    ask("combine", *words, "--method", "ties", "--density", "0.5", "--output", tmp_path / "ties")
-    ask("merge", "--adapter", tmp_path / "ties", "--output", tmp_path / "merged")
-    scores = [ask("eval", "--adapter", tmp_path / name)["metrics"] for name in ("ties", "merged")]
+    asked("combine", *words, "--method", "ties", "--density", "0.5", "--output", tmp_path / "ties")
+    asked("merge", "--adapter", tmp_path / "ties", "--output", tmp_path / "merged")
+    scores = [asked("eval", "--adapter", tmp_path / name)["metrics"] for name in ("ties", "merged")]
     assert scores[0] == scores[1]
 
 
