@@ -23,7 +23,19 @@ LONGEST_FILE = 400
 # A file imports only from lower floors; the files of one folder may import each other, without cycles.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "records", "architectures", "names", "folders"),
-    ("kernels", "metrics", "tiny", "offline", "precision", "curves", "switch", "markdown", "quantised", "checkpoints"),
+    (
+        "kernels",
+        "metrics",
+        "tiny",
+        "offline",
+        "precision",
+        "curves",
+        "switch",
+        "markdown",
+        "quantised",
+        "checkpoints",
+        "overflow",
+    ),
     ("layers", "heads", "tasks", "adapter_file", "interruption", "run_folder"),
     ("variants",),
     ("planning", "places"),
