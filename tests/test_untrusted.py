@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,37 +75,43 @@ def test_a_pickled_base_is_refused_and_not_run(proof: Path, tmp_path: Path) -> N
         load_base(ModelConfig(name=str(tmp_path / "base"), precision="fp32"), TASK)
 
 
-@pytest.mark.parametrize("part", ["config.json", "tokenizer_config.json"])
-def test_code_that_comes_with_a_base_is_refused_and_not_run(
-    part: str, proof: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def base_with_code(folder: Path, proof: Path, part: str, more: dict[str, Any]) -> ModelConfig:
+    """A base whose config asks for the code beside it."""
+    shutil.copytree(EMBEDDED_FOLDER / "tiny-roberta", folder)
+    config = json.loads((folder / part).read_text())
+    (folder / part).write_text(json.dumps(config | more))
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(proof)!r})\nclass Evil: pass\n")
+    return ModelConfig(name=str(folder), precision="fp32")
+
+
+def test_a_base_with_code_of_its_own_is_refused_and_not_run(
+    proof: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is asked whether to trust it"))
-    base = tmp_path / "base"
-    shutil.copytree(EMBEDDED_FOLDER / "tiny-roberta", base)
-    config = json.loads((base / part).read_text())
     classes = {"AutoConfig": "evil.Evil", "AutoModelForSequenceClassification": "evil.Evil"}
-    tokenizers = {"AutoTokenizer": ["evil.Evil", None]}
-    if part == "config.json":
-        config |= {"model_type": "evil", "auto_map": classes}
-    else:
-        config |= {"tokenizer_class": "Evil", "auto_map": tokenizers}
-    (base / part).write_text(json.dumps(config))
-    (base / "evil.py").write_text(f"import os\nos.mkdir({str(proof)!r})\nclass Evil: pass\n")
-    load = load_tokenizer if part == "tokenizer_config.json" else lambda model: load_base(model, TASK)
+    model = base_with_code(tmp_path / "base", proof, "config.json", {"model_type": "evil", "auto_map": classes})
     with pytest.raises(ModelError, match=r"base: cannot be loaded: .*custom code"):
-        load(ModelConfig(name=str(base), precision="fp32"))
+        load_base(model, TASK)
+
+
+def test_the_code_of_a_tokenizer_is_not_run(proof: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is asked whether to trust it"))
+    more = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    model = base_with_code(tmp_path / "base", proof, "tokenizer_config.json", more)
+    assert type(load_tokenizer(model)).__module__.startswith("transformers.")
 
 
 def test_code_in_a_checkpoint_is_not_run(proof: Path, tmp_path: Path) -> None:
     rows = small_rows()
-    run = train(small_config(tmp_path, epochs=1), rows=rows)
+    run = train(small_config(tmp_path, max_steps=2, hf={}), rows=rows)
     (run.folder / "record.json").unlink()
     checkpoint = sorted((run.folder / "checkpoints").iterdir())[0]
     torch.save(Malicious(proof), checkpoint / "optimizer.pt")
     listed = json.loads((checkpoint / MANIFEST).read_text())
     (checkpoint / MANIFEST).write_text(json.dumps(listed | {"optimizer.pt": digest(checkpoint / "optimizer.pt")}))
-    with pytest.raises(UserError):
-        train(small_config(tmp_path, epochs=1), resume=str(checkpoint), rows=rows)
+    # No mistake of a person: the manifest was forged to fit.
+    with pytest.raises(pickle.UnpicklingError, match=r"posix\.mkdir"):
+        train(small_config(tmp_path, max_steps=2, hf={}), resume=str(checkpoint), rows=rows)
 
 
 def inside(folder: Path) -> set[Path]:
@@ -135,7 +142,8 @@ def test_names_of_tasks_and_studies_are_no_paths(name: str, tmp_path: Path) -> N
     with pytest.raises(UserError, match="unknown task"):
         get_task(name)
     if "\0" not in name and name not in ("a\n", "a\\b"):  # which are names of folders here
-        config, tried = space.read_sweep("rule_sentiment.yaml", [f"output.dir={tmp_path / 'outputs'}", "lora.r=1..2"])
+        config, tried = space.read_sweep("rule_sentiment.yaml", ["lora.r=1..2"])
+        config = replace(config, output=replace(config.output, dir=str(tmp_path / "outputs")))
         with pytest.raises(ConfigError, match="expected a name for a folder"):
             study.sweep(config, tried, 1, name)
     assert inside(tmp_path) == before
