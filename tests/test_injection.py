@@ -195,6 +195,7 @@ def test_a_rank_above_the_layer_and_a_taken_or_impossible_name_are_refused() -> 
             inject(model, LoraConfig(), name=name)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", SHAPES)
 def test_activations_computed_again_give_the_same_gradients(kind: str) -> None:
     """Each of them, to the last bit, dropout included."""
