@@ -53,7 +53,7 @@ class RunTrainer(Trainer):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.losses: list[tuple[int, torch.Tensor]] = []  # not yet checked: steps before, loss
-        self.overflow = Overflow(self.model, self.accelerator)
+        self.overflow = Overflow(self.model, self.accelerator)  # pyright: ignore[reportArgumentType]: there is a model
         self.add_callback(self.overflow)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
