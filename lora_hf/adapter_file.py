@@ -8,6 +8,7 @@ a fused projection belong to which A and B.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -57,6 +58,33 @@ def _is_switch(value: Any) -> bool:
     return value is None or isinstance(value, bool)
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_hexadecimal(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]*", value) is not None
+
+
+def _is_fingerprint(value: Any) -> bool:
+    checks = {"sha256": _is_hexadecimal, "dtype": _is_name, "tensors": _is_rank, "samples": _is_hexadecimal}
+    known = isinstance(value, dict) and all(key in value and fits(value[key]) for key, fits in checks.items())
+    return known or value == {}
+
+
+def _is_start(value: Any) -> bool:
+    return isinstance(value, str) and (value == "" or value.startswith(("pissa", "olora")))
+
+
+def _is_pairs(value: Any) -> bool:
+    """Whether it is `[[0, 4], [8, 12]]`, or the like."""
+    return (
+        isinstance(value, list)
+        and value != []
+        and all(isinstance(pair, list) and [type(edge) for edge in pair] == [int, int] for pair in value)
+    )
+
+
 def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
@@ -99,6 +127,25 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "task_type": ("a name", _is_text),
     "use_dora": ("true or false", _is_switch),
     "use_rslora": ("true or false", _is_switch),
+}
+
+# The same of the header.
+HEADER_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "base": ("a name", _is_name),
+    "revision": ("a name", _is_text),
+    "task": ("a name", _is_text),
+    "problem_type": ("a name", _is_text),
+    "labels": ("a list of names", lambda value: isinstance(value, list) and all(map(_is_name, value))),
+    "num_labels": ("a whole number >= 1", lambda value: value is None or _is_rank(value)),
+    "fingerprint": ("sha256, dtype, tensors and samples", _is_fingerprint),
+    "slices": (
+        "pairs of columns by path",
+        lambda value: isinstance(value, dict) and all(map(_is_pairs, value.values())),
+    ),
+    "start": (
+        "pissa, olora or nothing",
+        _is_start,
+    ),
 }
 
 
@@ -186,29 +233,35 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     """An adapter folder with its tensors.
 
     Raises:
-        AdapterError: as `inspect_adapter`; also a tensor of whole numbers, or with a value that is no number.
+        AdapterError: as `inspect_adapter`; also a tensor of whole numbers or of fewer than 16 bits, or with a value
+            that is no number.
     """
+    import torch
     from safetensors.torch import load_file
 
     folder = Path(folder)
     config, about = inspect_adapter(folder)
-    tensors = load_file(folder / WEIGHTS_FILE)
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:  # a kind of number that torch packs otherwise
+        raise AdapterError(f"{folder}/{WEIGHTS_FILE}: cannot be read: {error}") from error
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise AdapterError(f"{folder}/{WEIGHTS_FILE}: {key}: expected floating point numbers, found {tensor.dtype}")
+        if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise AdapterError(
+                f"{folder}/{WEIGHTS_FILE}: {key}: expected floating point numbers of 16 bits or more, found "
+                f"{tensor.dtype}"
+            )
         if not tensor.isfinite().all():
             raise AdapterError(f"{folder}/{WEIGHTS_FILE}: {key} holds NaN or infinity; the adapter is unusable")
     return AdapterFile(folder, config, tensors, about)
 
 
 def _about(header: Any) -> About:
-    """Raises TypeError or ValueError where the header is not what `save_adapter` writes."""
+    """Raises TypeError, AttributeError or ValueError where the header is not what `save_adapter` writes."""
+    for key, (wanted, fits) in HEADER_FIELDS.items():
+        if key in header and not fits(header[key]):
+            raise ValueError(f"{key}: expected {wanted}, found {header[key]!r:.100}")
     about = About(**header)
-    pairs = [pair for slices in about.slices.values() for pair in slices]
-    if not all(len(pair) == 2 and all(type(edge) is int for edge in pair) for pair in pairs):
-        raise ValueError(f"slices: expected pairs of columns, found {about.slices}")
-    if about.fingerprint and not {"sha256", "dtype", "tensors", "samples"} <= about.fingerprint.keys():
-        raise ValueError(f"fingerprint: expected sha256, dtype, tensors, samples, found {sorted(about.fingerprint)}")
     if about.num_labels is not None and len(about.labels) != about.num_labels:
         raise ValueError(f"labels: expected {about.num_labels} names, found {about.labels}")
-    return replace(about, labels=tuple(map(str, about.labels)))
+    return replace(about, labels=tuple(about.labels))

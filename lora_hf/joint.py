@@ -99,6 +99,8 @@ def _unfit(config: RunConfig) -> list[str]:
         problems.append(f"lora.init_lora_weights={config.lora.init_lora_weights} changes the base that others share")
     if config.lora.bias != "none":
         problems.append(f"lora.bias={config.lora.bias} trains the biases of the base that others share")
+    if config.model.precision == "fp16":
+        problems.append("model.precision=fp16: each run would scale its loss otherwise; expected fp32 or bf16")
     if config.train.label_smoothing:
         problems.append("train.label_smoothing: expected 0")
     return problems

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -228,7 +229,13 @@ def _from_place(name: str, revision: str | None, load: Callable[..., Loaded]) ->
     """Calls `load` with the place that `name` means, telling its failures in our words."""
     place, more = _place(name, revision)
     try:
-        return load(place, **more)
+        # Code that comes with a base is never run, and nobody is asked whether it should be.
+        return load(place, trust_remote_code=False, **more)
+    except UnpicklingError as error:
+        raise ModelError(
+            f"{name}: refused: its pickled weights ask for more than tensors. Nothing of them was run; expected "
+            "model.safetensors"
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         if more.get("local_files_only"):
             raise HubError(

@@ -119,7 +119,12 @@ def _patterned(file: AdapterFile, pattern: str, path: str, default: str) -> floa
     """PEFT's rule: the first pattern that matches the end of the path, else the common value."""
     value = file.config.get(default)
     for key, special in (file.config.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        try:
+            matches = re.match(rf"(.*\.)?({key})$", path)
+        except re.error as error:
+            source = f"{file.folder}/{CONFIG_FILE}"
+            raise AdapterError(f"{source}: {pattern}: {key!r} is not a regular expression: {error}") from error
+        if matches:
             value = special
             break
     if isinstance(value, bool) or not isinstance(value, (int, float)):

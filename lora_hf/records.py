@@ -83,6 +83,7 @@ class RunRecord(_Record):
     versions: dict[str, str] = field(default_factory=dict)
     git: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
+    skipped_steps: int = 0  # with a gradient beyond fp16: they count among all steps, and nothing was learned from them
     together: int = 1  # runs in the same batches, this one included: times, throughput and memory are those of all
 
     def save(self, folder: Path) -> Path:

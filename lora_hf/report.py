@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_hf import suite_tables
+from lora_hf import robustness_tables, suite_tables
 from lora_hf.errors import DataError
 from lora_hf.markdown import minutes, percent, table
 from lora_hf.records import RunRecord, ScoreRecord, SweepRecord, describe
@@ -215,6 +215,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "suite-texts": suite_tables.from_results(suite_tables.texts),
     "suite-choice": suite_tables.from_results(suite_tables.choice),
     "suite-guide": suite_tables.from_results(suite_tables.guide),
+    "damaged-input": robustness_tables.damaged,
+    "kills": robustness_tables.kills,
     "tiny-bases": _bases,
     "tiny-fills": _fills,
     "tiny-continuations": _continuations,

@@ -1,4 +1,7 @@
-"""The tables of runs that were killed and of damaged input, from the records that `tests` write."""
+"""The tables of runs that were killed and of damaged input, from the records that `tests` write.
+
+A table whose record has not been made says so.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,15 @@ from typing import Any
 from lora_hf.errors import DataError
 from lora_hf.markdown import table
 
+NOT_MADE = "Not recorded yet: run `{command} --output docs/results/robustness/{file}`."
+
 
 def damaged(results: Path) -> str:
     """By kind of input: how many cases, how each ended, and the most that one took."""
-    record = _read(results / "robustness" / "input.json")
-    rows = []
+    file = results / "robustness" / "input.json"
+    if not file.exists():
+        return NOT_MADE.format(command="python -m tests.robustness", file=file.name)
+    record, rows = _read(file), []
     for kind, counts in record["counts"].items():
         worst = record["worst"][kind]
         rows.append(
@@ -33,7 +40,10 @@ def damaged(results: Path) -> str:
 
 def kills(results: Path) -> str:
     """Each kill: when it came, where the run went on, and what it ended with otherwise than the run never stopped."""
-    record = _read(results / "robustness" / "kills.json")
+    file = results / "robustness" / "kills.json"
+    if not file.exists():
+        return NOT_MADE.format(command="python -m tests.kills", file=file.name)
+    record = _read(file)
     rows = [
         [
             f"{number}",

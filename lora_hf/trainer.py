@@ -27,6 +27,7 @@ from lora_hf.checkpoints import ASIDE, STATE, newest_whole, prune, publish
 from lora_hf.errors import TrainingError
 from lora_hf.injection import lora_layers
 from lora_hf.language_head import IGNORED, score_labels_only
+from lora_hf.overflow import Overflow
 from lora_hf.padding_free import remove_padding
 from lora_hf.variants.embedding import EmbeddingWeights
 from lora_hf.variants.loraplus import quicken
@@ -53,6 +54,8 @@ class RunTrainer(Trainer):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.losses: list[tuple[int, torch.Tensor]] = []  # not yet checked: steps before, loss
+        self.overflow = Overflow(self.model, self.accelerator)  # pyright: ignore[reportArgumentType]: there is a model
+        self.add_callback(self.overflow)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         if self.prompts is not None:
@@ -87,6 +90,7 @@ class RunTrainer(Trainer):
                 "loss": float(self._tr_loss),
                 "logged": self._globalstep_last_logged,
                 "finished": self.control.should_training_stop,
+                "skipped": self.overflow.skipped,
             }
             (written / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
             publish(written, folder / name)
@@ -111,6 +115,7 @@ class RunTrainer(Trainer):
             progress = json.loads((Path(checkpoint) / PROGRESS).read_text(encoding="utf-8"))
             self._tr_loss += progress["loss"]
             self._globalstep_last_logged = progress["logged"]
+            self.overflow.skipped = progress["skipped"]
             if progress["finished"]:
                 self.control.should_training_stop = True
                 return
@@ -121,12 +126,23 @@ class RunTrainer(Trainer):
         self.losses.append((self.state.global_step, loss.detach()))
         return loss
 
-    def _maybe_log_save_evaluate(self, *arguments: Any, **named: Any) -> None:
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self.overflow.unscale(self.optimizer)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:
+            self.overflow.unscale(self.optimizer)
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _maybe_log_save_evaluate(self, loss: torch.Tensor, norm: Any, *arguments: Any, **named: Any) -> None:
         due = self.control.should_log or self.control.should_evaluate or self.control.should_save
         # To look at a loss is to wait for the GPU; the CPU has it already.
         if due or self.args.device.type == "cpu" or len(self.losses) >= UNCHECKED:
             self._check_losses()
-        super()._maybe_log_save_evaluate(*arguments, **named)
+        if self.accelerator.optimizer_step_was_skipped:
+            norm = None  # it is no number, which JSON has no word for
+        super()._maybe_log_save_evaluate(loss, norm, *arguments, **named)
 
     def _check_losses(self) -> None:
         """Raises TrainingError for the first batch since the last check whose loss is no number."""
@@ -355,7 +371,7 @@ class Guard(TrainerCallback):
         self.stepped = any(group["lr"] > 0 for group in kwargs["optimizer"].param_groups)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.method != "lora" or self.checked or not self.stepped:
+        if self.method != "lora" or self.checked or not self.stepped or kwargs["optimizer"].step_was_skipped:
             return
         self.checked = True
         layers = lora_layers(kwargs["model"])

@@ -169,7 +169,11 @@ def _train(
     else:
         save_adapter(model, run.weights, shared.name if shared else "default", task.name)
 
-    state = trainer.state
+    state, skipped = trainer.state, trainer.overflow.skipped
+    if skipped:
+        record.warnings.append(f"{skipped} of {state.global_step} steps were left out: a gradient was beyond fp16")
+        logger.warning(record.warnings[-1])
+    record.skipped_steps = skipped
     record.history = state.log_history
     record.best = {
         "metric": trainer.args.metric_for_best_model,
@@ -255,9 +259,14 @@ def _arguments(config: RunConfig, task: Task, folder: Path, of_model: dict[str, 
         "use_cpu": reduced == "bf16" and not torch.accelerator.is_available(),
     }
     try:
-        return HFArguments(**(values | of_model | train.hf))
+        arguments = HFArguments(**(values | of_model | train.hf))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"train.hf: {error}") from error
+    if arguments.fp16 and arguments.device.type == "cpu":
+        asked = "train.hf.fp16" if train.hf.get("fp16") else f"model.precision=fp16 with train.method={train.method}"
+        # Accelerate would compute in fp32 and say nothing.
+        raise ConfigError(f"{asked}: needs a GPU; use bf16 or fp32 here")
+    return arguments
 
 
 def _trainer(

@@ -193,3 +193,26 @@ def test_a_rank_above_the_layer_and_a_taken_or_impossible_name_are_refused() -> 
     for name in ("default", "a.b", "keys", ""):
         with pytest.raises(AdapterError, match="adapter"):
             inject(model, LoraConfig(), name=name)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", SHAPES)
+def test_activations_computed_again_give_the_same_gradients(kind: str) -> None:
+    """Each of them, to the last bit, dropout included."""
+
+    def gradients(again: bool, seed: int = 3) -> dict[str, torch.Tensor]:
+        lora = LoraConfig(r=2, lora_dropout=0.2, targets=("attention", "ffn"))
+        model = inject(small_model(kind, num_labels=2), lora)
+        stir(model)
+        if again:
+            model.gradient_checkpointing_enable()
+        model.train()
+        torch.manual_seed(seed)
+        model(input_ids=token_ids(), labels=torch.tensor([0, 1, 1])).loss.backward()
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert all(parameter.grad is not None for parameter in trained.values())
+        return {name: parameter.grad for name, parameter in trained.items()}  # type: ignore[misc]
+
+    plain, again, other = gradients(again=False), gradients(again=True), gradients(again=True, seed=4)
+    assert [name for name in plain if not torch.equal(plain[name], again[name])] == []
+    assert [name for name in plain if torch.equal(plain[name], other[name])] == [], "other masks, other gradients"

@@ -143,7 +143,8 @@ def test_short_names_are_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(_StopError):
         load_tokenizer(ModelConfig(name="roberta-base", revision="main"))
-    assert asked == [("FacebookAI/roberta-base", {"revision": "main", "local_files_only": False})]
+    wanted = {"trust_remote_code": False, "revision": "main", "local_files_only": False}
+    assert asked == [("FacebookAI/roberta-base", wanted)]
 
 
 class _StopError(Exception):

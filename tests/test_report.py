@@ -24,10 +24,12 @@ def test_every_table_of_the_pages_is_what_the_records_say(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def records() -> list[Any]:
-    """Every record, and of a suite what its tables make of its runs."""
+    """Every record, of a suite what its tables make of its runs, and how many cases of damaged input there are."""
     found = {file: json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.rglob("*.json"))}
     suites = [record for file, record in found.items() if file.parent.name == "suite"]
-    return [*found.values(), *map(means_and_sums, suites)]
+    damaged = json.loads((RESULTS / "robustness" / "input.json").read_text(encoding="utf-8"))
+    cases = [len(cases) for cases in damaged["cases"].values()]
+    return [*found.values(), *map(means_and_sums, suites), cases]
 
 
 def means_and_sums(suite: dict[str, Any]) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from lora_hf.adapter_file import CONFIG_FILE
 from tests.adapters_on_disk import run_folder
 from tests.robustness import Adapters, Configs, Data, outcomes
 
+RECORDS = Path(__file__).parents[1] / "docs" / "results" / "robustness"
 MEMORY = 1_000_000_000  # bytes that no case may take
 
 # What an adapter's field may hold beside what it held, by PEFT's own rules: anything else is refused.
@@ -34,9 +37,13 @@ MEANT = {
 }
 
 
-def check(found: list[dict[str, Any]], least: int) -> list[str]:
-    """Returns the cases that were used."""
-    assert len(found) >= least
+def check(found: list[dict[str, Any]], kind: str) -> list[str]:
+    """Holds the cases to their record, from which the page of results is made; returns those that were used."""
+    recorded = json.loads((RECORDS / "input.json").read_text(encoding="utf-8"))
+    assert {case["case"]: case["verdict"] for case in found} == {
+        case["case"]: case["verdict"] for case in recorded["cases"][kind]
+    }
+    assert Counter(case["verdict"] for case in found) == recorded["counts"][kind]
     assert [case for case in found if case["verdict"] == "escaped"] == []
     assert [case["case"] for case in found if case["wrote"]] == []
     assert [case["case"] for case in found if case["memory"] > MEMORY] == []
@@ -45,13 +52,13 @@ def check(found: list[dict[str, Any]], least: int) -> list[str]:
 
 
 def test_no_damaged_adapter_is_used(tmp_path: Path) -> None:
-    used = check(outcomes(Adapters, tmp_path), 200)
+    used = check(outcomes(Adapters, tmp_path), Adapters.kind)
     fields = [case.split(": ")[0] for case in used]
     assert {field: fields.count(field) for field in fields} == MEANT
 
 
 def test_no_damaged_config_is_used(tmp_path: Path) -> None:
-    used = check(outcomes(Configs, tmp_path), 100)
+    used = check(outcomes(Configs, tmp_path), Configs.kind)
     assert not [case for case in used if case.startswith("text")]
     assert not [case for case in used if case.endswith((": nan", ": [[]]", "{'a': {'b': []}}"))]
     assert "output.name: '../../../etc/passwd'" not in used
@@ -60,7 +67,18 @@ def test_no_damaged_config_is_used(tmp_path: Path) -> None:
 
 def test_no_damaged_data_are_used(tmp_path: Path) -> None:
     texts = {"empty", "blank", "NUL", "control characters", "one long word"}  # a text is a text; QQP has empty ones
-    assert set(check(outcomes(Data, tmp_path), 50)) == {f"sentence {text}" for text in texts}
+    assert set(check(outcomes(Data, tmp_path), Data.kind)) == {f"sentence {text}" for text in texts}
+
+
+def test_every_recorded_kill_was_gone_on_from_to_the_last_bit() -> None:
+    """The suite kills a few runs itself (`test_survival`); the record holds more, at random moments."""
+    if not (RECORDS / "kills.json").exists():
+        pytest.skip("no kills are recorded: python -m tests.kills --output docs/results/robustness/kills.json")
+    record = json.loads((RECORDS / "kills.json").read_text(encoding="utf-8"))
+    assert len(record["kills"]) >= 20
+    assert [kill["differences"] for kill in record["kills"]] == [[]] * record["exact"]
+    assert len({kill["checkpoint"] for kill in record["kills"]}) > 2, "they came at different moments"
+    assert not record["git"]["changed"]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,13 @@ def test_each_kill_has_a_row(tmp_path: Path) -> None:
     ]
 
 
-def test_a_missing_record_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"input\.json: not readable"):
-        damaged(tmp_path)
+def test_a_missing_record_is_told_and_a_damaged_one_is_an_error(tmp_path: Path) -> None:
+    assert damaged(tmp_path) == (
+        "Not recorded yet: run `python -m tests.robustness --output docs/results/robustness/input.json`."
+    )
+    assert kills(tmp_path).endswith("run `python -m tests.kills --output docs/results/robustness/kills.json`.")
+    (tmp_path / "robustness").mkdir()
+    for name, read in (("input.json", damaged), ("kills.json", kills)):
+        (tmp_path / "robustness" / name).write_text("{")
+        with pytest.raises(DataError, match=f"{name}: not readable"):
+            read(tmp_path)

@@ -79,6 +79,10 @@ order grow to."""
 BF16_LOSS_RTOL = 0.01
 """The training loss with a base in bfloat16 against float32: the noise of the gradients averages out."""
 
+FP16_LOSS_RTOL = 0.01
+"""The same with a base in float16, and of the norm of the gradients. Gradients whose scale was left in are out by 65536
+times, and clipped ones by the factor that they were to be clipped by."""
+
 QUANTISED_FP32 = 1e-5
 """The adapted projection over a packed weight against the same over the dequantised one: equal float32 weights, sums in
 another order."""

@@ -84,7 +84,9 @@ def _name_problem(name: str | None) -> str:
 def _hf_problem(hf: dict[str, Any]) -> str:
     """Names under `train.hf` that are not fields of TrainingArguments, or that have a key of their own here."""
     problems = [f"{name}: set {OURS[name]} instead" for name in hf if name in OURS]
-    rest = [name for name in hf if name not in OURS]
+    secret = [name for name in hf if str(name).endswith("_token")]
+    problems += [f"{name}: a config is kept with the run, so no token goes into it; set HF_TOKEN" for name in secret]
+    rest = [name for name in hf if name not in (*OURS, *secret)]
     known = _training_argument_names() if rest else ()
     problems += [
         f"{name}: not a field of transformers.TrainingArguments{did_you_mean(name, known)}"

@@ -92,6 +92,8 @@ class LocalOrHub:
             DataError: the folder, the split or the file is missing or unreadable.
             HubError: no folder is named, and neither the hub nor its local cache gives the rows.
         """
+        if PurePosixPath(split).name != split:
+            raise DataError(f"{split!r}: expected the name of a split, without a path")
         name, setting = data_dir, "task.data_dir"
         if not name:
             name, setting = os.environ.get(DATA_DIR_VARIABLE), DATA_DIR_VARIABLE

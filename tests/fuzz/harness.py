@@ -1,0 +1,126 @@
+"""One input of the fuzzer: bytes that become an adapter folder, which is refused in one message or loaded as it says.
+
+An input is five parts between NUL bytes, so that what a mutation changes stays readable to what comes after it: the
+kind of base, adapter_config.json, the header that lora_hf adds, the table of tensors, and their bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_hf.adapter_file import CONFIG_FILE, HEADER, WEIGHTS_FILE, read_adapter
+from lora_hf.adapters import load_adapter, save_adapter
+from lora_hf.config import LoraConfig
+from lora_hf.errors import UserError
+from lora_hf.fingerprint import fingerprint
+from lora_hf.injection import eject, inject
+from lora_hf.places import start_of
+from lora_hf.saved import find_saved
+from tests.small import small_model, stir
+
+PARTS = 5
+SHAPE = {
+    "roberta": {"hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 1, "max_position_embeddings": 8},
+    "gpt2": {"n_embd": 4, "n_inner": 4, "n_head": 1, "n_positions": 8},
+}
+LAYERS = {"roberta": "num_hidden_layers", "gpt2": "n_layer"}
+LABELS = {"roberta": 2, "gpt2": None}
+
+# What the first inputs hold, by name: the base and its LoRA.
+FIRST: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("roberta", {"targets": ("q",)}),
+    "ranks": ("roberta", {"targets": ("q", "v"), "rank_pattern": {"v": 2}, "use_rslora": True}),
+    "dora": ("roberta", {"targets": ("q",), "use_dora": True}),
+    "biases": ("roberta", {"targets": ("q",), "bias": "all"}),
+    "pissa": ("roberta", {"targets": ("q",), "init_lora_weights": "pissa"}),
+    "embeddings": ("roberta", {"targets": ("embeddings",)}),
+    "slices": ("gpt2", {"targets": ("q", "v")}),
+}
+
+
+class Harness:
+    """The bases, as small as they can be, and a folder to put an input into."""
+
+    def __init__(self) -> None:
+        self.bases: dict[str, Any] = {kind: micro(kind) for kind in SHAPE}
+        self.fingerprints = {kind: fingerprint(base) for kind, base in self.bases.items()}
+        self.place = tempfile.TemporaryDirectory()
+
+    def close(self) -> None:
+        self.place.cleanup()
+
+    def attempt(self, data: bytes) -> str:
+        """`refused` or `used`; whatever is neither raises."""
+        folder = Path(self.place.name)
+        kind = unpack(data, folder)
+        with suppress(UserError):
+            find_saved(folder)
+        try:
+            model = load_adapter(self.bases[kind], folder)
+            self._check(model, folder)
+        except UserError:
+            return "refused"
+        else:
+            return "used"
+        finally:
+            self.bases[kind] = eject(self.bases[kind])
+            assert fingerprint(self.bases[kind]) == self.fingerprints[kind], "the base was changed"
+
+    def _check(self, model: Any, folder: Path) -> None:
+        """What was loaded is what the file holds."""
+        file = read_adapter(folder)
+        if start_of(file)[0]:
+            return  # saved as a pair over the pair it started from
+        again = read_adapter(save_adapter(model, folder / "again")).tensors
+        for key, tensor in again.items():
+            assert torch.equal(tensor, file.tensors[key].float()), f"{key} is not what the file holds"
+
+
+def micro(kind: str) -> Any:
+    """A base of one layer and width 4."""
+    return small_model(kind, LABELS[kind], vocab_size=6, **{LAYERS[kind]: 1}, **SHAPE[kind])
+
+
+def unpack(data: bytes, folder: Path) -> str:
+    """Writes the two files of an input; returns the kind of its base."""
+    parts = data.split(b"\0", PARTS - 1)
+    kind, config, about, table, values = parts + [b""] * (PARTS - len(parts))
+    try:
+        header = json.loads(table)
+        if about:
+            header["__metadata__"] = {HEADER: about.decode("utf-8", "replace")}
+        table = json.dumps(header).encode()
+        table += b" " * (-len(table) % 8)
+    except (ValueError, TypeError, RecursionError):
+        pass  # as it stands
+    (folder / CONFIG_FILE).write_bytes(config)
+    (folder / WEIGHTS_FILE).write_bytes(len(table).to_bytes(8, "little") + table + values)
+    return "gpt2" if kind == b"gpt2" else "roberta"
+
+
+def pack(kind: str, folder: Path) -> bytes:
+    """The input that `unpack` makes an adapter folder from."""
+    weights = (folder / WEIGHTS_FILE).read_bytes()
+    end = 8 + int.from_bytes(weights[:8], "little")
+    header = json.loads(weights[8:end])
+    about = header.pop("__metadata__")[HEADER]
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    parts = [kind, json.dumps(config), about, json.dumps(header)]
+    return b"\0".join([*(part.encode() for part in parts), weights[end:]])
+
+
+def first_inputs() -> dict[str, bytes]:
+    """What the corpus began with: a good adapter of each form."""
+    found = {}
+    for name, (kind, lora) in FIRST.items():
+        model = inject(micro(kind), LoraConfig(**{"r": 1, "lora_alpha": 1, **lora}))
+        stir(model)
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = pack(kind, save_adapter(model, folder, task="rule-sentiment"))
+    return found
