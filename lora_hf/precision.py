@@ -31,7 +31,7 @@ def denormals_flushed() -> Iterator[None]:
     times longer to multiply them. The setting is that of the calling thread and of those which it starts from then on,
     as torch starts its own at the first large operation.
     """
-    before = (torch.tensor(1e-30) * 1e-10).item() == 0
+    before = (torch.tensor(1e-30, device="cpu") * 1e-10).item() == 0
     torch.set_flush_denormal(True)
     try:
         yield
