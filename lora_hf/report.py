@@ -14,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_hf import suite_tables
+from lora_hf import speed_tables, suite_tables
 from lora_hf.errors import DataError
 from lora_hf.markdown import minutes, percent, table
 from lora_hf.records import RunRecord, ScoreRecord, SweepRecord, describe
-from lora_hf.speed_tables import answering, answers_in, joint, profiles, quantised, speed, speed_machines, switching
 
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -199,16 +198,17 @@ def _continuations(results: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "sst2": _sst2,
     "e2e": _e2e,
-    "speed": speed,
-    "speed-machines": speed_machines,
-    "profiles": profiles,
-    "answering": answering,
-    "switching": switching,
+    "speed": speed_tables.speed,
+    "speed-machines": speed_tables.speed_machines,
+    "equal-work": speed_tables.equal_work,
+    "profiles": speed_tables.profiles,
+    "answering": speed_tables.answering,
+    "switching": speed_tables.switching,
     "grouping": _grouping,
-    "joint": joint,
+    "joint": speed_tables.joint,
     "sweep": _sweep,
-    "quantised": quantised,
-    "answers-in": answers_in,
+    "quantised": speed_tables.quantised,
+    "answers-in": speed_tables.answers_in,
     "suite": suite_tables.from_results(suite_tables.scores),
     "suite-resources": suite_tables.from_results(suite_tables.resources),
     "suite-storage": suite_tables.from_results(suite_tables.storage),
