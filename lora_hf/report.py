@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf import speed_tables, suite_tables
+from lora_hf.architectures import ARCHITECTURES, Projection
+from lora_hf.config import ROLES
 from lora_hf.errors import DataError
 from lora_hf.markdown import minutes, percent, table
 from lora_hf.records import RunRecord, ScoreRecord, SweepRecord, describe
@@ -195,6 +197,20 @@ def _continuations(results: Path) -> str:
     )
 
 
+def _roles(_: Path) -> str:
+    """Where each model type keeps what a role names, from the role table itself."""
+
+    def place(projection: Projection | None) -> str:
+        if projection is None:
+            return "-"
+        index, count = projection.slice
+        return f"`{projection.path}`" + (f", part {index + 1} of {count}" if count > 1 else "")
+
+    rows = [[f"`{role}`", *(place(each.projections.get(role)) for each in ARCHITECTURES.values())] for role in ROLES]
+    rows.append(["the head", *(", ".join(f"`{name}`" for name in each.head) for each in ARCHITECTURES.values())])
+    return table(["role", *ARCHITECTURES], rows, words=1 + len(ARCHITECTURES))
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "sst2": _sst2,
     "e2e": _e2e,
@@ -215,6 +231,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "suite-texts": suite_tables.from_results(suite_tables.texts),
     "suite-choice": suite_tables.from_results(suite_tables.choice),
     "suite-guide": suite_tables.from_results(suite_tables.guide),
+    "roles": _roles,
     "tiny-bases": _bases,
     "tiny-fills": _fills,
     "tiny-continuations": _continuations,
