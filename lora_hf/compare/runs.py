@@ -89,13 +89,28 @@ def find_runs(places: Sequence[Path]) -> tuple[list[FinishedRun], list[LeftOut]]
     left_out: list[LeftOut] = []
     folders = {folder.resolve(): folder for place in places for folder in _run_folders(place, left_out)}
     for folder in folders.values():
-        _try(left_out, folder, lambda folder=folder: runs.append(_read_run(folder, left_out)))
+        _try(left_out, folder, lambda folder=folder: runs.append(_fitting(_read_run(folder, left_out), runs)))
     if not runs:
         reasons = "".join(f"\n  {each.path}: {each.reason}" for each in left_out)
         raise DataError(f"nothing to compare: expected folders that `train` wrote{reasons}")
     order = task_names()
     runs.sort(key=lambda run: (order.index(run.task.name) if run.task.name in order else len(order), run.task.name))
     return runs, left_out
+
+
+def _fitting(run: FinishedRun, earlier: Sequence[FinishedRun]) -> FinishedRun:
+    """The run itself; refuses one whose task is another than that of an earlier run under the same name."""
+    for other in earlier:
+        if other.task.name == run.task.name and _meaning(other.task) != _meaning(run.task):
+            raise DataError(
+                f"{run.folder}: its task {run.task.name!r} has other labels or another metric than that of "
+                f"{other.folder}; compare the two apart"
+            )
+    return run
+
+
+def _meaning(task: Task) -> tuple[object, ...]:
+    return task.model_kind, task.problem_type, task.label_names, task.best_metric
 
 
 def _run_folders(place: Path, left_out: list[LeftOut]) -> list[Path]:

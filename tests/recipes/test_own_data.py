@@ -86,6 +86,24 @@ def test_runs_are_compared_and_the_card_is_true(trained: dict[str, Any], tmp_pat
     assert "made by rule" not in card
 
 
+def test_runs_by_another_metric_are_left_out(
+    trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(trained["runs"] / "first", other, ignore=shutil.ignore_patterns("checkpoints"))
+    for name in ("record.json", "config.yaml"):
+        text = (other / name).read_text()
+        assert "macro_f1" in text
+        (other / name).write_text(
+            text.replace('"metric": "macro_f1"', '"metric": "accuracy"').replace("metric: macro_f1", "metric: accuracy")
+        )
+    assert main([str(trained["runs"]), str(other), "--output", str(tmp_path / "report")], verb="compare") == 0
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert "its task 'reviews' has other labels or another metric than that of" in report
+    (task,) = json.loads((tmp_path / "report" / "comparison.json").read_text())["tasks"]
+    assert "accuracy" not in task["metric"]
+
+
 def test_texts_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": f"Greet person {number}.", "completion": f"Hello, person {number}."} for number in range(40)]
     for split, part in (("train", rows), ("validation", rows[:8])):
