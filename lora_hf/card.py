@@ -15,8 +15,8 @@ from lora_hf.markdown import table
 from lora_hf.names import EMBEDDED, HUB_IDS, base_name, is_local
 from lora_hf.records import RunRecord, ScoreRecord
 from lora_hf.tasks.base import Task
-from lora_hf.tasks.sources import LocalOrHub
-from lora_hf.tasks.table import get_task, task_names
+from lora_hf.tasks.sources import Embedded, LocalOrHub
+from lora_hf.tasks.table import get_task, task_names, task_of
 
 _PIPELINES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
 _RECIPE = ("task.max_length", "model.precision", "model.dropout", "lora.", "train.")  # what of a config is one
@@ -49,7 +49,9 @@ class Facts:
 
     @property
     def task(self) -> Task | None:
-        """The task, where the adapter names one of ours."""
+        """The task, where the adapter names one of ours or the config of its run describes it."""
+        if self.run is not None and self.run.task.kind is not None and self.run.task.name == self.about.task:
+            return task_of(self.run.task)
         return get_task(self.about.task) if self.about.task in task_names() else None
 
     @property
@@ -158,7 +160,8 @@ def _data(facts: Facts, record: RunRecord) -> str:
     if isinstance(source, LocalOrHub):
         of = f" (`{source.hub_config}`)" if source.hub_config else ""
         return f"[`{source.hub_id}`](https://huggingface.co/datasets/{source.hub_id}){of}: {rows} rows."
-    return f"Task `{record.task}`, made by rule in lora_hf: {rows} rows."
+    origin = "made by rule in lora_hf" if isinstance(source, Embedded) else "data of its author's own"
+    return f"Task `{record.task}`, {origin}: {rows} rows."
 
 
 def _recipe(run: RunConfig) -> str:

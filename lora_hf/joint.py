@@ -16,6 +16,7 @@ import random
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,14 +28,14 @@ from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, Trainer
 
 from lora_hf.adapters import load_adapter, save_adapter
-from lora_hf.config import RunConfig
+from lora_hf.config import RunConfig, TaskConfig
 from lora_hf.errors import ConfigError, TrainingError, UserError
 from lora_hf.injection import eject, set_adapter
 from lora_hf.language_head import IGNORED
 from lora_hf.mixing import mix_adapters
 from lora_hf.precision import denormals_flushed
 from lora_hf.tasks.base import Task
-from lora_hf.tasks.table import get_task
+from lora_hf.tasks.table import task_of
 from lora_hf.training import Run, train
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,10 @@ def _check(configs: Sequence[RunConfig]) -> None:
         problems += [f"run {number + 1}: {problem}" for problem in _unfit(config)]
     if any(config.model != configs[0].model for config in configs):
         problems.append("expected the same model section in every run, as they share one base")
-    if len({get_task(config.task.name).model_kind for config in configs}) > 1:
+    sections = {replace(config.task, max_length=TaskConfig.max_length) for config in configs}
+    if len(sections) > len({section.name for section in sections}):
+        problems.append("expected the same task section in all runs of a task, but for max_length")
+    if len({task_of(config.task).model_kind for config in configs}) > 1:
         problems.append("expected tasks of one kind, found classification and generation")
     if configs and configs[0].model.init == "random" and len({config.train.seed for config in configs}) > 1:
         problems.append("model.init=random draws another base for each train.seed; expected one seed")
@@ -113,7 +117,7 @@ class _Member(threading.Thread):
         super().__init__(name=f"run{number:03d}", daemon=True)
         self.config, self.host = config, host
         self.runs, self.threads = len(host.configs), torch.get_num_threads()
-        self.task: Task = get_task(config.task.name)
+        self.task: Task = task_of(config.task)
         self.own: list[nn.Parameter] = []
         self.gradients: list[torch.Tensor | None] = []
         self.inputs: dict[str, torch.Tensor] | None = None  # the batch that it waits with

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_hf import robustness_tables, suite_tables
+from lora_hf import robustness_tables, speed_tables, suite_tables
+from lora_hf.architectures import ARCHITECTURES, Projection
+from lora_hf.config import ROLES
 from lora_hf.errors import DataError
 from lora_hf.markdown import minutes, percent, table
 from lora_hf.records import RunRecord, ScoreRecord, SweepRecord, describe
-from lora_hf.speed_tables import answering, answers_in, joint, profiles, quantised, speed, speed_machines, switching
 
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -196,19 +197,34 @@ def _continuations(results: Path) -> str:
     )
 
 
+def _roles(_: Path) -> str:
+    """Where each model type keeps what a role names, from the role table itself."""
+
+    def place(projection: Projection | None) -> str:
+        if projection is None:
+            return "-"
+        index, count = projection.slice
+        return f"`{projection.path}`" + (f", part {index + 1} of {count}" if count > 1 else "")
+
+    rows = [[f"`{role}`", *(place(each.projections.get(role)) for each in ARCHITECTURES.values())] for role in ROLES]
+    rows.append(["the head", *(", ".join(f"`{name}`" for name in each.head) for each in ARCHITECTURES.values())])
+    return table(["role", *ARCHITECTURES], rows, words=1 + len(ARCHITECTURES))
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "sst2": _sst2,
     "e2e": _e2e,
-    "speed": speed,
-    "speed-machines": speed_machines,
-    "profiles": profiles,
-    "answering": answering,
-    "switching": switching,
+    "speed": speed_tables.speed,
+    "speed-machines": speed_tables.speed_machines,
+    "equal-work": speed_tables.equal_work,
+    "profiles": speed_tables.profiles,
+    "answering": speed_tables.answering,
+    "switching": speed_tables.switching,
     "grouping": _grouping,
-    "joint": joint,
+    "joint": speed_tables.joint,
     "sweep": _sweep,
-    "quantised": quantised,
-    "answers-in": answers_in,
+    "quantised": speed_tables.quantised,
+    "answers-in": speed_tables.answers_in,
     "suite": suite_tables.from_results(suite_tables.scores),
     "suite-resources": suite_tables.from_results(suite_tables.resources),
     "suite-storage": suite_tables.from_results(suite_tables.storage),
@@ -217,6 +233,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "suite-guide": suite_tables.from_results(suite_tables.guide),
     "damaged-input": robustness_tables.damaged,
     "kills": robustness_tables.kills,
+    "roles": _roles,
     "tiny-bases": _bases,
     "tiny-fills": _fills,
     "tiny-continuations": _continuations,

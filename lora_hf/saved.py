@@ -12,7 +12,8 @@ from lora_hf.errors import AdapterError
 from lora_hf.pulling import local_adapter
 from lora_hf.records import COMBINE_FILE, MERGE_FILE, RECORD_FILE, RUN_CONFIG_FILE, CombineRecord, MergeRecord
 from lora_hf.tasks.base import Task
-from lora_hf.tasks.table import get_task
+from lora_hf.tasks.own import described
+from lora_hf.tasks.table import get_task, task_names, task_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def find_saved(folder: str | Path, revision: str | None = None) -> Saved:
             )
         merged = (folder / MERGE_FILE).is_file()
         whole = ModelConfig(name=str(folder), precision=run.model.precision if merged else "auto")
-        return Saved(folder, True, get_task(run.task.name), whole, 0, run.task.max_length, run.generate)
+        return Saved(folder, True, task_of(run.task), whole, 0, run.task.max_length, run.generate)
     config, about = inspect_adapter(folder)
     base = about.base or config.get("base_model_name_or_path")
     if not base or not about.task:
@@ -63,7 +64,7 @@ def find_saved(folder: str | Path, revision: str | None = None) -> Saved:
             f"{folder}: the file does not say which base and task it was trained for (PEFT does not record the task); "
             "load it in Python with lora_hf.load_adapter(model, folder)"
         )
-    task = get_task(about.task)
+    task = _task_called(about.task, run, folder)
     if task.label_names and task.label_names != about.labels:
         raise AdapterError(
             f"{folder} was trained for the labels {', '.join(about.labels)}; task {task.name} has "
@@ -75,11 +76,23 @@ def find_saved(folder: str | Path, revision: str | None = None) -> Saved:
     return Saved(folder, False, task, run.model, run.train.seed, run.task.max_length, run.generate)
 
 
+def _task_called(name: str, run: RunConfig | None, folder: Path) -> Task:
+    """The task that an adapter names: one of ours, or the own data that the config of its run describes."""
+    if run is not None and run.task.kind is not None and run.task.name == name:
+        return task_of(run.task)
+    if name not in task_names():
+        raise AdapterError(
+            f"{folder} was trained for {name!r}, which is no task of lora_hf; own data are described in the "
+            f"{RUN_CONFIG_FILE} of the run: put that file into this folder"
+        )
+    return get_task(name)
+
+
 def config_of(saved: Saved) -> dict[str, Any]:
     """The sections of a run's config that say how `saved` answers; what is made from it keeps them in its record."""
     return {
         "model": asdict(saved.model),
-        "task": {"name": saved.task.name, "max_length": saved.max_length},
+        "task": described(saved.task) | {"max_length": saved.max_length},
         "train": {"seed": saved.seed},
         "generate": asdict(saved.generate),
     }

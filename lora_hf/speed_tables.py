@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,33 @@ def speed(results: Path) -> str:
             )
     head = ["work (record)", "side", "examples/s", "tokens/s", "share of peak, %", "lora is faster, x"]
     return table([*head, "memory above base, MB", "lora needs, x"], rows, words=2)
+
+
+def equal_work(results: Path) -> str:
+    """Full fine-tuning against LoRA on the same rows: how much more it multiplies, and how much longer it takes."""
+    rows = []
+    for file, record in _records(results / "speed"):
+        sides = record["sides"]
+        if "full" in sides:
+            work = sides["full"]["flops"] / sides["lora"]["flops"]
+            time = record["ratios"]["lora/full"]["median"]
+            rows.append(
+                [
+                    f"[{_work(record)}](results/speed/{file.name})",
+                    f"{work:.2f}",
+                    f"{_against(sides, 'full', 'peft-best'):.2f}",
+                    f"{time:.2f}",
+                    f"{time / work:.2f}",
+                ]
+            )
+    head = ["work (record)", "operations, full over LoRA", "time, full over PEFT", "time, full over lora_hf"]
+    return table([*head, "of it not from operations"], rows)
+
+
+def _against(sides: dict[str, Any], slower: str, faster: str) -> float:
+    """The median over the rounds of how many times as long one side took as the other."""
+    pairs = zip(sides[slower]["seconds"], sides[faster]["seconds"], strict=True)
+    return statistics.median(slow / fast for slow, fast in pairs)
 
 
 def speed_machines(results: Path) -> str:

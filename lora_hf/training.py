@@ -49,7 +49,7 @@ from lora_hf.records import (
 )
 from lora_hf.run_folder import LOG_FILE, begin_run, find_run_folder
 from lora_hf.tasks.base import Task
-from lora_hf.tasks.table import get_task
+from lora_hf.tasks.table import task_of
 from lora_hf.trainer import (
     AdapterTrainer,
     EvaluationLines,
@@ -103,7 +103,7 @@ def train(
     """
     started = time.time()
     config = replace(config, model=replace(config.model, precision=resolve(config.model.precision)))
-    task = get_task(config.task.name)
+    task = task_of(config.task)
     if config.train.group_by_prompt and task.model_kind != "causal-lm":
         raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave it out")
     if config.train.loraplus_lr_ratio is not None and config.train.method != "lora":

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import pytest
@@ -24,12 +24,27 @@ def test_every_table_of_the_pages_is_what_the_records_say(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def records() -> list[Any]:
-    """Every record, of a suite what its tables make of its runs, and how many cases of damaged input there are."""
+    """Every record; of a suite what its tables make of its runs, of a measured speed what they make of its sides; and
+    how many cases of damaged input there are."""
     found = {file: json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.rglob("*.json"))}
     suites = [record for file, record in found.items() if file.parent.name == "suite"]
+    speeds = [record for file, record in found.items() if file.parent.name == "speed"]
     damaged = json.loads((RESULTS / "robustness" / "input.json").read_text(encoding="utf-8"))
     cases = [len(cases) for cases in damaged["cases"].values()]
-    return [*found.values(), *map(means_and_sums, suites), cases]
+    return [*found.values(), *map(means_and_sums, suites), *map(full_against_lora, speeds), cases]
+
+
+def full_against_lora(record: dict[str, Any]) -> list[float]:
+    """How many times as much full fine-tuning multiplies as LoRA, how many times as long it takes, and their ratio."""
+    sides = record["sides"]
+    if "full" not in sides:
+        return []
+    work = sides["full"]["flops"] / sides["lora"]["flops"]
+    ours, theirs = (
+        median(slow / fast for slow, fast in zip(sides["full"]["seconds"], sides[side]["seconds"], strict=True))
+        for side in ("lora", "peft-best")
+    )
+    return [work, ours, theirs, ours / work]
 
 
 def means_and_sums(suite: dict[str, Any]) -> list[Any]:

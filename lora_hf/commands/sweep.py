@@ -36,14 +36,14 @@ def add(verbs: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the trials, and says which was best."""
     from lora_hf.sweep.space import read_sweep
-    from lora_hf.tasks.table import get_task
+    from lora_hf.tasks.table import task_of
 
     config, space = read_sweep(options.config, options.overrides)
     if options.seed < 0:
         raise ConfigError(f"--seed: expected a whole number >= 0, found {options.seed}")
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("sweep needs Optuna: pip install 'lora-hf[sweep]'")
-    task = get_task(config.task.name)
+    task = task_of(config.task)
     # Mistakes in the data are told before the seconds that importing the Trainer takes.
     rows = task.load(config.task.data_dir, task.splits)
     from lora_hf.sweep.study import BEST_CONFIG, SWEEP_RECORD, states, sweep, typed

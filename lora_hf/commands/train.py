@@ -36,13 +36,13 @@ def add(verbs: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Trains, and says what came out."""
     from lora_hf.config import load_config
-    from lora_hf.tasks.table import get_task
+    from lora_hf.tasks.table import task_of
 
     configs = [load_config(file, options.overrides) for file in options.config]
     # Mistakes in the data are told before the seconds that importing the Trainer takes.
     rows = {}
     for config in configs:
-        task = get_task(config.task.name)
+        task = task_of(config.task)
         if task.name not in rows:
             rows[task.name] = task.load(config.task.data_dir, task.splits)
     if len(configs) > 1:

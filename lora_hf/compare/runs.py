@@ -16,7 +16,7 @@ from lora_hf.config import RunConfig
 from lora_hf.errors import DataError, UserError
 from lora_hf.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord, ScoreRecord
 from lora_hf.tasks.base import Task, TextClassification
-from lora_hf.tasks.table import get_task, task_names
+from lora_hf.tasks.table import get_task, task_names, task_of
 
 # STS-B's official metric rounds its inputs to float32; the predictions of another run are off by far more.
 SAME_SCORE = 1e-5
@@ -89,13 +89,28 @@ def find_runs(places: Sequence[Path]) -> tuple[list[FinishedRun], list[LeftOut]]
     left_out: list[LeftOut] = []
     folders = {folder.resolve(): folder for place in places for folder in _run_folders(place, left_out)}
     for folder in folders.values():
-        _try(left_out, folder, lambda folder=folder: runs.append(_read_run(folder, left_out)))
+        _try(left_out, folder, lambda folder=folder: runs.append(_fitting(_read_run(folder, left_out), runs)))
     if not runs:
         reasons = "".join(f"\n  {each.path}: {each.reason}" for each in left_out)
         raise DataError(f"nothing to compare: expected folders that `train` wrote{reasons}")
     order = task_names()
-    runs.sort(key=lambda run: order.index(run.task.name))
+    runs.sort(key=lambda run: (order.index(run.task.name) if run.task.name in order else len(order), run.task.name))
     return runs, left_out
+
+
+def _fitting(run: FinishedRun, earlier: Sequence[FinishedRun]) -> FinishedRun:
+    """The run itself; refuses one whose task is another than that of an earlier run under the same name."""
+    for other in earlier:
+        if other.task.name == run.task.name and _meaning(other.task) != _meaning(run.task):
+            raise DataError(
+                f"{run.folder}: its task {run.task.name!r} has other labels or another metric than that of "
+                f"{other.folder}; compare the two apart"
+            )
+    return run
+
+
+def _meaning(task: Task) -> tuple[object, ...]:
+    return task.model_kind, task.problem_type, task.label_names, task.best_metric
 
 
 def _run_folders(place: Path, left_out: list[LeftOut]) -> list[Path]:
@@ -118,7 +133,7 @@ def _read_run(folder: Path, left_out: list[LeftOut]) -> FinishedRun:
     if not (folder / RECORD_FILE).exists():
         raise DataError(f"{folder}: no {RECORD_FILE}: the run is not finished")
     record = RunRecord.load(folder / RECORD_FILE)
-    task = get_task(record.task)
+    task = _task(record, folder / RECORD_FILE)
     _check(record, task, folder / RECORD_FILE)
     run = FinishedRun(folder, record, task)
     for split in task.evaluation_splits:
@@ -126,6 +141,12 @@ def _read_run(folder: Path, left_out: list[LeftOut]) -> FinishedRun:
     for path in sorted(folder.glob("scores-*.json")):
         _try(left_out, folder, lambda path=path: _read_texts(run, path), "; compared without it")
     return run
+
+
+def _task(record: RunRecord, path: Path) -> Task:
+    if record.task in task_names():
+        return get_task(record.task)
+    return task_of(RunConfig.from_dict(record.config, str(path)).task)
 
 
 def _try(left_out: list[LeftOut], folder: Path, read: Callable[[], None], consequence: str = "") -> None:

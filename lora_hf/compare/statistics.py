@@ -122,6 +122,14 @@ def _f1(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> np.
     return _over(2 * hit, weights @ (labels == 1) + weights @ (predictions == 1))
 
 
+def _macro_f1(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The mean F1 of the classes that a resample predicts or holds."""
+    classes = np.union1d(labels, predictions)
+    truth, said = labels[:, None] == classes, predictions[:, None] == classes
+    both = weights @ truth + weights @ said
+    return _over(2 * (weights @ (truth & said)), both).sum(1) / (both > 0).sum(1)
+
+
 def _matthews(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Gorodkin 2004, equation 8: the correlation of the two, as indicator vectors of the classes."""
     total, right = weights.sum(1), weights @ (labels == predictions)
@@ -170,6 +178,7 @@ def _over(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 METRICS: dict[str, Weighted] = {
     "accuracy": _accuracy,
     "f1": _f1,
+    "macro_f1": _macro_f1,
     "matthews_correlation": _matthews,
     "pearson": _pearson,
     "spearmanr": _spearman,

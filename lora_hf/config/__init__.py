@@ -127,11 +127,19 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class TaskConfig(Section):
-    """The data: `data_dir` is a local folder, else `$LORA_HF_DATA_DIR`, else the hub."""
+    """The data: `data_dir` is a local folder, else `$LORA_HF_DATA_DIR`, else the hub.
+
+    With `kind` the rows are a person's own, and the keys after it say which columns of their files hold what.
+    """
 
     name: str = "sst2"
     data_dir: str | None = None
     max_length: int = bounded(512, low=4)
+    kind: Literal["classification", "regression", "generation"] | None = None
+    text_columns: tuple[str, ...] | None = None  # without: text, or prompt where a text is to be written
+    label_column: str | None = None  # without: label, or completion
+    label_names: tuple[str, ...] | None = None  # of the classes, in the order of their numbers
+    metric: Literal["accuracy", "macro_f1", "matthews_correlation", "pearson", "spearmanr"] | None = None
 
 
 @dataclass(frozen=True)
@@ -232,9 +240,8 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML and JSON; `from_dict` of it gives an equal config."""
         plain = dataclasses.asdict(self)
-        for key in ("targets", "layers"):
-            value = plain["lora"][key]
-            plain["lora"][key] = list(value) if value is not None else None
+        for section in plain.values():
+            section.update({key: list(value) for key, value in section.items() if isinstance(value, tuple)})
         return plain
 
     @classmethod

@@ -23,13 +23,17 @@ METRIC_NAMES: dict[str, tuple[str, ...]] = {
     "mnli": ("accuracy",),
     "qnli": ("accuracy",),
     "rte": ("accuracy",),
+    # What a person's own data are scored by.
+    "classification": ("accuracy", "macro_f1", "matthews_correlation"),
+    "regression": ("pearson", "spearmanr"),
 }
 
 
 class GlueMetric(evaluate.Metric):
     """The metrics of one GLUE task: `GlueMetric("mrpc").compute(predictions=[...], references=[...])`.
 
-    Predictions and references are class ids, or scores for stsb, both of shape (rows,). The values are Python floats,
+    `classification` and `regression` are the sets for data of other origin. Predictions and references are class ids,
+    or scores for stsb and regression, both of shape (rows,). The values are Python floats,
     equal to the official metric's (`evaluate.load("glue", task)`) with one exception: where a correlation is undefined
     because one side is constant, Pearson and Spearman are 0.0, as Matthews' is by definition, and not NaN. NaN is not
     JSON, and as the first score of a run it would stay the best one. A NaN *prediction* still scores NaN.
@@ -50,7 +54,8 @@ class GlueMetric(evaluate.Metric):
         return self._data_dir_root  # the base class would create a folder there, and nothing is kept on disk
 
     def _info(self) -> evaluate.MetricInfo:
-        number = datasets.Value("float32" if self.config_name == "stsb" else "int64")  # the official metric's types
+        # The official metric's types.
+        number = datasets.Value("float32" if self.config_name in ("stsb", "regression") else "int64")
         return evaluate.MetricInfo(
             description="The GLUE benchmark's metrics for one task.",
             citation="Wang et al. 2019, GLUE, https://gluebenchmark.com",
@@ -70,6 +75,11 @@ def _f1(predictions: np.ndarray, references: np.ndarray) -> float:
     if not predictions.any() and not references.any():
         return 0.0  # what scikit-learn gives too where class 1 is neither predicted nor present, with a warning
     return float(f1_score(references, predictions))
+
+
+def _macro_f1(predictions: np.ndarray, references: np.ndarray) -> float:
+    """The mean F1 of all classes that are predicted or present."""
+    return float(f1_score(references, predictions, average="macro"))
 
 
 def _matthews_correlation(predictions: np.ndarray, references: np.ndarray) -> float:
@@ -101,6 +111,7 @@ def _is_constant(values: np.ndarray) -> bool:
 _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": _accuracy,
     "f1": _f1,
+    "macro_f1": _macro_f1,
     "matthews_correlation": _matthews_correlation,
     "pearson": _pearson,
     "spearmanr": _spearman,

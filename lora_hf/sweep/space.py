@@ -32,6 +32,10 @@ MULTIPLE = re.compile(rf"({NUMBER})\*([a-z_]+\.[\w.]+)")
 FIXED = {
     "task.name": "scores of different tasks cannot be compared",
     "task.data_dir": "scores on different rows cannot be compared",
+    "task.kind": "scores of different kinds cannot be compared",
+    "task.label_column": "scores on different labels cannot be compared",
+    "task.label_names": "scores on different labels cannot be compared",
+    "task.metric": "scores by different metrics cannot be compared",
     "generate": "decoding has no part in the score on the development rows",
 }
 

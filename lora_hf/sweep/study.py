@@ -37,7 +37,7 @@ from lora_hf.sweep.storage import (
 )
 from lora_hf.sweep.trials import PRECISION, TrialFailed, best_trial, free_memory, run_trial, tidy, trial_folder
 from lora_hf.tasks.base import Task
-from lora_hf.tasks.table import get_task
+from lora_hf.tasks.table import task_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Sweep:
 
     @property
     def task(self) -> Task:
-        return get_task(self.config.task.name)
+        return task_of(self.config.task)
 
     @property
     def maximise(self) -> bool:

@@ -86,18 +86,24 @@ class Task(ABC):
 class TextClassification(Task):
     """One class, or one number, for a sentence or a pair of sentences.
 
-    `metric` is the GLUE task whose official metric scores it. `highest_score` is the top of a regression's scale.
+    `metric` names the set of metrics that scores it, for a GLUE task the official one. A regression's scale goes from
+    `lowest_score` to `highest_score`; labels may be hidden as -1 where no score can be that.
     """
 
     metric: str
     model_kind: ModelKind = "sequence-classification"
     problem_type: ProblemType | None = "single_label_classification"
+    lowest_score: float = 0.0
     highest_score: float = 5.0
 
     def check(self, rows: Dataset, split: str, where: str) -> None:
         super().check(rows, split, where)
         highest = len(self.label_names) - 1 if self.label_names else self.highest_score
-        check_labels(rows, where, split, self.label_names, highest)
+        check_labels(rows, where, split, self.label_names, self.lowest_score, highest)
+
+    @property
+    def _may_hide(self) -> bool:
+        return self.lowest_score > HIDDEN_LABEL
 
     def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         """Returns what the tokenizer gives (input_ids, attention_mask, BERT's token_type_ids) and `labels`.
@@ -109,7 +115,7 @@ class TextClassification(Task):
         pairs = texts[1] if len(texts) == 2 else None
         encoded = dict(tokenizer(texts[0], pairs, truncation="longest_first", max_length=max_length, padding=False))
         labels = rows.get("label")
-        if labels is not None and HIDDEN_LABEL not in labels:
+        if labels is not None and not (self._may_hide and HIDDEN_LABEL in labels):
             encoded["labels"] = (
                 [float(label) for label in labels] if self.problem_type == "regression" else list(labels)
             )
@@ -150,7 +156,7 @@ class TextClassification(Task):
     def _score_answers(self, answers: np.ndarray, references: np.ndarray) -> dict[str, float]:
         from lora_hf.metrics.glue import GlueMetric
 
-        hidden = int((references == HIDDEN_LABEL).sum())
+        hidden = int((references == HIDDEN_LABEL).sum()) if self._may_hide else 0
         if hidden:
             raise DataError(
                 f"{self.name}: {hidden} of {len(references)} labels are hidden ({HIDDEN_LABEL}), as on GLUE's test "

@@ -41,25 +41,35 @@ class CommaSeparated:
         """
         import pyarrow
 
-        lines = csv.reader(io.StringIO(decode(path), newline=""), strict=True)
-        rows: list[list[str]] = []
-        try:
-            header = next(lines, [])
-            check_columns(header, self.columns.values(), str(path))
-            for fields in filter(None, lines):
-                if len(fields) != len(header):
-                    raise DataError(
-                        f"{path}: the row that ends in line {lines.line_num} has {len(fields)} fields; expected "
-                        f"{len(header)} ({', '.join(header)}). Put fields that hold commas into double quotes."
-                    )
-                rows.append(fields)
-        except csv.Error as error:
-            raise DataError(f"{path} cannot be read as CSV: line {lines.line_num}: {error}.") from error
+        header, rows = read_csv(path)
+        check_columns(header, self.columns.values(), str(path))
         table = {
             column: pyarrow.array((row[header.index(name)] for row in rows), pyarrow.string())
             for column, name in self.columns.items()
         }
         return in_memory(pyarrow.table(table))
+
+
+def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and the rows of a CSV file in UTF-8, empty lines left out.
+
+    Raises:
+        DataError: not UTF-8, a row with too few or too many fields, a quote that is never closed.
+    """
+    lines = csv.reader(io.StringIO(decode(path), newline=""), strict=True)
+    rows: list[list[str]] = []
+    try:
+        header = next(lines, [])
+        for fields in filter(None, lines):
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{path}: the row that ends in line {lines.line_num} has {len(fields)} fields; expected "
+                    f"{len(header)} ({', '.join(header)}). Put fields that hold commas into double quotes."
+                )
+            rows.append(fields)
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as CSV: line {lines.line_num}: {error}.") from error
+    return header, rows
 
 
 @dataclass(frozen=True)

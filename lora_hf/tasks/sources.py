@@ -64,6 +64,13 @@ class Embedded:
         return Dataset.from_list(self.rows(split)), f"the {split!r} rows made by {self.rows.__name__}"
 
 
+def named_folder(data_dir: str | None) -> tuple[str | None, str]:
+    """Returns the data folder that is named, if any, and what names it."""
+    if data_dir:
+        return data_dir, "task.data_dir"
+    return os.environ.get(DATA_DIR_VARIABLE) or None, DATA_DIR_VARIABLE
+
+
 def _as_they_are(rows: Dataset) -> Dataset:
     return rows
 
@@ -94,9 +101,7 @@ class LocalOrHub:
         """
         if PurePosixPath(split).name != split:
             raise DataError(f"{split!r}: expected the name of a split, without a path")
-        name, setting = data_dir, "task.data_dir"
-        if not name:
-            name, setting = os.environ.get(DATA_DIR_VARIABLE), DATA_DIR_VARIABLE
+        name, setting = named_folder(data_dir)
         if not name:
             return self.adapt(self._from_hub(split)), f"{self._hub_name()} on the hub, split {split!r}"
         root = Path(name).expanduser()
@@ -285,8 +290,10 @@ def check_text(rows: Dataset, where: str, columns: tuple[str, ...]) -> None:
         _refuse(rows, column, lengths > LONGEST_TEXT, where, f"expected a text of at most {LONGEST_TEXT:,} bytes")
 
 
-def check_labels(rows: Dataset, where: str, split: str, label_names: tuple[str, ...], highest: float) -> None:
-    """Checks the column `label`: class ids 0 .. `highest` in the order of `label_names`, or scores where it is empty.
+def check_labels(
+    rows: Dataset, where: str, split: str, label_names: tuple[str, ...], lowest: float, highest: float
+) -> None:
+    """Checks the column `label`: class ids in the order of `label_names`, or scores `lowest` .. `highest` without it.
 
     On a test split the column may be missing, or hold -1 on every row.
 
@@ -307,11 +314,11 @@ def check_labels(rows: Dataset, where: str, split: str, label_names: tuple[str, 
         raise DataError(f"{where}: the labels should be {_numbered(label_names)}, found {_numbered(found_names)}")
     _refuse(rows, "label", _is_null(rows, "label"), where, "expected a label")
     labels = rows.data.column("label").to_numpy()
-    if is_test and (labels == HIDDEN_LABEL).all():
+    if is_test and lowest > HIDDEN_LABEL and (labels == HIDDEN_LABEL).all():
         return
-    outside = ~((labels >= 0) & (labels <= highest))  # not "below or above", so that NaN is refused as well
-    expected = f"allowed: {_numbered(label_names)}" if label_names else f"allowed: 0 to {highest:g}"
-    if not is_test and HIDDEN_LABEL in labels:
+    outside = ~((labels >= lowest) & (labels <= highest))  # not "below or above", so that NaN is refused as well
+    expected = f"allowed: {_numbered(label_names)}" if label_names else f"allowed: {lowest:g} to {highest:g}"
+    if not is_test and lowest > HIDDEN_LABEL and HIDDEN_LABEL in labels:
         expected += f"; hidden labels ({HIDDEN_LABEL}) are only for test splits"
     _refuse(rows, "label", outside, where, expected)
 

@@ -183,7 +183,10 @@ def test_names() -> None:
     with pytest.raises(ConfigError) as error:
         get_task("SST-2")
     known = ", ".join(task_names())
-    assert str(error.value) == f"task.name: unknown task 'SST-2' (did you mean 'sst2'?); known: {known}"
+    assert str(error.value) == (
+        f"task.name: unknown task 'SST-2' (did you mean 'sst2'?); known: {known}; for data of your own set "
+        "task.kind as well"
+    )
     with pytest.raises(ConfigError, match="unknown task 'glue/rule-sentiment'"):
         get_task("glue/rule-sentiment")
 
