@@ -25,10 +25,9 @@ def keep_whole(model: PreTrainedModel, plugin: Any, device: torch.device) -> lis
     """
     if all(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("train.method=full: FSDP deals out a frozen base here; use DDP or DeepSpeed, or train LoRA")
-    if plugin.fsdp_version != 2:
-        raise ConfigError(
-            f"FSDP: expected fsdp_version 2, found {plugin.fsdp_version}; see configs/accelerate/fsdp2.yaml"
-        )
+    version = getattr(plugin, "fsdp_version", 1)
+    if version != 2:
+        raise ConfigError(f"FSDP: expected fsdp_version 2, found {version}; see configs/accelerate/fsdp2.yaml")
     remember(model, fingerprint(model))  # once it is dealt out no process holds the base
     trained = [
         module

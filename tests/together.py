@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
+from packaging.version import Version
 from torch.distributed.tensor import DTensor
 
 from lora_hf import trainer
@@ -34,6 +36,7 @@ from tests.kills import small_config, small_rows
 # No run's rows divide by a batch, and no development rows by the batches of two processes.
 TRAIN, DEVELOPMENT = 54, 37
 NONE_LEFT = 36  # training rows that leave the second process none in the last batch
+WITH_FSDP = Version(accelerate.__version__) >= Version("1.15")  # before, not all of FSDP2 was there
 SGD = {"optim": "sgd", "logging_steps": 1}  # Adam divides by a gradient's size: rounding near zero decides a step
 
 
@@ -143,6 +146,14 @@ def main(folder: Path) -> dict[str, Any]:
     seen["no number"] = said(lambda: train(config, rows=small_rows()), TrainingError)
     AdapterTrainer.compute_loss = computed
 
+    if WITH_FSDP:
+        seen |= fsdp(folder)
+    return seen
+
+
+def fsdp(folder: Path) -> dict[str, Any]:
+    """A run whose base is dealt out."""
+    seen: dict[str, Any] = {}
     with_fsdp()
 
     class Counted(TrainerCallback):
