@@ -143,7 +143,8 @@ def _address() -> tuple[str, int]:
 
 def _store() -> Any:
     """The launcher's store of keys, which it keeps while the processes come and go."""
-    import torch.distributed as dist
+    import torch.distributed
 
+    dist: Any = torch.distributed  # which exports its stores without saying so
     store = dist.TCPStore(*_address(), is_master=False, wait_for_workers=False, timeout=REACHED)
     return dist.PrefixStore(f"lora_hf {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
