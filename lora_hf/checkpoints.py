@@ -19,12 +19,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lora_hf.errors import TrainingError
+from lora_hf.errors import ConfigError, TrainingError
+from lora_hf.processes import place, planned
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
+PROGRESS = "progress.json"  # what the Trainer does not keep
 ASIDE = ".writing"  # beside the checkpoints; the Trainer looks for none in it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -85,6 +87,19 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
+def check_processes(checkpoint: Path) -> None:
+    """Raises ConfigError where other than this many processes wrote it: their steps had as many rows as they were."""
+    try:
+        before = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")).get("processes", 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{checkpoint}: not a checkpoint of lora_hf: {error}") from error
+    if before != planned():
+        raise ConfigError(
+            f"{checkpoint}: expected as many processes as wrote it, {before}, found {planned()}; start {before}, or "
+            "begin again with another output.name"
+        )
+
+
 def drop_newer(checkpoint: Path) -> None:
     """Deletes the checkpoints after this one, and what was being written: the run makes them again."""
     shutil.rmtree(checkpoint.parent / ASIDE, ignore_errors=True)
@@ -128,6 +143,25 @@ def told_when_full(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder / "checkpoints" / ASIDE, ignore_errors=True)
         raise TrainingError(
             f"{folder}: cannot be written: {str(error).splitlines()[0]}. Free some space; then {how_to_go_on(folder)}"
+        ) from error
+
+
+@contextmanager
+def told_when_left(folder: Path) -> Iterator[None]:
+    """Turns what a process meets once another one has ended into a message.
+
+    Raises:
+        TrainingError: another process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
+        if planned() == 1 or not any(word in str(error) for word in words):
+            raise
+        said = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]
+        raise TrainingError(
+            f"process {place()} has lost another, which was killed or failed: {said}; {how_to_go_on(folder)}"
         ) from error
 
 

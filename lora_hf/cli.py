@@ -1,7 +1,7 @@
 """The command line: `lora-hf <verb>`, or `python scripts/<verb>.py`.
 
 Results go to standard output, progress and logs to standard error. Exit 0: done; 2: the user's mistake, told in one
-message; 130 and 143: stopped by Ctrl-C or SIGTERM; 1: a bug, with its traceback.
+message; 130 and 143: stopped by Ctrl-C or SIGTERM; 1: a bug, with its traceback. Of several processes one speaks.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from lora_hf.commands import (
     train,
 )
 from lora_hf.errors import Interrupted, UserError
+from lora_hf.processes import place, refuse, speaks
 
 VERBS = (
     train,
@@ -62,17 +63,26 @@ def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
+        if parsed.verb != "train":
+            refuse(parsed.verb)
         parsed.run(parsed)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _end(f"error: {error}", 2)
     except Interrupted as stop:
-        print(f"stopped by {stop}", file=sys.stderr)
-        return stop.code
+        return _end(f"stopped by {stop}", stop.code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _end("interrupted", 130)
+    except Exception:
+        if speaks():
+            raise
+        return 1
     return 0
+
+
+def _end(message: str, code: int) -> int:
+    if speaks():
+        print(message, file=sys.stderr)
+    return code
 
 
 def _parse(words: list[str], verb: str | None) -> argparse.Namespace:
@@ -111,7 +121,8 @@ def machine_is_busy(samples: int = 3) -> bool:
 def _speak_on_standard_error() -> None:
     """Our own messages on standard error; the libraries speak up only where something is wrong."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
-    logging.getLogger("lora_hf").setLevel(logging.INFO)
+    # What all processes have to say, the first one says.
+    logging.getLogger("lora_hf").setLevel(logging.ERROR if place() else logging.INFO)
     # On import it regrets a kernel for inference that is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from lora_hf.checkpoints import how_to_go_on
 from lora_hf.errors import Interrupted
+from lora_hf.processes import largest
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +22,14 @@ class Interruption(TrainerCallback):
     """Saves and stops where a signal has come; a second one stops at once.
 
     Saving waits for what belongs to a step: the evaluation after an epoch's last one comes before its checkpoint, or a
-    run that goes on from there would never make it.
+    run that goes on from there would never make it. Several processes may hear of a signal in different steps, or only
+    one of them does: they ask each other after every step, and all stop at the same one.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.signal: signal.Signals | None = None
+        self.heard: signal.Signals | None = None  # by this process
+        self.signal: signal.Signals | None = None  # on which all of them act
         self.postponed = False
         self.before: dict[signal.Signals, Any] = {}
 
@@ -41,25 +44,33 @@ class Interruption(TrainerCallback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         kind = signal.Signals(number)
-        if self.signal is not None:
+        if self.heard is not None:
             raise Interrupted(kind, how_to_go_on(self.folder))
-        self.signal = kind
+        self.heard = kind
         logger.warning("%s: finishing this step and saving; once more stops at once", kind.name)
 
+    def _agree(self) -> None:
+        number = largest(self.heard or 0)
+        self.signal = signal.Signals(number) if number else None
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._agree()
         if state.epoch == int(state.epoch) or control.should_training_stop:
             self.postponed, control.should_save = control.should_save, False
         elif self.signal is not None:
             control.should_save = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._agree()
         control.should_save = control.should_save or self.postponed or self.signal is not None
         self.postponed = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._agree()
         if self.signal is not None:
             raise Interrupted(self.signal, how_to_go_on(self.folder))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._agree()
         if self.signal is not None:
             raise Interrupted(self.signal, how_to_go_on(self.folder))

@@ -11,7 +11,6 @@ Without dropout a run's weights are those of the run alone, to rounding. With dr
 from __future__ import annotations
 
 import logging
-import os
 import random
 import tempfile
 import threading
@@ -34,6 +33,7 @@ from lora_hf.injection import eject, set_adapter
 from lora_hf.language_head import IGNORED
 from lora_hf.mixing import mix_adapters
 from lora_hf.precision import denormals_flushed
+from lora_hf.processes import planned
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import task_of
 from lora_hf.training import Run, train
@@ -89,8 +89,8 @@ def _check(configs: Sequence[RunConfig]) -> None:
     names = [config.output.name for config in configs]
     if None in names or len(set(names)) < len(names):
         problems.append("output.name: expected a different one for each run")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problems.append("expected one process; start it without torchrun or accelerate launch")
+    if planned() > 1:
+        problems.append(f"expected one process, found {planned()}; start it without torchrun or accelerate launch")
     if problems:
         raise ConfigError("\n  ".join(["these runs cannot train together:", *problems]))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from lora_hf.checkpoints import checkpoints_in, drop_newer, newest_whole, problem_of
+from lora_hf.checkpoints import check_processes, checkpoints_in, drop_newer, newest_whole, problem_of
 from lora_hf.config import RunConfig
 from lora_hf.errors import ConfigError
 from lora_hf.records import RECORD_FILE, RUN_CONFIG_FILE
@@ -29,11 +29,15 @@ def find_run_folder(config: RunConfig, resume: str | None) -> tuple[Path, Path |
             raise ConfigError(f"--resume {resume}: expected a checkpoint folder with trainer_state.json, or 'auto'")
         if problem := problem_of(checkpoint):
             raise ConfigError(f"--resume {resume}: {problem}; --resume auto goes on from the newest that is whole")
+        check_processes(checkpoint)
         return checkpoint.resolve().parent.parent, checkpoint.resolve()
     if resume == "auto":
         folder = _unfinished(config)
         if folder is not None:
-            return folder, newest_whole(folder / CHECKPOINTS)
+            newest = newest_whole(folder / CHECKPOINTS)
+            if newest is not None:
+                check_processes(newest)
+            return folder, newest
         logger.warning("--resume auto: no unfinished run of this config with a checkpoint; starting from the beginning")
     name = config.output.name
     if name is None:

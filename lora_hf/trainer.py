@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with adapter-only checkpoints, and the callbacks that watch over a run."""
+"""The Hugging Face Trainer with adapter-only checkpoints, in one process or several."""
 
 from __future__ import annotations
 
@@ -7,35 +7,36 @@ import json
 import logging
 import math
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import SequentialSampler
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lora_hf.adapters import restore_adapter, save_adapter
-from lora_hf.checkpoints import ASIDE, STATE, newest_whole, prune, publish
+from lora_hf.checkpoints import ASIDE, PROGRESS, STATE, newest_whole, prune, publish
 from lora_hf.errors import TrainingError
 from lora_hf.injection import lora_layers
 from lora_hf.language_head import IGNORED, score_labels_only
 from lora_hf.overflow import Overflow
 from lora_hf.padding_free import remove_padding
+from lora_hf.processes import from_one, largest
+from lora_hf.sampling import EpochSampler, PromptSampler, own_rows
+from lora_hf.sharding import average_gradients, keep_whole
 from lora_hf.variants.embedding import EmbeddingWeights
 from lora_hf.variants.loraplus import quicken
 
 logger = logging.getLogger(__name__)
 
-PROGRESS = "progress.json"  # what the Trainer does not keep in a checkpoint
 UNCHECKED = 16  # losses on a GPU that may wait for a look
+SHARE = "share"  # of a batch: what its loss counts, where processes have unequally many rows
 
 
 class RunTrainer(Trainer):
@@ -50,6 +51,7 @@ class RunTrainer(Trainer):
     adapter: str = "default"  # the name of the adapter that is trained
     shared: SharedModel | None = None  # where other runs train theirs on the same model
     aside: Path | None = None  # where a checkpoint is being written
+    whole: Sequence[nn.Parameter] = ()  # under FSDP: what is trained, which each process holds whole
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -61,10 +63,13 @@ class RunTrainer(Trainer):
         if self.prompts is not None:
             return PromptSampler(self.prompts, self.args.seed)
         sampler = super()._get_train_sampler(train_dataset)
-        return EpochSampler(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        sampler.batch_size *= self.args.world_size  # grouped as for one process with as many rows
+        return EpochSampler(sampler, self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+        return SequentialSampler(eval_dataset)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self.aside is None else str(self.aside)
@@ -82,15 +87,17 @@ class RunTrainer(Trainer):
             self.aside = None
         if state.best_global_step == state.global_step:
             state.best_model_checkpoint = str(folder / name)
+        loss: Any = self.accelerator.reduce(self._tr_loss, "mean")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             written = folder / ASIDE / name
             state.save_to_json(str(written / STATE))
             progress = {
-                "loss": float(self._tr_loss),
+                "loss": float(loss),
                 "logged": self._globalstep_last_logged,
                 "finished": self.control.should_training_stop,
                 "skipped": self.overflow.skipped,
+                "processes": self.args.world_size,
             }
             (written / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
             publish(written, folder / name)
@@ -121,6 +128,34 @@ class RunTrainer(Trainer):
                 return
         super()._run_epoch(**arguments)
 
+    def _prepare_for_training(self, *arguments: Any) -> Any:
+        if self.is_fsdp_enabled:
+            model: Any = self.model
+            self.whole = keep_whole(model, self.accelerator.state.fsdp_plugin, self.accelerator.device)
+        return super()._prepare_for_training(*arguments)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        return super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
+
+    def _without_repeats(self, batch: Any) -> Any:
+        """The last batch of an epoch without the rows that fill it up, so that every row counts as in one process."""
+        arguments, accelerator = self.args, self.accelerator
+        plain = not accelerator.split_batches and arguments.train_sampling_strategy != "batch_rebalance"
+        last = accelerator.gradient_state.end_of_dataloader and not arguments.dataloader_drop_last
+        if arguments.world_size == 1 or not (plain and last):
+            return batch
+        rows: Any = self.train_dataset
+        own, share = own_rows(len(rows), arguments.train_batch_size, arguments.world_size, arguments.process_index)
+        if self.model_accepts_loss_kwargs:  # the loss is a sum over labels, divided by their number in all processes
+            batch["labels"][own:] = IGNORED
+            return batch
+        return {key: value[: max(own, 1)] for key, value in batch.items()} | {SHARE: share}
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        share = inputs.pop(SHARE, 1.0)
+        loss = super().compute_loss(model, inputs, *rest, **named)
+        return loss if share == 1.0 else loss * share
+
     def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
         loss = super().training_step(*arguments, **named)
         self.losses.append((self.state.global_step, loss.detach()))
@@ -144,17 +179,52 @@ class RunTrainer(Trainer):
             norm = None  # it is no number, which JSON has no word for
         super()._maybe_log_save_evaluate(loss, norm, *arguments, **named)
 
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The Trainer's loss counts rows twice that fill up the last batch of several processes; the scores do not."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.args.world_size > 1 and output.metrics:
+            output.metrics[f"{metric_key_prefix}_loss"] = self._loss_of(output.predictions, output.label_ids)
+        return output
+
+    def _loss_of(self, predictions: Any, label_ids: Any) -> float:
+        """What one process finds that evaluates as many rows at once."""
+        found, labels = torch.as_tensor(predictions).float(), torch.as_tensor(label_ids)
+        if self.model_accepts_loss_kwargs:  # (rows, 2), see completion_loss: a mean over tokens for each batch
+            batches = found.split(self.args.eval_batch_size * self.args.world_size)
+            sums = [batch.sum(0) for batch in batches]
+            means = [float(nll / tokens) * len(batch) for (nll, tokens), batch in zip(sums, batches, strict=True)]
+            return sum(means) / len(found)
+        if self.label_smoother is not None:
+            return float(self.label_smoother({"logits": found}, labels))
+        model: Any = self.model
+        regression = getattr(model.config, "problem_type", None) == "regression"
+        return float(mse_loss(found.reshape(-1), labels.float()) if regression else cross_entropy(found, labels))
+
     def _check_losses(self) -> None:
-        """Raises TrainingError for the first batch since the last check whose loss is no number."""
+        """Raises TrainingError, in all processes, for the first batch since the last check whose loss is no number."""
         losses, self.losses = self.losses, []
-        if not losses or bool(torch.stack([loss for _, loss in losses]).isfinite().all()):
+        good = not losses or bool(torch.stack([loss for _, loss in losses]).isfinite().all())
+        if not largest(int(not good)):
             return
-        first = next(place for place, (_, loss) in enumerate(losses) if not loss.isfinite())
+        first = len(losses) if good else next(n for n, (_, loss) in enumerate(losses) if not loss.isfinite())
+        earliest = -largest(-first)
+        whose = largest(self.args.process_index if first == earliest else -1)
+        raise TrainingError(from_one(lambda: self._no_number(losses, earliest), whose))
+
+    def _no_number(self, losses: list[tuple[int, torch.Tensor]], first: int) -> str:
+        """What to say of the loss at place `first`."""
         step, loss = losses[first]
         batch = sum(earlier == step for earlier, _ in losses[:first])
         rows = ", ".join(map(str, self._examples(step, batch)))
         good = newest_whole(Path(str(self.args.output_dir))) or "none"
-        raise TrainingError(
+        return (
             f"the loss is {loss.item()} at step {step + 1}: lower train.lr, or use model.precision=fp32. Its batch "
             f"holds the training examples {rows} (counting from 0); the last good checkpoint: {good}"
         )
@@ -166,62 +236,6 @@ class RunTrainer(Trainer):
         epoch, done = divmod(step, math.ceil(len(loader) / accumulated))
         loader.set_epoch(epoch)
         return next(islice(loader.batch_sampler, done * accumulated + batch, None))
-
-
-class EpochSampler(torch.utils.data.Sampler):
-    """Another sampler of rows, with an order for each epoch that depends on the seed alone.
-
-    The Trainer draws the order of `group_by_length` from the generator of everything else: a run that goes on in the
-    middle of an epoch would get another.
-    """
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Every epoch has its own order."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[int]:
-        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(self.sampler)
-
-
-class PromptSampler(torch.utils.data.Sampler):
-    """Rows in random order, those of one prompt together and among themselves in random order too.
-
-    In a batch of such rows a causal model computes the prompt once (`kernels/prefixes.py`).
-    """
-
-    def __init__(self, prompts: list[int], seed: int) -> None:
-        self.prompts = torch.tensor(prompts)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Every epoch has its own order."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        rows = torch.randperm(len(self.prompts), generator=generator)
-        places = torch.randperm(int(self.prompts.max()) + 1, generator=generator)[self.prompts[rows]]
-        return iter(rows[places.argsort(stable=True)].tolist())
-
-
-def number_prompts(labels: Iterable[Sequence[int]], input_ids: Iterable[Sequence[int]]) -> list[int]:
-    """For each row the number of its prompt: the tokens in front of its first label."""
-    numbers: dict[tuple[int, ...], int] = {}
-    found = []
-    for row, ids in zip(labels, input_ids, strict=True):
-        length = next((place for place, label in enumerate(row) if label != IGNORED), len(row))
-        found.append(numbers.setdefault(tuple(ids[:length]), len(numbers)))
-    return found
 
 
 def spare_work(model: PreTrainedModel, smoothing: float = 0.0) -> dict[str, Any]:
@@ -267,7 +281,10 @@ class AdapterTrainer(RunTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         if self.shared is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if self.whole and self.accelerator.sync_gradients:
+                average_gradients(self.whole)
+            return loss
         loss = self.shared.step(self, self._prepare_inputs(inputs), num_items_in_batch)
         self.losses.append((self.state.global_step, loss.detach()))
         return loss
@@ -276,6 +293,27 @@ class AdapterTrainer(RunTrainer):
         if self.shared is None:
             return super().prediction_step(*batch, **named)
         return self.shared.compute(functools.partial(super().prediction_step, *batch, **named))
+
+    @contextmanager
+    def _without_fsdp(self) -> Iterator[None]:
+        """The Trainer saves and loads inside as if the model were whole; what is trained is."""
+        before, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = before
+
+    def save_model(self, *arguments: Any, **named: Any) -> None:
+        with self._without_fsdp():
+            super().save_model(*arguments, **named)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._without_fsdp():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._without_fsdp():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
@@ -300,86 +338,6 @@ class AdapterTrainer(RunTrainer):
         if self.state.best_model_checkpoint:
             best = self.state.best_model_checkpoint
             restore_adapter(self.accelerator.unwrap_model(self.model), best, self.adapter)
-
-
-def use_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
-    """Adds callbacks, and replaces the Trainer's own printing: standard output belongs to results."""
-    trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(QuietProgress())
-    for callback in callbacks:
-        trainer.add_callback(callback)
-
-
-class QuietProgress(ProgressCallback):
-    """The progress bars alone, without the Trainer's habit of printing every log to standard output."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        pass
-
-
-class EvaluationLines(TrainerCallback):
-    """A line on standard error for each evaluation, above the progress bars where there are any."""
-
-    def __init__(self, of: str = "") -> None:
-        self.of = of
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        scores = {key.removeprefix("eval_"): value for key, value in (logs or {}).items() if key.startswith("eval_")}
-        shown = [f"{key} {value:.4f}" for key, value in scores.items() if not key.endswith(("_runtime", "_per_second"))]
-        if shown and state.is_world_process_zero:
-            tqdm.write(f"{self.of}epoch {state.epoch:.2f}: " + "  ".join(shown), file=sys.stderr)
-
-
-class LogFile(TrainerCallback):
-    """Appends what the Trainer logs to `log.jsonl`, a JSON object a line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drops what a run wrote after the checkpoint from which it goes on now: it writes that again."""
-        if not state.is_world_process_zero or not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        self.path.write_text(
-            "".join(line for line in whole if json.loads(line)["step"] <= state.global_step), encoding="utf-8"
-        )
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **(logs or {})}) + "\n")
-
-
-class Guard(TrainerCallback):
-    """Stops a run that does not train: an empty optimiser, or LoRA B unmoved after a step."""
-
-    def __init__(self, method: str) -> None:
-        self.method = method
-        self.stepped = False
-        self.checked = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer = kwargs["optimizer"]
-        if not any(parameter.numel() for group in optimizer.param_groups for parameter in group["params"]):
-            raise TrainingError("the optimiser got no parameters: nothing would be trained")
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A warm-up begins at a learning rate of zero: that step moves nothing, and is no sign of a mistake.
-        self.stepped = any(group["lr"] > 0 for group in kwargs["optimizer"].param_groups)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.method != "lora" or self.checked or not self.stepped or kwargs["optimizer"].step_was_skipped:
-            return
-        self.checked = True
-        layers = lora_layers(kwargs["model"])
-        if not any(layer.adapters[layer.active].moved() for layer in layers.values() if layer.active):
-            raise TrainingError(
-                f"every LoRA B is still what it started as after step {state.global_step}: no gradient reaches the "
-                "adapter, so the run would change nothing. Is it merged or disabled, or the loss detached from it?"
-            )
 
 
 def completion_loss(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:

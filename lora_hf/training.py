@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from transformers import TrainingArguments as HFArguments
 
 from lora_hf.adapter_file import read_adapter
 from lora_hf.adapters import copy_lora_weights, save_adapter
-from lora_hf.checkpoints import told_when_full
+from lora_hf.callbacks import EvaluationLines, Guard, LogFile, use_callbacks
+from lora_hf.checkpoints import told_when_full, told_when_left
 from lora_hf.config import RunConfig
 from lora_hf.curves import draw_curves
 from lora_hf.encoding import encode
@@ -39,7 +40,10 @@ from lora_hf.interruption import Interruption
 from lora_hf.models import load_base, load_tokenizer
 from lora_hf.planning import Site, plan
 from lora_hf.precision import denormals_flushed, resolve
+from lora_hf.processes import PATIENCE, from_one, join, largest, place, planned, wait_for_all
 from lora_hf.records import (
+    RECORD_FILE,
+    RUN_CONFIG_FILE,
     RunRecord,
     folder_size,
     git_state,
@@ -48,20 +52,16 @@ from lora_hf.records import (
     versions,
 )
 from lora_hf.run_folder import LOG_FILE, begin_run, find_run_folder
+from lora_hf.sampling import number_prompts
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import task_of
 from lora_hf.trainer import (
     AdapterTrainer,
-    EvaluationLines,
-    Guard,
-    LogFile,
     RunTrainer,
     SharedModel,
     completion_loss,
     cuda_peak,
-    number_prompts,
     spare_work,
-    use_callbacks,
 )
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,9 @@ def train(
 ) -> Run:
     """Fine-tunes as the config says and writes the run folder.
 
+    Of several processes that call it together (`lora_hf/processes.py`) each trains on rows of its own,
+    `train.batch_size` of them in a step; the first writes, and all return the same run.
+
     Args:
         resume: a checkpoint folder, or `auto`: the newest checkpoint of the newest unfinished run of this very config.
         rows: the task's splits, where they have been read already.
@@ -102,14 +105,20 @@ def train(
         Interrupted: Ctrl-C or SIGTERM, after the step was finished and saved.
     """
     started = time.time()
-    config = replace(config, model=replace(config.model, precision=resolve(config.model.precision)))
+    hf = config.train.hf
+    waiting = timedelta(seconds=hf["ddp_timeout"]) if "ddp_timeout" in hf else PATIENCE
+    join(bool(hf.get("use_cpu")), hf.get("ddp_backend"), waiting)
+    # Probed in one process: each of them might find another precision faster.
+    precision = from_one(lambda: resolve(config.model.precision))
+    config = replace(config, model=replace(config.model, precision=precision))
     task = task_of(config.task)
     if config.train.group_by_prompt and task.model_kind != "causal-lm":
         raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave it out")
     if config.train.loraplus_lr_ratio is not None and config.train.method != "lora":
         raise ConfigError(f"train.loraplus_lr_ratio: train.method={config.train.method} has no LoRA B; leave it out")
-    folder, checkpoint = find_run_folder(config, resume)
-    with told_when_full(folder):
+    found = from_one(lambda: [str(path) for path in find_run_folder(config, resume) if path is not None])
+    folder, checkpoint = Path(found[0]), Path(found[1]) if len(found) > 1 else None
+    with told_when_full(folder), told_when_left(folder):
         return _train(config, task, folder, checkpoint, rows, callbacks, shared, started)
 
 
@@ -134,12 +143,16 @@ def _train(
         split: encode(task, part, tokenizer, config.task.max_length) for split, part in rows.items()
     }
     arguments = _arguments(config, task, folder, spare_work(model, config.train.label_smoothing))
-    begin_run(config, folder, checkpoint)
+    wait_for_all()  # what another cannot use is told before anything is written
+    from_one(lambda: begin_run(config, folder, checkpoint))
+    _check_shared(folder)
     trainer = _trainer(config, task, model, tokenizer, encoded, arguments)
     if shared:
         trainer.shared, trainer.adapter = shared, shared.name
     if callbacks is None:
         callbacks = [EvaluationLines(f"{folder.name}, " if shared else "")]
+    if place():  # each has dropout of its own; the model and the order of the rows are drawn already, or from the seed
+        set_seed((config.train.seed + place()) % 2**32)
     interruption = Interruption(folder)
     use_callbacks(trainer, Guard(config.train.method), LogFile(folder / LOG_FILE), *callbacks, interruption)
     record = RunRecord(
@@ -154,14 +167,19 @@ def _train(
         rows={split: len(part) for split, part in rows.items()},
         versions=versions(),
         git=git_state(),
-        machine=machine() | {"threads": shared.threads if shared else torch.get_num_threads()},
+        machine=machine()
+        | {"threads": shared.threads if shared else torch.get_num_threads(), "processes": arguments.world_size},
         together=shared.runs if shared else 1,
     )
     training = time.time()
     with interruption:
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     scoring = time.time()
-    _score_all(record, task, trainer, encoded, rows, folder)
+    answers = _answers(task, trainer, encoded)
+    if place():
+        wait_for_all()
+        return Run(folder, RunRecord.load(folder / RECORD_FILE))
+    _score_all(record, task, answers, rows, folder)
     run = Run(folder, record)
     if config.train.method == "full":
         model.save_pretrained(run.weights)
@@ -191,6 +209,7 @@ def _train(
     record.files = {run.weights.name: folder_size(run.weights)}
     draw_curves(record, folder / "curves.png")
     record.save(folder)
+    wait_for_all()
     return run
 
 
@@ -253,10 +272,11 @@ def _arguments(config: RunConfig, task: Task, folder: Path, of_model: dict[str, 
         "disable_tqdm": not sys.stderr.isatty(),
         "dataloader_pin_memory": False,
         "ddp_find_unused_parameters": False,
+        "data_seed": train.seed,
         "bf16": reduced == "bf16",
         "fp16": reduced == "fp16",
-        # Without a GPU the Trainer refuses bf16 unless it is told that the CPU is meant.
-        "use_cpu": reduced == "bf16" and not torch.accelerator.is_available(),
+        # Without a GPU the Trainer refuses bf16, and several processes, unless it is told that the CPU is meant.
+        "use_cpu": not torch.accelerator.is_available(),
     }
     try:
         arguments = HFArguments(**(values | of_model | train.hf))
@@ -266,7 +286,23 @@ def _arguments(config: RunConfig, task: Task, folder: Path, of_model: dict[str, 
         asked = "train.hf.fp16" if train.hf.get("fp16") else f"model.precision=fp16 with train.method={train.method}"
         # Accelerate would compute in fp32 and say nothing.
         raise ConfigError(f"{asked}: needs a GPU; use bf16 or fp32 here")
+    if arguments.world_size != planned():
+        raise ConfigError(
+            f"expected {planned()} processes (WORLD_SIZE), and the Trainer finds {arguments.world_size}; start them "
+            "with torchrun or accelerate launch"
+        )
+    # A process has one GPU. The Trainer would copy the model to every other it sees and multiply the batch size.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _check_shared(folder: Path) -> None:
+    """Raises ConfigError, in all processes, where one does not see the folder that the first has made."""
+    if unseeing := largest(0 if (folder / RUN_CONFIG_FILE).is_file() else place()):
+        raise ConfigError(
+            f"output.dir: process {unseeing} does not see {folder}, which process 0 has made; expected a folder that "
+            "all machines share"
+        )
 
 
 def _trainer(
@@ -288,6 +324,8 @@ def _trainer(
         compute_metrics=lambda outcome: task.score(outcome.predictions, outcome.label_ids),
         preprocess_logits_for_metrics=completion_loss if generates else None,
     )
+    # DDP would send all buffers in every step. None changes in training, and a packed base is made of them.
+    model._ddp_params_and_buffers_to_ignore = [name for name, _ in model.named_buffers()]
     trainer.loraplus_lr_ratio = config.train.loraplus_lr_ratio
     if config.train.group_by_prompt:
         rows = encoded[task.train_split]
@@ -318,22 +356,24 @@ def _score(record: RunRecord, task: Task, split: str, logits: np.ndarray, rows: 
         logger.warning(warning)
 
 
+def _answers(task: Task, trainer: Trainer, encoded: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What the trained model gives for each evaluation split; every process has a part in it."""
+    return {
+        split: np.asarray(trainer.predict(encoded[split], metric_key_prefix=split).predictions)
+        for split in task.evaluation_splits
+    }
+
+
 def _score_all(
-    record: RunRecord,
-    task: Task,
-    trainer: Trainer,
-    encoded: Mapping[str, Any],
-    rows: Mapping[str, Dataset],
-    folder: Path,
+    record: RunRecord, task: Task, answers: Mapping[str, np.ndarray], rows: Mapping[str, Dataset], folder: Path
 ) -> None:
-    """Scores the trained model on each evaluation split, and keeps a classifier's answers beside the record."""
-    for split in task.evaluation_splits:
-        answers = np.asarray(trainer.predict(encoded[split], metric_key_prefix=split).predictions)
+    """Scores the answers for each evaluation split, and keeps a classifier's beside the record."""
+    for split, found in answers.items():
         if task.model_kind == "causal-lm":
-            record.metrics[split] = task.score(answers, ())
+            record.metrics[split] = task.score(found, ())
             continue
-        _write_predictions(folder / f"predictions-{split}.jsonl", task, rows[split], answers)
-        _score(record, task, split, answers, rows)
+        _write_predictions(folder / f"predictions-{split}.jsonl", task, rows[split], found)
+        _score(record, task, split, found, rows)
 
 
 def _write_predictions(path: Path, task: Task, rows: Dataset, logits: np.ndarray) -> None:

@@ -124,3 +124,8 @@ of an accuracy over 250 rows covers about 0.94. An 85 % interval is out by more.
 SERVED_PROBABILITY = 1.001e-4
 """A served probability against the offline one: both are rounded to four decimals, and logits that differ by
 MIXED_FP32 may fall to either side of a rounding."""
+
+PROCESSES_FP32 = 1e-5
+"""Weights, losses and logits of two processes against one that takes as many rows in a step: the same float32 sums in
+another order, over a few steps of SGD. Rows counted twice, or a mean over unequal numbers of rows, give a hundred times
+as much."""

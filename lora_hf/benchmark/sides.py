@@ -26,9 +26,10 @@ from lora_hf.injection import inject, inject_head
 from lora_hf.models import load_base, load_tokenizer
 from lora_hf.planning import head_paths
 from lora_hf.precision import Precision
+from lora_hf.sampling import number_prompts
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import get_task
-from lora_hf.trainer import AdapterTrainer, number_prompts, spare_work
+from lora_hf.trainer import AdapterTrainer, spare_work
 
 Build = Callable[["Setup"], Trainer]
 

@@ -26,8 +26,8 @@ from lora_hf.errors import ConfigError
 from lora_hf.models import load_tokenizer
 from lora_hf.precision import resolve
 from lora_hf.records import git_state, machine, versions
+from lora_hf.sampling import PromptSampler, number_prompts
 from lora_hf.tasks.table import get_task
-from lora_hf.trainer import PromptSampler, number_prompts
 
 logger = logging.getLogger(__name__)
 

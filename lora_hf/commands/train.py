@@ -36,6 +36,7 @@ def add(verbs: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Trains, and says what came out."""
     from lora_hf.config import load_config
+    from lora_hf.processes import leave, place
     from lora_hf.tasks.table import task_of
 
     configs = [load_config(file, options.overrides) for file in options.config]
@@ -51,6 +52,9 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.training import train
 
     run = train(configs[0], options.resume, rows[configs[0].task.name])
+    leave()
+    if place():
+        return
     if options.json:
         print_json(_told(run))
     else:

@@ -7,7 +7,7 @@ import torch
 
 from lora_hf.kernels.prefixes import share_prefixes
 from lora_hf.padding_free import _layout, remove_padding
-from lora_hf.trainer import PromptSampler, number_prompts
+from lora_hf.sampling import PromptSampler, number_prompts
 from tests import tolerances
 from tests.small import small_model
 from tests.test_padding_free import adapted, gradients
