@@ -1,6 +1,6 @@
-"""FSDP2 for a frozen base: the base is dealt out over the processes, and what is trained stays whole in each.
+"""FSDP2 for a frozen base: the base is sharded over the processes, and what is trained stays whole in each.
 
-What LoRA trains is small, so dealing it out would save nothing; whole, it keeps its own precision beside a base in
+What LoRA trains is small, so sharding it would save nothing; whole, it keeps its own precision beside a base in
 another, and is saved, loaded and stepped as in one process. Its gradients are averaged here.
 """
 
@@ -18,17 +18,17 @@ from lora_hf.fingerprint import fingerprint, remember
 
 
 def keep_whole(model: PreTrainedModel, plugin: Any, device: torch.device) -> list[nn.Parameter]:
-    """Tells accelerate's FSDP plugin to deal out the layers and to leave alone what is trained; returns that.
+    """Tells accelerate's FSDP plugin to shard the layers and to leave alone what is trained; returns that.
 
     Raises:
         ConfigError: nothing is frozen, or FSDP's first version, which flattens trained and frozen parameters into one.
     """
     if all(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("train.method=full: FSDP deals out a frozen base here; use DDP or DeepSpeed, or train LoRA")
+        raise ConfigError("train.method=full: FSDP shards a frozen base here; use DDP or DeepSpeed, or train LoRA")
     version = getattr(plugin, "fsdp_version", 1)
     if version != 2:
         raise ConfigError(f"FSDP: expected fsdp_version 2, found {version}; see configs/accelerate/fsdp2.yaml")
-    remember(model, fingerprint(model))  # once it is dealt out no process holds the base
+    remember(model, fingerprint(model))  # once it is sharded no process holds the base
     trained = [
         module
         for module in model.modules()
@@ -38,7 +38,7 @@ def keep_whole(model: PreTrainedModel, plugin: Any, device: torch.device) -> lis
         module.to(device)
     plugin.ignored_modules = trained
     if plugin.transformer_cls_names_to_wrap is None:
-        # What RoBERTa and BERT name themselves holds their embeddings, which accelerate deals out once more.
+        # What RoBERTa and BERT name themselves holds their embeddings, which accelerate shards once more.
         lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
         plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layers in lists for layer in layers})
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -152,14 +152,14 @@ def main(folder: Path) -> dict[str, Any]:
 
 
 def fsdp(folder: Path) -> dict[str, Any]:
-    """A run whose base is dealt out."""
+    """A run whose base is sharded."""
     seen: dict[str, Any] = {}
     with_fsdp()
 
     class Counted(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             parameters = list(kwargs["model"].parameters())
-            seen["dealt out"] = [isinstance(each, DTensor) for each in parameters if not each.requires_grad]
+            seen["sharded"] = [isinstance(each, DTensor) for each in parameters if not each.requires_grad]
             seen["not whole"] = [isinstance(each, DTensor) for each in parameters if each.requires_grad]
 
     train(by_length(folder, "fsdp", 2), rows=rows_of("rule-sentiment", NONE_LEFT), callbacks=[Counted()])
