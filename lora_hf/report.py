@@ -223,6 +223,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "grouping": _grouping,
     "joint": speed_tables.joint,
     "sweep": _sweep,
+    "serving": speed_tables.serving,
+    "restarts": speed_tables.restarts,
     "quantised": speed_tables.quantised,
     "answers-in": speed_tables.answers_in,
     "suite": suite_tables.from_results(suite_tables.scores),

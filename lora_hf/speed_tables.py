@@ -136,6 +136,48 @@ def joint(results: Path) -> str:
     return table([*head, "together, peak MB", "one by one, peak MB", "weights apart by at most"], rows)
 
 
+def serving(results: Path) -> str:
+    """Two rows for each record of `benchmark serve`: a client that asks one request at a time, then all at once."""
+    rows = []
+    for file, record in _records(results / "serving"):
+        work = record["work"]
+        name = f"[{work['model']} in {work['precision']}, {work['adapters']} adapters](results/serving/{file.name})"
+        for clients, side in ((1, record["one_at_a_time"]), (work["clients"], record["together"])):
+            rows.append(
+                [
+                    name,
+                    str(clients),
+                    f"{side['requests']:,}",
+                    f"{side['per_second']:.1f}",
+                    f"{side['p50_ms']:.1f}",
+                    f"{side['p99_ms']:.1f}",
+                    str(side["errors"]),
+                    str(side["wrong"]),
+                    f"{record['ratio']:.2f}" if side is record["together"] else "1",
+                ]
+            )
+    head = ["work (record)", "clients", "requests", "requests/s", "p50, ms", "p99, ms", "errors", "wrong answers"]
+    return table([*head, "times one at a time"], rows)
+
+
+def restarts(results: Path) -> str:
+    """What was done to each measured server: adapters replaced under load, and an end and a new start."""
+    rows = [
+        [
+            f"[{record['work']['model']} in {record['work']['precision']}](results/serving/{file.name})",
+            f"{record['replaced']['times']}",
+            f"{record['replaced']['failed']}",
+            f"{statistics.median(record['replaced']['milliseconds']):.0f}",
+            f"{record['started_in_seconds']:.1f}",
+            f"{record['started_again_in_seconds']:.1f}",
+            f"{record['after_the_restart']['wrong']}",
+        ]
+        for file, record in _records(results / "serving")
+    ]
+    head = ["server (record)", "replaced", "failed", "median time of one, ms", "start, s", "start after a kill, s"]
+    return table([*head, "wrong answers after it"], rows)
+
+
 def quantised(results: Path) -> str:
     """How the base is held: its size, the speed and memory of training, and the score."""
     rows = []
