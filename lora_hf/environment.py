@@ -76,8 +76,10 @@ def _extras() -> tuple[dict[str, str | None], dict[str, list[str]]]:
     extras = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or ()
     for extra in (each for each in extras if each not in FOR_DEVELOPERS):
         for each in needed:
-            of_extra = each.marker is not None and each.marker.evaluate({"extra": extra})
-            if not of_extra or each.marker.evaluate({"extra": ""}) or each.name == DISTRIBUTION:
+            marker = each.marker
+            if marker is None or not marker.evaluate({"extra": extra}) or marker.evaluate({"extra": ""}):
+                continue
+            if each.name == DISTRIBUTION:  # extras of its own, which are looked at by themselves
                 continue
             found[each.name] = version(each.name)
             if found[each.name] is None or not each.specifier.contains(found[each.name] or "", prereleases=True):
