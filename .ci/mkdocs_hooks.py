@@ -22,7 +22,7 @@ import lora_hf
 REPO = Path(__file__).resolve().parent.parent
 LAID_OUT = Path(os.environ.get("LORA_HF_PAGES") or REPO / "build" / "pages").resolve()
 # Where a file of the repository stands in the site, if not where it stands in docs/.
-TOP_PAGES = {"README": "index", "CONTRIBUTING": "contributing", "CHANGELOG": "changelog"}
+TOP_PAGES = {"README": "index", "CONTRIBUTING": "contributing", "CHANGELOG": "changelog", "SECURITY": "security"}
 # The modules that the reference shows besides the public names, in the order in which data walk through them.
 ROOMS = (
     "config", "tasks.base", "tasks.generation", "models", "planning", "layers", "injection", "variants.table",
