@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 BENCH ?= train
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench lock clean
+.PHONY: help setup demo test lint docs bench lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ lint: $(READY) ## ruff and pyright
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/basedpyright
 
+docs: $(READY) ## the site, in site/, with no network; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: $(READY) ## measures; make bench BENCH="infer --json" passes arguments on
 	@$(BIN)/python scripts/benchmark.py $(BENCH)
 
@@ -39,7 +42,7 @@ lock: $(READY) ## renews requirements.lock after a change of pyproject.toml
 	@mv requirements.lock.new requirements.lock
 
 clean: ## removes .venv and every cache; outputs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './outputs/*' -prune -exec rm -rf {} +
 
 $(READY): requirements.lock pyproject.toml

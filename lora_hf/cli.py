@@ -22,6 +22,7 @@ from lora_hf.commands import (
     demo,
     evaluate,
     generate,
+    info,
     merge,
     predict,
     push,
@@ -47,6 +48,7 @@ VERBS = (
     push,
     serve,
     benchmark,
+    info,
     demo,
 )
 

@@ -236,14 +236,15 @@ def describe_method(record: RunRecord) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) or "not installed" for name in PACKAGES}}
 
-    def installed(name: str) -> str:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
 
-    return {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}}
+def version(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_state() -> dict[str, Any]:

@@ -239,6 +239,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tiny-bases": _bases,
     "tiny-fills": _fills,
     "tiny-continuations": _continuations,
+    "peers": speed_tables.peers,
 }
 
 

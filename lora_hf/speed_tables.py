@@ -10,6 +10,8 @@ from typing import Any
 from lora_hf.errors import DataError
 from lora_hf.markdown import percent, table
 
+PEERS = {"peft-default": "PEFT as it comes", "peft-best": "PEFT at its best", "loralib": "loralib"}
+
 
 def speed(results: Path) -> str:
     """A row for each side of each record."""
@@ -112,6 +114,22 @@ def switching(results: Path) -> str:
         if (seconds := record["sides"]["mixed"]["switch_seconds"])
     ]
     return table(["model (record)", "a switch, microseconds"], rows)
+
+
+def peers(results: Path) -> str:
+    """How many times as fast as each other library we train, and the share of its memory; medians of the rounds."""
+    rows = []
+    for _, record in _records(results / "speed"):
+        ratios, memory = record["ratios"], record["memory_ratios"]
+        if "lora/peft-default" not in ratios:
+            continue
+        row = [_work(record)]
+        for side in PEERS:
+            faster, needs = ratios.get(f"lora/{side}"), memory.get(f"lora/{side}")
+            row += [f"{faster['median']:.1f}" if faster else "-", f"{needs:.2f}" if needs else "-"]
+        rows.append(row)
+    head = [words for name in PEERS.values() for words in (f"faster than {name}, x", "of its memory, x")]
+    return table(["training", *head], rows)
 
 
 def joint(results: Path) -> str:

@@ -14,6 +14,7 @@ NOT_SAID = (
     re.compile(r"<!--.*?-->", re.DOTALL),
     re.compile(r"^>.*$", re.MULTILINE),  # a quoted row of data
     re.compile(r"(?<=\])\([^)]*\)"),  # where a link or a picture leads
+    re.compile(r"arXiv[: ]\d{4}\.\d{5}"),
 )
 
 # How a page may write a number of a record.

@@ -49,11 +49,12 @@ def lora_linear(
 ) -> torch.Tensor:
     """`x W^T + bias`, and on each slice of its columns `scaling * dropout(x) A^T B^T` more; W gets no gradient.
 
+    `lora_A`, `lora_B`, `scaling` and `slices` are those of `reference.add_lora`.
+
     Args:
         x: `(..., in)`.
         weight: `(out, in)`, frozen, or what makes it; a transposed view where it is stored `(in, out)`.
         bias: `(out,)`, frozen.
-        lora_A, lora_B, scaling, slices: as `reference.add_lora`.
         dropout: the share of x that the low-rank product does not see, to a 65,536th.
 
     Returns:

@@ -204,7 +204,8 @@ class Engine:
             on_text: called with each piece of the text in the engine's thread; beams have none before the end.
 
         Raises:
-            As `submit_classify`.
+            UnknownAdapterError, WrongKindError, BadInputError, TooLargeError: a request that cannot be answered.
+            QueueFullError, ClosingError: one that cannot be answered now.
         """
         with self._held(adapter, Writer.kind) as (version, base):
             self._check_text(prompt, "prompt")
