@@ -159,7 +159,7 @@ def serving(results: Path) -> str:
     rows = []
     for file, record in _records(results / "serving"):
         work = record["work"]
-        name = f"[{work['model']} in {work['precision']}, {work['adapters']} adapters](results/serving/{file.name})"
+        name = f"[{_served(work)}, {work['adapters']} adapters](results/serving/{file.name})"
         for clients, side in ((1, record["one_at_a_time"]), (work["clients"], record["together"])):
             rows.append(
                 [
@@ -182,7 +182,7 @@ def restarts(results: Path) -> str:
     """What was done to each measured server: adapters replaced under load, and an end and a new start."""
     rows = [
         [
-            f"[{record['work']['model']} in {record['work']['precision']}](results/serving/{file.name})",
+            f"[{_served(record['work'])}](results/serving/{file.name})",
             f"{record['replaced']['times']}",
             f"{record['replaced']['failed']}",
             f"{statistics.median(record['replaced']['milliseconds']):.0f}",
@@ -194,6 +194,10 @@ def restarts(results: Path) -> str:
     ]
     head = ["server (record)", "replaced", "failed", "median time of one, ms", "start, s", "start after a kill, s"]
     return table([*head, "wrong answers after it"], rows)
+
+
+def _served(work: dict[str, Any]) -> str:
+    return f"{work['model']}{' (random weights)' if work['init'] == 'random' else ''} in {work['precision']}"
 
 
 def quantised(results: Path) -> str:
