@@ -33,6 +33,8 @@ class Classifier(Worker):
         return batch
 
     def _answer(self, batch: Sequence[tuple[Classify, int]]) -> int:
+        # Rows of one adapter side by side, in the mixture's order, need not be moved together at each projection.
+        batch = sorted(batch, key=lambda row: (row[0].slot is None, row[0].slot or ""))
         inputs = [request.inputs[place] for request, place in batch]
         with torch.inference_mode(), self._adapted([request.slot for request, _ in batch]):
             padded = self.tokenizer.pad(inputs, return_tensors="pt").to(self.model.device)
