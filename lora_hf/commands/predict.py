@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_hf.commands.adapter import named_adapters
 from lora_hf.commands.output import add_precision, print_json, progress, write_lines
 from lora_hf.errors import ConfigError
 
@@ -57,13 +58,7 @@ def _named(words: list[str]) -> dict[str, str]:
     """Folders or hub ids by name; one alone needs none."""
     if len(words) == 1 and (Path(words[0]).exists() or "=" not in words[0]):
         return {"": words[0]}
-    adapters: dict[str, str] = {}
-    for word in words:
-        name, equals, adapter = word.partition("=")
-        if not (name and equals and adapter) or name in adapters:
-            raise ConfigError(f"--adapter {word}: of several adapters each needs a name of its own: NAME=DIR")
-        adapters[name] = adapter
-    return adapters
+    return named_adapters(words)
 
 
 def _alone(options: argparse.Namespace, adapter: str) -> list[dict[str, Any]]:

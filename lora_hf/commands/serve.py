@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lora_hf.commands.adapter import named_adapters
 from lora_hf.errors import ConfigError
 
 TOKEN = "LORA_HF_TOKEN"  # the name of the variable, not a token
@@ -49,7 +50,7 @@ def add(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serves until SIGTERM or Ctrl-C."""
-    adapters = _named(options.adapter)
+    adapters = named_adapters(options.adapter)
     token = _token(options.token_file)
     folder = options.allow_loading
     if folder is not None and token is None:
@@ -72,16 +73,6 @@ def run(options: argparse.Namespace) -> None:
     engine = Engine(limits, options.precision, metrics)
     door = Door(token, folder)
     serve(engine, adapters, metrics, door, options.host, options.port, options.grace, options.playground)
-
-
-def _named(words: list[str]) -> dict[str, str]:
-    adapters: dict[str, str] = {}
-    for word in words:
-        name, equals, place = word.partition("=")
-        if not (name and equals and place) or name in adapters:
-            raise ConfigError(f"--adapter {word}: expected a name of its own for each: NAME=DIR")
-        adapters[name] = place
-    return adapters
 
 
 def _token(file: Path | None) -> str | None:
