@@ -136,6 +136,8 @@ def reference() -> dict[str, str]:
 
 
 def _write(target: Path, page: Path, place: PurePosixPath, text: str) -> None:
+    # The site has a switch of languages of its own.
+    text = re.sub(r"^\[[^]]+\]\(README[.\w]*\.md\)\n\n", "", text, flags=re.MULTILINE)
     _save(target / place, turn_links(text, page, target))
 
 

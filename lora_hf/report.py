@@ -41,9 +41,9 @@ def fill(text: str, results: Path) -> str:
 
 
 def fill_pages(root: Path) -> list[Path]:
-    """Renews README.md and every page of docs/ below `root`; returns those that changed."""
+    """Renews README.md, its translations and every page of docs/ below `root`; returns those that changed."""
     changed = []
-    for page in [root / "README.md", *sorted((root / "docs").glob("**/*.md"))]:
+    for page in [*sorted(root.glob("README*.md")), *sorted((root / "docs").glob("**/*.md"))]:
         before = page.read_text(encoding="utf-8")
         after = fill(before, root / "docs" / "results")
         if after != before:

@@ -13,7 +13,7 @@ from tests.numbers_in_records import unexplained
 
 REPO = Path(__file__).parents[1]
 RESULTS = REPO / "docs" / "results"
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("**/*.md"))]
+PAGES = [*sorted(REPO.glob("README*.md")), *sorted((REPO / "docs").glob("**/*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -20,6 +20,7 @@ import yaml
 
 from lora_hf import checkpoints, training
 from lora_hf.errors import ConfigError, Interrupted, TrainingError
+from lora_hf.tasks.table import get_task
 from lora_hf.trainer import AdapterTrainer
 from lora_hf.training import Run, train
 from tests.kills import differences, finish, kill_once, small_config, small_rows
@@ -54,7 +55,7 @@ def test_the_same_seed_gives_the_same_run_to_the_last_bit(whole: Run, rows: dict
 def test_a_run_killed_at_random_ends_as_the_whole_one(
     number: int, whole: Run, rows: dict[str, Any], tmp_path: Path
 ) -> None:
-    step = random.Random(number).randrange(1, 16)
+    step = random.Random(number).randrange(1, 9)  # of 16: near its end a run may be faster than the kill
 
     def logged(folder: Path) -> bool:
         log = folder / "log.jsonl"
@@ -131,7 +132,7 @@ def test_generation_rows_grouped_by_prompt_go_on_inside_an_epoch(tmp_path: Path)
     sections = config.to_dict()
     sections["task"] |= {"name": "rule-restaurants", "max_length": 256}
     sections["model"]["name"] = "tiny-gpt2"
-    task = training.get_task("rule-restaurants")
+    task = get_task("rule-restaurants")
     rows = {split: part.select(range(24)) for split, part in task.load(None, task.splits).items()}
 
     def config_in(folder: Path) -> Any:
