@@ -32,10 +32,16 @@ class QuietProgress(ProgressCallback):
 
 
 class EvaluationLines(TrainerCallback):
-    """A line on standard error for each evaluation, above the progress bars where there are any."""
+    """A line on standard error at the start and at each evaluation, above the progress bars where there are any."""
 
     def __init__(self, of: str = "") -> None:
         self.of = of
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What is ahead: between two evaluations minutes may pass."""
+        if state.is_world_process_zero:
+            rows = len(kwargs["train_dataloader"].dataset)
+            tqdm.write(f"{self.of}{state.max_steps:,} steps; {rows:,} training rows", file=sys.stderr)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         scores = {key.removeprefix("eval_"): value for key, value in (logs or {}).items() if key.startswith("eval_")}

@@ -71,7 +71,9 @@ def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int
     except UserError as error:
         return _end(f"error: {error}", 2)
     except Interrupted as stop:
-        return _end(f"stopped by {stop}", stop.code)
+        # Sweeps and benchmarks know what they have finished, and take no --resume.
+        said = stop if parsed.verb == "train" else f"{stop.kind.name}: start it again with the same command"
+        return _end(f"stopped by {said}", stop.code)
     except KeyboardInterrupt:
         return _end("interrupted", 130)
     except Exception:

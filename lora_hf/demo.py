@@ -86,7 +86,11 @@ class DemoReport:
             sure = max(answer["probabilities"].values())
             lines.append(f"  {answer['sentence']!r}: {answer['label']} ({sure:.2f})")
         lines += _places(self.adapter, self.adapter_bytes, self.record, self.seconds)
-        lines += [*self.writing.lines(), "", "Next: the same on real data, see README.md"]
+        lines += [
+            *self.writing.lines(),
+            "",
+            "Next: docs/start.md, to type along with",
+        ]
         return "\n".join(lines)
 
 

@@ -40,11 +40,11 @@ class TrainingError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that Ctrl-C or SIGTERM ended; `code` is what a shell expects then."""
+    """A run that the signal `kind` ended, Ctrl-C or SIGTERM; `code` is what a shell expects then."""
 
     def __init__(self, kind: signal.Signals, message: str) -> None:
         super().__init__(f"{kind.name}: {message}")
-        self.code = 128 + kind
+        self.kind, self.code = kind, 128 + kind
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:

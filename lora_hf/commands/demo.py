@@ -10,7 +10,7 @@ from lora_hf.commands.output import print_json
 
 def add(verbs: Any) -> None:
     """Describes the verb."""
-    parser = verbs.add_parser("demo", help="fine-tune the embedded tiny bases on embedded data, in under two minutes")
+    parser = verbs.add_parser("demo", help="fine-tune the embedded tiny bases on embedded data, in a few minutes")
     parser.add_argument("--output", default="outputs", metavar="DIR")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
     parser.set_defaults(run=run)
