@@ -303,11 +303,6 @@ class _Together:
             for parameter in member.own:
                 parameter.requires_grad_(id(parameter) in chosen)
 
-    def _outcome(self, member: _Member) -> Run | UserError:
-        if isinstance(member.outcome, (Run, UserError)):
-            return member.outcome
-        raise RuntimeError(f"{member.name} ended as {member.outcome!r}")
-
     def _cancel(self) -> None:
         for member in self.members:
             member.cancelled = True
