@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from lora_hf.adapter_file import CONFIG_FILE, WEIGHTS_FILE
@@ -27,6 +27,7 @@ from lora_hf.serving.gate import Gate, problem
 from lora_hf.serving.limits import RefusalError
 from lora_hf.serving.metrics import Metrics
 from lora_hf.serving.playground import PATH, mount
+from lora_hf.serving.quick import Quick
 from lora_hf.serving.requests import Version, late
 from lora_hf.serving.schema import Adapter, Adapters, ClassifyAnswer, Failure, GenerateAnswer, Load, bodies
 
@@ -41,6 +42,8 @@ STATUS = {
 }
 WORDS = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
 BOUNDS = ("too_long", "string_too_long", "less_than_equal")  # what pydantic calls a value above a limit
+CLASSIFY = "/v1/classify"
+SOON = 0.2  # seconds: only for an answer that takes longer is it worth asking whether its client is still there
 EXAMPLE = "send a JSON object with the header 'content-type: application/json'; /docs shows examples"
 
 
@@ -84,30 +87,27 @@ def build_app(
     )  # fmt: skip
     metrics.watch(engine.waiting, lambda: len(engine.adapters()))
     login = PATH if playground else None
+    ClassifyBody, GenerateBody = bodies(engine.limits)
+
+    async def classify(asked: Any, receive: Any) -> Any:
+        return await _classified(engine, asked, receive)
+
+    app.add_middleware(Quick, path=CLASSIFY, model=ClassifyBody, answer=classify, told=lambda error: _told(error, door))
     app.add_middleware(Gate, token=door.token, max_bytes=engine.limits.max_bytes, metrics=metrics, own_login=login)
     _errors(app, door)
-    _answers(app, engine)
+    _answers(app, engine, ClassifyBody, GenerateBody)
     _adapters(app, engine, door)
-    _health(app, door, metrics)
+    _health(app, door, metrics, PATH if playground else "/docs")
     if playground:
         mount(app, engine, door.token)
     return app
 
 
-def _answers(app: FastAPI, engine: Engine) -> None:
-    ClassifyBody, GenerateBody = bodies(engine.limits)
-
-    @app.post("/v1/classify", response_model=ClassifyAnswer)
+def _answers(app: FastAPI, engine: Engine, ClassifyBody: Any, GenerateBody: Any) -> None:
+    @app.post(CLASSIFY, response_model=ClassifyAnswer)
     async def classify(http: Request, body: ClassifyBody) -> Any:  # type: ignore[valid-type]
         """Labels and probabilities of texts, or of pairs of texts."""
-        asked: Any = body
-        size = sum(len(part) for part in asked.inputs if isinstance(part, str))
-        ask = (engine.submit_classify, asked.adapter, asked.inputs, asked.deadline)
-        # A few texts are tokenised in less time than it takes to hand them to another thread.
-        short = size <= CHUNK and all(isinstance(part, str) for part in asked.inputs)
-        request = ask[0](*ask[1:]) if short else await run_in_threadpool(*ask)
-        answer = await _answered(http, request)
-        return _json({"adapter": answer.adapter, "version": answer.version, "answers": answer.answers})
+        return _json(await _classified(engine, body, http.receive))
 
     @app.post(
         "/v1/generate",
@@ -128,25 +128,38 @@ def _answers(app: FastAPI, engine: Engine) -> None:
 
         request = engine.submit_generate(adapter, prompt, values, deadline, on_text=tell if stream else None)
         if not stream:
-            return _json(asdict(await _answered(http, request)))
+            return _json(asdict(await _answered(http.receive, request)))
         request.future.add_done_callback(lambda _: tell(None))
         return StreamingResponse(
             _events(request, pieces), media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
 
 
-async def _answered(http: Request, request: Any) -> Any:
-    """The answer of a request; where its client goes away it is dropped before it costs a batch."""
-    future = asyncio.wrap_future(request.future)
-    gone = asyncio.ensure_future(http.receive())
+async def _classified(engine: Engine, asked: Any, receive: Any) -> dict[str, Any]:
+    size = sum(len(part) for part in asked.inputs if isinstance(part, str))
+    ask = (engine.submit_classify, asked.adapter, asked.inputs, asked.deadline)
+    # A few texts are tokenised in less time than it takes to hand them to another thread.
+    short = size <= CHUNK and all(isinstance(part, str) for part in asked.inputs)
+    answer = await _answered(receive, ask[0](*ask[1:]) if short else await run_in_threadpool(*ask))
+    return {"adapter": answer.adapter, "version": answer.version, "answers": answer.answers}
+
+
+async def _answered(receive: Any, request: Any) -> Any:
+    """The answer of a request; where its client goes away while it waits, it is dropped before it costs a batch."""
+    future: Any = asyncio.wrap_future(request.future)
+    gone = None
     try:
-        seconds = max(0.0, request.deadline - time.monotonic())
-        await asyncio.wait({future, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([future], timeout=min(SOON, max(0.0, request.deadline - time.monotonic())))
+        if not future.done():
+            gone = asyncio.ensure_future(receive())
+            seconds = max(0.0, request.deadline - time.monotonic())
+            await asyncio.wait({future, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if future.done():
             return future.result()
         raise late()
     finally:
-        gone.cancel()
+        if gone is not None:
+            gone.cancel()
         future.cancel()
 
 
@@ -247,7 +260,11 @@ def _below(door: Door, folder: str) -> Path:
     return found
 
 
-def _health(app: FastAPI, door: Door, metrics: Metrics) -> None:
+def _health(app: FastAPI, door: Door, metrics: Metrics, front: str) -> None:
+    @app.get("/", include_in_schema=False)
+    async def first() -> Response:
+        return RedirectResponse(front)
+
     @app.get("/healthz")
     async def health() -> dict[str, str]:
         """Whether the process is alive."""
@@ -267,14 +284,20 @@ def _health(app: FastAPI, door: Door, metrics: Metrics) -> None:
         return Response(metrics.page(), media_type="text/plain; version=0.0.4")
 
 
+def _told(error: UserError, door: Door) -> Response:
+    if not isinstance(error, RefusalError):
+        return _failure(500, "broken_adapter", str(error))
+    if error.code == "unknown_adapter" and not door.open:
+        return _failure(503, "loading", "the server is loading its adapters", {"retry-after": "1"})
+    status = STATUS.get(error.code, 400)
+    after = {"retry-after": str(getattr(error, "retry_after", 1))} if status == 503 else {}
+    return _failure(status, error.code, str(error), after)
+
+
 def _errors(app: FastAPI, door: Door) -> None:
-    @app.exception_handler(RefusalError)
-    async def refused(_: Request, error: RefusalError) -> Response:
-        if error.code == "unknown_adapter" and not door.open:
-            return _failure(503, "loading", "the server is loading its adapters", {"retry-after": "1"})
-        status = STATUS.get(error.code, 400)
-        after = {"retry-after": str(getattr(error, "retry_after", 1))} if status == 503 else {}
-        return _failure(status, error.code, str(error), after)
+    @app.exception_handler(UserError)
+    async def refused(_: Request, error: UserError) -> Response:
+        return _told(error, door)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Request, error: RequestValidationError) -> Response:
@@ -298,10 +321,6 @@ def _errors(app: FastAPI, door: Door) -> None:
     @app.exception_handler(ProblemError)
     async def told(_: Request, error: ProblemError) -> Response:
         return _failure(error.status, error.code, str(error), error.headers)
-
-    @app.exception_handler(UserError)
-    async def broken(_: Request, error: UserError) -> Response:
-        return _failure(500, "broken_adapter", str(error))
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:

@@ -27,8 +27,9 @@ from lora_hf.serving.requests import Request, Version, digest_of
 logger = logging.getLogger(__name__)
 
 # Where several ask at once, those just answered ask again while the next batch is made up: it waits until as many have
-# come as did lately, for at most this share of the last batch's time and this many seconds.
-GATHER_SHARE, GATHER = 0.3, 0.005
+# come as did lately, for at most this share of the last batch's time and this many seconds. Begun earlier it would gain
+# nothing, because Python runs one thread at a time: the model's stands still at each product while requests are read.
+GATHER_SHARE, GATHER = 0.5, 0.05
 RANDOM = threading.Lock()  # torch's own generator is one for all threads: whoever seeds it or draws from it holds this
 
 
@@ -63,6 +64,7 @@ class Worker(ABC):
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._rows = 0  # that wait
         self._crowd = 0.0  # requests that waited at once, lately
+        self._enough = 1  # requests that wake the thread
         self._seconds = 0.0  # of the last batch
         self._rate = 0.0  # rows a second, lately
         self._running = self._closed = self._ending = False
@@ -124,7 +126,8 @@ class Worker(ABC):
                 )
             self._waiting.append(request)
             self._rows += request.rows
-            self._changed.notify()
+            if len(self._waiting) >= self._enough:
+                self._changed.notify()
 
     def call(self, function: Callable[[], Any]) -> Future:
         """Has the thread call `function` between two batches.
@@ -266,7 +269,9 @@ class Worker(ABC):
         with self._changed:
             if 0 < len(self._waiting) < int(self._crowd):
                 patience = min(GATHER, GATHER_SHARE * self._seconds)
-                self._changed.wait_for(lambda: len(self._waiting) >= int(self._crowd) or self._ending, patience)
+                self._enough = int(self._crowd)
+                self._changed.wait_for(lambda: len(self._waiting) >= self._enough or self._ending, patience)
+                self._enough = 1
             self._crowd = max(float(len(self._waiting)), 0.9 * self._crowd)
             self._sweep()
             batch = self._take()

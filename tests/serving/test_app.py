@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ from schemathesis.specs.openapi.checks import (
 
 from lora_hf.inference import Predictor
 from lora_hf.saved import find_saved
-from lora_hf.serving.app import Door, build_app
+from lora_hf.serving.app import Door, _answered, build_app
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.gate import Gate
-from lora_hf.serving.limits import Limits
+from lora_hf.serving.limits import DeadlinePassedError, Limits
 from lora_hf.serving.metrics import Metrics
-from lora_hf.serving.requests import digest_of
+from lora_hf.serving.requests import Request, digest_of
 from tests import tolerances
 from tests.served_adapters import PROMPTS, TEXTS, save_random
 
@@ -279,6 +280,42 @@ def test_only_what_lies_below_the_folder_is_loaded(
 def test_loading_is_off_unless_allowed(client: TestClient) -> None:
     for found in (client.put("/v1/adapters/new", json={"folder": "a"}), client.delete("/v1/adapters/a")):
         assert (found.status_code, found.json()["error"]["code"]) == (403, "loading_off")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"adapter": "a", "inputs": list(TEXTS)},
+        {"adapter": "pair", "inputs": [[TEXTS[0], TEXTS[1]]]},
+        {"adapter": "nobody", "inputs": ["a text"]},
+        {"adapter": "w", "inputs": ["a text"]},
+        {"adapter": "a", "inputs": [" "]},
+        {"adapter": "a", "inputs": ["a text"] * 9},
+        {"adapter": "a", "inputs": ["x" * 201]},
+        {"adapter": "a", "inputs": "a text"},
+    ],
+)
+def test_both_ways_of_a_request_say_the_same(client: TestClient, body: Any) -> None:
+    """A content-type with a charset goes through the whole framework."""
+    kinds = ("application/json", "application/json; charset=utf-8")
+    quick, usual = (client.post(CLASSIFY, content=json.dumps(body), headers={"content-type": kind}) for kind in kinds)
+    assert (quick.status_code, quick.json()) == (usual.status_code, usual.json())
+    assert quick.headers["content-type"] == usual.headers["content-type"]
+
+
+def test_a_client_that_goes_away_takes_its_request_along() -> None:
+    async def gone() -> Any:
+        return {"type": "http.disconnect"}
+
+    request = Request(version=None, deadline=time.monotonic() + 60)  # type: ignore[arg-type]
+    with pytest.raises(DeadlinePassedError):
+        asyncio.run(_answered(gone, request))
+    assert request.future.cancelled()
+
+
+def test_the_front_door_leads_to_the_description(client: TestClient) -> None:
+    found = client.get("/", follow_redirects=False)
+    assert (found.status_code, found.headers["location"]) == (307, "/docs")
 
 
 TAKING = (("POST", CLASSIFY), ("POST", GENERATE), ("PUT", "/v1/adapters/{name}"))  # a body
