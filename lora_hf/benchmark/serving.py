@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import itertools
 import json
@@ -11,7 +12,6 @@ import secrets
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -197,19 +197,12 @@ class _Server:
     token: str
     started: float
 
-    def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-
-    def ask(
-        self, method: str, path: str, body: Any = None, connection: http.client.HTTPConnection | None = None
-    ) -> tuple[int, bytes]:
-        if connection is None:
-            with closing(self.connect()) as own:
-                return self.ask(method, path, body, own)
-        headers = {"authorization": f"Bearer {self.token}", "content-type": "application/json"}
-        connection.request(method, path, None if body is None else json.dumps(body), headers)
-        response = connection.getresponse()
-        return response.status, response.read()
+    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            headers = {"authorization": f"Bearer {self.token}", "content-type": "application/json"}
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            response = connection.getresponse()
+            return response.status, response.read()
 
 
 @contextmanager
@@ -238,18 +231,19 @@ def _server(adapters: dict[str, Path], root: Path, precision: str, token: str) -
 
 
 def _drive(server: _Server, load: Load, clients: int, seconds: float, meanwhile: Callable[[], None]) -> Tally:
-    """`clients` threads, each with a connection, ask one thing after the other until the time is over."""
-    tallies = [Tally() for _ in range(clients)]
+    """`clients` connections, on each of which one thing is asked after the other until the time is over."""
+    asking = [_Asking(server, load, number) for number in range(clients)]
+
+    async def all_of_them() -> None:
+        end = time.perf_counter() + seconds
+        await asyncio.gather(asyncio.to_thread(meanwhile), *(each.until(end) for each in asking))
+
     begin = time.perf_counter()
-    threads = [
-        threading.Thread(target=_client, args=(server, load, number, begin + seconds, tally))
-        for number, tally in enumerate(tallies)
-    ]
-    threads.append(threading.Thread(target=meanwhile))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        asyncio.run(asyncio.wait_for(all_of_them(), seconds + START_LIMIT))
+    except asyncio.TimeoutError:
+        raise TrainingError(f"benchmark serve: the server left a request without answer for {START_LIMIT} s") from None
+    tallies = [each.tally for each in asking]
     return Tally(
         list(itertools.chain.from_iterable(tally.latencies for tally in tallies)),
         list(itertools.chain.from_iterable(tally.errors for tally in tallies)),
@@ -259,39 +253,64 @@ def _drive(server: _Server, load: Load, clients: int, seconds: float, meanwhile:
     )
 
 
-def _client(server: _Server, load: Load, number: int, end: float, tally: Tally) -> None:
-    with closing(server.connect()) as connection:
-        _ask_on(connection, server, load, number, end, tally)
+class _Asking:
+    """A client. It takes little of the machine, which is the server's: an answer that comes again is compared once."""
 
+    def __init__(self, server: _Server, load: Load, number: int) -> None:
+        self.server, self.load, self.tally = server, load, Tally()
+        self.turn = number * 7919  # clients start at different texts
+        self.known: dict[tuple[str, int, bytes], str | None] = {}
 
-def _ask_on(
-    connection: http.client.HTTPConnection, server: _Server, load: Load, number: int, end: float, tally: Tally
-) -> None:
-    turn = number * 7919  # clients start at different texts
-    while time.perf_counter() < end:
-        name, place = load.names[turn % len(load.names)], turn // len(load.names) % len(load.texts)
-        turn += 1
-        begin = time.perf_counter()
+    async def until(self, end: float) -> None:
+        while time.perf_counter() < end:
+            await self._on_a_connection(end)
+
+    async def _on_a_connection(self, end: float) -> None:
         try:
-            body = {"adapter": name, "inputs": [load.texts[place]]}
-            status, content = server.ask("POST", "/v1/classify", body, connection)
-        except (OSError, http.client.HTTPException) as error:
-            tally.errors.append(repr(error))
-            connection.close()  # the next request opens it again
-            continue
-        tally.latencies.append(time.perf_counter() - begin)
-        if status != 200:
-            tally.errors.append(content.decode(errors="replace")[:300])
-            continue
-        answer = json.loads(content)
-        tally.versions.add(answer["version"])
-        expected = load.expected.get(answer["version"])
-        if (
-            answer["adapter"] != name
-            or expected is None
-            or not same(answer["answers"], expected[place], load.tolerance)
-        ):
-            tally.wrong.append(f"{name}: {answer} instead of {expected and expected[place]}")
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
+            with closing(writer):
+                while time.perf_counter() < end:
+                    await self._ask(reader, writer)
+        except (OSError, EOFError, ValueError) as error:
+            self.tally.errors.append(repr(error))
+            await asyncio.sleep(0.05)  # the next is asked on another connection
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        name = self.load.names[self.turn % len(self.load.names)]
+        place = self.turn // len(self.load.names) % len(self.load.texts)
+        self.turn += 1
+        begin = time.perf_counter()
+        writer.write(self._request({"adapter": name, "inputs": [self.load.texts[place]]}))
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        content = await reader.readexactly(int(head.partition("content-length:")[2].split()[0]))
+        self.tally.latencies.append(time.perf_counter() - begin)
+        if head.split()[1] == "200":
+            self._check(name, place, content)
+        else:
+            self.tally.errors.append(content.decode(errors="replace")[:300])
+
+    def _request(self, body: dict[str, Any]) -> bytes:
+        content = json.dumps(body).encode()
+        head = (
+            f"POST /v1/classify HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {self.server.token}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        )
+        return head.encode() + content
+
+    def _check(self, name: str, place: int, content: bytes) -> None:
+        key = (name, place, content)
+        if key not in self.known:
+            answer = json.loads(content)
+            self.tally.versions.add(answer["version"])
+            expected = self.load.expected.get(answer["version"])
+            right = (
+                answer["adapter"] == name
+                and expected is not None
+                and same(answer["answers"], expected[place], self.load.tolerance)
+            )
+            self.known[key] = None if right else f"{name}: {answer} instead of {expected and expected[place]}"
+        if wrong := self.known[key]:
+            self.tally.wrong.append(wrong)
 
 
 def same(answers: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> bool:
