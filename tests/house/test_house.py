@@ -57,6 +57,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "inference",
         "generation",
         "speed_tables",
+        "serving_tables",
         "robustness_tables",
         "suite_tables",
         "merging",
