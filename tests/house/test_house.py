@@ -51,7 +51,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "encoding",
     ),
     ("adapters", "saved", "mixing", "models", "card", "sampling", "callbacks", "sharding"),
-    ("trainer", "hub", "loading", "convert"),
+    ("trainer", "hub", "loading", "convert", "scoring"),
     (
         "training",
         "inference",
