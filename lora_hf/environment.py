@@ -15,7 +15,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from lora_hf.architectures import ARCHITECTURES
-from lora_hf.records import git_state, machine, version, versions
+from lora_hf.records import cpuinfo, git_state, machine, version, versions
 
 DISTRIBUTION = "lora-hf"
 FOR_DEVELOPERS = ("dev", "docs", "test")  # extras that nobody misses who uses lora_hf
@@ -92,11 +92,7 @@ def _usable_cores() -> int | None:
 
 
 def _units() -> list[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    flags = cpuinfo("flags").split()
     return [unit for unit in UNITS if unit in flags]
 
 

@@ -23,6 +23,7 @@ MERGE_FILE = "merge.json"
 COMBINE_FILE = "combine.json"
 COMPARISON_FILE = "comparison.json"
 PACKAGES = ("lora-hf", "torch", "transformers", "datasets", "evaluate", "accelerate", "safetensors", "tokenizers")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 class _Record:
@@ -214,6 +215,30 @@ class ComparisonRecord(_Record):
     git: dict[str, Any] = field(default_factory=dict)
 
 
+def record_files(folder: Path) -> list[Path]:
+    """The records of a folder, by name.
+
+    Raises:
+        DataError: there are none.
+    """
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise DataError(f"{folder}: no records")
+    return files
+
+
+def read_plain(file: Path) -> dict[str, Any]:
+    """A record that has no class: what a benchmark or a program of the tests has measured.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not readable: {error}") from error
+
+
 def describe(record: RunRecord) -> str:
     """A run in a few words: which base, which method, and for LoRA which rank and targets."""
     return f"{describe_base(record)}, {describe_method(record)}"
@@ -266,7 +291,7 @@ def machine() -> dict[str, Any]:
     """Processor, cores and memory; nothing that names the machine or its user."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": cpuinfo("model name") or platform.processor(),
         "cores": os.cpu_count(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
     }
@@ -287,9 +312,10 @@ def folder_size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _processor() -> str:
+def cpuinfo(field: str) -> str:
+    """What Linux says of the first core, such as its `model name` or its `flags`; empty where it does not say."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == field), "")

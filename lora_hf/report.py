@@ -6,7 +6,6 @@ of them from `docs/results/`, and a test fails where a page and its records disa
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections import Counter
@@ -14,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_hf import robustness_tables, speed_tables, suite_tables
+from lora_hf import robustness_tables, serving_tables, speed_tables, suite_tables
 from lora_hf.architectures import ARCHITECTURES, Projection
 from lora_hf.config import ROLES
 from lora_hf.errors import DataError
 from lora_hf.markdown import minutes, percent, table
-from lora_hf.records import RunRecord, ScoreRecord, SweepRecord, describe
+from lora_hf.records import RunRecord, ScoreRecord, SweepRecord, describe, read_plain, record_files
 
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -53,14 +52,7 @@ def fill_pages(root: Path) -> list[Path]:
 
 
 def _runs(folder: Path) -> list[tuple[Path, RunRecord]]:
-    return [(file, RunRecord.load(file)) for file in _json_files(folder)]
-
-
-def _json_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.json"))
-    if not files:
-        raise DataError(f"{folder}: no records")
-    return files
+    return [(file, RunRecord.load(file)) for file in record_files(folder)]
 
 
 def _sst2(results: Path) -> str:
@@ -122,7 +114,7 @@ def _grouping(results: Path) -> str:
 def _sweep(results: Path) -> str:
     """The trials of each sweep, the best first; those that were stopped early at the end."""
     parts = []
-    for file in _json_files(results / "sweep"):
+    for file in record_files(results / "sweep"):
         record = SweepRecord.load(file)
         keys = list(dict.fromkeys(key for trial in record.trials for key in trial["values"]))
         sign = -1 if record.greater_is_better else 1
@@ -153,14 +145,7 @@ def _typed(value: Any) -> str:
 
 
 def _evidence(results: Path) -> dict[str, Any]:
-    return _json(results / "tiny-bases.json")
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: not readable: {error}") from error
+    return read_plain(results / "tiny-bases.json")
 
 
 def _bases(results: Path) -> str:
@@ -223,8 +208,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "grouping": _grouping,
     "joint": speed_tables.joint,
     "sweep": _sweep,
-    "serving": speed_tables.serving,
-    "restarts": speed_tables.restarts,
+    "serving": serving_tables.serving,
+    "restarts": serving_tables.restarts,
     "quantised": speed_tables.quantised,
     "answers-in": speed_tables.answers_in,
     "suite": suite_tables.from_results(suite_tables.scores),
@@ -234,6 +219,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "suite-choice": suite_tables.from_results(suite_tables.choice),
     "suite-guide": suite_tables.from_results(suite_tables.guide),
     "damaged-input": robustness_tables.damaged,
+    "malformed-requests": robustness_tables.malformed,
+    "malformed-answers": robustness_tables.malformed_answers,
     "kills": robustness_tables.kills,
     "roles": _roles,
     "tiny-bases": _bases,

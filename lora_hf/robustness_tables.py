@@ -1,26 +1,39 @@
-"""The tables of runs that were killed and of damaged input, from the records that `tests` write.
+"""The tables of damaged input, malformed requests and runs that were killed, from the records that `tests` write.
 
 A table whose record has not been made says so.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from lora_hf.errors import DataError
 from lora_hf.markdown import table
+from lora_hf.records import read_plain
 
-NOT_MADE = "Not recorded yet: run `{command} --output docs/results/robustness/{file}`."
+MAKERS = {"input.json": "robustness", "http.json": "malformed", "kills.json": "kills"}
+NOT_MADE = {
+    name: f"Not recorded yet: run `python -m tests.{maker} --output docs/results/robustness/{name}`."
+    for name, maker in MAKERS.items()
+}
+
+# How a request may end, by its name in the record.
+ENDS = {
+    "requests": "requests",
+    "malformed": "refused as malformed",
+    "refused": "refused for what it asks",
+    "accepted": "answered",
+    "unavailable": "503 or 504 with its code",
+    "failed": "another 5xx, or no documented form",
+}
 
 
 def damaged(results: Path) -> str:
     """By kind of input: how many cases, how each ended, and the most that one took."""
-    file = results / "robustness" / "input.json"
-    if not file.exists():
-        return NOT_MADE.format(command="python -m tests.robustness", file=file.name)
-    record, rows = _read(file), []
+    record = _read(results, "input.json")
+    if not record:
+        return NOT_MADE["input.json"]
+    rows = []
     for kind, counts in record["counts"].items():
         worst = record["worst"][kind]
         rows.append(
@@ -38,12 +51,30 @@ def damaged(results: Path) -> str:
     return table(head, rows)
 
 
+def malformed(results: Path) -> str:
+    """By operation of the server: how many requests, and how each ended."""
+    record = _read(results, "http.json")
+    if not record:
+        return NOT_MADE["http.json"]
+    operations = [*record["operations"].items(), ("all", record["totals"])]
+    rows = [[name, *(f"{counts.get(each, 0):,}" for each in ENDS)] for name, counts in operations]
+    return table(["operation", *ENDS.values()], rows)
+
+
+def malformed_answers(results: Path) -> str:
+    """How many of these requests got which status, and which code of an error."""
+    record = _read(results, "http.json")
+    if not record:
+        return NOT_MADE["http.json"]
+    rows = [[answer, f"{count:,}"] for answer, count in record["answers"].items()]
+    return table(["answer", "requests"], rows)
+
+
 def kills(results: Path) -> str:
     """Each kill: when it came, where the run went on, and what it ended with otherwise than the run never stopped."""
-    file = results / "robustness" / "kills.json"
-    if not file.exists():
-        return NOT_MADE.format(command="python -m tests.kills", file=file.name)
-    record = _read(file)
+    record = _read(results, "kills.json")
+    if not record:
+        return NOT_MADE["kills.json"]
     rows = [
         [
             f"{number}",
@@ -58,8 +89,6 @@ def kills(results: Path) -> str:
     return table(head, rows, words=5)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: not readable: {error}") from error
+def _read(results: Path, name: str) -> dict[str, Any] | None:
+    file = results / "robustness" / name
+    return read_plain(file) if file.exists() else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_hf.errors import DataError
 from lora_hf.markdown import minutes, percent, table
-from lora_hf.records import SuiteRecord
+from lora_hf.records import SuiteRecord, record_files
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
 Run = dict[str, Any]
@@ -259,11 +259,8 @@ def from_results(render: Callable[[SuiteRecord], str]) -> Callable[[Path], str]:
     """
 
     def of_all(results: Path) -> str:
-        files = sorted((results / "suite").glob("*.json"))
-        if not files:
-            raise DataError(f"{results / 'suite'}: no records")
         parts = []
-        for file in files:
+        for file in record_files(results / "suite"):
             record = SuiteRecord.load(file)
             caption = f"`{record.base['name']}`, {len(record.runs)} of {record.planned} runs "
             parts.append(f"{caption}([record](results/suite/{file.name})):\n\n{render(record)}")

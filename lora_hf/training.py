@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -53,6 +52,7 @@ from lora_hf.records import (
 )
 from lora_hf.run_folder import LOG_FILE, begin_run, find_run_folder
 from lora_hf.sampling import number_prompts
+from lora_hf.scoring import score_answers
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import task_of
 from lora_hf.trainer import (
@@ -179,7 +179,7 @@ def _train(
     if place():
         wait_for_all()
         return Run(folder, RunRecord.load(folder / RECORD_FILE))
-    _score_all(record, task, answers, rows, folder)
+    score_answers(record, task, answers, rows, folder)
     run = Run(folder, record)
     if config.train.method == "full":
         model.save_pretrained(run.weights)
@@ -338,49 +338,9 @@ def _trainer(
     return trainer
 
 
-def _score(record: RunRecord, task: Task, split: str, logits: np.ndarray, rows: Mapping[str, Dataset]) -> None:
-    """Puts the split's scores on the record, and says aloud what a person should not overlook."""
-    labels, train_labels = np.asarray(rows[split]["label"]), np.asarray(rows[task.train_split]["label"])
-    scores, majority = task.score(logits, labels), task.majority(labels, train_labels)
-    record.metrics[split], record.majority[split] = scores, majority
-    if task.problem_type != "regression" and len(np.unique(logits.argmax(axis=1))) == 1:
-        only = task.label_names[int(logits[0].argmax())]
-        record.warnings.append(f"{split}: every row was answered {only!r}; the model has collapsed to one class")
-    best = task.best_metric
-    if scores[best] <= majority[best]:
-        record.warnings.append(
-            f"{split}: {best} {scores[best]:.4f} is no better than always giving one answer ({majority[best]:.4f}); "
-            "train longer, or with another learning rate"
-        )
-    for warning in record.warnings:
-        logger.warning(warning)
-
-
 def _answers(task: Task, trainer: Trainer, encoded: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What the trained model gives for each evaluation split; every process has a part in it."""
     return {
         split: np.asarray(trainer.predict(encoded[split], metric_key_prefix=split).predictions)
         for split in task.evaluation_splits
     }
-
-
-def _score_all(
-    record: RunRecord, task: Task, answers: Mapping[str, np.ndarray], rows: Mapping[str, Dataset], folder: Path
-) -> None:
-    """Scores the answers for each evaluation split, and keeps a classifier's beside the record."""
-    for split, found in answers.items():
-        if task.model_kind == "causal-lm":
-            record.metrics[split] = task.score(found, ())
-            continue
-        _write_predictions(folder / f"predictions-{split}.jsonl", task, rows[split], found)
-        _score(record, task, split, found, rows)
-
-
-def _write_predictions(path: Path, task: Task, rows: Dataset, logits: np.ndarray) -> None:
-    """One JSON object a row, in the order of the split: its place, the truth, the answer and the logits."""
-    with path.open("w", encoding="utf-8") as file:
-        for index, (label, row) in enumerate(zip(rows["label"], np.asarray(logits, dtype=float), strict=True)):
-            regression = task.problem_type == "regression"
-            answer = float(row.reshape(-1)[0]) if regression else int(row.argmax())
-            line = {"row": index, "label": label, "prediction": answer, "logits": row.reshape(-1).round(6).tolist()}
-            file.write(json.dumps(line) + "\n")

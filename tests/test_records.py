@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from lora_hf import records
 from lora_hf.errors import DataError
-from lora_hf.records import RunRecord, git_state, machine, peak_rss, versions
+from lora_hf.records import RunRecord, cpuinfo, git_state, machine, peak_rss, versions
 
 
 def record(**values: object) -> RunRecord:
@@ -56,3 +57,14 @@ def test_the_surroundings_are_told_without_naming_the_machine() -> None:
     assert machine()["cores"] >= 1
     assert peak_rss() > 1_000_000
     assert not {"hostname", "user", "node"} & machine().keys()
+
+
+def test_the_processor_is_read_from_what_linux_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = tmp_path / "cpuinfo"
+    said.write_text("cpu\t: 0\nmodel name\t: Some: Core\nflags\t\t: fpu avx2\nvmx flags\t: other\nflags\t: second\n")
+    monkeypatch.setattr(records, "CPUINFO", said)
+    assert [cpuinfo(field) for field in ("model name", "flags", "model", "bugs")] == ["Some: Core", "fpu avx2", "", ""]
+    assert machine()["processor"] == "Some: Core"
+    monkeypatch.setattr(records, "CPUINFO", tmp_path / "nothing")
+    assert cpuinfo("flags") == ""
+    assert machine()["processor"] == platform.processor(), "another system"

@@ -12,6 +12,7 @@ import pytest
 from lora_hf import cli
 from lora_hf.adapter_file import CONFIG_FILE
 from tests.adapters_on_disk import run_folder
+from tests.malformed import well
 from tests.robustness import Adapters, Configs, Data, outcomes
 
 RECORDS = Path(__file__).parents[1] / "docs" / "results" / "robustness"
@@ -78,6 +79,14 @@ def test_every_recorded_kill_was_gone_on_from_to_the_last_bit() -> None:
     assert len(record["kills"]) >= 20
     assert [kill["differences"] for kill in record["kills"]] == [[]] * record["exact"]
     assert len({kill["checkpoint"] for kill in record["kills"]}) > 2, "they came at different moments"
+    assert not record["git"]["changed"]
+
+
+def test_a_thousand_malformed_requests_broke_no_server() -> None:
+    """The suite sends fewer itself (`test_malformed`)."""
+    record = json.loads((RECORDS / "http.json").read_text(encoding="utf-8"))
+    assert record["totals"]["malformed"] >= 1000
+    assert well(record)
     assert not record["git"]["changed"]
 
 

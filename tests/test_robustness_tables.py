@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_hf.errors import DataError
-from lora_hf.robustness_tables import damaged, kills
+from lora_hf.robustness_tables import damaged, kills, malformed, malformed_answers
 
 
 def write(folder: Path, name: str, record: object) -> None:
@@ -32,6 +32,20 @@ def test_damaged_input_is_counted_by_kind(tmp_path: Path) -> None:
     ]
 
 
+def test_malformed_requests_are_counted_by_operation_and_by_answer(tmp_path: Path) -> None:
+    record = {
+        "operations": {"POST /v1/classify": {"requests": 1203, "malformed": 1200, "accepted": 3}},
+        "totals": {"requests": 1205, "malformed": 1200, "accepted": 3, "failed": 2},
+        "answers": {"200": 3, "422 invalid_request": 1200, "500 internal": 2},
+    }
+    write(tmp_path, "http.json", record)
+    assert cells(malformed(tmp_path)) == [
+        ["POST /v1/classify", "1,203", "1,200", "0", "3", "0", "0"],
+        ["all", "1,205", "1,200", "0", "3", "0", "2"],
+    ]
+    assert cells(malformed_answers(tmp_path)) == [["200", "3"], ["422 invalid_request", "1,200"], ["500 internal", "2"]]
+
+
 def test_each_kill_has_a_row(tmp_path: Path) -> None:
     record = {
         "kills": [
@@ -51,8 +65,11 @@ def test_a_missing_record_is_told_and_a_damaged_one_is_an_error(tmp_path: Path) 
         "Not recorded yet: run `python -m tests.robustness --output docs/results/robustness/input.json`."
     )
     assert kills(tmp_path).endswith("run `python -m tests.kills --output docs/results/robustness/kills.json`.")
+    assert malformed(tmp_path) == malformed_answers(tmp_path)
+    assert malformed(tmp_path).endswith("run `python -m tests.malformed --output docs/results/robustness/http.json`.")
     (tmp_path / "robustness").mkdir()
-    for name, read in (("input.json", damaged), ("kills.json", kills)):
+    tables = {"input.json": damaged, "http.json": malformed, "kills.json": kills}
+    for name, read in tables.items():
         (tmp_path / "robustness" / name).write_text("{")
         with pytest.raises(DataError, match=f"{name}: not readable"):
             read(tmp_path)

@@ -1,14 +1,12 @@
 """Measures several runs that train together on one base against the same runs one after another.
 
-A process a side and round, in turns; it speaks JSON: the work comes on standard input, what was measured goes out.
+A process a side and round, in turns: it is told its runs, and tells what they took.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,10 +18,10 @@ from typing import Any
 from safetensors.torch import load_file
 
 from lora_hf.adapter_file import WEIGHTS_FILE
-from lora_hf.benchmark.process import PACKAGE_PARENT, TAIL
+from lora_hf.benchmark.process import Channel, Child
 from lora_hf.benchmark.train import machine_in_use, summary
 from lora_hf.config import RunConfig
-from lora_hf.errors import ConfigError, TrainingError, UserError
+from lora_hf.errors import ConfigError, UserError
 from lora_hf.joint import train_together
 from lora_hf.precision import resolve
 from lora_hf.records import git_state, peak_rss, versions
@@ -33,6 +31,7 @@ from lora_hf.training import train
 logger = logging.getLogger(__name__)
 
 SIDES = ("together", "apart")
+MODULE = "lora_hf.benchmark.joint"
 DEVELOPMENT_ROWS = 64  # scored at the end of a run, on both sides
 
 
@@ -114,20 +113,12 @@ def _configs(base: RunConfig, tasks: Sequence[str], seeds: Sequence[int], folder
 
 
 def _in_process(side: str, configs: Sequence[RunConfig]) -> dict[str, Any]:
-    paths = (str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", ""))
-    done = subprocess.run(
-        (sys.executable, "-m", "lora_hf.benchmark.joint"),
-        input=json.dumps({"side": side, "configs": [config.to_dict() for config in configs]}),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()][-TAIL:]
-        kind = ConfigError if done.returncode == 2 else TrainingError
-        raise kind("\n  ".join([f"benchmark: {side} ended early (exit {done.returncode})", *lines]))
-    return json.loads(done.stdout.splitlines()[-1])
+    order = {"side": side, "configs": [config.to_dict() for config in configs]}
+    child = Child(side, json.dumps(order), sys.executable, "-m", MODULE)
+    try:
+        return child.finish()
+    finally:
+        child.stop()
 
 
 def _apart(folder: Path, name: str) -> dict[str, float]:
@@ -139,10 +130,10 @@ def _apart(folder: Path, name: str) -> dict[str, float]:
     }
 
 
-def main() -> int:
+def serve(channel: Channel) -> None:
     """Does the work of one side."""
-    work = json.loads(sys.stdin.read())
-    configs = [RunConfig.from_dict(config) for config in work["configs"]]
+    order = json.loads(channel.wait())
+    configs = [RunConfig.from_dict(config) for config in order["configs"]]
     rows: dict[str, Any] = {}
     for config in configs:
         task = get_task(config.task.name)
@@ -152,7 +143,7 @@ def main() -> int:
             rows[task.name] = few | {task.train_split: read[task.train_split]}
     begin = time.perf_counter()
     try:
-        if work["side"] == "together":
+        if order["side"] == "together":
             broken = [run for run in train_together(configs, rows=rows) if isinstance(run, UserError)]
             if broken:
                 raise broken[0]
@@ -160,11 +151,10 @@ def main() -> int:
             for config in configs:
                 train(config, rows=rows[config.task.name])
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    sys.stdout.write(json.dumps({"seconds": time.perf_counter() - begin, "rss": peak_rss()}) + "\n")
-    return 0
+        channel.tell(error=str(error))
+    else:
+        channel.tell(done={"seconds": time.perf_counter() - begin, "rss": peak_rss()})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    serve(Channel.standard())

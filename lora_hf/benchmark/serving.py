@@ -7,7 +7,6 @@ import http.client
 import itertools
 import json
 import logging
-import os
 import secrets
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import torch
 import yaml
 
 from lora_hf.adapters import save_adapter
+from lora_hf.benchmark.process import package_environment
 from lora_hf.benchmark.train import machine_in_use
 from lora_hf.config import RunConfig
 from lora_hf.errors import ConfigError, TrainingError
@@ -42,7 +42,6 @@ STD = 0.05  # of every B and head: answers of two adapters must differ, or a mix
 # How far a served probability may be from the offline one, both rounded to four decimals: sums in another order, which
 # in half precision round otherwise.
 TOLERANCES = {"fp32": 1.001e-4, "bf16": 2e-2, "fp16": 4e-3}
-PACKAGE_PARENT = Path(__file__).parents[2]
 SERVE = "import sys; from lora_hf.cli import main; sys.exit(main(verb='serve'))"
 START_LIMIT = 120.0  # seconds
 
@@ -210,8 +209,7 @@ def _server(adapters: dict[str, Path], root: Path, precision: str, token: str) -
     """A server in a process of its own, ready."""
     words = [word for name, folder in adapters.items() for word in ("--adapter", f"{name}={folder}")]
     words += ["--port", "0", "--allow-loading", str(root), "--precision", precision]
-    paths = filter(None, (str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "LORA_HF_TOKEN": token}
+    environment = package_environment() | {"LORA_HF_TOKEN": token}
     begin = time.perf_counter()
     log = root / f"server-{time.monotonic_ns()}.log"
     with log.open("w", encoding="utf-8") as errors:

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lora_hf.benchmark.process import PACKAGE_PARENT
+from lora_hf.benchmark.process import package_environment
 from lora_hf.benchmark.suite_plan import (
     PlannedRun,
     SuiteOptions,
@@ -170,11 +170,7 @@ def _process(said: Path, words: list[str], jobs: int) -> subprocess.Popen[bytes]
     threads = max(1, _cores() // jobs)
     limit = os.environ.get("OMP_NUM_THREADS", "")
     threads = min(threads, int(limit)) if limit.isdecimal() else threads
-    paths = (str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", ""))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
+    environment = package_environment() | {"OMP_NUM_THREADS": str(threads)}
     with said.open("ab") as out:
         return subprocess.Popen(
             [*VERB, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True

@@ -7,13 +7,10 @@ side, so that a peak of memory is that side's alone; lines and not `multiprocess
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,27 +20,10 @@ from lora_hf.benchmark.answering import ANSWERING, build
 from lora_hf.benchmark.flops import matmul_peak, matrix_weights, step_flops, synchronize
 from lora_hf.benchmark.memory import MemoryWatch
 from lora_hf.benchmark.peers import PEER_SIDES
+from lora_hf.benchmark.process import Channel
 from lora_hf.benchmark.sides import PER_WEIGHT, SIDES, Setup
 from lora_hf.benchmark.work import PEAK, Work
 from lora_hf.errors import UserError
-
-
-class Channel:
-    """The two pipes to the parent."""
-
-    def __init__(self, lines: TextIO, out: TextIO) -> None:
-        self.lines, self.out = lines, out
-
-    def tell(self, **message: Any) -> None:
-        self.out.write(json.dumps(message) + "\n")
-        self.out.flush()
-
-    def wait(self) -> str:
-        """The parent's next line; where it has gone, so does this process."""
-        line = self.lines.readline()
-        if not line:
-            raise SystemExit(0)
-        return line
 
 
 class Turns(TrainerCallback):
@@ -143,13 +123,5 @@ def _measure_peak(channel: Channel, work: Work) -> None:
     channel.tell(done={})
 
 
-def main() -> None:
-    """Serves the parent through standard input and output."""
-    # Standard output is the parent's pipe: whatever a library prints goes to standard error instead.
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    serve(Channel(sys.stdin, out))
-
-
 if __name__ == "__main__":
-    main()
+    serve(Channel.standard())

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from lora_hf.commands import benchmark_joint, benchmark_suite
 from lora_hf.commands.base import add_base, base_section
-from lora_hf.commands.output import print_json
-from lora_hf.errors import ConfigError
+from lora_hf.commands.output import check_record, print_json, write_record
 
 MEASURED = {
     "train": "how fast methods and libraries train",
@@ -65,8 +63,7 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.config import RunConfig
     from lora_hf.tasks.table import get_task
 
-    if options.output and not options.output.parent.is_dir():
-        raise ConfigError(f"--output {options.output}: there is no folder {options.output.parent}")
+    check_record(options.output)
     size = options.batch_size
     if size is None and options.what != "infer":
         size = 8 if get_task(options.task).model_kind == "causal-lm" else 16
@@ -104,8 +101,7 @@ def run(options: argparse.Namespace) -> None:
         from lora_hf.benchmark.train import benchmark_train
 
         result = benchmark_train(config, options.against.split(","), options.steps, options.rounds)
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_record(options.output, result)
     if options.json:
         print_json(result)
         return

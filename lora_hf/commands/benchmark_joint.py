@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from lora_hf.commands.base import add_base, base_section
-from lora_hf.commands.output import print_json
-from lora_hf.errors import ConfigError
+from lora_hf.commands.output import check_record, print_json, write_record
 
 
 def add(kinds: Any) -> None:
@@ -36,8 +34,7 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.benchmark.suite_plan import parse_seeds
     from lora_hf.config import RunConfig
 
-    if options.output and not options.output.parent.is_dir():
-        raise ConfigError(f"--output {options.output}: there is no folder {options.output.parent}")
+    check_record(options.output)
     base = RunConfig.from_dict(
         {
             "model": base_section(options, 0.0),
@@ -51,8 +48,7 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.benchmark.joint import benchmark_joint
 
     result = benchmark_joint(base, options.tasks.split(","), seeds, options.rounds)
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_record(options.output, result)
     if options.json:
         print_json(result)
         return

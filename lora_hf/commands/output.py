@@ -43,6 +43,18 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
         raise ConfigError(f"--output {path}: cannot be written: {error.strerror}") from error
 
 
+def check_record(path: Path | None) -> None:
+    """Raises ConfigError, before anything is measured, where the folder of a record is not there."""
+    if path and not path.parent.is_dir():
+        raise ConfigError(f"--output {path}: there is no folder {path.parent}")
+
+
+def write_record(path: Path | None, record: dict[str, Any]) -> None:
+    """What was measured, where a file was asked for."""
+    if path:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on one line."""
     print(json.dumps(value, ensure_ascii=False))

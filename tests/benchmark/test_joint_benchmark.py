@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lora_hf.adapter_file import read_adapter
+from lora_hf.benchmark.joint import _in_process
 from lora_hf.benchmark.suite import _next_ready
 from lora_hf.benchmark.suite_plan import SuiteOptions, plan_suite
 from lora_hf.cli import main
+from lora_hf.config import RunConfig
+from lora_hf.errors import ConfigError
 from tests.tolerances import JOINT_FP32
 
 FAST = ["model.precision=fp32", "train.max_steps=3", "train.batch_size=4", "train.lr=1e-4", "task.max_length=32"]
@@ -82,3 +86,10 @@ def test_both_sides_are_measured_and_their_weights_compared(tmp_path: Path, caps
     assert "times as fast" in capsys.readouterr().out
     assert main([*words[:3], "--rounds", "1", "--steps", "3"], verb="benchmark") == 2
     assert "expected at least 2 runs, found 1" in capsys.readouterr().err
+
+
+def test_what_a_side_cannot_train_is_told_by_its_process() -> None:
+    config = RunConfig.from_dict({"model": {"name": "tiny-roberta"}, "task": {"name": "rule-sentiment"}})
+    huge = replace(config, lora=replace(config.lora, r=4096))
+    with pytest.raises(ConfigError, match=r"benchmark: apart: lora\.r"):
+        _in_process("apart", [huge])

@@ -12,10 +12,11 @@ from transformers.activations import NewGELUActivation
 
 from lora_hf.benchmark.flops import Weights, matmul_peak, matrix_weights, step_flops
 from lora_hf.benchmark.peers import PEER_SIDES, with_loralib
+from lora_hf.benchmark.process import Channel
 from lora_hf.benchmark.sides import SIDES, Setup
 from lora_hf.benchmark.train import spread_batches
 from lora_hf.benchmark.work import PEAK, Work
-from lora_hf.benchmark.worker import Channel, serve
+from lora_hf.benchmark.worker import serve
 from lora_hf.config import LoraConfig, ModelConfig, RunConfig
 from lora_hf.injection import inject
 from lora_hf.models import load_base

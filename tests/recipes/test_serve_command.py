@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.served import serving
 from tests.served_adapters import PROMPTS, save_random
 
-REPO = Path(__file__).parents[2]
 TOKEN = "a-token-of-this-test"
 
 
@@ -26,40 +19,6 @@ TOKEN = "a-token-of-this-test"
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
     return {name: save_random(root / name, task) for name, task in (("a", "rule-sentiment"), ("w", "rule-restaurants"))}
-
-
-@contextmanager
-def serving(*words: str | Path, **environment: str) -> Iterator[tuple[subprocess.Popen, str, list[str]]]:
-    """The process, its address, and the lines of its log so far; it is ready."""
-    process = subprocess.Popen(
-        [sys.executable, str(REPO / "scripts" / "serve.py"), "--port", "0", *map(str, words)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
-    )  # fmt: skip
-    lines: list[str] = []
-    ready = threading.Event()
-
-    def read() -> None:
-        assert process.stderr is not None
-        for line in process.stderr:
-            lines.append(line)
-            if "ready: " in line:
-                ready.set()
-        ready.set()
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        assert ready.wait(120), lines
-        found = re.search(r"http://[\d.:]+", "".join(lines))
-        assert found, lines
-        yield process, found[0], lines
-    finally:
-        process.kill()
-        process.wait()
-        reader.join(10)
-        for pipe in (process.stdout, process.stderr):
-            assert pipe is not None
-            pipe.close()
 
 
 def test_a_request_in_flight_is_answered_after_sigterm(folders: dict[str, Path]) -> None:

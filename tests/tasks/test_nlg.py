@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow
 import pytest
-from pyarrow import parquet
 
 from lora_hf.errors import DataError, HubError, ModelError, TrainingError
 from lora_hf.tasks.generation import IGNORED, TextGeneration
 from lora_hf.tasks.nlg import NLG
-from lora_hf.tasks.sources import DATA_DIR_VARIABLE
 from lora_hf.tasks.table import get_task, task_names
 from lora_hf.tiny.data import RESTAURANT_ROWS
+from tests.splits import load, message, write, write_text
 
 END = 50256  # GPT-2's <|endoftext|>: the separator and the end
 SLOTS = "name, eatType, food, priceRange, customer rating, area, familyFriendly, near"
@@ -55,37 +53,10 @@ def nlg_task(name: str) -> TextGeneration:
     return cast(TextGeneration, get_task(name))
 
 
-def write(path: Path, columns: dict) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.table(columns), path)
-    return path
-
-
-def write_text(path: Path, text: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
-
-def load(name: str, folder: Path | None, split: str = "train") -> Any:
-    return nlg_task(name).load(str(folder) if folder else None, [split])[split]
-
-
-def message(name: str, folder: Path | None, split: str = "train") -> str:
-    with pytest.raises(DataError) as error:
-        load(name, folder, split)
-    return str(error.value)
-
-
 def refused(name: str, prompt: str) -> str:
     with pytest.raises(DataError) as error:
         nlg_task(name).context(prompt)
     return str(error.value)
-
-
-@pytest.fixture(autouse=True)
-def _no_data_dir_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(DATA_DIR_VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="module")

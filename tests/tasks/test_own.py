@@ -13,13 +13,14 @@ from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 
 from lora_hf.config import ModelConfig, TaskConfig
-from lora_hf.errors import ConfigError, DataError
+from lora_hf.errors import ConfigError
 from lora_hf.models import load_tokenizer
 from lora_hf.tasks.base import TextClassification
 from lora_hf.tasks.generation import TextGeneration
 from lora_hf.tasks.own import described
 from lora_hf.tasks.sources import DATA_DIR_VARIABLE
 from lora_hf.tasks.table import task_of
+from tests.splits import columns, message
 
 TEAMS = TaskConfig(
     "tickets",
@@ -34,29 +35,13 @@ PRICES = TaskConfig("prices", kind="regression", label_column="price")
 ANSWERS = TaskConfig("answers", kind="generation")
 
 
-@pytest.fixture(autouse=True)
-def _no_data_dir_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(DATA_DIR_VARIABLE, raising=False)
-
-
-def load(config: TaskConfig, folder: Path | None, split: str = "train") -> dict[str, list]:
-    rows = task_of(config).load(str(folder) if folder else None, [split])[split]
-    return {column: rows[column][:] for column in rows.column_names}
-
-
-def message(config: TaskConfig, folder: Path | None, split: str = "train") -> str:
-    with pytest.raises(DataError) as error:
-        load(config, folder, split)
-    return str(error.value)
-
-
 def lines(rows: list[dict[str, Any]]) -> str:
     return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
 def test_a_csv_file(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text(CSV)
-    assert load(TEAMS, tmp_path) == ROWS
+    assert columns(TEAMS, tmp_path) == ROWS
 
 
 def test_json_lines(tmp_path: Path) -> None:
@@ -64,7 +49,7 @@ def test_json_lines(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(
         lines([{**whole[0], "team": "billing", "more": [1, 2]}, {**whole[1], "team": "network"}])
     )
-    assert load(TEAMS, tmp_path) == ROWS
+    assert columns(TEAMS, tmp_path) == ROWS
 
 
 def test_a_parquet_file_whose_classes_have_names_of_their_own(tmp_path: Path) -> None:
@@ -73,19 +58,19 @@ def test_a_parquet_file_whose_classes_have_names_of_their_own(tmp_path: Path) ->
     rows = Dataset.from_dict({**{name: ROWS[name] for name in ("subject", "body")}, "team": [1, 0]}, features=features)
     (tmp_path / "tickets").mkdir()
     rows.to_parquet(str(tmp_path / "tickets" / "train.parquet"))
-    assert load(TEAMS, tmp_path) == ROWS
+    assert columns(TEAMS, tmp_path) == ROWS
 
 
 @pytest.mark.parametrize("written", [["0", "1"], ["billing", "1"]])
 def test_a_class_may_be_written_as_its_number(tmp_path: Path, written: list[str]) -> None:
     (tmp_path / "train.csv").write_text(CSV.replace("billing", written[0]).replace("network", written[1]))
-    assert load(TEAMS, tmp_path)["label"] == [0, 1]
+    assert columns(TEAMS, tmp_path)["label"] == [0, 1]
 
 
 def test_numbers_that_are_names_are_no_ids(tmp_path: Path) -> None:
     stars = TaskConfig("stars", kind="classification", label_names=("1", "2", "3"))
     (tmp_path / "train.jsonl").write_text(lines([{"text": "good", "label": 3}, {"text": "bad", "label": 1}]))
-    assert load(stars, tmp_path)["label"] == [2, 0]
+    assert columns(stars, tmp_path)["label"] == [2, 0]
     (tmp_path / "train.jsonl").write_text(lines([{"text": "good", "label": 3}, {"text": "bad", "label": 0}]))
     assert message(stars, tmp_path) == (
         f"{tmp_path}/train.jsonl: row 1 (counting from 0) has the label 0 in column 'label'; expected one of "
@@ -96,12 +81,12 @@ def test_numbers_that_are_names_are_no_ids(tmp_path: Path) -> None:
 def test_true_and_false(tmp_path: Path) -> None:
     spam = TaskConfig("spam", kind="classification", label_names=("false", "true"))
     (tmp_path / "train.jsonl").write_text(lines([{"text": "buy", "label": True}, {"text": "hi", "label": False}]))
-    assert load(spam, tmp_path)["label"] == [1, 0]
+    assert columns(spam, tmp_path)["label"] == [1, 0]
 
 
 def test_scores_of_any_size_and_sign(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,price\na,-1\nb,12.5\nc,-1.0\n")
-    rows = load(PRICES, tmp_path)
+    rows = columns(PRICES, tmp_path)
     assert rows == {"text": ["a", "b", "c"], "label": [-1.0, 12.5, -1.0]}
     task = cast(TextClassification, task_of(PRICES))
     tokenizer = load_tokenizer(ModelConfig(name="tiny-roberta"))
@@ -165,7 +150,7 @@ def test_which_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"no file with the rows of split 'train' in {tmp_path} (task.data_dir)" in message(TEAMS, tmp_path)
     (tmp_path / "train.csv").write_text(CSV)
     monkeypatch.setenv(DATA_DIR_VARIABLE, str(tmp_path))
-    assert load(TEAMS, None) == ROWS
+    assert columns(TEAMS, None) == ROWS
     parquet.write_table(pyarrow.table({"subject": ["a"]}), tmp_path / "train.parquet")
     assert message(TEAMS, tmp_path) == (
         f"tickets: split 'train' is in {tmp_path}/train.parquet and in {tmp_path}/train.csv; keep one of them"

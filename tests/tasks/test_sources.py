@@ -15,40 +15,13 @@ import pytest
 from huggingface_hub import constants
 from pyarrow import parquet
 
-from lora_hf.errors import DataError, HubError
+from lora_hf.errors import HubError
 from lora_hf.offline import hub_is_reachable
 from lora_hf.tasks.sources import DATA_DIR_VARIABLE
 from lora_hf.tasks.table import get_task
+from tests.splits import columns, message, write, write_text
 
 ROWS = {"sentence": ["a fine film", "a dull film"], "label": [1, 0], "idx": [0, 1]}
-
-
-def write(path: Path, columns: dict) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.table(columns), path)
-    return path
-
-
-def write_text(path: Path, text: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
-
-def load(name: str, folder: Path | None, split: str = "train") -> dict[str, list]:
-    rows = get_task(name).load(str(folder) if folder else None, [split])[split]
-    return {column: rows[column][:] for column in rows.column_names}
-
-
-def message(name: str, folder: Path | None, split: str = "train") -> str:
-    with pytest.raises(DataError) as error:
-        load(name, folder, split)
-    return str(error.value)
-
-
-@pytest.fixture(autouse=True)
-def _no_data_dir_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(DATA_DIR_VARIABLE, raising=False)
 
 
 # --- local layouts -----------------------------------------------------------------------------------------------
@@ -59,7 +32,7 @@ def _no_data_dir_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parquet_layouts(tmp_path: Path, folder: str, file: str) -> None:
     write(tmp_path / folder / file, ROWS)
     before = sorted(tmp_path.rglob("*"))
-    assert load("sst2", tmp_path) == ROWS
+    assert columns("sst2", tmp_path) == ROWS
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -69,8 +42,8 @@ def test_the_environment_names_the_folder_and_the_config_comes_first(
     write(tmp_path / "a/sst2/train.parquet", ROWS)
     write(tmp_path / "b/sst2/train.parquet", {**ROWS, "label": [0, 0]})
     monkeypatch.setenv(DATA_DIR_VARIABLE, str(tmp_path / "a"))
-    assert load("sst2", None)["label"] == [1, 0]
-    assert load("sst2", tmp_path / "b")["label"] == [0, 0]
+    assert columns("sst2", None)["label"] == [1, 0]
+    assert columns("sst2", tmp_path / "b")["label"] == [0, 0]
     monkeypatch.setenv(DATA_DIR_VARIABLE, str(tmp_path / "c"))
     assert message("sst2", None).startswith(f"{DATA_DIR_VARIABLE}={tmp_path / 'c'} is not a folder. Set task.data_dir=")
 
@@ -132,7 +105,7 @@ ORIGINALS = {
 def test_original_files(name: str, below: str, tmp_path: Path) -> None:
     file, text, expected = ORIGINALS[name]
     write_text(tmp_path / below / file, text)
-    rows = load(name, tmp_path)
+    rows = columns(name, tmp_path)
     assert rows == {**expected, "idx": list(range(len(expected["label"])))}
 
 
@@ -142,25 +115,25 @@ def test_original_file_names_of_the_other_splits(tmp_path: Path) -> None:
     write_text(tmp_path / "MNLI/test_matched.tsv", f"{header}\n{row}\n")
     write_text(tmp_path / "CoLA/dev.tsv", "gj04\t1\t\tShe left.\n")
     write_text(tmp_path / "CoLA/test.tsv", "index\tsentence\n0\tHe left.\n")
-    assert load("mnli", tmp_path, "validation_mismatched")["label"] == [2]
-    assert load("mnli", tmp_path, "test_matched")["label"] == [-1]
-    assert load("cola", tmp_path, "validation")["sentence"] == ["She left."]
-    assert load("cola", tmp_path, "test") == {"sentence": ["He left."], "label": [-1], "idx": [0]}
+    assert columns("mnli", tmp_path, "validation_mismatched")["label"] == [2]
+    assert columns("mnli", tmp_path, "test_matched")["label"] == [-1]
+    assert columns("cola", tmp_path, "validation")["sentence"] == ["She left."]
+    assert columns("cola", tmp_path, "test") == {"sentence": ["He left."], "label": [-1], "idx": [0]}
 
 
 def test_original_rows_are_the_parquet_rows(tmp_path: Path, data_dir: Path) -> None:
-    rows = load("rte", data_dir, "validation")
+    rows = columns("rte", data_dir, "validation")
     names = get_task("rte").label_names
     fields = zip(rows["idx"], rows["sentence1"], rows["sentence2"], rows["label"], strict=True)
     lines = (f"{index}\t{first}\t{second}\t{names[label]}\n" for index, first, second, label in fields)
     write_text(tmp_path / "RTE/dev.tsv", "index\tsentence1\tsentence2\tlabel\n" + "".join(lines))
-    assert load("rte", tmp_path, "validation") == rows
+    assert columns("rte", tmp_path, "validation") == rows
 
 
 def test_short_original_rows_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_text(tmp_path / "SST-2/train.tsv", "sentence\tlabel\ngood\t1\nbroken\nbad\t0\n")
     with caplog.at_level(logging.WARNING):
-        assert load("sst2", tmp_path) == {"sentence": ["good", "bad"], "label": [1, 0], "idx": [0, 2]}
+        assert columns("sst2", tmp_path) == {"sentence": ["good", "bad"], "label": [1, 0], "idx": [0, 2]}
     assert caplog.messages == [f"{path}: left out 1 of 3 rows with too few fields"]
 
 
@@ -254,9 +227,9 @@ def test_a_score_off_the_scale(score: float, shown: str, tmp_path: Path) -> None
 
 def test_test_splits_may_hide_all_their_labels_but_not_some(tmp_path: Path) -> None:
     write(tmp_path / "sst2/test.parquet", {**ROWS, "label": [-1, -1]})
-    assert load("sst2", tmp_path, "test")["label"] == [-1, -1]
+    assert columns("sst2", tmp_path, "test")["label"] == [-1, -1]
     write(tmp_path / "sst2/test.parquet", {"sentence": ["a"]})
-    assert load("sst2", tmp_path, "test") == {"sentence": ["a"]}
+    assert columns("sst2", tmp_path, "test") == {"sentence": ["a"]}
     write(tmp_path / "sst2/test.parquet", {**ROWS, "label": [-1, 1]})
     assert "1 of 2 rows have a wrong 'label', the first is row 0" in message("sst2", tmp_path, "test")
 
@@ -368,7 +341,7 @@ def test_a_look_up_of_the_name_that_hangs_costs_the_timeout(monkeypatch: pytest.
 def test_no_hub_and_no_cache_is_told_at_once() -> None:
     start = time.monotonic()
     with pytest.raises(HubError) as error:
-        load("sst2", None)
+        columns("sst2", None)
     assert time.monotonic() - start < 4.0
     found = str(error.value)
     assert found.startswith(
@@ -400,9 +373,9 @@ def test_out_of_reach_of_the_hub_its_cache_is_read(tmp_path: Path, monkeypatch: 
     info.write_to_directory(str(folder))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
 
-    assert load("sst2", None) == {"sentence": ["a fine film"], "label": [1]}
+    assert columns("sst2", None) == {"sentence": ["a fine film"], "label": [1]}
     with pytest.raises(HubError, match="nyu-mll/glue rte, split 'train': the hub"):
-        load("rte", None)
+        columns("rte", None)
 
 
 @pytest.mark.usefixtures("hub_allowed")
@@ -415,4 +388,4 @@ def test_a_hub_that_refuses_is_a_hub_error(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("lora_hf.tasks.sources.hub_is_reachable", lambda: True)
     monkeypatch.setattr("datasets.load_dataset", refuse)
     with pytest.raises(HubError, match=r"did not give it; DatasetNotFoundError: no such data set\. Try again, or work"):
-        load("sst2", None)
+        columns("sst2", None)
