@@ -41,7 +41,7 @@ def restarts(results: Path) -> str:
             f"[{_served(record['work'])}](results/serving/{file.name})",
             f"{record['replaced']['times']}",
             f"{record['replaced']['failed']}",
-            f"{statistics.median(record['replaced']['milliseconds']):.0f}",
+            f"{statistics.median_low(record['replaced']['milliseconds']):.0f}",
             f"{record['started_in_seconds']:.1f}",
             f"{record['started_again_in_seconds']:.1f}",
             f"{record['after_the_restart']['wrong']}",
