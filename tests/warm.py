@@ -298,7 +298,9 @@ def _run(words: list[str], small: Mapping[str, list[str]]) -> int:
 
     from lora_hf.cli import main
 
-    program, *words = words[:1] + words[1 + (words[1:2] == ["-u"]) :]
+    program, *words = words
+    while words and words[0].startswith(("-u", "-X")):  # the interpreter's own
+        words = words[1:]
     first, rest = words[0] if words else "-", words[1:]
     if program == "lora-hf":
         return main([first, *rest, *small.get(first, ())])
