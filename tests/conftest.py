@@ -10,7 +10,9 @@ import gc
 import ipaddress
 import os
 import socket
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,25 @@ def _what_is_loaded_stays() -> None:
     """The Trainer looks for garbage after each run, among all objects of torch and transformers; not from here on."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The processes that a file's tests start are forks of this one: they need not load torch again."""
+    if sys.platform != "linux":
+        yield
+        return
+    from tests.warm import forking_python
+
+    # A socket's path may not be long.
+    with (
+        tempfile.TemporaryDirectory(prefix="warm") as folder,
+        forking_python(Path(folder)) as (python, path),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "executable", str(python))
+        patch.setenv("WARM_SOCKET", str(path))
+        yield
 
 
 @pytest.fixture

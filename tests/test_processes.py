@@ -31,22 +31,23 @@ from tests.together import DEVELOPMENT, NONE_LEFT, WITH_FSDP, by_length, classif
 from tests.tolerances import BF16_LOSS_RTOL, PROCESSES_FP32
 
 REPO = Path(__file__).parents[1]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+PYTHON = sys.executable  # itself, and no fork of the tests' process
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def start(*words: str) -> subprocess.Popen[str]:
+def start(python: str, *words: str) -> subprocess.Popen[str]:
     """Two processes, with this checkout's code."""
-    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    command, environment = [python, *TORCHRUN, *words], os.environ | {"PYTHONPATH": str(REPO)}
     return subprocess.Popen(
-        [*TORCHRUN, *words], cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(forked: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the runs of `tests/together.py`."""
     folder = tmp_path_factory.mktemp("shared")
-    process = start("-m", "tests.together", str(folder))
+    process = start(sys.executable, "-m", "tests.together", str(folder))
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
     return folder
@@ -180,7 +181,7 @@ def test_what_one_process_decides_all_hear(seen: list[dict[str, Any]]) -> None:
 def test_a_killed_process_ends_the_other_with_one_message(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_config(tmp_path, epochs=50, batch_size=4).to_dict()))
-    process = start("scripts/train.py", "--config", str(recipe))
+    process = start(PYTHON, "scripts/train.py", "--config", str(recipe))
     checkpoints = tmp_path / "run" / "checkpoints"
     while process.poll() is None and not checkpoints_in(checkpoints):
         time.sleep(0.05)
@@ -202,8 +203,8 @@ def test_a_killed_process_ends_the_other_with_one_message(tmp_path: Path) -> Non
     assert not (checkpoints.parent / "record.json").exists()
 
 
-def test_a_mistake_is_told_once_and_only_training_is_shared(tmp_path: Path) -> None:
-    process = start("scripts/eval.py", "--adapter", str(tmp_path))
+def test_a_mistake_is_told_once_and_only_training_is_shared(forked: None, tmp_path: Path) -> None:
+    process = start(sys.executable, "scripts/eval.py", "--adapter", str(tmp_path))
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
     assert len(re.findall(r"^error: eval: expected one process, found 2", said, re.M)) == 1, said

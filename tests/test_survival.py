@@ -167,7 +167,7 @@ def test_a_thread_that_cannot_take_signals_trains(rows: dict[str, Any], tmp_path
     assert runs
 
 
-def test_the_command_ends_with_the_code_of_its_signal(tmp_path: Path) -> None:
+def test_the_command_ends_with_the_code_of_its_signal(forked: None, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_config(tmp_path, epochs=50).to_dict()))
     command = [sys.executable, str(REPO / "scripts" / "train.py"), "--config", str(recipe)]

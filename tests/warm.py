@@ -1,13 +1,17 @@
-"""Runs the commands of a page in a real shell without the seconds that importing torch takes each time.
+"""Starts commands without the seconds that importing torch takes each time.
 
-A process that has imported everything waits at a socket. The `python` and `lora-hf` that the shell finds hand it their
-words, folder, environment and open files, and it forks: the fork is that command. So pipes, variables, quotes and exit
-codes are the shell's own. Linux only.
+A process that has imported everything waits at a socket. The `python` and `lora-hf` that a shell or a test starts hand
+it their words, folder, environment and open files, and it forks: the fork is that command. So pipes, variables, quotes
+and exit codes are the real ones, and a signal to the command reaches the fork. Linux only.
+
+For the pages it is a process of its own (`Warm`), whose commands have few rows; elsewhere a fork of the tests' process
+(`forking_python`), whose commands are what they always are.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import shutil
@@ -15,8 +19,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +30,7 @@ from typing import Any
 REPO = Path(__file__).parents[1]
 LONGEST = 60  # seconds that a block may take
 ROWS = 48  # of an embedded task: pages show commands, not scores
-# What keeps a command small, and does not stand on the page.
+# What keeps a page's command small, and does not stand on the page.
 SMALL = {
     "train": ["train.max_steps=2"],
     "sweep": ["--trials", "1", "train.max_steps=2"],
@@ -33,7 +39,7 @@ SMALL = {
 CLIENT = f"""#!{sys.executable} -IS
 import http.client, json, os, signal, socket, sys, time
 words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
-serves = any(os.path.basename(word) in ("serve.py", "serve") for word in words[:2])
+serves = "PAGE_PORT" in os.environ and any(os.path.basename(word) in ("serve.py", "serve") for word in words[:2])
 files = [0, 1, 2]
 if serves:  # until the page ends; the shell goes on when it answers
     if os.path.exists("server.pid"):
@@ -43,10 +49,11 @@ if serves:  # until the page ends; the shell goes on when it answers
     files = [0, log, log]
 door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 door.connect(os.environ["WARM_SOCKET"])
-asked = {{"words": words, "folder": os.getcwd(), "environment": dict(os.environ)}}
+asked = {{"words": words, "folder": os.getcwd(), "environment": dict(os.environ), "outlives": serves}}
 socket.send_fds(door, [json.dumps(asked).encode()], files)
+pid = door.recv(100).decode()
 if serves:
-    open("server.pid", "w").write(door.recv(100).decode())
+    open("server.pid", "w").write(pid)
     door.setblocking(False)
     while True:
         try:
@@ -62,9 +69,12 @@ if serves:
         except OSError:
             pass
         time.sleep(0.05)
-door.recv(100)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: os.kill(int(pid), number))
 code = door.recv(100)
-sys.exit(int(code) if code else 139)
+if not code:  # it was killed
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(int(code))
 """
 CURL = """#!/usr/bin/env bash
 exec {curl} --fail-with-body "${{@//localhost:8000/localhost:$PAGE_PORT}}"
@@ -150,31 +160,85 @@ class Session:
         return ran == b"0", self.log.read_text(encoding="utf-8")
 
 
-def serve(path: str) -> None:
+@contextmanager
+def forking_python(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """A `python` whose processes are forks of this one as it is now, and the socket, for `WARM_SOCKET`."""
+    python, path = folder / "python", folder / "socket"
+    python.write_text(CLIENT, encoding="utf-8")
+    python.chmod(0o755)
+    held_open, ours = os.pipe()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        door.bind(str(path))
+        door.listen()
+        pid = os.fork()
+        if pid == 0:
+            os.close(ours)
+            sys.executable = str(python)
+            try:
+                _forget_the_tests()
+                _serve(door, held_open, {})
+            finally:
+                os._exit(0)
+    os.close(held_open)
+    try:
+        yield python, path
+    finally:
+        os.close(ours)
+        os.waitpid(pid, 0)
+
+
+def _forget_the_tests() -> None:
+    """What pytest has changed in a process, as an interpreter begins."""
+    for number in (signal.SIGALRM, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
+    logging.getLogger().handlers.clear()
+    logging.getLogger().setLevel(logging.WARNING)
+    warnings.resetwarnings()
+    for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", kind)
+    _import_everything()
+
+
+def _serve_pages(path: str) -> None:
     """Forks for each caller until standard input closes."""
     _import_everything()
     _cut_rows()
     _warm_up()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
         door.bind(path)
         door.listen()
         print("ready", flush=True)
-        while True:
-            waiting, _, _ = select.select([door, sys.stdin], [], [])
-            if sys.stdin in waiting:
-                return
-            caller, _ = door.accept()
-            with caller:
-                message, files, _, _ = socket.recv_fds(caller, 1 << 20, 3)
-                if os.fork() == 0:
-                    door.close()
-                    _answer(caller, json.loads(message), files)
-                for file in files:
-                    os.close(file)
+        _serve(door, 0, SMALL)
 
 
-def _answer(caller: socket.socket, asked: dict[str, Any], files: list[int]) -> None:
+def _serve(door: socket.socket, until_closed: int, small: Mapping[str, list[str]]) -> None:
+    """Forks for each caller."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        waiting, _, _ = select.select([door, until_closed], [], [])
+        if until_closed in waiting:
+            return
+        caller, _ = door.accept()
+        with caller:
+            message, files, _, _ = socket.recv_fds(caller, 1 << 20, 3)
+            if os.fork() == 0:
+                door.close()
+                os.close(until_closed)
+                _answer(caller, json.loads(message), files, small)
+            for file in files:
+                os.close(file)
+
+
+def _end_with(caller: socket.socket) -> None:
+    """A command that was killed is over: its fork as well."""
+    caller.recv(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _answer(caller: socket.socket, asked: dict[str, Any], files: list[int], small: Mapping[str, list[str]]) -> None:
     """Is the command, in the fork, and does not come back."""
     code = 1
     try:
@@ -188,7 +252,9 @@ def _answer(caller: socket.socket, asked: dict[str, Any], files: list[int]) -> N
         caller.send(str(os.getpid()).encode())
         if asked.get("session"):
             _session(caller)
-        code = _exit_code(asked["words"])
+        elif not asked["outlives"]:
+            threading.Thread(target=_end_with, args=(caller,), daemon=True).start()
+        code = _exit_code(asked["words"], small)
         sys.stdout.flush()
         caller.send(str(code).encode())
     except BaseException:  # noqa: BLE001 - a fork must never fall back into the loop of its parent
@@ -214,9 +280,9 @@ def _session(caller: socket.socket) -> None:
         caller.send(str(code).encode())
 
 
-def _exit_code(words: list[str]) -> int:
+def _exit_code(words: list[str], small: Mapping[str, list[str]]) -> int:
     try:
-        return _run(words)
+        return _run(words, small)
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -226,25 +292,32 @@ def _exit_code(words: list[str]) -> int:
         return 1
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str], small: Mapping[str, list[str]]) -> int:
     """What `python` and `lora-hf` do with these words, and with those that keep them small."""
     import runpy
 
     from lora_hf.cli import main
 
-    program, first, rest = words[0], words[1] if len(words) > 1 else "-", words[2:]
+    program, *words = words
+    while words and words[0].startswith(("-u", "-X")):  # the interpreter's own
+        words = words[1:]
+    first, rest = words[0] if words else "-", words[1:]
     if program == "lora-hf":
-        return main([first, *rest, *SMALL.get(first, ())])
+        return main([first, *rest, *small.get(first, ())])
     if first == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         return 0
-    if first in ("-c", "-"):
-        sys.argv = words[1:]
-        exec(rest[0] if first == "-c" else sys.stdin.read(), {"__name__": "__main__"})
+    if first == "-c":
+        sys.argv = [first, *rest[1:]]
+        exec(rest[0], {"__name__": "__main__"})
+        return 0
+    if first == "-":
+        sys.argv = [first, *rest]
+        exec(sys.stdin.read(), {"__name__": "__main__"})
         return 0
     verb = Path(first).stem if Path(first).parent == Path("scripts") else ""
-    sys.argv = [first, *rest, *SMALL.get(verb, ())]
+    sys.argv = [first, *rest, *small.get(verb, ())]
     runpy.run_path(first, run_name="__main__")
     return 0
 
@@ -300,4 +373,4 @@ def _cut_rows() -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    _serve_pages(sys.argv[1])

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 SUITE_FILE = "suite.json"
 SAID_FILE = "messages.txt"  # of a run: what its processes said
-VERB = (sys.executable, "-c", "import sys; from lora_hf.cli import main; sys.exit(main())")
+VERB = "import sys; from lora_hf.cli import main; sys.exit(main())"
 TAIL = 6  # lines of it that tell why a run failed
 PAUSE = 0.2  # seconds between two looks at the processes
 PATIENCE = 10  # seconds that a stopped process gets to end
@@ -171,9 +171,10 @@ def _process(said: Path, words: list[str], jobs: int) -> subprocess.Popen[bytes]
     limit = os.environ.get("OMP_NUM_THREADS", "")
     threads = min(threads, int(limit)) if limit.isdecimal() else threads
     environment = package_environment() | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-c", VERB, *words]
     with said.open("ab") as out:
         return subprocess.Popen(
-            [*VERB, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
         )
 
 

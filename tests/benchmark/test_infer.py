@@ -17,6 +17,8 @@ from lora_hf.cli import main
 from lora_hf.config import RunConfig
 from tests import tolerances
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 CONFIG = RunConfig.from_dict(
     {"model": {"name": "tiny-roberta", "precision": "fp32"}, "task": {"name": "rule-sentiment"}}
 )

@@ -18,6 +18,8 @@ from lora_hf.config import RunConfig
 from lora_hf.errors import ConfigError
 from tests.tolerances import JOINT_FP32
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 FAST = ["model.precision=fp32", "train.max_steps=3", "train.batch_size=4", "train.lr=1e-4", "task.max_length=32"]
 
 

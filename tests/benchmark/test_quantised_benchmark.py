@@ -8,6 +8,8 @@ import pytest
 
 from lora_hf.benchmark.quantised import main
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 SMALL = ["--task", "rule-sentiment", "--model", "tiny-roberta", "--steps", "2", "--limit", "20"]
 
 

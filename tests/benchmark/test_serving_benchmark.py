@@ -10,6 +10,8 @@ from lora_hf.benchmark.serving import TOLERANCES, benchmark_serving, same
 from lora_hf.config import LoraConfig, ModelConfig, RunConfig, TaskConfig
 from lora_hf.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 CONFIG = RunConfig(
     ModelConfig(name="tiny-roberta", precision="fp32"),
     TaskConfig("rule-sentiment"),

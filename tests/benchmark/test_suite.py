@@ -16,7 +16,10 @@ from datasets import Dataset
 
 from lora_hf.cli import main
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 REPO = Path(__file__).parents[2]
+PYTHON = sys.executable  # itself, and no fork of the tests' process
 SHORT = ["train.max_steps=2", "train.batch_size=4", "task.max_length=16"]
 CONFIG = ["--config", "tiny_glue_qv8.yaml"]
 
@@ -162,7 +165,7 @@ def test_texts_are_written_and_scored(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_an_interruption_leaves_no_process_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/benchmark.py", "glue", "--tasks", "rule-sentiment", *CONFIG]
+    command = [PYTHON, "scripts/benchmark.py", "glue", "--tasks", "rule-sentiment", *CONFIG]
     process = subprocess.Popen(
         [*command, "--output", str(tmp_path / "here"), "--jobs", "2", "--seeds", "0,1", "train.epochs=10000"],
         cwd=REPO, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(REPO)},

@@ -15,6 +15,8 @@ from lora_hf.cli import main
 from lora_hf.config import RunConfig
 from lora_hf.errors import ConfigError, TrainingError
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 WORK = Work("peft-best", {}, [], rounds=2, peak_seconds=0.0)
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import time
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 
+from lora_hf.metrics import captioning
 from lora_hf.metrics.java import running_meteor, tokenize_ptb
+from lora_hf.metrics.nlg import NlgMetric
 from lora_hf.metrics.requirements import ScorerError
 
 pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java 8 or newer")
@@ -18,13 +23,22 @@ def test_every_text_is_one_line_of_tokens() -> None:
     assert tokenize_ptb(texts) == ["", "the vaults is n't cheap .", "a café on two lines", "."]
 
 
-def test_meteor_takes_empty_texts_and_its_own_separator() -> None:
+def test_meteor_and_every_other_score_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
     with running_meteor() as meteor:
+        # Empty texts, and its own separator in a text.
         assert meteor.score(["", "a ||| pub"], [["a pub"], ["b", "a pub"]]) == pytest.approx(
             meteor.score(["", "a pub"], [["a pub"], ["b", "a pub"]])
         )
         assert meteor.score(["a cheap pub"], [["a cheap pub", "food"]]) == pytest.approx(1)
         assert meteor.score(["a cheap bar"], [["a cheap pub", "food"]]) < 0.9
+        monkeypatch.setattr(captioning, "running_meteor", lambda: nullcontext(meteor))  # it takes seconds to start
+        values: Any = NlgMetric("web_nlg", tokenized=True).compute(predictions=["a b"], references=[["a b"]])
+    assert values["TER"] == 0
+    assert values["METEOR"] == pytest.approx(1)
 
 
 def test_a_program_that_takes_too_long_is_ended() -> None:

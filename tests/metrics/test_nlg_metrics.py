@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import socket
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -114,16 +113,6 @@ def test_without_the_extra_every_score_is_none_with_the_install_line(monkeypatch
     scores = score_texts("dart", ["a"], [["a"]])
     assert set(scores.values.values()) == {None}
     assert "python -m pip install 'lora-hf[nlg]'" in scores.reasons["BLEU"]
-
-
-@needs_java
-def test_the_metric_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise AssertionError("a socket was opened")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    values: Any = NlgMetric("web_nlg", tokenized=True).compute(predictions=["a b"], references=[["a b"]])
-    assert values["TER"] == 0
 
 
 def test_what_cannot_be_scored_is_named() -> None:

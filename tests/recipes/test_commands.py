@@ -40,7 +40,7 @@ def test_train_then_eval_then_predict(trained: dict[str, Any], tmp_path: Path) -
     scored = last_json(ask("eval", "--adapter", folder / "adapter", "--json"))
     assert scored["metrics"] == trained["metrics"]
     answer = json.loads(
-        run("predict", "--adapter", folder / "adapter", "--text", "A moving, funny and wise film.").stdout
+        ask("predict", "--adapter", folder / "adapter", "--text", "A moving, funny and wise film.").stdout
     )
     assert answer["label"] in ("negative", "positive")
     assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)

@@ -13,7 +13,7 @@ from lora_hf.demo import RECIPE, WRITER_RECIPE
 from lora_hf.records import RunRecord
 from tests.command_lines import ask
 
-EPOCHS = {RECIPE: 1, WRITER_RECIPE: 0.5}
+EPOCHS = {RECIPE: 1, WRITER_RECIPE: 0.25}
 
 
 def test_the_demo_ends_with_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

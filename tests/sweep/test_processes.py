@@ -19,6 +19,8 @@ from lora_hf.config import load_config
 from lora_hf.records import SweepRecord
 from lora_hf.sweep import storage, study
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 REPO = Path(__file__).parents[2]
 WORDS = [
     "--config", "rule_sentiment.yaml", "--study", "shared", "--json",
