@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf.commands.adapter import named_adapters
-from lora_hf.errors import ConfigError
+from lora_hf.errors import ConfigError, how_to_install
 
 TOKEN = "LORA_HF_TOKEN"  # the name of the variable, not a token
 SERVED = ("fastapi", "uvicorn", "prometheus_client")
@@ -93,6 +93,6 @@ def _check_installed(playground: bool) -> None:
 
     missing = [name for name in SERVED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"serve needs {', '.join(missing)}: run pip install 'lora-hf[serve]'")
+        raise ConfigError(f"serve needs {', '.join(missing)}: {how_to_install('serve')}")
     if playground and importlib.util.find_spec("gradio") is None:
-        raise ConfigError("--playground needs gradio: run pip install 'lora-hf[serve,playground]'")
+        raise ConfigError(f"--playground needs gradio: {how_to_install('serve', 'playground')}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf.commands.output import print_json, shown
-from lora_hf.errors import ConfigError
+from lora_hf.errors import ConfigError, how_to_install
 
 
 def add(verbs: Any) -> None:
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     if options.seed < 0:
         raise ConfigError(f"--seed: expected a whole number >= 0, found {options.seed}")
     if importlib.util.find_spec("optuna") is None:
-        raise ConfigError("sweep needs Optuna: pip install 'lora-hf[sweep]'")
+        raise ConfigError(f"sweep needs Optuna: {how_to_install('sweep')}")
     task = task_of(config.task)
     # Mistakes in the data are told before the seconds that importing the Trainer takes.
     rows = task.load(config.task.data_dir, task.splits)

@@ -113,7 +113,7 @@ def test_without_the_extra_every_score_is_none_with_the_install_line(monkeypatch
     monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda _: None)
     scores = score_texts("dart", ["a"], [["a"]])
     assert set(scores.values.values()) == {None}
-    assert "python -m pip install 'lora-hf[nlg]'" in scores.reasons["BLEU"]
+    assert "python -m pip install -e '.[nlg]'" in scores.reasons["BLEU"]
 
 
 @needs_java

@@ -117,4 +117,4 @@ def test_without_optuna_it_says_what_to_install(
     find = cli.sweep.importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "optuna" else find(name))
     assert cli.main(["sweep", *WORDS, "--output", str(tmp_path), "--trials", "1"]) == 2
-    assert "pip install 'lora-hf[sweep]'" in capsys.readouterr().err
+    assert "python -m pip install -e '.[sweep]'" in capsys.readouterr().err
