@@ -28,6 +28,7 @@ from transformers import TrainingArguments as HFArguments
 
 from lora_hf.adapter_file import read_adapter
 from lora_hf.adapters import copy_lora_weights, save_adapter
+from lora_hf.beforehand import check_run
 from lora_hf.callbacks import EvaluationLines, Guard, LogFile, use_callbacks
 from lora_hf.checkpoints import told_when_full, told_when_left
 from lora_hf.config import RunConfig
@@ -105,6 +106,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM, after the step was finished and saved.
     """
     started = time.time()
+    check_run(config)
     hf = config.train.hf
     waiting = timedelta(seconds=hf["ddp_timeout"]) if "ddp_timeout" in hf else PATIENCE
     join(bool(hf.get("use_cpu")), hf.get("ddp_backend"), waiting)
@@ -112,10 +114,6 @@ def train(
     precision = from_one(lambda: resolve(config.model.precision))
     config = replace(config, model=replace(config.model, precision=precision))
     task = task_of(config.task)
-    if config.train.group_by_prompt and task.model_kind != "causal-lm":
-        raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave it out")
-    if config.train.loraplus_lr_ratio is not None and config.train.method != "lora":
-        raise ConfigError(f"train.loraplus_lr_ratio: train.method={config.train.method} has no LoRA B; leave it out")
     found = from_one(lambda: [str(path) for path in find_run_folder(config, resume) if path is not None])
     folder, checkpoint = Path(found[0]), Path(found[1]) if len(found) > 1 else None
     with told_when_full(folder), told_when_left(folder):

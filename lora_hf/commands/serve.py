@@ -50,6 +50,9 @@ def add(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serves until SIGTERM or Ctrl-C."""
+    from lora_hf.names import is_hub_id
+    from lora_hf.saved import find_saved
+
     adapters = named_adapters(options.adapter)
     token = _token(options.token_file)
     folder = options.allow_loading
@@ -60,6 +63,9 @@ def run(options: argparse.Namespace) -> None:
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"--port {options.port}: expected 0 to 65535")
     _check_installed(options.playground)
+    for place in adapters.values():
+        if not is_hub_id(place):  # which is asked for while the server says that it is not ready
+            find_saved(place)
     from lora_hf.serving.limits import Limits
 
     given = ("max_queue", "max_batch", "max_inputs", "max_characters", "max_new_tokens", "deadline")

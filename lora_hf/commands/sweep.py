@@ -43,13 +43,18 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--seed: expected a whole number >= 0, found {options.seed}")
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError(f"sweep needs Optuna: {how_to_install('sweep')}")
+    from lora_hf.sweep.storage import check_study, parse_url
+
+    name = options.study or Path(options.config).stem
+    check_study(name, options.trials)
+    if options.storage:
+        parse_url(options.storage)
     task = task_of(config.task)
     # Mistakes in the data are told before the seconds that importing the Trainer takes.
     rows = task.load(config.task.data_dir, task.splits)
     from lora_hf.sweep.study import BEST_CONFIG, SWEEP_RECORD, states, sweep, typed
 
     config = replace(config, output=replace(config.output, dir=options.output or config.output.dir))
-    name = options.study or Path(options.config).stem
     folder, record = sweep(config, space, options.trials, name, options.storage, options.seed, rows)
     places = {"config": str(folder / BEST_CONFIG), "record": str(folder / SWEEP_RECORD)}
     if options.json:

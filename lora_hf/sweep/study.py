@@ -29,6 +29,7 @@ from lora_hf.sweep.storage import (
     ERROR,
     GRACE,
     SeededSampler,
+    check_study,
     experimental,
     finished,
     open_study,
@@ -97,11 +98,8 @@ def sweep(
         TrainingError: every trial failed.
         UserError: whatever of the config or the data no trial can use.
     """
+    check_study(name, trials)
     folder = Path(config.output.dir) / name
-    if trials < 1:
-        raise ConfigError(f"--trials: expected a whole number >= 1, found {trials}")
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise ConfigError(f"--study {name}: expected a name for a folder, without slashes")
     url = parse_url(storage or f"sqlite:///{folder / DATABASE}")
     this = Sweep(config, space, name, folder, trials, seed, url)
     rows = rows or this.task.load(config.task.data_dir, this.task.splits)
