@@ -147,12 +147,14 @@ def _train(
     trainer = _trainer(config, task, model, tokenizer, encoded, arguments)
     if shared:
         trainer.shared, trainer.adapter = shared, shared.name
+    # Of a run that is not the only one each line says which it is.
+    of = f"{folder.name}, " if shared or callbacks is not None else ""
     if callbacks is None:
-        callbacks = [EvaluationLines(f"{folder.name}, " if shared else "")]
+        callbacks = [EvaluationLines(config.model.precision, of)]
     if place():  # each has dropout of its own; the model and the order of the rows are drawn already, or from the seed
         set_seed((config.train.seed + place()) % 2**32)
     interruption = Interruption(folder)
-    use_callbacks(trainer, Guard(config.train.method), LogFile(folder / LOG_FILE), *callbacks, interruption)
+    use_callbacks(trainer, of, Guard(config.train.method), LogFile(folder / LOG_FILE), *callbacks, interruption)
     record = RunRecord(
         task=task.name,
         method=config.train.method,

@@ -116,6 +116,8 @@ def sweep(
                 f"{folder}: holds {strangers[0]} of a study that is not in the storage; choose another --study or "
                 "--output"
             )
+        count = sum(map(finished, study.get_trials(deepcopy=False)))
+        logger.info("study %s: %d trials, %d of them finished already", name, trials, count)
         run_trials(this, study, rows)
         done = study.get_trials(deepcopy=False)
     return folder, write_results(this, done)

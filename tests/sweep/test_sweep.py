@@ -100,6 +100,7 @@ def test_a_study_goes_on_and_repeats_itself(
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="lora_hf"):
         _, gone_on = run(tmp_path, rows, *SPACE, trials=3)
+    assert caplog.messages[0].endswith(": 3 trials, 1 of them finished already")
     assert [line.split(":")[0] for line in caplog.messages if line.startswith("trial ")] == ["trial 1", "trial 2"]
     for ours, theirs in zip(gone_on.trials, record.trials, strict=True):
         assert ours | {"seconds": 0} == theirs | {"seconds": 0}
