@@ -52,15 +52,17 @@ def run(options: argparse.Namespace) -> None:
     task = task_of(config.task)
     # Mistakes in the data are told before the seconds that importing the Trainer takes.
     rows = task.load(config.task.data_dir, task.splits)
-    from lora_hf.sweep.study import BEST_CONFIG, SWEEP_RECORD, states, sweep, typed
+    from lora_hf.sweep.study import BEST, BEST_CONFIG, SWEEP_RECORD, states, sweep, typed
 
     config = replace(config, output=replace(config.output, dir=options.output or config.output.dir))
     folder, record = sweep(config, space, options.trials, name, options.storage, options.seed, rows)
-    places = {"config": str(folder / BEST_CONFIG), "record": str(folder / SWEEP_RECORD)}
-    if options.json:
-        print_json({"study": name, "trials": states(record), "best": record.best, **places})
-        return
     best, count = record.best, states(record)
+    files = {"run": BEST, "config": BEST_CONFIG, "record": SWEEP_RECORD}
+    places = {what: str(folder / file) for what, file in files.items()}
+    if options.json:
+        print_json({"study": name, "trials": count, "best": best, **places})
+        return
     print(f"{record.split} {record.metric} {shown(best['score'])}: trial {best['number']}, {typed(best['values'])}")
     print("trials:  " + ", ".join(f"{number} {state}" for state, number in count.items()))
-    print(f"config:  {places['config']}\nrecord:  {places['record']}")
+    for what, place in places.items():
+        print(f"{what + ':':9}{place}")

@@ -42,7 +42,7 @@ from lora_hf.tasks.table import task_of
 
 logger = logging.getLogger(__name__)
 
-DATABASE, BEST_CONFIG, SWEEP_RECORD = "study.db", "best.yaml", "trials.json"
+DATABASE, BEST, BEST_CONFIG, SWEEP_RECORD = "study.db", "best", "best.yaml", "trials.json"
 POLL = 1.0  # seconds between two looks at the trials of other processes
 
 
@@ -91,7 +91,8 @@ def sweep(
         rows: the task's splits, where they have been read already.
 
     Returns:
-        The folder of the study, which then holds `best.yaml`, `trials.json` and the pictures; and the record.
+        The folder of the study, which then holds `best` (a link to the best trial's), `best.yaml`, `trials.json` and
+        the pictures; and the record.
 
     Raises:
         ConfigError: the storage cannot be used, or the study is one of other trials.
@@ -254,6 +255,7 @@ def write_results(this: Sweep, trials: Sequence[FrozenTrial]) -> SweepRecord:
         record.importance = draw_plots(drawn, this.space, this.maximise, this.score, Path(aside))
         record.write(Path(aside) / SWEEP_RECORD)
         if best:
+            (Path(aside) / BEST).symlink_to(trial_folder(best.number))
             (Path(aside) / BEST_CONFIG).write_text(_best_config(this, best), encoding="utf-8")
         for file in Path(aside).iterdir():
             file.replace(this.folder / file.name)

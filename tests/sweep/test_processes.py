@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 from lora_hf import cli
 from lora_hf.config import load_config
 from lora_hf.records import SweepRecord
+from lora_hf.saved import find_saved
 from lora_hf.sweep import storage, study
 
 REPO = Path(__file__).parents[2]
@@ -50,6 +51,8 @@ def test_two_processes_share_the_trials_of_one_sqlite_file(tmp_path: Path) -> No
     assert len(told[0]) + len(told[1]) == 4
     assert all(told), "each ran some"
     load_config(one["config"])
+    assert Path(one["run"]).resolve() == Path(one["record"]).with_name(f"trial-{record.best['number']}").resolve()
+    assert find_saved(Path(one["run"], "adapter")).task.name == "rule-sentiment"
 
 
 def test_a_sweep_goes_on_after_its_process_was_killed(

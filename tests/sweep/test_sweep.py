@@ -72,6 +72,7 @@ def test_only_the_best_trial_keeps_its_adapter(swept: tuple[Path, SweepRecord]) 
         kept = {place.name for place in (folder / f"trial-{trial['number']}").iterdir()}
         light = {"record.json", "config.yaml", "log.jsonl", "curves.png"}
         is_best = trial["number"] == record.best["number"]
+        assert (folder / "best").samefile(folder / f"trial-{trial['number']}") == is_best
         assert kept == (light | {"adapter", "predictions-validation.jsonl"} if is_best else light)
     for name in ("importance.png", "parallel.png", "history.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
