@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,20 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lora_hf.errors import TrainingError
 from lora_hf.injection import lora_layers
+from lora_hf.markdown import minutes
+
+PAUSE = 30.0  # seconds between two lines of progress
 
 
-def use_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
-    """Adds callbacks, and replaces the Trainer's own printing: standard output belongs to results."""
+def use_callbacks(trainer: Trainer, of: str, *callbacks: TrainerCallback) -> None:
+    """Adds callbacks, and replaces the Trainer's own printing: standard output belongs to results.
+
+    Args:
+        of: the beginning of each line of progress, which names the run where there are several.
+    """
     trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(QuietProgress())
+    bars = trainer.pop_callback(ProgressCallback) is not None
+    trainer.add_callback(QuietProgress() if bars else ProgressLines(of))
     for callback in callbacks:
         trainer.add_callback(callback)
 
@@ -31,17 +39,40 @@ class QuietProgress(ProgressCallback):
         pass
 
 
-class EvaluationLines(TrainerCallback):
-    """A line on standard error at the start and at each evaluation, above the progress bars where there are any."""
+class ProgressLines(TrainerCallback):
+    """Where no bar is seen: a line on standard error that says how far the run is, at logs of its loss, PAUSE apart."""
 
     def __init__(self, of: str = "") -> None:
         self.of = of
+        self.began = self.said = 0.0
+        self.first = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = self.said = time.monotonic()
+        self.first = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        now, loss = time.monotonic(), (logs or {}).get("loss")
+        if loss is None or now - self.said < PAUSE or not state.is_world_process_zero:
+            return
+        self.said = now
+        left = (now - self.began) / (state.global_step - self.first) * (state.max_steps - state.global_step)
+        steps = f"{state.global_step:,} of {state.max_steps:,} steps"
+        tqdm.write(f"{self.of}{steps}: loss {loss:.4f}, {minutes(left)} left", file=sys.stderr)
+
+
+class EvaluationLines(TrainerCallback):
+    """A line on standard error at the start and at each evaluation, above the progress bars where there are any."""
+
+    def __init__(self, precision: str, of: str = "") -> None:
+        self.precision, self.of = precision, of
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What is ahead: between two evaluations minutes may pass."""
         if state.is_world_process_zero:
             rows = len(kwargs["train_dataloader"].dataset)
-            tqdm.write(f"{self.of}{state.max_steps:,} steps; {rows:,} training rows", file=sys.stderr)
+            ahead = f"{state.max_steps:,} steps; {rows:,} training rows; {self.precision} on {args.device.type}"
+            tqdm.write(f"{self.of}{ahead}", file=sys.stderr)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         scores = {key.removeprefix("eval_"): value for key, value in (logs or {}).items() if key.startswith("eval_")}

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_hf.commands import (
     benchmark,
@@ -91,22 +93,35 @@ def _end(message: str, code: int) -> int:
 
 def _parse(words: list[str], verb: str | None) -> argparse.Namespace:
     """The options; overrides (`key=value`) may stand anywhere among them, which argparse alone does not allow."""
-    parser = _parser(verb)
+    parser, verbs = _parsers(verb)
+    if not words:
+        parser.print_help(sys.stderr)  # and no success: a program that forgot the verb must not go on
+        parser.exit(2)
     parsed, rest = parser.parse_known_args(words)
     strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides")]
     if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+        verbs[parsed.verb].error(f"unrecognized arguments: {' '.join(strange)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     return parsed
 
 
-def _parser(verb: str | None) -> argparse.ArgumentParser:
+class _OfScript(argparse.ArgumentParser):
+    """The parser of a verb that a script names: it calls itself `python scripts/train.py`."""
+
+    def __init__(self, *, prog: str, **options: Any) -> None:
+        super().__init__(prog=re.sub(r"^python scripts (\S+)$", r"python scripts/\1.py", prog), **options)
+
+
+def _parsers(verb: str | None) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the whole line, and that of each verb."""
     parser = argparse.ArgumentParser(prog="lora-hf" if verb is None else "python scripts", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="VERB", parser_class=argparse.ArgumentParser if verb is None else _OfScript
+    )
     for command in VERBS:
         command.add(verbs)
-    return parser
+    return parser, verbs.choices
 
 
 def machine_is_busy(samples: int = 3) -> bool:

@@ -47,6 +47,11 @@ class Interrupted(KeyboardInterrupt):
         self.kind, self.code = kind, 128 + kind
 
 
+def how_to_install(*extras: str) -> str:
+    """The command that installs extras of lora_hf, in a clone of it: no package index has it."""
+    return f"python -m pip install -e '.[{','.join(extras)}]'"
+
+
 def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:
     """Returns `` (did you mean 'x'?)`` for the nearest of `known`, or an empty string where nothing is near."""
     near = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)

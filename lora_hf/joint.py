@@ -15,7 +15,6 @@ import random
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,13 @@ from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, Trainer
 
 from lora_hf.adapters import load_adapter, save_adapter
-from lora_hf.config import RunConfig, TaskConfig
-from lora_hf.errors import ConfigError, TrainingError, UserError
+from lora_hf.beforehand import check_together
+from lora_hf.config import RunConfig
+from lora_hf.errors import TrainingError, UserError
 from lora_hf.injection import eject, set_adapter
 from lora_hf.language_head import IGNORED
 from lora_hf.mixing import mix_adapters
 from lora_hf.precision import denormals_flushed
-from lora_hf.processes import planned
 from lora_hf.tasks.base import Task
 from lora_hf.tasks.table import task_of
 from lora_hf.training import Run, train
@@ -63,51 +62,8 @@ def train_together(
         ConfigError: configs that cannot share a base.
         UserError: what `train` finds wrong with one of them before anything is trained.
     """
-    if resume not in (None, "auto"):
-        raise ConfigError(
-            f"--resume {resume}: a checkpoint is one run's, and these are {len(configs)}; expected 'auto'"
-        )
-    _check(configs)
+    check_together(configs, resume)
     return _Together(configs, resume, rows or {}).run()
-
-
-def _check(configs: Sequence[RunConfig]) -> None:
-    problems = []
-    if len(configs) < 2:
-        problems.append(f"expected at least 2 runs, found {len(configs)}")
-    for number, config in enumerate(configs):
-        problems += [f"run {number + 1}: {problem}" for problem in _unfit(config)]
-    if any(config.model != configs[0].model for config in configs):
-        problems.append("expected the same model section in every run, as they share one base")
-    sections = {replace(config.task, max_length=TaskConfig.max_length) for config in configs}
-    if len(sections) > len({section.name for section in sections}):
-        problems.append("expected the same task section in all runs of a task, but for max_length")
-    if len({task_of(config.task).model_kind for config in configs}) > 1:
-        problems.append("expected tasks of one kind, found classification and generation")
-    if configs and configs[0].model.init == "random" and len({config.train.seed for config in configs}) > 1:
-        problems.append("model.init=random draws another base for each train.seed; expected one seed")
-    names = [config.output.name for config in configs]
-    if None in names or len(set(names)) < len(names):
-        problems.append("output.name: expected a different one for each run")
-    if planned() > 1:
-        problems.append(f"expected one process, found {planned()}; start it without torchrun or accelerate launch")
-    if problems:
-        raise ConfigError("\n  ".join(["these runs cannot train together:", *problems]))
-
-
-def _unfit(config: RunConfig) -> list[str]:
-    problems = []
-    if config.train.method != "lora":
-        problems.append(f"train.method={config.train.method} does not leave the base frozen and alone; expected lora")
-    if config.lora.init_lora_weights not in ("default", "gaussian"):
-        problems.append(f"lora.init_lora_weights={config.lora.init_lora_weights} changes the base that others share")
-    if config.lora.bias != "none":
-        problems.append(f"lora.bias={config.lora.bias} trains the biases of the base that others share")
-    if config.model.precision == "fp16":
-        problems.append("model.precision=fp16: each run would scale its loss otherwise; expected fp32 or bf16")
-    if config.train.label_smoothing:
-        problems.append("train.label_smoothing: expected 0")
-    return problems
 
 
 class _Member(threading.Thread):

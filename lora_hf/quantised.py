@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from lora_hf.errors import ConfigError
+from lora_hf.errors import ConfigError, how_to_install
 
 SCHEMES = ("int8", "nf4")
 INT8_LARGEST = 127
@@ -180,6 +180,6 @@ def _bitsandbytes() -> Any:
         return importlib.import_module("bitsandbytes.functional")
     except ImportError as error:
         raise ConfigError(
-            f"nf4 needs bitsandbytes, which cannot be imported ({error}): pip install 'lora-hf[quantised]', or take "
+            f"nf4 needs bitsandbytes, which cannot be imported ({error}): {how_to_install('quantised')}, or take "
             "int8, which needs nothing more"
         ) from error

@@ -125,10 +125,9 @@ def peers(results: Path) -> str:
         row = [_work(record)]
         for side in PEERS:
             faster, needs = ratios.get(f"lora/{side}"), memory.get(f"lora/{side}")
-            row += [f"{faster['median']:.1f}" if faster else "-", f"{needs:.2f}" if needs else "-"]
+            row.append(f"{faster['median']:.1f} x speed, {needs:.2f} x memory" if faster and needs else "-")
         rows.append(row)
-    head = [words for name in PEERS.values() for words in (f"faster than {name}, x", "of its memory, x")]
-    return table(["training", *head], rows)
+    return table(["training", *(f"beside {name}" for name in PEERS.values())], rows)
 
 
 def joint(results: Path) -> str:

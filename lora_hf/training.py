@@ -28,6 +28,7 @@ from transformers import TrainingArguments as HFArguments
 
 from lora_hf.adapter_file import read_adapter
 from lora_hf.adapters import copy_lora_weights, save_adapter
+from lora_hf.beforehand import check_run
 from lora_hf.callbacks import EvaluationLines, Guard, LogFile, use_callbacks
 from lora_hf.checkpoints import told_when_full, told_when_left
 from lora_hf.config import RunConfig
@@ -105,6 +106,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM, after the step was finished and saved.
     """
     started = time.time()
+    check_run(config)
     hf = config.train.hf
     waiting = timedelta(seconds=hf["ddp_timeout"]) if "ddp_timeout" in hf else PATIENCE
     join(bool(hf.get("use_cpu")), hf.get("ddp_backend"), waiting)
@@ -112,10 +114,6 @@ def train(
     precision = from_one(lambda: resolve(config.model.precision))
     config = replace(config, model=replace(config.model, precision=precision))
     task = task_of(config.task)
-    if config.train.group_by_prompt and task.model_kind != "causal-lm":
-        raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave it out")
-    if config.train.loraplus_lr_ratio is not None and config.train.method != "lora":
-        raise ConfigError(f"train.loraplus_lr_ratio: train.method={config.train.method} has no LoRA B; leave it out")
     found = from_one(lambda: [str(path) for path in find_run_folder(config, resume) if path is not None])
     folder, checkpoint = Path(found[0]), Path(found[1]) if len(found) > 1 else None
     with told_when_full(folder), told_when_left(folder):
@@ -149,12 +147,14 @@ def _train(
     trainer = _trainer(config, task, model, tokenizer, encoded, arguments)
     if shared:
         trainer.shared, trainer.adapter = shared, shared.name
+    # Of a run that is not the only one each line says which it is.
+    of = f"{folder.name}, " if shared or callbacks is not None else ""
     if callbacks is None:
-        callbacks = [EvaluationLines(f"{folder.name}, " if shared else "")]
+        callbacks = [EvaluationLines(config.model.precision, of)]
     if place():  # each has dropout of its own; the model and the order of the rows are drawn already, or from the seed
         set_seed((config.train.seed + place()) % 2**32)
     interruption = Interruption(folder)
-    use_callbacks(trainer, Guard(config.train.method), LogFile(folder / LOG_FILE), *callbacks, interruption)
+    use_callbacks(trainer, of, Guard(config.train.method), LogFile(folder / LOG_FILE), *callbacks, interruption)
     record = RunRecord(
         task=task.name,
         method=config.train.method,

@@ -20,7 +20,7 @@ from lora_hf.adapter_file import read_adapter
 from lora_hf.adapters import load_adapter, save_adapter
 from lora_hf.cli import main
 from lora_hf.config import LoraConfig, ModelConfig, RunConfig, load_config
-from lora_hf.errors import AdapterError, ConfigError, ModelError
+from lora_hf.errors import AdapterError, ConfigError, ModelError, how_to_install
 from lora_hf.inference import Predictor, evaluate
 from lora_hf.injection import (
     adapter_heads,
@@ -44,7 +44,8 @@ from tests.small import small_model, stir, token_ids
 from tests.tolerances import INT8_LAYER_RTOL, INT8_MODEL_RTOL, NF4_TABLE, QUANTISED_BF16_RTOL, QUANTISED_FP32
 
 NEEDS_BITSANDBYTES = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="nf4 needs bitsandbytes: pip install 'lora-hf[quantised]'"
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason=f"nf4 needs bitsandbytes: {how_to_install('quantised')}",
 )
 SCHEMES = ["int8", pytest.param("nf4", marks=NEEDS_BITSANDBYTES)]
 KINDS = ["roberta", "bert", "distilbert", "deberta-v2", "gpt2", "llama"]
@@ -305,7 +306,7 @@ def test_what_cannot_be_quantised() -> None:
 
 def test_without_bitsandbytes_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    with pytest.raises(ConfigError, match=r"pip install 'lora-hf\[quantised\]', or take int8"):
+    with pytest.raises(ConfigError, match=r"python -m pip install -e '\.\[quantised\]', or take int8"):
         quantise(small_model("roberta", 3), "nf4")
 
 

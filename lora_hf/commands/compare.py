@@ -46,12 +46,13 @@ def run(options: argparse.Namespace) -> None:
         return
     for task in record.tasks:
         best = _best(task)
-        print(f"{task['task']}: {task['metric']} {best['score']:.4f}  {best['label']}")
+        print(f"{task['task']}, the best of {best['of']}: {task['metric']} {best['score']:.4f}  {best['label']}")
     for name, path in written.items():
         print(f"{name + ':':8}{path}")
 
 
 def _best(task: dict[str, Any]) -> dict[str, Any]:
-    """Of the configurations with the same data."""
-    first = next(row for row in task["configurations"] if row["same_data"])
-    return {"label": first["label"], "score": first["scores"][task["split"]][task["metric"]]["mean"]}
+    """Of the configurations with the same data, and how many those are."""
+    rows = [row for row in task["configurations"] if row["same_data"]]
+    score = rows[0]["scores"][task["split"]][task["metric"]]["mean"]
+    return {"label": rows[0]["label"], "score": score, "of": len(rows)}

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.commands.output import print_json
+from lora_hf.errors import how_to_install
 
 if TYPE_CHECKING:
     from lora_hf.environment import Environment
@@ -43,7 +44,7 @@ def _told(found: Environment) -> dict[str, dict[str, str]]:
     }
     if found.missing:
         told["missing"] = {
-            extra: f"{', '.join(packages)}: pip install 'lora-hf[{extra}]'" for extra, packages in found.missing.items()
+            extra: f"{', '.join(packages)}: {how_to_install(extra)}" for extra, packages in found.missing.items()
         }
     return told
 
@@ -81,7 +82,7 @@ def _chosen(chosen: dict[str, Any], problem: str | None) -> dict[str, str]:
         told["with padding"] = ", ".join(chosen["padded"])
     units = ", ".join(chosen["int8_units"])
     told["quantised: int8"] = f"yes, by {units}" if units else "yes, without instructions for it"
-    told["quantised: nf4"] = "yes" if chosen["nf4"] else "no: pip install 'lora-hf[quantised]'"
+    told["quantised: nf4"] = "yes" if chosen["nf4"] else f"no: {how_to_install('quantised')}"
     told["METEOR, CIDEr"] = "Java is there" if chosen["java"] else "no Java: see docs/scores.md"
     return told
 

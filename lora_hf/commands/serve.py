@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf.commands.adapter import named_adapters
-from lora_hf.errors import ConfigError
+from lora_hf.errors import ConfigError, how_to_install
 
 TOKEN = "LORA_HF_TOKEN"  # the name of the variable, not a token
 SERVED = ("fastapi", "uvicorn", "prometheus_client")
@@ -50,6 +50,9 @@ def add(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serves until SIGTERM or Ctrl-C."""
+    from lora_hf.names import is_hub_id
+    from lora_hf.saved import find_saved
+
     adapters = named_adapters(options.adapter)
     token = _token(options.token_file)
     folder = options.allow_loading
@@ -60,6 +63,9 @@ def run(options: argparse.Namespace) -> None:
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"--port {options.port}: expected 0 to 65535")
     _check_installed(options.playground)
+    for place in adapters.values():
+        if not is_hub_id(place):  # which is asked for while the server says that it is not ready
+            find_saved(place)
     from lora_hf.serving.limits import Limits
 
     given = ("max_queue", "max_batch", "max_inputs", "max_characters", "max_new_tokens", "deadline")
@@ -93,6 +99,6 @@ def _check_installed(playground: bool) -> None:
 
     missing = [name for name in SERVED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"serve needs {', '.join(missing)}: run pip install 'lora-hf[serve]'")
+        raise ConfigError(f"serve needs {', '.join(missing)}: {how_to_install('serve')}")
     if playground and importlib.util.find_spec("gradio") is None:
-        raise ConfigError("--playground needs gradio: run pip install 'lora-hf[serve,playground]'")
+        raise ConfigError(f"--playground needs gradio: {how_to_install('serve', 'playground')}")

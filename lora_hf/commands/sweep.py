@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf.commands.output import print_json, shown
-from lora_hf.errors import ConfigError
+from lora_hf.errors import ConfigError, how_to_install
 
 
 def add(verbs: Any) -> None:
@@ -42,20 +42,27 @@ def run(options: argparse.Namespace) -> None:
     if options.seed < 0:
         raise ConfigError(f"--seed: expected a whole number >= 0, found {options.seed}")
     if importlib.util.find_spec("optuna") is None:
-        raise ConfigError("sweep needs Optuna: pip install 'lora-hf[sweep]'")
+        raise ConfigError(f"sweep needs Optuna: {how_to_install('sweep')}")
+    from lora_hf.sweep.storage import check_study, parse_url
+
+    name = options.study or Path(options.config).stem
+    check_study(name, options.trials)
+    if options.storage:
+        parse_url(options.storage)
     task = task_of(config.task)
     # Mistakes in the data are told before the seconds that importing the Trainer takes.
     rows = task.load(config.task.data_dir, task.splits)
-    from lora_hf.sweep.study import BEST_CONFIG, SWEEP_RECORD, states, sweep, typed
+    from lora_hf.sweep.study import BEST, BEST_CONFIG, SWEEP_RECORD, states, sweep, typed
 
     config = replace(config, output=replace(config.output, dir=options.output or config.output.dir))
-    name = options.study or Path(options.config).stem
     folder, record = sweep(config, space, options.trials, name, options.storage, options.seed, rows)
-    places = {"config": str(folder / BEST_CONFIG), "record": str(folder / SWEEP_RECORD)}
-    if options.json:
-        print_json({"study": name, "trials": states(record), "best": record.best, **places})
-        return
     best, count = record.best, states(record)
+    files = {"run": BEST, "config": BEST_CONFIG, "record": SWEEP_RECORD}
+    places = {what: str(folder / file) for what, file in files.items()}
+    if options.json:
+        print_json({"study": name, "trials": count, "best": best, **places})
+        return
     print(f"{record.split} {record.metric} {shown(best['score'])}: trial {best['number']}, {typed(best['values'])}")
     print("trials:  " + ", ".join(f"{number} {state}" for state, number in count.items()))
-    print(f"config:  {places['config']}\nrecord:  {places['record']}")
+    for what, place in places.items():
+        print(f"{what + ':':9}{place}")

@@ -35,12 +35,21 @@ def add(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Trains, and says what came out."""
+    from lora_hf.beforehand import check_run, check_together
     from lora_hf.config import load_config
     from lora_hf.processes import leave, place
+    from lora_hf.run_folder import find_run_folder
     from lora_hf.tasks.table import task_of
 
     configs = [load_config(file, options.overrides) for file in options.config]
-    # Mistakes in the data are told before the seconds that importing the Trainer takes.
+    # Mistakes are told before the seconds that reading the data and importing the Trainer take.
+    if len(configs) > 1:
+        configs = _named(configs, options.config)
+        check_together(configs, options.resume)
+    for config in configs:
+        check_run(config)
+        if options.resume != "auto":  # which looks for a run in the precision that torch has chosen
+            find_run_folder(config, options.resume)
     rows = {}
     for config in configs:
         task = task_of(config.task)
@@ -61,16 +70,20 @@ def run(options: argparse.Namespace) -> None:
         _print(run)
 
 
+def _named(configs: Sequence[RunConfig], files: Sequence[str]) -> list[RunConfig]:
+    """Each with a folder of its own, named after its file where it has no name."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return [
+        replace(config, output=replace(config.output, name=config.output.name or f"{Path(file).stem}-{stamp}"))
+        for file, config in zip(files, configs, strict=True)
+    ]
+
+
 def _together(options: argparse.Namespace, configs: Sequence[RunConfig], rows: dict[str, Any]) -> None:
     from lora_hf.joint import train_together
     from lora_hf.training import Run
 
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    named = [
-        replace(config, output=replace(config.output, name=config.output.name or f"{Path(file).stem}-{stamp}"))
-        for file, config in zip(options.config, configs, strict=True)
-    ]
-    outcomes = train_together(named, options.resume, rows)
+    outcomes = train_together(configs, options.resume, rows)
     runs = [outcome for outcome in outcomes if isinstance(outcome, Run)]
     if options.json:
         print_json({"runs": [_told(run) for run in runs]})
@@ -79,11 +92,11 @@ def _together(options: argparse.Namespace, configs: Sequence[RunConfig], rows: d
             _print(run)
     failed = [
         f"{config.output.name}: {outcome}"
-        for config, outcome in zip(named, outcomes, strict=True)
+        for config, outcome in zip(configs, outcomes, strict=True)
         if not isinstance(outcome, Run)
     ]
     if failed:
-        raise TrainingError("\n  ".join([f"{len(failed)} of {len(named)} runs stopped:", *failed]))
+        raise TrainingError("\n  ".join([f"{len(failed)} of {len(configs)} runs stopped:", *failed]))
 
 
 def _told(run: Run) -> dict[str, Any]:

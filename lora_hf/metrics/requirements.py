@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-from lora_hf.errors import UserError
+from lora_hf.errors import UserError, how_to_install
 
 
 class ScorerError(UserError):
@@ -22,7 +22,7 @@ def package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     if not folders:
-        raise ScorerError(f"needs {package}, which is not installed: python -m pip install 'lora-hf[nlg]'")
+        raise ScorerError(f"needs {package}, which is not installed: {how_to_install('nlg')}")
     return Path(folders[0]).resolve()
 
 

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,14 @@ def told(url: URL) -> Iterator[None]:
 def shown(url: URL) -> str:
     """The URL without what must not be seen: user, password, and the options in which drivers take tokens."""
     return url._replace(username=None, password=None, query={}).render_as_string()  # type: ignore[arg-type]
+
+
+def check_study(name: str, trials: int) -> None:
+    """Raises ConfigError where no study can have this name, or this number of trials."""
+    if trials < 1:
+        raise ConfigError(f"--trials: expected a whole number >= 1, found {trials}")
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ConfigError(f"--study {name}: expected a name for a folder, without slashes")
 
 
 def parse_url(storage: str) -> URL:

@@ -29,6 +29,7 @@ from lora_hf.sweep.storage import (
     ERROR,
     GRACE,
     SeededSampler,
+    check_study,
     experimental,
     finished,
     open_study,
@@ -41,7 +42,7 @@ from lora_hf.tasks.table import task_of
 
 logger = logging.getLogger(__name__)
 
-DATABASE, BEST_CONFIG, SWEEP_RECORD = "study.db", "best.yaml", "trials.json"
+DATABASE, BEST, BEST_CONFIG, SWEEP_RECORD = "study.db", "best", "best.yaml", "trials.json"
 POLL = 1.0  # seconds between two looks at the trials of other processes
 
 
@@ -90,18 +91,16 @@ def sweep(
         rows: the task's splits, where they have been read already.
 
     Returns:
-        The folder of the study, which then holds `best.yaml`, `trials.json` and the pictures; and the record.
+        The folder of the study, which then holds `best` (a link to the best trial's), `best.yaml`, `trials.json` and
+        the pictures; and the record.
 
     Raises:
         ConfigError: the storage cannot be used, or the study is one of other trials.
         TrainingError: every trial failed.
         UserError: whatever of the config or the data no trial can use.
     """
+    check_study(name, trials)
     folder = Path(config.output.dir) / name
-    if trials < 1:
-        raise ConfigError(f"--trials: expected a whole number >= 1, found {trials}")
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise ConfigError(f"--study {name}: expected a name for a folder, without slashes")
     url = parse_url(storage or f"sqlite:///{folder / DATABASE}")
     this = Sweep(config, space, name, folder, trials, seed, url)
     rows = rows or this.task.load(config.task.data_dir, this.task.splits)
@@ -118,6 +117,8 @@ def sweep(
                 f"{folder}: holds {strangers[0]} of a study that is not in the storage; choose another --study or "
                 "--output"
             )
+        count = sum(map(finished, study.get_trials(deepcopy=False)))
+        logger.info("study %s: %d trials, %d of them finished already", name, trials, count)
         run_trials(this, study, rows)
         done = study.get_trials(deepcopy=False)
     return folder, write_results(this, done)
@@ -254,6 +255,7 @@ def write_results(this: Sweep, trials: Sequence[FrozenTrial]) -> SweepRecord:
         record.importance = draw_plots(drawn, this.space, this.maximise, this.score, Path(aside))
         record.write(Path(aside) / SWEEP_RECORD)
         if best:
+            (Path(aside) / BEST).symlink_to(trial_folder(best.number))
             (Path(aside) / BEST_CONFIG).write_text(_best_config(this, best), encoding="utf-8")
         for file in Path(aside).iterdir():
             file.replace(this.folder / file.name)

@@ -75,7 +75,7 @@ def after_from_loralib(names: dict[str, Any]) -> None:
 
 def after_adapters(names: dict[str, Any]) -> None:
     """The folders that the page combines, and what it printed of them."""
-    assert all(Path(name, "combine.json").is_file() for name in ("mix", "short", "ties"))
+    assert all(Path("outputs", name, "combine.json").is_file() for name in ("mix", "short", "ties"))
     assert 0 < names["short"].error < 1
 
 

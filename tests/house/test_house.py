@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "overflow",
     ),
     ("layers", "heads", "tasks", "adapter_file", "interruption", "run_folder", "environment"),
-    ("variants",),
+    ("variants", "beforehand"),
     ("planning", "places"),
     (
         "injection",

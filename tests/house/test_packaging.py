@@ -13,6 +13,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from lora_hf.errors import how_to_install
+from tests.pages import PAGES, page_name
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -55,6 +58,15 @@ def test_lock_line_is_one_exact_public_version(line: str) -> None:
     assert re.fullmatch(r"[a-z0-9][a-z0-9-]*==[0-9][0-9a-z.]*( ; .+)?", line), (
         "expected name==version, with no local +tag"
     )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_a_page_installs_what_there_is_as_the_messages_say(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "lora-hf[" not in text, "no package index has lora-hf: expected what errors.how_to_install says"
+    for extras in re.findall(r"\.\[([\w,]+)\]", text):
+        assert how_to_install(*extras.split(",")) in text
+        assert set(extras.split(",")) <= set(EXTRAS)
 
 
 def test_every_python_gets_at_most_one_version_of_a_package() -> None:

@@ -112,7 +112,7 @@ def test_without_the_extra_every_score_is_none_with_the_install_line(monkeypatch
     monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda _: None)
     scores = score_texts("dart", ["a"], [["a"]])
     assert set(scores.values.values()) == {None}
-    assert "python -m pip install 'lora-hf[nlg]'" in scores.reasons["BLEU"]
+    assert "python -m pip install -e '.[nlg]'" in scores.reasons["BLEU"]
 
 
 def test_what_cannot_be_scored_is_named() -> None:

@@ -20,7 +20,33 @@ QUICK = ["train.max_steps=12", "train.warmup_steps=2"]
 
 @pytest.mark.parametrize("script", sorted(file.stem for file in (REPO / "scripts").glob("*.py")))
 def test_every_script_is_its_verb(script: str) -> None:
-    assert run(script, "--help").stdout.startswith(f"usage: python scripts {script} ")
+    assert run(script, "--help").stdout.startswith(f"usage: python scripts/{script}.py ")
+
+
+@pytest.mark.parametrize(
+    ("words", "verb", "said"),
+    [
+        (["--config", "rule_sentiment.yaml", "--confg"], "train", "usage: python scripts/train.py [-h] --config"),
+        (["train", "--nothing"], "benchmark", "usage: python scripts/benchmark.py [-h]"),
+        (["joint", "--help"], "benchmark", "usage: python scripts/benchmark.py joint [-h]"),
+        (["train", "--config", "rule_sentiment.yaml", "--confg"], None, "usage: lora-hf train [-h] --config"),
+        ([], None, "usage: lora-hf [-h] VERB"),
+    ],
+)
+def test_a_wrong_line_is_told_how_to_type_it(
+    words: list[str], verb: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words, verb=verb)
+    told = capsys.readouterr()
+    assert (told.out + told.err).startswith(said)
+    assert ended.value.code == (0 if "--help" in words else 2)
+
+
+def test_without_a_verb_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert "  sweep " in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 from lora_hf import cli
 from lora_hf.config import load_config
 from lora_hf.records import SweepRecord
+from lora_hf.saved import find_saved
 from lora_hf.sweep import storage, study
 
 pytestmark = pytest.mark.usefixtures("forked")
@@ -52,6 +53,8 @@ def test_two_processes_share_the_trials_of_one_sqlite_file(tmp_path: Path) -> No
     assert len(told[0]) + len(told[1]) == 4
     assert all(told), "each ran some"
     load_config(one["config"])
+    assert Path(one["run"]).resolve() == Path(one["record"]).with_name(f"trial-{record.best['number']}").resolve()
+    assert find_saved(Path(one["run"], "adapter")).task.name == "rule-sentiment"
 
 
 def test_a_sweep_goes_on_after_its_process_was_killed(
@@ -119,4 +122,4 @@ def test_without_optuna_it_says_what_to_install(
     find = cli.sweep.importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "optuna" else find(name))
     assert cli.main(["sweep", *WORDS, "--output", str(tmp_path), "--trials", "1"]) == 2
-    assert "pip install 'lora-hf[sweep]'" in capsys.readouterr().err
+    assert "python -m pip install -e '.[sweep]'" in capsys.readouterr().err

@@ -72,6 +72,7 @@ def test_only_the_best_trial_keeps_its_adapter(swept: tuple[Path, SweepRecord]) 
         kept = {place.name for place in (folder / f"trial-{trial['number']}").iterdir()}
         light = {"record.json", "config.yaml", "log.jsonl", "curves.png"}
         is_best = trial["number"] == record.best["number"]
+        assert (folder / "best").samefile(folder / f"trial-{trial['number']}") == is_best
         assert kept == (light | {"adapter", "predictions-validation.jsonl"} if is_best else light)
     for name in ("importance.png", "parallel.png", "history.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
@@ -100,6 +101,7 @@ def test_a_study_goes_on_and_repeats_itself(
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="lora_hf"):
         _, gone_on = run(tmp_path, rows, *SPACE, trials=3)
+    assert caplog.messages[0].endswith(": 3 trials, 1 of them finished already")
     assert [line.split(":")[0] for line in caplog.messages if line.startswith("trial ")] == ["trial 1", "trial 2"]
     for ours, theirs in zip(gone_on.trials, record.trials, strict=True):
         assert ours | {"seconds": 0} == theirs | {"seconds": 0}
