@@ -170,7 +170,9 @@ def forking_python(folder: Path) -> Iterator[tuple[Path, Path]]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
         door.bind(str(path))
         door.listen()
-        pid = os.fork()
+        with warnings.catch_warnings():  # Python 3.12 warns of threads: pytest's, which the fork does not need
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
         if pid == 0:
             os.close(ours)
             sys.executable = str(python)
