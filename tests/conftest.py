@@ -6,6 +6,7 @@ pytest-xdist and the commands that tests start inherit it.
 
 from __future__ import annotations
 
+import functools
 import gc
 import ipaddress
 import os
@@ -13,6 +14,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ CACHE_PREFIX = "lora_hf_tests_"
 DISCARD = "http://127.0.0.1:9"  # nothing listens there: a command that tries the network fails at once
 
 _cache: tempfile.TemporaryDirectory[str] | None = None
+_while_running = ExitStack()
 
 
 def _set_environment() -> None:
@@ -102,7 +105,22 @@ _set_environment()
 _cut_network()
 
 
+def pytest_sessionstart() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ and sys.platform == "linux":
+        _forks()  # before any test has left something behind in this process
+
+
+@functools.cache
+def _forks() -> tuple[Path, Path]:
+    """Starts what forks in place of `python`; ends with this process."""
+    from tests.warm import forking_python
+
+    folder = _while_running.enter_context(tempfile.TemporaryDirectory(prefix="warm"))  # a socket's path may not be long
+    return _while_running.enter_context(forking_python(Path(folder)))
+
+
 def pytest_unconfigure() -> None:
+    _while_running.close()
     if _cache is not None:
         _cache.cleanup()
 
@@ -115,19 +133,13 @@ def _what_is_loaded_stays() -> None:
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The processes that a file's tests start are forks of this one: they need not load torch again."""
+def forked() -> Iterator[None]:
+    """The processes that a file's tests start need not load torch again: they are forks of one that has."""
     if sys.platform != "linux":
         yield
         return
-    from tests.warm import forking_python
-
-    # A socket's path may not be long.
-    with (
-        tempfile.TemporaryDirectory(prefix="warm") as folder,
-        forking_python(Path(folder)) as (python, path),
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    python, path = _forks()
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", str(python))
         patch.setenv("WARM_SOCKET", str(path))
         yield

@@ -163,6 +163,7 @@ class Session:
 @contextmanager
 def forking_python(folder: Path) -> Iterator[tuple[Path, Path]]:
     """A `python` whose processes are forks of this one as it is now, and the socket, for `WARM_SOCKET`."""
+    _import_everything()
     python, path = folder / "python", folder / "socket"
     python.write_text(CLIENT, encoding="utf-8")
     python.chmod(0o755)
@@ -201,7 +202,10 @@ def _forget_the_tests() -> None:
     warnings.resetwarnings()
     for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", kind)
-    _import_everything()
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # where a test trained, it is that of one process
+    GradientState._reset_state()
 
 
 def _serve_pages(path: str) -> None:
