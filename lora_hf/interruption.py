@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from lora_hf.checkpoints import how_to_go_on
 from lora_hf.errors import Interrupted
-from lora_hf.processes import largest
+from lora_hf.processes import largest, planned
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,12 @@ class Interruption(TrainerCallback):
             self.before = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        # Once another process is gone torchrun sends SIGTERM to this one, which has yet to say what happened.
+        others_gone = planned() > 1 and isinstance(error, RuntimeError)
         for kind, handler in self.before.items():
-            signal.signal(kind, handler)
+            ignored = others_gone and kind == signal.SIGTERM
+            signal.signal(kind, signal.SIG_IGN if ignored else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         kind = signal.Signals(number)

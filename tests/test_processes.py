@@ -22,6 +22,7 @@ from lora_hf.checkpoints import ASIDE, checkpoints_in, problem_of
 from lora_hf.cli import main
 from lora_hf.config import RunConfig
 from lora_hf.errors import ConfigError
+from lora_hf.interruption import Interruption
 from lora_hf.records import RunRecord
 from lora_hf.sampling import own_rows
 from lora_hf.tasks.table import get_task
@@ -201,6 +202,24 @@ def test_a_killed_process_ends_the_other_with_one_message(tmp_path: Path) -> Non
     assert re.search(r"go on after step \d+ with the same command and --resume auto", said)
     assert said.count("Traceback") <= 1, "torchrun has one of its own; we have none"
     assert not (checkpoints.parent / "record.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("others", "error", "ignored"),
+    [(1, RuntimeError, True), (1, ConfigError, False), (0, RuntimeError, False)],
+)
+def test_who_has_lost_another_says_so_before_it_is_ended(
+    others: int, error: type[Exception], ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun sends SIGTERM to those left as soon as one has failed."""
+    monkeypatch.setenv("WORLD_SIZE", str(1 + others))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(error, match="lost"), Interruption(tmp_path):
+            raise error("lost")
+        assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if ignored else before)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_mistake_is_told_once_and_only_training_is_shared(forked: None, tmp_path: Path) -> None:
