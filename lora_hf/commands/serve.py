@@ -11,7 +11,7 @@ from lora_hf.commands.adapter import named_adapters
 from lora_hf.errors import ConfigError, how_to_install
 
 TOKEN = "LORA_HF_TOKEN"  # the name of the variable, not a token
-SERVED = ("fastapi", "uvicorn", "prometheus_client")
+SERVED = ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client")
 
 
 def add(verbs: Any) -> None:

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from lora_hf.adapter_file import CONFIG_FILE, WEIGHTS_FILE
@@ -77,7 +78,8 @@ def build_app(
     engine: Engine, door: Door, metrics: Metrics, lifespan: Lifespan | None = None, playground: bool = False
 ) -> FastAPI:
     """The whole application; `engine` may still be loading, `door.open` says when it is not."""
-    app = FastAPI(
+    app = FastAPIOffline(
+        redoc_url=None,
         title="lora_hf",
         description="Many LoRA adapters on one base. Every error is `{error: {code, message}}`.",
         lifespan=lifespan,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -316,6 +317,15 @@ def test_a_client_that_goes_away_takes_its_request_along() -> None:
 def test_the_front_door_leads_to_the_description(client: TestClient) -> None:
     found = client.get("/", follow_redirects=False)
     assert (found.status_code, found.headers["location"]) == (307, "/docs")
+
+
+def test_the_description_loads_nothing_from_elsewhere(client: TestClient) -> None:
+    page = client.get("/docs").text
+    files = re.findall(r"(?:src|href)=\"([^\"]*)\"", page)
+    assert len(files) >= 3
+    assert "//" not in "".join(files)
+    for file in files:
+        assert client.get(file).status_code == 200, file
 
 
 TAKING = (("POST", CLASSIFY), ("POST", GENERATE), ("PUT", "/v1/adapters/{name}"))  # a body
