@@ -73,8 +73,9 @@ def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int
     except UserError as error:
         return _end(f"error: {error}", 2)
     except Interrupted as stop:
-        # Sweeps and benchmarks know what they have finished, and take no --resume.
-        said = stop if parsed.verb == "train" else f"{stop.kind.name}: start it again with the same command"
+        # Sweeps and benchmarks know what they have finished, and take no --resume; the demo knows of nothing.
+        again = f"start it again{' from the beginning' if parsed.verb == 'demo' else ''} with the same command"
+        said = stop if parsed.verb == "train" else f"{stop.kind.name}: {again}"
         return _end(f"stopped by {said}", stop.code)
     except KeyboardInterrupt:
         return _end("interrupted", 130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -9,19 +10,26 @@ import pytest
 import yaml
 
 from lora_hf.config import load_config
-from lora_hf.demo import RECIPE, WRITER_RECIPE
+from lora_hf.demo import ASKED, RECIPE, WRITER_RECIPE
 from lora_hf.records import RunRecord
+from lora_hf.tasks.table import get_task
+from lora_hf.tiny.data import rule_sentiment
 from tests.command_lines import ask
 
 EPOCHS = {RECIPE: 1, WRITER_RECIPE: 0.25}
 
 
-def test_the_demo_ends_with_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_ends_with_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     for recipe, epochs in EPOCHS.items():  # a recipe is looked for in the current folder first
         shorter = load_config(recipe, [f"train.epochs={epochs}"]).to_dict()
         (tmp_path / recipe).write_text(yaml.safe_dump(shorter), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    shown = ask("demo", "--output", tmp_path).stdout
+    with caplog.at_level(logging.INFO, "lora_hf.demo"):
+        shown = ask("demo", "--output", tmp_path).stdout
+    said = [entry.getMessage() for entry in caplog.records if entry.name == "lora_hf.demo"]
+    assert "three small trainings" in said[0]
     for words in ("always the commonest class", "only its head trained", "LoRA and head trained"):
         assert words in shown
     head, lora, writer = (
@@ -31,6 +39,14 @@ def test_the_demo_ends_with_its_table(tmp_path: Path, monkeypatch: pytest.Monkey
         assert record.config["train"]["epochs"] == EPOCHS[recipe]
     assert f"{lora.metrics['validation']['accuracy']:.3f}" in shown
     assert lora.metrics["validation"]["accuracy"] > head.metrics["validation"]["accuracy"] + 0.1 > 0.6
+
+    right = {
+        row["sentence"]: get_task("rule-sentiment").label_names[row["label"]] for row in rule_sentiment("validation")
+    }
+    answers = re.findall(r"^  ['\"](.+)['\"]: (\w+) \([\d.]+\)(, wrong)?$", shown, re.MULTILINE)
+    assert len(answers) == ASKED
+    for sentence, label, wrong in answers:
+        assert bool(wrong) == (label != right[sentence])
 
     assert f"{writer.metrics['validation']['perplexity']:.3f}" in shown
     assert f"{writer.parameters['trainable']:,} (" in shown
