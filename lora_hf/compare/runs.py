@@ -87,7 +87,7 @@ def find_runs(places: Sequence[Path]) -> tuple[list[FinishedRun], list[LeftOut]]
     """
     runs: list[FinishedRun] = []
     left_out: list[LeftOut] = []
-    folders = {folder.resolve(): folder for place in places for folder in _run_folders(place, left_out)}
+    folders = {folder.resolve(): folder for place in places for folder in _run_folders(place, places, left_out)}
     for folder in folders.values():
         _try(left_out, folder, lambda folder=folder: runs.append(_fitting(_read_run(folder, left_out), runs)))
     if not runs:
@@ -113,13 +113,20 @@ def _meaning(task: Task) -> tuple[object, ...]:
     return task.model_kind, task.problem_type, task.label_names, task.best_metric
 
 
-def _run_folders(place: Path, left_out: list[LeftOut]) -> list[Path]:
+def _run_folders(place: Path, places: Sequence[Path], left_out: list[LeftOut]) -> list[Path]:
     if not place.is_dir():
         left_out.append(LeftOut(str(place), "no such folder"))
         return []
     if _is_run(place):
         return [place]
-    inner = sorted(folder for folder in place.iterdir() if folder.is_dir() and _is_run(folder))
+    folders = sorted(folder for folder in place.iterdir() if folder.is_dir())
+    inner = [folder for folder in folders if _is_run(folder)]
+    # The trials of a sweep would drown the runs that lie beside it.
+    left_out += [
+        LeftOut(str(folder), "a sweep or another folder of run folders: not read; name it to compare them")
+        for folder in folders
+        if folder not in [*inner, *places] and any(map(_is_run, folder.glob("*/")))
+    ]
     if not inner:
         left_out.append(LeftOut(str(place), f"neither a run folder (no {RECORD_FILE}) nor a folder of run folders"))
     return inner

@@ -203,6 +203,20 @@ def test_damaged_records_are_named_and_left_out(
     assert [run["folder"] for run in ComparisonRecord.load(output / "comparison.json").runs] == [str(copied / "lora-0")]
 
 
+def test_a_sweep_among_runs_is_told_of_and_read_where_it_is_named(copied: Path, tmp_path: Path) -> None:
+    sweep = copied / "sweep"
+    sweep.mkdir()
+    (copied / "lora-1").rename(sweep / "trial-0")
+    (sweep / "best").symlink_to("trial-0")
+    (copied / "data").mkdir()
+    found = compare([copied], CompareOptions())
+    assert [each["path"] for each in found.left_out] == [str(sweep)]
+    assert "a sweep or another folder of run folders: not read; name it" in found.left_out[0]["reason"]
+    named = compare([copied, sweep], CompareOptions())
+    assert named.left_out == []
+    assert len(named.runs) == len(found.runs) + 1, "the link to the best trial is no run of its own"
+
+
 def test_nothing_left_is_exit_code_2_and_nothing_written(
     copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
