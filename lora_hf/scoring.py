@@ -17,22 +17,28 @@ logger = logging.getLogger(__name__)
 
 
 def score_answers(
-    record: RunRecord, task: Task, answers: Mapping[str, np.ndarray], rows: Mapping[str, Dataset], folder: Path
+    record: RunRecord,
+    task: Task,
+    answers: Mapping[str, np.ndarray],
+    rows: Mapping[str, Dataset],
+    folder: Path,
+    of: str = "",
 ) -> None:
     """Puts the scores of the answers for each evaluation split on the record, and keeps a classifier's in `folder`.
 
     Args:
         answers: by split the logits `(rows, num_labels)`, or of a task of generation what its `score` reads.
+        of: the beginning of each warning, which names the run where there are several.
     """
     for split, found in answers.items():
         if task.model_kind == "causal-lm":
             record.metrics[split] = task.score(found, ())
             continue
         _write_predictions(folder / f"predictions-{split}.jsonl", task, rows[split], found)
-        _score(record, task, split, found, rows)
+        _score(record, task, split, found, rows, of)
 
 
-def _score(record: RunRecord, task: Task, split: str, logits: np.ndarray, rows: Mapping[str, Dataset]) -> None:
+def _score(record: RunRecord, task: Task, split: str, logits: np.ndarray, rows: Mapping[str, Dataset], of: str) -> None:
     """Puts the split's scores on the record, and says aloud what a person should not overlook."""
     labels, train_labels = np.asarray(rows[split]["label"]), np.asarray(rows[task.train_split]["label"])
     scores, majority = task.score(logits, labels), task.majority(labels, train_labels)
@@ -49,7 +55,7 @@ def _score(record: RunRecord, task: Task, split: str, logits: np.ndarray, rows: 
         )
     record.warnings += found
     for warning in found:
-        logger.warning(warning)
+        logger.warning("%s%s", of, warning)
 
 
 def _write_predictions(path: Path, task: Task, rows: Dataset, logits: np.ndarray) -> None:

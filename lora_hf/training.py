@@ -179,7 +179,7 @@ def _train(
     if place():
         wait_for_all()
         return Run(folder, RunRecord.load(folder / RECORD_FILE))
-    score_answers(record, task, answers, rows, folder)
+    score_answers(record, task, answers, rows, folder, of)
     run = Run(folder, record)
     if config.train.method == "full":
         model.save_pretrained(run.weights)
@@ -190,7 +190,7 @@ def _train(
     state, skipped = trainer.state, trainer.overflow.skipped
     if skipped:
         record.warnings.append(f"{skipped} of {state.global_step} steps were left out: a gradient was beyond fp16")
-        logger.warning(record.warnings[-1])
+        logger.warning("%s%s", of, record.warnings[-1])
     record.skipped_steps = skipped
     record.history = state.log_history
     record.best = {

@@ -17,10 +17,10 @@ from lora_hf.tasks.table import get_task
 LABELS = [0, 1, 1, 1]
 
 
-def scored(name: str, answers: dict[str, np.ndarray], labels: list, folder: Path) -> RunRecord:
+def scored(name: str, answers: dict[str, np.ndarray], labels: list, folder: Path, of: str = "") -> RunRecord:
     record = RunRecord(task=name, method="lora", model="m", config={}, seed=0, started="2026-01-01T00:00:00")
     rows = {split: Dataset.from_dict({"label": labels}) for split in ("train", *answers)}
-    score_answers(record, get_task(name), answers, rows, folder)
+    score_answers(record, get_task(name), answers, rows, folder, of)
     return record
 
 
@@ -49,6 +49,13 @@ def test_one_class_for_all_is_told_aloud_once_for_each_split(tmp_path: Path, cap
         assert collapsed == f"{split}: every row was answered 'positive'; the model has collapsed to one class"
         assert useless.startswith(f"{split}: accuracy 0.7500 is no better than always giving one answer (0.7500); ")
     assert [entry.getMessage() for entry in caplog.records if entry.name == "lora_hf.scoring"] == record.warnings
+
+
+def test_of_several_runs_a_warning_says_which(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = scored("rule-sentiment", {"validation": np.array([[0.0, 1.0]] * 4)}, LABELS, tmp_path, "second, ")
+    told = [entry.getMessage() for entry in caplog.records if entry.name == "lora_hf.scoring"]
+    assert told == [f"second, {warning}" for warning in record.warnings]
+    assert len(told) == 2
 
 
 def test_a_regression_has_no_class_to_collapse_to(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def _together(options: argparse.Namespace, configs: Sequence[RunConfig], rows: d
         print_json({"runs": [_told(run) for run in runs]})
     else:
         for run in runs:
+            print(f"{run.folder.name}:")
             _print(run)
     failed = [
         f"{config.output.name}: {outcome}"
