@@ -40,12 +40,15 @@ class QuietProgress(ProgressCallback):
 
 
 class ProgressLines(TrainerCallback):
-    """Where no bar is seen: a line on standard error that says how far the run is, at logs of its loss, PAUSE apart."""
+    """Where no bar is seen: a line on standard error that says how far the run is, PAUSE apart.
+
+    In training at logs of its loss; between them, at an evaluation, how far that is.
+    """
 
     def __init__(self, of: str = "") -> None:
         self.of = of
         self.began = self.said = 0.0
-        self.first = 0
+        self.first = self.evaluated = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = self.said = time.monotonic()
@@ -59,6 +62,20 @@ class ProgressLines(TrainerCallback):
         left = (now - self.began) / (state.global_step - self.first) * (state.max_steps - state.global_step)
         steps = f"{state.global_step:,} of {state.max_steps:,} steps"
         tqdm.write(f"{self.of}{steps}: loss {loss:.4f}, {minutes(left)} left", file=sys.stderr)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluated += 1
+        now = time.monotonic()
+        if now - self.said >= PAUSE and state.is_world_process_zero:
+            self.said = now
+            batches = f"{self.evaluated:,} of {len(kwargs['eval_dataloader']):,} batches"
+            tqdm.write(f"{self.of}evaluating, {batches}", file=sys.stderr)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluated = 0
+
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        self.evaluated = 0
 
 
 class EvaluationLines(TrainerCallback):

@@ -58,3 +58,20 @@ def test_a_run_without_a_terminal_tells_of_itself(
     assert [line.split(":")[0] for line in rest if " steps: loss " in line] == [
         f"{step} of 3 steps" for step in (1, 2, 3)
     ]
+
+
+def test_a_long_evaluation_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
+    state, control, arguments = TrainerState(), TrainerControl(), TrainingArguments(str(tmp_path), use_cpu=True)
+    lines = ProgressLines("rte, ")
+    lines.on_train_begin(arguments, state, control)
+    for _ in range(2):  # the second one counts anew
+        for _ in range(3):
+            now += PAUSE / 2 + 1
+            lines.on_prediction_step(arguments, state, control, eval_dataloader=range(3))
+        lines.on_evaluate(arguments, state, control)
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"rte, evaluating, {batch} of 3 batches" for batch in (2, 1, 3)]

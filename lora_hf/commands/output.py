@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lora_hf.errors import ConfigError
 
+PAUSE = 30.0  # seconds between two lines of progress
+
 
 def progress(items: Any, total: int | None = None) -> Any:
-    """The items behind a progress bar, where standard error is a terminal."""
+    """The items behind a progress bar; where standard error is no terminal a line on it now and then."""
+    if not sys.stderr.isatty():
+        return _with_lines(items, len(items) if total is None else total)
     from tqdm.auto import tqdm
 
-    return tqdm(items, total=total, leave=False, disable=None)  # None: only on a terminal
+    return tqdm(items, total=total, leave=False)
+
+
+def _with_lines(items: Iterable[Any], total: int) -> Iterator[Any]:
+    from lora_hf.markdown import minutes
+
+    began = said = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - said >= PAUSE:
+            said = now
+            print(f"{done:,} of {total:,}: {minutes((now - began) / done * (total - done))} left", file=sys.stderr)
+        yield item
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
