@@ -132,8 +132,9 @@ def _summary(facts: Facts) -> str:
         lines.append(f"Labels, in the order of the logits: {', '.join(f'`{label}`' for label in facts.about.labels)}.")
     if facts.about.fingerprint:
         lines.append(
-            f"lora_hf refuses it on other base weights than the ones it was trained on (sha256 "
-            f"`{facts.about.fingerprint['sha256'][:12]}`, {facts.about.fingerprint['dtype']})."
+            f"lora_hf refuses it on other base weights than the ones it was trained on, which were held in "
+            f"{facts.about.fingerprint['dtype']} (sha256 `{facts.about.fingerprint['sha256'][:12]}`); the same "
+            "weights in another precision are taken."
         )
     return "\n".join(lines)
 

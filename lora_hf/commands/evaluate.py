@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.commands.adapter import add_adapter
@@ -60,8 +61,9 @@ def _evaluate_texts(saved: Saved, rows: Mapping[str, Any], adapted: bool) -> dic
     from lora_hf.generation import Generator, evaluate_texts
 
     records, scores = evaluate_texts(Generator.load(saved, adapted), saved, rows, adapted, progress)
+    here = Path.cwd()
     for record in records:
-        print(f"record: {record}", file=sys.stderr)
+        print(f"record: {record.relative_to(here) if record.is_relative_to(here) else record}", file=sys.stderr)
     return {
         split if subset == "all" else f"{split}, {subset}": values
         for split, subsets in scores.items()

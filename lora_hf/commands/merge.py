@@ -37,6 +37,6 @@ def run(options: argparse.Namespace) -> None:
     drift = record.drift
     print(
         f"drift: a logit moved by at most {drift['max_abs']:.3g}, the largest being {drift['largest_logit']:.3g}: "
-        f"relative {drift['relative']:.3g}, allowed {drift['tolerance']:g}"
+        f"relative {drift['relative']:.3g}, allowed {drift['tolerance']:g}: fine"
     )
     print(f"model:  {options.output} ({record.dtype})\nrecord: {options.output / MERGE_FILE}")

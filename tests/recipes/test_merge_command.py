@@ -38,6 +38,7 @@ def test_a_merged_classifier_scores_and_answers_as_its_adapter(folder: Path, tmp
     adapter, merged = folder / "one" / "adapter", tmp_path / "merged"
     said = ask("merge", "--adapter", adapter, "--output", merged).stdout
     assert said.startswith("drift: a logit moved by at most ")
+    assert said.splitlines()[0].endswith(", allowed 1e-05: fine")
     assert asked("eval", "--adapter", merged)["metrics"] == asked("eval", "--adapter", adapter)["metrics"]
     text = ["--text", "A moving, funny and wise film."]
     assert asked("predict", "--adapter", merged, *text) == asked("predict", "--adapter", adapter, *text)
