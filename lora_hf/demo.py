@@ -97,7 +97,6 @@ class DemoReport:
 
 def demo(output: str = "outputs") -> DemoReport:
     """Trains the embedded tiny bases on the embedded data, and asks them for what was held out."""
-    logger.info("three small trainings, one after the other: about two minutes on two cores")
     runs: dict[str, Run] = {}
     for method in ("head", "lora"):
         name = f"output.name=demo-{method}"
