@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lora_hf.beforehand import check_run, check_together
 from lora_hf.config import RunConfig, load_config
@@ -18,7 +19,13 @@ TRAIN = ["train", "--config", "rule_sentiment.yaml", "output.dir=."]
 SWEEP = ["sweep", "--config", "rule_sentiment.yaml", "--output", ".", "train.lr=1e-4..1e-2"]
 MISTAKES = [
     ([*TRAIN, "output.name=finished"], "holds a finished run"),
-    ([*TRAIN, "output.name=unfinished"], "holds an unfinished run"),
+    ([*TRAIN, "output.name=unfinished"], "holds an unfinished run; go on with --resume auto"),
+    ([*TRAIN, "output.name=unfinished", "train.epochs=2"], "of another config: train.epochs is 5.0 there and 2.0 here;"),
+    (
+        [*TRAIN, "output.name=unfinished", "train.epochs=2", "--resume", "auto"],
+        "of another config: train.epochs is 5.0 there and 2.0 here; choose another output.name, or set",
+    ),
+    ([*TRAIN, "output.name=unread"], "holds an unfinished run without a config.yaml that can be read"),
     ([*TRAIN, "--resume", "nowhere"], "--resume nowhere: expected a checkpoint folder"),
     ([*TRAIN, "train.start_from=nowhere"], "nowhere: not an adapter folder"),
     ([*TRAIN, "--config", "rule_sentiment.yaml", "output.name=both"], "output.name: expected a different one for each"),
@@ -42,7 +49,10 @@ print(json.dumps({"codes": codes, "loaded": sorted({"torch", "transformers"} & s
 def test_no_mistake_waits_for_torch(tmp_path: Path) -> None:
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "record.json").write_text("{}")
-    (tmp_path / "unfinished" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    for name in ("unfinished", "unread"):
+        (tmp_path / name / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    config = load_config("rule_sentiment.yaml", ["output.dir=.", "output.name=unfinished", "model.precision=bf16"])
+    (tmp_path / "unfinished" / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     before = sorted(tmp_path.rglob("*"))
     (tmp_path / "configs").symlink_to(REPO / "configs")
     asked = json.dumps([words for words, _ in MISTAKES])
