@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from lora_hf.config.other_names import OTHER_NAMES, OURS
+from lora_hf.config.other_names import OTHER_NAMES, OURS, ROLE_OF
 from lora_hf.config.values import Section, bounded, build_section, kind_of
 from lora_hf.errors import ConfigError, did_you_mean
 
@@ -39,8 +39,11 @@ def _target_problem(targets: tuple[str, ...]) -> str:
     unknown = [target for target in targets if target not in words and "." not in target]
     if targets and not unknown:
         return ""
-    found = ", ".join(repr(target) + did_you_mean(target, words) for target in unknown) or "nothing"
-    return f"expected some of {', '.join(words)}, or a module path with dots, found {found}"
+    found = ", ".join(
+        repr(target) + (f" (did you mean {ROLE_OF[target]}?)" if target in ROLE_OF else did_you_mean(target, words))
+        for target in unknown
+    )
+    return f"expected some of {', '.join(words)}, or a module path with dots, found {found or 'nothing'}"
 
 
 def _pattern_problem(patterns: dict[str, Any]) -> str:

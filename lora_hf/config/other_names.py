@@ -47,3 +47,33 @@ OTHER_NAMES = {
     "dataset_name": "task.name",
     "max_seq_length": "task.max_length",
 }
+
+# The last part of a module's path, as target_modules of peft holds it, for the role or the preset that means it.
+ROLE_OF = {
+    "query": "q",
+    "query_proj": "q",
+    "q_proj": "q",
+    "q_lin": "q",
+    "key": "k",
+    "key_proj": "k",
+    "k_proj": "k",
+    "k_lin": "k",
+    "value": "v",
+    "value_proj": "v",
+    "v_proj": "v",
+    "v_lin": "v",
+    "o_proj": "o",
+    "out_proj": "o",
+    "out_lin": "o",
+    "c_attn": "q, k, v",
+    "query_key_value": "q, k, v",
+    "up_proj": "ffn_up",
+    "c_fc": "ffn_up",
+    "fc1": "ffn_up",
+    "lin1": "ffn_up",
+    "gate_proj": "ffn_gate",
+    "down_proj": "ffn_down",
+    "fc2": "ffn_down",
+    "lin2": "ffn_down",
+    "all-linear": "all",
+}

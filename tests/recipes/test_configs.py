@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_hf.config import RunConfig, load_config
-from lora_hf.config.other_names import OTHER_NAMES
+from lora_hf.config import LoraConfig, RunConfig, load_config
+from lora_hf.config.other_names import OTHER_NAMES, ROLE_OF
 from lora_hf.errors import ConfigError
 from lora_hf.tasks.table import task_names
 
@@ -427,6 +427,15 @@ def test_a_bare_key_is_told_with_its_section(override: str, meant: str) -> None:
 def test_a_key_by_another_name_is_told_by_ours(key: str, meant: str) -> None:
     expected = f"glue_mnli.yaml: 1 problem\n  {key}: unknown key (did you mean {meant!r}?)"
     assert problem("glue_mnli.yaml", f"{key}=1") == expected
+
+
+def test_a_module_of_peft_is_told_by_its_role() -> None:
+    assert problem("glue_mnli.yaml", "lora.targets=[query, c_attn]") == (
+        f"glue_mnli.yaml: 1 problem\n  lora.targets: expected some of {TARGETS}, "
+        "found 'query' (did you mean q?), 'c_attn' (did you mean q, k, v?)"
+    )
+    for meant in ROLE_OF.values():
+        LoraConfig(targets=tuple(meant.split(", ")))
 
 
 def test_every_other_name_leads_to_a_key() -> None:
