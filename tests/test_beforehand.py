@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ MISTAKES = [
     ([*SWEEP, "--trials", "1", "--study", "a/b"], "--study a/b: expected a name for a folder"),
     ([*SWEEP, "--trials", "1", "--storage", "here"], "--storage: expected a URL"),
     (["serve", "--adapter", "a=nowhere"], "nowhere: not an adapter folder"),
+    (["serve", "--adapter", "a=someone/x", "--port", "PORT"], "in use; choose another with --port N, or 0 for a free"),
 ]
 # All in one process, which has read torch's libraries in none of them.
 ALL = """
@@ -55,8 +57,10 @@ def test_no_mistake_waits_for_torch(tmp_path: Path) -> None:
     (tmp_path / "unfinished" / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     before = sorted(tmp_path.rglob("*"))
     (tmp_path / "configs").symlink_to(REPO / "configs")
-    asked = json.dumps([words for words, _ in MISTAKES])
-    done = subprocess.run([sys.executable, "-c", ALL], input=asked, cwd=tmp_path, capture_output=True, text=True)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        asked = json.dumps([[word.replace("PORT", port) for word in words] for words, _ in MISTAKES])
+        done = subprocess.run([sys.executable, "-c", ALL], input=asked, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"codes": [2] * len(MISTAKES), "loaded": []}
     told = done.stderr.split("--\n")
