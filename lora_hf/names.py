@@ -31,8 +31,8 @@ def is_local(name: str) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form `user/name` and no folder of it lies here."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and not Path(name).is_dir()
+    """Whether a name has the form `user/name` and nothing of that name lies here."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and not Path(name).exists()
 
 
 def base_name(path: str) -> str:

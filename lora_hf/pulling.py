@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_hf.adapter_file import CONFIG_FILE, WEIGHTS_FILE
+from lora_hf.adapter_file import CONFIG_FILE, WEIGHTS_FILE, likely_meant
 from lora_hf.errors import AdapterError, HubError
 from lora_hf.names import is_hub_id
 from lora_hf.offline import hub_is_reachable
@@ -65,7 +65,7 @@ def _failure(name: str, revision: str | None, reachable: bool, error: Exception)
     if not reachable:
         at = "" if revision is None else f" at revision {revision!r}"
         return (
-            f"{name}: no such folder here; as a hub id: the hub is out of reach or switched off (HF_HUB_OFFLINE), and "
+            f"{name}: no such folder here{likely_meant(Path(name))}; as a hub id: the hub is out of reach or switched off (HF_HUB_OFFLINE), and "
             f"the local cache does not hold this adapter{at}. Give the path of an adapter folder, or set HF_ENDPOINT "
             "to a mirror"
         )
@@ -74,7 +74,7 @@ def _failure(name: str, revision: str | None, reachable: bool, error: Exception)
         return f"{name}: the hub's repository has no branch, tag or commit {revision!r}"
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"{name}: no such folder here, and no such repository on the hub ({constants.ENDPOINT}) that you may read. "
+            f"{name}: no such folder here{likely_meant(Path(name))}, and no such repository on the hub ({constants.ENDPOINT}) that you may read. "
             "Check the name; for a private one log in with `hf auth login`, or set HF_TOKEN"
         )
     if status == 401:
