@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
+
+from lora_hf.errors import ModelError, did_you_mean
 
 EMBEDDED = ("tiny-roberta", "tiny-gpt2")
 
@@ -18,6 +21,26 @@ HUB_IDS = {
     "bert-base-uncased": "google-bert/bert-base-uncased",
     "distilbert-base-uncased": "distilbert/distilbert-base-uncased",
 }
+
+
+def check_base(name: str) -> None:
+    """Raises ModelError for a base that is nowhere: a path without a folder, or a misspelt base of this package.
+
+    Any other name may be the hub's; its oldest models have no `/` in theirs.
+    """
+    if name in EMBEDDED or Path(name).is_dir():
+        return
+    if is_path(name):
+        raise ModelError(f"{name}: no such folder; expected a Hugging Face model folder or a hub id")
+    near = difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.7)
+    if near and "/" not in name:
+        raise ModelError(f"{name}: no such model or folder (did you mean {near[0]!r}?)")
+
+
+def near_base(name: str) -> str:
+    """Returns `` (did you mean 'roberta-base'?)`` for a name without `/` that is near a known one."""
+    known = (*EMBEDDED, *HUB_IDS)
+    return "" if "/" in name or name in known else did_you_mean(name, known)
 
 
 def is_path(name: str) -> bool:

@@ -33,6 +33,8 @@ MISTAKES = [
     ([*SWEEP, "--trials", "0"], "--trials: expected a whole number >= 1, found 0"),
     ([*SWEEP, "--trials", "1", "--study", "a/b"], "--study a/b: expected a name for a folder"),
     ([*SWEEP, "--trials", "1", "--storage", "here"], "--storage: expected a URL"),
+    ([*TRAIN, "model.name=tiny-bert"], "tiny-bert: no such model or folder (did you mean 'tiny-roberta'?)"),
+    ([*TRAIN, "model.name=./nowhere"], "./nowhere: no such folder"),
     (["serve", "--adapter", "a=nowhere"], "nowhere: not an adapter folder"),
     (["serve", "--adapter", "a=someone/x", "--port", "PORT"], "in use; choose another with --port N, or 0 for a free"),
 ]
