@@ -239,8 +239,9 @@ def _from_place(name: str, revision: str | None, load: Callable[..., Loaded]) ->
     except (OSError, ValueError, KeyError) as error:
         if more.get("local_files_only"):
             raise HubError(
-                f"{name}: the hub is out of reach and this model is not in the local cache{near_base(name)}. Give model.name a local "
-                f"folder, or one of the embedded bases ({', '.join(EMBEDDED)}), or set HF_ENDPOINT to a mirror"
+                f"{name}{near_base(name)}: the hub is out of reach and this model is not in the local cache. Give "
+                f"model.name a local folder, or one of the embedded bases ({', '.join(EMBEDDED)}), or set HF_ENDPOINT "
+                "to a mirror"
             ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{name}: cannot be loaded: {reason}{near_base(name)}") from error

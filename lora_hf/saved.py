@@ -62,8 +62,8 @@ def find_saved(folder: str | Path, revision: str | None = None) -> Saved:
     if not base or not about.task:
         missing = " and ".join(word for word, known in (("base", base), ("task", about.task)) if not known)
         raise AdapterError(
-            f"{folder / WEIGHTS_FILE}: does not say which {missing} it was trained for (PEFT does not record the task); "
-            'save it with lora_hf.save_adapter(model, folder, task="sst2"), or whichever task it is for, or load it in '
+            f"{folder / WEIGHTS_FILE}: does not say which {missing} it was trained for; PEFT records no task. "
+            'Save it with lora_hf.save_adapter(model, folder, task="sst2"), or whichever task it is for, or load it in '
             "Python with lora_hf.load_adapter(model, folder)"
         )
     task = _task_called(about.task, run, folder)

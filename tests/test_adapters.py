@@ -259,7 +259,9 @@ def test_a_missing_folder_and_an_unknown_adapter_are_named(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_the_adapter_that_is_likely_meant_is_named(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_adapter_that_is_likely_meant_is_named(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     adapter = shutil.copytree(saved, Path("outputs") / "sst2" / "adapter")
     for place in ("outputs/sst2", "outputs/sts2/adapter", "outputs/sts2", "./outputs/sst2/adaptr"):

@@ -21,7 +21,10 @@ SWEEP = ["sweep", "--config", "rule_sentiment.yaml", "--output", ".", "train.lr=
 MISTAKES = [
     ([*TRAIN, "output.name=finished"], "holds a finished run"),
     ([*TRAIN, "output.name=unfinished"], "holds an unfinished run; go on with --resume auto"),
-    ([*TRAIN, "output.name=unfinished", "train.epochs=2"], "of another config: train.epochs is 5.0 there and 2.0 here;"),
+    (
+        [*TRAIN, "output.name=unfinished", "train.epochs=2"],
+        "of another config: train.epochs is 5.0 there and 2.0 here;",
+    ),
     (
         [*TRAIN, "output.name=unfinished", "train.epochs=2", "--resume", "auto"],
         "of another config: train.epochs is 5.0 there and 2.0 here; choose another output.name, or set",

@@ -48,7 +48,13 @@ def test_a_base_that_is_nowhere_is_told_before_the_hub_is_asked(name: str) -> No
 
 # The hub's oldest models, whose names have no `/`, and what is near ours under another user.
 HUBS = [*EMBEDDED, *HUB_IDS, *HUB_IDS.values(), "distilgpt2", "gpt2-xl", "openai-gpt", "bert-base-cased", "t5-small"]
-HUBS += ["distilroberta-base", "xlm-roberta-base", "roberta-base-openai-detector", "albert-base-v2", "someone/tiny-bert"]
+HUBS += [
+    "distilroberta-base",
+    "xlm-roberta-base",
+    "roberta-base-openai-detector",
+    "albert-base-v2",
+    "someone/tiny-bert",
+]
 
 
 @pytest.mark.parametrize("name", HUBS)

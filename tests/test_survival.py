@@ -202,7 +202,9 @@ def test_an_unfinished_run_is_neither_mixed_nor_written_over(rows: dict[str, Any
     with pytest.raises(ConfigError, match=r"holds an unfinished run; go on with --resume auto; choose another"):
         train(small_config(tmp_path), rows=rows)
     for resume in (None, "auto"):
-        with pytest.raises(ConfigError, match=r"an unfinished run of another config: train\.seed is 0 there and 1 here;"):
+        with pytest.raises(
+            ConfigError, match=r"an unfinished run of another config: train\.seed is 0 there and 1 here;"
+        ):
             train(small_config(tmp_path, seed=1), resume=resume, rows=rows)
     assert not checkpoints.problem_of(kept)
 

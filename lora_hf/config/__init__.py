@@ -264,7 +264,7 @@ class RunConfig:
             return None, [str(error)]
 
 
-def _keys_called(word: str) -> list[str]:
+def keys_called(word: str) -> list[str]:
     """The keys, as `section.key`, that `word` names here or in transformers and peft."""
     kinds = typing.get_type_hints(RunConfig)
     found = [f"{name}.{word}" for name, kind in kinds.items() if word in kind.__dataclass_fields__]
@@ -273,7 +273,7 @@ def _keys_called(word: str) -> list[str]:
 
 def _hint(section: str, key: str, known: Iterable[str]) -> str:
     """What an unknown key of a section may mean: the same thing by our name, else the nearest name."""
-    meant = _keys_called(key)
+    meant = keys_called(key)
     here = [full.partition(".")[2] for full in meant if full.startswith(f"{section}.")]
     if not meant and section == "train" and key in _training_argument_names():
         meant = [f"train.hf.{key}"]
@@ -322,7 +322,7 @@ def set_value(sections: dict[str, Any], key: str, value: Any, said: str) -> None
     """
     steps = key.split(".")
     if len(steps) < 2 or not all(steps):
-        meant = [f"{full}{said.removeprefix(key)}" for full in _keys_called(key)]
+        meant = [f"{full}{said.removeprefix(key)}" for full in keys_called(key)]
         raise ConfigError(f"{said!r}: {FORM} {' or '.join(meant) or 'lora.r=16'}")
     level = sections
     for step in steps[:-1]:
