@@ -7,6 +7,8 @@ a fused projection belong to which A and B.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -196,9 +198,9 @@ def inspect_adapter(folder: str | Path) -> tuple[dict[str, Any], About]:
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else ["no such folder"]
-            there = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise AdapterError(f"{folder}: not an adapter folder: expected {name}, found {there or 'nothing'}")
+            raise AdapterError(
+                f"{folder}: not an adapter folder: expected {name}, found {_there(folder)}{likely_meant(folder)}"
+            )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS_FILE, framework="np") as file:  # checks that every tensor lies in the file
@@ -227,6 +229,31 @@ def inspect_adapter(folder: str | Path) -> tuple[dict[str, Any], About]:
             "changed and did not save. Save it in PEFT with path_initial_model_for_weight_conversion"
         )
     return config, about
+
+
+def _there(folder: Path) -> str:
+    if not folder.is_dir():
+        return "a file" if folder.exists() else "no such folder"
+    names = sorted(file.name for file in folder.iterdir())
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
+
+
+def likely_meant(folder: Path) -> str:
+    """Returns `` (did you mean 'outputs/sst2/adapter'?)`` for the adapter in a run folder, or in one of a near name."""
+    if (folder / "adapter" / CONFIG_FILE).is_file():
+        return f" (did you mean {str(folder / 'adapter')!r}?)"
+    if folder.exists():
+        return ""
+    above = next(parent for parent in folder.parents if parent.is_dir())
+    first, *rest = folder.relative_to(above).parts
+    near = {}
+    with contextlib.suppress(OSError):  # a folder that may not be read
+        for beside in above.iterdir():
+            for adapter in (beside.joinpath(*rest), beside.joinpath(*rest, "adapter")):
+                if (adapter / CONFIG_FILE).is_file():
+                    near.setdefault(beside.name, adapter)
+    close = difflib.get_close_matches(first, near, n=1)
+    return f" (did you mean {str(near[close[0]])!r}?)" if close else ""
 
 
 def read_adapter(folder: str | Path) -> AdapterFile:

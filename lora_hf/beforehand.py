@@ -8,6 +8,7 @@ from dataclasses import replace
 from lora_hf.adapter_file import inspect_adapter
 from lora_hf.config import RunConfig, TaskConfig
 from lora_hf.errors import ConfigError
+from lora_hf.names import check_base
 from lora_hf.processes import planned
 from lora_hf.tasks.table import task_of
 
@@ -16,10 +17,14 @@ def check_run(config: RunConfig) -> None:
     """Looks at what a run's settings ask of its task and of each other.
 
     Raises:
+        ModelError: the base is nowhere.
         ConfigError: settings that do not go together.
         AdapterError: `train.start_from` is no adapter folder.
         DataError: there is no such task.
     """
+    check_base(config.model.name)
+    if config.model.tokenizer is not None:
+        check_base(config.model.tokenizer)
     task, settings = task_of(config.task), config.train
     if settings.group_by_prompt and task.model_kind != "causal-lm":
         raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave it out")

@@ -33,7 +33,7 @@ from lora_hf.commands import (
     sweep,
     train,
 )
-from lora_hf.errors import Interrupted, UserError
+from lora_hf.errors import Interrupted, UserError, did_you_mean
 from lora_hf.processes import place, refuse, speaks
 
 VERBS = (
@@ -98,13 +98,36 @@ def _parse(words: list[str], verb: str | None) -> argparse.Namespace:
     if not words:
         parser.print_help(sys.stderr)  # and no success: a program that forgot the verb must not go on
         parser.exit(2)
+    if not words[0].startswith("-") and words[0] not in verbs:
+        parser.error(f"no verb {words[0]!r}{did_you_mean(words[0], verbs)}; expected {', '.join(verbs)}")
+    if words[0] in verbs and (file := _bare_config(words[1:], verbs[words[0]])):
+        verbs[words[0]].error(f"--config is required: did you mean --config {file}?")
     parsed, rest = parser.parse_known_args(words)
     strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides")]
     if strange:
-        verbs[parsed.verb].error(f"unrecognized arguments: {' '.join(strange)}")
+        hint = _as_override(strange[0], words) if hasattr(parsed, "overrides") else ""
+        verbs[parsed.verb].error(f"unrecognized arguments: {' '.join(strange)}{hint}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     return parsed
+
+
+def _bare_config(words: list[str], parser: argparse.ArgumentParser) -> str:
+    """The file that was given without the `--config` that the verb needs; an empty string where there is none."""
+    if "--config" not in parser.format_usage().split() or any(word.startswith("--c") for word in words):
+        return ""
+    return next((word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word), "")
+
+
+def _as_override(option: str, words: list[str]) -> str:
+    """What to write for `--lr 1e-3`, where a key of the config is called so."""
+    from lora_hf.config import keys_called
+
+    name, _, value = option.partition("=")
+    value = value or next(iter(words[words.index(option) + 1 :]), "VALUE")
+    section, dot, key = name.removeprefix("--").replace("-", "_").rpartition(".")
+    meant = [full for full in keys_called(key) if full.startswith(section + dot)]
+    return f"; did you mean {' or '.join(f'{full}={value}' for full in meant)}?" if meant else ""
 
 
 class _OfScript(argparse.ArgumentParser):

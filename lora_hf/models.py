@@ -28,7 +28,7 @@ from lora_hf.config import ModelConfig
 from lora_hf.errors import ConfigError, HubError, ModelError, did_you_mean
 from lora_hf.fingerprint import fingerprint, remember
 from lora_hf.injection import lora_layers
-from lora_hf.names import EMBEDDED, HUB_IDS, is_path
+from lora_hf.names import EMBEDDED, HUB_IDS, check_base, near_base
 from lora_hf.offline import hub_is_reachable
 from lora_hf.precision import denormals_flushed, resolve
 from lora_hf.quantised import SCHEMES, QuantisedLinear
@@ -239,11 +239,12 @@ def _from_place(name: str, revision: str | None, load: Callable[..., Loaded]) ->
     except (OSError, ValueError, KeyError) as error:
         if more.get("local_files_only"):
             raise HubError(
-                f"{name}: the hub is out of reach and this model is not in the local cache. Give model.name a local "
-                f"folder, or one of the embedded bases ({', '.join(EMBEDDED)}), or set HF_ENDPOINT to a mirror"
+                f"{name}{near_base(name)}: the hub is out of reach and this model is not in the local cache. Give "
+                f"model.name a local folder, or one of the embedded bases ({', '.join(EMBEDDED)}), or set HF_ENDPOINT "
+                "to a mirror"
             ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{name}: cannot be loaded: {reason}") from error
+        raise ModelError(f"{name}: cannot be loaded: {reason}{near_base(name)}") from error
 
 
 def _place(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
@@ -251,12 +252,6 @@ def _place(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
         return str(EMBEDDED_FOLDER / name), {}
     if Path(name).is_dir():
         return name, {}
-    if is_path(name):
-        raise ModelError(f"{name}: no such folder; expected a Hugging Face model folder or a hub id")
-    if "/" not in name and name not in HUB_IDS:
-        known = (*EMBEDDED, *HUB_IDS)
-        near = did_you_mean(name, known)
-        if near:
-            raise ModelError(f"{name}: no such model or folder{near}")
+    check_base(name)
     hub = HUB_IDS.get(name, name)
     return hub, {"revision": revision, "local_files_only": not hub_is_reachable()}

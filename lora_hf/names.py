@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
+
+from lora_hf.errors import ModelError, did_you_mean
 
 EMBEDDED = ("tiny-roberta", "tiny-gpt2")
 
@@ -20,6 +23,26 @@ HUB_IDS = {
 }
 
 
+def check_base(name: str) -> None:
+    """Raises ModelError for a base that is nowhere: a path without a folder, or a misspelt base of this package.
+
+    Any other name may be the hub's; its oldest models have no `/` in theirs.
+    """
+    if name in EMBEDDED or Path(name).is_dir():
+        return
+    if is_path(name):
+        raise ModelError(f"{name}: no such folder; expected a Hugging Face model folder or a hub id")
+    near = difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.7)
+    if near and "/" not in name:
+        raise ModelError(f"{name}: no such model or folder (did you mean {near[0]!r}?)")
+
+
+def near_base(name: str) -> str:
+    """Returns `` (did you mean 'roberta-base'?)`` for a name without `/` that is near a known one."""
+    known = (*EMBEDDED, *HUB_IDS)
+    return "" if "/" in name or name in known else did_you_mean(name, known)
+
+
 def is_path(name: str) -> bool:
     """Whether a name is written as no hub id is: `./x`, `~/x`, an absolute path, or more than one folder."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
@@ -31,8 +54,8 @@ def is_local(name: str) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form `user/name` and no folder of it lies here."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and not Path(name).is_dir()
+    """Whether a name has the form `user/name` and nothing of that name lies here."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and not Path(name).exists()
 
 
 def base_name(path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_hf.adapter_file import CONFIG_FILE, WEIGHTS_FILE
+from lora_hf.adapter_file import CONFIG_FILE, WEIGHTS_FILE, likely_meant
 from lora_hf.errors import AdapterError, HubError
 from lora_hf.names import is_hub_id
 from lora_hf.offline import hub_is_reachable
@@ -62,20 +62,21 @@ def _failure(name: str, revision: str | None, reachable: bool, error: Exception)
     from huggingface_hub import constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+    near = likely_meant(Path(name))
     if not reachable:
         at = "" if revision is None else f" at revision {revision!r}"
         return (
-            f"{name}: no such folder here; as a hub id: the hub is out of reach or switched off (HF_HUB_OFFLINE), and "
-            f"the local cache does not hold this adapter{at}. Give the path of an adapter folder, or set HF_ENDPOINT "
-            "to a mirror"
+            f"{name}: no such folder here{near}; as a hub id: the hub is out of reach or switched off "
+            f"(HF_HUB_OFFLINE), and the local cache does not hold this adapter{at}. Give the path of an adapter "
+            "folder, or set HF_ENDPOINT to a mirror"
         )
     status = status_of(error)
     if isinstance(error, RevisionNotFoundError):
         return f"{name}: the hub's repository has no branch, tag or commit {revision!r}"
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"{name}: no such folder here, and no such repository on the hub ({constants.ENDPOINT}) that you may read. "
-            "Check the name; for a private one log in with `hf auth login`, or set HF_TOKEN"
+            f"{name}: no such folder here{near}, and no such repository on the hub ({constants.ENDPOINT}) that you may "
+            "read. Check the name; for a private one log in with `hf auth login`, or set HF_TOKEN"
         )
     if status == 401:
         return f"{name}: the hub refused the token (401); log in again with `hf auth login`, or set HF_TOKEN"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_hf.adapter_file import CONFIG_FILE, inspect_adapter
+from lora_hf.adapter_file import CONFIG_FILE, WEIGHTS_FILE, inspect_adapter
 from lora_hf.config import GenerateConfig, ModelConfig, RunConfig, load_config
 from lora_hf.errors import AdapterError
 from lora_hf.pulling import local_adapter
@@ -60,9 +60,11 @@ def find_saved(folder: str | Path, revision: str | None = None) -> Saved:
     config, about = inspect_adapter(folder)
     base = about.base or config.get("base_model_name_or_path")
     if not base or not about.task:
+        missing = " and ".join(word for word, known in (("base", base), ("task", about.task)) if not known)
         raise AdapterError(
-            f"{folder}: the file does not say which base and task it was trained for (PEFT does not record the task); "
-            "load it in Python with lora_hf.load_adapter(model, folder)"
+            f"{folder / WEIGHTS_FILE}: does not say which {missing} it was trained for; PEFT records no task. "
+            'Save it with lora_hf.save_adapter(model, folder, task="sst2"), or whichever task it is for, or load it in '
+            "Python with lora_hf.load_adapter(model, folder)"
         )
     task = _task_called(about.task, run, folder)
     if task.label_names and task.label_names != about.labels:

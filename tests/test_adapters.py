@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from lora_hf.adapters import load_adapter, save_adapter
 from lora_hf.config import LoraConfig
 from lora_hf.errors import AdapterError
 from lora_hf.injection import adapter_names, inject, inject_head, lora_layers
+from lora_hf.saved import find_saved
 from tests.small import small_model, stir, token_ids
 
 QUERY = "base_model.model.roberta.encoder.layer.0.attention.self.query"
@@ -255,3 +257,26 @@ def test_a_missing_folder_and_an_unknown_adapter_are_named(tmp_path: Path) -> No
     with pytest.raises(AdapterError, match="no adapter 'other' on this model; it has: default"):
         save_adapter(trained(), tmp_path, name="other")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_adapter_that_is_likely_meant_is_named(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter = shutil.copytree(saved, Path("outputs") / "sst2" / "adapter")
+    for place in ("outputs/sst2", "outputs/sts2/adapter", "outputs/sts2", "./outputs/sst2/adaptr"):
+        with pytest.raises(AdapterError, match=r"not an adapter folder: .* \(did you mean 'outputs/sst2/adapter'\?\)"):
+            read_adapter(place)
+    with pytest.raises(AdapterError, match=r"found no such folder$"):
+        read_adapter("outputs/something else/adapter")
+    with pytest.raises(AdapterError, match=r"expected adapter_config.json, found a file$"):
+        find_saved(adapter / WEIGHTS_FILE)
+    Path("outputs/notes.md").touch()  # of the form of a hub id
+    with pytest.raises(AdapterError, match=r"expected adapter_config.json, found a file$"):
+        find_saved("outputs/notes.md")
+
+
+def test_an_adapter_without_its_task_says_how_to_save_one(tmp_path: Path) -> None:
+    saved = save_adapter(trained(), tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors: does not say which .*task.*task=\"sst2\""):
+        find_saved(saved)

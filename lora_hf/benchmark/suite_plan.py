@@ -14,6 +14,7 @@ from lora_hf.config import RunConfig, load_config
 from lora_hf.errors import ConfigError, did_you_mean
 from lora_hf.names import base_name
 from lora_hf.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
+from lora_hf.run_folder import differing
 from lora_hf.tasks.table import get_task
 
 RECIPE = "recipe"  # the name of the one configuration of a suite that takes each task's published recipe
@@ -192,14 +193,9 @@ def _check_one_base(configs: Mapping[tuple[str, str], RunConfig]) -> None:
 
 
 def _check_same(run: PlannedRun, found: Mapping[str, Any]) -> None:
-    """The precision may differ where `auto` was asked for: it is probed anew."""
-    wanted = run.config.to_dict()
-    different = [
-        f"{section}.{key} is {found.get(section, {}).get(key)!r} there and {value!r} here"
-        for section in ("model", "task", "lora", "train", "generate")
-        for key, value in wanted[section].items()
-        if found.get(section, {}).get(key) != value and (key, value) != ("precision", "auto")
-    ]
+    # The folder may be written otherwise, or have moved.
+    wanted = {section: keys for section, keys in run.config.to_dict().items() if section != "output"}
+    different = differing(found, wanted)
     if different:
         raise ConfigError(
             f"{run.folder}: holds a run of another config: {'; '.join(different[:4])}. Choose another --output, or "

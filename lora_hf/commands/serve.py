@@ -63,22 +63,25 @@ def run(options: argparse.Namespace) -> None:
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"--port {options.port}: expected 0 to 65535")
     _check_installed(options.playground)
-    for place in adapters.values():
-        if not is_hub_id(place):  # which is asked for while the server says that it is not ready
-            find_saved(place)
     from lora_hf.serving.limits import Limits
 
     given = ("max_queue", "max_batch", "max_inputs", "max_characters", "max_new_tokens", "deadline")
     limits = Limits(**{name: getattr(options, name) for name in given if getattr(options, name) is not None})
-    from lora_hf.serving.app import Door
-    from lora_hf.serving.engine import Engine
-    from lora_hf.serving.metrics import Metrics
-    from lora_hf.serving.server import serve
+    for place in adapters.values():
+        if not is_hub_id(place):  # which is asked for while the server says that it is not ready
+            find_saved(place)
+    from lora_hf.serving.listening import listen
 
-    metrics = Metrics()
-    engine = Engine(limits, options.precision, metrics)
-    door = Door(token, folder)
-    serve(engine, adapters, metrics, door, options.host, options.port, options.grace, options.playground)
+    with listen(options.host, options.port) as listening:
+        from lora_hf.serving.app import Door
+        from lora_hf.serving.engine import Engine
+        from lora_hf.serving.metrics import Metrics
+        from lora_hf.serving.server import serve
+
+        metrics = Metrics()
+        engine = Engine(limits, options.precision, metrics)
+        door = Door(token, folder)
+        serve(engine, adapters, metrics, door, listening, options.grace, options.playground)
 
 
 def _token(file: Path | None) -> str | None:

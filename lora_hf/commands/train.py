@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.beforehand import check_run, check_together
     from lora_hf.config import load_config
     from lora_hf.processes import leave, place
-    from lora_hf.run_folder import find_run_folder
+    from lora_hf.run_folder import check_run_folder
     from lora_hf.tasks.table import task_of
 
     configs = [load_config(file, options.overrides) for file in options.config]
@@ -48,8 +48,7 @@ def run(options: argparse.Namespace) -> None:
         check_together(configs, options.resume)
     for config in configs:
         check_run(config)
-        if options.resume != "auto":  # which looks for a run in the precision that torch has chosen
-            find_run_folder(config, options.resume)
+        check_run_folder(config, options.resume)
     rows = {}
     for config in configs:
         task = task_of(config.task)

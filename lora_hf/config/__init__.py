@@ -12,13 +12,14 @@ import functools
 import importlib.util
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from lora_hf.config.other_names import OTHER_NAMES, OURS, ROLE_OF
 from lora_hf.config.values import Section, bounded, build_section, kind_of
 from lora_hf.errors import ConfigError, did_you_mean
 
@@ -29,7 +30,7 @@ PRESETS = {
     "all": ROLES,
 }
 INITS = ("default", "gaussian", "pissa", "olora")
-FORM = "expected an override of the form section.key=value, such as lora.r=16"
+FORM = "expected an override of the form section.key=value, such as"
 RECIPE_FOLDERS = (Path("configs"), Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs")
 
 
@@ -38,8 +39,11 @@ def _target_problem(targets: tuple[str, ...]) -> str:
     unknown = [target for target in targets if target not in words and "." not in target]
     if targets and not unknown:
         return ""
-    found = ", ".join(repr(target) + did_you_mean(target, words) for target in unknown) or "nothing"
-    return f"expected some of {', '.join(words)}, or a module path with dots, found {found}"
+    found = ", ".join(
+        repr(target) + (f" (did you mean {ROLE_OF[target]}?)" if target in ROLE_OF else did_you_mean(target, words))
+        for target in unknown
+    )
+    return f"expected some of {', '.join(words)}, or a module path with dots, found {found or 'nothing'}"
 
 
 def _pattern_problem(patterns: dict[str, Any]) -> str:
@@ -50,24 +54,6 @@ def _init_problem(init: str) -> str:
     if init in INITS or re.fullmatch(r"pissa_niter_[1-9]\d*", init):
         return ""
     return f"expected one of {', '.join(INITS)}, pissa_niter_[n], found {init!r}{did_you_mean(init, INITS)}"
-
-
-OURS = {
-    "learning_rate": "train.lr",
-    "num_train_epochs": "train.epochs",
-    "max_steps": "train.max_steps",
-    "per_device_train_batch_size": "train.batch_size",
-    "per_device_eval_batch_size": "train.eval_batch_size",
-    "gradient_accumulation_steps": "train.gradient_accumulation",
-    "weight_decay": "train.weight_decay",
-    "warmup_steps": "train.warmup_steps",
-    "warmup_ratio": "train.warmup_ratio",
-    "lr_scheduler_type": "train.schedule",
-    "max_grad_norm": "train.max_grad_norm",
-    "label_smoothing_factor": "train.label_smoothing",
-    "seed": "train.seed",
-    "output_dir": "output.dir",
-}
 
 
 def _path_problem(path: str) -> str:
@@ -266,7 +252,9 @@ class RunConfig:
             if name not in kinds:
                 problems.append(f"{name}: unknown section{did_you_mean(str(name), kinds)}; expected {', '.join(kinds)}")
                 continue
-            built[name], found = build_section(kinds[name], values if values is not None else {})
+            built[name], found = build_section(
+                kinds[name], values if values is not None else {}, functools.partial(_hint, name)
+            )
             problems += [f"{name}.{problem}" for problem in found]
         if problems:
             return None, problems
@@ -274,6 +262,22 @@ class RunConfig:
             return cls(**built), []
         except ConfigError as error:
             return None, [str(error)]
+
+
+def keys_called(word: str) -> list[str]:
+    """The keys, as `section.key`, that `word` names here or in transformers and peft."""
+    kinds = typing.get_type_hints(RunConfig)
+    found = [f"{name}.{word}" for name, kind in kinds.items() if word in kind.__dataclass_fields__]
+    return list(dict.fromkeys([*found, *([OTHER_NAMES[word]] if word in OTHER_NAMES else [])]))
+
+
+def _hint(section: str, key: str, known: Iterable[str]) -> str:
+    """What an unknown key of a section may mean: the same thing by our name, else the nearest name."""
+    meant = keys_called(key)
+    here = [full.partition(".")[2] for full in meant if full.startswith(f"{section}.")]
+    if not meant and section == "train" and key in _training_argument_names():
+        meant = [f"train.hf.{key}"]
+    return f" (did you mean {' or '.join(map(repr, here or meant))}?)" if meant else did_you_mean(key, known)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -301,7 +305,7 @@ def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise ConfigError(f"{override!r}: {FORM}")
+            raise ConfigError(f"{override!r}: {FORM} lora.r=16")
         try:
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -318,7 +322,8 @@ def set_value(sections: dict[str, Any], key: str, value: Any, said: str) -> None
     """
     steps = key.split(".")
     if len(steps) < 2 or not all(steps):
-        raise ConfigError(f"{said!r}: {FORM}")
+        meant = [f"{full}{said.removeprefix(key)}" for full in keys_called(key)]
+        raise ConfigError(f"{said!r}: {FORM} {' or '.join(meant) or 'lora.r=16'}")
     level = sections
     for step in steps[:-1]:
         if not isinstance(level.get(step), dict):

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable, Iterable
 from dataclasses import field
 from typing import Any, Literal
 
@@ -33,8 +34,14 @@ class Section:
             raise ConfigError("; ".join(problems))
 
 
-def build_section(kind: type, values: Any) -> tuple[Any, list[str]]:
-    """One section from its mapping, with the problems found; the section is None where there are any."""
+def build_section(
+    kind: type, values: Any, hint: Callable[[str, Iterable[str]], str] = did_you_mean
+) -> tuple[Any, list[str]]:
+    """One section from its mapping, with the problems found; the section is None where there are any.
+
+    Args:
+        hint: what to add about an unknown key, given it and the known ones.
+    """
     if not isinstance(values, dict):
         return None, [f"*: expected keys and values, found {kind_of(values)}"]
     known = {entry.name: entry for entry in dataclasses.fields(kind)}
@@ -42,7 +49,7 @@ def build_section(kind: type, values: Any) -> tuple[Any, list[str]]:
     problems = []
     for key, value in values.items():
         if key not in known:
-            problems.append(f"{key}: unknown key{did_you_mean(str(key), known)}")
+            problems.append(f"{key}: unknown key{hint(str(key), known)}")
             continue
         _, problem = _checked(value, kinds[key], known[key].metadata)
         if problem:

@@ -15,7 +15,6 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from lora_hf.errors import ConfigError
 from lora_hf.serving.app import Door, build_app
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.metrics import Metrics
@@ -45,44 +44,27 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's waiting off only where a socket says that it is TCP, and so do those that it accepts: an
-    # answer in two packets would come 40 ms later.
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(2048)
-    except OSError as error:
-        listening.close()
-        raise ConfigError(f"--host {host} --port {port}: cannot be listened to: {error.strerror or error}") from error
-    return listening
-
-
 def serve(
     engine: Engine,
     adapters: Mapping[str, str],
     metrics: Metrics,
     door: Door,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    listening: socket.socket,
     grace: float = 30.0,
     playground: bool = False,
 ) -> None:
     """Loads `adapters`, folders or hub ids by name, and serves them until SIGTERM or SIGINT.
 
     Args:
-        port: 0 takes a free one.
+        listening: from `listen`.
         grace: seconds that requests in flight have to end in.
         playground: put the page there as well.
 
     Raises:
-        ConfigError: the address cannot be had.
         UserError: an adapter cannot be loaded; the server has ended by then.
     """
-    listening = _listen(host, port)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+    host, port = listening.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     failures: list[BaseException] = []
 
     def load() -> None:
@@ -115,7 +97,6 @@ def serve(
         server.run(sockets=[listening])
     finally:
         sys.setswitchinterval(interval)
-        listening.close()
     if failures:
         raise failures[0]
     logger.info("ended; nothing was left unanswered" if not server.force_exit else "ended at once, as asked")

@@ -127,6 +127,35 @@ def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> Non
         assert f"unrecognized arguments: {strange}" in capsys.readouterr().err
 
 
+RECIPE = ["--config", "rule_sentiment.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tran", *RECIPE], "no verb 'tran' (did you mean 'train'?); expected train, sweep, "),
+        (["train", "rule_sentiment.yaml"], "--config is required: did you mean --config rule_sentiment.yaml?\n"),
+        (["sweep", "--trials", "1", "my.yml"], "--config is required: did you mean --config my.yml?\n"),
+        (["train", "output.name=my.yaml"], "the following arguments are required: --config\n"),
+        (["eval", "rule_sentiment.yaml"], "the following arguments are required: --adapter"),
+        (["train", *RECIPE, "--lr", "1e-3"], "unrecognized arguments: --lr; did you mean train.lr=1e-3?\n"),
+        (["train", *RECIPE, "--learning-rate=1e-3"], "arguments: --learning-rate=1e-3; did you mean train.lr=1e-3?\n"),
+        (["train", *RECIPE, "--lora.r", "4"], "unrecognized arguments: --lora.r; did you mean lora.r=4?\n"),
+        (["train", "--lr", "1e-3", *RECIPE], "did you mean train.lr=1e-3?\n"),
+        (["train", *RECIPE, "--train.num_train_epochs", "2"], "did you mean train.epochs=2?\n"),
+        (["train", *RECIPE, "--jsonn"], "unrecognized arguments: --jsonn\n"),
+        (["train", *RECIPE, "other.yaml", "--jsonn"], "unrecognized arguments: --jsonn\n"),
+        (["train", *RECIPE, "--epochs"], "did you mean train.epochs=VALUE?\n"),
+    ],
+)
+def test_a_command_line_that_is_nearly_right_is_told_how(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_hf.config import RunConfig, load_config
+from lora_hf.config import LoraConfig, RunConfig, load_config
+from lora_hf.config.other_names import OTHER_NAMES, ROLE_OF
 from lora_hf.errors import ConfigError
 from lora_hf.tasks.table import task_names
 
@@ -282,7 +283,7 @@ def test_all_problems_are_told_in_one_message(broken: Path) -> None:
     assert problem(broken).splitlines() == [
         f"{broken}: 5 problems",
         "  modl: unknown section (did you mean 'model'?); expected model, task, lora, train, generate, output",
-        "  lora.rank: unknown key (did you mean 'rank_pattern'?)",
+        "  lora.rank: unknown key (did you mean 'r'?)",
         f"  lora.targets: expected some of {TARGETS}, found 'vv' (did you mean 'v'?)",
         "  train.lr: expected a number > 0, found -1",
         f"  train.schedule: expected one of {SCHEDULES}, found 'liner' (did you mean 'linear'?)",
@@ -389,6 +390,59 @@ def test_a_malformed_override_says_the_form(override: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("epochs=3", "train.epochs=3"),
+        ("data_dir=x", "task.data_dir=x"),
+        ("learning_rate=1e-3", "train.lr=1e-3"),
+        ("seed=1", "train.seed=1 or generate.seed=1"),
+        ("nothing=1", "lora.r=16"),
+    ],
+)
+def test_a_bare_key_is_told_with_its_section(override: str, meant: str) -> None:
+    expected = f"{override!r}: expected an override of the form section.key=value, such as {meant}"
+    assert problem("glue_mnli.yaml", override) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("train.num_train_epochs", "epochs"),
+        ("train.per_device_train_batch_size", "batch_size"),
+        ("train.per_device_eval_batch_size", "eval_batch_size"),
+        ("train.gradient_accumulation_steps", "gradient_accumulation"),
+        ("train.lr_scheduler_type", "schedule"),
+        ("train.gradient_checkpointing", "train.hf.gradient_checkpointing"),
+        ("train.max_seq_length", "task.max_length"),
+        ("train.output_dir", "output.dir"),
+        ("lora.alpha", "lora_alpha"),
+        ("lora.dropout", "lora_dropout"),
+        ("lora.target_modules", "targets"),
+        ("lora.lr", "train.lr"),
+        ("model.model_name_or_path", "name"),
+        ("generate.num_beam", "num_beams"),
+    ],
+)
+def test_a_key_by_another_name_is_told_by_ours(key: str, meant: str) -> None:
+    expected = f"glue_mnli.yaml: 1 problem\n  {key}: unknown key (did you mean {meant!r}?)"
+    assert problem("glue_mnli.yaml", f"{key}=1") == expected
+
+
+def test_a_module_of_peft_is_told_by_its_role() -> None:
+    assert problem("glue_mnli.yaml", "lora.targets=[query, c_attn]") == (
+        f"glue_mnli.yaml: 1 problem\n  lora.targets: expected some of {TARGETS}, "
+        "found 'query' (did you mean q?), 'c_attn' (did you mean q, k, v?)"
+    )
+    for meant in ROLE_OF.values():
+        LoraConfig(targets=tuple(meant.split(", ")))
+
+
+def test_every_other_name_leads_to_a_key() -> None:
+    known = {f"{section}.{key}" for section, keys in RunConfig().to_dict().items() for key in keys}
+    assert set(OTHER_NAMES.values()) <= known
+
+
 def test_an_override_below_a_value_is_told() -> None:
     assert problem("glue_mnli.yaml", "lora.r.x=1") == "'lora.r.x=1': r holds 8, not further keys"
 
@@ -400,7 +454,7 @@ def test_an_override_that_is_no_yaml_is_told() -> None:
 
 def test_an_unknown_key_in_an_override_is_named_with_its_near_name() -> None:
     assert problem("glue_mnli.yaml", "train.learning_rate=1e-3", "train.epoch=3") == (
-        "glue_mnli.yaml: 2 problems\n  train.learning_rate: unknown key\n"
+        "glue_mnli.yaml: 2 problems\n  train.learning_rate: unknown key (did you mean 'lr'?)\n"
         "  train.epoch: unknown key (did you mean 'epochs'?)"
     )
 

@@ -126,7 +126,7 @@ def test_all_problems_are_told_at_once() -> None:
         "train.patience=1,,2: a choice is empty",
         "train.seed: expected a whole number >= 0 and <= 4294967295, found 'many'",
         "lora.lora_alpha=2*lora.s: lora.s is not swept (did you mean 'lora.r'?)",
-        "lora.rank: unknown key (did you mean 'rank_pattern'?)",
+        "lora.rank: unknown key (did you mean 'r'?)",
         "lora.r: expected a whole number >= 1, found 0",
         "lora.lora_dropout: expected a number >= 0 and <= 0.99, found 1.5",
         f"train.schedule: expected one of {SCHEDULES}, found 'cosin' (did you mean 'cosine'?)",
