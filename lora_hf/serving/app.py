@@ -99,7 +99,12 @@ def build_app(
     _errors(app, door)
     _answers(app, engine, ClassifyBody, GenerateBody)
     _adapters(app, engine, door)
-    _health(app, door, metrics, PATH if playground else "/docs")
+    _health(app, door, metrics)
+
+    @app.get("/", include_in_schema=False)
+    async def front() -> Response:
+        return RedirectResponse(PATH if playground else "/docs")
+
     if playground:
         mount(app, engine, door.token)
     return app
@@ -262,11 +267,7 @@ def _below(door: Door, folder: str) -> Path:
     return found
 
 
-def _health(app: FastAPI, door: Door, metrics: Metrics, front: str) -> None:
-    @app.get("/", include_in_schema=False)
-    async def first() -> Response:
-        return RedirectResponse(front)
-
+def _health(app: FastAPI, door: Door, metrics: Metrics) -> None:
     @app.get("/healthz")
     async def health() -> dict[str, str]:
         """Whether the process is alive."""

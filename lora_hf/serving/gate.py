@@ -63,23 +63,14 @@ class Gate:
         asked = self.token is not None and not self._below_login(scope["path"])
         if asked and not self._knows(headers.get(b"authorization", b"")):
             message = "expected the header 'Authorization: Bearer TOKEN' with this server's token"
-            await _refuse(send, 401, problem("unauthorized", message), {"www-authenticate": "Bearer"})
+            await respond(send, 401, problem("unauthorized", message), {"www-authenticate": "Bearer"})
             return
         body = await self._body(headers, receive)
         if body is None:
             message = f"expected a body of at most {self.max_bytes} bytes; ask several times"
-            await _refuse(send, 413, problem("too_large", message), {"connection": "close"})
+            await respond(send, 413, problem("too_large", message), {"connection": "close"})
             return
-        given = False
-
-        async def replay() -> Any:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self.app(scope, replay, send)
+        await self.app(scope, again({"type": "http.request", "body": body, "more_body": False}, receive), send)
 
     def _below_login(self, path: str) -> bool:
         return self.own_login is not None and (path == self.own_login or path.startswith(f"{self.own_login}/"))
@@ -105,8 +96,19 @@ class Gate:
                 return b"".join(parts)
 
 
-async def _refuse(send: Any, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-    sent = {"content-type": "application/json", "content-length": str(len(body)), **headers}
+def again(message: Any, receive: Any) -> Any:
+    """A `receive` that begins with a message that was received already."""
+    messages = [message]
+
+    async def replayed() -> Any:
+        return messages.pop() if messages else await receive()
+
+    return replayed
+
+
+async def respond(send: Any, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+    """Sends a whole answer that is JSON."""
+    sent = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
     pairs = [(key.encode(), value.encode()) for key, value in sent.items()]
     await send({"type": "http.response.start", "status": status, "headers": pairs})
     await send({"type": "http.response.body", "body": body})

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from lora_hf.errors import UserError
+from lora_hf.serving.gate import again, respond
 
 JSON = b"application/json"
 
@@ -45,7 +46,7 @@ class Quick:
         try:
             asked = self.model.model_validate_json(message.get("body", b""))
         except ValidationError:
-            await self.app(scope, _again(message, receive), send)
+            await self.app(scope, again(message, receive), send)
             return
         scope["route"] = self  # the metrics go by its path, as by that of the framework's routes
         try:
@@ -53,16 +54,4 @@ class Quick:
         except UserError as error:
             await self.told(error)(scope, receive, send)
             return
-        headers = [(b"content-type", JSON), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
-
-def _again(message: Any, receive: Any) -> Any:
-    """A `receive` that begins with a message that was received already."""
-    messages = [message]
-
-    async def replayed() -> Any:
-        return messages.pop() if messages else await receive()
-
-    return replayed
+        await respond(send, 200, body)
