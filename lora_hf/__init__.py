@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_hf.adapters import load_adapter, save_adapter
-    from lora_hf.combining import combine_adapters
-    from lora_hf.config import LoraConfig
-    from lora_hf.convert.loralib import load_loralib, save_loralib
-    from lora_hf.errors import UserError
-    from lora_hf.hub import push_adapter
-    from lora_hf.injection import (
+    from lora_hf.adapters.combine import combine_adapters
+    from lora_hf.adapters.convert.loralib import load_loralib, save_loralib
+    from lora_hf.adapters.push import push_adapter
+    from lora_hf.adapters.save_load import load_adapter, save_adapter
+    from lora_hf.core.config.schema import LoraConfig
+    from lora_hf.core.errors import UserError
+    from lora_hf.lora.inject import (
         count_parameters,
         eject,
         inject,
@@ -23,39 +23,39 @@ if TYPE_CHECKING:
         set_adapter,
         unmerge,
     )
-    from lora_hf.joint import train_together
-    from lora_hf.mixing import mix_adapters, unload_adapter, use_adapter
-    from lora_hf.models import dequantise, quantise
-    from lora_hf.planning import Site, plan
+    from lora_hf.lora.multi_adapter import mix_adapters, unload_adapter, use_adapter
+    from lora_hf.lora.target_modules import Site, plan
+    from lora_hf.models.load import dequantise, quantise
     from lora_hf.serving.engine import Engine
+    from lora_hf.training.joint import train_together
 
 _HOME = {
     "Engine": "serving.engine",
-    "LoraConfig": "config",
-    "Site": "planning",
-    "UserError": "errors",
-    "combine_adapters": "combining",
-    "count_parameters": "injection",
-    "dequantise": "models",
-    "eject": "injection",
-    "inject": "injection",
-    "load_adapter": "adapters",
-    "load_loralib": "convert.loralib",
-    "lora_state_dict": "injection",
-    "mark_only_lora_as_trainable": "injection",
-    "merge": "injection",
-    "merge_drift": "injection",
-    "mix_adapters": "mixing",
-    "plan": "planning",
-    "push_adapter": "hub",
-    "quantise": "models",
-    "save_adapter": "adapters",
-    "save_loralib": "convert.loralib",
-    "set_adapter": "injection",
-    "train_together": "joint",
-    "unload_adapter": "mixing",
-    "unmerge": "injection",
-    "use_adapter": "mixing",
+    "LoraConfig": "core.config.schema",
+    "Site": "lora.target_modules",
+    "UserError": "core.errors",
+    "combine_adapters": "adapters.combine",
+    "count_parameters": "lora.inject",
+    "dequantise": "models.load",
+    "eject": "lora.inject",
+    "inject": "lora.inject",
+    "load_adapter": "adapters.save_load",
+    "load_loralib": "adapters.convert.loralib",
+    "lora_state_dict": "lora.inject",
+    "mark_only_lora_as_trainable": "lora.inject",
+    "merge": "lora.inject",
+    "merge_drift": "lora.inject",
+    "mix_adapters": "lora.multi_adapter",
+    "plan": "lora.target_modules",
+    "push_adapter": "adapters.push",
+    "quantise": "models.load",
+    "save_adapter": "adapters.save_load",
+    "save_loralib": "adapters.convert.loralib",
+    "set_adapter": "lora.inject",
+    "train_together": "training.joint",
+    "unload_adapter": "lora.multi_adapter",
+    "unmerge": "lora.inject",
+    "use_adapter": "lora.multi_adapter",
 }
 
 __all__ = [

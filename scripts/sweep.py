@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lora_hf.cli import main
+from lora_hf.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(verb="sweep"))

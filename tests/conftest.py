@@ -113,7 +113,7 @@ def pytest_sessionstart() -> None:
 @functools.cache
 def _forks() -> tuple[Path, Path]:
     """Starts what forks in place of `python`; ends with this process."""
-    from tests.warm import forking_python
+    from tests.support.warm import forking_python
 
     folder = _while_running.enter_context(tempfile.TemporaryDirectory(prefix="warm"))  # a socket's path may not be long
     return _while_running.enter_context(forking_python(Path(folder)))

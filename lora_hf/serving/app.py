@@ -19,10 +19,10 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response, Streamin
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
-from lora_hf.adapter_file import CONFIG_FILE, WEIGHTS_FILE
-from lora_hf.errors import UserError
-from lora_hf.names import base_name
-from lora_hf.records import RUN_CONFIG_FILE
+from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from lora_hf.core.errors import UserError
+from lora_hf.core.records import RUN_CONFIG_FILE
+from lora_hf.models.model_ids import base_name
 from lora_hf.serving.engine import CHUNK, Engine
 from lora_hf.serving.gate import Gate, problem
 from lora_hf.serving.limits import RefusalError

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lora_hf.errors import AdapterError
-from lora_hf.inference import described
+from lora_hf.core.errors import AdapterError
+from lora_hf.inference.classify import described
 from lora_hf.serving.requests import Classified, Classify
 from lora_hf.serving.worker import Worker
 

@@ -17,13 +17,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_hf.config import GenerateConfig
-from lora_hf.config.values import build_section
-from lora_hf.errors import AdapterError, DataError, did_you_mean
-from lora_hf.loading import load_saved
-from lora_hf.models import dequantise
-from lora_hf.padding_free import remove_padding
-from lora_hf.saved import Saved, find_saved
+from lora_hf.adapters.loading import load_saved
+from lora_hf.adapters.resolve import Saved, find_saved
+from lora_hf.core.config.schema import GenerateConfig
+from lora_hf.core.config.values import build_section
+from lora_hf.core.errors import AdapterError, DataError, did_you_mean
+from lora_hf.data.tasks.generation import TextGeneration
+from lora_hf.lora.unpadding import remove_padding
+from lora_hf.models.load import dequantise
 from lora_hf.serving.classifying import Classifier
 from lora_hf.serving.limits import (
     BadInputError,
@@ -36,7 +37,6 @@ from lora_hf.serving.limits import (
 from lora_hf.serving.requests import Classified, Classify, Request, Version, Write, Written, digest_of, late
 from lora_hf.serving.worker import RANDOM, Observer, Worker
 from lora_hf.serving.writing import Writer
-from lora_hf.tasks.generation import TextGeneration
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
 CHUNK = 16_384  # characters that are tokenised at a time, so that a long request does not keep short ones waiting

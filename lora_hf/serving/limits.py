@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from lora_hf.errors import ConfigError, UserError
+from lora_hf.core.errors import ConfigError, UserError
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 
-from lora_hf.errors import ConfigError
+from lora_hf.core.errors import ConfigError
 
 
 def listen(host: str, port: int) -> socket.socket:

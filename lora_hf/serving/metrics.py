@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from lora_hf.names import base_name
+from lora_hf.models.model_ids import base_name
 from lora_hf.serving.requests import Request
 from lora_hf.serving.worker import Observer
 

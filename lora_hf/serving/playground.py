@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_hf.errors import UserError
+from lora_hf.core.errors import UserError
 from lora_hf.serving.limits import BadInputError, RefusalError, TooLargeError
 from lora_hf.serving.writing import Writer
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lora_hf.errors import UserError
+from lora_hf.core.errors import UserError
 from lora_hf.serving.gate import again, respond
 
 JSON = b"application/json"

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_hf.adapter_file import CONFIG_FILE, WEIGHTS_FILE
-from lora_hf.config import GenerateConfig
-from lora_hf.errors import AdapterError
-from lora_hf.saved import Saved
+from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from lora_hf.adapters.resolve import Saved
+from lora_hf.core.config.schema import GenerateConfig
+from lora_hf.core.errors import AdapterError
 from lora_hf.serving.limits import DeadlinePassedError, RefusalError
 
 if TYPE_CHECKING:

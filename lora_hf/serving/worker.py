@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_hf.adapters import load_adapter
-from lora_hf.errors import AdapterError
-from lora_hf.fingerprint import fingerprint, remember
-from lora_hf.injection import lora_layers, merge, set_adapter
-from lora_hf.mixing import mix_adapters, unload_adapter
-from lora_hf.models import quantised_layers
-from lora_hf.precision import denormals_flushed
+from lora_hf.adapters.save_load import load_adapter
+from lora_hf.core.errors import AdapterError
+from lora_hf.lora.fingerprint import fingerprint, remember
+from lora_hf.lora.inject import lora_layers, merge, set_adapter
+from lora_hf.lora.multi_adapter import mix_adapters, unload_adapter
+from lora_hf.lora.precision import denormals_flushed
+from lora_hf.models.load import quantised_layers
 from lora_hf.serving.limits import ClosingError, Limits, QueueFullError
 from lora_hf.serving.requests import Request, Version, digest_of
 

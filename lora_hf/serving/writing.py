@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
-from lora_hf.generation import Generator
+from lora_hf.inference.generate import Generator
 from lora_hf.serving.requests import Write, Written
 from lora_hf.serving.worker import RANDOM, Worker
 

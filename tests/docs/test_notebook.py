@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.pages import REPO
+from tests.support.pages import REPO
 
 nbformat = pytest.importorskip("nbformat", reason="the extra docs is not installed")
 pytest.importorskip("nbclient", reason="the extra docs is not installed")

@@ -9,9 +9,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
-from lora_hf.report import MARKER
-from tests.numbers_in_records import NOT_SAID
-from tests.pages import PAGES, REPO, RUN, Block, anchors, blocks, headings, links, page_name
+from tests.support.numbers_in_records import NOT_SAID
+from tests.support.pages import PAGES, REPO, RUN, Block, anchors, blocks, headings, links, page_name
+from tools.report import MARKER
 
 DOCS = REPO / "docs"
 TRANSLATED = [page for page in PAGES if page.name.endswith(".vi.md")]
@@ -220,7 +220,7 @@ def test_a_translated_comment_is_no_difference_and_code_is() -> None:
     "page", [page for page in PAGES if not MARKER.search(page.read_text(encoding="utf-8"))], ids=page_name
 )
 def test_a_page_without_records_says_no_measured_number(page: Path) -> None:
-    assert not measured(page.read_text(encoding="utf-8")), "render it from a record, see lora_hf/report.py"
+    assert not measured(page.read_text(encoding="utf-8")), "render it from a record, see tools/report.py"
 
 
 def measured(text: str) -> list[str]:

@@ -19,15 +19,15 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from lora_hf.names import HUB_IDS
-from lora_hf.tasks.glue import GLUE
-from lora_hf.tiny.data import rule_restaurants, rule_sentiment
-from tests.docs import around
-from tests.pages import PAGES, REPO, RUN, Block, blocks, page_name
-from tests.warm import Warm
+from lora_hf.data.synthetic import rule_restaurants, rule_sentiment
+from lora_hf.data.tasks.glue import GLUE
+from lora_hf.models.model_ids import HUB_IDS
+from tests.support import around
+from tests.support.pages import PAGES, REPO, RUN, Block, blocks, page_name
+from tests.support.warm import Warm
 
 ROWS = 24
-BASES = REPO / "lora_hf" / "tiny" / "bases"
+BASES = REPO / "lora_hf" / "models" / "bases"
 STAND_INS = {
     **{HUB_IDS[name]: "tiny-roberta" for name in ("roberta-base", "roberta-large")},
     **{HUB_IDS[name]: "tiny-gpt2" for name in ("gpt2", "gpt2-medium", "gpt2-large")},
@@ -113,7 +113,7 @@ def test_the_page_runs(page: Path, warm: Warm, place: Path) -> None:
         def beside(when: str) -> None:
             if hasattr(around, f"{when}_{name}"):
                 call = f"{when}_{name}"
-                python(f"from tests.docs.around import {call}\n{call}(globals())\n", call)
+                python(f"from tests.support.around import {call}\n{call}(globals())\n", call)
 
         try:
             beside("before")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lora_hf
-from tests.pages import REPO
+from tests.support.pages import REPO
 
 for needed in ("mkdocs", "mkdocs_static_i18n", "mkdocstrings"):
     pytest.importorskip(needed, reason="the extra docs is not installed")

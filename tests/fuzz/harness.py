@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from lora_hf.adapter_file import CONFIG_FILE, HEADER, WEIGHTS_FILE, read_adapter
-from lora_hf.adapters import load_adapter, save_adapter
-from lora_hf.config import LoraConfig
-from lora_hf.errors import UserError
-from lora_hf.fingerprint import fingerprint
-from lora_hf.injection import eject, inject
-from lora_hf.places import start_of
-from lora_hf.saved import find_saved
-from tests.small import small_model, stir
+from lora_hf.adapters.format import CONFIG_FILE, HEADER, WEIGHTS_FILE, read_adapter
+from lora_hf.adapters.peft_config import start_of
+from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.save_load import load_adapter, save_adapter
+from lora_hf.core.config.schema import LoraConfig
+from lora_hf.core.errors import UserError
+from lora_hf.lora.fingerprint import fingerprint
+from lora_hf.lora.inject import eject, inject
+from tests.support.small import small_model, stir
 
 PARTS = 5
 SHAPE = {

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel
 
-from lora_hf import layers
-from lora_hf.config import LoraConfig, ModelConfig
-from lora_hf.encoding import encode
-from lora_hf.injection import inject
-from lora_hf.models import load_base, load_tokenizer
-from lora_hf.tasks.table import get_task
-from lora_hf.trainer import spare_work
+from lora_hf.core.config.schema import LoraConfig, ModelConfig
+from lora_hf.data.tasks.registry import get_task
+from lora_hf.data.tokenization import encode
+from lora_hf.lora import layers
+from lora_hf.lora.inject import inject
+from lora_hf.models.load import load_base, load_tokenizer
+from lora_hf.training.trainer import spare_work
 from tests.tolerances import BF16_LOSS_RTOL, FAST_TRAINING_FP32
 
 STEPS, ROWS = {"sst2": 50, "e2e_nlg": 20}, 8

@@ -11,16 +11,16 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_hf.adapter_file import WEIGHTS_FILE
-from lora_hf.adapters import load_adapter, save_adapter
-from lora_hf.config import GenerateConfig, LoraConfig, ModelConfig
-from lora_hf.generation import Generator
-from lora_hf.inference import Predictor
-from lora_hf.injection import count_parameters, eject, inject, merge
-from lora_hf.models import load_base, load_tokenizer
-from lora_hf.tasks.generation import TextGeneration
-from lora_hf.tasks.table import get_task
-from tests.small import small_model, stir, token_ids
+from lora_hf.adapters.format import WEIGHTS_FILE
+from lora_hf.adapters.save_load import load_adapter, save_adapter
+from lora_hf.core.config.schema import GenerateConfig, LoraConfig, ModelConfig
+from lora_hf.data.tasks.generation import TextGeneration
+from lora_hf.data.tasks.registry import get_task
+from lora_hf.inference.classify import Predictor
+from lora_hf.inference.generate import Generator
+from lora_hf.lora.inject import count_parameters, eject, inject, merge
+from lora_hf.models.load import load_base, load_tokenizer
+from tests.support.small import small_model, stir, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, MERGE_FP32
 
 CASES = {

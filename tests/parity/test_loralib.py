@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import lora_hf
-from lora_hf.benchmark.peers import with_loralib
-from lora_hf.config import LoraConfig
-from lora_hf.convert.loralib import load_loralib
-from lora_hf.injection import Bias, inject, lora_layers
-from tests.small import small_model, stir
+from lora_hf.adapters.convert.loralib import load_loralib
+from lora_hf.core.config.schema import LoraConfig
+from lora_hf.lora.inject import Bias, inject, lora_layers
+from tests.support.small import small_model, stir
+from tools.benchmark.peers import with_loralib
 
 MODELS = {
     "roberta": ("roberta", 3, ("q", "v"), None),

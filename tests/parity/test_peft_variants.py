@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from lora_hf.adapters import load_adapter, save_adapter
-from lora_hf.config import LoraConfig
-from lora_hf.errors import AdapterError
-from lora_hf.injection import inject, lora_layers, merge
-from tests.small import small_model, token_ids
+from lora_hf.adapters.save_load import load_adapter, save_adapter
+from lora_hf.core.config.schema import LoraConfig
+from lora_hf.core.errors import AdapterError
+from lora_hf.lora.inject import inject, lora_layers, merge
+from tests.support.small import small_model, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, MERGE_FP32, PARITY_FP32
 
 QUERIES = "encoder.layer.*.attention.self.query"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_hf.config import load_config
-from lora_hf.metrics.glue import METRIC_NAMES
-from lora_hf.tasks.glue import GLUE
-from lora_hf.tasks.table import get_task
-from lora_hf.training import train
+from lora_hf.core.config.schema import load_config
+from lora_hf.data.metrics.glue import METRIC_NAMES
+from lora_hf.data.tasks.glue import GLUE
+from lora_hf.data.tasks.registry import get_task
+from lora_hf.training.run import train
 
 ROWS = 48
 

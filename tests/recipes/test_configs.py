@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_hf.config import LoraConfig, RunConfig, load_config
-from lora_hf.config.other_names import OTHER_NAMES, ROLE_OF
-from lora_hf.errors import ConfigError
-from lora_hf.tasks.table import task_names
+from lora_hf.core.config.hints import OTHER_NAMES, ROLE_OF
+from lora_hf.core.config.schema import LoraConfig, RunConfig, load_config
+from lora_hf.core.errors import ConfigError
+from lora_hf.data.tasks.registry import task_names
 
 REPO = Path(__file__).parents[2]
 TARGETS = "q, k, v, o, ffn_up, ffn_gate, ffn_down, attention, ffn, all, embeddings, or a module path with dots"

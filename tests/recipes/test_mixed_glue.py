@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from lora_hf import inject, save_adapter
-from lora_hf.cli import main
-from lora_hf.config import LoraConfig, ModelConfig
-from lora_hf.errors import AdapterError
-from lora_hf.inference import MixedPredictor, Predictor
-from lora_hf.models import load_base
-from lora_hf.saved import Saved, find_saved
-from lora_hf.tasks.glue import GLUE
+from lora_hf.adapters.resolve import Saved, find_saved
+from lora_hf.cli.main import main
+from lora_hf.core.config.schema import LoraConfig, ModelConfig
+from lora_hf.core.errors import AdapterError
+from lora_hf.data.tasks.glue import GLUE
+from lora_hf.inference.classify import MixedPredictor, Predictor
+from lora_hf.models.load import load_base
 from tests import tolerances
-from tests.small import stir
+from tests.support.small import stir
 
 ROWS = 24
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from lora_hf.cli import main
-from lora_hf.hub import push_adapter
-from lora_hf.records import RunRecord
-from lora_hf.tasks.table import get_task
+from lora_hf.adapters.push import push_adapter
+from lora_hf.cli.main import main
+from lora_hf.core.records import RunRecord
+from lora_hf.data.tasks.registry import get_task
 
 FAST = ["train.max_steps=6", "train.warmup_steps=1", "model.precision=fp32", "output.overwrite=true"]
 NAMES = ("negative", "positive")

@@ -24,8 +24,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from lora_hf.inference import Predictor
-from lora_hf.saved import find_saved
+from lora_hf.adapters.resolve import find_saved
+from lora_hf.inference.classify import Predictor
 from lora_hf.serving.app import Door, _answered, build_app
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.gate import Gate
@@ -33,7 +33,7 @@ from lora_hf.serving.limits import DeadlinePassedError, Limits
 from lora_hf.serving.metrics import Metrics
 from lora_hf.serving.requests import Request, digest_of
 from tests import tolerances
-from tests.served_adapters import PROMPTS, TEXTS, save_random
+from tests.support.served_adapters import PROMPTS, TEXTS, save_random
 
 TOKEN = "a-token-of-this-test"
 AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}

@@ -17,13 +17,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_hf.adapter_file import WEIGHTS_FILE
-from lora_hf.config import GenerateConfig
-from lora_hf.errors import AdapterError, ConfigError
-from lora_hf.generation import Generator
-from lora_hf.inference import Predictor
-from lora_hf.injection import lora_layers
-from lora_hf.saved import find_saved
+from lora_hf.adapters.format import WEIGHTS_FILE
+from lora_hf.adapters.resolve import find_saved
+from lora_hf.core.config.schema import GenerateConfig
+from lora_hf.core.errors import AdapterError, ConfigError
+from lora_hf.inference.classify import Predictor
+from lora_hf.inference.generate import Generator
+from lora_hf.lora.inject import lora_layers
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.limits import (
     BadInputError,
@@ -38,7 +38,7 @@ from lora_hf.serving.limits import (
 )
 from lora_hf.serving.requests import digest_of
 from tests import tolerances
-from tests.served_adapters import PROMPTS, TEXTS, save_random
+from tests.support.served_adapters import PROMPTS, TEXTS, save_random
 
 TASKS = {"a": "rule-sentiment", "b": "rule-sentiment", "pair": "rte", "w": "rule-restaurants", "x": "rule-restaurants"}
 

@@ -18,8 +18,8 @@ from lora_hf.serving.engine import Engine
 from lora_hf.serving.limits import Limits
 from lora_hf.serving.metrics import Metrics
 from lora_hf.serving.playground import BARE, PATH, USER, _asked, _compared, _of_file
-from tests.browser import Browser, browser, free_port, missing
-from tests.served_adapters import PROMPTS, TEXTS, save_random
+from tests.support.browser import Browser, browser, free_port, missing
+from tests.support.served_adapters import PROMPTS, TEXTS, save_random
 
 TOKEN = "a-token-of-this-test"
 TASKS = {"a": "rule-sentiment", "pair": "rte", "score": "stsb", "writer": "rule-restaurants"}

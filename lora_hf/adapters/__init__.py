@@ -1,0 +1,1 @@
+"""An adapter on disk and on the hub: saving, strict loading, merging, combining, converting and pushing."""

@@ -1,0 +1,223 @@
+"""The model card of an adapter: what its files and the record of its run say, and what is not known.
+
+Every number is read from a record, and nothing of the machine goes in: a local folder is called by its base name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_hf.adapters.format import About
+from lora_hf.core.config.schema import RunConfig
+from lora_hf.core.formatting import table
+from lora_hf.core.records import RunRecord, ScoreRecord
+from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.registry import get_task, task_names, task_of
+from lora_hf.data.tasks.sources import Embedded, LocalOrHub
+from lora_hf.models.model_ids import EMBEDDED, HUB_IDS, base_name, is_local
+
+_PIPELINES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
+_RECIPE = ("task.max_length", "model.precision", "model.dropout", "lora.", "train.")  # what of a config is one
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known about an adapter: its two files always, its run where the folder above it holds one.
+
+    `config` is the adapter_config.json, `run` the resolved config of the run, without a path of this machine.
+    """
+
+    config: Mapping[str, Any]
+    about: About
+    run: RunConfig | None = None
+    record: RunRecord | None = None
+    scores: Sequence[ScoreRecord] = ()
+
+    @property
+    def base(self) -> str:
+        """The name of the base, as the adapter gives it."""
+        return self.about.base or self.config.get("base_model_name_or_path") or ""
+
+    @property
+    def hub_base(self) -> str | None:
+        """The base's hub id; None for a local folder and for a base of this package, which are not on the hub."""
+        if not self.base or self.base in EMBEDDED or is_local(self.base):
+            return None
+        return HUB_IDS.get(self.base, self.base)
+
+    @property
+    def task(self) -> Task | None:
+        """The task, where the adapter names one of ours or the config of its run describes it."""
+        if self.run is not None and self.run.task.kind is not None and self.run.task.name == self.about.task:
+            return task_of(self.run.task)
+        return get_task(self.about.task) if self.about.task in task_names() else None
+
+    @property
+    def measured(self) -> list[tuple[str, str, str, float]]:
+        """Split, subset, metric and value of every score of the adapter, those of the record first."""
+        metrics = self.record.metrics if self.record else {}
+        rows = [(split, "all", name, value) for split, scores in metrics.items() for name, value in scores.items()]
+        for record in self.scores:
+            for subset, scores in record.metrics.items():
+                rows += [(record.split, subset, name, value) for name, value in scores.items() if value is not None]
+        return rows
+
+
+def model_card(repo_id: str, facts: Facts) -> str:
+    """The README.md of repository `repo_id`: YAML that the hub reads, then the same for people."""
+    name = repo_id.split("/")[1]
+    parts = [f"---\n{_metadata(name, facts)}\n---", f"# {name}", _summary(facts)]
+    if facts.record is None:
+        parts.append(
+            "**Not known:** no record of a run came with this adapter. Its data, its scores, its hyper-parameters "
+            "beyond those above, and the versions it was trained with are not stated here."
+        )
+    else:
+        parts += ["## Results", _results(facts, facts.record), "## Data", _data(facts, facts.record)]
+    if facts.run is not None:
+        parts += ["## Recipe", _recipe(facts.run)]
+    if facts.record is not None:
+        parts += ["## Parameters", _parameters(facts.record), "## Versions", _versions(facts.record)]
+    return "\n\n".join([*parts, "## Use", _usage(repo_id, facts)]) + "\n"
+
+
+def _metadata(name: str, facts: Facts) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task, pipeline = facts.task, _PIPELINES.get(facts.config.get("task_type") or "")
+    source = task.source if task else None
+    dataset = source.hub_id if isinstance(source, LocalOrHub) else None
+    results = [
+        EvalResult(
+            task_type=pipeline or "other",
+            dataset_type=dataset or task.name,
+            dataset_name=task.name,
+            dataset_config=source.hub_config if isinstance(source, LocalOrHub) else None,
+            dataset_split=split,
+            metric_type=metric.lower(),
+            metric_name=metric if subset == "all" else f"{metric}, {subset}",
+            metric_value=value,
+        )
+        for split, subset, metric, value in facts.measured
+        if task is not None
+    ]
+    data = ModelCardData(
+        library_name="peft",
+        base_model=facts.hub_base,
+        base_model_relation="adapter" if facts.hub_base else None,
+        datasets=[dataset] if dataset and facts.record else None,
+        pipeline_tag=pipeline,
+        tags=["lora", "lora-hf", *([task.name] if task else [])],
+        metrics=list(dict.fromkeys(metric.lower() for _, _, metric, _ in facts.measured)) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
+
+
+def _summary(facts: Facts) -> str:
+    shown = f"[`{facts.hub_base}`](https://huggingface.co/{facts.hub_base})" if facts.hub_base else "a base"
+    if facts.base in EMBEDDED:
+        shown = f"`{facts.base}`, a small base that comes with lora_hf,"
+    elif facts.base and not facts.hub_base:
+        shown = f"`{base_name(facts.base)}`, a base from a local folder that is not known on the hub,"
+    if facts.run is not None and facts.run.model.init == "random":
+        shown += f" with random weights drawn from seed {facts.run.train.seed}"
+    task = f" for the task `{facts.about.task}`" if facts.about.task else ""
+    strength = f"r={facts.config.get('r')}, lora_alpha={facts.config.get('lora_alpha')}"
+    lines = [f"A LoRA adapter ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685)) on {shown}{task}: {strength}."]
+    if facts.about.labels:
+        lines.append(f"Labels, in the order of the logits: {', '.join(f'`{label}`' for label in facts.about.labels)}.")
+    if facts.about.fingerprint:
+        lines.append(
+            f"lora_hf refuses it on other base weights than the ones it was trained on, which were held in "
+            f"{facts.about.fingerprint['dtype']} (sha256 `{facts.about.fingerprint['sha256'][:12]}`); the same "
+            "weights in another precision are taken."
+        )
+    return "\n".join(lines)
+
+
+def _results(facts: Facts, record: RunRecord) -> str:
+    rows = []
+    for split, subset, metric, value in facts.measured:
+        majority = record.majority.get(split, {}).get(metric) if subset == "all" else None
+        where = split if subset == "all" else f"{split}, {subset}"
+        rows.append((where, metric, f"{value:.4f}", "" if majority is None else f"{majority:.4f}"))
+    parts = [table(("split", "metric", "value", "always one answer"), rows, words=2)]
+    best = record.best
+    chosen = f", of the checkpoint at step {best['step']}, chosen by {best['metric']}" if "step" in best else ""
+    parts.append(f"One run, seed {record.seed}{chosen}.")
+    for scores in facts.scores:
+        decoding = ", ".join(f"{key} {value}" for key, value in scores.decoding.items() if key != "batch_size")
+        parts.append(f"Texts of {scores.split} ({scores.inputs:,} inputs) were generated with {decoding}.")
+    return "\n\n".join([*parts, *(f"**Note:** {warning}" for warning in record.warnings)])
+
+
+def _data(facts: Facts, record: RunRecord) -> str:
+    source = facts.task.source if facts.task else None
+    rows = ", ".join(f"{count:,} {split}" for split, count in record.rows.items())
+    if isinstance(source, LocalOrHub):
+        of = f" (`{source.hub_config}`)" if source.hub_config else ""
+        return f"[`{source.hub_id}`](https://huggingface.co/datasets/{source.hub_id}){of}: {rows} rows."
+    origin = "made by rule in lora_hf" if isinstance(source, Embedded) else "data of its author's own"
+    return f"Task `{record.task}`, {origin}: {rows} rows."
+
+
+def _recipe(run: RunConfig) -> str:
+    settings = {f"{section}.{key}": value for section, values in run.to_dict().items() for key, value in values.items()}
+    rows = [
+        (f"`{key}`", ", ".join(map(str, value)) if isinstance(value, list) else f"{value}")
+        for key, value in settings.items()
+        if key.startswith(_RECIPE) and value not in (None, {}, "")
+    ]
+    return f"{table(('setting', 'value'), rows, words=2)}\n\n`config.yaml` in this repository holds all of it."
+
+
+def _parameters(record: RunRecord) -> str:
+    counts = record.parameters
+    share = f" ({100 * counts['trainable'] / counts['total']:.2f} %)" if counts.get("total") else ""
+    parts = ", ".join(
+        f"{counts[part]:,} {word}" for part, word in (("lora", "LoRA"), ("head", "head")) if part in counts
+    )
+    return f"{counts.get('trainable', 0):,} of {counts.get('total', 0):,} parameters were trained{share}: {parts}."
+
+
+def _versions(record: RunRecord) -> str:
+    known = ", ".join(f"{name} {version}" for name, version in record.versions.items() if version != "not installed")
+    commit = record.git.get("commit")
+    changed = " and changes since" if record.git.get("changed") else ""
+    return f"{known}{f'; lora_hf at commit `{commit[:12]}`{changed}' if commit else ''}."
+
+
+def _usage(repo_id: str, facts: Facts) -> str:
+    if facts.run is not None and facts.run.model.init == "random":
+        return f"Only lora_hf draws the same random base again: `lora-hf eval --adapter {repo_id}`."
+    blocks = [
+        ("lora_hf", "from lora_hf import load_adapter", f'load_adapter(model, "{repo_id}")'),
+        ("peft", "from peft import PeftModel", f'model = PeftModel.from_pretrained(model, "{repo_id}")'),
+        ("transformers, which needs peft installed for it", "", f'model.load_adapter("{repo_id}")'),
+    ]
+    parts = [f"With {name}:\n\n```python\n{_code(facts, imported, load)}\n```" for name, imported, load in blocks]
+    if facts.about.task:
+        verb = "predict --text TEXT" if facts.config.get("task_type") == "SEQ_CLS" else "generate --input FILE"
+        parts.append(f"From the command line, with lora_hf: `lora-hf {verb} --adapter {repo_id}`.")
+    return "\n\n".join(parts)
+
+
+def _code(facts: Facts, imported: str, load: str) -> str:
+    classifies = facts.config.get("task_type") == "SEQ_CLS"
+    kind = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    lines = [imported, f"from transformers import {kind}"]
+    base = f'"{facts.hub_base}"' if facts.hub_base else f'"path/to/{base_name(facts.base) or "the-base"}"'
+    if facts.base in EMBEDDED:
+        lines = [imported, "from lora_hf.models.load import EMBEDDED_FOLDER", f"from transformers import {kind}"]
+        base = f'EMBEDDED_FOLDER / "{facts.base}"'
+    options = ['dtype="float32"']
+    if facts.about.num_labels:
+        options.append(f"num_labels={facts.about.num_labels}")
+    if facts.hub_base and facts.about.revision:
+        options.append(f'revision="{facts.about.revision}"')
+    call = f"model = {kind}.from_pretrained({base}, {', '.join(options)})"
+    return "\n".join([*filter(None, lines), "", call, load, "model.eval()"])

@@ -1,0 +1,1 @@
+"""The command line: `lora-hf <verb>`. Only this package prints."""

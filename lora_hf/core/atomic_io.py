@@ -1,0 +1,54 @@
+"""A folder that is written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_hf.core.errors import ConfigError
+
+
+def check_output(folder: Path, mark: str, overwrite: bool = False) -> None:
+    """Raises ConfigError where `folder` is in the way: a file, or a folder that is not empty.
+
+    With `overwrite` a folder that holds the file `mark`, written by the same verb before, is not in the way.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"--output {folder}: expected a folder, found a file; choose another")
+    ours = (folder / mark).is_file()
+    if overwrite and ours:
+        return
+    if overwrite:
+        raise ConfigError(f"--output {folder}: holds no {mark}, so --overwrite leaves it alone; choose another folder")
+    hint = ", or replace it with --overwrite" if ours else ""
+    raise ConfigError(f"--output {folder}: exists and is not empty; choose another folder{hint}")
+
+
+@contextmanager
+def new_folder(folder: Path, mark: str, overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside `folder` to write into, which takes its name at the end; after an error nothing is left of it.
+
+    Raises:
+        ConfigError: as `check_output`; also a place where nothing can be written.
+    """
+    check_output(folder, mark, overwrite)
+    folder = folder.resolve()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: cannot be written: {error.strerror}") from error
+    aside = room / "new"
+    try:
+        aside.mkdir()  # in a room of its own: mkdtemp lets nobody else read what it makes
+        yield aside
+        if folder.is_dir():
+            folder.replace(room / "old")
+        aside.replace(folder)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)

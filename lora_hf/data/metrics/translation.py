@@ -1,0 +1,116 @@
+"""Scores that come from machine translation: BLEU and NIST as mteval-v13a, BLEU as multi-bleu.perl, TER as tercom.
+
+Every value is a fraction (published BLEU and TER are often these times 100), NIST is in bits a word. BLEU and TER are
+sacrebleu's, from the extra `nlg`: without it each function raises a `ScorerError`. No library has mteval's NIST: nltk's
+takes the best single reference, mteval clips over all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from lora_hf.data.metrics.requirements import package_folder
+
+References = Sequence[Sequence[str]]
+Counts = Counter[tuple[str, ...]]
+
+NIST_ORDER = 5
+
+
+def mteval_bleu(predictions: Sequence[str], references: References) -> float:
+    """BLEU as `mteval-v13a.pl`: its tokens, lower-cased, up to 4-grams, closest reference length, its smoothing."""
+    package_folder("sacrebleu")
+    from sacrebleu.metrics.bleu import BLEU
+
+    bleu = BLEU(lowercase=True, tokenize="13a", smooth_method="exp", force=True)
+    return bleu.corpus_score(list(predictions), _columns(references, fill=None)).score / 100
+
+
+def mteval_nist(predictions: Sequence[str], references: References) -> float:
+    """NIST as `mteval-v13a.pl`: its tokens, lower-cased, up to 5-grams.
+
+    An n-gram is worth `log2(count of its first n-1 words / count of it)` over all references. The length ratio is the
+    words of all predictions to the words of all references over the mean number of references.
+
+    Source: Doddington 2002, equations 2 and 3; `NIST_ORDER` and the ratio are the script's.
+    """
+    words = _tokenizer()
+    counts: Counts = Counter()
+    matched, total = [0.0] * NIST_ORDER, [0] * NIST_ORDER
+    candidates = [words(prediction) for prediction in predictions]
+    groups = [[words(reference) for reference in group] for group in references]
+    for group in groups:
+        for reference in group:
+            counts[()] += len(reference)
+            for order in range(1, NIST_ORDER + 1):
+                counts.update(_ngrams(reference, order))
+    for candidate, group in zip(candidates, groups, strict=True):
+        for i in range(NIST_ORDER):
+            allowed: Counts = Counter()
+            for reference in group:
+                allowed |= _ngrams(reference, i + 1)
+            given = _ngrams(candidate, i + 1)
+            total[i] += given.total()
+            matched[i] += sum(
+                count * math.log2(counts[ngram[:-1]] / counts[ngram]) for ngram, count in (given & allowed).items()
+            )
+    mean_references = sum(map(len, groups)) / max(len(groups), 1)
+    penalty = _nist_length_penalty(total[0] * mean_references, counts[()])
+    return penalty * sum(value / max(count, 1) for value, count in zip(matched, total, strict=True))
+
+
+def multi_bleu(predictions: Sequence[str], references: References, tokenized: bool) -> float:
+    """BLEU as `multi-bleu.perl -lc` on tokens that spaces part, or, of raw text, as `multi-bleu-detok.perl -lc`.
+
+    Where a text has fewer references than another, the scripts read an empty line in a file of references, and count
+    it as a reference of no words: it is the closest in length to a prediction of less than half the others' length.
+    """
+    package_folder("sacrebleu")
+    from sacrebleu.metrics.bleu import BLEU
+
+    bleu = BLEU(lowercase=True, tokenize="none" if tokenized else "13a", smooth_method="none", force=True)
+    return bleu.corpus_score(list(predictions), _columns(references, fill=" ")).score / 100
+
+
+def ter(predictions: Sequence[str], references: References, tokenized: bool) -> float:
+    """TER as tercom 0.7.25: edits to the nearest reference over the mean length of the references, not case-sensitive.
+
+    Of raw text the tokens are tercom's own (its option -N).
+
+    Source: Snover et al. 2006, "A study of translation edit rate".
+    """
+    package_folder("sacrebleu")
+    from sacrebleu.metrics.ter import TER
+
+    rate = TER(normalized=not tokenized)
+    return rate.corpus_score(list(predictions), _columns(references, fill=None)).score / 100
+
+
+def _columns(references: References, fill: str | None) -> list[list[str]]:
+    """The first reference of every text, the second of every text, ...: what sacrebleu takes."""
+    most = max(map(len, references))
+    # sacrebleu skips None, and its types do not say so.
+    return [[group[i] if i < len(group) else fill for group in references] for i in range(most)]  # pyright: ignore[reportReturnType]
+
+
+def _tokenizer() -> Callable[[str], list[str]]:
+    package_folder("sacrebleu")
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    tokenize = Tokenizer13a()
+    return lambda text: tokenize(text.lower()).split()
+
+
+def _ngrams(words: list[str], order: int) -> Counts:
+    return Counter(zip(*(words[start:] for start in range(order)), strict=False))
+
+
+def _nist_length_penalty(length: float, reference_length: float) -> float:
+    """1 from the references' length on, 0.5 at two thirds of it."""
+    if length >= reference_length:
+        return 1.0
+    if length <= 0:
+        return 0.0
+    return math.exp(math.log(0.5) * (math.log(length / reference_length) / math.log(1.5)) ** 2)

@@ -1,0 +1,1 @@
+"""Classify texts and generate text with a trained run, from Python and from files."""

@@ -1,0 +1,77 @@
+"""The module that stands in for a task head and holds a copy of it for each adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_hf.lora.active_adapter import Mixture, Switch
+from lora_hf.lora.precision import in_own_precision
+
+
+class AdapterHead(nn.Module):
+    """A task head with a trained copy per adapter, in fp32; without an active adapter it is the base's own head.
+
+    The base's head is not a registered submodule: it is neither trained, saved nor counted while an adapter's copy
+    stands in for it. It still follows the model from device to device.
+    """
+
+    base_head: Any
+    heads: Any  # nn.ModuleDict, by the adapter's name
+
+    def __init__(self, base_head: nn.Module, switch: Switch) -> None:
+        super().__init__()
+        self.__dict__["base_head"] = base_head
+        self.heads = nn.ModuleDict()
+        self.switch = switch
+        self.training = base_head.training
+
+    def add(self, name: str, head: nn.Module | None = None) -> None:
+        """Adds the head of adapter `name`; without `head`, a copy of the base's own."""
+        self.heads[name] = (copy.deepcopy(self.base_head) if head is None else head).float().requires_grad_(True)
+
+    def train(self, mode: bool = True) -> AdapterHead:
+        self.base_head.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> AdapterHead:
+        self.base_head._apply(fn, recurse)
+        return super()._apply(in_own_precision(fn), recurse)
+
+    @property
+    def active(self) -> str | None:
+        """The adapter whose head this thread runs; None for the base's own, or in a mixture."""
+        return self.switch.active(self.heads)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the active head gives, floating-point inputs cast to its precision.
+
+        In a mixture each row has its own head's, in fp32; rows with fewer labels than others end in -inf.
+        """
+        mixture = self.switch.mixture
+        return self._one(self.active, *inputs, **named) if mixture is None else self._mixed(mixture, *inputs, **named)
+
+    def _mixed(self, mixture: Mixture, hidden: torch.Tensor, **named: Any) -> torch.Tensor:
+        parts = []
+        for name in (*mixture.names, None):
+            rows = mixture.rows_of(name, len(hidden))
+            if len(rows):
+                parts.append((rows, self._one(name if name in self.heads else None, hidden[rows], **named).float()))
+        width = max(part.shape[-1] for _, part in parts)
+        whole = parts[0][1].new_full((len(hidden), *parts[0][1].shape[1:-1], width), -torch.inf)
+        for rows, part in parts:
+            whole[rows, ..., : part.shape[-1]] = part
+        return whole
+
+    def _one(self, name: str | None, *inputs: Any, **named: Any) -> Any:
+        head = self.base_head if name is None else self.heads[name]
+        dtype = next(head.parameters()).dtype
+
+        def cast(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        return head(*map(cast, inputs), **{key: cast(value) for key, value in named.items()})

@@ -1,0 +1,185 @@
+"""Frozen projections in 8 and in 4 bits: packed once, unpacked for each multiplication, nothing else kept.
+
+`int8` keeps a scale for each output feature (LLM.int8(), arXiv 2208.07339, section 2.1, without its outliers) and needs
+torch alone. `nf4` is QLoRA's NormalFloat (arXiv 2305.14314, section 3): 64 weights share a scale, and the scales are
+held in 8 bits themselves; bitsandbytes packs and unpacks it, on the CPU as on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from lora_hf.core.errors import ConfigError, how_to_install
+
+SCHEMES = ("int8", "nf4")
+INT8_LARGEST = 127
+NF4_BLOCK = 64  # weights that share a scale
+SCALES_BLOCK = 256  # scales that share a scale of their own
+
+Packed = dict[str, torch.Tensor]
+
+
+class QuantisedLinear(nn.Module):
+    """A frozen `nn.Linear` or `Conv1D` whose weight is packed; `(..., in)` to `(..., out)` in the precision of x.
+
+    The weight is multiplied as `dequantise` gives it; the gradient reaches x through it, and never the weight itself.
+    With `dynamic` x is rounded to 8 bits too, each token by its own scale, and the product is one of integers: for
+    inference with int8 on a CPU, without gradients.
+    """
+
+    bias: torch.Tensor | None
+
+    def __init__(self, layer: nn.Module, scheme: str, dynamic: bool = False) -> None:
+        super().__init__()
+        weight: Any = layer.weight
+        self.transposed = isinstance(layer, Conv1D)
+        self.out_features, self.in_features = weight.shape[::-1] if self.transposed else weight.shape
+        self.scheme = scheme
+        self.dynamic = dynamic
+        self.training = layer.training
+        self.bias = layer.bias  # type: ignore[assignment]
+        self.requantise(weight.detach().T if self.transposed else weight.detach())
+
+    def packed(self) -> Packed:
+        """The tensors that hold the weight, by their names."""
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    def restore(self, packed: Packed) -> None:
+        """Puts tensors that `packed` gave back in place."""
+        for name, tensor in packed.items():
+            self.register_buffer(name, tensor)
+
+    def requantise(self, weight: torch.Tensor) -> None:
+        """Holds another weight, `(out, in)`, from now on; the tensors of the one before are left as they are."""
+        self.restore(pack(weight, self.scheme))
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """`(out, in)`, also where the layer was a Conv1D."""
+        return self.unpacked()(dtype)
+
+    def unpacked(self) -> Callable[[torch.dtype], torch.Tensor]:
+        """`dequantise` of the weight held now, whatever is merged before it is called."""
+        return partial(unpack, self.packed(), self.scheme, (self.out_features, self.in_features))
+
+    def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A frozen layer of the kind it was made of, which holds the dequantised weight."""
+        with torch.device("meta"):
+            if self.transposed:
+                layer: Any = Conv1D(self.out_features, self.in_features)
+            else:
+                layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        weight = self.dequantise(dtype)
+        layer.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight, requires_grad=False)
+        layer.bias = None if self.bias is None else nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
+        return layer.train(self.training)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantisedLinear:
+        # A cast is meant for the bias: the scales stay exact, and only follow to the device.
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return fn(tensor) if tensor is self.bias else tensor.to(fn(tensor).device)
+
+        return super()._apply(move, recurse)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.dynamic and not torch.is_grad_enabled():
+            return multiply_integers(x, self.packed(), bias)
+        return _MultiplyPacked.apply(x, self.unpacked(), bias)  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        kind = f"{self.scheme}, dynamic" if self.dynamic else self.scheme
+        return f"{kind}, in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def pack(weight: torch.Tensor, scheme: str) -> Packed:
+    """The tensors that hold an `(out, in)` weight in a scheme's bits.
+
+    Raises:
+        ConfigError: nf4 without bitsandbytes.
+    """
+    weight = weight.float().contiguous()
+    if scheme == "int8":
+        scales = weight.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny) / INT8_LARGEST
+        return {"values": (weight / scales[:, None]).round_().to(torch.int8), "scales": scales}
+    # As one row: bitsandbytes' CPU kernel gives wrong weights where a row is no whole number of blocks.
+    values, state = _bitsandbytes().quantize_4bit(
+        weight.reshape(-1), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=True
+    )
+    return {
+        "values": values,
+        "scales": state.absmax,
+        "scales_of_scales": state.state2.absmax,
+        "offset": state.offset,
+        "code": state.state2.code,
+    }
+
+
+def unpack(packed: Mapping[str, torch.Tensor], scheme: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """The `(out, in)` weight that `pack` made the tensors of, rounded to `dtype` at the end."""
+    if scheme == "int8":
+        return (packed["values"] * packed["scales"][:, None]).to(dtype)
+    library = _bitsandbytes()
+    scales = library.dequantize_blockwise(
+        packed["scales"], absmax=packed["scales_of_scales"], code=packed["code"], blocksize=SCALES_BLOCK
+    )
+    state = library.QuantState(
+        absmax=scales + packed["offset"],
+        shape=torch.Size([shape[0] * shape[1]]),
+        dtype=dtype,
+        blocksize=NF4_BLOCK,
+        quant_type="nf4",
+    )
+    return library.dequantize_4bit(packed["values"], state).reshape(shape)
+
+
+def multiply_integers(x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+    """`x W^T + bias` of an int8 weight, with x rounded to 8 bits by a scale a token; `(..., in)` to `(..., out)`."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    scales = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(INT8_LARGEST)
+    # The one product of 8-bit integers that torch has; torchao's and bitsandbytes' go through it too.
+    product = torch._int_mm((rows / scales).round_().to(torch.int8), packed["values"].T)  # pyright: ignore[reportPrivateImportUsage]
+    y = product.mul(scales).mul_(packed["scales"]).to(x.dtype)
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[-1])
+
+
+class _MultiplyPacked(torch.autograd.Function):
+    """`x W^T + bias` that keeps neither x nor W for the backward pass: W is unpacked again there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, dequantise: Callable[[torch.dtype], torch.Tensor], bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.dequantise = dequantise
+        return linear(x, dequantise(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (dy,) = gradients
+        dx = dy @ ctx.dequantise(dy.dtype) if ctx.needs_input_grad[0] else None
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias
+
+
+def _bitsandbytes() -> Any:
+    # On import it regrets a kernel for inference that is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("bitsandbytes.functional")
+    except ImportError as error:
+        raise ConfigError(
+            f"nf4 needs bitsandbytes, which cannot be imported ({error}): {how_to_install('quantised')}, or take "
+            "int8, which needs nothing more"
+        ) from error

@@ -1,0 +1,63 @@
+"""What the name of a base or an adapter stands for: a place on the hub, a local folder, or a base of this package."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from lora_hf.core.errors import ModelError, did_you_mean
+
+EMBEDDED = ("tiny-roberta", "tiny-gpt2")
+
+# The short names that everybody writes, and the hub's own for them.
+HUB_IDS = {
+    "roberta-base": "FacebookAI/roberta-base",
+    "roberta-large": "FacebookAI/roberta-large",
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "deberta-v2-xxlarge": "microsoft/deberta-v2-xxlarge",
+    "bert-base-uncased": "google-bert/bert-base-uncased",
+    "distilbert-base-uncased": "distilbert/distilbert-base-uncased",
+}
+
+
+def check_base(name: str) -> None:
+    """Raises ModelError for a base that is nowhere: a path without a folder, or a misspelt base of this package.
+
+    Any other name may be the hub's; its oldest models have no `/` in theirs.
+    """
+    if name in EMBEDDED or Path(name).is_dir():
+        return
+    if is_path(name):
+        raise ModelError(f"{name}: no such folder; expected a Hugging Face model folder or a hub id")
+    near = difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.7)
+    if near and "/" not in name:
+        raise ModelError(f"{name}: no such model or folder (did you mean {near[0]!r}?)")
+
+
+def near_base(name: str) -> str:
+    """Returns `` (did you mean 'roberta-base'?)`` for a name without `/` that is near a known one."""
+    known = (*EMBEDDED, *HUB_IDS)
+    return "" if "/" in name or name in known else did_you_mean(name, known)
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is written as no hub id is: `./x`, `~/x`, an absolute path, or more than one folder."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def is_local(name: str) -> bool:
+    """Whether a name means a folder of this machine; one that is there comes before the hub."""
+    return is_path(name) or Path(name).is_dir()
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form `user/name` and nothing of that name lies here."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and not Path(name).exists()
+
+
+def base_name(path: str) -> str:
+    """The last part of a path: what of it may leave this machine."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]

@@ -1,0 +1,278 @@
+"""Several runs on one frozen base: their batches go through it as one, and each adapter learns as it would alone.
+
+Each run is the ordinary `train` in a thread of its own, of which one moves at a time; the order is always the same, and
+each run has its own random numbers. A run that has its next batch waits. Once all wait, their rows go through the model
+together, every row under its own adapter, and each run goes on with its own gradients: clipping, optimiser, schedule,
+evaluations and checkpoints are its Trainer's.
+
+Without dropout a run's weights are those of the run alone, to rounding. With dropout its masks are drawn anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss, pad
+from torch.nn.utils import get_total_norm
+from transformers import PreTrainedModel, Trainer
+
+from lora_hf.adapters.save_load import load_adapter, save_adapter
+from lora_hf.core.config.schema import RunConfig
+from lora_hf.core.errors import TrainingError, UserError
+from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.registry import task_of
+from lora_hf.lora.chunked_loss import IGNORED
+from lora_hf.lora.inject import eject, set_adapter
+from lora_hf.lora.multi_adapter import mix_adapters
+from lora_hf.lora.precision import denormals_flushed
+from lora_hf.training.run import Run, train
+from lora_hf.training.validation import check_together
+
+logger = logging.getLogger(__name__)
+
+FILLINGS = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
+
+
+@denormals_flushed()
+def train_together(
+    configs: Sequence[RunConfig], resume: str | None = None, rows: Mapping[str, Mapping[str, Dataset]] | None = None
+) -> list[Run | UserError]:
+    """Trains an adapter for each config, all on one copy of their base and in shared batches.
+
+    The configs may differ in task, seed, `lora` and `train`; steps are taken together, so a run with fewer of them ends
+    earlier. What is on disk in the end is what as many calls of `train` leave.
+
+    Args:
+        resume: `auto`, as in `train`.
+        rows: the splits of tasks that have been read already, by the task's name.
+
+    Returns:
+        For each config its run, or why it stopped while the others went on.
+
+    Raises:
+        ConfigError: configs that cannot share a base.
+        UserError: what `train` finds wrong with one of them before anything is trained.
+    """
+    check_together(configs, resume)
+    return _Together(configs, resume, rows or {}).run()
+
+
+class _Member(threading.Thread):
+    """A run: it moves only between `proceed`'s two ends, and stands still where it needs the gradients of a batch."""
+
+    def __init__(self, number: int, config: RunConfig, host: _Together) -> None:
+        super().__init__(name=f"run{number:03d}", daemon=True)
+        self.config, self.host = config, host
+        self.runs, self.threads = len(host.configs), torch.get_num_threads()
+        self.task: Task = task_of(config.task)
+        self.own: list[nn.Parameter] = []
+        self.gradients: list[torch.Tensor | None] = []
+        self.inputs: dict[str, torch.Tensor] | None = None  # the batch that it waits with
+        self.items: torch.Tensor | int | None = None  # by what the sum of a language model's losses is divided
+        self.divisor = 1
+        self.loss = torch.tensor(0.0)
+        self.work: Callable[[], Any] | None = None  # what it waits for the host to compute, and then that
+        self.done: Any = None
+        self.outcome: Run | BaseException | None = None
+        self.cancelled = False
+        self._may_move, self._stands = threading.Semaphore(0), threading.Semaphore(0)
+
+    def run(self) -> None:
+        self._may_move.acquire()
+        # Each thread would have helpers of its own. Once there are more of them than cores, all of them sleep between
+        # two operations. So the host's compute what is large: the setting is the thread's, but MKL's is everybody's.
+        torch.set_num_threads(1)
+        try:
+            if not self.cancelled:
+                rows = self.host.rows.get(self.task.name)
+                self.outcome = train(self.config, self.host.resume, rows, shared=self)
+        except BaseException as error:  # noqa: BLE001 - it is the other thread's to handle
+            self.outcome = error
+        self.inputs = None
+        self._stands.release()
+
+    def proceed(self) -> None:
+        """Lets it go on to its next batch, or to its end; the gradients of its last batch are on its parameters."""
+        self.inputs = None
+        self._may_move.release()
+        self._stands.acquire()
+        torch.set_num_threads(self.threads)
+        while self.work is not None:
+            try:
+                self.done = self.work()
+            except Exception as error:  # noqa: BLE001 - it is the other thread's to handle
+                self.done = error
+            self.work = None
+            self._may_move.release()
+            self._stands.acquire()
+
+    def compute(self, function: Callable[[], Any]) -> Any:
+        self.work = function
+        self._stands.release()
+        self._may_move.acquire()
+        if self.cancelled:
+            raise SystemExit
+        if isinstance(self.done, Exception):
+            raise self.done
+        return self.done
+
+    def take_in(self, model: PreTrainedModel) -> PreTrainedModel:
+        return self.host.take_in(self, model)
+
+    def step(self, trainer: Trainer, inputs: dict[str, Any], items: torch.Tensor | int | None) -> torch.Tensor:
+        self.inputs, self.items = inputs, items
+        self.divisor = trainer.current_gradient_accumulation_steps
+        drawn = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 - the Trainer's own
+        # Accelerate keeps one state for all Trainers of a process; its optimisers step only where this is set.
+        accumulation = trainer.accelerator.gradient_state
+        synchronised = accumulation.sync_gradients
+        self._stands.release()
+        self._may_move.acquire()
+        if self.cancelled:
+            raise SystemExit
+        torch.set_rng_state(drawn[0])
+        np.random.set_state(drawn[1])  # noqa: NPY002
+        random.setstate(drawn[2])
+        accumulation._set_sync_gradients(synchronised)
+        return self.loss
+
+
+class _Together:
+    """The model that the members share, and the order in which they move."""
+
+    def __init__(
+        self, configs: Sequence[RunConfig], resume: str | None, rows: Mapping[str, Mapping[str, Dataset]]
+    ) -> None:
+        self.configs, self.resume, self.rows = configs, resume, rows
+        self.model: Any = None
+        self.members = [_Member(number, config, self) for number, config in enumerate(configs)]
+
+    def run(self) -> list[Run | UserError]:
+        try:
+            for member in self.members:
+                member.start()
+                self._proceed(member)
+                if isinstance(member.outcome, UserError):
+                    raise member.outcome
+            logger.info("%d runs train together", len(self.members))
+            while waiting := [member for member in self.members if member.inputs is not None]:
+                self._step(waiting)
+                for member in waiting:
+                    self._proceed(member)
+                    if isinstance(member.outcome, UserError):
+                        logger.warning("%s stopped: %s", member.config.output.name, member.outcome)
+            return [member.outcome for member in self.members if isinstance(member.outcome, (Run, UserError))]
+        finally:
+            self._cancel()
+
+    def take_in(self, member: _Member, model: PreTrainedModel) -> PreTrainedModel:
+        """Moves the adapter of `model` onto the shared model, under the member's name."""
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(model, folder)
+            if self.model is None:
+                self.model = eject(model)
+            load_adapter(self.model, folder, member.name, own_head=True)
+        member.own = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return self.model
+
+    def _proceed(self, member: _Member) -> None:
+        """Makes the model the member's own for as long as it moves."""
+        if member.own:
+            set_adapter(self.model, member.name)
+            self._train_only([member])
+            _put(member.own, member.gradients)
+        member.proceed()
+        if member.own:
+            member.gradients = [parameter.grad for parameter in member.own]
+            _put(member.own, [None] * len(member.own))
+        if isinstance(member.outcome, BaseException) and not isinstance(member.outcome, UserError):
+            raise member.outcome
+
+    def _step(self, waiting: Sequence[_Member]) -> None:
+        """One batch of the rows of all that wait, forward and back."""
+        self._train_only(waiting)
+        self.model.train()
+        batches = [member.inputs or {} for member in waiting]
+        counts = [len(batch["input_ids"]) for batch in batches]
+        names = [member.name for member, count in zip(waiting, counts, strict=True) for _ in range(count)]
+        every = [parameter for member in waiting for parameter in member.own]
+        for masked in (True, False):
+            with mix_adapters(self.model, names, masked=masked):
+                total, losses = self._losses(waiting, batches, counts)
+            total.backward()
+            if get_total_norm(parameter.grad for parameter in every if parameter.grad is not None).isfinite():
+                break
+            # One run goes wrong. Only where no product is shared do the others stay as they are alone.
+            if masked:
+                _put(every, [None] * len(every))
+        for member, loss in zip(waiting, losses, strict=True):
+            member.loss = loss.detach()
+            new = [parameter.grad for parameter in member.own]
+            # Where batches are accumulated, the gradients of those before are still there.
+            pairs = zip(member.gradients, new, strict=True)
+            member.gradients = [old if grad is None else grad if old is None else old + grad for old, grad in pairs]
+            _put(member.own, [None] * len(member.own))
+
+    def _losses(
+        self, waiting: Sequence[_Member], batches: Sequence[dict[str, torch.Tensor]], counts: Sequence[int]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The sum of the losses, whose gradient each member's adapter gets, and of each the loss that it would log."""
+        generates = waiting[0].task.model_kind == "causal-lm"
+        keys = [key for key in batches[0] if generates or key != "labels"]
+        inputs = {key: _stacked([batch[key] for batch in batches], self._filling(key)) for key in keys}
+        if generates:
+            return self._token_losses(waiting, inputs, counts)
+        losses = []
+        for member, batch, logits in zip(waiting, batches, self.model(**inputs).logits.split(counts), strict=True):
+            logits = logits[:, : member.task.num_labels]
+            regression = member.task.problem_type == "regression"
+            loss = mse_loss(logits[:, 0], batch["labels"]) if regression else cross_entropy(logits, batch["labels"])
+            losses.append(loss / member.divisor)
+        return torch.stack(losses).sum(), losses
+
+    def _token_losses(
+        self, waiting: Sequence[_Member], inputs: dict[str, torch.Tensor], counts: Sequence[int]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        items = torch.stack([torch.as_tensor(member.items).float() for member in waiting])
+        by_row = torch.cat([item.expand(count) for item, count in zip(items, counts, strict=True)])
+        output = self.model(**inputs, num_items_in_batch=by_row)
+        if "rows" not in output:
+            raise TrainingError(f"{self.model.config.model_type} has no loss by row; train these runs one by one")
+        shares = [rows[:, 0].sum() for rows in output.rows.split(counts)]
+        return output.loss, [share / item for share, item in zip(shares, items, strict=True)]
+
+    def _filling(self, key: str) -> int:
+        return self.model.config.pad_token_id if key == "input_ids" else FILLINGS.get(key, 0)
+
+    def _train_only(self, members: Sequence[_Member]) -> None:
+        chosen = {id(parameter) for member in members for parameter in member.own}
+        for member in self.members:
+            for parameter in member.own:
+                parameter.requires_grad_(id(parameter) in chosen)
+
+    def _cancel(self) -> None:
+        for member in self.members:
+            member.cancelled = True
+            if member.is_alive():
+                member.proceed()
+                member.join()
+
+
+def _put(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+
+def _stacked(parts: Sequence[torch.Tensor], filling: int) -> torch.Tensor:
+    """`(rows of all, most columns)`."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (0, width - part.shape[1]), value=filling) for part in parts])

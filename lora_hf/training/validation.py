@@ -1,0 +1,78 @@
+"""What is wrong with a run that its config alone tells, in the moment before torch and the data take their seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lora_hf.adapters.format import inspect_adapter
+from lora_hf.core.config.schema import RunConfig, TaskConfig
+from lora_hf.core.errors import ConfigError
+from lora_hf.data.tasks.registry import task_of
+from lora_hf.models.model_ids import check_base
+from lora_hf.training.distributed import planned
+
+
+def check_run(config: RunConfig) -> None:
+    """Looks at what a run's settings ask of its task and of each other.
+
+    Raises:
+        ModelError: the base is nowhere.
+        ConfigError: settings that do not go together.
+        AdapterError: `train.start_from` is no adapter folder.
+        DataError: there is no such task.
+    """
+    check_base(config.model.name)
+    if config.model.tokenizer is not None:
+        check_base(config.model.tokenizer)
+    task, settings = task_of(config.task), config.train
+    if settings.group_by_prompt and task.model_kind != "causal-lm":
+        raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave it out")
+    if settings.loraplus_lr_ratio is not None and settings.method != "lora":
+        raise ConfigError(f"train.loraplus_lr_ratio: train.method={settings.method} has no LoRA B; leave it out")
+    if settings.start_from and settings.method == "lora":
+        inspect_adapter(settings.start_from)
+
+
+def check_together(configs: Sequence[RunConfig], resume: str | None) -> None:
+    """Raises ConfigError, with all problems, where the runs cannot share one base; see `joint`."""
+    if resume not in (None, "auto"):
+        raise ConfigError(
+            f"--resume {resume}: a checkpoint is one run's, and these are {len(configs)}; expected 'auto'"
+        )
+    problems = []
+    if len(configs) < 2:
+        problems.append(f"expected at least 2 runs, found {len(configs)}")
+    for number, config in enumerate(configs):
+        problems += [f"run {number + 1}: {problem}" for problem in _unfit(config)]
+    if any(config.model != configs[0].model for config in configs):
+        problems.append("expected the same model section in every run, as they share one base")
+    sections = {replace(config.task, max_length=TaskConfig.max_length) for config in configs}
+    if len(sections) > len({section.name for section in sections}):
+        problems.append("expected the same task section in all runs of a task, but for max_length")
+    if len({task_of(config.task).model_kind for config in configs}) > 1:
+        problems.append("expected tasks of one kind, found classification and generation")
+    if configs and configs[0].model.init == "random" and len({config.train.seed for config in configs}) > 1:
+        problems.append("model.init=random draws another base for each train.seed; expected one seed")
+    names = [config.output.name for config in configs]
+    if None in names or len(set(names)) < len(names):
+        problems.append("output.name: expected a different one for each run")
+    if planned() > 1:
+        problems.append(f"expected one process, found {planned()}; start it without torchrun or accelerate launch")
+    if problems:
+        raise ConfigError("\n  ".join(["these runs cannot train together:", *problems]))
+
+
+def _unfit(config: RunConfig) -> list[str]:
+    problems = []
+    if config.train.method != "lora":
+        problems.append(f"train.method={config.train.method} does not leave the base frozen and alone; expected lora")
+    if config.lora.init_lora_weights not in ("default", "gaussian"):
+        problems.append(f"lora.init_lora_weights={config.lora.init_lora_weights} changes the base that others share")
+    if config.lora.bias != "none":
+        problems.append(f"lora.bias={config.lora.bias} trains the biases of the base that others share")
+    if config.model.precision == "fp16":
+        problems.append("model.precision=fp16: each run would scale its loss otherwise; expected fp32 or bf16")
+    if config.train.label_smoothing:
+        problems.append("train.label_smoothing: expected 0")
+    return problems

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from lora_hf.adapters.format import About, inspect_adapter
+from lora_hf.adapters.model_card import Facts, model_card
+from lora_hf.adapters.resolve import run_config
+from lora_hf.core.records import RECORD_FILE, RunRecord, ScoreRecord
+from tests.support.adapters_on_disk import run_folder
+
+NAME = "someone/a-lora"
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    adapter = run_folder(tmp_path_factory.mktemp("run"))
+    return Facts(*inspect_adapter(adapter), run_config(adapter), RunRecord.load(adapter.parent / RECORD_FILE))
+
+
+def metadata(card: str) -> Any:
+    return ModelCard(card).data
+
+
+def test_the_card_says_what_the_record_says(facts: Facts) -> None:
+    card = model_card(NAME, facts)
+    data = metadata(card)
+    assert (data.library_name, data.pipeline_tag, data.metrics) == ("peft", "text-classification", ["accuracy"])
+    assert data.tags == ["lora", "lora-hf", "rule-sentiment"]
+    (result,) = data.eval_results
+    assert (result.dataset_split, result.metric_type, result.metric_value) == ("validation", "accuracy", 0.8125)
+    assert data.license is None, "nobody said which"
+    assert data.base_model is None, "a base of this package is not on the hub"
+    for said in (
+        "on `tiny-roberta`, a small base that comes with lora_hf, for the task `rule-sentiment`: r=4, lora_alpha=8.0.",
+        "| validation | accuracy | 0.8125 | 0.5000 |",
+        "One run, seed 3, of the checkpoint at step 61, chosen by eval_validation_accuracy.",
+        "**Note:** validation: something that a person should not overlook",
+        "2,000 train, 500 validation rows",
+        "| `lora.targets` | q, v |",
+        "41,234 of 5,000,000 parameters were trained (0.82 %): 40,000 LoRA, 1,234 head.",
+        "python 3.11.7, lora-hf 0.1.0, torch 2.13.0; lora_hf at commit `0123456789ab` and changes since.",
+        "Labels, in the order of the logits: `negative`, `positive`.",
+    ):
+        assert said in card
+
+
+@pytest.mark.parametrize(("name", "hub_id"), [("roberta-base", "FacebookAI/roberta-base"), ("a/b", "a/b")])
+def test_a_base_and_a_data_set_of_the_hub_are_linked(name: str, hub_id: str, facts: Facts) -> None:
+    card = model_card(NAME, replace(facts, about=replace(facts.about, base=name, task="sst2", revision="abc123")))
+    data = metadata(card)
+    assert (data.base_model, data.datasets, data["base_model_relation"]) == (hub_id, ["nyu-mll/glue"], "adapter")
+    assert data.eval_results[0].dataset_config == "sst2"
+    assert f'from_pretrained("{hub_id}", dtype="float32", num_labels=2, revision="abc123")' in card
+
+
+def test_the_scores_of_texts_are_told_with_how_they_were_written(facts: Facts) -> None:
+    scores = ScoreRecord(
+        task="e2e_nlg",
+        model="gpt2",
+        adapted=True,
+        split="test",
+        inputs=630,
+        decoding={"num_beams": 10, "length_penalty": 0.9, "batch_size": 16},
+        metrics={"all": {"BLEU": 0.6694, "METEOR": None}, "seen": {"BLEU": 0.7001}},
+        precision="float32",
+    )
+    record = replace(facts.record, task="e2e_nlg", metrics={"validation": {"perplexity": 3.5}}, majority={})
+    about, config = About(base="gpt2", task="e2e_nlg"), {**facts.config, "task_type": "CAUSAL_LM"}
+    card = model_card(NAME, Facts(config, about, facts.run, record, [scores]))
+    assert "| test | BLEU | 0.6694 |  |" in card
+    assert "| test, seen | BLEU | 0.7001 |  |" in card
+    assert "METEOR" not in card, "it was not measured"
+    assert "Texts of test (630 inputs) were generated with num_beams 10, length_penalty 0.9." in card
+    assert metadata(card).pipeline_tag == "text-generation"
+    values = {(each.dataset_split, each.metric_name): each.metric_value for each in metadata(card).eval_results}
+    assert values == {("validation", "perplexity"): 3.5, ("test", "BLEU"): 0.6694, ("test", "BLEU, seen"): 0.7001}
+
+
+def test_a_file_of_peft_alone_says_what_is_not_known(facts: Facts) -> None:
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "gpt2",
+        "r": 8,
+        "lora_alpha": 16,
+    }
+    card = model_card(NAME, Facts(config, About()))
+    assert "**Not known:** no record of a run came with this adapter." in card
+    assert "## Results" not in card
+    assert "`lora-hf" not in card, "the command line needs to know the task"
+    assert metadata(card).base_model == "openai-community/gpt2"
+    assert metadata(card).eval_results is None
+
+
+def test_a_local_base_is_called_by_its_base_name(facts: Facts, tmp_path: Path) -> None:
+    (tmp_path / "my-base").mkdir()
+    card = model_card(NAME, replace(facts, about=replace(facts.about, base=str(tmp_path / "my-base"))))
+    assert str(tmp_path) not in card
+    assert "`my-base`, a base from a local folder that is not known on the hub," in card
+    assert 'from_pretrained("path/to/my-base"' in card
+    assert metadata(card).base_model is None
+
+
+def test_a_random_base_is_not_promised_to_other_libraries(facts: Facts) -> None:
+    assert facts.run is not None
+    run = replace(facts.run, model=replace(facts.run.model, init="random"))
+    card = model_card(NAME, replace(facts, run=run))
+    assert "with random weights drawn from seed 0" in card
+    assert "```python" not in card

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import copy
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_hf.adapters.pulling import local_adapter
+from lora_hf.adapters.push import push_adapter
+from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.save_load import load_adapter
+from lora_hf.core.errors import AdapterError, HubError
+from tests.support.adapters_on_disk import run_folder
+from tests.support.command_lines import ask
+from tests.support.hub_server import USER, WEIGHTS, Hub, Repository
+from tests.support.small import small_model
+from tests.tolerances import FILE_ROUNDTRIP
+
+NAME = f"{USER}/a-lora"
+TEXT = ["--text", "A moving, funny and wise film.", "--json"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_folder(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def pushed(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    server = Hub()
+    server.ask(tmp_path_factory.mktemp("pusher"), "push", "--adapter", adapter, "--repo-id", NAME)
+    server.close()
+    return server.repositories[NAME]
+
+
+@pytest.fixture
+def hub(pushed: Repository) -> Iterator[Hub]:
+    """A hub that holds the adapter."""
+    server = Hub()
+    server.repositories[NAME] = copy.deepcopy(pushed)
+    yield server
+    server.close()
+
+
+def snapshots(home: Path) -> list[str]:
+    """The files that whoever pulled may read."""
+    return sorted(file.name for file in home.glob("hub/*/snapshots/*/*"))
+
+
+def weights_request(hub: Hub) -> str:
+    """How the weights are asked for."""
+    return f"GET /{NAME}/resolve/{hub.repositories[NAME].commits[-1][0]}/{WEIGHTS}"
+
+
+def pulled(hub: Hub, home: Path, offline: bool = False) -> Path:
+    """Where another process put the adapter."""
+    code = "import sys; from lora_hf.adapters.pulling import local_adapter; print(local_adapter(sys.argv[1]))"
+    return Path(hub.ask(home, "-c", code, NAME, offline=offline).stdout.strip())
+
+
+def test_logits_are_those_of_the_local_adapter_and_the_cards_code_works(
+    hub: Hub, adapter: Path, tmp_path: Path
+) -> None:
+    hub.repositories[NAME].commit({"adapter_model.bin": b"a pickle", "training_args.bin": b"another"})
+    card = hub.repositories[NAME].files["README.md"].decode()
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 3
+    code = f"""
+import json, sys, torch
+from lora_hf.models.load import EMBEDDED_FOLDER
+from transformers import AutoModelForSequenceClassification
+from lora_hf import load_adapter
+ids = torch.tensor([[0, 5, 6, 7, 2]])
+base = EMBEDDED_FOLDER / "tiny-roberta"
+plain = AutoModelForSequenceClassification.from_pretrained(base, dtype="float32", num_labels=2)
+expected = load_adapter(plain, {str(adapter)!r}).eval()(ids).logits
+differences = []
+for block in {blocks!r}:
+    names = {{}}
+    exec(block, names)
+    differences.append((names["model"](ids).logits - expected).abs().max().item())
+print(json.dumps([expected.abs().max().item(), *differences]))
+"""
+    size, *differences = json.loads(hub.ask(tmp_path, "-c", code).stdout.splitlines()[-1])
+    assert size > 0.05
+    assert differences[0] == 0
+    assert max(differences) < FILE_ROUNDTRIP
+    # peft and transformers look for more files than we do; none of them is a pickle.
+    assert "config.yaml" in snapshots(tmp_path)
+    assert not [name for name in snapshots(tmp_path) if name.endswith(".bin")]
+
+
+def test_a_verb_takes_a_hub_id_a_revision_and_works_offline_afterwards(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    first = hub.repositories[NAME].commits[1][0]
+    other = run_folder(tmp_path / "other", seed=8)
+    hub.ask(tmp_path / "pusher", "push", "--adapter", other, "--repo-id", NAME)
+
+    by_id = hub.ask(tmp_path / "home", "predict", "--adapter", NAME, "--revision", first, *TEXT)
+    assert by_id.stdout == ask("predict", "--adapter", adapter, *TEXT).stdout
+    folder = pulled(hub, tmp_path / "home")
+    assert (folder / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes() != (adapter / WEIGHTS).read_bytes()
+    hub.requests.clear()
+    assert pulled(hub, tmp_path / "home", offline=True) == folder
+    assert not hub.requests
+    assert snapshots(tmp_path / "home") == sorted(2 * ["adapter_config.json", WEIGHTS, "config.yaml"])
+
+
+MISTAKES = {
+    "no such repository": (f"{USER}/nothing", [], {}, "no such folder here, and no such repository on the hub"),
+    "no such revision": (NAME, ["--revision", "v9"], {}, "the hub's repository has no branch, tag or commit 'v9'"),
+    "bad token": (
+        NAME,
+        [],
+        {"token": "hf_wrong"},
+        "the hub refused the token (401); log in again with `hf auth login`",
+    ),
+    "private": (f"{USER}/private", [], {"token": None}, "that you may read. Check the name; for a private one log in"),
+    "no adapter": (f"{USER}/pickled", [], {}, f"has no adapter_config.json and no {WEIGHTS}; expected a LoRA adapter"),
+    "offline": (NAME, [], {"offline": True}, "the hub is out of reach or switched off (HF_HUB_OFFLINE), and the local"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_cannot_be_pulled_is_one_quick_message(mistake: str, hub: Hub, tmp_path: Path) -> None:
+    hub.repositories |= {f"{USER}/private": Repository(private=True), f"{USER}/pickled": Repository()}
+    hub.repositories[f"{USER}/pickled"].commit({"adapter_model.bin": b"a pickle"})
+    name, words, more, message = MISTAKES[mistake]
+    started = time.monotonic()
+    done = hub.ask(tmp_path / "home", "predict", "--adapter", name, *TEXT, *words, code=2, **more)
+    assert message in done.stderr
+    assert not done.stdout
+    assert time.monotonic() - started < 20, "the client alone asks again and again for longer"
+    assert not snapshots(tmp_path / "home")
+
+
+def test_a_download_that_breaks_once_becomes_whole(hub: Hub, tmp_path: Path) -> None:
+    left = [50_000]
+    hub.breaks = lambda request: left.pop() if request == weights_request(hub) and left else None
+    # Newer clients go on by themselves where they were; older ones tell, and go on when they are run again.
+    code = """
+import sys
+from lora_hf.core.errors import HubError
+from lora_hf.adapters.pulling import local_adapter
+try:
+    print(local_adapter(sys.argv[1]))
+except HubError:
+    print(local_adapter(sys.argv[1]))
+"""
+    folder = Path(hub.ask(tmp_path / "home", "-c", code, NAME).stdout.strip())
+    assert not left, "it was broken"
+    assert (folder / WEIGHTS).read_bytes() == hub.repositories[NAME].files[WEIGHTS]
+
+
+def test_a_download_that_breaks_off_leaves_nothing_that_is_used(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    cuts = iter([50_000] + [0] * 99)
+    hub.breaks = lambda request: next(cuts) if request == weights_request(hub) else None
+    words = ("predict", "--adapter", NAME, *TEXT)
+    done = hub.ask(tmp_path / "home", *words, code=2)
+    assert "broke" in done.stderr
+    assert "run it again" in done.stderr
+    assert WEIGHTS not in snapshots(tmp_path / "home")
+    assert "out of reach" in hub.ask(tmp_path / "home", *words, code=2, offline=True).stderr
+    hub.breaks = lambda request: None
+    assert (pulled(hub, tmp_path / "home") / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
+
+
+def test_a_folder_is_taken_as_it_is(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local_adapter(adapter) == adapter
+    monkeypatch.chdir(adapter.parents[1])
+    relative = f"{adapter.parent.name}/adapter"  # it looks like a hub id, and is there
+    assert local_adapter(relative) == Path(relative)
+    assert find_saved(relative).model.name == "tiny-roberta"
+    with pytest.raises(AdapterError, match="a local path has no revision 'main'"):
+        find_saved(relative, "main")
+
+
+def test_out_of_reach_load_adapter_leaves_the_model_alone() -> None:
+    model = small_model("roberta", 2)
+    before = dict(model.named_modules()).keys()
+    with pytest.raises(HubError, match="a-lora: no such folder here; as a hub id: the hub is out of reach"):
+        load_adapter(model, NAME)
+    assert dict(model.named_modules()).keys() == before
+
+
+def test_what_was_pulled_can_be_pushed_again(hub: Hub, tmp_path: Path) -> None:
+    push = push_adapter(pulled(hub, tmp_path / "home"), NAME, dry_run=True)
+    assert "config.yaml" in push.files
+    assert "## Recipe" in push.card
+    assert "**Not known:**" in push.card, "the record did not come with it"

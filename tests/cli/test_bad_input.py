@@ -1,0 +1,111 @@
+"""Every damaged adapter, config and data file of `tests/support/robustness.py` ends in one message, or is used as meant."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_hf.adapters.format import CONFIG_FILE
+from lora_hf.cli.main import main as cli
+from tests.support.adapters_on_disk import run_folder
+from tests.support.malformed import well
+from tests.support.robustness import Adapters, Configs, Data, outcomes
+
+RECORDS = Path(__file__).parents[2] / "docs" / "results" / "robustness"
+MEMORY = 1_000_000_000  # bytes that no case may take
+
+# What an adapter's field may hold beside what it held, by PEFT's own rules: anything else is refused.
+MEANT = {
+    "task_type": 6,
+    "base_model_name_or_path": 6,  # the header of the weights says which base it was
+    "revision": 6,
+    "inference_mode": 3,
+    "lora_alpha": 1,
+    "modules_to_save": 3,
+    "fan_in_fan_out": 3,
+    "init_lora_weights": 3,
+    "rank_pattern": 3,
+    "alpha_pattern": 3,
+    "lora_dropout": 2,
+    "use_rslora": 3,
+    "bias": 1,
+    "use_dora": 2,
+    "adapter_config.json": 1,  # its last line break is gone
+}
+
+
+def check(found: list[dict[str, Any]], kind: str) -> list[str]:
+    """Holds the cases to their record, from which the page of results is made; returns those that were used."""
+    recorded = json.loads((RECORDS / "input.json").read_text(encoding="utf-8"))
+    assert {case["case"]: case["verdict"] for case in found} == {
+        case["case"]: case["verdict"] for case in recorded["cases"][kind]
+    }
+    assert Counter(case["verdict"] for case in found) == recorded["counts"][kind]
+    assert [case for case in found if case["verdict"] == "escaped"] == []
+    assert [case["case"] for case in found if case["wrote"]] == []
+    assert [case["case"] for case in found if case["memory"] > MEMORY] == []
+    assert [case["case"] for case in found if case["verdict"] == "refused" and len(case["message"]) < 20] == []
+    return [case["case"] for case in found if case["verdict"] == "used"]
+
+
+def test_no_damaged_adapter_is_used(tmp_path: Path) -> None:
+    used = check(outcomes(Adapters, tmp_path), Adapters.kind)
+    fields = [case.split(": ")[0] for case in used]
+    assert {field: fields.count(field) for field in fields} == MEANT
+
+
+def test_no_damaged_config_is_used(tmp_path: Path) -> None:
+    used = check(outcomes(Configs, tmp_path), Configs.kind)
+    assert not [case for case in used if case.startswith("text")]
+    assert not [case for case in used if case.endswith((": nan", ": [[]]", "{'a': {'b': []}}"))]
+    assert "output.name: '../../../etc/passwd'" not in used
+    assert "output.name: ''" not in used
+
+
+def test_no_damaged_data_are_used(tmp_path: Path) -> None:
+    texts = {"empty", "blank", "NUL", "control characters", "one long word"}  # a text is a text; QQP has empty ones
+    assert set(check(outcomes(Data, tmp_path), Data.kind)) == {f"sentence {text}" for text in texts}
+
+
+def test_every_recorded_kill_was_gone_on_from_to_the_last_bit() -> None:
+    """The suite kills a few runs itself (`test_survival`); the record holds more, at random moments."""
+    if not (RECORDS / "kills.json").exists():
+        pytest.skip("no kills are recorded: python -m tests.support.kills --output docs/results/robustness/kills.json")
+    record = json.loads((RECORDS / "kills.json").read_text(encoding="utf-8"))
+    assert len(record["kills"]) >= 20
+    assert [kill["differences"] for kill in record["kills"]] == [[]] * record["exact"]
+    assert len({kill["checkpoint"] for kill in record["kills"]}) > 2, "they came at different moments"
+    assert not record["git"]["changed"]
+
+
+def test_a_thousand_malformed_requests_broke_no_server() -> None:
+    """The suite sends fewer itself (`test_malformed`)."""
+    record = json.loads((RECORDS / "http.json").read_text(encoding="utf-8"))
+    assert record["totals"]["malformed"] >= 1000
+    assert well(record)
+    assert not record["git"]["changed"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "damage", "message"),
+    [
+        ("eval", '{"peft_type": "LORA", "r": NaN}', "r: expected a whole number >= 1, found nan"),
+        ("predict", "[" * 100_000, "damaged adapter: maximum recursion depth exceeded"),
+        ("merge", '{"peft_type": "LORA", "lora_alpha": -1}', "lora_alpha: expected a number > 0, found -1"),
+    ],
+)
+def test_the_command_line_says_it_with_code_2(
+    verb: str, damage: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = run_folder(tmp_path / "run")
+    (adapter / CONFIG_FILE).write_text(damage)
+    more = {"predict": ["--text", "a film"], "merge": ["--output", str(tmp_path / "merged")]}.get(verb, [])
+    assert cli.main([verb, "--adapter", str(adapter), *more]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
+    assert not (tmp_path / "merged").exists()

@@ -1,0 +1,180 @@
+"""`scripts/convert.py` on the embedded bases: both ways, and every mistake in one message with nothing written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import loralib
+import pytest
+import torch
+from torch import nn
+
+from lora_hf.adapters.save_load import load_adapter
+from lora_hf.cli.main import main
+from lora_hf.core.config.schema import LoraConfig, ModelConfig
+from lora_hf.data.tasks.registry import get_task
+from lora_hf.models.load import load_base
+from tests.support.command_lines import ask
+from tests.support.small import token_ids
+from tests.tolerances import PRETRAINED_LOGITS_RTOL
+from tools.benchmark.peers import with_loralib
+
+TASKS = {"tiny-roberta": "sst2", "tiny-gpt2": "e2e_nlg"}
+
+
+def trained_loralib(name: str) -> nn.Module:
+    """An embedded base with loralib's layers on q and v, trained values in them and in the head."""
+    base = load_base(ModelConfig(name=name, precision="fp32", dropout=0), get_task(TASKS[name]))
+    model = with_loralib(base, LoraConfig(r=4, lora_alpha=32, targets=("q", "v"))).train()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints as the paper's code writes them: NLU's with the head, NLG's wrapped and from DataParallel."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    roberta, gpt2 = (trained_loralib(name) for name in TASKS)
+    head = {f"classifier.{key}": value for key, value in roberta.classifier.state_dict().items()}
+    torch.save(loralib.lora_state_dict(roberta) | head, folder / "roberta_lora_sst2.bin")
+    tensors = {f"module.{key}": value for key, value in loralib.lora_state_dict(gpt2).items()}
+    torch.save({"model_state_dict": tensors}, folder / "gpt2_lora_e2e.pt")
+    return {"tiny-roberta": folder / "roberta_lora_sst2.bin", "tiny-gpt2": folder / "gpt2_lora_e2e.pt"}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "task", "layer"),
+    [
+        ("tiny-roberta", [], "sst2", "lora.Linear({h}, {h}, r=4, lora_alpha=32)"),
+        ("tiny-roberta", [], None, "lora.Linear({h}, {h}, r=4, lora_alpha=32)"),
+        (
+            "tiny-gpt2",
+            ["--enable-lora", "true,false,true"],
+            None,
+            "lora.MergedLinear({h}, {h3}, r=4, lora_alpha=32, enable_lora=[True, False, True], fan_in_fan_out=True)",
+        ),
+    ],
+)
+def test_from_loralib_and_back(
+    name: str,
+    more: list[str],
+    task: str | None,
+    layer: str,
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["convert", "--from", "loralib", str(checkpoints[name]), "--model", name, "--lora-alpha", "32", *more]
+    words += ["--task", task] if task else []
+    assert main([*words, "--output", str(tmp_path / "adapter"), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    base = load_base(ModelConfig(name=name, precision="fp32"), get_task(TASKS[name])).eval()
+    layer = layer.format(h=base.config.hidden_size, h3=3 * base.config.hidden_size)
+    assert set(made["layers"].values()) == {layer}
+    assert made["output"] == str(tmp_path / "adapter")
+    ours = load_adapter(base, tmp_path / "adapter")
+    found, expected = ours(token_ids()).logits, trained_loralib(name)(token_ids()).logits
+    assert (found - expected).abs().max() <= PRETRAINED_LOGITS_RTOL * expected.abs().max()
+
+    back = ["convert", "--to", "loralib", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "b.bin")]
+    assert main(back) == 0
+    assert layer in capsys.readouterr().out
+    expected = torch.load(checkpoints[name], weights_only=True)
+    expected = {key.removeprefix("module."): value for key, value in expected.get("model_state_dict", expected).items()}
+    found = torch.load(tmp_path / "b.bin", weights_only=True)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_the_other_verbs_know_a_converted_adapter(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--from", "loralib", str(checkpoints["tiny-roberta"]), "--model", "tiny-roberta", "--task", "sst2"]
+    assert main([*words, "--lora-alpha", "32", "--output", str(tmp_path / "adapter")], verb="convert") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"adapter: {tmp_path / 'adapter'}"
+    assert main(["predict", "--adapter", str(tmp_path / "adapter"), "--text", "A funny film."]) == 0
+    assert json.loads(capsys.readouterr().out)["label"] in ("negative", "positive")
+
+
+def test_partial_takes_the_head_of_the_base_and_says_so(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = {k: v for k, v in torch.load(checkpoints["tiny-roberta"], weights_only=True).items() if "lora_" in k}
+    torch.save(lora, tmp_path / "lora.bin")
+    words = ["--from", "loralib", str(tmp_path / "lora.bin"), "--model", "tiny-roberta", "--task", "sst2", "--partial"]
+    assert main([*words, "--lora-alpha", "32", "--output", str(tmp_path / "adapter")], verb="convert") == 0
+    assert "no head in the file" in capsys.readouterr().err
+
+
+GOOD = ["--from", "loralib", "{roberta}", "--model", "tiny-roberta", "--lora-alpha", "16"]
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no alpha": (GOOD[:-2], "tiny-roberta: 8 (tiny_glue_qv8.yaml), 16 (rule_sentiment.yaml, ...)"),
+    "no alpha for a model of one's own": (
+        [*GOOD[:3], "--model", "mine"],
+        "roberta-large: 16 (glue_cola_large.yaml, ...)",
+    ),
+    "an alpha of nothing": ([*GOOD[:-1], "0"], "--lora-alpha: expected a number > 0, found 0"),
+    "an alpha that is no number": ([*GOOD[:-1], "nan"], "--lora-alpha: expected a number > 0, found nan"),
+    "no model": (GOOD[:3], "expected a FILE and --model NAME"),
+    "an unknown model": ([*GOOD, "--model", "tiny-robert"], "no such model or folder (did you mean 'tiny-roberta'?)"),
+    "another model": ([*GOOD, "--model", "tiny-gpt2"], "found no such module"),
+    "another task": ([*GOOD, "--task", "mnli"], "classifier.out_proj.weight: expected (3, "),
+    "a task that writes": ([*GOOD, "--task", "e2e_nlg"], "extra: classifier.dense.weight"),
+    "an adapter to read": ([*GOOD, "--adapter", "x"], "--adapter does not go with --from loralib: leave it out"),
+    "enable_lora of nonsense": ([*GOOD, "--enable-lora", "q,v"], "expected words like true,false,true, found 'q,v'"),
+    "no enable_lora": (
+        ["--from", "loralib", "{gpt2}", "--model", "tiny-gpt2", "--lora-alpha", "32"],
+        "are those of a lora.MergedLinear that adapts 2 of 3 slices",
+    ),
+    "text": (
+        ["--from", "loralib", "{text}", *GOOD[3:]],
+        "expected a file that torch.save wrote, found one that begins",
+    ),
+    "code": (["--from", "loralib", "{code}", *GOOD[3:]], "refused: it asks for print. Nothing of it was run"),
+    "no head": (["--from", "loralib", "{headless}", *GOOD[3:]], "expected --task NAME"),
+    "no head for the task": (
+        ["--from", "loralib", "{headless}", *GOOD[3:], "--task", "sst2"],
+        "missing: classifier.dense.weight (",
+    ),
+    "no adapter": (["--to", "loralib"], "--to loralib: expected --adapter DIR"),
+    "an alpha to write": (["--to", "loralib", "--adapter", "x", "--lora-alpha", "2"], "--lora-alpha does not go with"),
+    "no such adapter": (["--to", "loralib", "--adapter", "nowhere"], "not an adapter folder"),
+}
+
+
+class Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("it ran",)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message_and_nothing_is_written(
+    mistake: str, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {name.removeprefix("tiny-"): file for name, file in checkpoints.items()}
+    files |= {name: tmp_path / f"{name}.bin" for name in ("text", "code", "headless")}
+    files["text"].write_text("no checkpoint\n")
+    torch.save({"a.lora_A": Code()}, files["code"])
+    lora = {key: value for key, value in torch.load(files["roberta"], weights_only=True).items() if "lora_" in key}
+    torch.save(lora, files["headless"])
+    words, message = MISTAKES[mistake]
+    words = ["convert", *(word.format(**files) for word in words), "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("error:") == 1
+    assert not said.out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["code.bin", "headless.bin", "text.bin"]
+
+
+def test_an_output_that_is_in_the_way_is_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    words = [str(word).format(roberta=checkpoints["tiny-roberta"]) for word in GOOD]
+    assert "expected a folder, found a file" in ask("convert", *words, "--output", tmp_path / "file", code=2).stderr
+    words = ["--to", "loralib", "--adapter", tmp_path, "--output", tmp_path]
+    assert "expected a file in a folder that exists" in ask("convert", *words, code=2).stderr

@@ -1,0 +1,111 @@
+"""`scripts/score.py` as people call it: on files, with and without Java, and on files that cannot be scored."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="METEOR, ROUGE_L and CIDEr need Java 8 or newer")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "out.txt").write_text("The Vaults is a pub.\nThe Mill serves cheap food.\n", encoding="utf-8")
+    (tmp_path / "refs.txt").write_text(
+        "The Vaults is a pub.\nA pub: The Vaults.\n\nThe Mill serves cheap food.\n", encoding="utf-8"
+    )
+    (tmp_path / "lex").mkdir()
+    (tmp_path / "lex" / "test-reference0.lex").write_text("the vaults is a pub .\nthe mill serves cheap food .\n")
+    (tmp_path / "lex" / "test-reference1.lex").write_text("a pub : the vaults .\n\n")
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+def score(folder: Path, *words: str, code: int = 0, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the verb in an empty folder, with `path` alone as PATH where it is given."""
+    done = subprocess.run(
+        [sys.executable, str(REPO / "scripts" / "score.py"), *words],
+        cwd=folder / "empty",
+        env=os.environ | ({"PATH": str(path)} if path else {}),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((folder / "empty").iterdir()), "nothing is written"
+    return done
+
+
+@needs_java
+def test_one_json_object_with_the_tool_of_each_value(folder: Path) -> None:
+    # With standard input closed, as under some schedulers: Java gets pipes of its own.
+    script = f'exec "{sys.executable}" "{REPO}/scripts/score.py" "$@" <&-'
+    words = ["--task", "e2e_nlg", "--predictions", folder / "out.txt", "--references", folder / "refs.txt", "--json"]
+    done = subprocess.run(["sh", "-c", script, "sh", *words], cwd=folder / "empty", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert list(result["scores"]) == ["BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"]
+    assert result["scores"]["BLEU"] == pytest.approx(1)
+    assert result["scores"]["METEOR"] == pytest.approx(1)
+    assert result["tools"]["BLEU"] == "mteval-v13a"
+    assert result["missing"] == {}
+    assert not list((folder / "empty").iterdir()), "nothing is written"
+
+
+def test_without_java_the_others_are_still_printed(folder: Path) -> None:
+    words = ["--task", "dart", "--predictions", "../out.txt", "--references", "../lex"]
+    done = score(folder, *words, path=folder / "empty")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["BLEU", "METEOR", "TER"]
+    assert "null" in done.stdout.splitlines()[1]
+    assert "multi-bleu.perl -lc" in done.stdout.splitlines()[0]
+    assert done.stderr.count("METEOR: needs Java 8 or newer, and there is no java on PATH: install it") == 1
+
+
+def test_a_java_that_dies_is_told_and_not_taken_for_a_score(folder: Path) -> None:
+    (folder / "bin").mkdir()
+    (folder / "bin" / "java").write_text("#!/bin/sh\necho no runtime here >&2\nexit 3\n")
+    (folder / "bin" / "java").chmod(0o755)
+    words = ["--task", "e2e_nlg", "--predictions", "../out.txt", "--references", "../refs.txt", "--json"]
+    result = json.loads(score(folder, *words, path=folder / "bin").stdout)
+    assert [name for name, value in result["scores"].items() if value is None] == ["METEOR", "ROUGE_L", "CIDEr"]
+    assert "stopped before it had answered, with exit code 3; it said: no runtime here." in result["missing"]["CIDEr"]
+
+
+def test_torch_is_not_loaded(folder: Path) -> None:
+    code = "import sys; from lora_hf.cli.main import main; main(); assert not {'torch', 'evaluate'} & set(sys.modules)"
+    words = ["--task", "dart", "--predictions", folder / "out.txt", "--references", folder / "refs.txt"]
+    environment = os.environ | {"PATH": str(folder / "empty")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "score", *map(str, words)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "predictions", "message"),
+    [
+        ("e2e", b"a\nb\n", "no text metric for the task 'e2e' (did you mean 'e2e_nlg'?)"),
+        ("e2e_nlg", b"a\n", "expected a prediction a line for each of 2 groups of references, found 1 lines"),
+        ("e2e_nlg", b"a\n\n", "bad.txt, line 2: empty; expected a prediction"),
+        ("e2e_nlg", b"a\nb\xff\n", "bad.txt: not UTF-8 at byte 3"),
+        ("e2e_nlg", None, "bad.txt: cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    task: str, predictions: bytes | None, message: str, folder: Path
+) -> None:
+    if predictions is not None:
+        (folder / "bad.txt").write_bytes(predictions)
+    words = ["--task", task, "--predictions", "../bad.txt", "--references", "../refs.txt"]
+    done = score(folder, *words, code=2)
+    assert message in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert not done.stdout

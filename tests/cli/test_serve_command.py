@@ -1,0 +1,71 @@
+"""`serve` as people run it: a process that is asked, told to end while it works, and started again."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.served import serving
+from tests.support.served_adapters import PROMPTS, save_random
+
+TOKEN = "a-token-of-this-test"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: save_random(root / name, task) for name, task in (("a", "rule-sentiment"), ("w", "rule-restaurants"))}
+
+
+def test_a_request_in_flight_is_answered_after_sigterm(folders: dict[str, Path]) -> None:
+    adapters = ["--adapter", f"a={folders['a']}", "--adapter", f"w={folders['w']}"]
+    with serving(*adapters, "--precision", "fp32", LORA_HF_TOKEN=TOKEN) as (process, address, lines):
+        with httpx.Client(base_url=address, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60) as client:
+            assert httpx.get(f"{address}/v1/adapters").status_code == 401
+            answer = client.post("/v1/classify", json={"adapter": "a", "inputs": ["a warm, funny film"]}).json()
+            assert answer["answers"][0]["label"] in ("negative", "positive")
+            body: dict[str, Any] = {"adapter": "w", "prompt": PROMPTS[1], "max_new_tokens": 60, "stream": True}
+            # A text of many tokens: sampled at a temperature at which the end is unlikely to be drawn.
+            body |= {"temperature": 50.0, "seed": 1}
+            with client.stream("POST", "/v1/generate", json=body) as stream:
+                chunks = stream.iter_text()
+                first = next(chunks)
+                process.send_signal(signal.SIGTERM)
+                whole = first + "".join(chunks)
+        assert process.wait(60) == 0
+        assert "event: text" in first
+        assert "event: done" not in first, "it was in flight when the signal came"
+        assert "event: done" in whole
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{address}/healthz")
+        log = "".join(lines)
+        assert "POST /v1/classify 200" in log
+        assert TOKEN not in log
+        assert "funny" not in log
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--adapter", "nowhere"], "a name of its own for each: NAME=DIR"),
+        (["--adapter", "a=1", "--adapter", "a=2"], "a name of its own for each"),
+        (["--adapter", "a=nowhere/at/all"], "not an adapter folder"),
+        (["--adapter", "a=x", "--allow-loading", "."], "needs a token"),
+        (["--adapter", "a=x", "--token-file", "nowhere"], "cannot be read"),
+        (["--adapter", "a=x", "--port", "70000"], "expected 0 to 65535"),
+        (["--adapter", "a=x", "--max-batch", "0"], "max_batch: expected a number above 0"),
+        (["--adapter", "a=someone/x", "--host", "192.0.2.1"], "cannot be listened to"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_served(
+    words: list[str], message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_hf.cli.main import main
+
+    monkeypatch.delenv("LORA_HF_TOKEN", raising=False)
+    assert main([*words, "--port", "0"] if "--port" not in words else words, verb="serve") == 2
+    assert message in capsys.readouterr().err

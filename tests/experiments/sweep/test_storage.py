@@ -1,0 +1,104 @@
+"""Where trials are kept: what a URL may be, what is never shown of it, and how points are drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from lora_hf.core.errors import ConfigError
+from lora_hf.experiments.sweep.storage import SeededSampler, open_study, parse_url, shown, told
+from tests.tolerances import SAMPLER_GAIN
+
+SECRET = "hunter2"
+
+
+def opened(url: str, name: str = "s", **about: Any) -> optuna.Study:
+    parsed = parse_url(url)
+    with told(parsed):
+        return open_study(parsed, name, SeededSampler(0), maximise=True, about=about)
+
+
+def test_what_is_secret_in_a_url_is_not_shown() -> None:
+    url = parse_url(f"postgresql://me:{SECRET}@db.example/sweeps?sslpassword={SECRET}")
+    assert shown(url) == "postgresql://db.example/sweeps"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        (SECRET, "--storage: expected a URL such as sqlite:///sweep.db"),
+        (f"nosuch://me:{SECRET}@host/name", "--storage nosuch://host/name: Can't load plugin"),
+        (f"oracle://me:{SECRET}@host/name", "install the driver"),
+        ("sqlite://", "keeps nothing; name a file"),
+        ("sqlite:///:memory:", "keeps nothing; name a file"),
+        ("sqlite:///nowhere/at/all.db", "unable to open database file"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_told_without_its_secrets(url: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        opened(url)
+    assert said in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_file_that_is_no_database_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.db").write_text("a text " * 50)
+    with pytest.raises(ConfigError, match="file is not a database"):
+        opened(f"sqlite:///{tmp_path}/x.db")
+
+
+def test_a_study_of_other_trials_is_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/x.db"
+    opened(url, config={"train": {"lr": 1, "seed": 0}}, space=["lora.r=4..8"], seed=0)
+    opened(url, config={"train": {"lr": 1, "seed": 0}}, space=["lora.r=4..8"], seed=0)
+    with pytest.raises(ConfigError, match="choose another --study") as caught:
+        opened(url, config={"train": {"lr": 2, "seed": 0}}, space=["lora.r=4..16"], seed=0)
+    assert str(caught.value).splitlines()[1:] == [
+        "  train.lr: 1 there, 2 here",
+        "  space: ['lora.r=4..8'] there, ['lora.r=4..16'] here",
+    ]
+
+
+def test_a_study_that_somebody_else_made_is_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/x.db"
+    optuna.create_study(storage=url, study_name="s", direction="maximize").ask()
+    with pytest.raises(ConfigError, match="that no sweep of ours made"):
+        opened(url)
+
+
+def draws(seed: int, trials: int) -> list[dict[str, Any]]:
+    """The values of trials; more than the sampler's random ones, so that it also models what it saw."""
+    study = optuna.create_study(sampler=SeededSampler(seed), direction="maximize")
+    for _ in range(trials):
+        trial = study.ask()
+        x, _ = trial.suggest_float("x", 0, 1), trial.suggest_int("y", 1, 64, log=True)
+        study.tell(trial, -((x - 0.5) ** 2))
+    return [trial.params for trial in study.trials]
+
+
+def test_a_seed_repeats_itself_and_another_does_not() -> None:
+    first = draws(3, 14)
+    assert draws(3, 14) == first
+    assert all(ours != theirs for ours, theirs in zip(first, draws(4, 14), strict=True))
+    assert len({trial["x"] for trial in first}) == 14
+
+
+def test_processes_of_one_seed_never_draw_the_same(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/x.db"
+    one, two = opened(url, seed=0), opened(url, seed=0)
+    values = []
+    for study in (one, two, one, two):
+        study.optimize(lambda trial: values.append(trial.suggest_float("x", 0, 1)) or 0.0, n_trials=1)
+    assert len(set(values)) == 4
+
+
+def test_the_sampler_learns_from_what_it_saw() -> None:
+    early, late = [], []
+    for seed in range(8):
+        errors = [(trial["x"] - 0.5) ** 2 for trial in draws(seed, 40)]
+        early += errors[:10]
+        late += errors[20:]
+    assert sum(late) / len(late) < SAMPLER_GAIN * sum(early) / len(early)

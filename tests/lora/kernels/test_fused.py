@@ -1,0 +1,201 @@
+"""The fused projection equals its definition: output and every gradient, in every layout and precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from lora_hf.lora.kernels.fused import STEPS, Part, fits, kept, lora_linear, lora_linear_parts
+from lora_hf.lora.kernels.reference import add_lora
+from tests.tolerances import FUSED_RTOL, GRADCHECK
+
+SLICES = {"whole": [(0, 7)], "two": [(0, 3), (4, 7)], "all three": [(0, 2), (2, 5), (5, 7)]}
+SHAPES = [(1,), (3,), (2, 3), (0, 3)]
+SCALING = 1.7
+CPU = torch.device("cpu")
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, frozen: bool = False) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype).requires_grad_(not frozen)
+
+
+def parameters(slices: list[tuple[int, int]], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    width = sum(stop - start for start, stop in slices)
+    master = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return draw(2 * len(slices), 5, dtype=master), draw(width, 2, dtype=master)
+
+
+@pytest.mark.parametrize("slices", SLICES.values(), ids=SLICES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("stored", ["(out, in)", "(in, out)"])
+def test_gradcheck(slices: list[tuple[int, int]], shape: tuple[int, ...], stored: str) -> None:
+    torch.manual_seed(0)
+    weight = draw(7, 5, frozen=True) if stored == "(out, in)" else draw(5, 7, frozen=True).T
+    bias = draw(7, frozen=True)
+    inputs = (draw(*shape, 5), *parameters(slices, torch.float64))
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: lora_linear(x, weight, bias, a, b, SCALING, slices), inputs, **GRADCHECK
+    )
+
+
+def results(how: str, dtype: torch.dtype, slices: list[tuple[int, int]], dropout: float = 0.0) -> list[torch.Tensor]:
+    """Output and gradients of x, A and B, from the fused function, the definition, or a wrong implementation."""
+    torch.manual_seed(0)
+    weight, bias = draw(7, 5, dtype=dtype, frozen=True), draw(7, dtype=dtype, frozen=True)
+    x, upstream = draw(4, 9, 5, dtype=dtype), torch.randn(4, 9, 7).to(dtype)
+    a, b = parameters(slices, dtype)
+    torch.manual_seed(1)
+    if how == "fused":
+        y = lora_linear(x, weight, bias, a, b, SCALING, slices, dropout)
+    else:
+        dropout = round(dropout * STEPS) / STEPS
+        keep = kept(x.shape, dropout, x.device).double() / (1 - dropout) if dropout else 1.0
+        scaling = 1.0 if how == "no scaling" else SCALING
+        seen = x if how == "no dropout" else (x * keep).to(dtype)
+        if how == "wrong slice":
+            slices = [(start + 1, stop) for start, stop in slices][:1] + slices[1:]
+            b = b[1:]
+        y = add_lora(linear(x, weight, bias), seen, a, b, scaling, slices)
+    y.backward(upstream)
+    return [y.detach(), *(tensor.grad for tensor in (x, a) if tensor.grad is not None)]
+
+
+@pytest.mark.parametrize("dropout", [1 / STEPS, 0.1, 0.5, 1 - 1 / STEPS])
+def test_what_is_kept_is_drawn_with_its_probability_and_independently(dropout: float) -> None:
+    torch.manual_seed(0)
+    count, keep = 400 * 1001, 1 - round(dropout * STEPS) / STEPS
+    drawn = kept((400, 1001), dropout, CPU).double()
+    assert drawn.unique().tolist() in ([0, 1], [1], [0])
+    deviation = (keep * (1 - keep) / count) ** 0.5
+    assert abs(drawn.mean() - keep) < 5 * deviation
+    for shift in (1, 2, 3, 4, 1001):
+        flat = drawn.flatten() - keep
+        together = (flat[shift:] * flat[:-shift]).mean()
+        assert abs(together) < 5 * keep * (1 - keep) / count**0.5 + 1e-9, f"elements {shift} apart depend on each other"
+    assert not torch.equal(kept((400, 1001), 0.5, CPU), kept((400, 1001), 0.5, CPU))
+
+
+def apart(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """The largest difference, relative to the largest value of its tensor."""
+    return max(float((f - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("slices", SLICES.values(), ids=SLICES)
+@pytest.mark.parametrize("dtype", FUSED_RTOL, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_fused_is_the_reference_and_nothing_near_it(slices: list, dtype: torch.dtype, dropout: float) -> None:
+    wanted = results("reference", dtype, slices, dropout)
+    assert apart(results("fused", dtype, slices, dropout), wanted) < FUSED_RTOL[dtype]
+    for wrong in ("no scaling", "wrong slice", *(["no dropout"] if dropout else [])):
+        assert apart(results(wrong, dtype, slices, dropout), wanted) > FUSED_RTOL[dtype], f"{wrong} would pass"
+
+
+@pytest.mark.parametrize("stored", ["(out, in)", "(in, out)"])
+def test_gradcheck_of_parts(stored: str) -> None:
+    torch.manual_seed(0)
+    weight = draw(7, 5, frozen=True) if stored == "(out, in)" else draw(5, 7, frozen=True).T
+    first, second = parameters(SLICES["two"], torch.float64), parameters(SLICES["whole"], torch.float64)
+
+    def run(x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        parts = [Part(0, 2, *factors[:2], SCALING, SLICES["two"]), Part(3, 6, *factors[2:], 0.3, SLICES["whole"])]
+        return lora_linear_parts(x, weight, None, parts)
+
+    assert torch.autograd.gradcheck(run, (draw(2, 4, 5), *first, *second), **GRADCHECK)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_each_part_is_what_its_adapter_gives_alone(dropout: float) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = draw(7, 5, frozen=True), draw(7, frozen=True), draw(8, 5)
+    adapters = [(parameters(SLICES[name], torch.float64), SLICES[name]) for name in ("two", "whole")]
+    places, found = [(0, 3), (3, 6)], []
+    for together in (True, False):
+        torch.manual_seed(1)
+        parts = [
+            Part(*at, *factors, SCALING, slices, dropout)
+            for at, (factors, slices) in zip(places, adapters, strict=True)
+        ]
+        if together:
+            y = lora_linear_parts(x, weight, bias, parts)
+        else:
+            rows = [
+                lora_linear(x[start:stop], weight, bias, *factors, SCALING, slices, dropout)
+                for (start, stop), (factors, slices) in zip(places, adapters, strict=True)
+            ]
+            y = torch.cat([*rows, linear(x[6:], weight, bias)])
+        inputs = [x, *(factor for factors, _ in adapters for factor in factors)]
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), inputs)])
+    assert apart(found[0], found[1]) < FUSED_RTOL[torch.float64]
+    swapped = [Part(*at, *factors, SCALING, s) for at, (factors, s) in zip(places[::-1], adapters, strict=True)]
+    assert apart([lora_linear_parts(x, weight, bias, swapped).detach()], found[1][:1]) > FUSED_RTOL[torch.float64]
+
+
+@pytest.mark.parametrize("dtype", FUSED_RTOL, ids=str)
+@pytest.mark.parametrize("shared", [4, 6, 100])
+def test_masked_parts_are_the_parts(dtype: torch.dtype, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_hf.lora.kernels.fused.MASKED", shared)
+    torch.manual_seed(0)
+    weight, bias, x = draw(7, 5, dtype=dtype, frozen=True), draw(7, dtype=dtype, frozen=True), draw(12, 5, dtype=dtype)
+    slices = [SLICES[name] for name in ("whole", "two", "whole", "whole")]
+    adapters = [parameters(each, dtype) for each in slices]
+    adapters[2][0].requires_grad_(False)
+    places = [(0, 3), (4, 6), (6, 6), (6, 11)]  # a place of the bare base in between, one at the end, a part of none
+    inputs = [x, *(factor for factors in adapters for factor in factors if factor.requires_grad)]
+    upstream, found = torch.randn(12, 7).to(dtype), []
+    for masked in (False, True):
+        parts = [
+            Part(*at, *factors, scaling, each)
+            for at, factors, scaling, each in zip(places, adapters, (SCALING, 0.3, 2.0, 0.5), slices, strict=True)
+        ]
+        y = lora_linear_parts(x, weight, bias, parts, masked)
+        found.append([y.detach(), *torch.autograd.grad(y, inputs, upstream)])
+    assert [each.dtype for each in found[1]] == [each.dtype for each in found[0]]
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        assert (ours - theirs).abs().max() <= FUSED_RTOL[dtype] * theirs.abs().max()
+
+
+def test_a_broken_part_spoils_others_only_where_they_share_a_product() -> None:
+    torch.manual_seed(0)
+    weight, x = draw(7, 5, frozen=True), draw(6, 5)
+    (a, b), (broken, other) = parameters(SLICES["whole"], torch.float64), parameters(SLICES["whole"], torch.float64)
+    broken.data[0, 0] = torch.nan
+    parts = [Part(0, 3, a, b, SCALING, SLICES["whole"]), Part(3, 6, broken, other, SCALING, SLICES["whole"])]
+    for masked in (False, True):
+        y = lora_linear_parts(x, weight, None, parts, masked)
+        assert y[:3].isfinite().all() != masked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_come_in_the_masters_precision_and_only_where_asked(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = draw(7, 5, dtype=dtype, frozen=True)
+    a, b = parameters(SLICES["two"], dtype)
+    x = draw(3, 5, dtype=dtype, frozen=True)
+    lora_linear(x, weight, None, a, b, SCALING, SLICES["two"]).sum().backward()
+    assert x.grad is None
+    assert weight.grad is None
+    assert a.grad is not None
+    assert a.grad.dtype == b.grad.dtype == torch.float32
+
+
+def test_one_input_is_saved_once_for_three_projections() -> None:
+    torch.manual_seed(0)
+    x = draw(64, 5, dtype=torch.bfloat16)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        for _ in range(3):
+            a, b = parameters(SLICES["whole"], torch.bfloat16)
+            lora_linear(x, draw(7, 5, dtype=torch.bfloat16, frozen=True), None, a, b, SCALING, SLICES["whole"])
+    wide = {tensor.data_ptr() for tensor in saved if tensor.shape == x.shape}
+    assert wide == {x.data_ptr()}
+
+
+def test_it_stands_in_only_where_it_is_the_same() -> None:
+    x, weight = draw(3, 5, dtype=torch.float32), draw(7, 5, dtype=torch.float32, frozen=True)
+    assert fits(x, weight, None)
+    assert not fits(x, weight.clone().requires_grad_(), None), "a trained projection"
+    assert not fits(x, weight, torch.zeros(7, requires_grad=True)), "a trained bias"
+    assert not fits(x, weight.bfloat16(), None), "another precision"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not fits(x, weight, None), "autocast decides the precision"

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lora_hf.core.config.schema import ROLES, LoraConfig
+from lora_hf.core.errors import AdapterError, ConfigError, ModelError
+from lora_hf.lora.architectures import ARCHITECTURES
+from lora_hf.lora.inject import (
+    count_parameters,
+    eject,
+    inject,
+    lora_layers,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    merge,
+    set_adapter,
+)
+from lora_hf.lora.target_modules import Site, plan
+from lora_hf.models.load import SHAPES as PUBLISHED
+from tests.support.small import SHAPES, small_model, stir, token_ids
+
+
+def published(name: str, auto: type = AutoModelForSequenceClassification, **more: int) -> nn.Module:
+    """The published shape without memory for its weights: counting needs none."""
+    shape = dict(PUBLISHED[name])
+    with torch.device("meta"):
+        return auto.from_config(AutoConfig.for_model(shape.pop("model_type"), **shape, **more))
+
+
+def test_plan_lists_the_exact_sites_of_roberta() -> None:
+    sites = plan(small_model("roberta", num_labels=2), LoraConfig(targets=("ffn", "q")))
+    assert sites == [
+        Site(f"roberta.encoder.layer.{layer}.{path}", role, "linear")
+        for layer in (0, 1)
+        for path, role in (
+            ("attention.self.query", "q"),
+            ("intermediate.dense", "ffn_up"),
+            ("output.dense", "ffn_down"),
+        )
+    ]
+
+
+def test_plan_lists_the_slices_of_the_fused_projection_of_gpt2() -> None:
+    sites = plan(small_model("gpt2"), LoraConfig(targets=("v", "q", "o")))
+    first = "transformer.h.0.attn"
+    assert sites[:3] == [
+        Site(f"{first}.c_attn", "q", "conv1d", (0, 32)),
+        Site(f"{first}.c_attn", "v", "conv1d", (64, 96)),
+        Site(f"{first}.c_proj", "o", "conv1d"),
+    ]
+    assert [site.path for site in sites[3:]] == [site.path.replace("h.0", "h.1") for site in sites[:3]]
+
+
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+def test_every_role_of_every_architecture_finds_one_projection_a_layer(kind: str) -> None:
+    model = small_model(kind, num_labels=2)
+    assert kind in SHAPES
+    for role in ARCHITECTURES[kind].projections:
+        assert role in ROLES
+        sites = plan(model, LoraConfig(targets=(role,)))
+        assert [site.role for site in sites] == [role, role], "two layers, one site each"
+
+
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+def test_injected_everywhere_changes_the_output_and_ejects_to_the_plain_model(kind: str) -> None:
+    model, ids = small_model(kind, num_labels=3), token_ids()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain = model(ids).logits
+    inject(model, LoraConfig(r=4, targets=("all",)))
+    assert torch.equal(model(ids).logits, plain), "B = 0: the adapter must change nothing yet"
+    stir(model)
+    assert not torch.allclose(model(ids).logits, plain, atol=1e-3)
+    model.train()
+    model(ids, labels=torch.tensor([0, 1, 2])).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name or ".heads." in name), name
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == parameter.requires_grad, name
+    after = eject(model.eval()).state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(model(ids).logits, plain)
+
+
+def test_eject_after_merge_keeps_the_merged_weights_and_the_trained_head() -> None:
+    model, ids = small_model("roberta", num_labels=2), token_ids()
+    inject(model, LoraConfig(targets=("all",)))
+    stir(model)
+    nn.init.normal_(model.classifier.heads["default"].out_proj.weight)
+    adapted = model(ids).logits
+    eject(merge(model))
+    assert not lora_layers(model)
+    assert torch.allclose(model(ids).logits, adapted, atol=1e-5)
+
+
+def test_parameter_counts_of_the_published_shapes() -> None:
+    roberta = published("roberta-base")
+    assert count_parameters(roberta).total == 124_647_170
+    counts = count_parameters(inject(roberta, LoraConfig(r=8, targets=("q", "v"))))
+    assert (counts.lora, counts.trainable, counts.total) == (294_912, 887_042, 124_647_170 + 294_912)
+    assert sum(parameter.numel() for parameter in roberta.parameters()) == counts.total
+    for name, lora in (("gpt2", 147_456), ("gpt2-medium", 393_216)):
+        counts = count_parameters(inject(published(name, AutoModelForCausalLM), LoraConfig(r=4, targets=("q", "v"))))
+        assert (counts.lora, counts.trainable, counts.head) == (lora, lora, 0)
+
+
+def test_a_second_adapter_leaves_the_counts_of_the_active_one_alone() -> None:
+    model = inject(small_model("roberta", num_labels=2), LoraConfig(r=2))
+    one = count_parameters(model)
+    inject(model, LoraConfig(r=8, targets=("all",)), name="other")
+    set_adapter(model, "default")
+    two = count_parameters(model)
+    assert (two.total, two.lora, two.head) == (one.total, one.lora, one.head)
+
+
+def test_each_adapter_answers_for_itself() -> None:
+    model, ids = small_model("roberta", num_labels=2), token_ids()
+    plain = model(ids).logits
+    inject(model, LoraConfig(r=2), name="a")
+    inject(model, LoraConfig(r=4, targets=("ffn",)), name="b")
+    stir(model)
+    nn.init.normal_(model.classifier.heads["b"].out_proj.weight)
+    answers = {name: set_adapter(model, name)(ids).logits for name in ("a", "b")}
+    assert not torch.allclose(answers["a"], answers["b"], atol=1e-3)
+    assert torch.equal(set_adapter(model, "a")(ids).logits, answers["a"])
+    assert torch.equal(set_adapter(model, None)(ids).logits, plain)
+    with pytest.raises(AdapterError, match=r"no adapter 'c' on this model.*it has: a, b"):
+        set_adapter(model, "c")
+
+
+def test_mark_only_lora_as_trainable_and_lora_state_dict_mean_what_they_mean_in_loralib() -> None:
+    model = inject(small_model("gpt2"), LoraConfig(r=2, targets=("q", "o")))
+    assert {name.rpartition(".")[2] for name in lora_state_dict(model)} == {"lora_A", "lora_B"}
+    mark_only_lora_as_trainable(model, bias="lora_only")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if name.endswith("bias")} == {
+        f"transformer.h.{layer}.attn.{path}.base_layer.bias" for layer in (0, 1) for path in ("c_attn", "c_proj")
+    }
+    biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+    assert set(biases) < set(lora_state_dict(model, bias="all"))
+    with pytest.raises(ConfigError, match="bias: expected one of none, all, lora_only, found 'some'"):
+        mark_only_lora_as_trainable(model, bias="some")  # type: ignore[arg-type]
+
+
+def test_tied_embeddings_stay_tied() -> None:
+    model = inject(small_model("gpt2"), LoraConfig(targets=("all",)))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert eject(merge(model)).lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_path_adapts_what_has_no_role() -> None:
+    sites = plan(
+        small_model("bert", num_labels=2), LoraConfig(targets=("pooler.dense", "encoder.layer.*.output.dense"))
+    )
+    assert [site.path for site in sites] == [
+        "bert.encoder.layer.0.output.dense",
+        "bert.encoder.layer.1.output.dense",
+        "bert.pooler.dense",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "message"),
+    [
+        ("roberta", ("ffn_gate",), "roberta has no role 'ffn_gate'; it has: q, k, v, o, ffn_up, ffn_down"),
+        ("roberta", ("encoder.layer.*.atention.self.query",), "did you mean 'encoder.layer.*.attention.self.query'"),
+        ("roberta", ("output.dense",), "no nn.Linear, Conv1D or nn.Embedding of this roberta matches 'output.dense'"),
+        ("gpt2", ("q", "h.*.attn.c_attn"), "both adapt transformer.h.0.attn.c_attn"),
+    ],
+)
+def test_targets_that_cannot_be_adapted_are_named(kind: str, targets: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan(small_model(kind, num_labels=2), LoraConfig(targets=targets))
+    assert message in str(error.value)
+
+
+def test_a_model_type_without_a_row_in_the_table_is_named() -> None:
+    config = AutoConfig.for_model("mpnet", hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(ModelError, match=r"model type 'mpnet' has no entry in the role table"):
+        plan(model, LoraConfig())
+    assert plan(model, LoraConfig(targets=("encoder.layer.*.attention.attn.q",)))
+
+
+def test_a_rank_above_the_layer_and_a_taken_or_impossible_name_are_refused() -> None:
+    model = small_model("roberta", num_labels=2)
+    with pytest.raises(ConfigError, match=r"lora.r: .*query maps 32 to 32; expected a rank of at most 32, found 33"):
+        inject(model, LoraConfig(r=33))
+    assert not lora_layers(model), "a refused injection must leave the model alone"
+    inject(model, LoraConfig())
+    for name in ("default", "a.b", "keys", ""):
+        with pytest.raises(AdapterError, match="adapter"):
+            inject(model, LoraConfig(), name=name)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", SHAPES)
+def test_activations_computed_again_give_the_same_gradients(kind: str) -> None:
+    """Each of them, to the last bit, dropout included."""
+
+    def gradients(again: bool, seed: int = 3) -> dict[str, torch.Tensor]:
+        lora = LoraConfig(r=2, lora_dropout=0.2, targets=("attention", "ffn"))
+        model = inject(small_model(kind, num_labels=2), lora)
+        stir(model)
+        if again:
+            model.gradient_checkpointing_enable()
+        model.train()
+        torch.manual_seed(seed)
+        model(input_ids=token_ids(), labels=torch.tensor([0, 1, 1])).loss.backward()
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert all(parameter.grad is not None for parameter in trained.values())
+        return {name: parameter.grad for name, parameter in trained.items()}  # type: ignore[misc]
+
+    plain, again, other = gradients(again=False), gradients(again=True), gradients(again=True, seed=4)
+    assert [name for name in plain if not torch.equal(plain[name], again[name])] == []
+    assert [name for name in plain if torch.equal(plain[name], other[name])] == [], "other masks, other gradients"

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_hf.lora.active_adapter import Switch
+from lora_hf.lora.kernels.reference import add_lora
+from lora_hf.lora.layers import LoraLinear, LoraWeights
+from lora_hf.lora.modules_to_save import AdapterHead
+from tests.tolerances import GRADCHECK, MERGE_BF16, MERGE_FP32, PARITY_FP32
+
+FUSED = [(0, 6), (12, 18)]  # q and v of a projection to 18 columns
+LAYOUTS = {
+    "linear": (lambda: nn.Linear(10, 18), [(0, 18)]),
+    "conv1d": (lambda: Conv1D(18, 10), [(0, 18)]),
+    "fused linear": (lambda: nn.Linear(10, 18), FUSED),
+    "fused conv1d": (lambda: Conv1D(18, 10), FUSED),
+}
+
+
+def adapted(layout: str, r: int = 3, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> LoraLinear:
+    torch.manual_seed(0)
+    make, slices = LAYOUTS[layout]
+    layer = LoraLinear(make().to(dtype).requires_grad_(False), Switch())
+    layer.adapters["default"] = LoraWeights(10, slices, r, lora_alpha=5, lora_dropout=dropout)
+    nn.init.normal_(layer.adapters["default"].lora_B)
+    layer.switch.shared = "default"
+    return layer.eval()
+
+
+def by_hand(layer: LoraLinear, x: torch.Tensor, scaling: float = 5 / 3, slices: list | None = None) -> torch.Tensor:
+    """The definition, written the long way: one column block after the other, no shared code."""
+    weights = layer.adapters["default"]
+    y = layer.base_layer(x).clone()
+    row = 0
+    for index, (start, stop) in enumerate(slices or weights.slices):
+        a = weights.lora_A[index * weights.r : (index + 1) * weights.r]
+        b = weights.lora_B[row : row + stop - start]
+        y[..., start:stop] += scaling * (x @ a.T) @ b.T
+        row += stop - start
+    return y
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layer_is_its_definition_and_nothing_near_it(layout: str) -> None:
+    layer, x = adapted(layout), torch.randn(2, 5, 10)
+    assert torch.allclose(layer(x), by_hand(layer, x), atol=PARITY_FP32)
+    wrong = [layer.base_layer(x), by_hand(layer, x, scaling=1.0), by_hand(layer, x, scaling=5.0)]
+    if layer.adapters["default"].slices == FUSED:
+        wrong.append(by_hand(layer, x, slices=[(6, 12), (12, 18)]))
+    for other in wrong:
+        assert not torch.allclose(layer(x), other, atol=PARITY_FP32), "the test could not fail"
+
+
+@pytest.mark.parametrize("slices", [[(0, 7)], [(0, 3), (4, 7)]])
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 3), (0, 3)])
+def test_every_gradient_of_the_reference(slices: list[tuple[int, int]], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    width = sum(stop - start for start, stop in slices)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, dtype=torch.float64, requires_grad=True)
+
+    inputs = (draw(*shape, 7), draw(*shape, 5), draw(2 * len(slices), 5), draw(width, 2))
+    assert torch.autograd.gradcheck(lambda y, x, a, b: add_lora(y, x, a, b, 1.7, slices), inputs, **GRADCHECK)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, MERGE_FP32), (torch.bfloat16, MERGE_BF16)])
+def test_merge_rounds_once_is_idempotent_and_unmerge_restores_bit_for_bit(
+    layout: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    layer, x = adapted(layout, dtype=dtype), torch.randn(4, 10, dtype=dtype)
+    before, unmerged = layer.weight.clone(), layer(x)
+    delta = layer.adapters["default"].delta_weight(18)
+    rounded_once = (before.float() + (delta.T if "conv1d" in layout else delta)).to(dtype)
+    for _ in range(50):
+        layer.merge()
+        layer.merge()
+        assert torch.equal(layer.weight, rounded_once)
+        assert layer.weight.dtype == dtype
+        scale = max(1.0, float(unmerged.detach().float().abs().max()))
+        assert float((layer(x) - unmerged).detach().float().abs().max()) <= tolerance * scale
+        layer.unmerge()
+        assert torch.equal(layer.weight, before)
+    assert torch.equal(layer(x), unmerged)
+
+
+def test_merging_another_adapter_takes_the_first_one_out() -> None:
+    layer = adapted("linear")
+    layer.adapters["other"] = LoraWeights(10, [(0, 18)], 2, lora_alpha=2)
+    nn.init.normal_(layer.adapters["other"].lora_B)
+    before = layer.weight.clone()
+    layer.merge()
+    layer.switch.shared = "other"
+    layer.merge()
+    assert torch.allclose(layer.weight, before + layer.adapters["other"].delta_weight(18), atol=MERGE_FP32)
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
+
+
+def test_train_and_eval_never_change_a_weight() -> None:
+    layer = adapted("linear")
+    for merged in (False, True):
+        if merged:
+            layer.merge()
+        before = layer.weight.clone()
+        layer.train().eval().train()
+        assert torch.equal(layer.weight, before)
+
+
+def test_a_starts_kaiming_uniform_and_b_zero() -> None:
+    torch.manual_seed(3)
+    weights = LoraWeights(50, FUSED, r=4, lora_alpha=8)
+    torch.manual_seed(3)
+    expected = nn.init.kaiming_uniform_(torch.empty(8, 50), a=5**0.5)
+    assert torch.equal(weights.lora_A.data, expected)
+    assert not weights.lora_B.any()
+    assert (weights.lora_A.shape, weights.lora_B.shape) == ((8, 50), (12, 4))
+
+
+def test_dropout_acts_on_the_input_of_lora_in_training_only() -> None:
+    layer, x = adapted("linear", dropout=0.5), torch.randn(2000, 10)
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    first, second = layer(x), layer(x)
+    assert not torch.equal(first, second)
+    mean = (first - layer.base_layer(x)).mean(0)
+    layer.eval()
+    assert torch.allclose(mean, (layer(x) - layer.base_layer(x)).mean(0), atol=0.3), "dropout keeps the expectation"
+    zeroed = (first - layer.base_layer(x)).abs().amax(1) == 0
+    assert 0 < int(zeroed.sum()) < 2000 * 0.01, "each feature of x is dropped by itself: all ten rarely are"
+
+
+@pytest.mark.parametrize("cast", [lambda module: module.half(), lambda module: module.to(torch.bfloat16)])
+def test_lora_and_head_stay_fp32_and_exact_whatever_the_base_is_cast_to(cast) -> None:
+    layer = adapted("linear")
+    head = AdapterHead(nn.Linear(10, 2), Switch())
+    head.add("default")
+    model = nn.ModuleDict({"layer": layer, "head": head})
+    before = [parameter.clone() for parameter in (*layer.adapters.parameters(), *head.heads.parameters())]
+    cast(model)
+    assert layer.weight.dtype in (torch.float16, torch.bfloat16)
+    after = [*layer.adapters.parameters(), *head.heads.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    x = torch.randn(3, 10).to(layer.weight.dtype)
+    assert layer(x).dtype == layer.weight.dtype
+    head.switch.shared = "default"
+    assert head(x).dtype == torch.float32
+    layer(x).float().sum().backward()
+    assert layer.adapters["default"].lora_A.grad.dtype == torch.float32
+
+
+def test_the_bases_own_head_is_kept_apart() -> None:
+    head = AdapterHead(nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5)), Switch())
+    head.add("default")
+    assert sum(parameter.numel() for parameter in head.parameters()) == 10, "the base's head is not counted"
+    assert all(".0." in f".{name}" and name.startswith("heads.default") for name in head.state_dict())
+    head.eval()
+    x = torch.randn(3, 4)
+    assert torch.equal(head(x), head.base_head(x)), "no adapter active: the base's own, in eval mode"
+    head.switch.shared = "default"
+    nn.init.zeros_(head.heads["default"][0].weight)
+    assert not torch.equal(head(x), head.base_head(x))
+    assert torch.equal(copy.deepcopy(head)(x), head(x))
+    head.to(torch.float64)
+    assert head.base_head[0].weight.dtype == torch.float64

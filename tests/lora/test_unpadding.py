@@ -1,0 +1,157 @@
+"""A batch without padding gives the padded batch's logits, losses and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from lora_hf.core.config.schema import LoraConfig
+from lora_hf.lora.inject import inject
+from lora_hf.lora.kernels.attention import Rows, attend_rows
+from lora_hf.lora.unpadding import ATTENTION, _filling, remove_padding
+from lora_hf.training.trainer import spare_work
+from tests import tolerances
+from tests.support.small import small_model, stir, token_ids
+
+SERVED = ("roberta", "bert", "distilbert", "gpt2", "llama")
+LENGTHS = (7, 3, 5)
+
+
+def batch(labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    mask = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
+    ids = token_ids().where(mask, 1)
+    return {"input_ids": ids, "attention_mask": mask.long()} | ({} if labels is None else {"labels": labels})
+
+
+def adapted(kind: str, num_labels: int | None = 3) -> PreTrainedModel:
+    model = inject(small_model(kind, num_labels), LoraConfig(r=2, targets=("all",)))
+    stir(model)
+    return model
+
+
+def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize("heads", ["classes", "tokens"])
+def test_loss_and_every_gradient_are_the_padded_batchs(kind: str, heads: str) -> None:
+    if heads == "tokens" and kind not in ("gpt2", "llama"):
+        pytest.skip("writes no text")
+    inputs = batch(torch.tensor([2, 0, 1]))
+    if heads == "tokens":
+        inputs["labels"] = inputs["input_ids"].where(inputs["attention_mask"].bool(), -100)
+    losses, found = [], []
+    for free in (False, True):
+        model = adapted(kind, 3 if heads == "classes" else None)
+        if free:
+            assert remove_padding(model) is None
+            assert remove_padding(model) is None, "twice is once"
+        loss = model(**inputs).loss
+        loss.backward()
+        losses.append(loss.detach())
+        found.append(gradients(model))
+    torch.testing.assert_close(losses[1], losses[0], atol=tolerances.PADDING_FREE_FP32, rtol=0)
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) > 4
+    for name, gradient in found[0].items():
+        assert gradient.any(), name
+        torch.testing.assert_close(found[1][name], gradient, atol=tolerances.PADDING_FREE_FP32, rtol=0, msg=name)
+
+
+def test_rows_see_only_themselves() -> None:
+    """The tolerance can fail: attention over the whole concatenation is far away."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 15, 8)
+    together = attend_rows(q, k, v, Rows([15]))
+    apart = attend_rows(q, k, v, Rows(LENGTHS))
+    assert (together - apart).abs().max() > 1000 * tolerances.PADDING_FREE_FP32
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("lengths", [(1, 9, 5), (5, 5, 4, 1), (15,)])
+def test_the_grouped_rows_are_torchs_attention(causal: bool, key_heads: int, lengths: tuple[int, ...]) -> None:
+    """Outputs and all three gradients against torch's own attention of each row, in float64."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(heads, 15, 8) for heads in (4, key_heads, key_heads)]
+    weight = torch.randn(15, 4, 8)
+
+    def definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = (tensor.repeat_interleave(4 // key_heads, 0) for tensor in (k, v))
+        parts = zip(*(tensor.split(lengths, 1) for tensor in (q, k, v)), strict=True)
+        made = [scaled_dot_product_attention(*row, scale=0.3, is_causal=causal) for row in parts]
+        return torch.cat(made, 1).transpose(0, 1)
+
+    results = []
+    for function in (lambda *x: attend_rows(*x, Rows(lengths), scale=0.3, is_causal=causal), definition):
+        inputs = [tensor.to(torch.float64, copy=True).requires_grad_() for tensor in tensors]
+        output = function(*inputs)
+        (output * weight).sum().backward()
+        results.append([output.detach(), *(tensor.grad for tensor in inputs)])
+    for grouped, plain in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, plain, atol=1e-12, rtol=0)
+
+
+def test_dropped_attention_has_the_right_mean() -> None:
+    """Attention dropout takes the padded road: over many draws its mean is the undropped output."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 15, 8)
+    draws = torch.stack([attend_rows(q, k, v, Rows(LENGTHS), dropout=0.2) for _ in range(400)])
+    assert not torch.equal(draws[0], draws[1])
+    error = (draws.mean(0) - attend_rows(q, k, v, Rows(LENGTHS))).abs()
+    assert (error < 6 * draws.std(0) / 400**0.5 + tolerances.PADDING_FREE_FP32).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 15, 209, 256, 1069, 4000])
+def test_the_numbers_of_tokens_are_few(tokens: int) -> None:
+    filled = tokens + _filling(tokens)
+    assert tokens <= filled < tokens + max(8, tokens / 16)
+    assert _filling(filled) == 0
+    assert len({size + _filling(size) for size in range(tokens, 2 * tokens)}) <= 65
+
+
+def test_left_padding_keeps_the_models_own_positions() -> None:
+    inputs = {name: tensor.flip(1) for name, tensor in batch().items()}
+    model = small_model("gpt2")
+    padded = model(**inputs).logits
+    remove_padding(model)
+    inside = inputs["attention_mask"].bool()
+    free = model(**inputs).logits
+    torch.testing.assert_close(free[inside], padded[inside], atol=tolerances.PADDING_FREE_FP32, rtol=0)
+
+
+def test_generation_is_left_alone() -> None:
+    inputs = {name: tensor.flip(1) for name, tensor in batch().items()}
+    model = small_model("gpt2", bos_token_id=0, eos_token_id=0)
+    before = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    remove_padding(model)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), before)
+
+
+def test_what_cannot_be_served_says_why_and_stays_as_it_was() -> None:
+    model = small_model("deberta-v2", 2)
+    implementation = model.config._attn_implementation
+    assert "attention of its own" in (remove_padding(model) or "")
+    assert model.config._attn_implementation == implementation
+    chosen = small_model("roberta", 2)
+    chosen.config._attn_implementation = "flex_attention"
+    assert "flex_attention" in (remove_padding(chosen) or "")
+
+
+def test_the_way_of_attending_is_not_saved(tmp_path) -> None:
+    model = small_model("roberta", 2)
+    remove_padding(model)
+    model.save_pretrained(tmp_path)
+    assert ATTENTION not in (tmp_path / "config.json").read_text()
+
+
+def test_the_trainer_groups_rows_where_padding_stays(caplog: pytest.LogCaptureFixture) -> None:
+    assert spare_work(small_model("roberta", 2))["train_sampling_strategy"] == "random"
+    assert not caplog.text
+    arguments = spare_work(small_model("deberta-v2", 2), smoothing=0.1)
+    assert arguments == {"train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1}
+    assert "batches stay padded" in caplog.text
+    assert spare_work(small_model("gpt2").requires_grad_(False), smoothing=0.1)["label_smoothing_factor"] == 0.0

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from transformers.activations import ACT2FN
+
+from lora_hf.core.config.schema import ModelConfig
+from lora_hf.core.errors import HubError, ModelError
+from lora_hf.data.tasks.registry import get_task
+from lora_hf.lora import precision
+from lora_hf.models.load import EMBEDDED, SHAPES, load_base, load_tokenizer
+from lora_hf.models.load import load as models
+from tests.support.small import small_model
+from tests.tolerances import PARITY_FP32
+
+SST2 = get_task("sst2")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    small_model("roberta", 2).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_local_folder_loads_with_the_tasks_labels_and_a_seeded_head(folder: Path) -> None:
+    config = ModelConfig(name=str(folder))
+    mnli = get_task("mnli")
+    model = load_base(config, SST2)
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    assert model.config.problem_type == "single_label_classification"
+    with pytest.raises(ModelError, match=r"num_labels=3: 0 missing \(-\), 2 of another shape \(classifier\.out_proj"):
+        load_base(config, mnli)
+    (folder / "headless").mkdir()
+    small_model("roberta", 2).roberta.save_pretrained(folder / "headless")
+    headless = ModelConfig(name=str(folder / "headless"))
+    assert load_base(headless, get_task("stsb")).config.problem_type == "regression"
+    heads = [load_base(headless, mnli, seed).classifier for seed in (1, 1, 2)]
+    weights = [head.out_proj.weight for head in heads]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_weights_that_lack_part_of_the_base_are_refused(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["roberta.encoder.layer.0.attention.self.query.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"do not fill this model with num_labels=2: 1 missing \(roberta\.encoder\.layer\.0\.att"
+    ):
+        load_base(ModelConfig(name=str(folder)), SST2)
+
+
+def test_precision_is_that_of_the_base(folder: Path) -> None:
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        assert load_base(ModelConfig(name=str(folder), precision=name), SST2).dtype == dtype
+
+
+def test_auto_is_bf16_where_this_machine_is_faster_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for gain, dtype in ((2.0, torch.bfloat16), (1.1, torch.float32)):
+        monkeypatch.setattr(precision, "bf16_gain", lambda gain=gain: gain)
+        assert load_base(ModelConfig(name=str(folder), precision="auto"), SST2).dtype == dtype
+    monkeypatch.undo()
+    assert precision.bf16_gain() >= 0
+
+
+def test_gpt2s_activation_is_one_kernel_of_the_same_formula() -> None:
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2)
+    fused = load_base(ModelConfig(name="gpt2", init="random", precision="fp32"), SST2).transformer.h[0].mlp.act
+    x = torch.linspace(-6, 6, 1001)
+    assert type(fused) is torch.nn.GELU
+    assert torch.allclose(fused(x), ACT2FN[config.activation_function](x), atol=PARITY_FP32)
+    assert not torch.allclose(torch.nn.functional.gelu(x), fused(x), atol=PARITY_FP32), "the other gelu would not do"
+
+
+def test_a_random_base_is_drawn_from_its_seed(folder: Path) -> None:
+    config = ModelConfig(name=str(folder), init="random")
+    drawn = [load_base(config, SST2, seed).roberta.embeddings.word_embeddings.weight for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_published_shapes_need_no_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {
+        "roberta-base": 124_647_170,
+        "roberta-large": 355_361_794,
+        "gpt2": 124_439_808,
+        "gpt2-medium": 354_823_168,
+        "gpt2-large": 774_030_080,
+    }
+    kind = SST2 if name.startswith("roberta") else type("", (), {"label_names": (), "model_kind": "causal-lm"})
+    with torch.device("meta"):
+        model = load_base(ModelConfig(name=name, init="random"), kind)  # type: ignore[arg-type]
+    assert sum(parameter.numel() for parameter in model.parameters()) == sizes[name]
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_embedded_bases_and_their_tokenizers_load(name: str) -> None:
+    tokenizer = load_tokenizer(ModelConfig(name=name))
+    assert tokenizer.pad_token is not None
+    ids = tokenizer("A moving, funny and wise film.")["input_ids"]
+    assert max(ids) < len(tokenizer)
+    assert tokenizer.unk_token_id not in ids or tokenizer.unk_token_id == tokenizer.eos_token_id
+
+
+def test_the_embedded_base_loads_for_a_task() -> None:
+    model = load_base(ModelConfig(name="tiny-roberta", precision="fp32"), SST2)
+    assert model.dtype == torch.float32, "kept in half precision on disk, computed in fp32"
+    assert model.name_or_path == "tiny-roberta", "an adapter names its base by this, not by a path of this machine"
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("tiny-robert", ModelError, "tiny-robert: no such model or folder (did you mean 'tiny-roberta'?)"),
+        ("./nowhere", ModelError, "./nowhere: no such folder; expected a Hugging Face model folder or a hub id"),
+        ("roberta-base", HubError, "roberta-base: the hub is out of reach and this model is not in the local cache"),
+        ("someone/something", HubError, "someone/something: the hub is out of reach"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(name: str, error: type, message: str) -> None:
+    for load in (lambda config: load_base(config, SST2), load_tokenizer):
+        with pytest.raises(error) as told:
+            load(ModelConfig(name=name))
+        assert message in str(told.value)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_base(ModelConfig(name=str(tmp_path)), SST2)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_tokenizer(ModelConfig(name=str(tmp_path)))
+
+
+def test_short_names_are_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "hub_is_reachable", lambda: True)
+    asked: list[tuple[str, dict]] = []
+    monkeypatch.setattr(
+        models.AutoTokenizer, "from_pretrained", lambda place, **more: asked.append((place, more)) or _StopError.now()
+    )
+    with pytest.raises(_StopError):
+        load_tokenizer(ModelConfig(name="roberta-base", revision="main"))
+    wanted = {"trust_remote_code": False, "revision": "main", "local_files_only": False}
+    assert asked == [("FacebookAI/roberta-base", wanted)]
+
+
+class _StopError(Exception):
+    @classmethod
+    def now(cls) -> None:
+        raise cls

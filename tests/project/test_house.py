@@ -1,0 +1,313 @@
+"""The rules of the house, read from the source: what each file may import and do, and what the pages promise."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from lora_hf.core.config.schema import load_config
+from lora_hf.experiments.sweep.space import read_sweep
+from tests.support.pages import PAGES, blocks, page_name
+
+REPO = Path(__file__).parents[2]
+PACKAGE = REPO / "lora_hf"
+LONGEST_FILE = 400
+
+# A file imports only from lower floors; the files of one folder may import each other, without cycles.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "config", "records", "architectures", "names", "folders", "processes"),
+    (
+        "kernels",
+        "metrics",
+        "tiny",
+        "offline",
+        "precision",
+        "curves",
+        "switch",
+        "markdown",
+        "quantised",
+        "checkpoints",
+        "overflow",
+    ),
+    ("layers", "heads", "tasks", "adapter_file", "interruption", "run_folder", "environment"),
+    ("variants", "beforehand"),
+    ("planning", "places"),
+    (
+        "injection",
+        "padding_free",
+        "language_head",
+        "fingerprint",
+        "pulling",
+        "rows",
+        "references",
+        "encoding",
+    ),
+    ("adapters", "saved", "mixing", "models", "card", "sampling", "callbacks", "sharding"),
+    ("trainer", "hub", "loading", "convert", "scoring"),
+    (
+        "training",
+        "inference",
+        "generation",
+        "speed_tables",
+        "serving_tables",
+        "robustness_tables",
+        "suite_tables",
+        "merging",
+        "combining",
+        "compare",
+    ),
+    ("joint", "report", "sweep", "serving", "demo"),
+    ("benchmark",),
+    ("commands",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+# `errors` is the ground itself: every file may tell a person what went wrong.
+GROUND = "errors"
+
+
+def source_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(file: Path) -> str:
+    """`lora_hf/data/tasks/glue.py` is `lora_hf.data.tasks.glue`; a folder's `__init__.py` is the folder."""
+    parts = list(file.relative_to(REPO).with_suffix("").parts)
+    if parts[-1] == "__init__" and len(parts) > 1:
+        parts.pop()
+    return ".".join(parts)
+
+
+def room_of(module: str) -> str:
+    """The entry of FLOORS a module belongs to: its file at the top of the package, or its folder."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def floor_of(module: str) -> int:
+    room = room_of(module)
+    for floor, rooms in enumerate(FLOORS):
+        if room in rooms:
+            return floor
+    pytest.fail(
+        f"{module} has no floor. Add {room!r} to FLOORS in tests/project/test_house.py, one floor above the highest file "
+        f"it imports, and to the list of rooms in CONTRIBUTING.md"
+    )
+
+
+MODULES = {name_of(file): file for file in source_files()}
+TREES = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in MODULES.items()}
+
+
+def imports_of(module: str) -> Iterator[tuple[str, int]]:
+    """Every module of the package that `module` imports, at any depth of its code, with the line."""
+    is_folder = MODULES[module].name == "__init__.py"
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "lora_hf":
+                    yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            origin = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                base = parts[: len(parts) - node.level + is_folder]
+                origin = ".".join([*base, origin] if origin else base)
+            if origin.split(".")[0] == "lora_hf":
+                for alias in node.names:
+                    inner = f"{origin}.{alias.name}"
+                    yield inner if inner in MODULES else origin, node.lineno
+
+
+def calls_of(module: str) -> Iterator[tuple[str, int]]:
+    """The dotted name of every plain call in `module`, with the line."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node.lineno
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_only_from_lower_floors(module: str) -> None:
+    own_floor = floor_of(module)
+    for imported, line in imports_of(module):
+        where = f"{MODULES[module].relative_to(REPO)}:{line}"
+        if imported == "lora_hf":
+            assert module == "lora_hf.__main__", f"{where} imports the public names: import the file that defines them"
+            continue
+        same_folder = room_of(imported) == room_of(module) and (PACKAGE / room_of(module)).is_dir()
+        if same_folder or (room_of(imported) == GROUND and room_of(module) != GROUND):
+            continue
+        assert floor_of(imported) < own_floor, (
+            f"{where} (floor {own_floor}) imports {imported} (floor {floor_of(imported)}): a file imports only from "
+            f"lower floors. Pass the value in, or move the code down"
+        )
+
+
+def test_no_import_cycles() -> None:
+    graph = {module: {imported for imported, _ in imports_of(module)} - {module} for module in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"these files import each other in a circle: {' <- '.join(error.args[1])}")
+
+
+def test_every_import_of_the_package_exists() -> None:
+    missing = [
+        f"{module}:{line} {name}" for module in MODULES for name, line in imports_of(module) if name not in MODULES
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_only_the_command_line_prints(module: str) -> None:
+    lines = [line for call, line in calls_of(module) if call == "print"]
+    if room_of(module) not in ("cli", "commands"):
+        assert not lines, (
+            f"{MODULES[module].relative_to(REPO)} prints on lines {lines}: log it, or return it to commands/"
+        )
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_nothing_is_pickled(module: str) -> None:
+    if module == "lora_hf.adapters.convert.checkpoint":
+        return  # see the next test
+    pickling = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            found = {alias.name.split(".")[0] for alias in node.names} & pickling
+        elif isinstance(node, ast.ImportFrom):
+            found = {(node.module or "").split(".")[0]} & pickling
+            if [alias.name for alias in node.names] == ["UnpicklingError"]:
+                continue  # what torch raises where a pickle asks for more than tensors
+            if node.module == "torch":
+                found |= {alias.name for alias in node.names} & {"load", "save"}
+        else:
+            continue
+        assert not found, (
+            f"{MODULES[module].relative_to(REPO)}:{node.lineno} uses {sorted(found)}: use safetensors or json"
+        )
+    calls = [f"{call}, line {line}" for call, line in calls_of(module) if call in ("torch.load", "torch.save")]
+    assert not calls, f"{MODULES[module].relative_to(REPO)} calls {calls}: use safetensors"
+
+
+def test_the_one_room_that_reads_pickles_reads_only_tensors() -> None:
+    tree = TREES["lora_hf.adapters.convert.checkpoint"]
+    loads = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]
+    assert loads
+    assert all("weights_only=True" in map(ast.unparse, node.keywords) for node in loads)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "pickle"]
+    assert [alias.name for node in imports for alias in node.names] == ["UnpicklingError"]
+    assert "pickle" not in {
+        alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    }
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_nothing_that_is_read_is_run(module: str) -> None:
+    """Neither as Python, nor as YAML with tags, nor by a shell, nor as the code that comes with a model."""
+    running = {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.full_load", "yaml.unsafe_load"}
+    found = [f"{call}, line {line}" for call, line in calls_of(module) if call in running]
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.keyword) and node.arg in ("shell", "trust_remote_code"):
+            found += [f"{node.arg}, line {node.lineno}"] if ast.unparse(node.value) != "False" else []
+    assert not found, f"{MODULES[module].relative_to(REPO)}: {found}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_files_stay_short(module: str) -> None:
+    lines = len(MODULES[module].read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST_FILE, f"{MODULES[module].relative_to(REPO)} has {lines} lines: it wants a second room"
+
+
+def test_no_file_is_a_drawer() -> None:
+    drawers = [
+        str(file.relative_to(REPO)) for file in source_files() if file.stem in ("utils", "helpers", "common", "misc")
+    ]
+    assert not drawers, "a file is named after what it does"
+
+
+@pytest.mark.parametrize(
+    "module", ["lora_hf", "lora_hf.core.config.schema", "lora_hf.core.records", "lora_hf.cli.main"]
+)
+def test_import_is_light(module: str) -> None:
+    heavy = "{'torch', 'transformers', 'datasets', 'evaluate', 'accelerate', 'matplotlib', 'sklearn', 'scipy'}"
+    code = f"import sys, {module}; sys.exit(', '.join(sorted({heavy} & set(sys.modules))) or 0)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"import {module} brings in {result.stderr.strip()}: import it where it is used"
+
+
+def recipes() -> list[str]:
+    return sorted(file.name for file in (REPO / "configs").glob("*.yaml"))
+
+
+def test_there_are_recipes() -> None:
+    assert recipes()
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_recipe_loads(recipe: str) -> None:
+    load_config(REPO / "configs" / recipe)
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The words of every command in the page's bash blocks, also of those that are not run."""
+    texts = (block.text for block in blocks(page) if block.language == "bash")
+    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_page_commands_exist(page: Path) -> None:
+    targets = re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for words in commands_of(page):
+        said = f"{page.name}: {' '.join(words)}"
+        if words[0] == "make" and len(words) > 1:
+            assert words[1] in targets, f"{said}: the Makefile has {targets}"
+        for word in words:
+            if word.startswith("scripts/"):
+                assert (REPO / word).is_file(), f"{said}: there is no {word}"
+        if "--config" in words:
+            rest = words[words.index("--config") + 1 :]
+            if f'Path("{rest[0]}").write_text(' in page.read_text(encoding="utf-8"):
+                continue  # a reader has it by then, from a block of the page
+            read = read_sweep if "scripts/sweep.py" in words else load_config
+            read(rest[0], [word for word in rest[1:] if re.match(r"[a-z_]+\.[a-z_.]+=", word)])
+
+
+def test_readme_says_how_to_start() -> None:
+    commands = commands_of(REPO / "README.md")
+    assert ["make", "demo"] in commands
+    assert ["make", "test"] in commands
+
+
+def kept_files() -> list[Path]:
+    """What git keeps or would keep."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [file for name in result.stdout.split("\0") if name and (file := REPO / name).is_file()]
+
+
+def test_no_file_names_a_place_on_one_machine() -> None:
+    roots = ["home", "root", "work", "Users", "tmp"]
+    place = re.compile(rf"(?<![\w.~-])/(?:{'|'.join(roots)})/")
+    found = []
+    for file in kept_files():
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue  # weights and pictures
+        in_tests = file.is_relative_to(REPO / "tests")
+        for number, line in enumerate(lines, start=1):
+            if any(not (in_tests and hit.group() == "/tmp/") for hit in place.finditer(line)):
+                found.append(f"{file.relative_to(REPO)}:{number}: {line.strip()[:100]}")
+    assert not found

@@ -1,0 +1,87 @@
+"""pyproject.toml, requirements.lock and the installed package say the same."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from lora_hf.core.errors import how_to_install
+from tests.support.pages import PAGES, page_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+REPO = Path(__file__).parents[2]
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+WANTED = [
+    Requirement(line) for line in [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]
+]
+THIRD_PARTY = [requirement for requirement in WANTED if requirement.name != PROJECT["name"]]
+LOCK_LINES = [
+    line for line in (REPO / "requirements.lock").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
+]
+
+
+def locked() -> dict[str, list[Requirement]]:
+    """The pins of each package: one, or one for each range of Python versions."""
+    pins: dict[str, list[Requirement]] = defaultdict(list)
+    for line in LOCK_LINES:
+        requirement = Requirement(line)
+        pins[canonicalize_name(requirement.name)].append(requirement)
+    return pins
+
+
+@pytest.mark.parametrize("requirement", THIRD_PARTY, ids=str)
+def test_has_one_lower_bound_that_the_lock_respects(requirement: Requirement) -> None:
+    bounds = [each for each in requirement.specifier if each.operator == ">="]
+    assert len(bounds) == 1, f"{requirement} needs exactly one `>=`: the oldest version that CI installs"
+    pins = locked()[canonicalize_name(requirement.name)]
+    assert pins, f"{requirement.name} is not in requirements.lock: run `make lock`"
+    for pin in pins:
+        (version,) = (each.version for each in pin.specifier)
+        assert requirement.specifier.contains(Version(version)), f"the lock's {pin} is outside {requirement}"
+
+
+@pytest.mark.parametrize("line", LOCK_LINES)
+def test_lock_line_is_one_exact_public_version(line: str) -> None:
+    assert re.fullmatch(r"[a-z0-9][a-z0-9-]*==[0-9][0-9a-z.]*( ; .+)?", line), (
+        "expected name==version, with no local +tag"
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_a_page_installs_what_there_is_as_the_messages_say(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "lora-hf[" not in text, "no package index has lora-hf: expected what errors.how_to_install says"
+    for extras in re.findall(r"\.\[([\w,]+)\]", text):
+        assert how_to_install(*extras.split(",")) in text
+        assert set(extras.split(",")) <= set(EXTRAS)
+
+
+def test_every_python_gets_at_most_one_version_of_a_package() -> None:
+    for python in ("3.10", "3.11", "3.12", "3.13"):
+        here = {"python_version": python, "python_full_version": f"{python}.5", "sys_platform": "linux"}
+        for name, pins in locked().items():
+            fitting = [str(pin) for pin in pins if pin.marker is None or pin.marker.evaluate(here)]
+            assert len(fitting) <= 1, f"Python {python} would be asked for {fitting} of {name}"
+
+
+def test_installed_version_is_the_project_version() -> None:
+    assert importlib.metadata.version(PROJECT["name"]) == PROJECT["version"], "run `make setup`"
+
+
+def test_console_script_exists() -> None:
+    module, function = PROJECT["scripts"]["lora-hf"].split(":")
+    source = (REPO / Path(*module.split("."))).with_suffix(".py").read_text(encoding="utf-8")
+    assert re.search(rf"^def {function}\(", source, flags=re.MULTILINE)

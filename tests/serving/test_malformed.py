@@ -1,0 +1,69 @@
+"""A server in a process of its own under malformed requests: few of those that `tests/support/malformed.py` makes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.support.malformed import malformed_requests, outcome, well
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return malformed_requests(tmp_path_factory.mktemp("malformed"), examples=20)
+
+
+def test_no_malformed_request_breaks_the_server(record: dict[str, Any]) -> None:
+    assert record["failures"] == []
+    assert well(record)
+    assert record["totals"]["malformed"] > 150
+    assert record["operations"]["GET /readyz"]["malformed"] == 7, "a wrong method each"
+
+
+def test_every_request_is_counted_once(record: dict[str, Any]) -> None:
+    assert sum(record["answers"].values()) == record["totals"]["requests"]
+    assert sum(record["totals"].values()) == 2 * record["totals"]["requests"], "an end for each"
+    assert sum(map(Counter, record["operations"].values()), Counter()) == record["totals"]
+    codes = {answer.partition(" ")[2] for answer in record["answers"]}
+    assert {"malformed_json", "unsupported_media_type", "method_not_allowed", "invalid_request", "too_large"} <= codes
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "verdict"),
+    [
+        (200, {"answers": []}, "accepted"),
+        (422, {"error": {"code": "invalid_request", "message": "inputs: Field required"}}, "malformed"),
+        (404, {"error": {"code": "unknown_adapter", "message": "no adapter"}}, "refused"),
+        (503, {"error": {"code": "queue_full", "message": "try again"}}, "unavailable"),
+        (503, {"error": {"code": "internal", "message": "broken"}}, "failed"),
+        (500, {"error": {"code": "internal", "message": "broken"}}, "failed"),
+        (422, {"error": {"code": "invalid_request", "message": ""}}, "failed"),
+        (422, {"error": {"code": "invalid_request", "message": "m", "more": 1}}, "failed"),
+        (422, {"detail": "inputs: Field required"}, "failed"),
+        (422, ["error"], "failed"),
+        (422, {"error": "invalid_request"}, "failed"),
+    ],
+)
+def test_an_answer_is_judged_by_its_status_and_form(status: int, answer: Any, verdict: str) -> None:
+    assert outcome(status, json.dumps(answer).encode())[0] == verdict
+
+
+def test_an_error_that_is_no_json_failed() -> None:
+    assert outcome(400, b"Invalid HTTP request received.") == ("failed", "")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"failures": [{"status": 500}]},
+        {"tracebacks": 1},
+        {"afterwards": {"questions": 7, "well_answered_before": 7, "same": 6, "alive": True}},
+        {"afterwards": {"questions": 7, "well_answered_before": 6, "same": 7, "alive": True}},
+        {"afterwards": {"questions": 7, "well_answered_before": 7, "same": 7, "alive": False}},
+    ],
+)
+def test_what_went_wrong_is_not_well(change: dict[str, Any], record: dict[str, Any]) -> None:
+    assert not well(record | change)

@@ -1,0 +1,45 @@
+"""Command lines as people type them, in a process of their own or in this one.
+
+A process takes seconds to load torch. It is for what it alone can show: what stands on its two outputs, what it has
+loaded, and how it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lora_hf.cli.main import main
+
+REPO = Path(__file__).parents[2]
+
+
+def run(verb: str, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """`python scripts/<verb>.py`, as it is."""
+    done = subprocess.run(
+        [sys.executable, str(REPO / "scripts" / f"{verb}.py"), *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def ask(verb: str, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """The same through `main` in this process; what is logged does not stand in its `stderr`."""
+    given, out, err = [*map(str, words)], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(given, verb=verb)
+    assert status == code, err.getvalue()
+    return subprocess.CompletedProcess([verb, *given], status, out.getvalue(), err.getvalue())
+
+
+def last_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    return json.loads(done.stdout.splitlines()[-1])

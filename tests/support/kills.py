@@ -1,0 +1,197 @@
+"""Kills runs at random moments and compares what they end with to the run that was never stopped.
+
+`python -m tests.support.kills --kills 20 --output kills.json`. Every run is a process of its own, killed by
+SIGKILL and gone on with by `resume="auto"`; the base, the data and the recipe are embedded in the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers.trainer_pt_utils import safe_globals
+
+from lora_hf.core.config.schema import RunConfig
+from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord, git_state, machine, versions
+from lora_hf.data.tasks.registry import get_task
+from lora_hf.training.checkpoints import ASIDE, MANIFEST, STATE, checkpoints_in, newest_whole
+from lora_hf.training.run import Run, train
+
+ROWS = {"train": 64, "validation": 20}
+# A checkpoint every other step, so that kills fall between them, inside epochs and into the writing of one.
+EVERY = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
+STARTED = 60.0  # seconds in which a run has to begin
+
+
+def small_config(folder: Path, **train: Any) -> RunConfig:
+    """A run of a few seconds with dropout, so that a generator that was not restored shows."""
+    return RunConfig.from_dict(
+        {
+            "model": {"name": "tiny-roberta", "precision": "fp32"},
+            "task": {"name": "rule-sentiment", "max_length": 64},
+            "lora": {"r": 4, "lora_dropout": 0.1, "targets": ["attention"]},
+            "train": {"epochs": 2, "batch_size": 8, "lr": 1e-3, "hf": EVERY, **train},
+            "output": {"dir": str(folder), "name": "run"},
+        }
+    )
+
+
+def small_rows() -> dict[str, Dataset]:
+    """The first rows of the embedded task."""
+    return {split: rows.select(range(ROWS[split])) for split, rows in _task_rows().items()}
+
+
+def _task_rows() -> Mapping[str, Dataset]:
+    task = get_task("rule-sentiment")
+    return task.load(None, task.splits)
+
+
+def differences(whole: Run, folder: Path) -> list[str]:
+    """What a run folder has otherwise than the run that was never stopped; times and places aside.
+
+    Compared to the last bit: the adapter, the last checkpoint's weights, optimiser, schedule and generators, the
+    metrics, the predictions and everything that was logged.
+    """
+    last = checkpoints_in(whole.folder / "checkpoints")[0]
+    kept = [*whole.weights.iterdir(), *whole.folder.glob("predictions-*.jsonl"), *last.iterdir()]
+    paths = [path.relative_to(whole.folder) for path in sorted(kept) if path.name not in (STATE, MANIFEST)]
+    found = [
+        str(path)
+        for path in paths
+        if not (folder / path).is_file() or not _equal(_content(folder / path), _content(whole.folder / path))
+    ]
+    record = RunRecord.load(folder / "record.json")
+    if record.metrics != whole.record.metrics:
+        found.append("metrics")
+    if record.best != whole.record.best:
+        found.append("best")
+    if _untimed(record) != _untimed(whole.record):
+        found.append("history")
+    return found
+
+
+def _content(file: Path) -> Any:
+    """What a file says: safetensors and torch write equal values in bytes that need not be equal."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    if file.suffix in (".pt", ".pth"):
+        with safe_globals():
+            content = torch.load(file, weights_only=True)
+        # Python's own generator is not compared: importing `rich` draws from it, and nothing in training does.
+        return {key: value for key, value in content.items() if key != "python"}
+    return file.read_bytes()
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other
+
+
+def _untimed(record: RunRecord) -> list[dict[str, float]]:
+    timed = ("_runtime", "_per_second", "train_loss")  # the last is the mean over this process's steps
+    return [{key: value for key, value in entry.items() if not key.endswith(timed)} for entry in record.history]
+
+
+def kill_once(config: RunConfig, rows: Mapping[str, Dataset], when: Callable[[Path], bool]) -> dict[str, Any]:
+    """Starts the run, kills it once `when(run folder)` is true, and says where it was."""
+    folder = Path(config.output.dir) / str(config.output.name)
+    # A fork has torch loaded: the run begins at once.
+    process = multiprocessing.get_context("fork").Process(target=_train, args=(config, rows, None))
+    process.start()
+    began = time.monotonic()
+    while process.is_alive() and not when(folder):
+        time.sleep(0.001)
+        if time.monotonic() - began > STARTED and not (folder / RUN_CONFIG_FILE).exists():
+            break
+    process.kill()
+    process.join()
+    checkpoint = newest_whole(folder / "checkpoints")
+    log = folder / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return {
+        "killed": process.exitcode == -9 and not (folder / RECORD_FILE).exists(),
+        "seconds": time.monotonic() - began,
+        "logged_steps": len({json.loads(line)["step"] for line in lines if line.endswith("}")}),
+        "checkpoint": checkpoint.name if checkpoint else None,
+        "while_writing": (folder / "checkpoints" / ASIDE).exists() and any((folder / "checkpoints" / ASIDE).iterdir()),
+    }
+
+
+def finish(config: RunConfig, rows: Mapping[str, Dataset], resume: str | None = "auto") -> Run:
+    """A run to its end in a process of its own."""
+    process = multiprocessing.get_context("fork").Process(target=_train, args=(config, rows, resume))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the run ended with exit code {process.exitcode}")
+    folder = Path(config.output.dir) / str(config.output.name)
+    return Run(folder, RunRecord.load(folder / "record.json"))
+
+
+def _train(config: RunConfig, rows: Mapping[str, Dataset], resume: str | None) -> None:
+    train(config, resume, rows)
+
+
+def random_kills(count: int, folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Kills `count` runs, each at a random moment between its first file and its end, and compares them all."""
+    rows, draws = small_rows(), random.Random(seed)
+    began = time.monotonic()
+    whole = finish(small_config(folder / "whole"), rows, None)
+    length = time.monotonic() - began
+    kills = []
+    while len(kills) < count:
+        config = small_config(folder / f"kill-{draws.random()}")
+        end = time.monotonic() + draws.uniform(0.05, 1.0) * length
+        where = kill_once(config, rows, lambda _, end=end: time.monotonic() >= end)
+        if not where.pop("killed"):
+            continue  # this one was faster
+        kills.append(where | {"differences": differences(whole, finish(config, rows).folder)})
+    return {
+        "kind": "random kills",
+        "run_seconds": length,
+        "exact": sum(not kill["differences"] for kill in kills),
+        "kills": kills,
+        "config": replace(small_config(folder), output=RunConfig().output).to_dict(),
+        "seed": seed,
+        "versions": versions(),
+        "git": git_state(),
+        "machine": machine(),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Kills and writes the record; fails where a run ended otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        record = random_kills(options.kills, Path(folder), options.seed)
+    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"{record['exact']} of {options.kills} resumed to the last bit")
+    return int(record["exact"] != options.kills)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Runs that two processes share, one after the other in one start of torchrun; `tests/training/test_distributed.py` looks at them.
+
+`torchrun --nproc-per-node 2 -m tests.support.together FOLDER` leaves a run folder each, and what each process saw in
+`seen-<process>.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from datasets import Dataset
+from packaging.version import Version
+from torch.distributed.tensor import DTensor
+
+from lora_hf.core.config.schema import RunConfig
+from lora_hf.core.errors import ConfigError, Interrupted, TrainingError, UserError
+from lora_hf.data.sampling import own_rows
+from lora_hf.data.tasks.registry import get_task
+from lora_hf.lora.kernels import fused
+from lora_hf.training.distributed import from_one, join, largest, leave, place
+from lora_hf.training.joint import train_together
+from lora_hf.training.run import TrainerCallback, train, trainer
+from lora_hf.training.trainer import AdapterTrainer
+from tests.support.kills import small_config, small_rows
+
+# No run's rows divide by a batch, and no development rows by the batches of two processes.
+TRAIN, DEVELOPMENT = 54, 37
+NONE_LEFT = 36  # training rows that leave the second process none in the last batch
+WITH_FSDP = Version(accelerate.__version__) >= Version("1.15")  # before, not all of FSDP2 was there
+SGD = {"optim": "sgd", "logging_steps": 1}  # Adam divides by a gradient's size: rounding near zero decides a step
+
+
+def classify(folder: Path, name: str, processes: int = 1, **train: Any) -> RunConfig:
+    """Classification with head, gradient checkpointing and accumulation; 16 rows a step however many processes."""
+    sections = small_config(folder).to_dict()
+    sections["lora"] |= {"lora_dropout": 0.0}
+    sections["train"] |= {
+        "epochs": 2,
+        "batch_size": 8 // processes,
+        "eval_batch_size": 16 // processes,
+        "gradient_accumulation": 2,
+        "lr": 0.1,
+        "hf": {**SGD, "gradient_checkpointing": True},
+        **train,
+    }
+    sections["output"]["name"] = name
+    return RunConfig.from_dict(sections)
+
+
+def by_length(folder: Path, name: str, processes: int = 1) -> RunConfig:
+    """Rows of like length together, for one epoch."""
+    return classify(folder, name, processes, epochs=1, hf={**SGD, "train_sampling_strategy": "group_by_length"})
+
+
+def generate(folder: Path, name: str, processes: int = 1, precision: str = "fp32") -> RunConfig:
+    """A language model on rows grouped by prompt, of which batches compute each prompt once."""
+    sections = classify(folder, name, processes, group_by_prompt=True, label_smoothing=0.1, hf=SGD).to_dict()
+    sections["model"] |= {"name": "tiny-gpt2", "precision": precision}
+    sections["task"] |= {"name": "rule-restaurants", "max_length": 256}
+    sections["train"] |= {"epochs": 1}
+    return RunConfig.from_dict(sections)
+
+
+def rows_of(task: str, train_rows: int = TRAIN) -> dict[str, Dataset]:
+    """The first rows of an embedded task."""
+    counts = {"train": train_rows, "validation": DEVELOPMENT}
+    rows = get_task(task).load(None, get_task(task).splits)
+    return {split: part.select(range(counts[split])) for split, part in rows.items()}
+
+
+def stop_at(step: int, process: int) -> TrainerCallback:
+    """One process hears of a SIGTERM within a step."""
+
+    class Stopper(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step - 1 and place() == process:
+                signal.raise_signal(signal.SIGTERM)
+
+    return Stopper()
+
+
+def said(do: Callable[[], Any], kind: type[BaseException]) -> str:
+    """What it raises."""
+    try:
+        do()
+    except kind as error:
+        return str(error)
+    return "nothing"
+
+
+def main(folder: Path) -> dict[str, Any]:
+    """All runs; what this process saw of them."""
+    join()
+    seen: dict[str, Any] = {"largest": largest(place() + 5), "from_one": from_one(lambda: [place()], chosen=1)}
+
+    def refused() -> None:
+        raise ConfigError(f"process {place()} refuses")
+
+    seen["refused"] = said(lambda: from_one(refused), UserError)
+    classifier = train(classify(folder, "classify", 2), rows=rows_of("rule-sentiment"))
+    seen["classify"] = {"metrics": classifier.record.metrics, "folder": str(classifier.folder)}
+    seen["again"] = said(lambda: train(classify(folder, "classify", 2), rows=rows_of("rule-sentiment")), UserError)
+    train(by_length(folder, "by_length", 2), rows=rows_of("rule-sentiment", NONE_LEFT))
+    trainer.own_rows = lambda rows, batch_size, *_: (batch_size, 1.0)
+    train(by_length(folder, "filled_up", 2), rows=rows_of("rule-sentiment", NONE_LEFT))
+    trainer.own_rows = own_rows
+    train(generate(folder, "generate", 2), rows=rows_of("rule-restaurants"))
+    train(generate(folder, "generate_bf16", 2, "bf16"), rows=rows_of("rule-restaurants"))
+    seen["joint"] = said(lambda: train_together([classify(folder, "a", 2), classify(folder, "b", 2)]), ConfigError)
+
+    # With dropout: a run that is stopped and gone on with ends as the one that never was.
+    kept, masks = fused.kept, []
+
+    def noted(*arguments: Any) -> torch.Tensor:
+        masks.append(kept(*arguments))
+        return masks[-1]
+
+    fused.kept = noted
+    train(small_config(folder / "whole", batch_size=4), rows=small_rows())
+    fused.kept = kept
+    seen["mask"] = masks[0][0].tolist()
+    stopped = small_config(folder / "stopped", batch_size=4)
+    seen["stopped"] = said(lambda: train(stopped, rows=small_rows(), callbacks=[stop_at(5, 1)]), Interrupted)
+    train(stopped, resume="auto", rows=small_rows())
+
+    computed, calls = AdapterTrainer.compute_loss, 0
+
+    def broken(self: AdapterTrainer, *arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        loss = computed(self, *arguments, **named)
+        calls += 1
+        return loss * float("nan") if place() == 1 and calls == 4 else loss
+
+    AdapterTrainer.compute_loss = broken
+    config = small_config(folder / "nan", batch_size=4)
+    seen["no number"] = said(lambda: train(config, rows=small_rows()), TrainingError)
+    AdapterTrainer.compute_loss = computed
+
+    if WITH_FSDP:
+        seen |= fsdp(folder)
+    return seen
+
+
+def fsdp(folder: Path) -> dict[str, Any]:
+    """A run whose base is sharded."""
+    seen: dict[str, Any] = {}
+    with_fsdp()
+
+    class Counted(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            parameters = list(kwargs["model"].parameters())
+            seen["sharded"] = [isinstance(each, DTensor) for each in parameters if not each.requires_grad]
+            seen["not whole"] = [isinstance(each, DTensor) for each in parameters if each.requires_grad]
+
+    train(by_length(folder, "fsdp", 2), rows=rows_of("rule-sentiment", NONE_LEFT), callbacks=[Counted()])
+    seen["refused full"] = said(
+        lambda: train(classify(folder, "full", 2, method="full"), rows=rows_of("rule-sentiment")), ConfigError
+    )
+    return seen
+
+
+def with_fsdp() -> None:
+    """Accelerate prepares FSDP on accelerators alone, though torch has it on the CPU too: here it hears that it may."""
+    made = Accelerator.__init__
+
+    def told(self: Accelerator, *arguments: Any, **named: Any) -> None:
+        made(self, *arguments, **named)
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        )
+
+    Accelerator.__init__ = told
+
+
+if __name__ == "__main__":
+    place_of_runs = Path(sys.argv[1])
+    found = main(place_of_runs)
+    (place_of_runs / f"seen-{place()}.json").write_text(json.dumps(found), encoding="utf-8")
+    leave()

@@ -1,0 +1,35 @@
+"""The profile names what each operator is for, and its shares are of the whole."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lora_hf.cli.main import main
+from tools.benchmark.profile import _purpose
+
+
+def test_the_shares_make_up_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "--steps", "2", "--batch-size", "4", "--json"], verb="benchmark") == 0
+    shares = json.loads(capsys.readouterr().out.splitlines()[-1])["shares"]
+    assert sum(shares.values()) == pytest.approx(1.0, abs=1e-6)
+    assert shares["products with frozen weights"] > 0
+    assert shares["low-rank products"] > 0
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "purpose"),
+    [
+        ("aten::mm", [[200, 768], [768, 3072]], "products with frozen weights"),
+        ("aten::mm", [[200, 768], [768, 16]], "low-rank products"),
+        ("aten::addmm_", [[200, 768], [200, 48], [48, 768]], "low-rank products"),
+        ("aten::mm", [[200, 768], [768, 50257]], "head of the language model"),
+        ("aten::bmm", [[24, 60, 64], [24, 64, 60]], "attention"),
+        ("aten::copy_", [[768]], "copies and casts"),
+        ("aten::nonzero", [[16, 80]], "other operators"),
+    ],
+)
+def test_an_operator_has_one_purpose(name: str, shapes: list[list[int]], purpose: str) -> None:
+    assert _purpose(name, shapes, 48, 50257) == purpose

@@ -1,0 +1,46 @@
+"""The load on a server: what it counts, and that it would notice a wrong answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lora_hf.core.config.schema import LoraConfig, ModelConfig, RunConfig, TaskConfig
+from lora_hf.core.errors import ConfigError
+from tools.benchmark.serving import TOLERANCES, benchmark_serving, same
+
+pytestmark = pytest.mark.usefixtures("forked")
+
+CONFIG = RunConfig(
+    ModelConfig(name="tiny-roberta", precision="fp32"),
+    TaskConfig("rule-sentiment"),
+    LoraConfig(r=4, targets=("q", "v")),
+)
+
+
+def test_every_answer_is_checked_while_adapters_are_replaced() -> None:
+    result = benchmark_serving(CONFIG, clients=4, adapters=2, seconds=2.0, replacements=4, rows=8)
+    for part in ("one_at_a_time", "together", "after_the_restart"):
+        assert result[part]["requests"] > 0
+        assert (result[part]["errors"], result[part]["wrong"]) == (0, 0), result[part]["examples"]
+    assert result["together"]["versions"] == 4, "both versions of both adapters have answered"
+    assert (result["replaced"]["times"], result["replaced"]["failed"]) == (4, 0)
+    assert result["exit_code_after_sigterm"] == 0
+
+
+@pytest.mark.parametrize(
+    ("label", "share", "right"),
+    [("yes", 0.7, True), ("yes", 0.70005, True), ("yes", 0.7005, False), ("no", 0.7, False)],
+)
+def test_an_answer_is_right_to_rounding_only(label: str, share: float, right: bool) -> None:
+    expected: dict[str, Any] = {"label": "yes", "probabilities": {"yes": 0.7, "no": 0.3}}
+    answer = {"label": label, "probabilities": {"yes": share, "no": 1 - share}}
+    assert same([answer], expected, TOLERANCES["fp32"]) == right
+
+
+def test_what_it_cannot_measure_is_told() -> None:
+    with pytest.raises(ConfigError, match="at least one client"):
+        benchmark_serving(CONFIG, clients=0)
+    with pytest.raises(ConfigError, match="found rte"):
+        benchmark_serving(RunConfig(task=TaskConfig("rte")))

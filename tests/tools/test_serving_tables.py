@@ -1,0 +1,58 @@
+"""The tables of measured servers, from a record written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_hf.core.errors import DataError
+from tools.tables.serving import restarts, serving
+
+
+def side(**values: Any) -> dict[str, Any]:
+    return {"requests": 1234, "per_second": 61.25, "p50_ms": 15.04, "p99_ms": 40.26, "errors": 0, "wrong": 0, **values}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    record = {
+        "work": {"model": "tiny-roberta", "init": "random", "precision": "bf16", "adapters": 8, "clients": 64},
+        "one_at_a_time": side(),
+        "together": side(requests=9000, per_second=245.0, errors=2, wrong=1),
+        "ratio": 4.0,
+        "replaced": {"times": 50, "failed": 3, "milliseconds": [10.0, 30.0, 21.0]},
+        "started_in_seconds": 5.55,
+        "started_again_in_seconds": 4.25,
+        "after_the_restart": side(wrong=6),
+    }
+    (tmp_path / "serving").mkdir()
+    (tmp_path / "serving" / "a.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_one_client_stands_above_all_of_them(results: Path) -> None:
+    name = "[tiny-roberta (random weights) in bf16, 8 adapters](results/serving/a.json)"
+    assert cells(serving(results)) == [
+        [name, "1", "1,234", "61.2", "15.0", "40.3", "0", "0", "1"],
+        [name, "64", "9,000", "245.0", "15.0", "40.3", "2", "1", "4.00"],
+    ]
+
+
+def test_what_was_done_to_a_server(results: Path) -> None:
+    name = "[tiny-roberta (random weights) in bf16](results/serving/a.json)"
+    assert cells(restarts(results)) == [[name, "50", "3", "21", "5.5", "4.2", "6"]]
+
+
+def test_missing_and_damaged_records_are_errors(tmp_path: Path, results: Path) -> None:
+    with pytest.raises(DataError, match="serving: no records"):
+        serving(tmp_path / "nowhere")
+    (results / "serving" / "b.json").write_text("{")
+    with pytest.raises(DataError, match=r"b\.json: not readable"):
+        restarts(results)

@@ -1,0 +1,76 @@
+"""What a run says on its way: what is ahead, and where nobody sees a bar how far it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from lora_hf.core.config.schema import load_config
+from lora_hf.data.tasks.registry import get_task
+from lora_hf.training.callbacks import PAUSE, ProgressLines
+from lora_hf.training.run import callbacks, train
+
+
+def test_a_line_says_how_far_the_run_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
+    state, control = TrainerState(), TrainerControl()
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    state.global_step, state.max_steps = 200, 1400  # it goes on from a checkpoint: only 100 steps took these 60 s
+    lines = ProgressLines("rte, ")
+    lines.on_train_begin(arguments, state, control)
+
+    def log(**logs: float) -> str:
+        lines.on_log(arguments, state, control, logs)
+        return capsys.readouterr().err
+
+    now += PAUSE - 1
+    state.global_step = 250
+    assert log(loss=0.7) == ""
+    now = 160.0
+    state.global_step = 300
+    assert log(eval_loss=0.6) == ""
+    assert log(loss=0.61239) == "rte, 300 of 1,400 steps: loss 0.6124, 11.0 min left\n"
+    assert log(loss=0.6) == ""
+    state.is_world_process_zero = False
+    now += PAUSE
+    assert log(loss=0.6) == ""
+
+
+def test_a_run_without_a_terminal_tells_of_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(callbacks, "PAUSE", 0.0)
+    task = get_task("rule-sentiment")
+    rows = {split: part.select(range(24)) for split, part in task.load(None, task.splits).items()}
+    words = ["model.precision=fp32", "train.hf={use_cpu: true}", "train.batch_size=8", "train.max_steps=3"]
+    words.append(f"output.dir={tmp_path}")
+    train(load_config("rule_sentiment.yaml", words), rows=rows)
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, *rest = err.splitlines()
+    assert first == "3 steps; 24 training rows; fp32 on cpu"
+    assert [line.split(":")[0] for line in rest if " steps: loss " in line] == [
+        f"{step} of 3 steps" for step in (1, 2, 3)
+    ]
+
+
+def test_a_long_evaluation_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
+    state, control, arguments = TrainerState(), TrainerControl(), TrainingArguments(str(tmp_path), use_cpu=True)
+    lines = ProgressLines("rte, ")
+    lines.on_train_begin(arguments, state, control)
+    for _ in range(2):  # the second one counts anew
+        for _ in range(3):
+            now += PAUSE / 2 + 1
+            lines.on_prediction_step(arguments, state, control, eval_dataloader=range(3))
+        lines.on_evaluate(arguments, state, control)
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"rte, evaluating, {batch} of 3 batches" for batch in (2, 1, 3)]

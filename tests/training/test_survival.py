@@ -1,0 +1,266 @@
+"""Runs that are killed, told to stop, or out of space: each ends, once gone on with, as the one that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora_hf.core.errors import ConfigError, Interrupted, TrainingError
+from lora_hf.data.tasks.registry import get_task
+from lora_hf.training.run import Run, checkpoints, train
+from lora_hf.training.run import run as training
+from lora_hf.training.trainer import AdapterTrainer
+from tests.support.kills import differences, finish, kill_once, small_config, small_rows
+
+REPO = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, Any]:
+    return small_rows()
+
+
+@pytest.fixture(scope="module")
+def whole(rows: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that was never stopped."""
+    return train(small_config(tmp_path_factory.mktemp("whole")), rows=rows)
+
+
+def newest(folder: Path) -> Path:
+    return checkpoints.checkpoints_in(folder / "checkpoints")[0]
+
+
+def test_the_same_seed_gives_the_same_run_to_the_last_bit(whole: Run, rows: dict[str, Any], tmp_path: Path) -> None:
+    again = train(small_config(tmp_path), rows=rows)
+    assert not differences(whole, again.folder)
+    other = train(small_config(tmp_path / "other", seed=1), rows=rows)
+    found = differences(whole, other.folder)
+    assert {"adapter/adapter_model.safetensors", "checkpoints/checkpoint-16/optimizer.pt", "history"} <= set(found)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_run_killed_at_random_ends_as_the_whole_one(
+    number: int, whole: Run, rows: dict[str, Any], tmp_path: Path
+) -> None:
+    step = random.Random(number).randrange(1, 9)  # of 16: near its end a run may be faster than the kill
+
+    def logged(folder: Path) -> bool:
+        log = folder / "log.jsonl"
+        return log.exists() and f'"step": {step},' in log.read_text(encoding="utf-8")
+
+    config = small_config(tmp_path)
+    assert kill_once(config, rows, logged)["killed"]
+    assert not (tmp_path / "run" / "record.json").exists()
+    assert not differences(whole, finish(config, rows).folder)
+
+
+@pytest.mark.parametrize("flush", [2, 10])
+def test_a_run_killed_while_a_checkpoint_is_written_ends_as_the_whole_one(
+    flush: int, whole: Run, rows: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = checkpoints._flush
+    places: list[Path] = []
+
+    def die(path: Path) -> None:
+        flushed(path)
+        if "checkpoint-8" in str(path) or (tmp_path / "run" / "checkpoints" / "checkpoint-8").exists():
+            places.append(path)
+        if len(places) == flush:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(checkpoints, "_flush", die)
+    config = small_config(tmp_path)
+    where = kill_once(config, rows, lambda _: False)
+    monkeypatch.undo()
+    assert where["killed"]
+    assert where["checkpoint"] == ("checkpoint-8" if flush == 10 else "checkpoint-6")
+    assert where["while_writing"] == (flush < 10)
+    assert not differences(whole, finish(config, rows).folder)
+
+
+def stop_at(step: int, kind: signal.Signals) -> Any:
+    class Stopper(training.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step - 1:
+                signal.raise_signal(kind)
+
+    return Stopper()
+
+
+@pytest.mark.parametrize(
+    ("step", "more"),
+    [
+        (11, {"hf": {"train_sampling_strategy": "group_by_length"}}),
+        (8, {"hf": {}}),  # the end of an epoch: its evaluation comes before the checkpoint
+        (10, {"max_steps": 10, "hf": {}}),
+        (11, {"gradient_accumulation": 2, "batch_size": 4, "patience": 5, "hf": {}}),
+    ],
+)
+def test_a_signal_saves_first_and_the_run_goes_on(
+    step: int, more: dict[str, Any], rows: dict[str, Any], tmp_path: Path
+) -> None:
+    kind = signal.SIGINT
+    before = signal.getsignal(kind)
+    with pytest.raises(
+        Interrupted, match=rf"{kind.name}: go on after step {step} with the same command and --resume"
+    ) as stop:
+        train(small_config(tmp_path, **more), rows=rows, callbacks=[stop_at(step, kind)])
+    assert stop.value.code == 130
+    assert signal.getsignal(kind) is before
+    folder = tmp_path / "run"
+    assert newest(folder).name == f"checkpoint-{step}"
+    assert not (folder / "record.json").exists()
+    resumed = train(small_config(tmp_path, **more), resume="auto", rows=rows)
+    assert not differences(train(small_config(tmp_path / "whole", **more), rows=rows), resumed.folder)
+
+
+def test_generation_rows_grouped_by_prompt_go_on_inside_an_epoch(tmp_path: Path) -> None:
+    config = small_config(tmp_path, group_by_prompt=True, epochs=2, hf={}, batch_size=8)
+    sections = config.to_dict()
+    sections["task"] |= {"name": "rule-restaurants", "max_length": 256}
+    sections["model"]["name"] = "tiny-gpt2"
+    task = get_task("rule-restaurants")
+    rows = {split: part.select(range(24)) for split, part in task.load(None, task.splits).items()}
+
+    def config_in(folder: Path) -> Any:
+        return training.RunConfig.from_dict(sections | {"output": {"dir": str(folder), "name": "run"}})
+
+    whole = train(config_in(tmp_path / "whole"), rows=rows)
+    inside = newest(whole.folder).name
+    step = int(inside.removeprefix("checkpoint-")) - 2
+    with pytest.raises(Interrupted):
+        train(config_in(tmp_path), rows=rows, callbacks=[stop_at(step, signal.SIGINT)])
+    assert not differences(whole, train(config_in(tmp_path), resume="auto", rows=rows).folder)
+
+
+def test_a_second_signal_stops_at_once(rows: dict[str, Any], tmp_path: Path) -> None:
+    class Twice(training.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match=r"SIGTERM: go on after step 4") as stop:
+        train(small_config(tmp_path), rows=rows, callbacks=[Twice()])
+    assert stop.value.code == 143
+    assert newest(tmp_path / "run").name == "checkpoint-4"
+
+
+def test_a_thread_that_cannot_take_signals_trains(rows: dict[str, Any], tmp_path: Path) -> None:
+    runs: list[Run] = []
+    work = threading.Thread(target=lambda: runs.append(train(small_config(tmp_path, epochs=1), rows=rows)))
+    work.start()
+    work.join()
+    assert runs
+
+
+def test_the_command_ends_with_the_code_of_its_signal(forked: None, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_config(tmp_path, epochs=50).to_dict()))
+    command = [sys.executable, str(REPO / "scripts" / "train.py"), "--config", str(recipe)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert "stopped by SIGTERM: go on after step" in said
+    assert "Traceback" not in said
+
+
+def test_a_damaged_newest_checkpoint_is_gone_back_from(
+    whole: Run, rows: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Interrupted):
+        train(small_config(tmp_path), rows=rows, callbacks=[stop_at(9, signal.SIGINT)])
+    damaged = newest(tmp_path / "run") / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"checkpoint-9 is damaged: optimizer\.pt has changed; --resume auto goes on"):
+        train(small_config(tmp_path), resume=str(damaged.parent), rows=rows)
+    resumed = train(small_config(tmp_path), resume="auto", rows=rows)
+    assert "checkpoint-9 is damaged: optimizer.pt has changed; going back to the one before" in caplog.text
+    assert not differences(whole, resumed.folder)
+
+
+def test_an_unfinished_run_is_neither_mixed_nor_written_over(rows: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(small_config(tmp_path), rows=rows, callbacks=[stop_at(5, signal.SIGINT)])
+    kept = newest(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"holds an unfinished run; go on with --resume auto; choose another"):
+        train(small_config(tmp_path), rows=rows)
+    for resume in (None, "auto"):
+        with pytest.raises(
+            ConfigError, match=r"an unfinished run of another config: train\.seed is 0 there and 1 here;"
+        ):
+            train(small_config(tmp_path, seed=1), resume=resume, rows=rows)
+    assert not checkpoints.problem_of(kept)
+
+
+def test_a_moved_run_finds_its_best_checkpoint(whole: Run, rows: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(small_config(tmp_path / "before"), rows=rows, callbacks=[stop_at(15, signal.SIGINT)])
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    resumed = train(small_config(tmp_path / "after"), resume=str(newest(tmp_path / "after" / "run")), rows=rows)
+    assert not differences(whole, resumed.folder)
+
+
+def test_a_file_that_may_grow_no_further_ends_with_a_message(
+    whole: Run, rows: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saved = AdapterTrainer._save_checkpoint
+
+    def short_of_space(self: AdapterTrainer, *rest: Any) -> None:
+        if self.state.global_step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        saved(self, *rest)
+
+    monkeypatch.setattr(AdapterTrainer, "_save_checkpoint", short_of_space)
+    try:
+        with pytest.raises(TrainingError, match=r"cannot be written.*Free some space; then go on after step 4") as full:
+            train(small_config(tmp_path), rows=rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    assert len(str(full.value).splitlines()) == 1
+    assert not (tmp_path / "run" / "checkpoints" / checkpoints.ASIDE).exists()
+    assert not differences(whole, train(small_config(tmp_path), resume="auto", rows=rows).folder)
+
+
+def test_a_full_disk_ends_with_a_message(rows: dict[str, Any], tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this user may mount no small disk")
+    try:
+        with pytest.raises(TrainingError, match=r"cannot be written: .*Free some space"):
+            train(small_config(disk, hf={**small_config(disk).train.hf, "save_total_limit": 50}), rows=rows)
+        left = checkpoints.checkpoints_in(disk / "run" / "checkpoints")
+        assert left
+        assert not any(map(checkpoints.problem_of, left))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_what_was_logged_after_the_checkpoint_is_logged_once(rows: dict[str, Any], tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    kill_once(config, rows, lambda folder: (folder / "checkpoints" / "checkpoint-6").exists())
+    log = tmp_path / "run" / "log.jsonl"
+    with log.open("a", encoding="utf-8") as file:
+        file.write('{"step": 7, "loss": 9}\n{"step": 8, "lo')
+    finish(config, rows)
+    steps = [entry["step"] for line in log.read_text().splitlines() if "loss" in (entry := json.loads(line))]
+    assert steps == list(range(1, 17))

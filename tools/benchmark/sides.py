@@ -1,0 +1,144 @@
+"""Our sides of the comparison, each a Trainer that is ready to run; the peers' are in `peers`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+
+from lora_hf.core.config.schema import RunConfig
+from lora_hf.data.sampling import number_prompts
+from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.registry import get_task
+from lora_hf.lora.inject import inject, inject_head
+from lora_hf.lora.precision import Precision
+from lora_hf.lora.target_modules import head_paths
+from lora_hf.models.load import load_base, load_tokenizer
+from lora_hf.training.trainer import AdapterTrainer, spare_work
+from tools.benchmark.work import Work
+
+Build = Callable[["Setup"], Trainer]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every side has the same of: rows, tokenizer, the Trainer's arguments."""
+
+    config: RunConfig
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    rows: Dataset
+    rounds: int
+    folder: Path
+
+    @classmethod
+    def of(cls, work: Work, folder: Path) -> Setup:
+        config = RunConfig.from_dict(work.config, "benchmark")
+        task, tokenizer = get_task(config.task.name), load_tokenizer(config.model)
+        return cls(config, task, tokenizer, Dataset.from_list(work.rows), work.rounds, folder)
+
+    def base(self) -> PreTrainedModel:
+        """The base model as we load it."""
+        return load_base(self.config.model, self.task, self.config.train.seed)
+
+    def plain_base(self, precision: Precision) -> PreTrainedModel:
+        """The same weights in the model that transformers itself builds: `load_base` puts faster activations in."""
+        ours = load_base(replace(self.config.model, precision=precision), self.task, self.config.train.seed)
+        auto: Any = AutoModelForCausalLM if self.task.model_kind == "causal-lm" else AutoModelForSequenceClassification
+        plain = auto.from_config(ours.config, dtype=ours.dtype)
+        plain.load_state_dict(ours.state_dict())
+        return plain
+
+    def skeleton(self) -> PreTrainedModel:
+        """The base model without its weights, to count by: an adapted one has matrices of its own besides."""
+        with torch.device("meta"):
+            return load_base(replace(self.config.model, init="random", quantised=None), self.task)
+
+    def arguments(self, **more: Any) -> TrainingArguments:
+        """An epoch is a round. The Trainer's own defaults, without its logs, evaluations and checkpoints."""
+        train = self.config.train
+        values: dict[str, Any] = {
+            "output_dir": str(self.folder),
+            "num_train_epochs": self.rounds,
+            "per_device_train_batch_size": train.batch_size,
+            "learning_rate": train.lr,
+            "weight_decay": train.weight_decay,
+            "seed": train.seed,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "use_cpu": not torch.cuda.is_available(),
+        }
+        return TrainingArguments(**(values | more))
+
+    def trainer(self, model: Any, kind: type[Trainer] = Trainer, **more: Any) -> Trainer:
+        """A Trainer with padding to the longest row of a batch; `more` are TrainingArguments."""
+        generates = self.task.model_kind == "causal-lm"
+        return kind(
+            model=model,
+            args=self.arguments(**more),
+            train_dataset=self.rows,
+            data_collator=(DataCollatorForSeq2Seq if generates else DataCollatorWithPadding)(self.tokenizer),
+        )
+
+
+def _lora(setup: Setup) -> Trainer:
+    return our_trainer(setup, inject(setup.base(), setup.config.lora))
+
+
+def _without_dropout(setup: Setup) -> Trainer:
+    return our_trainer(setup, inject(setup.base(), replace(setup.config.lora, lora_dropout=0.0)))
+
+
+def _frozen(setup: Setup) -> Trainer:
+    """The step that `lora` can at best have: no adapter, and the gradient taken down to the embeddings."""
+    model = setup.base().requires_grad_(False)
+    if head_paths(model):
+        inject_head(model)
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    return our_trainer(setup, model)
+
+
+def _head(setup: Setup) -> Trainer:
+    return our_trainer(setup, inject_head(setup.base()))
+
+
+def our_trainer(setup: Setup, model: PreTrainedModel) -> Trainer:
+    """How `lora_hf.training.run` trains `model` by default."""
+    trainer: Any = setup.trainer(model, AdapterTrainer, logging_nan_inf_filter=False, **spare_work(model))
+    trainer.model_accepts_loss_kwargs = setup.task.model_kind == "causal-lm"
+    if setup.config.train.group_by_prompt:
+        trainer.prompts = number_prompts(setup.rows["labels"], setup.rows["input_ids"])
+    return trainer
+
+
+def _full(setup: Setup) -> Trainer:
+    """Every parameter, kept in fp32 and multiplied in bf16 by autocast."""
+    return setup.trainer(setup.plain_base("fp32"), bf16=True, train_sampling_strategy="group_by_length")
+
+
+# What a step multiplies with each weight of the base, see `step_flops`; 4 where a side is not named.
+PER_WEIGHT = {"full": 6, "head": 2}
+SIDES: dict[str, Build] = {
+    "lora": _lora,
+    "frozen": _frozen,
+    "without-dropout": _without_dropout,
+    "head": _head,
+    "full": _full,
+}

@@ -1,0 +1,244 @@
+"""Fills the tables of the pages from records: no number in docs or README is typed by hand.
+
+A page says where a table goes: `<!-- table: sst2 -->`, the table, `<!-- end -->`. `python -m tools.report` renews all
+of them from `docs/results/`, and a test fails where a page and its records disagree.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lora_hf.core.config.schema import ROLES
+from lora_hf.core.errors import DataError
+from lora_hf.core.formatting import minutes, percent, table
+from lora_hf.core.records import RunRecord, ScoreRecord, SweepRecord, describe, read_plain, record_files
+from lora_hf.experiments.suite import tables as suite_tables
+from lora_hf.lora.architectures import ARCHITECTURES, Projection
+from tools.tables import robustness as robustness_tables
+from tools.tables import serving as serving_tables
+from tools.tables import speed as speed_tables
+
+MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str, results: Path) -> str:
+    """The page with each of its tables rendered from the records below `results`.
+
+    Raises:
+        DataError: the page asks for a table that does not exist, or a record is missing or damaged.
+    """
+
+    def render(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise DataError(f"no table {name!r}; there are: {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[name](results)}\n{match[3]}"
+
+    return MARKER.sub(render, text)
+
+
+def fill_pages(root: Path) -> list[Path]:
+    """Renews README.md, its translations and every page of docs/ below `root`; returns those that changed."""
+    changed = []
+    for page in [*sorted(root.glob("README*.md")), *sorted((root / "docs").glob("**/*.md"))]:
+        before = page.read_text(encoding="utf-8")
+        after = fill(before, root / "docs" / "results")
+        if after != before:
+            page.write_text(after, encoding="utf-8")
+            changed.append(page)
+    return changed
+
+
+def _runs(folder: Path) -> list[tuple[Path, RunRecord]]:
+    return [(file, RunRecord.load(file)) for file in record_files(folder)]
+
+
+def _sst2(results: Path) -> str:
+    runs = _runs(results / "sst2")
+    runs.sort(key=lambda run: run[1].metrics["validation"]["accuracy"])
+    rows = [["always the commonest class", percent(runs[0][1].majority["validation"]["accuracy"]), *["-"] * 7]]
+    for file, record in runs:
+        train, counts = record.config["train"], record.parameters
+        rows.append(
+            [
+                describe(record),
+                percent(record.metrics["validation"]["accuracy"]),
+                f"{counts['trainable']:,}",
+                percent(counts["trainable"] / counts["total"]),
+                f"{sum(record.files.values()) / 1e6:.2f}",
+                f"{train['epochs']:g}",
+                f"{train['lr']:g}",
+                minutes(record.timings["train"]),
+                f"[{record.rows['train']:,}](results/sst2/{file.name})",
+            ]
+        )
+    head = ["run", "accuracy, %", "trained", "of all, %", "file, MB", "epochs", "lr", "training", "rows (record)"]
+    return table(head, rows)
+
+
+def _e2e(results: Path) -> str:
+    run = RunRecord.load(results / "e2e" / "lora.json")
+    rows = []
+    for name, file, perplexity, training in (
+        (f"{run.model}, not trained", "scores-base.json", "-", "-"),
+        (describe(run), "scores-lora.json", f"{run.metrics['validation']['perplexity']:.2f}", _link(run)),
+    ):
+        scored = ScoreRecord.load(results / "e2e" / file)
+        scores = ["null" if value is None else f"{value:.4f}" for value in scored.metrics["all"].values()]
+        writing = f"[{minutes(scored.timings['generate'])}](results/e2e/{file})"
+        rows.append([name, *scores, perplexity, training, writing])
+    return table(["model", *scored.metrics["all"], "dev perplexity", "training (record)", "writing (record)"], rows)
+
+
+def _link(run: RunRecord) -> str:
+    return f"[{minutes(run.timings['total'])}](results/e2e/lora.json)"
+
+
+def _grouping(results: Path) -> str:
+    rows = [
+        [
+            "rows of a prompt together"
+            if record.config["train"]["group_by_prompt"]
+            else "rows of like length together",
+            f"{record.metrics['validation']['perplexity']:.3f}",
+            f"{record.throughput['samples']:.1f}",
+            f"[{minutes(record.timings['train'])}](results/grouping/{file.name})",
+        ]
+        for file, record in _runs(results / "grouping")
+    ]
+    return table(["batches", "dev perplexity", "examples/s", "training (record)"], rows)
+
+
+def _sweep(results: Path) -> str:
+    """The trials of each sweep, the best first; those that were stopped early at the end."""
+    parts = []
+    for file in record_files(results / "sweep"):
+        record = SweepRecord.load(file)
+        keys = list(dict.fromkeys(key for trial in record.trials for key in trial["values"]))
+        sign = -1 if record.greater_is_better else 1
+        done = [trial for trial in record.trials if trial["state"] == "complete"]
+        done.sort(key=lambda trial: sign * trial["score"])
+        counts = Counter(trial["state"] for trial in record.trials)
+        rows = [
+            [
+                str(trial["number"]),
+                *(_typed(trial["values"].get(key)) for key in keys),
+                f"{trial['score']:.4f}",
+                f"{trial['seconds']:.0f}",
+            ]
+            for trial in done
+        ]
+        told = ", ".join(f"{number} {state}" for state, number in counts.items())
+        shares = ", ".join(f"{key} {percent(share)} %" for key, share in record.importance.items())
+        head = ["trial", *keys, f"{record.split} {record.metric}", "seconds"]
+        caption = f"{record.task}, {told} ([record](results/sweep/{file.name})). Importance: {shares}."
+        parts.append(f"{caption}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2g}"
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def _evidence(results: Path) -> dict[str, Any]:
+    return read_plain(results / "tiny-bases.json")
+
+
+def _bases(results: Path) -> str:
+    rows = [
+        [
+            name,
+            f"{base['parameters']:,}",
+            f"{base['bytes'] / 1e6:.2f}",
+            f"{base['trained_tokens'] / 1e6:.0f}",
+            f"{base['corpus_tokens'] / 1e6:.0f}",
+            f"{base['minutes']:.0f}",
+            f"{base['held_out_loss']:.2f}",
+            f"{base['held_out_perplexity']:.1f}",
+        ]
+        for name, base in _evidence(results).items()
+    ]
+    head = ["base", "parameters", "file, MB", "tokens trained on, M", "tokens of text, M", "minutes", "held-out loss"]
+    return table([*head, "perplexity"], rows)
+
+
+def _fills(results: Path) -> str:
+    rows = [
+        [row["sentence"].replace("<mask>", "**[?]**"), ", ".join(f"{word} {p:.2f}" for word, p in row["fills"].items())]
+        for row in _evidence(results)["tiny-roberta"]["fills"]
+    ]
+    return table(["sentence", "the five likeliest words"], rows, words=2)
+
+
+def _continuations(results: Path) -> str:
+    rows = _evidence(results)["tiny-gpt2"]["continuations"]
+    head = ["prompt", "likeliest continuation", "sampled (top-p 0.9, temperature 0.8)"]
+    return table(
+        head, [[" ".join(row[key].split()) for key in ("prompt", "greedy", "sampled")] for row in rows], words=3
+    )
+
+
+def _roles(_: Path) -> str:
+    """Where each model type keeps what a role names, from the role table itself."""
+
+    def place(projection: Projection | None) -> str:
+        if projection is None:
+            return "-"
+        index, count = projection.slice
+        return f"`{projection.path}`" + (f", part {index + 1} of {count}" if count > 1 else "")
+
+    rows = [[f"`{role}`", *(place(each.projections.get(role)) for each in ARCHITECTURES.values())] for role in ROLES]
+    rows.append(["the head", *(", ".join(f"`{name}`" for name in each.head) for each in ARCHITECTURES.values())])
+    return table(["role", *ARCHITECTURES], rows, words=1 + len(ARCHITECTURES))
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "sst2": _sst2,
+    "e2e": _e2e,
+    "speed": speed_tables.speed,
+    "speed-machines": speed_tables.speed_machines,
+    "equal-work": speed_tables.equal_work,
+    "profiles": speed_tables.profiles,
+    "answering": speed_tables.answering,
+    "switching": speed_tables.switching,
+    "grouping": _grouping,
+    "joint": speed_tables.joint,
+    "sweep": _sweep,
+    "serving": serving_tables.serving,
+    "restarts": serving_tables.restarts,
+    "quantised": speed_tables.quantised,
+    "answers-in": speed_tables.answers_in,
+    "suite": suite_tables.from_results(suite_tables.scores),
+    "suite-resources": suite_tables.from_results(suite_tables.resources),
+    "suite-storage": suite_tables.from_results(suite_tables.storage),
+    "suite-texts": suite_tables.from_results(suite_tables.texts),
+    "suite-choice": suite_tables.from_results(suite_tables.choice),
+    "suite-guide": suite_tables.from_results(suite_tables.guide),
+    "damaged-input": robustness_tables.damaged,
+    "malformed-requests": robustness_tables.malformed,
+    "malformed-answers": robustness_tables.malformed_answers,
+    "kills": robustness_tables.kills,
+    "roles": _roles,
+    "tiny-bases": _bases,
+    "tiny-fills": _fills,
+    "tiny-continuations": _continuations,
+    "peers": speed_tables.peers,
+}
+
+
+def main() -> int:
+    """Renews the pages of the repository that this file lies in."""
+    for page in fill_pages(Path(__file__).parent.parent):
+        sys.stderr.write(f"renewed {page.name}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

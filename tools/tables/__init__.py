@@ -1,0 +1,1 @@
+"""Markdown tables for docs/results, each rendered from records."""
