@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
-# What `make bench` measures; the verbs and their options are those of scripts/benchmark.py.
+# What `make bench` measures; see python -m tools.benchmark --help.
 BENCH ?= train
 
 .DEFAULT_GOAL := help
@@ -30,7 +30,7 @@ docs: $(READY) ## the site, in site/, with no network; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(READY) ## measures; make bench BENCH="infer --json" passes arguments on
-	@$(BIN)/python scripts/benchmark.py $(BENCH)
+	@$(BIN)/python -m tools.benchmark $(BENCH)
 
 # The pins already there stay; UPGRADE=--upgrade asks for the newest. torch pins its own CUDA packages exactly, so they
 # are left out here: a torch built for the CPU would otherwise be given gigabytes it never opens.

@@ -25,10 +25,13 @@ LAID_OUT = Path(os.environ.get("LORA_HF_PAGES") or REPO / "build" / "pages").res
 TOP_PAGES = {"README": "index", "CONTRIBUTING": "contributing", "CHANGELOG": "changelog", "SECURITY": "security"}
 # The modules that the reference shows besides the public names, in the order in which data walk through them.
 ROOMS = (
-    "config", "tasks.base", "tasks.generation", "models", "planning", "layers", "injection", "variants.table",
-    "kernels.reference", "kernels.fused", "padding_free", "adapters", "training", "joint", "inference", "generation",
-    "metrics.glue", "metrics.texts", "merging", "combining", "mixing", "convert.loralib", "hub", "records",
-    "compare.comparison", "sweep.study", "serving.engine", "errors",
+    "core.config.schema", "core.config.loader", "core.errors", "core.records", "lora.inject", "lora.layers",
+    "lora.target_modules", "lora.architectures", "lora.variants.table", "lora.kernels.reference",
+    "lora.kernels.fused", "lora.unpadding", "lora.multi_adapter", "data.tasks.base", "data.tasks.generation",
+    "data.metrics.glue", "data.metrics.texts", "models.load", "adapters.save_load", "adapters.merge",
+    "adapters.combine", "adapters.push", "adapters.convert.loralib", "training.run", "training.joint",
+    "inference.classify", "inference.generate", "experiments.sweep.study", "experiments.compare.comparison",
+    "serving.engine",
 )  # fmt: skip
 BLANK_LINE = "\n\n"
 LINK = re.compile(r"(?<=\]\()[^()\s]+(?=\))")

@@ -13,18 +13,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_hf.adapters.format import About, inspect_adapter
-from lora_hf.adapters.loading import load_saved
-from lora_hf.adapters.peft_form import factor_names, to_peft
-from lora_hf.adapters.resolve import Saved, config_of, find_saved
-from lora_hf.adapters.save_load import load_adapter, save_adapter
-from lora_hf.core.atomic_io import new_folder
+from lora_hf.adapters.format import AdapterMetadata, read_adapter_config
+from lora_hf.adapters.peft_config import factor_names, to_peft
+from lora_hf.adapters.resolve import SavedModel, config_of, find_saved_model
+from lora_hf.adapters.save_load import load_adapter, load_saved_model, save_adapter
+from lora_hf.core.atomic_io import atomic_folder
 from lora_hf.core.errors import AdapterError, ConfigError, did_you_mean
-from lora_hf.core.records import COMBINE_FILE, CombineRecord, git_state, machine, versions
+from lora_hf.core.provenance import git_state, machine, versions
+from lora_hf.core.records import COMBINE_FILE, CombineRecord
 from lora_hf.lora.inject import adapter_heads, adapter_names, add_weights, check_new_name, inject_head, lora_layers
 from lora_hf.lora.kernels.combination import Factors, Svd, drop, elect, shorten, sum_of_factors, svd_of_factors, trim
 from lora_hf.lora.layers import LoraLinear, LoraWeights
-from lora_hf.lora.variants.biases import lone_biases
+from lora_hf.lora.variants.biases import standalone_biases
 
 Method = Literal["linear", "svd", "ties", "dare"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -148,8 +148,8 @@ def combine_saved(
     _check_together([one.folder for one in saved])
     names = {f"adapter_{index}": weight for index, (_, weight) in enumerate(adapters)}
     first = saved[0]
-    with new_folder(output, COMBINE_FILE, overwrite) as folder:
-        model, _ = load_saved(first, "fp32", adapted=False)
+    with atomic_folder(output, COMBINE_FILE, overwrite) as folder:
+        model, _ = load_saved_model(first, "fp32", adapted=False)
         for name, one in zip(names, saved, strict=True):
             load_adapter(model, one.folder, name)
         made = combine_adapters(model, names, "combined", method, rank, density, seed)
@@ -321,7 +321,7 @@ def _check(
 
 def _biases(model: PreTrainedModel, name: str) -> list[nn.Parameter | None]:
     beside = [layer.adapters[name].bias for layer in lora_layers(model).values() if name in layer.adapters]
-    return [*beside, *lone_biases(model, name, "").values()]
+    return [*beside, *standalone_biases(model, name, "").values()]
 
 
 def _check_method(count: int, method: str, rank: int | None, density: float | None) -> None:
@@ -362,7 +362,7 @@ def _check_same_places(layers: Mapping[str, LoraLinear], weights: Mapping[str, f
 
 def _check_together(folders: Sequence[Path]) -> None:
     """Raises AdapterError, before anything is loaded, for adapters of different bases or with different labels."""
-    (first, about), *others = [(folder, inspect_adapter(folder)[1]) for folder in folders]
+    (first, about), *others = [(folder, read_adapter_config(folder)[1]) for folder in folders]
     for folder, other in others:
         if _other_base(about, other):
             raise AdapterError(
@@ -376,14 +376,14 @@ def _check_together(folders: Sequence[Path]) -> None:
             )
 
 
-def _other_base(one: About, other: About) -> bool:
+def _other_base(one: AdapterMetadata, other: AdapterMetadata) -> bool:
     """Whether the fingerprints say so; of bases held in different precisions only loading can tell."""
     a, b = one.fingerprint, other.fingerprint
     return bool(a and b and a["dtype"] == b["dtype"] and a["sha256"] != b["sha256"])
 
 
-def _adapter(folder: Path) -> Saved:
-    saved = find_saved(folder)
+def _adapter(folder: Path) -> SavedModel:
+    saved = find_saved_model(folder)
     if saved.whole:
         raise AdapterError(f"{folder}: a whole model; expected an adapter folder")
     return saved

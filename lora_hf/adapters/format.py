@@ -152,7 +152,7 @@ HEADER_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 @dataclass(frozen=True)
-class About:
+class AdapterMetadata:
     """What the header of the weights says beyond PEFT's config; all of it is empty for a file that PEFT wrote."""
 
     base: str = ""
@@ -173,10 +173,12 @@ class AdapterFile:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
-    about: About
+    about: AdapterMetadata
 
 
-def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], about: About) -> None:
+def write_adapter(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], about: AdapterMetadata
+) -> None:
     """Writes both files aside and renames them: a run that dies here leaves whole files, the old or the new."""
     from safetensors.torch import save_file
 
@@ -189,7 +191,7 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
     config_aside.replace(folder / CONFIG_FILE)
 
 
-def inspect_adapter(folder: str | Path) -> tuple[dict[str, Any], About]:
+def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMetadata]:
     """The config and the header of an adapter, checked for themselves; torch is not needed, so it takes milliseconds.
 
     Raises:
@@ -199,13 +201,13 @@ def inspect_adapter(folder: str | Path) -> tuple[dict[str, Any], About]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise AdapterError(
-                f"{folder}: not an adapter folder: expected {name}, found {_there(folder)}{likely_meant(folder)}"
+                f"{folder}: not an adapter folder: expected {name}, found {_there(folder)}{suggest_adapter(folder)}"
             )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS_FILE, framework="np") as file:  # checks that every tensor lies in the file
             header = file.metadata() or {}
-        about = _about(json.loads(header[HEADER])) if HEADER in header else About()
+        about = _about(json.loads(header[HEADER])) if HEADER in header else AdapterMetadata()
     except (ValueError, TypeError, AttributeError, RecursionError, SafetensorError, OSError) as error:
         raise AdapterError(
             f"{folder}: damaged adapter: {error}. Copy it again from where it came, or train it again"
@@ -238,7 +240,7 @@ def _there(folder: Path) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
 
 
-def likely_meant(folder: Path) -> str:
+def suggest_adapter(folder: Path) -> str:
     """Returns `` (did you mean 'outputs/sst2/adapter'?)`` for the adapter in a run folder, or in one of a near name."""
     if (folder / "adapter" / CONFIG_FILE).is_file():
         return f" (did you mean {str(folder / 'adapter')!r}?)"
@@ -260,14 +262,14 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     """An adapter folder with its tensors.
 
     Raises:
-        AdapterError: as `inspect_adapter`; also a tensor of whole numbers or of fewer than 16 bits, or with a value
+        AdapterError: as `read_adapter_config`; also a tensor of whole numbers or of fewer than 16 bits, or with a value
             that is no number.
     """
     import torch
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    config, about = inspect_adapter(folder)
+    config, about = read_adapter_config(folder)
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except SafetensorError as error:  # a kind of number that torch packs otherwise
@@ -283,12 +285,12 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     return AdapterFile(folder, config, tensors, about)
 
 
-def _about(header: Any) -> About:
+def _about(header: Any) -> AdapterMetadata:
     """Raises TypeError, AttributeError or ValueError where the header is not what `save_adapter` writes."""
     for key, (wanted, fits) in HEADER_FIELDS.items():
         if key in header and not fits(header[key]):
             raise ValueError(f"{key}: expected {wanted}, found {header[key]!r:.100}")
-    about = About(**header)
+    about = AdapterMetadata(**header)
     if about.num_labels is not None and len(about.labels) != about.num_labels:
         raise ValueError(f"labels: expected {about.num_labels} names, found {about.labels}")
     return replace(about, labels=tuple(about.labels))

@@ -11,12 +11,13 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_hf.adapters.loading import load_saved
-from lora_hf.adapters.resolve import Saved, config_of
-from lora_hf.core.atomic_io import new_folder
+from lora_hf.adapters.resolve import SavedModel, config_of
+from lora_hf.adapters.save_load import load_saved_model
+from lora_hf.core.atomic_io import atomic_folder
 from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import AdapterError
-from lora_hf.core.records import MERGE_FILE, MergeRecord, folder_size, git_state, machine, versions
+from lora_hf.core.provenance import folder_size, git_state, machine, versions
+from lora_hf.core.records import MERGE_FILE, MergeRecord
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.sources import Embedded
 from lora_hf.lora.inject import adapter_heads, eject, merge
@@ -37,7 +38,7 @@ ADVICE: dict[Dtype, str] = {
 PROBE_ROWS, PROBE_LENGTH, PROBE_SEED = 8, 32, 0  # rows of each kind, tokens of a drawn one
 
 
-def merge_adapter(saved: Saved, output: Path, dtype: Dtype = "fp32", overwrite: bool = False) -> MergeRecord:
+def merge_adapter(saved: SavedModel, output: Path, dtype: Dtype = "fp32", overwrite: bool = False) -> MergeRecord:
     """Writes the model with its adapter merged to `output`: weights, config, tokenizer, and the record of the merge.
 
     The base is read in fp32 whatever the run computed in (a quantised one as it was packed, and unpacked for good), the
@@ -54,11 +55,11 @@ def merge_adapter(saved: Saved, output: Path, dtype: Dtype = "fp32", overwrite: 
     """
     if saved.whole:
         raise AdapterError(f"{saved.folder}: a whole model; there is no adapter to merge")
-    with new_folder(output, MERGE_FILE, overwrite) as folder:
+    with atomic_folder(output, MERGE_FILE, overwrite) as folder:
         started = time.perf_counter()
         # The dropout of a run is its own; the merged model keeps that of its base.
         saved = replace(saved, model=replace(saved.model, dropout=None))
-        model, tokenizer = load_saved(saved, "fp32")
+        model, tokenizer = load_saved_model(saved, "fp32")
         drawn, rows = draw_probe(model, tokenizer), real_rows(saved.task, tokenizer, saved.max_length)
         before = logits(model, [*drawn, *rows])
         merged = plain_model(dequantise(model)).to(DTYPES[dtype])  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_hf.adapters.format import About
+from lora_hf.adapters.format import AdapterMetadata
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.formatting import table
 from lora_hf.core.records import RunRecord, ScoreRecord
@@ -30,7 +30,7 @@ class Facts:
     """
 
     config: Mapping[str, Any]
-    about: About
+    about: AdapterMetadata
     run: RunConfig | None = None
     record: RunRecord | None = None
     scores: Sequence[ScoreRecord] = ()

@@ -8,17 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_hf.adapters.format import CONFIG_FILE, About, AdapterFile
+from lora_hf.adapters.format import CONFIG_FILE, AdapterFile, AdapterMetadata
 from lora_hf.core.errors import AdapterError
-from lora_hf.lora.layers import features
-from lora_hf.lora.patterns import in_layers
+from lora_hf.lora.layers import LoraLinear, linear_shape
+from lora_hf.lora.target_modules import in_layers
+from lora_hf.lora.variants.dora import DoraWeights
 
 
 @dataclass(frozen=True)
-class Place:
+class SavedLayer:
     """A and B at one projection as the file holds them: `slices` share the rank `r` of the file evenly.
 
     `times` is how often the rank of the adapter that is its: once for each slice, and twice where a start is kept.
@@ -37,7 +39,9 @@ def start_of(file: AdapterFile) -> tuple[str, bool]:
     return (file.about.start, True) if file.about.start else (init if init in ("pissa", "olora") else "", False)
 
 
-def peft_config(model: PreTrainedModel, places: list[Place], heads: list[str], about: About) -> dict[str, Any]:
+def peft_config(
+    model: PreTrainedModel, places: list[SavedLayer], heads: list[str], about: AdapterMetadata
+) -> dict[str, Any]:
     """What PEFT's LoraConfig needs; ranks and alphas that are not the common ones go into its patterns."""
     common = Counter((place.r, place.lora_alpha) for place in places).most_common(1)
     r, alpha = common[0][0] if common else (1, 1.0)
@@ -73,7 +77,7 @@ def _regex(paths: list[str]) -> str:
     return "|".join(key.replace("\n", rf"\.(?:{'|'.join(layers)})\.") for key, layers in numbers.items())
 
 
-def read_places(layers: Mapping[str, nn.Module], file: AdapterFile) -> list[Place]:
+def read_layers(layers: Mapping[str, nn.Module], file: AdapterFile) -> list[SavedLayer]:
     """The places that the file names, in the order of the model's modules.
 
     Raises:
@@ -103,7 +107,7 @@ def read_places(layers: Mapping[str, nn.Module], file: AdapterFile) -> list[Plac
         alpha = _patterned(file, "alpha_pattern", path, "lora_alpha")
         if isinstance(layers[path], nn.Embedding) and (file.config.get("use_dora") or start_of(file)[0]):
             raise AdapterError(f"{source}: {path}: an embedding takes neither use_dora nor init_lora_weights=pissa")
-        out_features = features(layers[path])[1]
+        out_features = linear_shape(layers[path])[1]
         slices = [(start, stop) for start, stop in file.about.slices.get(path, [[0, out_features]])]
         ordered = [0, *(edge for pair in slices for edge in pair), out_features]
         times = len(slices) * (2 if start_of(file)[1] else 1)
@@ -111,7 +115,7 @@ def read_places(layers: Mapping[str, nn.Module], file: AdapterFile) -> list[Plac
             raise AdapterError(
                 f"{source}: {path}: rank {r} and slices {slices} of {out_features} columns make no sense"
             )
-        places.append(Place(path, slices, int(r), alpha, times))
+        places.append(SavedLayer(path, slices, int(r), alpha, times))
     return places
 
 
@@ -130,3 +134,67 @@ def _patterned(file: AdapterFile, pattern: str, path: str, default: str) -> floa
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise AdapterError(f"{file.folder}/{CONFIG_FILE}: {default}: expected a number, found {value!r}")
     return value
+
+
+def to_peft(layer: LoraLinear, name: str) -> dict[str, torch.Tensor]:
+    """A `(n r, in)` and B `(out, n r)` of one standard LoRA that equals the slices: B block-placed, zero elsewhere.
+
+    Beside them DoRA's magnitudes and the trained bias, `(out,)` each, where the adapter has them.
+    """
+    weights = layer.adapters[name]
+    a, stacked = weights.saved_factors()
+    r, row = stacked.shape[1], 0
+    b = stacked.new_zeros(layer.out_features, len(weights.slices) * r)
+    for index, (start, stop) in enumerate(weights.slices):
+        b[start:stop, index * r : (index + 1) * r] = stacked[row : row + stop - start]
+        row += stop - start
+    tensors = dict(zip(factor_names(layer), (a, b), strict=True))
+    if isinstance(weights, DoraWeights):
+        tensors["lora_magnitude_vector"] = weights.magnitudes(layer.original_weight())
+    if weights.bias is not None:
+        tensors["base_layer.bias"] = weights.bias
+    return tensors
+
+
+def shapes(plain: nn.Module, r: int, use_dora: bool, bias: bool) -> dict[str, tuple[int, ...]]:
+    """What a file must hold for a projection with rank `r` in the file."""
+    in_features, out_features = linear_shape(plain)
+    found: dict[str, tuple[int, ...]] = dict(
+        zip(factor_names(plain), ((r, in_features), (out_features, r)), strict=True)
+    )
+    if use_dora:
+        found["lora_magnitude_vector"] = (out_features,)
+    if bias and getattr(plain, "bias", None) is not None:
+        found["base_layer.bias"] = (out_features,)
+    return found
+
+
+def factor_names(layer: nn.Module) -> tuple[str, str]:
+    """What a file calls A and B of a projection, wrapped or plain."""
+    plain = layer.base_layer if isinstance(layer, LoraLinear) else layer
+    if isinstance(plain, nn.Embedding):
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"
+
+
+@torch.no_grad()
+def from_peft(layer: LoraLinear, name: str, tensors: Mapping[str, torch.Tensor], path: str) -> None:
+    """Takes what `to_peft` gave, from the tensors of a file in which it lies under `path`."""
+    weights = layer.adapters[name]
+    a, b = (tensors[f"{path}.{key}"].float() for key in factor_names(layer))
+    stacked = torch.cat(blocks(b, weights.slices))
+    if stacked.shape == weights.lora_B.shape:
+        weights.lora_A.copy_(a)
+        weights.lora_B.copy_(stacked)
+    else:
+        weights.load_factors(a, stacked)
+    if isinstance(weights, DoraWeights):
+        weights.load_magnitudes(tensors[f"{path}.lora_magnitude_vector"].float())
+    if weights.bias is not None:
+        weights.bias.copy_(tensors[f"{path}.base_layer.bias"])
+
+
+def blocks(b: torch.Tensor, slices: list[tuple[int, int]]) -> list[torch.Tensor]:
+    """The B of each slice, from its rows and columns of the whole one."""
+    r = b.shape[1] // len(slices)
+    return [b[start:stop, index * r : (index + 1) * r] for index, (start, stop) in enumerate(slices)]

@@ -10,10 +10,9 @@ from typing import Any
 
 import yaml
 
-from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE, inspect_adapter, read_adapter, write_adapter
+from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE, read_adapter, read_adapter_config, write_adapter
 from lora_hf.adapters.model_card import Facts, model_card
-from lora_hf.adapters.pulling import status_of
-from lora_hf.adapters.resolve import run_config
+from lora_hf.adapters.resolve import http_status, run_config
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import HubError
 from lora_hf.core.hub_access import hub_is_reachable
@@ -76,7 +75,7 @@ def _check_repo_id(repo_id: str) -> None:
 
 def _adapter(folder: Path) -> tuple[Facts, dict[str, bytes]]:
     """What is known of the adapter, and its two files as they are sent."""
-    config, about = inspect_adapter(folder)
+    config, about = read_adapter_config(folder)
     facts = Facts(config, about)
     run, above = run_config(folder), folder.resolve().parent
     if run is not None and run.model.name == facts.base:
@@ -148,7 +147,7 @@ def _send(repo_id: str, contents: Mapping[str, bytes], private: bool) -> str:
 
 
 def _failure(error: Exception) -> str:
-    status = status_of(error)
+    status = http_status(error)
     if status == 401:
         return "the hub refused the token (401); log in with `hf auth login`, or set HF_TOKEN to one that may write"
     if status in (403, 404):

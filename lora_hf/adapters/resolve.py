@@ -6,18 +6,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE, inspect_adapter
-from lora_hf.adapters.pulling import local_adapter
-from lora_hf.core.config.schema import GenerateConfig, ModelConfig, RunConfig, load_config
-from lora_hf.core.errors import AdapterError
+from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, suggest_adapter
+from lora_hf.core.config.loader import load_config
+from lora_hf.core.config.schema import GenerateConfig, ModelConfig, RunConfig
+from lora_hf.core.errors import AdapterError, HubError
+from lora_hf.core.hub_access import hub_is_reachable
 from lora_hf.core.records import COMBINE_FILE, MERGE_FILE, RECORD_FILE, RUN_CONFIG_FILE, CombineRecord, MergeRecord
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.custom import described
 from lora_hf.data.tasks.registry import get_task, task_names, task_of
+from lora_hf.models.model_ids import is_hub_id
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedModel:
     """An adapter with the base it needs, or (`whole`) a model of which every parameter was trained."""
 
     folder: Path
@@ -36,7 +38,7 @@ class Saved:
         return run if (run / RECORD_FILE).is_file() and not made else None
 
 
-def find_saved(folder: str | Path, revision: str | None = None) -> Saved:
+def find_saved_model(folder: str | Path, revision: str | None = None) -> SavedModel:
     """What lies in `outputs/<run>/adapter`, `outputs/<run>/model`, in an adapter folder that was copied elsewhere, or
     in a merged model or combined adapter, wherever it is.
 
@@ -45,9 +47,9 @@ def find_saved(folder: str | Path, revision: str | None = None) -> Saved:
     Raises:
         AdapterError: none of them, damaged, or without a word on base and task.
         DataError: the record of a merge or a combination is damaged.
-        HubError: as `local_adapter`.
+        HubError: as `fetch_adapter`.
     """
-    folder = local_adapter(folder, revision)
+    folder = fetch_adapter(folder, revision)
     run = run_config(folder)
     if not (folder / CONFIG_FILE).is_file() and (folder / "config.json").is_file():
         if run is None:
@@ -56,8 +58,8 @@ def find_saved(folder: str | Path, revision: str | None = None) -> Saved:
             )
         merged = (folder / MERGE_FILE).is_file()
         whole = ModelConfig(name=str(folder), precision=run.model.precision if merged else "auto")
-        return Saved(folder, True, task_of(run.task), whole, 0, run.task.max_length, run.generate)
-    config, about = inspect_adapter(folder)
+        return SavedModel(folder, True, task_of(run.task), whole, 0, run.task.max_length, run.generate)
+    config, about = read_adapter_config(folder)
     base = about.base or config.get("base_model_name_or_path")
     if not base or not about.task:
         missing = " and ".join(word for word, known in (("base", base), ("task", about.task)) if not known)
@@ -73,9 +75,9 @@ def find_saved(folder: str | Path, revision: str | None = None) -> Saved:
             f"{', '.join(task.label_names)}"
         )
     if run is None or run.model.name != base:
-        return Saved(folder, False, task, ModelConfig(name=base))
+        return SavedModel(folder, False, task, ModelConfig(name=base))
     # The run says what the adapter does not: a tokenizer from elsewhere, a random base and its seed.
-    return Saved(folder, False, task, run.model, run.train.seed, run.task.max_length, run.generate)
+    return SavedModel(folder, False, task, run.model, run.train.seed, run.task.max_length, run.generate)
 
 
 def _task_called(name: str, run: RunConfig | None, folder: Path) -> Task:
@@ -90,7 +92,7 @@ def _task_called(name: str, run: RunConfig | None, folder: Path) -> Task:
     return get_task(name)
 
 
-def config_of(saved: Saved) -> dict[str, Any]:
+def config_of(saved: SavedModel) -> dict[str, Any]:
     """The sections of a run's config that say how `saved` answers; what is made from it keeps them in its record."""
     return {
         "model": asdict(saved.model),
@@ -116,3 +118,81 @@ def run_config(folder: Path) -> RunConfig | None:
         if place.is_file():
             return load_config(place)
     return None
+
+
+def fetch_adapter(place: str | Path, revision: str | None = None) -> Path:
+    """The folder `rank`, or the folder in the local cache that holds the hub's adapter `user/name`.
+
+    Only the adapter's two files and the config of its run are downloaded, each whole or not at all. Out of reach of the
+    hub what the cache holds is used.
+
+    Args:
+        revision: a branch, tag or commit of the repository; its main branch where left out.
+
+    Raises:
+        HubError: the hub is out of reach, refuses, or has no such repository, revision or file.
+        AdapterError: a revision of a local folder.
+    """
+    name = str(place)
+    if not is_hub_id(name):
+        if revision is not None:
+            raise AdapterError(f"{name}: a local path has no revision {revision!r}; leave it out, or give USER/NAME")
+        return Path(place)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: its client's own
+
+    reachable = hub_is_reachable()
+    wanted = [CONFIG_FILE, WEIGHTS_FILE, RUN_CONFIG_FILE]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=not reachable))
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise HubError(_failure(name, revision, reachable, error)) from error
+    missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
+    if missing:
+        where = "the hub's repository" if reachable else "the hub is out of reach, and the copy in the local cache"
+        raise HubError(
+            f"{name}: {where} has no {' and no '.join(missing)}; expected a LoRA adapter in PEFT's format, as "
+            "safetensors (.bin files are not read)"
+        )
+    return folder
+
+
+def http_status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error of the hub's client comes from; None where no answer came."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        error = error.__cause__
+    return None
+
+
+def _failure(name: str, revision: str | None, reachable: bool, error: Exception) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    near = suggest_adapter(Path(name))
+    if not reachable:
+        at = "" if revision is None else f" at revision {revision!r}"
+        return (
+            f"{name}: no such folder here{near}; as a hub id: the hub is out of reach or switched off "
+            f"(HF_HUB_OFFLINE), and the local cache does not hold this adapter{at}. Give the path of an adapter "
+            "folder, or set HF_ENDPOINT to a mirror"
+        )
+    status = http_status(error)
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name}: the hub's repository has no branch, tag or commit {revision!r}"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{name}: no such folder here{near}, and no such repository on the hub ({constants.ENDPOINT}) that you may "
+            "read. Check the name; for a private one log in with `hf auth login`, or set HF_TOKEN"
+        )
+    if status == 401:
+        return f"{name}: the hub refused the token (401); log in again with `hf auth login`, or set HF_TOKEN"
+    if status is not None:
+        return f"{name}: the hub answered with status {status}; try again later"
+    reason = type(error.__cause__ or error).__name__
+    return (
+        f"{name}: the connection to the hub ({constants.ENDPOINT}) broke ({reason}); nothing half-loaded is used: run "
+        "it again"
+    )

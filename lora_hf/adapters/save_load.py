@@ -9,37 +9,56 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_hf.adapters.format import WEIGHTS_FILE, About, AdapterFile, read_adapter, write_adapter
-from lora_hf.adapters.peft_config import Place, peft_config, read_places, start_of
-from lora_hf.adapters.peft_form import blocks, factor_names, from_peft, shapes, to_peft
-from lora_hf.adapters.pulling import local_adapter
+from lora_hf.adapters.format import WEIGHTS_FILE, AdapterFile, AdapterMetadata, read_adapter, write_adapter
+from lora_hf.adapters.peft_config import (
+    SavedLayer,
+    blocks,
+    factor_names,
+    from_peft,
+    peft_config,
+    read_layers,
+    shapes,
+    start_of,
+    to_peft,
+)
+from lora_hf.adapters.resolve import SavedModel, fetch_adapter
 from lora_hf.core.errors import AdapterError
-from lora_hf.lora.active_adapter import Labels, Switch
+from lora_hf.lora.active_adapter import AdapterState, Labels
 from lora_hf.lora.fingerprint import check_base, fingerprint
 from lora_hf.lora.inject import (
     adapter_heads,
     adapter_names,
+    adapter_state,
     add_weights,
     check_new_name,
+    eject,
+    get_labels,
     inject_head,
-    labels_of,
     lora_layers,
+    merge,
     set_adapter,
-    switch_of,
 )
-from lora_hf.lora.modules_to_save import AdapterHead
-from lora_hf.lora.target_modules import adaptable, head_paths
-from lora_hf.lora.variants.biases import add_biases, check_no_bias_alone, free_biases, load_lone_biases, lone_biases
+from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
+from lora_hf.lora.target_modules import adaptable_modules, head_paths
+from lora_hf.lora.variants.biases import (
+    add_biases,
+    check_no_standalone_biases,
+    load_standalone_biases,
+    standalone_biases,
+    unadapted_biases,
+)
 from lora_hf.lora.variants.dora import DoraWeights
 from lora_hf.lora.variants.embedding import is_base
 from lora_hf.lora.variants.table import Variant, initialise
+from lora_hf.models.load import dequantise, load_base, load_tokenizer, quantise
 
 PREFIX = "base_model.model."  # what PEFT puts before every path
 
@@ -61,16 +80,16 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         rank = tensors[f"{PREFIX}{path}.{factor_names(layer)[0]}"].shape[0]
         times = rank // weights.r
         alpha = weights.lora_alpha * (math.sqrt(times) if weights.use_rslora else times)
-        places.append(Place(path, weights.slices, rank, alpha, times))
-    alone = lone_biases(model, name, PREFIX)
+        places.append(SavedLayer(path, weights.slices, rank, alpha, times))
+    alone = standalone_biases(model, name, PREFIX)
     tensors |= alone
     for path, head in heads.items():
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in head.state_dict().items()}
     classifies = bool(head_paths(model))
     config = model.config
-    switch = switch_of(model)
-    labels, problem_type = labels_of(model) if name == switch.shared else switch.labels.get(name, labels_of(model))
-    about = About(
+    switch = adapter_state(model)
+    labels, problem_type = get_labels(model) if name == switch.shared else switch.labels.get(name, get_labels(model))
+    about = AdapterMetadata(
         base=model.name_or_path or "",
         revision=getattr(config, "_commit_hash", None),
         task=task,
@@ -113,7 +132,7 @@ def load_adapter(
             or of another shape, another base, other labels. The model is unchanged then.
     """
     check_new_name(model, name)
-    file = read_adapter(local_adapter(folder, revision))
+    file = read_adapter(fetch_adapter(folder, revision))
     heads = _heads(model, file, own_head)
     places = _check(model, file, heads, own_head)
     alone = _free_biases(model, file, places)
@@ -130,9 +149,9 @@ def load_adapter(
         if start and not doubled:
             initialise(weights, layer, start)
         from_peft(layer, name, file.tensors, f"{PREFIX}{place.path}")
-    switch = switch_of(model)
+    switch = adapter_state(model)
     add_biases(model, alone, name, switch)
-    load_lone_biases(model, name, file.tensors, PREFIX)
+    load_standalone_biases(model, name, file.tensors, PREFIX)
     if heads:
         switch.labels[name] = _labels(switch, file, heads)
     inject_head(model, name, heads)
@@ -167,18 +186,18 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
                 f"{file.folder} holds another variant of LoRA: expected init_lora_weights={wanted[0][0] or 'default'}, "
                 f"use_rslora={wanted[1]}, found {said[0][0] or 'default'}, {said[1]}"
             )
-    expected |= {key: tuple(bias.shape) for key, bias in lone_biases(model, name, PREFIX).items()}
+    expected |= {key: tuple(bias.shape) for key, bias in standalone_biases(model, name, PREFIX).items()}
     found = {key: tensor for key, tensor in _without_copies(model, file).items() if not _of_head(model, key)}
     compare(expected, found, f"{file.folder}/{WEIGHTS_FILE}")
     for path, layer in layers.items():
         from_peft(layer, name, file.tensors, f"{PREFIX}{path}")
-    load_lone_biases(model, name, file.tensors, PREFIX)
+    load_standalone_biases(model, name, file.tensors, PREFIX)
 
 
-def _free_biases(model: PreTrainedModel, file: AdapterFile, places: list[Place]) -> dict[str, nn.Module]:
+def _free_biases(model: PreTrainedModel, file: AdapterFile, places: list[SavedLayer]) -> dict[str, nn.Module]:
     paths = [place.path for place in places]
-    check_no_bias_alone(model, paths)
-    return free_biases(model, paths, head_paths(model)) if file.config.get("bias") == "all" else {}
+    check_no_standalone_biases(model, paths)
+    return unadapted_biases(model, paths, head_paths(model)) if file.config.get("bias") == "all" else {}
 
 
 def _of_head(model: PreTrainedModel, key: str) -> bool:
@@ -189,7 +208,7 @@ def _without_copies(model: PreTrainedModel, file: AdapterFile) -> dict[str, torc
     """The file's tensors without PEFT's further copies: of the head's biases (`bias` all), and of base embeddings."""
     parts = ("modules_to_save.", "original_module.") if file.config.get("bias") == "all" else ()
     copies = tuple(f"{PREFIX}{path}.{part}" for path in head_paths(model) for part in parts)
-    layers = adaptable(model)
+    layers = adaptable_modules(model)
     return {
         key: tensor
         for key, tensor in file.tensors.items()
@@ -202,7 +221,7 @@ def _heads(model: PreTrainedModel, file: AdapterFile, own_head: bool) -> dict[st
     heads = {}
     for path in head_paths(model):
         head = model.get_submodule(path)
-        heads[path] = copy.deepcopy(head.base_head if isinstance(head, AdapterHead) else head)
+        heads[path] = copy.deepcopy(head.base_head if isinstance(head, ModulesToSaveWrapper) else head)
     if heads and own_head:
         path, wrapper = list(heads)[-1], nn.Sequential()
         wrapper.head = heads[path]
@@ -216,7 +235,7 @@ def _heads(model: PreTrainedModel, file: AdapterFile, own_head: bool) -> dict[st
     return heads
 
 
-def _labels(switch: Switch, file: AdapterFile, heads: Mapping[str, nn.Module]) -> Labels:
+def _labels(switch: AdapterState, file: AdapterFile, heads: Mapping[str, nn.Module]) -> Labels:
     """The adapter's labels: what its file says, else the base's, else as transformers names them."""
     about, base = file.about, switch.labels[None]
     if about.num_labels is not None:
@@ -225,13 +244,15 @@ def _labels(switch: Switch, file: AdapterFile, heads: Mapping[str, nn.Module]) -
     return base if len(base[0]) == count else (tuple(f"LABEL_{index}" for index in range(count)), None)
 
 
-def _check(model: PreTrainedModel, file: AdapterFile, heads: Mapping[str, nn.Module], own_head: bool) -> list[Place]:
+def _check(
+    model: PreTrainedModel, file: AdapterFile, heads: Mapping[str, nn.Module], own_head: bool
+) -> list[SavedLayer]:
     """The places that the file adapts, once everything in it is known to fit the model."""
     about = file.about
     if not own_head:
         _check_labels(model, file)
-    layers = adaptable(model)
-    places = read_places(layers, file)
+    layers = adaptable_modules(model)
+    places = read_layers(layers, file)
     expected: dict[str, tuple[int, ...]] = {}
     biased = file.config.get("bias", "none") != "none"
     for place in places:
@@ -255,7 +276,7 @@ def _check_labels(model: PreTrainedModel, file: AdapterFile) -> None:
     about = file.about
     if not head_paths(model) or about.num_labels is None:
         return
-    names, _ = switch_of(model).labels[None]
+    names, _ = adapter_state(model).labels[None]
     if about.num_labels != len(names):
         raise AdapterError(
             f"{file.folder} was trained for num_labels={about.num_labels} ({', '.join(about.labels)}); this model has "
@@ -299,3 +320,31 @@ def _load_heads(model: PreTrainedModel, file: AdapterFile, name: str) -> None:
         head.heads[name].load_state_dict(
             {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
         )
+
+
+def load_saved_model(
+    saved: SavedModel, precision: str, adapted: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The adapter on its base, or the whole model, in evaluation mode and on the GPU where there is one; its tokenizer.
+
+    Args:
+        precision: of the base, or of the whole model, as in a config; LoRA and head are always fp32. `int8` is for
+            inference on the CPU, where the model stays: the adapter merged, the projections multiplied in integers.
+        adapted: False leaves the adapter out, for the bare base. A whole model has no base without its training.
+
+    Raises:
+        AdapterError: the adapter is damaged or does not fit the base.
+        ModelError, HubError: the base cannot be loaded.
+    """
+    dynamic = precision == "int8"
+    config = replace(saved.model, precision="fp32" if dynamic else precision)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(config)
+    model = load_base(config, saved.task, saved.seed)
+    if adapted and not saved.whole:
+        load_adapter(model, saved.folder)
+    model.eval()
+    if dynamic:
+        return quantise(eject(merge(dequantise(model))), "int8", dynamic=True), tokenizer
+    if torch.cuda.is_available():
+        model.to(torch.device("cuda"))  # type: ignore[call-arg]
+    return model, tokenizer

@@ -11,9 +11,7 @@ import logging
 import os
 import re
 import sys
-import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_hf.cli.commands import (
@@ -34,7 +32,7 @@ from lora_hf.cli.commands import (
     train,
 )
 from lora_hf.core.errors import Interrupted, UserError, did_you_mean
-from lora_hf.training.distributed import place, refuse, speaks
+from lora_hf.training.distributed import claim_error_report, rank, require_single_process
 
 VERBS = (
     train,
@@ -59,35 +57,37 @@ def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int
     """Runs one verb; `scripts/<verb>.py` names it, otherwise it is the first argument."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parsed = _parse(words if verb is None else [verb, *words], verb)
-    _speak_on_standard_error()
-    if machine_is_busy():
-        # Read when torch is loaded. Threads that spin for long while they wait for each other, as is their default,
-        # take the core from the one that is late: beside a busy program a step takes nearly twice as long. Alone on
-        # the machine a short spin costs a third, because threads that sleep are woken too late for the next kernel.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    try:
+
+    def run() -> None:
         if parsed.verb != "train":
-            refuse(parsed.verb)
+            require_single_process(parsed.verb)
         parsed.run(parsed)
+
+    return exit_code_of(run, parsed.verb)
+
+
+def exit_code_of(run: Callable[[], None], verb: str) -> int:
+    """Runs a command with logs on standard error; its exit code, once a user's mistake has been printed."""
+    _log_to_standard_error()
+    try:
+        run()
     except UserError as error:
         return _end(f"error: {error}", 2)
     except Interrupted as stop:
-        # Sweeps and benchmarks know what they have finished, and take no --resume; the demo knows of nothing.
-        again = f"start it again{' from the beginning' if parsed.verb == 'demo' else ''} with the same command"
-        said = stop if parsed.verb == "train" else f"{stop.kind.name}: {again}"
-        return _end(f"stopped by {said}", stop.code)
+        # Sweeps and benchmarks know what they have finished and take no --resume; the demo knows nothing.
+        again = f"start it again{' from the beginning' if verb == 'demo' else ''} with the same command"
+        return _end(f"stopped by {stop if verb == 'train' else f'{stop.kind.name}: {again}'}", stop.code)
     except KeyboardInterrupt:
         return _end("interrupted", 130)
     except Exception:
-        if speaks():
+        if claim_error_report():
             raise
         return 1
     return 0
 
 
 def _end(message: str, code: int) -> int:
-    if speaks():
+    if claim_error_report():
         print(message, file=sys.stderr)
     return code
 
@@ -121,12 +121,13 @@ def _bare_config(words: list[str], parser: argparse.ArgumentParser) -> str:
 
 def _as_override(option: str, words: list[str]) -> str:
     """What to write for `--lr 1e-3`, where a key of the config is called so."""
-    from lora_hf.core.config.schema import keys_called
+    from lora_hf.core.config.hints import keys_called
+    from lora_hf.core.config.schema import known_keys
 
     name, _, value = option.partition("=")
     value = value or next(iter(words[words.index(option) + 1 :]), "VALUE")
     section, dot, key = name.removeprefix("--").replace("-", "_").rpartition(".")
-    meant = [full for full in keys_called(key) if full.startswith(section + dot)]
+    meant = [full for full in keys_called(key, known_keys()) if full.startswith(section + dot)]
     return f"; did you mean {' or '.join(f'{full}={value}' for full in meant)}?" if meant else ""
 
 
@@ -148,24 +149,11 @@ def _parsers(verb: str | None) -> tuple[argparse.ArgumentParser, dict[str, argpa
     return parser, verbs.choices
 
 
-def machine_is_busy(samples: int = 3) -> bool:
-    """Whether other programs keep more than a quarter of the cores at work; False where the system does not tell."""
-    running = []
-    for _ in range(samples):
-        try:
-            words = Path("/proc/loadavg").read_text(encoding="ascii").split()
-            running.append(int(words[3].partition("/")[0]) - 1)  # without this very program
-        except (OSError, ValueError, IndexError):
-            return False
-        time.sleep(0.005)
-    return sorted(running)[samples // 2] > (os.cpu_count() or 1) / 4
-
-
-def _speak_on_standard_error() -> None:
+def _log_to_standard_error() -> None:
     """Our own messages on standard error; the libraries speak up only where something is wrong."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
     # What all processes have to say, the first one says.
-    logging.getLogger("lora_hf").setLevel(logging.ERROR if place() else logging.INFO)
+    logging.getLogger("lora_hf").setLevel(logging.ERROR if rank() else logging.INFO)
     # On import it regrets a kernel for inference that is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -77,3 +77,26 @@ def write_record(path: Path | None, record: dict[str, Any]) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on one line."""
     print(json.dumps(value, ensure_ascii=False))
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """Adds `--adapter`, a folder or a hub id, and `--revision` of the latter."""
+    parser.add_argument(
+        "--adapter", required=True, metavar="DIR", help="outputs/<run>/adapter, or USER/NAME on the hub"
+    )
+    parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit of USER/NAME")
+
+
+def named_adapters(words: list[str]) -> dict[str, str]:
+    """The folders or hub ids of words like NAME=DIR, by name.
+
+    Raises:
+        ConfigError: a word without a name, or with one that another has.
+    """
+    adapters: dict[str, str] = {}
+    for word in words:
+        name, equals, adapter = word.partition("=")
+        if not (name and equals and adapter) or name in adapters:
+            raise ConfigError(f"--adapter {word}: expected a name of its own for each: NAME=DIR")
+        adapters[name] = adapter
+    return adapters

@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_hf.core.errors import ConfigError
 
 
-def check_output(folder: Path, mark: str, overwrite: bool = False) -> None:
+def check_output_folder(folder: Path, mark: str, overwrite: bool = False) -> None:
     """Raises ConfigError where `folder` is in the way: a file, or a folder that is not empty.
 
     With `overwrite` a folder that holds the file `mark`, written by the same verb before, is not in the way.
@@ -30,13 +30,13 @@ def check_output(folder: Path, mark: str, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path, mark: str, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(folder: Path, mark: str, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `folder` to write into, which takes its name at the end; after an error nothing is left of it.
 
     Raises:
-        ConfigError: as `check_output`; also a place where nothing can be written.
+        ConfigError: as `check_output_folder`; also a place where nothing can be written.
     """
-    check_output(folder, mark, overwrite)
+    check_output_folder(folder, mark, overwrite)
     folder = folder.resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lora_hf.lora.chunked_loss import IGNORED
+from lora_hf.lora.chunked_loss import IGNORE_INDEX
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -61,7 +61,7 @@ def number_prompts(labels: Iterable[Sequence[int]], input_ids: Iterable[Sequence
     numbers: dict[tuple[int, ...], int] = {}
     found = []
     for row, ids in zip(labels, input_ids, strict=True):
-        length = next((place for place, label in enumerate(row) if label != IGNORED), len(row))
+        length = next((place for place, label in enumerate(row) if label != IGNORE_INDEX), len(row))
         found.append(numbers.setdefault(tuple(ids[:length]), len(numbers)))
     return found
 

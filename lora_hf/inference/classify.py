@@ -12,15 +12,14 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_hf.adapters.loading import load_saved
-from lora_hf.adapters.resolve import Saved
-from lora_hf.adapters.save_load import load_adapter
+from lora_hf.adapters.resolve import SavedModel
+from lora_hf.adapters.save_load import load_adapter, load_saved_model
 from lora_hf.core.errors import AdapterError
 from lora_hf.data.tasks.base import Task
-from lora_hf.lora.inject import check_known, switch_of
+from lora_hf.lora.inject import adapter_state, check_adapter_exists
 from lora_hf.lora.multi_adapter import mix_adapters
-from lora_hf.lora.precision import denormals_flushed
-from lora_hf.lora.unpadding import remove_padding
+from lora_hf.lora.precision import flush_denormals
+from lora_hf.lora.unpadding import enable_unpadding
 
 Progress = Any  # a callable that wraps an iterable, such as tqdm
 Scores = dict[str, dict[str, float]]  # by split, then by metric
@@ -36,14 +35,14 @@ class Predictor:
     max_length: int = 512
 
     @classmethod
-    def load(cls, saved: Saved, precision: str | None = None) -> Predictor:
-        """Loads the adapter on its base, or the whole model; `precision` as `load_saved`, without it that of the run.
+    def load(cls, saved: SavedModel, precision: str | None = None) -> Predictor:
+        """Loads the adapter on its base, or the whole model; `precision` as `load_saved_model`, without it that of the run.
 
         Raises:
-            AdapterError, ModelError, HubError: as `load_saved`.
+            AdapterError, ModelError, HubError: as `load_saved_model`.
         """
-        model, tokenizer = load_saved(saved, precision or saved.model.precision)
-        remove_padding(model)
+        model, tokenizer = load_saved_model(saved, precision or saved.model.precision)
+        enable_unpadding(model)
         return cls(model, tokenizer, saved.task, min(saved.max_length, tokenizer.model_max_length))
 
     def logits(self, rows: dict[str, list], batch_size: int = 64, progress: Progress = iter) -> np.ndarray:
@@ -62,15 +61,15 @@ class MixedPredictor:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    saved: dict[str, Saved]
+    saved: dict[str, SavedModel]
 
     @classmethod
-    def load(cls, saved: Mapping[str, Saved], precision: str | None = None) -> MixedPredictor:
+    def load(cls, saved: Mapping[str, SavedModel], precision: str | None = None) -> MixedPredictor:
         """Loads the adapters, by their names, on the base that all of them were trained on.
 
         Raises:
-            AdapterError: they have different bases, or one is a whole model or writes texts; and as `load_saved`.
-            ModelError, HubError: as `load_saved`.
+            AdapterError: they have different bases, or one is a whole model or writes texts; and as `load_saved_model`.
+            ModelError, HubError: as `load_saved_model`.
         """
         (first, base), *others = saved.items()
         for name, other in saved.items():
@@ -82,11 +81,11 @@ class MixedPredictor:
                     f"{first}={base.folder} was trained on {base.model.name}, {name}={other.folder} on "
                     f"{other.model.name}: adapters of one batch need one base"
                 )
-        model, tokenizer = load_saved(base, precision or base.model.precision, adapted=False)
+        model, tokenizer = load_saved_model(base, precision or base.model.precision, adapted=False)
         for name, each in saved.items():
             load_adapter(model, each.folder, name, own_head=True)
         model.eval()
-        remove_padding(model)
+        enable_unpadding(model)
         return cls(model, tokenizer, dict(saved))
 
     def logits(
@@ -100,7 +99,7 @@ class MixedPredictor:
         names = [name for name, _ in rows]
         inputs: list[dict[str, list[int]]] = [{} for _ in rows]
         for name in dict.fromkeys(names):
-            check_known(switch_of(self.model), name)
+            check_adapter_exists(adapter_state(self.model), name)
             each, chosen = self.saved[name], [place for place, other in enumerate(names) if other == name]
             columns = {key: [rows[place][1][key] for place in chosen] for key in each.task.text_columns}
             limit = min(each.max_length, self.tokenizer.model_max_length)
@@ -140,7 +139,7 @@ def _inputs(
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
 
-@denormals_flushed()
+@flush_denormals()
 def answer_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -23,15 +23,16 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lora_hf.adapters.loading import load_saved
-from lora_hf.adapters.resolve import Saved
+from lora_hf.adapters.resolve import SavedModel
+from lora_hf.adapters.save_load import load_saved_model
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import ConfigError
-from lora_hf.core.records import ScoreRecord, git_state, machine, versions
+from lora_hf.core.provenance import git_state, machine, versions
+from lora_hf.core.records import ScoreRecord
 from lora_hf.data.metrics.nlg import NlgMetric
 from lora_hf.data.tasks.generation import Example, TextGeneration
 from lora_hf.lora.inject import merge
-from lora_hf.lora.precision import denormals_flushed
+from lora_hf.lora.precision import flush_denormals
 from lora_hf.models.load import dequantise
 
 logger = logging.getLogger(__name__)
@@ -58,16 +59,16 @@ class Generator:
     max_length: int
 
     @classmethod
-    def load(cls, saved: Saved, adapted: bool = True) -> Generator:
+    def load(cls, saved: SavedModel, adapted: bool = True) -> Generator:
         """Loads the adapter merged into its base, or the whole model; the bare base where `adapted` is False.
 
         In fp32 whatever the run computed in: a beam search turns on small differences, and in bf16 a row's would depend
         on what else is in its batch.
 
         Raises:
-            AdapterError, ModelError, HubError: as `load_saved`.
+            AdapterError, ModelError, HubError: as `load_saved_model`.
         """
-        model, tokenizer = load_saved(saved, "fp32", adapted)
+        model, tokenizer = load_saved_model(saved, "fp32", adapted)
         # A prompt ends where its text begins: shorter ones of a batch are padded in front.
         tokenizer.padding_side = "left"
         # In fp32 nothing is won by a packed base, and merging into it would round the adapter away.
@@ -96,7 +97,7 @@ class Generator:
         """A text for each encoded prompt, all in one batch; `stopping` are asked after each token, beside the end."""
         batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.model.device)
         width = batch["input_ids"].shape[1]
-        with denormals_flushed():
+        with flush_denormals():
             made: Any = self.model.generate(  # type: ignore[operator]
                 **batch,
                 generation_config=self._settings(decoding),
@@ -179,7 +180,7 @@ def score_texts(task: TextGeneration, examples: Sequence[Example], texts: Sequen
 
 
 def evaluate_texts(
-    generator: Generator, saved: Saved, rows: Mapping[str, Dataset], adapted: bool, progress: Progress
+    generator: Generator, saved: SavedModel, rows: Mapping[str, Dataset], adapted: bool, progress: Progress
 ) -> tuple[list[Path], dict[str, dict[str, Scores]]]:
     """Writes and scores a text for each input of each split, with the decoding of the run.
 

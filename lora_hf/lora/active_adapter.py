@@ -12,7 +12,7 @@ import torch
 
 from lora_hf.core.errors import AdapterError
 
-SWITCH = "lora_switch"  # the attribute of a base model that holds its Switch
+STATE_ATTRIBUTE = "lora_switch"  # the attribute of a base model that holds its Switch
 Labels = tuple[tuple[str, ...], str | None]  # the names of the labels, and the problem type
 
 
@@ -29,7 +29,7 @@ class Segments:
     ends: tuple[int, ...]
 
 
-class Mixture:
+class BatchRouting:
     """An adapter for each row of a batch; None is the bare base.
 
     Args:
@@ -113,7 +113,7 @@ def segments_of(numbers: torch.Tensor, adapters: int) -> Segments:
     return Segments(len(numbers), order, tuple(counts.cumsum(0).tolist()))
 
 
-class Switch:
+class AdapterState:
     """The choice that all LoRA layers and heads of one model share.
 
     Attributes:
@@ -130,15 +130,15 @@ class Switch:
         self._own = threading.local()
 
     @property
-    def choice(self) -> str | Mixture | None:
+    def choice(self) -> str | BatchRouting | None:
         """What this thread runs."""
         return getattr(self._own, "choice", self.shared)
 
     @property
-    def mixture(self) -> Mixture | None:
+    def mixture(self) -> BatchRouting | None:
         """The mixture that this thread runs, if it runs one."""
         choice = self.choice
-        return choice if isinstance(choice, Mixture) else None
+        return choice if isinstance(choice, BatchRouting) else None
 
     def active(self, adapters: Container[str]) -> str | None:
         """The one of `adapters` that this thread runs; None where it runs another, none or a mixture."""
@@ -146,7 +146,7 @@ class Switch:
         return choice if isinstance(choice, str) and choice in adapters else None
 
     @contextmanager
-    def own(self, choice: str | Mixture | None) -> Iterator[None]:
+    def own(self, choice: str | BatchRouting | None) -> Iterator[None]:
         """Makes this thread run `choice` inside, whatever others run."""
         before = vars(self._own).copy()
         self._own.choice = choice
@@ -156,8 +156,8 @@ class Switch:
             vars(self._own).clear()
             vars(self._own).update(before)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Switch:
-        copied = memo[id(self)] = Switch()
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterState:
+        copied = memo[id(self)] = AdapterState()
         copied.shared, copied.merged = self.shared, self.merged
         copied.names, copied.labels = dict(self.names), dict(self.labels)
         return copied

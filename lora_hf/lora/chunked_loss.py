@@ -19,7 +19,7 @@ from transformers.utils.generic import ModelOutput
 from lora_hf.core.errors import TrainingError
 from lora_hf.lora.kernels.cross_entropy import token_losses
 
-IGNORED = -100  # the label of a token without loss
+IGNORE_INDEX = -100  # the label of a token without loss
 
 
 @dataclass
@@ -30,7 +30,7 @@ class CompletionOutput(ModelOutput):
     rows: torch.Tensor | None = None
 
 
-def score_labels_only(model: PreTrainedModel, smoothing: float = 0.0) -> bool:
+def enable_chunked_loss(model: PreTrainedModel, smoothing: float = 0.0) -> bool:
     """Makes calls with labels skip all other logits; whether this model can be served so.
 
     Its head must be frozen: the loss gives the head's weight no gradient.
@@ -63,7 +63,7 @@ def _forward(
         return plain(*inputs, **named)
     hidden = model.base_model(*inputs, **named)[0]
     targets = labels[:, 1:]
-    row, place = (targets != IGNORED).nonzero(as_tuple=True)
+    row, place = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
     weight = model.get_output_embeddings().weight
     if weight.requires_grad:
         raise TrainingError("the language model's head was frozen when its loss was set up, and is now to be trained")

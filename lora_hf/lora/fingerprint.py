@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.layers import LoraLinear, LoraWeights
-from lora_hf.lora.modules_to_save import AdapterHead
+from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.quantization import Packed, QuantisedLinear
 from lora_hf.lora.variants.biases import Bias
 
@@ -51,7 +51,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def remember(model: PreTrainedModel, before: dict[str, Any]) -> None:
+def store_fingerprint(model: PreTrainedModel, before: dict[str, Any]) -> None:
     """Keeps the fingerprint that a model had before its weights were packed as they are now."""
     setattr(model, BEFORE, {"fingerprint": before, "packed": _digest_packed(model)})
 
@@ -75,7 +75,7 @@ def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The parameters of the base model by their names in the plain model, sorted; as they were before any merge."""
     tensors: dict[str, torch.Tensor] = {}
     for path, module in model.base_model.named_modules():
-        if isinstance(module, (LoraWeights, AdapterHead, Bias)):
+        if isinstance(module, (LoraWeights, ModulesToSaveWrapper, Bias)):
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
             tensors[name.replace(".base_layer.", ".")] = parameter

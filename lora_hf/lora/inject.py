@@ -17,17 +17,24 @@ from transformers import PreTrainedModel
 
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError, did_you_mean
-from lora_hf.lora.active_adapter import SWITCH, Labels, Switch
+from lora_hf.lora.active_adapter import STATE_ATTRIBUTE, AdapterState, Labels
 from lora_hf.lora.layers import Drift, LoraLinear, LoraWeights
-from lora_hf.lora.modules_to_save import AdapterHead
-from lora_hf.lora.patterns import numbers_of
+from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.quantization import QuantisedLinear
-from lora_hf.lora.target_modules import Site, adaptable, base_prefix, head_paths, listed, plan
+from lora_hf.lora.target_modules import (
+    Site,
+    adaptable_modules,
+    base_prefix,
+    comma_separated,
+    head_paths,
+    plan,
+    ranks_and_alphas,
+)
 from lora_hf.lora.variants.biases import (
     add_biases,
     biased_modules,
-    check_no_bias_alone,
-    free_biases,
+    check_no_standalone_biases,
+    unadapted_biases,
     unwrap_biases,
 )
 from lora_hf.lora.variants.embedding import check_not_tied
@@ -67,15 +74,15 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
         )
     if start and lora.use_dora:
         raise ConfigError(f"lora.use_dora: not together with lora.init_lora_weights={start}; choose one of them")
-    numbers = numbers_of(sites, adaptable(model), lora, base_prefix(model))
+    numbers = ranks_and_alphas(sites, adaptable_modules(model), lora, base_prefix(model))
     check_new_name(model, name)
-    check_no_bias_alone(model, numbers)
-    biases = free_biases(model, numbers, head_paths(model)) if lora.bias == "all" else {}
+    check_no_standalone_biases(model, numbers)
+    biases = unadapted_biases(model, numbers, head_paths(model)) if lora.bias == "all" else {}
     variant = Variant(lora.use_rslora, lora.use_dora, start, lora.bias != "none")
     for path, (columns, r, alpha) in numbers.items():
         weights = add_weights(model, path, name, columns, r, alpha, lora.lora_dropout, variant)
         initialise(weights, model.get_submodule(path), lora.init_lora_weights)  # type: ignore[arg-type]
-    add_biases(model, biases, name, switch_of(model))
+    add_biases(model, biases, name, adapter_state(model))
     return inject_head(model, name)
 
 
@@ -87,15 +94,15 @@ def inject_head(
     Args:
         heads: the adapter's own, by path; else copies of the base's.
     """
-    switch = switch_of(model)
+    switch = adapter_state(model)
     switch.names.setdefault(name)
     for path in head_paths(model):
         module = model.get_submodule(path)
-        if not isinstance(module, AdapterHead):
-            model.set_submodule(path, module := AdapterHead(module, switch))
+        if not isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(path, module := ModulesToSaveWrapper(module, switch))
         if name not in module.heads:
             module.add(name, heads[path] if heads else None)
-            switch.labels.setdefault(name, labels_of(model))
+            switch.labels.setdefault(name, get_labels(model))
     set_adapter(model, name)
     mark_only_lora_as_trainable(model)
     for head in adapter_heads(model).values():
@@ -114,7 +121,7 @@ def add_weights(
     variant: Variant = PLAIN,
 ) -> LoraWeights:
     """Puts fresh A and B of adapter `name` at one projection, which becomes a LoRA layer if it is not one yet."""
-    module, switch = model.get_submodule(path), switch_of(model)
+    module, switch = model.get_submodule(path), adapter_state(model)
     if not isinstance(module, LoraLinear):
         model.set_submodule(path, module := LoraLinear(module, switch))
     switch.names.setdefault(name)
@@ -135,8 +142,8 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
     unwrap_biases(model, keep=merged)
     for path, head in adapter_heads(model).items():
         model.set_submodule(path, head.heads[head.active] if merged and head.active else head.base_head)
-    if hasattr(model.base_model, SWITCH):
-        delattr(model.base_model, SWITCH)
+    if hasattr(model.base_model, STATE_ATTRIBUTE):
+        delattr(model.base_model, STATE_ATTRIBUTE)
     return model
 
 
@@ -172,7 +179,7 @@ def unmerge(model: PreTrainedModel) -> PreTrainedModel:
     """Restores the base weights bit for bit."""
     for layer in lora_layers(model).values():
         layer.unmerge()
-    switch_of(model).merged = False
+    adapter_state(model).merged = False
     return model
 
 
@@ -182,45 +189,47 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     Raises:
         AdapterError: the model has no adapter of that name.
     """
-    switch = switch_of(model)
-    check_known(switch, name)
+    switch = adapter_state(model)
+    check_adapter_exists(switch, name)
     if switch.merged:
         unmerge(model)
     if switch.labels:
-        switch.labels[switch.shared] = labels_of(model)  # somebody may have named them meanwhile
-        tell_labels(model, switch.labels.get(name, switch.labels[None]))
+        switch.labels[switch.shared] = get_labels(model)  # somebody may have named them meanwhile
+        set_labels(model, switch.labels.get(name, switch.labels[None]))
     switch.shared = name
     return model
 
 
-def switch_of(model: PreTrainedModel) -> Switch:
+def adapter_state(model: PreTrainedModel) -> AdapterState:
     """The switch that all layers and heads of the model share; a plain model gets its own."""
     base = model.base_model
-    if not hasattr(base, SWITCH):
-        switch = Switch()
+    if not hasattr(base, STATE_ATTRIBUTE):
+        switch = AdapterState()
         if head_paths(model):
-            switch.labels[None] = labels_of(model)
-        setattr(base, SWITCH, switch)
-    return getattr(base, SWITCH)
+            switch.labels[None] = get_labels(model)
+        setattr(base, STATE_ATTRIBUTE, switch)
+    return getattr(base, STATE_ATTRIBUTE)
 
 
-def check_known(switch: Switch, name: str | None) -> None:
+def check_adapter_exists(switch: AdapterState, name: str | None) -> None:
     """Raises AdapterError where the model has no adapter of that name; None is the bare base."""
     if name is not None and name not in switch.names:
         known = list(switch.names)
-        raise AdapterError(f"no adapter {name!r} on this model{did_you_mean(name, known)}; it has: {listed(known)}")
+        raise AdapterError(
+            f"no adapter {name!r} on this model{did_you_mean(name, known)}; it has: {comma_separated(known)}"
+        )
 
 
-def labels_of(model: PreTrainedModel) -> Labels:
+def get_labels(model: PreTrainedModel) -> Labels:
     """The names of the model's labels, and its problem type."""
     names: dict[Any, str] = model.config.id2label or {}
     return tuple(names[index] for index in sorted(names)), model.config.problem_type
 
 
-def tell_labels(model: PreTrainedModel, labels: Labels) -> None:
+def set_labels(model: PreTrainedModel, labels: Labels) -> None:
     """Makes these the labels of the model: `id2label` and all that transformers derives from it."""
     names, problem_type = labels
-    if labels_of(model) == labels:
+    if get_labels(model) == labels:
         return
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = {label: index for index, label in enumerate(names)}
@@ -234,14 +243,14 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
-def adapter_heads(model: nn.Module) -> dict[str, AdapterHead]:
+def adapter_heads(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     """Every adapted head by its path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterHead)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters on the model, in the order they came."""
-    return list(dict.fromkeys(name for place, _ in adapter_places(model) for name in place))
+    return list(dict.fromkeys(name for place, _ in adapter_slots(model) for name in place))
 
 
 def check_new_name(model: nn.Module, name: str) -> None:
@@ -270,7 +279,7 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     places = [*lora_layers(model).values(), *biased_modules(model).values()]
     weights = [place.adapters[place.active] for place in places if place.active]
     heads = [head.heads[head.active] for head in adapter_heads(model).values() if head.active]
-    idle = [place[name] for place, active in adapter_places(model) for name in place if name != active]
+    idle = [place[name] for place, active in adapter_slots(model) for name in place if name != active]
     total = _count(model)
     return ParameterCounts(
         total=total - sum(map(_count, idle)),
@@ -287,7 +296,7 @@ def _count(module: nn.Module) -> int:
     )
 
 
-def adapter_places(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, str | None]]:
+def adapter_slots(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, str | None]]:
     """Everything that holds adapters by their names, and which of them is active there."""
     for place in [*lora_layers(model).values(), *biased_modules(model).values()]:
         yield place.adapters, place.active
@@ -309,7 +318,7 @@ def _lora_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
         chosen |= {layer.bias for layer in layers.values() if layer.active and layer.bias is not None}
     idle = {
         value
-        for place, active in adapter_places(model)
+        for place, active in adapter_slots(model)
         for key in place
         if key != active
         for value in place[key].parameters()

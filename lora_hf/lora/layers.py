@@ -13,17 +13,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.core.errors import AdapterError
-from lora_hf.lora.active_adapter import Mixture, Switch
-from lora_hf.lora.kernels.fused import Part, Weight, block_placed, fits, lora_linear, lora_linear_parts
+from lora_hf.lora.active_adapter import AdapterState, BatchRouting
+from lora_hf.lora.kernels.fused import Part, Weight, block_placed, can_fuse, lora_linear, lora_linear_parts
 from lora_hf.lora.kernels.grouped import Stack, add_grouped
 from lora_hf.lora.kernels.reference import add_lora
-from lora_hf.lora.precision import in_own_precision
+from lora_hf.lora.precision import keep_dtype
 from lora_hf.lora.quantization import Packed, QuantisedLinear, unpack
 
 TRANSPOSED = (Conv1D, nn.Embedding)  # whose weight is (in, out)
 
 
-def features(layer: nn.Module) -> tuple[int, int]:
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """`(in, out)` of an `nn.Linear`, stored `(out, in)`, or a `Conv1D` or embedding, `(in, out)`, or of one packed."""
     if isinstance(layer, QuantisedLinear):
         return layer.in_features, layer.out_features
@@ -92,7 +92,7 @@ class LoraWeights(nn.Module):
         return bool(self.lora_B.any())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LoraWeights:
-        return super()._apply(in_own_precision(fn), recurse)
+        return super()._apply(keep_dtype(fn), recurse)
 
     def forward(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """`(..., in)` to `(..., out)`: the base layer with this adapter beside it, and with its bias."""
@@ -104,7 +104,7 @@ class LoraWeights(nn.Module):
         dropout = self.lora_dropout if self.training else 0.0
         low_rank = (*self.factors(), self.scaling, self.slices)
         weight = frozen_weight(base_layer)
-        if fits(x, weight, base_layer.bias):  # type: ignore[arg-type]
+        if can_fuse(x, weight, base_layer.bias):  # type: ignore[arg-type]
             return lora_linear(x, weight, base_layer.bias, *low_rank, dropout)  # type: ignore[arg-type]
         dropped = nn.functional.dropout(x, dropout) if dropout else x
         return add_lora(base_layer(x), dropped, *low_rank)
@@ -167,13 +167,13 @@ class Drift:
         return cls(*(lost / max(float(whole.norm()), torch.finfo(torch.float32).tiny) for whole in (asked, delta)))
 
 
-class Adapted(nn.Module):
+class AdaptedModule(nn.Module):
     """A frozen module, `base_layer`, and what each adapter adds to it; which one is active, `switch` says."""
 
     base_layer: Any
     adapters: Any  # nn.ModuleDict, by the adapter's name
 
-    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+    def __init__(self, base_layer: nn.Module, switch: AdapterState) -> None:
         super().__init__()
         self.training = base_layer.training
         self.base_layer = base_layer
@@ -186,7 +186,7 @@ class Adapted(nn.Module):
         return self.switch.active(self.adapters)
 
 
-class LoraLinear(Adapted):
+class LoraLinear(AdaptedModule):
     """`y = base_layer(x) + (lora_alpha / r) * dropout(x) A^T B^T` with the A and B of the active adapter.
 
     Which one is active, `switch` says, for all layers of a model at once; without one it is the base layer. `train()`
@@ -197,14 +197,14 @@ class LoraLinear(Adapted):
     base_layer: Any  # nn.Linear, Conv1D, nn.Embedding or QuantisedLinear
     adapters: Any  # nn.ModuleDict of LoraWeights, by the adapter's name
 
-    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+    def __init__(self, base_layer: nn.Module, switch: AdapterState) -> None:
         super().__init__(base_layer, switch)
         self.merged: str | None = None
         self.unmerged_weight: torch.Tensor | None = None
         self.unmerged_packed: Packed | None = None
         self.drift: Drift | None = None
         self.unmerged_bias: torch.Tensor | None = None
-        self.in_features, self.out_features = features(base_layer)
+        self.in_features, self.out_features = linear_shape(base_layer)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -238,11 +238,11 @@ class LoraLinear(Adapted):
             return self._mixed(x, mixture)
         return self.base_layer(x) if active is None else self.adapters[active](self.base_layer, x)
 
-    def _mixed(self, x: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+    def _mixed(self, x: torch.Tensor, mixture: BatchRouting) -> torch.Tensor:
         """Each row, or each token of rows without padding, under its own adapter."""
         here = [self.adapters[name] for name in mixture.names if name in self.adapters]
         plain = all(weights.plain for weights in here)
-        if here and plain and torch.is_grad_enabled() and fits(x, frozen_weight(self.base_layer), self.bias):
+        if here and plain and torch.is_grad_enabled() and can_fuse(x, frozen_weight(self.base_layer), self.bias):
             parts = self._parts(x, mixture)
             if parts is not None:
                 return lora_linear_parts(x, frozen_weight(self.base_layer), self.bias, parts, mixture.masked)
@@ -254,7 +254,7 @@ class LoraLinear(Adapted):
         inputs, outputs, segments = mixture.places(x, y)
         return add_grouped(outputs, inputs, self._stack(mixture, x.dtype), segments.order, segments.ends).view_as(y)
 
-    def _parts(self, x: torch.Tensor, mixture: Mixture) -> list[Part] | None:
+    def _parts(self, x: torch.Tensor, mixture: BatchRouting) -> list[Part] | None:
         """What each adapter of the mixture multiplies; None where its places do not stand together."""
         inputs, _, segments = mixture.places(x, x)
         if segments.order is not None:
@@ -269,7 +269,7 @@ class LoraLinear(Adapted):
             start = end
         return parts
 
-    def _stack(self, mixture: Mixture, dtype: torch.dtype) -> Stack:
+    def _stack(self, mixture: BatchRouting, dtype: torch.dtype) -> Stack:
         """The weights of the mixture's adapters; outside training they are stacked once for all of its forwards."""
         key = (id(self), mixture.names, dtype)
         stack = mixture.stacks.get(key)

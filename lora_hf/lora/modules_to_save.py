@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_hf.lora.active_adapter import Mixture, Switch
-from lora_hf.lora.precision import in_own_precision
+from lora_hf.lora.active_adapter import AdapterState, BatchRouting
+from lora_hf.lora.precision import keep_dtype
 
 
-class AdapterHead(nn.Module):
+class ModulesToSaveWrapper(nn.Module):
     """A task head with a trained copy per adapter, in fp32; without an active adapter it is the base's own head.
 
     The base's head is not a registered submodule: it is neither trained, saved nor counted while an adapter's copy
@@ -23,7 +23,7 @@ class AdapterHead(nn.Module):
     base_head: Any
     heads: Any  # nn.ModuleDict, by the adapter's name
 
-    def __init__(self, base_head: nn.Module, switch: Switch) -> None:
+    def __init__(self, base_head: nn.Module, switch: AdapterState) -> None:
         super().__init__()
         self.__dict__["base_head"] = base_head
         self.heads = nn.ModuleDict()
@@ -34,13 +34,13 @@ class AdapterHead(nn.Module):
         """Adds the head of adapter `name`; without `head`, a copy of the base's own."""
         self.heads[name] = (copy.deepcopy(self.base_head) if head is None else head).float().requires_grad_(True)
 
-    def train(self, mode: bool = True) -> AdapterHead:
+    def train(self, mode: bool = True) -> ModulesToSaveWrapper:
         self.base_head.train(mode)
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> AdapterHead:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ModulesToSaveWrapper:
         self.base_head._apply(fn, recurse)
-        return super()._apply(in_own_precision(fn), recurse)
+        return super()._apply(keep_dtype(fn), recurse)
 
     @property
     def active(self) -> str | None:
@@ -55,7 +55,7 @@ class AdapterHead(nn.Module):
         mixture = self.switch.mixture
         return self._one(self.active, *inputs, **named) if mixture is None else self._mixed(mixture, *inputs, **named)
 
-    def _mixed(self, mixture: Mixture, hidden: torch.Tensor, **named: Any) -> torch.Tensor:
+    def _mixed(self, mixture: BatchRouting, hidden: torch.Tensor, **named: Any) -> torch.Tensor:
         parts = []
         for name in (*mixture.names, None):
             rows = mixture.rows_of(name, len(hidden))

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
-from lora_hf.lora.active_adapter import Mixture
-from lora_hf.lora.inject import adapter_places, check_known, set_adapter, switch_of
+from lora_hf.lora.active_adapter import BatchRouting
+from lora_hf.lora.inject import adapter_slots, adapter_state, check_adapter_exists, set_adapter
 
 
 @contextmanager
@@ -20,8 +20,8 @@ def use_adapter(model: PreTrainedModel, name: str | None) -> Iterator[PreTrained
     Raises:
         AdapterError: the model has no adapter of that name, or another one is merged into it.
     """
-    switch = switch_of(model)
-    check_known(switch, name)
+    switch = adapter_state(model)
+    check_adapter_exists(switch, name)
     with switch.own(name):
         yield model
 
@@ -52,12 +52,12 @@ def mix_adapters(
     Raises:
         AdapterError: no rows, an adapter that the model does not have, or one that is merged into the base.
     """
-    switch = switch_of(model)
+    switch = adapter_state(model)
     if not rows:
         raise AdapterError("a mixture needs a name for each row of the batch, found no rows")
     for name in dict.fromkeys((*rows, *among)):
-        check_known(switch, name)
-    with switch.own(Mixture(rows, stacks, among, masked)):
+        check_adapter_exists(switch, name)
+    with switch.own(BatchRouting(rows, stacks, among, masked)):
         yield model
 
 
@@ -69,11 +69,11 @@ def unload_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     Raises:
         AdapterError: the model has no adapter of that name.
     """
-    switch = switch_of(model)
-    check_known(switch, name)
+    switch = adapter_state(model)
+    check_adapter_exists(switch, name)
     if switch.shared == name or switch.merged:
         set_adapter(model, None if switch.shared == name else switch.shared)
-    for place, _ in adapter_places(model):
+    for place, _ in adapter_slots(model):
         if name in place:
             del place[name]
     switch.labels.pop(name, None)

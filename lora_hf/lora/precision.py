@@ -16,7 +16,7 @@ SIZE = 768  # of the probe's matrices: a projection of roberta-base or gpt2
 FASTER = 1.2  # how much faster bf16 must be to be worth its rounding
 
 
-def resolve(precision: str) -> Precision:
+def resolve_precision(precision: str) -> Precision:
     """The precision itself; for `auto` bf16 where that is faster here, else fp32."""
     if precision != "auto":
         return precision  # type: ignore[return-value]
@@ -24,7 +24,7 @@ def resolve(precision: str) -> Precision:
 
 
 @contextmanager
-def denormals_flushed() -> Iterator[None]:
+def flush_denormals() -> Iterator[None]:
     """Numbers below fp32's smallest normal one, 1.2e-38, count as zero on the CPU until the end; also a decorator.
 
     Attention that has settled on few tokens gives the others gradients of that size, and a processor takes a hundred
@@ -40,7 +40,7 @@ def denormals_flushed() -> Iterator[None]:
 
 
 @functools.cache
-@denormals_flushed()
+@flush_denormals()
 def bf16_gain() -> float:
     """How many times faster than fp32 this machine multiplies bf16 matrices; probed once, in milliseconds.
 
@@ -52,7 +52,7 @@ def bf16_gain() -> float:
     return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
-def in_own_precision(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+def keep_dtype(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """`fn` of `Module.to`, `.half()`, ... without its cast: the tensor follows to the device and stays exact."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:

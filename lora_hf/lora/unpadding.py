@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lora_hf.lora.active_adapter import SWITCH, Mixture, Segments
+from lora_hf.lora.active_adapter import STATE_ATTRIBUTE, BatchRouting, Segments
 from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.kernels.attention import Rows, attend_rows
 from lora_hf.lora.kernels.prefixes import Trees, share_prefixes
@@ -29,7 +29,7 @@ from lora_hf.lora.kernels.prefixes import Trees, share_prefixes
 ATTENTION = "lora_hf_rows"
 
 
-def remove_padding(model: PreTrainedModel) -> str | None:
+def enable_unpadding(model: PreTrainedModel) -> str | None:
     """Makes the model run without padding; doing it again changes nothing.
 
     Returns:
@@ -124,7 +124,7 @@ def _parameters(kind: type) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
-def _layout(base: PreTrainedModel, named: dict[str, Any], mixture: Mixture | None = None) -> _Layout | None:
+def _layout(base: PreTrainedModel, named: dict[str, Any], mixture: BatchRouting | None = None) -> _Layout | None:
     """The layout of a batch; None without a mask, in generation, and where attentions or all states are asked for."""
     mask = named.get("attention_mask")
     special = ("past_key_values", "encoder_hidden_states", "output_attentions", "output_hidden_states")
@@ -148,13 +148,13 @@ def _layout(base: PreTrainedModel, named: dict[str, Any], mixture: Mixture | Non
     return _Layout(mask.shape, places, taken, copies, Rows(lengths, mask.device, sees))
 
 
-def _mixture(base: PreTrainedModel) -> Mixture | None:
-    switch = getattr(base, SWITCH, None)
+def _mixture(base: PreTrainedModel) -> BatchRouting | None:
+    switch = getattr(base, STATE_ATTRIBUTE, None)
     return None if switch is None else switch.mixture
 
 
 def _by_adapter(
-    mixture: Mixture, places: torch.Tensor, lengths: list[int]
+    mixture: BatchRouting, places: torch.Tensor, lengths: list[int]
 ) -> tuple[list[int], torch.Tensor, torch.Tensor | None]:
     """Rows in the order of their adapters: their lengths, the places of their tokens, and where each token went."""
     order = mixture.segments(len(lengths)).order
@@ -167,7 +167,7 @@ def _by_adapter(
     return [lengths[row] for row in order.tolist()], places[chosen], copies
 
 
-def _token_segments(mixture: Mixture, layout: _Layout) -> Segments:
+def _token_segments(mixture: BatchRouting, layout: _Layout) -> Segments:
     """The segments of the tokens of rows that stand in the order of their adapters; what fills up is the base's."""
     ends, edges = mixture.segments(layout.shape[0]).ends, [0, *accumulate(layout.rows.lengths)]
     return Segments(edges[-1], None, tuple(edges[end] for end in ends))

@@ -28,11 +28,11 @@ from lora_hf.core.errors import ConfigError, HubError, ModelError, did_you_mean
 from lora_hf.core.hub_access import hub_is_reachable
 from lora_hf.data.tasks.base import Task
 from lora_hf.lora.architectures import ARCHITECTURES
-from lora_hf.lora.fingerprint import fingerprint, remember
+from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.lora.inject import lora_layers
-from lora_hf.lora.precision import denormals_flushed, resolve
+from lora_hf.lora.precision import flush_denormals, resolve_precision
 from lora_hf.lora.quantization import SCHEMES, QuantisedLinear
-from lora_hf.models.model_ids import EMBEDDED, HUB_IDS, check_base, near_base
+from lora_hf.models.model_ids import EMBEDDED, HUB_IDS, check_model_exists, suggest_model
 
 EMBEDDED_FOLDER = Path(__file__).parent / "bases"
 
@@ -88,7 +88,7 @@ def load_base(model: ModelConfig, task: Task, seed: int = 0) -> PreTrainedModel:
     return load_model(model, head, seed)
 
 
-@denormals_flushed()
+@flush_denormals()
 def load_model(model: ModelConfig, head: dict[str, Any] | None, seed: int = 0) -> PreTrainedModel:
     """`load_base` without a task: a classifier whose config says what `head` does, or else a causal language model.
 
@@ -96,7 +96,7 @@ def load_model(model: ModelConfig, head: dict[str, Any] | None, seed: int = 0) -
         ModelError, HubError: as `load_base`.
     """
     auto: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
-    dtype = DTYPES[resolve(model.precision)]
+    dtype = DTYPES[resolve_precision(model.precision)]
     config = _config(model, head or {})
     torch.manual_seed(seed)
     base = auto.from_config(config, dtype=dtype) if model.init == "random" else _pretrained(auto, model, config, dtype)
@@ -137,7 +137,7 @@ def quantise(model: PreTrainedModel, scheme: str, dynamic: bool = False) -> PreT
     before = fingerprint(model)
     for path, layer in layers.items():
         model.base_model.set_submodule(path, QuantisedLinear(layer, scheme, dynamic))
-    remember(model, before)
+    store_fingerprint(model, before)
     return model
 
 
@@ -239,12 +239,12 @@ def _from_place(name: str, revision: str | None, load: Callable[..., Loaded]) ->
     except (OSError, ValueError, KeyError) as error:
         if more.get("local_files_only"):
             raise HubError(
-                f"{name}{near_base(name)}: the hub is out of reach and this model is not in the local cache. Give "
+                f"{name}{suggest_model(name)}: the hub is out of reach and this model is not in the local cache. Give "
                 f"model.name a local folder, or one of the embedded bases ({', '.join(EMBEDDED)}), or set HF_ENDPOINT "
                 "to a mirror"
             ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{name}: cannot be loaded: {reason}{near_base(name)}") from error
+        raise ModelError(f"{name}: cannot be loaded: {reason}{suggest_model(name)}") from error
 
 
 def _place(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
@@ -252,6 +252,6 @@ def _place(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
         return str(EMBEDDED_FOLDER / name), {}
     if Path(name).is_dir():
         return name, {}
-    check_base(name)
+    check_model_exists(name)
     hub = HUB_IDS.get(name, name)
     return hub, {"revision": revision, "local_files_only": not hub_is_reachable()}

@@ -23,7 +23,7 @@ HUB_IDS = {
 }
 
 
-def check_base(name: str) -> None:
+def check_model_exists(name: str) -> None:
     """Raises ModelError for a base that is nowhere: a path without a folder, or a misspelt base of this package.
 
     Any other name may be the hub's; its oldest models have no `/` in theirs.
@@ -37,7 +37,7 @@ def check_base(name: str) -> None:
         raise ModelError(f"{name}: no such model or folder (did you mean {near[0]!r}?)")
 
 
-def near_base(name: str) -> str:
+def suggest_model(name: str) -> str:
     """Returns `` (did you mean 'roberta-base'?)`` for a name without `/` that is near a known one."""
     known = (*EMBEDDED, *HUB_IDS)
     return "" if "/" in name or name in known else did_you_mean(name, known)

@@ -57,7 +57,7 @@ class ProblemError(Exception):
 
 
 @dataclass
-class Door:
+class ServerState:
     """Who may come in, and whether the server is open.
 
     Attributes:
@@ -75,7 +75,7 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
 def build_app(
-    engine: Engine, door: Door, metrics: Metrics, lifespan: Lifespan | None = None, playground: bool = False
+    engine: Engine, door: ServerState, metrics: Metrics, lifespan: Lifespan | None = None, playground: bool = False
 ) -> FastAPI:
     """The whole application; `engine` may still be loading, `door.open` says when it is not."""
     app = FastAPIOffline(
@@ -202,7 +202,7 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(json.dumps(value), status, media_type="application/json")
 
 
-def _adapters(app: FastAPI, engine: Engine, door: Door) -> None:
+def _adapters(app: FastAPI, engine: Engine, door: ServerState) -> None:
     @app.get("/v1/adapters", response_model=Adapters)
     async def adapters() -> Any:
         """What is served."""
@@ -243,14 +243,14 @@ def _described(version: Version) -> Adapter:
     )
 
 
-def _root(door: Door) -> Path:
+def _root(door: ServerState) -> Path:
     if door.folder is None:
         message = "this server's adapters are fixed; it was started without --allow-loading"
         raise ProblemError(403, "loading_off", message)
     return door.folder.resolve()
 
 
-def _below(door: Door, folder: str) -> Path:
+def _below(door: ServerState, folder: str) -> Path:
     """The folder that a client names, if it and its files lie below the one allowed, whatever links say."""
     root = _root(door)
     refused = ProblemError(403, "outside", f"{folder!r} is no folder below that of --allow-loading")
@@ -267,7 +267,7 @@ def _below(door: Door, folder: str) -> Path:
     return found
 
 
-def _health(app: FastAPI, door: Door, metrics: Metrics) -> None:
+def _health(app: FastAPI, door: ServerState, metrics: Metrics) -> None:
     @app.get("/healthz")
     async def health() -> dict[str, str]:
         """Whether the process is alive."""
@@ -287,7 +287,7 @@ def _health(app: FastAPI, door: Door, metrics: Metrics) -> None:
         return Response(metrics.page(), media_type="text/plain; version=0.0.4")
 
 
-def _told(error: UserError, door: Door) -> Response:
+def _told(error: UserError, door: ServerState) -> Response:
     if not isinstance(error, RefusalError):
         return _failure(500, "broken_adapter", str(error))
     if error.code == "unknown_adapter" and not door.open:
@@ -297,7 +297,7 @@ def _told(error: UserError, door: Door) -> Response:
     return _failure(status, error.code, str(error), after)
 
 
-def _errors(app: FastAPI, door: Door) -> None:
+def _errors(app: FastAPI, door: ServerState) -> None:
     @app.exception_handler(UserError)
     async def refused(_: Request, error: UserError) -> Response:
         return _told(error, door)

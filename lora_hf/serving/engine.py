@@ -17,13 +17,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_hf.adapters.loading import load_saved
-from lora_hf.adapters.resolve import Saved, find_saved
+from lora_hf.adapters.resolve import SavedModel, find_saved_model
+from lora_hf.adapters.save_load import load_saved_model
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.config.values import build_section
 from lora_hf.core.errors import AdapterError, DataError, did_you_mean
 from lora_hf.data.tasks.generation import TextGeneration
-from lora_hf.lora.unpadding import remove_padding
+from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.models.load import dequantise
 from lora_hf.serving.classifying import Classifier
 from lora_hf.serving.limits import (
@@ -84,7 +84,7 @@ class Engine:
     # Adapters.
 
     def load(self, name: str, place: str | Path, revision: str | None = None, new_base: bool = True) -> Version:
-        """Serves the adapter in `place`, a folder or a hub id, as `name`; one of that name is replaced.
+        """Serves the adapter in `rank`, a folder or a hub id, as `name`; one of that name is replaced.
 
         The old one answers until the new one is whole, and stays where the new one cannot be loaded.
 
@@ -93,7 +93,7 @@ class Engine:
 
         Raises:
             AdapterError: not a name, a damaged adapter, a whole model, or, without `new_base`, one of another base.
-            ModelError, HubError: as `load_saved`.
+            ModelError, HubError: as `load_saved_model`.
             ClosingError: the engine shuts down.
         """
         if not NAME.fullmatch(name):
@@ -101,7 +101,7 @@ class Engine:
                 f"{name!r} cannot name an adapter: expected at most 64 letters, digits, '-', '_' and '.', the first "
                 "a letter or a digit"
             )
-        saved = find_saved(place, revision)
+        saved = find_saved_model(place, revision)
         if saved.whole:
             raise AdapterError(f"{place}: a whole model; expected an adapter, which shares its base with others")
         with self._loading:
@@ -329,7 +329,7 @@ class Engine:
             start = stop
         return inputs
 
-    def _settings(self, saved: Saved, given: Mapping[str, Any]) -> GenerateConfig:
+    def _settings(self, saved: SavedModel, given: Mapping[str, Any]) -> GenerateConfig:
         values = {key: value for key, value in given.items() if value is not None}
         if values.keys() & {"temperature", "top_p", "top_k"}:
             values = {"num_beams": 1, **values, "do_sample": True}
@@ -349,16 +349,16 @@ class Engine:
             raise BadInputError("num_beams: expected 1 where a text is sampled")
         return settings if settings.do_sample else replace(settings, seed=0, temperature=1.0, top_p=1.0, top_k=0)
 
-    def _load_base(self, saved: Saved) -> Base:
+    def _load_base(self, saved: SavedModel) -> Base:
         writes = saved.task.model_kind == Writer.kind
         with RANDOM:
             precision = "fp32" if writes else self.precision or saved.model.precision
-            model, tokenizer = load_saved(saved, precision, adapted=False)
+            model, tokenizer = load_saved_model(saved, precision, adapted=False)
         if writes:
             tokenizer.padding_side = "left"
             dequantise(model)
         else:
-            remove_padding(model)
+            enable_unpadding(model)
         kind = Writer if writes else Classifier
         return Base(kind(saved.model.name, model, tokenizer, self.limits, self._observer), copy.deepcopy(tokenizer))
 
@@ -374,7 +374,7 @@ class Engine:
                 base.worker.close()
 
 
-def _key(saved: Saved) -> tuple[Any, ...]:
+def _key(saved: SavedModel) -> tuple[Any, ...]:
     """What two adapters must have in common to share a base."""
     model = replace(saved.model, precision="auto", dropout=None)
     return model, saved.task.model_kind, saved.seed if model.init == "random" else 0

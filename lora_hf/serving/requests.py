@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE
-from lora_hf.adapters.resolve import Saved
+from lora_hf.adapters.resolve import SavedModel
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import AdapterError
 from lora_hf.serving.limits import DeadlinePassedError, RefusalError
@@ -36,7 +36,7 @@ class Version:
     name: str
     slot: str
     digest: str
-    saved: Saved
+    saved: SavedModel
     held: int = 0
     retired: bool = False
 

@@ -15,7 +15,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from lora_hf.serving.app import Door, build_app
+from lora_hf.serving.app import ServerState, build_app
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.metrics import Metrics
 from lora_hf.serving.playground import PATH
@@ -28,7 +28,7 @@ SWITCH_INTERVAL = 0.001  # seconds: Python's 5 ms make every answer wait for the
 class _Server(uvicorn.Server):
     """uvicorn's, but SIGTERM and SIGINT end it with success once what is in flight is answered."""
 
-    door: Door
+    door: ServerState
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -48,7 +48,7 @@ def serve(
     engine: Engine,
     adapters: Mapping[str, str],
     metrics: Metrics,
-    door: Door,
+    door: ServerState,
     listening: socket.socket,
     grace: float = 30.0,
     playground: bool = False,

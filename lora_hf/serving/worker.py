@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_hf.adapters.save_load import load_adapter
 from lora_hf.core.errors import AdapterError
-from lora_hf.lora.fingerprint import fingerprint, remember
+from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.lora.inject import lora_layers, merge, set_adapter
 from lora_hf.lora.multi_adapter import mix_adapters, unload_adapter
-from lora_hf.lora.precision import denormals_flushed
+from lora_hf.lora.precision import flush_denormals
 from lora_hf.models.load import quantised_layers
 from lora_hf.serving.limits import ClosingError, Limits, QueueFullError
 from lora_hf.serving.requests import Request, Version, digest_of
@@ -57,7 +57,7 @@ class Worker(ABC):
     ) -> None:
         self.base, self.model, self.tokenizer, self.limits, self.observer = base, model, tokenizer, limits, observer
         # Nothing else changes this base, so each adapter need not hash all of it anew to know it.
-        remember(model, fingerprint(model))
+        store_fingerprint(model, fingerprint(model))
         self.versions: list[Version] = []
         self._changed = threading.Condition()
         self._waiting: deque[Any] = deque()
@@ -187,7 +187,7 @@ class Worker(ABC):
 
     # The thread.
 
-    @denormals_flushed()
+    @flush_denormals()
     def _run(self) -> None:
         while True:
             with self._changed:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lora_hf.core.errors import TrainingError
+from lora_hf.core.errors import Interrupted, TrainingError
 from lora_hf.core.formatting import minutes
 from lora_hf.lora.inject import lora_layers
+from lora_hf.training.checkpoints import resume_hint
+from lora_hf.training.distributed import all_reduce_max, world_size
 
 PAUSE = 30.0  # seconds between two lines of progress
 
 
-def use_callbacks(trainer: Trainer, of: str, *callbacks: TrainerCallback) -> None:
+def install_callbacks(trainer: Trainer, of: str, *callbacks: TrainerCallback) -> None:
     """Adds callbacks, and replaces the Trainer's own printing: standard output belongs to results.
 
     Args:
@@ -27,12 +33,12 @@ def use_callbacks(trainer: Trainer, of: str, *callbacks: TrainerCallback) -> Non
     """
     trainer.remove_callback(PrinterCallback)
     bars = trainer.pop_callback(ProgressCallback) is not None
-    trainer.add_callback(QuietProgress() if bars else ProgressLines(of))
+    trainer.add_callback(ProgressBars() if bars else ProgressLines(of))
     for callback in callbacks:
         trainer.add_callback(callback)
 
 
-class QuietProgress(ProgressCallback):
+class ProgressBars(ProgressCallback):
     """The progress bars alone, without the Trainer's habit of printing every log to standard output."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -120,7 +126,7 @@ class LogFile(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **(logs or {})}) + "\n")
 
 
-class Guard(TrainerCallback):
+class TrainingGuard(TrainerCallback):
     """Stops a run that does not train: an empty optimiser, or LoRA B unmoved after a step."""
 
     def __init__(self, method: str) -> None:
@@ -147,3 +153,67 @@ class Guard(TrainerCallback):
                 f"every LoRA B is still what it started as after step {state.global_step}: no gradient reaches the "
                 "adapter, so the run would change nothing. Is it merged or disabled, or the loss detached from it?"
             )
+
+
+logger = logging.getLogger(__name__)
+
+
+class SignalHandler(TrainerCallback):
+    """Saves and stops where a signal has come; a second one stops at once.
+
+    Saving waits for what belongs to a step: the evaluation after an epoch's last one comes before its checkpoint, or a
+    run that goes on from there would never make it. Several processes may hear of a signal in different steps, or only
+    one of them does: they ask each other after every step, and all stop at the same one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.heard: signal.Signals | None = None  # by this process
+        self.signal: signal.Signals | None = None  # on which all of them act
+        self.postponed = False
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> SignalHandler:
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            self.before = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        # Once another process is gone torchrun sends SIGTERM to this one, which has yet to say what happened.
+        others_gone = world_size() > 1 and isinstance(error, RuntimeError)
+        for kind, handler in self.before.items():
+            ignored = others_gone and kind == signal.SIGTERM
+            signal.signal(kind, signal.SIG_IGN if ignored else handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        kind = signal.Signals(number)
+        if self.heard is not None:
+            raise Interrupted(kind, resume_hint(self.folder))
+        self.heard = kind
+        logger.warning("%s: finishing this step and saving; once more stops at once", kind.name)
+
+    def _agree(self) -> None:
+        number = all_reduce_max(self.heard or 0)
+        self.signal = signal.Signals(number) if number else None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._agree()
+        if state.epoch == int(state.epoch) or control.should_training_stop:
+            self.postponed, control.should_save = control.should_save, False
+        elif self.signal is not None:
+            control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._agree()
+        control.should_save = control.should_save or self.postponed or self.signal is not None
+        self.postponed = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._agree()
+        if self.signal is not None:
+            raise Interrupted(self.signal, resume_hint(self.folder))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._agree()
+        if self.signal is not None:
+            raise Interrupted(self.signal, resume_hint(self.folder))

@@ -20,15 +20,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lora_hf.core.errors import ConfigError, TrainingError
-from lora_hf.training.distributed import place, planned
+from lora_hf.training.distributed import rank, world_size
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 PROGRESS = "progress.json"  # what the Trainer does not keep
-ASIDE = ".writing"  # beside the checkpoints; the Trainer looks for none in it
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PARTIAL_DIR = ".writing"  # beside the checkpoints; the Trainer looks for none in it
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -38,7 +38,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: found[path], reverse=True)
 
 
-def publish(written: Path, final: Path) -> None:
+def finalize_checkpoint(written: Path, final: Path) -> None:
     """Gives a checkpoint that was written aside its manifest and its place."""
     digests = {str(file.relative_to(written)): digest(file) for file in sorted(written.rglob("*")) if file.is_file()}
     (written / MANIFEST).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
@@ -53,7 +53,7 @@ def publish(written: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def problem_of(checkpoint: Path, best: bool = True) -> str:
+def find_damage(checkpoint: Path, best: bool = True) -> str:
     """What keeps a run from going on at a checkpoint; an empty string where nothing does.
 
     Args:
@@ -72,44 +72,44 @@ def problem_of(checkpoint: Path, best: bool = True) -> str:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{checkpoint.name} is damaged: {error}"
     chosen = checkpoint.with_name(f"checkpoint-{state.get('best_global_step')}")
-    if best and state.get("best_model_checkpoint") and chosen != checkpoint and problem_of(chosen, best=False):
-        return f"{checkpoint.name} needs the best checkpoint so far, and {problem_of(chosen, best=False)}"
+    if best and state.get("best_model_checkpoint") and chosen != checkpoint and find_damage(chosen, best=False):
+        return f"{checkpoint.name} needs the best checkpoint so far, and {find_damage(chosen, best=False)}"
     return ""
 
 
-def newest_whole(folder: Path) -> Path | None:
+def newest_valid(folder: Path) -> Path | None:
     """The newest checkpoint that a run can go on from; those that are damaged are named in a warning."""
     for checkpoint in checkpoints_in(folder):
-        problem = problem_of(checkpoint)
+        problem = find_damage(checkpoint)
         if not problem:
             return checkpoint
         logger.warning("%s: %s; going back to the one before", folder, problem)
     return None
 
 
-def check_processes(checkpoint: Path) -> None:
+def check_world_size(checkpoint: Path) -> None:
     """Raises ConfigError where other than this many processes wrote it: their steps had as many rows as they were."""
     try:
         before = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")).get("processes", 1)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{checkpoint}: not a checkpoint of lora_hf: {error}") from error
-    if before != planned():
+    if before != world_size():
         raise ConfigError(
-            f"{checkpoint}: expected as many processes as wrote it, {before}, found {planned()}; start {before}, or "
+            f"{checkpoint}: expected as many processes as wrote it, {before}, found {world_size()}; start {before}, or "
             "begin again with another output.name"
         )
 
 
-def drop_newer(checkpoint: Path) -> None:
+def delete_newer(checkpoint: Path) -> None:
     """Deletes the checkpoints after this one, and what was being written: the run makes them again."""
-    shutil.rmtree(checkpoint.parent / ASIDE, ignore_errors=True)
+    shutil.rmtree(checkpoint.parent / PARTIAL_DIR, ignore_errors=True)
     for other in checkpoints_in(checkpoint.parent):
         if other == checkpoint:
             return
         shutil.rmtree(other)
 
 
-def prune(folder: Path, keep: int | None, best: Path | None) -> None:
+def rotate_checkpoints(folder: Path, keep: int | None, best: Path | None) -> None:
     """Deletes the oldest checkpoints but `keep`; the newest and the best always stay."""
     found = checkpoints_in(folder)
     spare = [checkpoint for checkpoint in reversed(found[1:]) if best is None or checkpoint.name != best.name]
@@ -127,7 +127,7 @@ def digest(file: Path) -> str:
 
 
 @contextmanager
-def told_when_full(folder: Path) -> Iterator[None]:
+def translate_disk_full(folder: Path) -> Iterator[None]:
     """Turns a disk that takes no more into a message with the checkpoint that the run can go on from.
 
     Raises:
@@ -138,16 +138,16 @@ def told_when_full(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         # Only Python's own files tell the number; safetensors and torch have words for it.
         words = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter", "inline_container")
-        if getattr(error, "errno", None) not in FULL and not any(word in str(error) for word in words):
+        if getattr(error, "errno", None) not in DISK_FULL_ERRNOS and not any(word in str(error) for word in words):
             raise
-        shutil.rmtree(folder / "checkpoints" / ASIDE, ignore_errors=True)
+        shutil.rmtree(folder / "checkpoints" / PARTIAL_DIR, ignore_errors=True)
         raise TrainingError(
-            f"{folder}: cannot be written: {str(error).splitlines()[0]}. Free some space; then {how_to_go_on(folder)}"
+            f"{folder}: cannot be written: {str(error).splitlines()[0]}. Free some space; then {resume_hint(folder)}"
         ) from error
 
 
 @contextmanager
-def told_when_left(folder: Path) -> Iterator[None]:
+def translate_lost_process(folder: Path) -> Iterator[None]:
     """Turns what a process meets once another one has ended into a message.
 
     Raises:
@@ -157,17 +157,17 @@ def told_when_left(folder: Path) -> Iterator[None]:
         yield
     except RuntimeError as error:
         words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
-        if planned() == 1 or not any(word in str(error) for word in words):
+        if world_size() == 1 or not any(word in str(error) for word in words):
             raise
         said = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]
         raise TrainingError(
-            f"process {place()} has lost another, which was killed or failed: {said}; {how_to_go_on(folder)}"
+            f"process {rank()} has lost another, which was killed or failed: {said}; {resume_hint(folder)}"
         ) from error
 
 
-def how_to_go_on(folder: Path) -> str:
+def resume_hint(folder: Path) -> str:
     """The last words of a run that stops early: from where, and how."""
-    checkpoint = newest_whole(folder / "checkpoints")
+    checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is None:
         return "start again with the same command: no checkpoint had been saved yet"
     return f"go on after step {checkpoint.name.rpartition('-')[2]} with the same command and --resume auto"

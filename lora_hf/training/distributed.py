@@ -8,31 +8,36 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import ConfigError, UserError
 
-PATIENCE = timedelta(seconds=1800)  # how long the others are waited for, where a config names no ddp_timeout
-REACHED = timedelta(seconds=10)  # in which the store must answer
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
 
-_calls = count()  # of `from_one`, which all processes make in the same order
+DEFAULT_TIMEOUT = timedelta(seconds=1800)  # how long the others are waited for, where a config names no ddp_timeout
+STORE_TIMEOUT = timedelta(seconds=10)  # in which the store must answer
+
+_calls = count()  # of `run_on_rank`, which all processes make in the same order
 _groups: list[Any] = []  # of processes, on the CPU: what they tell each other waits for no GPU
 
 
-def planned() -> int:
+def world_size() -> int:
     """How many processes were started together, by what their launcher left in the environment."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def place() -> int:
+def rank() -> int:
     """The number of this process among them; 0 is the first."""
     return int(os.environ.get("RANK", "0"))
 
 
-def join(cpu: bool = False, backend: str | None = None, timeout: timedelta = PATIENCE) -> int:
+def init_processes(cpu: bool = False, backend: str | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> int:
     """Waits until all processes are there; returns how many. In a process alone, or a second time, it does nothing.
 
     Args:
@@ -43,8 +48,8 @@ def join(cpu: bool = False, backend: str | None = None, timeout: timedelta = PAT
     Raises:
         ConfigError: they did not find each other.
     """
-    if planned() == 1 or _groups:
-        return planned()
+    if world_size() == 1 or _groups:
+        return world_size()
     import torch
     import torch.distributed as dist
     from accelerate import PartialState
@@ -56,13 +61,13 @@ def join(cpu: bool = False, backend: str | None = None, timeout: timedelta = PAT
         _groups.append(dist.new_group(timeout=timeout, backend="gloo"))
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"process {place()}: expected {planned()} processes to meet at {':'.join(map(str, _address()))}: "
+            f"process {rank()}: expected {world_size()} processes to meet at {':'.join(map(str, _address()))}: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    return planned()
+    return world_size()
 
 
-def largest(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """The largest of the numbers that the processes give, each its own; all wait for the last."""
     if not _groups:
         return number
@@ -74,12 +79,12 @@ def largest(number: int) -> int:
     return int(found)
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Returns once every process has come here."""
-    largest(0)
+    all_reduce_max(0)
 
 
-def from_one(do: Callable[[], Any], chosen: int = 0) -> Any:
+def run_on_rank(do: Callable[[], Any], chosen: int = 0) -> Any:
     """What `do` returns in one process, the first if none is chosen; the others do nothing and wait for it.
 
     Args:
@@ -91,8 +96,8 @@ def from_one(do: Callable[[], Any], chosen: int = 0) -> Any:
     if not _groups:
         return do()
     store, key = _store(), f"answer {next(_calls)}"
-    if place() != chosen:
-        store.wait([key], PATIENCE)
+    if rank() != chosen:
+        store.wait([key], DEFAULT_TIMEOUT)
         told = json.loads(store.get(key))
         if "error" in told:
             raise UserError(told["error"])
@@ -106,12 +111,12 @@ def from_one(do: Callable[[], Any], chosen: int = 0) -> Any:
     return answer
 
 
-def speaks() -> bool:
+def claim_error_report() -> bool:
     """Whether this process is the one that tells why all of them end: the first to ask.
 
     One that fails asks before its end lets the others fail.
     """
-    if planned() == 1:
+    if world_size() == 1:
         return True
     try:
         return _store().add("told", 1) == 1
@@ -119,16 +124,16 @@ def speaks() -> bool:
         return True
 
 
-def refuse(what: str) -> None:
+def require_single_process(what: str) -> None:
     """Raises ConfigError where several processes would each do the same, over each other's files."""
-    if planned() > 1:
+    if world_size() > 1:
         raise ConfigError(
-            f"{what}: expected one process, found {planned()} (WORLD_SIZE); start it without torchrun or accelerate "
+            f"{what}: expected one process, found {world_size()} (WORLD_SIZE); start it without torchrun or accelerate "
             "launch: only the training of one config is shared between processes"
         )
 
 
-def leave() -> None:
+def destroy_processes() -> None:
     """Parts from the other processes, after all work is done."""
     if _groups:
         import torch.distributed as dist
@@ -146,5 +151,49 @@ def _store() -> Any:
     import torch.distributed
 
     dist: Any = torch.distributed  # which exports its stores without saying so
-    store = dist.TCPStore(*_address(), is_master=False, wait_for_workers=False, timeout=REACHED)
+    store = dist.TCPStore(*_address(), is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
     return dist.PrefixStore(f"lora_hf {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def configure_fsdp(model: PreTrainedModel, plugin: Any, device: torch.device) -> list[nn.Parameter]:
+    """Tells accelerate's FSDP plugin to shard the layers and to leave alone what is trained; returns that.
+
+    Raises:
+        ConfigError: nothing is frozen, or FSDP's first version, which flattens trained and frozen parameters into one.
+    """
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("train.method=full: FSDP shards a frozen base here; use DDP or DeepSpeed, or train LoRA")
+    from torch import nn
+
+    from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
+
+    version = getattr(plugin, "fsdp_version", 1)
+    if version != 2:
+        raise ConfigError(f"FSDP: expected fsdp_version 2, found {version}; see configs/accelerate/fsdp2.yaml")
+    store_fingerprint(model, fingerprint(model))  # once it is sharded no process holds the base
+    trained = [
+        module
+        for module in model.modules()
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    ]
+    for module in trained:
+        module.to(device)
+    plugin.ignored_modules = trained
+    if plugin.transformer_cls_names_to_wrap is None:
+        # What RoBERTa and BERT name themselves holds their embeddings, which accelerate shards once more.
+        lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layers in lists for layer in layers})
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Gives every process the mean of the gradients of all."""
+    import torch
+    import torch.distributed as dist
+
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

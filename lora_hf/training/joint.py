@@ -30,19 +30,19 @@ from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import TrainingError, UserError
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.registry import task_of
-from lora_hf.lora.chunked_loss import IGNORED
+from lora_hf.lora.chunked_loss import IGNORE_INDEX
 from lora_hf.lora.inject import eject, set_adapter
 from lora_hf.lora.multi_adapter import mix_adapters
-from lora_hf.lora.precision import denormals_flushed
+from lora_hf.lora.precision import flush_denormals
 from lora_hf.training.run import Run, train
 from lora_hf.training.validation import check_together
 
 logger = logging.getLogger(__name__)
 
-FILLINGS = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
+FILLINGS = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}
 
 
-@denormals_flushed()
+@flush_denormals()
 def train_together(
     configs: Sequence[RunConfig], resume: str | None = None, rows: Mapping[str, Mapping[str, Dataset]] | None = None
 ) -> list[Run | UserError]:
@@ -125,8 +125,8 @@ class _Member(threading.Thread):
             raise self.done
         return self.done
 
-    def take_in(self, model: PreTrainedModel) -> PreTrainedModel:
-        return self.host.take_in(self, model)
+    def attach(self, model: PreTrainedModel) -> PreTrainedModel:
+        return self.host.attach(self, model)
 
     def step(self, trainer: Trainer, inputs: dict[str, Any], items: torch.Tensor | int | None) -> torch.Tensor:
         self.inputs, self.items = inputs, items
@@ -174,7 +174,7 @@ class _Together:
         finally:
             self._cancel()
 
-    def take_in(self, member: _Member, model: PreTrainedModel) -> PreTrainedModel:
+    def attach(self, member: _Member, model: PreTrainedModel) -> PreTrainedModel:
         """Moves the adapter of `model` onto the shared model, under the member's name."""
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(model, folder)

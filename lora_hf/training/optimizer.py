@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-def quicken(optimizer: torch.optim.Optimizer, faster: Iterable[nn.Parameter], ratio: float) -> None:
+def apply_loraplus(optimizer: torch.optim.Optimizer, faster: Iterable[nn.Parameter], ratio: float) -> None:
     """Moves parameters of an optimiser into groups of their own, with `ratio` times the learning rate.
 
     A group that held them keeps the rest, and the new one has its other settings; a schedule scales both alike.

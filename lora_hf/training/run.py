@@ -30,30 +30,28 @@ from lora_hf.adapters.format import read_adapter
 from lora_hf.adapters.save_load import copy_lora_weights, save_adapter
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
-from lora_hf.core.records import (
-    RECORD_FILE,
-    RUN_CONFIG_FILE,
-    RunRecord,
-    folder_size,
-    git_state,
-    machine,
-    peak_rss,
-    versions,
-)
+from lora_hf.core.provenance import folder_size, git_state, machine, peak_rss, versions
+from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.sampling import number_prompts
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.data.tokenization import encode
 from lora_hf.lora.inject import count_parameters, inject_at, inject_head
-from lora_hf.lora.precision import denormals_flushed, resolve
+from lora_hf.lora.precision import flush_denormals, resolve_precision
 from lora_hf.lora.target_modules import Site, plan
 from lora_hf.models.load import load_base, load_tokenizer
-from lora_hf.training.callbacks import EvaluationLines, Guard, LogFile, use_callbacks
-from lora_hf.training.checkpoints import told_when_full, told_when_left
-from lora_hf.training.curves import draw_curves
-from lora_hf.training.distributed import PATIENCE, from_one, join, largest, place, planned, wait_for_all
-from lora_hf.training.interruption import Interruption
-from lora_hf.training.results import score_answers
+from lora_hf.training.callbacks import EvaluationLines, LogFile, SignalHandler, TrainingGuard, install_callbacks
+from lora_hf.training.checkpoints import translate_disk_full, translate_lost_process
+from lora_hf.training.distributed import (
+    DEFAULT_TIMEOUT,
+    all_reduce_max,
+    barrier,
+    init_processes,
+    rank,
+    run_on_rank,
+    world_size,
+)
+from lora_hf.training.results import draw_curves, score_answers
 from lora_hf.training.run_dir import LOG_FILE, begin_run, find_run_folder
 from lora_hf.training.trainer import (
     AdapterTrainer,
@@ -61,7 +59,7 @@ from lora_hf.training.trainer import (
     SharedModel,
     completion_loss,
     cuda_peak,
-    spare_work,
+    enable_optimizations,
 )
 from lora_hf.training.validation import check_run
 
@@ -81,7 +79,7 @@ class Run:
         return self.folder / ("model" if self.record.method == "full" else "adapter")
 
 
-@denormals_flushed()
+@flush_denormals()
 def train(
     config: RunConfig,
     resume: str | None = None,
@@ -108,15 +106,15 @@ def train(
     started = time.time()
     check_run(config)
     hf = config.train.hf
-    waiting = timedelta(seconds=hf["ddp_timeout"]) if "ddp_timeout" in hf else PATIENCE
-    join(bool(hf.get("use_cpu")), hf.get("ddp_backend"), waiting)
+    waiting = timedelta(seconds=hf["ddp_timeout"]) if "ddp_timeout" in hf else DEFAULT_TIMEOUT
+    init_processes(bool(hf.get("use_cpu")), hf.get("ddp_backend"), waiting)
     # Probed in one process: each of them might find another precision faster.
-    precision = from_one(lambda: resolve(config.model.precision))
+    precision = run_on_rank(lambda: resolve_precision(config.model.precision))
     config = replace(config, model=replace(config.model, precision=precision))
     task = task_of(config.task)
-    found = from_one(lambda: [str(path) for path in find_run_folder(config, resume) if path is not None])
+    found = run_on_rank(lambda: [str(path) for path in find_run_folder(config, resume) if path is not None])
     folder, checkpoint = Path(found[0]), Path(found[1]) if len(found) > 1 else None
-    with told_when_full(folder), told_when_left(folder):
+    with translate_disk_full(folder), translate_lost_process(folder):
         return _train(config, task, folder, checkpoint, rows, callbacks, shared, started)
 
 
@@ -136,13 +134,13 @@ def _train(
     model, sites = prepare_model(config, task)
     counts = count_parameters(model)
     if shared:
-        model = shared.take_in(model)
+        model = shared.attach(model)
     encoded: dict[str, Any] = {
         split: encode(task, part, tokenizer, config.task.max_length) for split, part in rows.items()
     }
-    arguments = _arguments(config, task, folder, spare_work(model, config.train.label_smoothing))
-    wait_for_all()  # what another cannot use is told before anything is written
-    from_one(lambda: begin_run(config, folder, checkpoint))
+    arguments = _arguments(config, task, folder, enable_optimizations(model, config.train.label_smoothing))
+    barrier()  # what another cannot use is told before anything is written
+    run_on_rank(lambda: begin_run(config, folder, checkpoint))
     _check_shared(folder)
     trainer = _trainer(config, task, model, tokenizer, encoded, arguments)
     if shared:
@@ -151,10 +149,12 @@ def _train(
     of = f"{folder.name}, " if shared or callbacks is not None else ""
     if callbacks is None:
         callbacks = [EvaluationLines(config.model.precision, of)]
-    if place():  # each has dropout of its own; the model and the order of the rows are drawn already, or from the seed
-        set_seed((config.train.seed + place()) % 2**32)
-    interruption = Interruption(folder)
-    use_callbacks(trainer, of, Guard(config.train.method), LogFile(folder / LOG_FILE), *callbacks, interruption)
+    if rank():  # each has dropout of its own; the model and the order of the rows are drawn already, or from the seed
+        set_seed((config.train.seed + rank()) % 2**32)
+    interruption = SignalHandler(folder)
+    install_callbacks(
+        trainer, of, TrainingGuard(config.train.method), LogFile(folder / LOG_FILE), *callbacks, interruption
+    )
     record = RunRecord(
         task=task.name,
         method=config.train.method,
@@ -176,8 +176,8 @@ def _train(
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     scoring = time.time()
     answers = _answers(task, trainer, encoded)
-    if place():
-        wait_for_all()
+    if rank():
+        barrier()
         return Run(folder, RunRecord.load(folder / RECORD_FILE))
     score_answers(record, task, answers, rows, folder, of)
     run = Run(folder, record)
@@ -209,7 +209,7 @@ def _train(
     record.files = {run.weights.name: folder_size(run.weights)}
     draw_curves(record, folder / "curves.png")
     record.save(folder)
-    wait_for_all()
+    barrier()
     return run
 
 
@@ -241,7 +241,7 @@ def prepare_model(config: RunConfig, task: Task) -> tuple[PreTrainedModel, list[
 
 
 def _arguments(config: RunConfig, task: Task, folder: Path, of_model: dict[str, Any]) -> HFArguments:
-    """The Trainer's own configuration, with the arguments that `spare_work` names."""
+    """The Trainer's own configuration, with the arguments that `enable_optimizations` names."""
     train = config.train
     reduced = config.model.precision if train.method == "full" else "fp32"
     values: dict[str, Any] = {
@@ -286,9 +286,9 @@ def _arguments(config: RunConfig, task: Task, folder: Path, of_model: dict[str, 
         asked = "train.hf.fp16" if train.hf.get("fp16") else f"model.precision=fp16 with train.method={train.method}"
         # Accelerate would compute in fp32 and say nothing.
         raise ConfigError(f"{asked}: needs a GPU; use bf16 or fp32 here")
-    if arguments.world_size != planned():
+    if arguments.world_size != world_size():
         raise ConfigError(
-            f"expected {planned()} processes (WORLD_SIZE), and the Trainer finds {arguments.world_size}; start them "
+            f"expected {world_size()} processes (WORLD_SIZE), and the Trainer finds {arguments.world_size}; start them "
             "with torchrun or accelerate launch"
         )
     # A process has one GPU. The Trainer would copy the model to every other it sees and multiply the batch size.
@@ -298,7 +298,7 @@ def _arguments(config: RunConfig, task: Task, folder: Path, of_model: dict[str, 
 
 def _check_shared(folder: Path) -> None:
     """Raises ConfigError, in all processes, where one does not see the folder that the first has made."""
-    if unseeing := largest(0 if (folder / RUN_CONFIG_FILE).is_file() else place()):
+    if unseeing := all_reduce_max(0 if (folder / RUN_CONFIG_FILE).is_file() else rank()):
         raise ConfigError(
             f"output.dir: process {unseeing} does not see {folder}, which process 0 has made; expected a folder that "
             "all machines share"

@@ -15,7 +15,7 @@ import yaml
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE
-from lora_hf.training.checkpoints import check_processes, checkpoints_in, drop_newer, newest_whole, problem_of
+from lora_hf.training.checkpoints import check_world_size, checkpoints_in, delete_newer, find_damage, newest_valid
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +33,16 @@ def find_run_folder(config: RunConfig, resume: str | None) -> tuple[Path, Path |
         checkpoint = Path(resume)
         if not (checkpoint / "trainer_state.json").is_file():
             raise ConfigError(f"--resume {resume}: expected a checkpoint folder with trainer_state.json, or 'auto'")
-        if problem := problem_of(checkpoint):
+        if problem := find_damage(checkpoint):
             raise ConfigError(f"--resume {resume}: {problem}; --resume auto goes on from the newest that is whole")
-        check_processes(checkpoint)
+        check_world_size(checkpoint)
         return checkpoint.resolve().parent.parent, checkpoint.resolve()
     if resume == "auto":
         folder = _unfinished(config)
         if folder is not None:
-            newest = newest_whole(folder / CHECKPOINTS)
+            newest = newest_valid(folder / CHECKPOINTS)
             if newest is not None:
-                check_processes(newest)
+                check_world_size(newest)
             return folder, newest
     folder = Path(config.output.dir) / (config.output.name or _stamped(config))
     _check_free(folder, config)
@@ -116,7 +116,7 @@ def begin_run(config: RunConfig, folder: Path, checkpoint: Path | None) -> None:
         (folder / LOG_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     else:
-        drop_newer(checkpoint)
+        delete_newer(checkpoint)
     aside = folder / f"{RUN_CONFIG_FILE}.part"
     aside.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
     aside.replace(folder / RUN_CONFIG_FILE)

@@ -23,19 +23,25 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from lora_hf.adapters.save_load import restore_adapter, save_adapter
 from lora_hf.core.errors import TrainingError
 from lora_hf.data.sampling import EpochSampler, PromptSampler, own_rows
-from lora_hf.lora.chunked_loss import IGNORED, score_labels_only
+from lora_hf.lora.chunked_loss import IGNORE_INDEX, enable_chunked_loss
 from lora_hf.lora.inject import lora_layers
-from lora_hf.lora.unpadding import remove_padding
+from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.lora.variants.embedding import EmbeddingWeights
-from lora_hf.training.checkpoints import ASIDE, PROGRESS, STATE, newest_whole, prune, publish
-from lora_hf.training.distributed import from_one, largest
-from lora_hf.training.fsdp import average_gradients, keep_whole
+from lora_hf.training.checkpoints import (
+    PARTIAL_DIR,
+    PROGRESS,
+    STATE,
+    finalize_checkpoint,
+    newest_valid,
+    rotate_checkpoints,
+)
+from lora_hf.training.distributed import all_reduce_max, average_gradients, configure_fsdp, run_on_rank
 from lora_hf.training.loss_scaling import Overflow
-from lora_hf.training.optimizer import quicken
+from lora_hf.training.optimizer import apply_loraplus
 
 logger = logging.getLogger(__name__)
 
-UNCHECKED = 16  # losses on a GPU that may wait for a look
+MAX_UNCHECKED_LOSSES = 16  # losses on a GPU that may wait for a look
 SHARE = "share"  # of a batch: what its loss counts, where processes have unequally many rows
 
 
@@ -77,7 +83,7 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes aside and renames: whatever stands under a checkpoint's name is whole."""
         folder, state = Path(str(self.args.output_dir)), self.state
-        name, self.aside = f"checkpoint-{state.global_step}", folder / ASIDE
+        name, self.aside = f"checkpoint-{state.global_step}", folder / PARTIAL_DIR
         if self.args.should_save:
             shutil.rmtree(self.aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -90,7 +96,7 @@ class RunTrainer(Trainer):
         loss: Any = self.accelerator.reduce(self._tr_loss, "mean")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            written = folder / ASIDE / name
+            written = folder / PARTIAL_DIR / name
             state.save_to_json(str(written / STATE))
             progress = {
                 "loss": float(loss),
@@ -100,10 +106,10 @@ class RunTrainer(Trainer):
                 "processes": self.args.world_size,
             }
             (written / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
-            publish(written, folder / name)
-            shutil.rmtree(folder / ASIDE, ignore_errors=True)  # else what lists checkpoints would find it
+            finalize_checkpoint(written, folder / name)
+            shutil.rmtree(folder / PARTIAL_DIR, ignore_errors=True)  # else what lists checkpoints would find it
             best = state.best_model_checkpoint
-            prune(folder, self.args.save_total_limit, Path(best) if best else None)
+            rotate_checkpoints(folder, self.args.save_total_limit, Path(best) if best else None)
         self.accelerator.wait_for_everyone()
 
     def _init_training_state(self, *arguments: Any) -> Any:
@@ -131,7 +137,7 @@ class RunTrainer(Trainer):
     def _prepare_for_training(self, *arguments: Any) -> Any:
         if self.is_fsdp_enabled:
             model: Any = self.model
-            self.whole = keep_whole(model, self.accelerator.state.fsdp_plugin, self.accelerator.device)
+            self.whole = configure_fsdp(model, self.accelerator.state.fsdp_plugin, self.accelerator.device)
         return super()._prepare_for_training(*arguments)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -147,7 +153,7 @@ class RunTrainer(Trainer):
         rows: Any = self.train_dataset
         own, share = own_rows(len(rows), arguments.train_batch_size, arguments.world_size, arguments.process_index)
         if self.model_accepts_loss_kwargs:  # the loss is a sum over labels, divided by their number in all processes
-            batch["labels"][own:] = IGNORED
+            batch["labels"][own:] = IGNORE_INDEX
             return batch
         return {key: value[: max(own, 1)] for key, value in batch.items()} | {SHARE: share}
 
@@ -173,7 +179,7 @@ class RunTrainer(Trainer):
     def _maybe_log_save_evaluate(self, loss: torch.Tensor, norm: Any, *arguments: Any, **named: Any) -> None:
         due = self.control.should_log or self.control.should_evaluate or self.control.should_save
         # To look at a loss is to wait for the GPU; the CPU has it already.
-        if due or self.args.device.type == "cpu" or len(self.losses) >= UNCHECKED:
+        if due or self.args.device.type == "cpu" or len(self.losses) >= MAX_UNCHECKED_LOSSES:
             self._check_losses()
         if self.accelerator.optimizer_step_was_skipped:
             norm = None  # it is no number, which JSON has no word for
@@ -211,19 +217,19 @@ class RunTrainer(Trainer):
         """Raises TrainingError, in all processes, for the first batch since the last check whose loss is no number."""
         losses, self.losses = self.losses, []
         good = not losses or bool(torch.stack([loss for _, loss in losses]).isfinite().all())
-        if not largest(int(not good)):
+        if not all_reduce_max(int(not good)):
             return
         first = len(losses) if good else next(n for n, (_, loss) in enumerate(losses) if not loss.isfinite())
-        earliest = -largest(-first)
-        whose = largest(self.args.process_index if first == earliest else -1)
-        raise TrainingError(from_one(lambda: self._no_number(losses, earliest), whose))
+        earliest = -all_reduce_max(-first)
+        whose = all_reduce_max(self.args.process_index if first == earliest else -1)
+        raise TrainingError(run_on_rank(lambda: self._no_number(losses, earliest), whose))
 
     def _no_number(self, losses: list[tuple[int, torch.Tensor]], first: int) -> str:
         """What to say of the loss at place `first`."""
         step, loss = losses[first]
         batch = sum(earlier == step for earlier, _ in losses[:first])
         rows = ", ".join(map(str, self._examples(step, batch)))
-        good = newest_whole(Path(str(self.args.output_dir))) or "none"
+        good = newest_valid(Path(str(self.args.output_dir))) or "none"
         return (
             f"the loss is {loss.item()} at step {step + 1}: lower train.lr, or use model.precision=fp32. Its batch "
             f"holds the training examples {rows} (counting from 0); the last good checkpoint: {good}"
@@ -238,14 +244,14 @@ class RunTrainer(Trainer):
         return next(islice(loader.batch_sampler, done * accumulated + batch, None))
 
 
-def spare_work(model: PreTrainedModel, smoothing: float = 0.0) -> dict[str, Any]:
+def enable_optimizations(model: PreTrainedModel, smoothing: float = 0.0) -> dict[str, Any]:
     """Makes the model skip padding and logits without a label; returns the TrainingArguments that go with it.
 
     Args:
         smoothing: of the labels.
     """
-    scores_labels = score_labels_only(model, smoothing)
-    padded = remove_padding(model)
+    scores_labels = enable_chunked_loss(model, smoothing)
+    padded = enable_unpadding(model)
     if padded:
         logger.warning("batches stay padded, with rows of like length together: %s", padded)
     return {
@@ -261,7 +267,7 @@ class SharedModel(Protocol):
     runs: int
     threads: int  # that its batches are computed with
 
-    def take_in(self, model: PreTrainedModel) -> PreTrainedModel:
+    def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         """The shared model, which now has this run's adapter as well; `model` is no longer needed."""
         ...
 
@@ -323,7 +329,7 @@ class AdapterTrainer(RunTrainer):
             weights = [layer.adapters[layer.active] for layer in layers.values() if layer.active]
             # B of an embedding is random from the start; it is A that begins at zero there.
             factors = [place.lora_B for place in weights if not isinstance(place, EmbeddingWeights)]
-            quicken(optimizer, factors, self.loraplus_lr_ratio)
+            apply_loraplus(optimizer, factors, self.loraplus_lr_ratio)
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
-from lora_hf.adapters.format import inspect_adapter
+from lora_hf.adapters.format import read_adapter_config
 from lora_hf.core.config.schema import RunConfig, TaskConfig
-from lora_hf.core.errors import ConfigError
+from lora_hf.core.errors import ConfigError, did_you_mean
 from lora_hf.data.tasks.registry import task_of
-from lora_hf.models.model_ids import check_base
-from lora_hf.training.distributed import planned
+from lora_hf.models.model_ids import check_model_exists
+from lora_hf.training.distributed import world_size
 
 
 def check_run(config: RunConfig) -> None:
@@ -22,16 +23,31 @@ def check_run(config: RunConfig) -> None:
         AdapterError: `train.start_from` is no adapter folder.
         DataError: there is no such task.
     """
-    check_base(config.model.name)
+    check_model_exists(config.model.name)
     if config.model.tokenizer is not None:
-        check_base(config.model.tokenizer)
+        check_model_exists(config.model.tokenizer)
     task, settings = task_of(config.task), config.train
+    if settings.hf:
+        _check_training_arguments(settings.hf)
     if settings.group_by_prompt and task.model_kind != "causal-lm":
         raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave it out")
     if settings.loraplus_lr_ratio is not None and settings.method != "lora":
         raise ConfigError(f"train.loraplus_lr_ratio: train.method={settings.method} has no LoRA B; leave it out")
     if settings.start_from and settings.method == "lora":
-        inspect_adapter(settings.start_from)
+        read_adapter_config(settings.start_from)
+
+
+def _check_training_arguments(hf: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a name that is no field of TrainingArguments; only then transformers is imported."""
+    from transformers import TrainingArguments
+
+    known = [field.name for field in fields(TrainingArguments)]
+    if problems := [
+        f"{name} is not a field of transformers.TrainingArguments{did_you_mean(name, known)}"
+        for name in hf
+        if name not in known
+    ]:
+        raise ConfigError(f"train.hf: {'; '.join(problems)}")
 
 
 def check_together(configs: Sequence[RunConfig], resume: str | None) -> None:
@@ -57,8 +73,8 @@ def check_together(configs: Sequence[RunConfig], resume: str | None) -> None:
     names = [config.output.name for config in configs]
     if None in names or len(set(names)) < len(names):
         problems.append("output.name: expected a different one for each run")
-    if planned() > 1:
-        problems.append(f"expected one process, found {planned()}; start it without torchrun or accelerate launch")
+    if world_size() > 1:
+        problems.append(f"expected one process, found {world_size()}; start it without torchrun or accelerate launch")
     if problems:
         raise ConfigError("\n  ".join(["these runs cannot train together:", *problems]))
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
 from lora_hf.adapters.merge import merge_adapter, plain_model
-from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.adapters.save_load import merge as merging
 from lora_hf.core.config.schema import LoraConfig, ModelConfig
@@ -116,7 +116,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", MERGE_FP32), ("bf16", MERGE_BF16), ("fp16", MERGE_FP16)])
 def test_the_folder_is_a_plain_classifier(classifier: Path, dtype: Any, tolerance: float, tmp_path: Path) -> None:
-    record = merge_adapter(find_saved(classifier), tmp_path / "merged", dtype)
+    record = merge_adapter(find_saved_model(classifier), tmp_path / "merged", dtype)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert model.dtype == DTYPES[dtype]
     assert (model.config.id2label, model.config.num_labels) == ({0: "negative", 1: "positive"}, 2)
@@ -132,12 +132,12 @@ def test_the_folder_is_a_plain_classifier(classifier: Path, dtype: Any, toleranc
     assert MergeRecord.load(tmp_path / "merged" / MERGE_FILE) == record
     assert (record.dtype, record.base, record.probe) == (dtype, "tiny-roberta", {"drawn": 8, "real": 8, "seed": 0})
     assert 0 < record.drift["relative"] <= record.drift["tolerance"] == merging.TOLERANCES[dtype]
-    saved = find_saved(tmp_path / "merged")
+    saved = find_saved_model(tmp_path / "merged")
     assert (saved.whole, saved.task.name, saved.model.precision) == (True, "rule-sentiment", dtype)
 
 
 def test_the_weights_are_the_sum_rounded_once(writer: Path, tmp_path: Path) -> None:
-    merge_adapter(find_saved(writer), tmp_path / "merged", "bf16")
+    merge_adapter(find_saved_model(writer), tmp_path / "merged", "bf16")
     written = load_file(tmp_path / "merged" / "model.safetensors")
     base = load_base(ModelConfig(name="tiny-gpt2", precision="fp32"), get_task("rule-restaurants"))
     plain = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -149,7 +149,7 @@ def test_the_weights_are_the_sum_rounded_once(writer: Path, tmp_path: Path) -> N
 
 
 def test_the_folder_is_a_plain_writer_and_its_embeddings_stay_tied(writer: Path, tmp_path: Path) -> None:
-    merge_adapter(find_saved(writer), tmp_path / "merged")
+    merge_adapter(find_saved_model(writer), tmp_path / "merged")
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     assert "transformer.wte.weight" in tensors
     assert "lm_head.weight" not in tensors, "one copy"
@@ -165,16 +165,16 @@ def test_the_folder_is_a_plain_writer_and_its_embeddings_stay_tied(writer: Path,
     contexts = [get_task("rule-restaurants").context("name[Aromi], food[Italian]")]  # type: ignore[attr-defined]
     texts = []
     for folder in (writer, tmp_path / "merged"):
-        saved = find_saved(folder)
+        saved = find_saved_model(folder)
         texts.append(next(iter(Generator.load(saved).generate(contexts, saved.generate))).text)
     assert texts[0] == texts[1]
 
 
 def test_an_adapter_that_is_only_a_head_merges_too(tmp_path: Path) -> None:
     folder = saved_adapter(tmp_path / "adapter", "roberta", lora=False)
-    merge_adapter(find_saved(folder), tmp_path / "merged")
+    merge_adapter(find_saved_model(folder), tmp_path / "merged")
     rows = {"sentence": ["A fine film.", "A dull film."]}
-    answers = [Predictor.load(find_saved(place), "fp32").logits(rows) for place in (folder, tmp_path / "merged")]
+    answers = [Predictor.load(find_saved_model(place), "fp32").logits(rows) for place in (folder, tmp_path / "merged")]
     assert answers[0] == pytest.approx(answers[1], abs=MERGE_FP32)
 
 
@@ -196,33 +196,33 @@ def test_a_drift_above_the_tolerance_writes_nothing(
 ) -> None:
     monkeypatch.setitem(merging.TOLERANCES, "bf16", 1e-4)
     with pytest.raises(AdapterError, match=r"not written: merged in bf16 .* Merge with --dtype fp32"):
-        merge_adapter(find_saved(classifier), tmp_path / "merged", "bf16")
+        merge_adapter(find_saved_model(classifier), tmp_path / "merged", "bf16")
     monkeypatch.setattr(merging, "merge", lambda model: model)  # a merge that forgets the adapter
     with pytest.raises(AdapterError, match="not written: merged in fp32"):
-        merge_adapter(find_saved(classifier), tmp_path / "merged")
+        merge_adapter(find_saved_model(classifier), tmp_path / "merged")
     assert not list(tmp_path.iterdir())
 
 
 def test_weights_beyond_fp16_are_refused(tmp_path: Path) -> None:
     folder = saved_adapter(tmp_path / "adapter", "gpt2", std=1e7)
     with pytest.raises(AdapterError, match=r"merged in fp16 .* beyond the range of fp16"):
-        merge_adapter(find_saved(folder), tmp_path / "merged", "fp16")
+        merge_adapter(find_saved_model(folder), tmp_path / "merged", "fp16")
     assert [place.name for place in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_merged_model_is_not_merged_again_nor_over_anything(classifier: Path, tmp_path: Path) -> None:
-    merge_adapter(find_saved(classifier), tmp_path / "merged")
+    merge_adapter(find_saved_model(classifier), tmp_path / "merged")
     with pytest.raises(AdapterError, match="a whole model; there is no adapter to merge"):
-        merge_adapter(find_saved(tmp_path / "merged"), tmp_path / "again")
+        merge_adapter(find_saved_model(tmp_path / "merged"), tmp_path / "again")
     with pytest.raises(ConfigError, match="exists and is not empty"):
-        merge_adapter(find_saved(classifier), tmp_path / "merged")
+        merge_adapter(find_saved_model(classifier), tmp_path / "merged")
     with pytest.raises(ConfigError, match=r"holds no merge\.json"):
-        merge_adapter(find_saved(classifier), classifier, overwrite=True)
-    merge_adapter(find_saved(classifier), tmp_path / "merged", "bf16", overwrite=True)
+        merge_adapter(find_saved_model(classifier), classifier, overwrite=True)
+    merge_adapter(find_saved_model(classifier), tmp_path / "merged", "bf16", overwrite=True)
     assert MergeRecord.load(tmp_path / "merged" / MERGE_FILE).dtype == "bf16"
     (tmp_path / "merged" / MERGE_FILE).write_text(json.dumps({"task": "sst2"}))
     with pytest.raises(DataError, match="not a record of a merge: expected the keys"):
-        find_saved(tmp_path / "merged")
+        find_saved_model(tmp_path / "merged")
 
 
 def test_what_was_trained_on_a_packed_base_is_merged_into_its_unpacked_weights(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_what_was_trained_on_a_packed_base_is_merged_into_its_unpacked_weights(t
     inject(model, LoraConfig(r=4, targets=("q", "v")))
     stir(model)
     save_adapter(model, tmp_path / "adapter", task="rule-sentiment")
-    record = merge_adapter(replace(find_saved(tmp_path / "adapter"), model=packed), tmp_path / "merged")
+    record = merge_adapter(replace(find_saved_model(tmp_path / "adapter"), model=packed), tmp_path / "merged")
     expected, found = (
         each(token_ids()).logits.detach()
         for each in (model, AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged"))

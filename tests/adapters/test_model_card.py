@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from lora_hf.adapters.format import About, inspect_adapter
+from lora_hf.adapters.format import AdapterMetadata, read_adapter_config
 from lora_hf.adapters.model_card import Facts, model_card
 from lora_hf.adapters.resolve import run_config
 from lora_hf.core.records import RECORD_FILE, RunRecord, ScoreRecord
@@ -19,7 +19,7 @@ NAME = "someone/a-lora"
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
     adapter = run_folder(tmp_path_factory.mktemp("run"))
-    return Facts(*inspect_adapter(adapter), run_config(adapter), RunRecord.load(adapter.parent / RECORD_FILE))
+    return Facts(*read_adapter_config(adapter), run_config(adapter), RunRecord.load(adapter.parent / RECORD_FILE))
 
 
 def metadata(card: str) -> Any:
@@ -70,7 +70,7 @@ def test_the_scores_of_texts_are_told_with_how_they_were_written(facts: Facts) -
         precision="float32",
     )
     record = replace(facts.record, task="e2e_nlg", metrics={"validation": {"perplexity": 3.5}}, majority={})
-    about, config = About(base="gpt2", task="e2e_nlg"), {**facts.config, "task_type": "CAUSAL_LM"}
+    about, config = AdapterMetadata(base="gpt2", task="e2e_nlg"), {**facts.config, "task_type": "CAUSAL_LM"}
     card = model_card(NAME, Facts(config, about, facts.run, record, [scores]))
     assert "| test | BLEU | 0.6694 |  |" in card
     assert "| test, seen | BLEU | 0.7001 |  |" in card
@@ -89,7 +89,7 @@ def test_a_file_of_peft_alone_says_what_is_not_known(facts: Facts) -> None:
         "r": 8,
         "lora_alpha": 16,
     }
-    card = model_card(NAME, Facts(config, About()))
+    card = model_card(NAME, Facts(config, AdapterMetadata()))
     assert "**Not known:** no record of a run came with this adapter." in card
     assert "## Results" not in card
     assert "`lora-hf" not in card, "the command line needs to know the task"

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from lora_hf.adapters.push import push_adapter
 from lora_hf.adapters.save_load import push as hub_room
-from lora_hf.core.config.schema import load_config
+from lora_hf.core.config.loader import load_config
 from lora_hf.core.errors import AdapterError, HubError
 from lora_hf.core.records import RECORD_FILE, RunRecord
 from tests.support.adapters_on_disk import run_folder

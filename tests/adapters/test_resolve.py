@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_hf.adapters.pulling import local_adapter
 from lora_hf.adapters.push import push_adapter
-from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.resolve import fetch_adapter, find_saved_model
 from lora_hf.adapters.save_load import load_adapter
 from lora_hf.core.errors import AdapterError, HubError
 from tests.support.adapters_on_disk import run_folder
@@ -58,7 +57,7 @@ def weights_request(hub: Hub) -> str:
 
 def pulled(hub: Hub, home: Path, offline: bool = False) -> Path:
     """Where another process put the adapter."""
-    code = "import sys; from lora_hf.adapters.pulling import local_adapter; print(local_adapter(sys.argv[1]))"
+    code = "import sys; from lora_hf.adapters.resolve import local_adapter; print(local_adapter(sys.argv[1]))"
     return Path(hub.ask(home, "-c", code, NAME, offline=offline).stdout.strip())
 
 
@@ -144,7 +143,7 @@ def test_a_download_that_breaks_once_becomes_whole(hub: Hub, tmp_path: Path) -> 
     code = """
 import sys
 from lora_hf.core.errors import HubError
-from lora_hf.adapters.pulling import local_adapter
+from lora_hf.adapters.resolve import local_adapter
 try:
     print(local_adapter(sys.argv[1]))
 except HubError:
@@ -169,13 +168,13 @@ def test_a_download_that_breaks_off_leaves_nothing_that_is_used(hub: Hub, adapte
 
 
 def test_a_folder_is_taken_as_it_is(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert local_adapter(adapter) == adapter
+    assert fetch_adapter(adapter) == adapter
     monkeypatch.chdir(adapter.parents[1])
     relative = f"{adapter.parent.name}/adapter"  # it looks like a hub id, and is there
-    assert local_adapter(relative) == Path(relative)
-    assert find_saved(relative).model.name == "tiny-roberta"
+    assert fetch_adapter(relative) == Path(relative)
+    assert find_saved_model(relative).model.name == "tiny-roberta"
     with pytest.raises(AdapterError, match="a local path has no revision 'main'"):
-        find_saved(relative, "main")
+        find_saved_model(relative, "main")
 
 
 def test_out_of_reach_load_adapter_leaves_the_model_alone() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_hf.adapters.format import CONFIG_FILE, HEADER, WEIGHTS_FILE, read_adapter
-from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError
@@ -270,13 +270,13 @@ def test_the_adapter_that_is_likely_meant_is_named(
     with pytest.raises(AdapterError, match=r"found no such folder$"):
         read_adapter("outputs/something else/adapter")
     with pytest.raises(AdapterError, match=r"expected adapter_config.json, found a file$"):
-        find_saved(adapter / WEIGHTS_FILE)
+        find_saved_model(adapter / WEIGHTS_FILE)
     Path("outputs/notes.md").touch()  # of the form of a hub id
     with pytest.raises(AdapterError, match=r"expected adapter_config.json, found a file$"):
-        find_saved("outputs/notes.md")
+        find_saved_model("outputs/notes.md")
 
 
 def test_an_adapter_without_its_task_says_how_to_save_one(tmp_path: Path) -> None:
     saved = save_adapter(trained(), tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"adapter_model.safetensors: does not say which .*task.*task=\"sst2\""):
-        find_saved(saved)
+        find_saved_model(saved)

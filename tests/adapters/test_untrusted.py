@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from lora_hf.adapters.format import WEIGHTS_FILE
-from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import load_adapter
-from lora_hf.core.config.schema import ModelConfig, RunConfig, load_config
+from lora_hf.core.config.loader import load_config
+from lora_hf.core.config.schema import ModelConfig, RunConfig
 from lora_hf.core.errors import AdapterError, ConfigError, ModelError, UserError
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.inject import inject
@@ -60,7 +61,7 @@ def test_a_pickled_adapter_is_refused_and_not_run(name: str, adapter: Path, proo
     (tmp_path / "adapter" / WEIGHTS_FILE).unlink()
     torch.save({"base_model.model.x.lora_A.weight": Malicious(proof)}, tmp_path / "adapter" / name)
     message = "damaged adapter" if name == WEIGHTS_FILE else f"expected {WEIGHTS_FILE}, found .*{name}"
-    for read in (find_saved, lambda folder: load_adapter(small_model("roberta", 2), folder)):
+    for read in (find_saved_model, lambda folder: load_adapter(small_model("roberta", 2), folder)):
         with pytest.raises(AdapterError, match=message):
             read(tmp_path / "adapter")
 

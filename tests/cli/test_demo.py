@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_hf.cli.demo_report import ASKED, RECIPE, WRITER_RECIPE
-from lora_hf.core.config.schema import load_config
+from lora_hf.cli.commands.demo import ASKED, RECIPE, WRITER_RECIPE
+from lora_hf.core.config.loader import load_config
 from lora_hf.core.records import RunRecord
 from lora_hf.data.synthetic import rule_sentiment
 from lora_hf.data.tasks.registry import get_task

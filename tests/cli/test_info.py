@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_hf.cli.environment import look_around
+from lora_hf.cli.commands.info import look_around
 from lora_hf.cli.main import environment, main
-from lora_hf.core.records import machine, versions
+from lora_hf.core.provenance import machine, versions
 
 REPO = Path(__file__).parents[2]
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from lora_hf.core.atomic_io import check_output, new_folder
+from lora_hf.core.atomic_io import atomic_folder, check_output_folder
 from lora_hf.core.errors import ConfigError
 
 MARK = "mark.json"
 
 
 def make(folder: Path, text: str, overwrite: bool = False, fails: bool = False) -> None:
-    with new_folder(folder, MARK, overwrite) as aside:
+    with atomic_folder(folder, MARK, overwrite) as aside:
         (aside / MARK).write_text(text)
         if fails:
             raise ZeroDivisionError
@@ -59,4 +59,4 @@ def test_what_is_in_the_way_is_told_and_left_alone(tmp_path: Path) -> None:
             make(place, "2", overwrite)
     assert (foreign / "thesis.txt").read_text() == file.read_text() == "x"
     assert (ours / MARK).read_text() == "1"
-    check_output(ours, MARK, overwrite=True)
+    check_output_folder(ours, MARK, overwrite=True)

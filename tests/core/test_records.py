@@ -9,7 +9,8 @@ import pytest
 
 from lora_hf.core import records
 from lora_hf.core.errors import DataError
-from lora_hf.core.records import RunRecord, cpuinfo, git_state, machine, peak_rss, versions
+from lora_hf.core.provenance import cpuinfo, git_state, machine, peak_rss, versions
+from lora_hf.core.records import RunRecord
 
 
 def record(**values: object) -> RunRecord:

@@ -66,7 +66,7 @@ def test_the_reference_has_every_public_name(site: Path) -> None:
         link = re.search(rf'href="([^"]+)#{re.escape(f"{module}.{name}")}"', shown)
         assert link, name
         assert f'id="{module}.{name}"' in page(site, f"reference/{link[1]}")
-    assert "lora_alpha" in page(site, "reference/config")
+    assert "lora_alpha" in page(site, "reference/core.config.schema")
 
 
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:

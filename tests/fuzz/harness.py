@@ -16,7 +16,7 @@ import torch
 
 from lora_hf.adapters.format import CONFIG_FILE, HEADER, WEIGHTS_FILE, read_adapter
 from lora_hf.adapters.peft_config import start_of
-from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import UserError
@@ -60,7 +60,7 @@ class Harness:
         folder = Path(self.place.name)
         kind = unpack(data, folder)
         with suppress(UserError):
-            find_saved(folder)
+            find_saved_model(folder)
         try:
             model = load_adapter(self.bases[kind], folder)
             self._check(model, folder)

@@ -10,9 +10,9 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import TrainingError
-from lora_hf.lora.chunked_loss import score_labels_only
+from lora_hf.lora.chunked_loss import enable_chunked_loss
 from lora_hf.lora.inject import inject
-from lora_hf.training.trainer import completion_loss, spare_work
+from lora_hf.training.trainer import completion_loss, enable_optimizations
 from tests.support.small import small_model, stir, token_ids
 from tests.tolerances import PARITY_FP32
 
@@ -38,7 +38,7 @@ def test_loss_gradients_and_row_sums_are_those_of_all_logits(kind: str, smoothin
         stir(model)
         batch = inputs()
         if selective:
-            assert score_labels_only(model, smoothing)
+            assert enable_chunked_loss(model, smoothing)
             output = model(**batch, num_items_in_batch=items)
             loss, rows = output.loss, output.rows
         else:
@@ -59,7 +59,7 @@ def test_loss_gradients_and_row_sums_are_those_of_all_logits(kind: str, smoothin
 def test_an_evaluation_is_not_smoothed() -> None:
     model = small_model("gpt2").requires_grad_(False)
     plain = model(**inputs()).loss
-    score_labels_only(model, 0.3)
+    enable_chunked_loss(model, 0.3)
     assert torch.allclose(model(**inputs()).loss, plain, atol=PARITY_FP32)
     model.train()
     assert not torch.allclose(model(**inputs()).loss, plain, atol=100 * PARITY_FP32)
@@ -70,14 +70,14 @@ def test_calls_without_labels_are_what_they_were() -> None:
     ids = token_ids()
     logits = model(input_ids=ids).logits
     names = set(inspect.signature(model.forward).parameters)
-    score_labels_only(model)
+    enable_chunked_loss(model)
     assert torch.equal(model(input_ids=ids).logits, logits)
     assert set(inspect.signature(model.forward).parameters) == names, "the Trainer keeps columns by these names"
 
 
 def test_what_has_no_plain_head_is_left_alone() -> None:
-    assert not score_labels_only(small_model("gpt2", 2))
-    assert not score_labels_only(small_model("roberta", 2))
+    assert not enable_chunked_loss(small_model("gpt2", 2))
+    assert not enable_chunked_loss(small_model("roberta", 2))
 
 
 def test_a_head_that_is_trained_keeps_its_gradient() -> None:
@@ -86,7 +86,7 @@ def test_a_head_that_is_trained_keeps_its_gradient() -> None:
     for spared in (False, True):
         model = small_model("gpt2")
         if spared:
-            spare_work(model)
+            enable_optimizations(model)
         model(**inputs()).loss.backward()
         found.append(model.get_input_embeddings().weight.grad)
     assert torch.allclose(found[1], found[0], atol=PARITY_FP32)
@@ -94,7 +94,7 @@ def test_a_head_that_is_trained_keeps_its_gradient() -> None:
 
 def test_a_head_that_is_unfrozen_later_is_refused() -> None:
     model = small_model("gpt2").requires_grad_(False)
-    assert score_labels_only(model)
+    assert enable_chunked_loss(model)
     model.requires_grad_(True)
     with pytest.raises(TrainingError, match="head was frozen when its loss was set up"):
         model(**inputs())

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_hf.lora.active_adapter import Switch
+from lora_hf.lora.active_adapter import AdapterState
 from lora_hf.lora.kernels.reference import add_lora
 from lora_hf.lora.layers import LoraLinear, LoraWeights
-from lora_hf.lora.modules_to_save import AdapterHead
+from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from tests.tolerances import GRADCHECK, MERGE_BF16, MERGE_FP32, PARITY_FP32
 
 FUSED = [(0, 6), (12, 18)]  # q and v of a projection to 18 columns
@@ -25,7 +25,7 @@ LAYOUTS = {
 def adapted(layout: str, r: int = 3, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> LoraLinear:
     torch.manual_seed(0)
     make, slices = LAYOUTS[layout]
-    layer = LoraLinear(make().to(dtype).requires_grad_(False), Switch())
+    layer = LoraLinear(make().to(dtype).requires_grad_(False), AdapterState())
     layer.adapters["default"] = LoraWeights(10, slices, r, lora_alpha=5, lora_dropout=dropout)
     nn.init.normal_(layer.adapters["default"].lora_B)
     layer.switch.shared = "default"
@@ -139,7 +139,7 @@ def test_dropout_acts_on_the_input_of_lora_in_training_only() -> None:
 @pytest.mark.parametrize("cast", [lambda module: module.half(), lambda module: module.to(torch.bfloat16)])
 def test_lora_and_head_stay_fp32_and_exact_whatever_the_base_is_cast_to(cast) -> None:
     layer = adapted("linear")
-    head = AdapterHead(nn.Linear(10, 2), Switch())
+    head = ModulesToSaveWrapper(nn.Linear(10, 2), AdapterState())
     head.add("default")
     model = nn.ModuleDict({"layer": layer, "head": head})
     before = [parameter.clone() for parameter in (*layer.adapters.parameters(), *head.heads.parameters())]
@@ -156,7 +156,7 @@ def test_lora_and_head_stay_fp32_and_exact_whatever_the_base_is_cast_to(cast) ->
 
 
 def test_the_bases_own_head_is_kept_apart() -> None:
-    head = AdapterHead(nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5)), Switch())
+    head = ModulesToSaveWrapper(nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5)), AdapterState())
     head.add("default")
     assert sum(parameter.numel() for parameter in head.parameters()) == 10, "the base's head is not counted"
     assert all(".0." in f".{name}" and name.startswith("heads.default") for name in head.state_dict())

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from lora_hf import load_adapter, mix_adapters, save_adapter, set_adapter, unload_adapter, use_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError
-from lora_hf.lora.active_adapter import Mixture
+from lora_hf.lora.active_adapter import BatchRouting
 from lora_hf.lora.inject import adapter_names, inject, lora_layers, merge
 from lora_hf.lora.kernels import grouped
 from lora_hf.lora.layers import LoraWeights
-from lora_hf.lora.unpadding import remove_padding
+from lora_hf.lora.unpadding import enable_unpadding
 from tests import tolerances
 from tests.support.small import small_model, stir, token_ids
 
@@ -69,7 +69,7 @@ def alone(model: PreTrainedModel, inputs: dict[str, torch.Tensor], row: int, nam
 def test_each_row_is_what_its_adapter_alone_gives(kind: str, grad: bool, padding: bool, tmp_path: Path) -> None:
     model, inputs = classifier(kind, tmp_path), batch()
     if not padding:
-        remove_padding(model)
+        enable_unpadding(model)
     with torch.set_grad_enabled(grad):
         with mix_adapters(model, NAMES):
             mixed = model(**inputs).logits
@@ -90,7 +90,7 @@ def test_each_adapter_gets_the_gradients_of_its_own_rows(kind: str) -> None:
     for mixed in (True, False):
         model = adapted(kind, 3)
         model.requires_grad_(True)
-        remove_padding(model)
+        enable_unpadding(model)
         if mixed:
             with mix_adapters(model, NAMES):
                 model(**inputs).logits.square().sum().backward()
@@ -107,7 +107,7 @@ def test_each_adapter_gets_the_gradients_of_its_own_rows(kind: str) -> None:
 
 def test_a_mixture_in_training_drops_what_its_adapters_drop() -> None:
     model, inputs = adapted("roberta", 3), batch()
-    remove_padding(model)
+    enable_unpadding(model)
     for layer in lora_layers(model).values():
         layer.adapters["a"].lora_dropout = 0.5
     for module in model.modules():
@@ -141,7 +141,7 @@ def test_texts_of_a_mixed_batch_are_those_of_each_adapter_alone(kind: str, decod
 
 def test_a_row_alone_is_adapted_in_generation_after_a_forward_without_padding() -> None:
     model, inputs = adapted("gpt2"), {key: value[:1] for key, value in batch().items()}
-    remove_padding(model)
+    enable_unpadding(model)
     options = {"max_new_tokens": 6, "pad_token_id": 1, "do_sample": False}
     texts = []
     for name in ("a", None):
@@ -192,7 +192,7 @@ def test_stacked_weights_follow_a_change() -> None:
 def test_one_stack_of_all_adapters_serves_rows_of_any(has_grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "_has_grouped", lambda *_: has_grouped)
     model, inputs = adapted("roberta", 3), batch()
-    remove_padding(model)
+    enable_unpadding(model)
     stacks: dict = {}
     with torch.inference_mode():
         for rows in (["b", None, "b", "c", "c"], ["a"] * 5, [None] * 5, list(NAMES)):
@@ -209,7 +209,7 @@ def test_one_stack_of_all_adapters_serves_rows_of_any(has_grouped: bool, monkeyp
 def test_threads_choose_for_themselves() -> None:
     """More threads than adapters, each its own, while another switches the model's choice to and fro."""
     model, inputs = adapted("roberta", 3), batch()
-    remove_padding(model)
+    enable_unpadding(model)
     names = ["a", "b", "c", None]
     with torch.inference_mode():
         expected = {name: torch.stack([alone(model, inputs, row, name) for row in range(5)]) for name in names}
@@ -310,7 +310,7 @@ def test_another_number_of_rows_than_named_is_an_error() -> None:
 
 
 def test_a_mixture_knows_its_rows() -> None:
-    mixture = Mixture(["x", None, "y", "x"])
+    mixture = BatchRouting(["x", None, "y", "x"])
     assert mixture.names == ("x", "y")
     assert mixture.rows_of("x", 8).tolist() == [0, 1, 6, 7]
     segments = mixture.segments(4)
@@ -339,7 +339,7 @@ def test_variants_mix_with_plain_adapters(kind: str, padding: bool) -> None:
             if "magnitude" in key or key.endswith("adapters.biased.bias"):
                 parameter.add_(0.1)
     if not padding:
-        remove_padding(model)
+        enable_unpadding(model)
     rows = ["biased", "dora", None, "pissa", "plain"]
     with torch.inference_mode():
         with mix_adapters(model, rows):
@@ -359,7 +359,7 @@ def test_biases_of_all_modules_mix_too() -> None:
         for number, (key, parameter) in enumerate(model.named_parameters()):
             if ".adapters." in key and key.endswith(".bias"):
                 parameter.add_(0.05 * (number % 7 - 3))
-    remove_padding(model)
+    enable_unpadding(model)
     rows = ["y", "x", None, "x", "y"]
     with torch.inference_mode():
         with mix_adapters(model, rows):

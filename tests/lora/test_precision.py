@@ -5,8 +5,8 @@ import threading
 import torch
 from transformers import TrainerCallback
 
-from lora_hf.core.config.schema import load_config
-from lora_hf.lora.precision import denormals_flushed
+from lora_hf.core.config.loader import load_config
+from lora_hf.lora.precision import flush_denormals
 from lora_hf.training.run import train
 
 
@@ -16,10 +16,10 @@ def flushed() -> bool:
 
 def test_denormals_count_as_zero_until_the_end() -> None:
     assert not flushed()
-    with denormals_flushed():
+    with flush_denormals():
         assert flushed()
         assert (torch.tensor(1e-30) * 1e-7).item() > 0, "a normal number stays"
-        with denormals_flushed():
+        with flush_denormals():
             pass
         assert flushed(), "the inner end leaves the outer setting"
         seen: list[bool] = []

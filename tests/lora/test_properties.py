@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from lora_hf.core.config.schema import RunConfig, load_config
+from lora_hf.core.config.loader import load_config
+from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError
 from lora_hf.lora.kernels.fused import lora_linear
 from lora_hf.lora.kernels.reference import add_lora

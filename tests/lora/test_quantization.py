@@ -17,14 +17,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.adapters.format import read_adapter
-from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.cli.main import main
-from lora_hf.core.config.schema import LoraConfig, ModelConfig, RunConfig, load_config
+from lora_hf.core.config.loader import load_config
+from lora_hf.core.config.schema import LoraConfig, ModelConfig, RunConfig
 from lora_hf.core.errors import AdapterError, ConfigError, ModelError, how_to_install
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.inference.classify import Predictor, evaluate
-from lora_hf.lora.active_adapter import Switch
+from lora_hf.lora.active_adapter import AdapterState
 from lora_hf.lora.inject import (
     adapter_heads,
     count_parameters,
@@ -110,7 +111,7 @@ def adapted(scheme: str, transposed: bool, slices: list[tuple[int, int]], bias: 
     nn.init.normal_(plain.weight)
     if bias:
         nn.init.normal_(plain.bias)
-    layer = LoraLinear(QuantisedLinear(plain.requires_grad_(False), scheme), Switch())
+    layer = LoraLinear(QuantisedLinear(plain.requires_grad_(False), scheme), AdapterState())
     layer.adapters["default"] = LoraWeights(10, slices, r=3, lora_alpha=5)
     nn.init.normal_(layer.adapters["default"].lora_B)
     layer.switch.shared = "default"
@@ -379,7 +380,7 @@ def test_a_run_on_a_packed_base_resumes_scores_and_predicts(
     again = read_adapter(train(config, resume=str(first), rows=rows).weights).tensors
     assert all(torch.equal(again[key], tensor) for key, tensor in ended.items())
 
-    saved = find_saved(run.weights)
+    saved = find_saved_model(run.weights)
     predictor = Predictor.load(saved)
     assert len(quantised_layers(predictor.model)) == 6 * predictor.model.config.num_hidden_layers
     assert evaluate(predictor, {"validation": rows["validation"]}) == run.record.metrics

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.lora.inject import inject
 from lora_hf.lora.kernels.attention import Rows, attend_rows
-from lora_hf.lora.unpadding import ATTENTION, _filling, remove_padding
-from lora_hf.training.trainer import spare_work
+from lora_hf.lora.unpadding import ATTENTION, _filling, enable_unpadding
+from lora_hf.training.trainer import enable_optimizations
 from tests import tolerances
 from tests.support.small import small_model, stir, token_ids
 
@@ -47,8 +47,8 @@ def test_loss_and_every_gradient_are_the_padded_batchs(kind: str, heads: str) ->
     for free in (False, True):
         model = adapted(kind, 3 if heads == "classes" else None)
         if free:
-            assert remove_padding(model) is None
-            assert remove_padding(model) is None, "twice is once"
+            assert enable_unpadding(model) is None
+            assert enable_unpadding(model) is None, "twice is once"
         loss = model(**inputs).loss
         loss.backward()
         losses.append(loss.detach())
@@ -117,7 +117,7 @@ def test_left_padding_keeps_the_models_own_positions() -> None:
     inputs = {name: tensor.flip(1) for name, tensor in batch().items()}
     model = small_model("gpt2")
     padded = model(**inputs).logits
-    remove_padding(model)
+    enable_unpadding(model)
     inside = inputs["attention_mask"].bool()
     free = model(**inputs).logits
     torch.testing.assert_close(free[inside], padded[inside], atol=tolerances.PADDING_FREE_FP32, rtol=0)
@@ -127,31 +127,33 @@ def test_generation_is_left_alone() -> None:
     inputs = {name: tensor.flip(1) for name, tensor in batch().items()}
     model = small_model("gpt2", bos_token_id=0, eos_token_id=0)
     before = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-    remove_padding(model)
+    enable_unpadding(model)
     assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), before)
 
 
 def test_what_cannot_be_served_says_why_and_stays_as_it_was() -> None:
     model = small_model("deberta-v2", 2)
     implementation = model.config._attn_implementation
-    assert "attention of its own" in (remove_padding(model) or "")
+    assert "attention of its own" in (enable_unpadding(model) or "")
     assert model.config._attn_implementation == implementation
     chosen = small_model("roberta", 2)
     chosen.config._attn_implementation = "flex_attention"
-    assert "flex_attention" in (remove_padding(chosen) or "")
+    assert "flex_attention" in (enable_unpadding(chosen) or "")
 
 
 def test_the_way_of_attending_is_not_saved(tmp_path) -> None:
     model = small_model("roberta", 2)
-    remove_padding(model)
+    enable_unpadding(model)
     model.save_pretrained(tmp_path)
     assert ATTENTION not in (tmp_path / "config.json").read_text()
 
 
 def test_the_trainer_groups_rows_where_padding_stays(caplog: pytest.LogCaptureFixture) -> None:
-    assert spare_work(small_model("roberta", 2))["train_sampling_strategy"] == "random"
+    assert enable_optimizations(small_model("roberta", 2))["train_sampling_strategy"] == "random"
     assert not caplog.text
-    arguments = spare_work(small_model("deberta-v2", 2), smoothing=0.1)
+    arguments = enable_optimizations(small_model("deberta-v2", 2), smoothing=0.1)
     assert arguments == {"train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1}
     assert "batches stay padded" in caplog.text
-    assert spare_work(small_model("gpt2").requires_grad_(False), smoothing=0.1)["label_smoothing_factor"] == 0.0
+    assert (
+        enable_optimizations(small_model("gpt2").requires_grad_(False), smoothing=0.1)["label_smoothing_factor"] == 0.0
+    )

@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from lora_hf.core.errors import ModelError
-from lora_hf.models.model_ids import EMBEDDED, HUB_IDS, base_name, check_base, is_hub_id, is_local, is_path, near_base
+from lora_hf.models.model_ids import (
+    EMBEDDED,
+    HUB_IDS,
+    base_name,
+    check_model_exists,
+    is_hub_id,
+    is_local,
+    is_path,
+    suggest_model,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +52,7 @@ def test_of_a_path_only_its_last_part_may_leave(path: str) -> None:
 @pytest.mark.parametrize("name", ["tiny-bert", "tiny-robrta", "tinyroberta", "tiny-gpt", "tiny_gpt2", "./tiny-gpt2"])
 def test_a_base_that_is_nowhere_is_told_before_the_hub_is_asked(name: str) -> None:
     with pytest.raises(ModelError, match="no such"):
-        check_base(name)
+        check_model_exists(name)
 
 
 # The hub's oldest models, whose names have no `/`, and what is near ours under another user.
@@ -59,9 +68,9 @@ HUBS += [
 
 @pytest.mark.parametrize("name", HUBS)
 def test_a_name_that_the_hub_may_hold_is_left_to_it(name: str) -> None:
-    check_base(name)
+    check_model_exists(name)
 
 
 def test_a_name_that_failed_is_told_with_the_nearest_known() -> None:
-    assert near_base("roberta-bas") == " (did you mean 'roberta-base'?)"
-    assert (near_base("roberta-base"), near_base("someone/roberta-bas")) == ("", "")
+    assert suggest_model("roberta-bas") == " (did you mean 'roberta-base'?)"
+    assert (suggest_model("roberta-base"), suggest_model("someone/roberta-bas")) == ("", "")

@@ -16,7 +16,7 @@ from lora_hf.data.tokenization import encode
 from lora_hf.lora import layers
 from lora_hf.lora.inject import inject
 from lora_hf.models.load import load_base, load_tokenizer
-from lora_hf.training.trainer import spare_work
+from lora_hf.training.trainer import enable_optimizations
 from tests.tolerances import BF16_LOSS_RTOL, FAST_TRAINING_FP32
 
 STEPS, ROWS = {"sst2": 50, "e2e_nlg": 20}, 8
@@ -53,7 +53,7 @@ def adapted(name: str, precision: Any = "fp32") -> PreTrainedModel:
 @pytest.mark.parametrize("name", WORK)
 def test_every_step_loses_what_the_definition_loses(name: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = adapted(name)
-    spare_work(fast)
+    enable_optimizations(fast)
     ours = losses(fast, batches(name, data_dir, STEPS[name]))
     monkeypatch.setattr(layers, "fits", lambda *_: False)
     plain = losses(adapted(name), batches(name, data_dir, STEPS[name]))
@@ -67,7 +67,7 @@ def test_bf16_learns_as_fp32_does(data_dir: Path) -> None:
     ends = []
     for precision in ("fp32", "bf16"):
         model = adapted("e2e_nlg", precision)
-        spare_work(model)
+        enable_optimizations(model)
         found = losses(model, batches("e2e_nlg", data_dir, 50))
         ends.append(sum(found[-20:]) / 20)
         assert found[0] > 1.2 * ends[-1], "nothing was learned, the comparison says little"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_hf.core.config.schema import load_config
+from lora_hf.core.config.loader import load_config
 from lora_hf.data.metrics.glue import METRIC_NAMES
 from lora_hf.data.tasks.glue import GLUE
 from lora_hf.data.tasks.registry import get_task

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_hf.core.config.hints import OTHER_NAMES, ROLE_OF
-from lora_hf.core.config.schema import LoraConfig, RunConfig, load_config
+from lora_hf.core.config.hints import KEY_ALIASES, ROLE_ALIASES
+from lora_hf.core.config.loader import load_config
+from lora_hf.core.config.schema import LoraConfig, RunConfig
 from lora_hf.core.errors import ConfigError
 from lora_hf.data.tasks.registry import task_names
 
@@ -434,13 +435,13 @@ def test_a_module_of_peft_is_told_by_its_role() -> None:
         f"glue_mnli.yaml: 1 problem\n  lora.targets: expected some of {TARGETS}, "
         "found 'query' (did you mean q?), 'c_attn' (did you mean q, k, v?)"
     )
-    for meant in ROLE_OF.values():
+    for meant in ROLE_ALIASES.values():
         LoraConfig(targets=tuple(meant.split(", ")))
 
 
 def test_every_other_name_leads_to_a_key() -> None:
     known = {f"{section}.{key}" for section, keys in RunConfig().to_dict().items() for key in keys}
-    assert set(OTHER_NAMES.values()) <= known
+    assert set(KEY_ALIASES.values()) <= known
 
 
 def test_an_override_below_a_value_is_told() -> None:

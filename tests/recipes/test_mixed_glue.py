@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lora_hf import inject, save_adapter
-from lora_hf.adapters.resolve import Saved, find_saved
+from lora_hf.adapters.resolve import SavedModel, find_saved_model
 from lora_hf.cli.main import main
 from lora_hf.core.config.schema import LoraConfig, ModelConfig
 from lora_hf.core.errors import AdapterError
@@ -25,7 +25,7 @@ ROWS = 24
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SavedModel]:
     """Untrained but far from zero, with ranks and targets of their own: what they answer does not matter here."""
     folder, saved = tmp_path_factory.mktemp("adapters"), {}
     for number, task in enumerate(GLUE):
@@ -33,11 +33,11 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
         inject(model, LoraConfig(r=2 + number, targets=("all",) if number % 2 else ("q", "v")))
         stir(model, seed=number, std=0.1)
         save_adapter(model, folder / task.name, task=task.name)
-        saved[task.name] = find_saved(folder / task.name)
+        saved[task.name] = find_saved_model(folder / task.name)
     return saved
 
 
-def test_scores_of_a_mixed_run_are_those_of_the_single_runs(adapters: dict[str, Saved], data_dir: str) -> None:
+def test_scores_of_a_mixed_run_are_those_of_the_single_runs(adapters: dict[str, SavedModel], data_dir: str) -> None:
     rows: list[tuple[str, dict[str, str]]] = []
     alone, labels = {}, {}
     for task in GLUE:
@@ -58,7 +58,7 @@ def test_scores_of_a_mixed_run_are_those_of_the_single_runs(adapters: dict[str, 
 
 
 def test_the_command_answers_each_row_under_the_adapter_it_names(
-    adapters: dict[str, Saved], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapters: dict[str, SavedModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "rows.jsonl"
     lines: list[dict[str, Any]] = [
@@ -89,7 +89,7 @@ def test_the_command_answers_each_row_under_the_adapter_it_names(
     ],
 )
 def test_mistakes_with_several_adapters(
-    adapters: dict[str, Saved],
+    adapters: dict[str, SavedModel],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     words: list[str],
@@ -104,7 +104,7 @@ def test_mistakes_with_several_adapters(
     assert message in capsys.readouterr().err
 
 
-def test_adapters_of_different_bases_do_not_mix(adapters: dict[str, Saved]) -> None:
+def test_adapters_of_different_bases_do_not_mix(adapters: dict[str, SavedModel]) -> None:
     other = replace(adapters["rte"], model=ModelConfig(name="roberta-base"))
     with pytest.raises(AdapterError, match="adapters of one batch need one base"):
         MixedPredictor.load({"sst2": adapters["sst2"], "rte": other})

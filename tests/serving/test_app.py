@@ -24,9 +24,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.inference.classify import Predictor
-from lora_hf.serving.app import Door, _answered, build_app
+from lora_hf.serving.app import ServerState, _answered, build_app
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.gate import Gate
 from lora_hf.serving.limits import DeadlinePassedError, Limits
@@ -57,25 +57,25 @@ def engine(folders: dict[str, Path]) -> Iterator[Engine]:
         yield engine
 
 
-def client_of(engine: Engine, door: Door) -> TestClient:
+def client_of(engine: Engine, door: ServerState) -> TestClient:
     return TestClient(build_app(engine, door, engine._observer), raise_server_exceptions=False)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def client(engine: Engine) -> Iterator[TestClient]:
-    with client_of(engine, Door(open=True)) as client:
+    with client_of(engine, ServerState(open=True)) as client:
         yield client
 
 
 @pytest.fixture
 def guarded(engine: Engine, folders: dict[str, Path]) -> Iterator[TestClient]:
-    with client_of(engine, Door(TOKEN, folders["a"].parent, open=True)) as client:
+    with client_of(engine, ServerState(TOKEN, folders["a"].parent, open=True)) as client:
         yield client
 
 
 def test_labels_and_probabilities_are_those_of_predict(client: TestClient, folders: dict[str, Path]) -> None:
     found = client.post("/v1/classify", json={"adapter": "a", "inputs": list(TEXTS)})
-    wanted = Predictor.load(find_saved(folders["a"]), "fp32").predict({"sentence": list(TEXTS)})
+    wanted = Predictor.load(find_saved_model(folders["a"]), "fp32").predict({"sentence": list(TEXTS)})
     assert found.status_code == 200
     assert (found.json()["adapter"], found.json()["version"]) == ("a", digest_of(folders["a"]))
     for answer, expected in zip(found.json()["answers"], wanted, strict=True):
@@ -87,7 +87,7 @@ def test_pairs_and_regressions(client: TestClient, folders: dict[str, Path]) -> 
     for name in ("pair", "score"):
         found = client.post("/v1/classify", json={"adapter": name, "inputs": [TEXTS[:2], TEXTS[2:]]}).json()["answers"]
         columns = {"sentence1": [TEXTS[0], TEXTS[2]], "sentence2": [TEXTS[1], TEXTS[3]]}
-        wanted = Predictor.load(find_saved(folders[name]), "fp32").predict(columns)
+        wanted = Predictor.load(find_saved_model(folders[name]), "fp32").predict(columns)
         key = "label" if name == "pair" else "score"
         if key == "label":
             assert [answer[key] for answer in found] == [answer[key] for answer in wanted]
@@ -195,7 +195,7 @@ def test_a_full_queue_and_a_passed_deadline(client: TestClient, engine: Engine) 
 
 
 def test_health_readiness_and_metrics(engine: Engine) -> None:
-    door = Door()
+    door = ServerState()
     with client_of(Engine(LIMITS, observer=Metrics()), door) as client:
         assert client.get("/healthz").json() == {"status": "ok"}
         assert (client.get("/readyz").status_code, client.get("/readyz").json()["error"]["code"]) == (503, "loading")
@@ -343,7 +343,7 @@ MODES = [(*each, GenerationMode.POSITIVE) for each in OPERATIONS] + [
 def schema(engine: Engine, folders: dict[str, Path]) -> Any:
     """What schemathesis sends is made from the server's own description; adapters may be loaded, but there are none."""
     (folders["a"].parent / "nothing").mkdir()
-    app = build_app(engine, Door(folder=folders["a"].parent / "nothing", open=True), Metrics())
+    app = build_app(engine, ServerState(folder=folders["a"].parent / "nothing", open=True), Metrics())
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     assert {(o.ok().method.upper(), o.ok().path) for o in schema.get_all_operations()} == set(OPERATIONS)
     return schema

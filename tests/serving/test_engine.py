@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_hf.adapters.format import WEIGHTS_FILE
-from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import AdapterError, ConfigError
 from lora_hf.inference.classify import Predictor
@@ -56,7 +56,7 @@ def expected(folders: dict[str, Path]) -> dict[str, np.ndarray]:
 
 
 def offline(folder: Path) -> np.ndarray:
-    return Predictor.load(find_saved(folder), "fp32").logits({"sentence": list(TEXTS)})
+    return Predictor.load(find_saved_model(folder), "fp32").logits({"sentence": list(TEXTS)})
 
 
 def served(folders: dict[str, Path], *names: str, **limits: Any) -> Engine:
@@ -109,7 +109,7 @@ def test_rows_of_many_threads_and_adapters_are_each_their_own(
         list(threads.map(ask, range(60)))
         pair = engine.classify("pair", [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[3])])
         columns = {"sentence1": [TEXTS[0], TEXTS[2]], "sentence2": [TEXTS[1], TEXTS[3]]}
-        predictor = Predictor.load(find_saved(folders["pair"]), "fp32")
+        predictor = Predictor.load(find_saved_model(folders["pair"]), "fp32")
         assert close_to(pair.logits, predictor.logits(columns))
         for answer, wanted in zip(pair.answers, predictor.predict(columns), strict=True):
             assert answer["label"] == wanted["label"]
@@ -143,7 +143,7 @@ def test_texts_are_those_of_generate(decoding: dict[str, Any], folders: dict[str
         made = [request.future.result(60) for request in requests]
     settings = replace(GenerateConfig(max_new_tokens=20, batch_size=1, do_sample="seed" in decoding), **decoding)
     for name in ("w", "x"):
-        saved = find_saved(folders[name])
+        saved = find_saved_model(folders[name])
         generator = Generator.load(saved)
         contexts = [generator.task.context(prompt) for prompt in PROMPTS]
         wanted = [next(generator.generate([context], settings)) for context in contexts]
@@ -168,7 +168,7 @@ def test_pieces_of_a_text_make_the_text(folders: dict[str, Path]) -> None:
 
 
 def test_the_bare_base_writes_as_it_does_without_adapter(folders: dict[str, Path]) -> None:
-    generator = Generator.load(find_saved(folders["w"]), adapted=False)
+    generator = Generator.load(find_saved_model(folders["w"]), adapted=False)
     (wanted,) = generator.generate([generator.task.context(PROMPTS[0])], GenerateConfig(max_new_tokens=12))
     with served(folders, "w") as engine:
         adapted = engine.generate("w", PROMPTS[0], max_new_tokens=12)
@@ -195,7 +195,7 @@ def test_an_adapter_alone_is_merged_until_another_comes(
 def test_an_adapter_that_cannot_be_merged_is_answered_beside_its_base(tmp_path: Path) -> None:
     tied = save_random(tmp_path / "tied", "rule-restaurants", targets=("embeddings",))
     change_tensors(tied, lambda key, value: torch.full_like(value, 0.3) if "embedding_A" in key else value)
-    saved = find_saved(tied)
+    saved = find_saved_model(tied)
     with pytest.raises(AdapterError, match="share"):
         Generator.load(saved)
     with Engine() as engine:

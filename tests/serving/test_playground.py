@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 
-from lora_hf.serving.app import Door, build_app
+from lora_hf.serving.app import ServerState, build_app
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.limits import Limits
 from lora_hf.serving.metrics import Metrics
@@ -39,7 +39,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def address(engine: Engine) -> Iterator[str]:
     """The page on a socket, behind its login."""
-    app = build_app(engine, Door(TOKEN, open=True), Metrics(), playground=True)
+    app = build_app(engine, ServerState(TOKEN, open=True), Metrics(), playground=True)
     server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -106,7 +106,7 @@ def hidden(page: Browser, css: str) -> str:
 
 
 def test_the_token_guards_the_page_too(engine: Engine) -> None:
-    app = build_app(engine, Door(TOKEN, open=True), Metrics(), playground=True)
+    app = build_app(engine, ServerState(TOKEN, open=True), Metrics(), playground=True)
     with TestClient(app) as client:
         assert client.get("/v1/adapters").status_code == 401
         assert client.get(f"{PATH}-other").status_code == 401
@@ -114,7 +114,7 @@ def test_the_token_guards_the_page_too(engine: Engine) -> None:
         assert asked.status_code == 401
         assert client.post(f"{PATH}/login", data={"username": USER, "password": "wrong"}).status_code == 400
         assert client.post(f"{PATH}/login", data={"username": USER, "password": TOKEN}).status_code == 200
-    with TestClient(build_app(engine, Door(open=True), Metrics())) as client:
+    with TestClient(build_app(engine, ServerState(open=True), Metrics())) as client:
         assert client.get(PATH).status_code == 404, "the page is there only where it was asked for"
 
 

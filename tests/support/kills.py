@@ -25,9 +25,10 @@ from safetensors.torch import load_file
 from transformers.trainer_pt_utils import safe_globals
 
 from lora_hf.core.config.schema import RunConfig
-from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord, git_state, machine, versions
+from lora_hf.core.provenance import git_state, machine, versions
+from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.training.checkpoints import ASIDE, MANIFEST, STATE, checkpoints_in, newest_whole
+from lora_hf.training.checkpoints import MANIFEST, PARTIAL_DIR, STATE, checkpoints_in, newest_valid
 from lora_hf.training.run import Run, train
 
 ROWS = {"train": 64, "validation": 20}
@@ -125,7 +126,7 @@ def kill_once(config: RunConfig, rows: Mapping[str, Dataset], when: Callable[[Pa
             break
     process.kill()
     process.join()
-    checkpoint = newest_whole(folder / "checkpoints")
+    checkpoint = newest_valid(folder / "checkpoints")
     log = folder / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     return {
@@ -133,7 +134,8 @@ def kill_once(config: RunConfig, rows: Mapping[str, Dataset], when: Callable[[Pa
         "seconds": time.monotonic() - began,
         "logged_steps": len({json.loads(line)["step"] for line in lines if line.endswith("}")}),
         "checkpoint": checkpoint.name if checkpoint else None,
-        "while_writing": (folder / "checkpoints" / ASIDE).exists() and any((folder / "checkpoints" / ASIDE).iterdir()),
+        "while_writing": (folder / "checkpoints" / PARTIAL_DIR).exists()
+        and any((folder / "checkpoints" / PARTIAL_DIR).iterdir()),
     }
 
 

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
 from schemathesis import GenerationMode
 
-from lora_hf.core.records import git_state, machine, version, versions
+from lora_hf.core.provenance import git_state, machine, version, versions
 from tests.support.served import serving
 from tests.support.served_adapters import PROMPTS, TEXTS, save_random
 

@@ -24,11 +24,12 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE
-from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import load_adapter
-from lora_hf.core.config.schema import ModelConfig, load_config
+from lora_hf.core.config.loader import load_config
+from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import UserError
-from lora_hf.core.records import git_state, machine, versions
+from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.data.input_files import read_rows
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.inject import eject
@@ -260,7 +261,7 @@ class Adapters:
     def use(self, folder: Path) -> Any:
         before = {name: id(module) for name, module in self.base.named_modules()}
         try:
-            find_saved(folder)
+            find_saved_model(folder)
             return load_adapter(self.base, folder)
         except UserError:
             assert before == {name: id(module) for name, module in self.base.named_modules()}, "the model was changed"

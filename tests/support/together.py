@@ -26,7 +26,7 @@ from lora_hf.core.errors import ConfigError, Interrupted, TrainingError, UserErr
 from lora_hf.data.sampling import own_rows
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.kernels import fused
-from lora_hf.training.distributed import from_one, join, largest, leave, place
+from lora_hf.training.distributed import all_reduce_max, destroy_processes, init_processes, rank, run_on_rank
 from lora_hf.training.joint import train_together
 from lora_hf.training.run import TrainerCallback, train, trainer
 from lora_hf.training.trainer import AdapterTrainer
@@ -82,7 +82,7 @@ def stop_at(step: int, process: int) -> TrainerCallback:
 
     class Stopper(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == step - 1 and place() == process:
+            if state.global_step == step - 1 and rank() == process:
                 signal.raise_signal(signal.SIGTERM)
 
     return Stopper()
@@ -99,13 +99,13 @@ def said(do: Callable[[], Any], kind: type[BaseException]) -> str:
 
 def main(folder: Path) -> dict[str, Any]:
     """All runs; what this process saw of them."""
-    join()
-    seen: dict[str, Any] = {"largest": largest(place() + 5), "from_one": from_one(lambda: [place()], chosen=1)}
+    init_processes()
+    seen: dict[str, Any] = {"largest": all_reduce_max(rank() + 5), "from_one": run_on_rank(lambda: [rank()], chosen=1)}
 
     def refused() -> None:
-        raise ConfigError(f"process {place()} refuses")
+        raise ConfigError(f"process {rank()} refuses")
 
-    seen["refused"] = said(lambda: from_one(refused), UserError)
+    seen["refused"] = said(lambda: run_on_rank(refused), UserError)
     classifier = train(classify(folder, "classify", 2), rows=rows_of("rule-sentiment"))
     seen["classify"] = {"metrics": classifier.record.metrics, "folder": str(classifier.folder)}
     seen["again"] = said(lambda: train(classify(folder, "classify", 2), rows=rows_of("rule-sentiment")), UserError)
@@ -118,15 +118,15 @@ def main(folder: Path) -> dict[str, Any]:
     seen["joint"] = said(lambda: train_together([classify(folder, "a", 2), classify(folder, "b", 2)]), ConfigError)
 
     # With dropout: a run that is stopped and gone on with ends as the one that never was.
-    kept, masks = fused.kept, []
+    kept, masks = fused.dropout_mask, []
 
     def noted(*arguments: Any) -> torch.Tensor:
         masks.append(kept(*arguments))
         return masks[-1]
 
-    fused.kept = noted
+    fused.dropout_mask = noted
     train(small_config(folder / "whole", batch_size=4), rows=small_rows())
-    fused.kept = kept
+    fused.dropout_mask = kept
     seen["mask"] = masks[0][0].tolist()
     stopped = small_config(folder / "stopped", batch_size=4)
     seen["stopped"] = said(lambda: train(stopped, rows=small_rows(), callbacks=[stop_at(5, 1)]), Interrupted)
@@ -138,7 +138,7 @@ def main(folder: Path) -> dict[str, Any]:
         nonlocal calls
         loss = computed(self, *arguments, **named)
         calls += 1
-        return loss * float("nan") if place() == 1 and calls == 4 else loss
+        return loss * float("nan") if rank() == 1 and calls == 4 else loss
 
     AdapterTrainer.compute_loss = broken
     config = small_config(folder / "nan", batch_size=4)
@@ -186,5 +186,5 @@ def with_fsdp() -> None:
 if __name__ == "__main__":
     place_of_runs = Path(sys.argv[1])
     found = main(place_of_runs)
-    (place_of_runs / f"seen-{place()}.json").write_text(json.dumps(found), encoding="utf-8")
-    leave()
+    (place_of_runs / f"seen-{rank()}.json").write_text(json.dumps(found), encoding="utf-8")
+    destroy_processes()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from lora_hf.core.config.schema import load_config
+from lora_hf.core.config.loader import load_config
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.training.callbacks import PAUSE, ProgressLines
 from lora_hf.training.run import callbacks, train

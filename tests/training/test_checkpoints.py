@@ -10,27 +10,27 @@ import pytest
 
 from lora_hf.core.errors import TrainingError
 from lora_hf.training.checkpoints import (
-    ASIDE,
     MANIFEST,
+    PARTIAL_DIR,
     STATE,
     checkpoints_in,
-    drop_newer,
-    how_to_go_on,
-    newest_whole,
-    problem_of,
-    prune,
-    publish,
-    told_when_full,
+    delete_newer,
+    finalize_checkpoint,
+    find_damage,
+    newest_valid,
+    resume_hint,
+    rotate_checkpoints,
+    translate_disk_full,
 )
 
 
 def checkpoint(folder: Path, step: int, best: int | None = None) -> Path:
-    written = folder / ASIDE / f"checkpoint-{step}"
+    written = folder / PARTIAL_DIR / f"checkpoint-{step}"
     written.mkdir(parents=True)
     (written / "weights").write_bytes(bytes([step]) * 100)
     state = {"best_global_step": best, "best_model_checkpoint": best and f"checkpoint-{best}"}
     (written / STATE).write_text(json.dumps(state))
-    publish(written, folder / written.name)
+    finalize_checkpoint(written, folder / written.name)
     return folder / written.name
 
 
@@ -45,7 +45,7 @@ def test_checkpoints_are_found_by_step_and_nothing_else_is_one(tmp_path: Path) -
     (tmp_path / "checkpoint-old").mkdir()
     assert names(tmp_path) == ["checkpoint-100", "checkpoint-10", "checkpoint-9"]
     assert checkpoints_in(tmp_path / "nowhere") == []
-    assert newest_whole(tmp_path) == tmp_path / "checkpoint-100"
+    assert newest_valid(tmp_path) == tmp_path / "checkpoint-100"
 
 
 def cut(path: Path) -> None:
@@ -72,36 +72,36 @@ def test_a_damaged_checkpoint_is_told_and_gone_back_from(
     name: str, damage: object, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good, bad = checkpoint(tmp_path, 3), checkpoint(tmp_path, 6)
-    assert newest_whole(tmp_path) == bad
+    assert newest_valid(tmp_path) == bad
     damage(bad / name)  # type: ignore[operator]
-    assert message in problem_of(bad)
-    assert newest_whole(tmp_path) == good
+    assert message in find_damage(bad)
+    assert newest_valid(tmp_path) == good
     assert "checkpoint-6 is damaged" in caplog.text
     assert "going back to the one before" in caplog.text
 
 
 def test_a_checkpoint_needs_its_best_one(tmp_path: Path) -> None:
     first, best, newest = checkpoint(tmp_path, 3), checkpoint(tmp_path, 6, best=6), checkpoint(tmp_path, 9, best=6)
-    assert not problem_of(newest)
+    assert not find_damage(newest)
     cut(best / "weights")
-    assert problem_of(newest).startswith("checkpoint-9 needs the best checkpoint so far, and checkpoint-6 is damaged")
-    assert newest_whole(tmp_path) == first
+    assert find_damage(newest).startswith("checkpoint-9 needs the best checkpoint so far, and checkpoint-6 is damaged")
+    assert newest_valid(tmp_path) == first
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced_whole(tmp_path: Path) -> None:
     old = checkpoint(tmp_path, 3)
     (old / "more").write_text("of the old one")
     assert checkpoint(tmp_path, 3) == old
-    assert not problem_of(old)
+    assert not find_damage(old)
     assert not (old / "more").exists()
-    assert not list((tmp_path / ASIDE).iterdir())
+    assert not list((tmp_path / PARTIAL_DIR).iterdir())
 
 
 def test_what_is_kept(tmp_path: Path) -> None:
     def after(keep: int | None, best: str | None) -> list[str]:
         for step in (1, 2, 3, 4):
             checkpoint(tmp_path, step)
-        prune(tmp_path, keep, Path("elsewhere") / best if best else None)
+        rotate_checkpoints(tmp_path, keep, Path("elsewhere") / best if best else None)
         return [name.removeprefix("checkpoint-") for name in names(tmp_path)]
 
     assert after(None, None) == ["4", "3", "2", "1"]
@@ -113,10 +113,10 @@ def test_what_is_kept(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_drops_what_came_after(tmp_path: Path) -> None:
     older, chosen, _ = (checkpoint(tmp_path, step) for step in (1, 2, 3))
-    (tmp_path / ASIDE / "checkpoint-4").mkdir()
-    drop_newer(chosen)
+    (tmp_path / PARTIAL_DIR / "checkpoint-4").mkdir()
+    delete_newer(chosen)
     assert checkpoints_in(tmp_path) == [chosen, older]
-    assert not (tmp_path / ASIDE).exists()
+    assert not (tmp_path / PARTIAL_DIR).exists()
 
 
 @pytest.mark.parametrize(
@@ -129,13 +129,13 @@ def test_a_run_that_goes_on_drops_what_came_after(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_message(error: Exception, tmp_path: Path) -> None:
     checkpoint(tmp_path / "checkpoints", 12)
     words = r"cannot be written.*Free some space.*after step 12.*--resume auto"
-    with pytest.raises(TrainingError, match=words), told_when_full(tmp_path):
+    with pytest.raises(TrainingError, match=words), translate_disk_full(tmp_path):
         raise error
 
 
 def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
     for error in (RuntimeError("a bug"), OSError(errno.EACCES, "Permission denied")):
-        with pytest.raises(type(error)) as caught, told_when_full(tmp_path):
+        with pytest.raises(type(error)) as caught, translate_disk_full(tmp_path):
             raise error
         assert caught.value is error
-    assert "no checkpoint had been saved yet" in how_to_go_on(tmp_path)
+    assert "no checkpoint had been saved yet" in resume_hint(tmp_path)

@@ -23,8 +23,8 @@ from lora_hf.core.errors import ConfigError
 from lora_hf.core.records import RunRecord
 from lora_hf.data.sampling import own_rows
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.training.checkpoints import ASIDE, checkpoints_in, problem_of
-from lora_hf.training.interruption import Interruption
+from lora_hf.training.callbacks import SignalHandler
+from lora_hf.training.checkpoints import PARTIAL_DIR, checkpoints_in, find_damage
 from lora_hf.training.run import Run, train
 from lora_hf.training.run import distributed as processes
 from lora_hf.training.run import run as training
@@ -157,8 +157,8 @@ def test_both_processes_return_the_run_that_the_first_wrote(shared: Path, seen: 
     written = {"config.yaml", "adapter", "record.json", "predictions-validation.jsonl", "log.jsonl", "curves.png"}
     assert files == written | {"checkpoints"}
     checkpoints = folder / "checkpoints"
-    assert not (checkpoints / ASIDE).exists()
-    assert not [problem_of(checkpoint) for checkpoint in checkpoints_in(checkpoints) if problem_of(checkpoint)]
+    assert not (checkpoints / PARTIAL_DIR).exists()
+    assert not [find_damage(checkpoint) for checkpoint in checkpoints_in(checkpoints) if find_damage(checkpoint)]
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines() if '"loss"' in line]
     assert steps == list(range(1, len(steps) + 1)), "each step is logged once"
 
@@ -216,7 +216,7 @@ def test_who_has_lost_another_says_so_before_it_is_ended(
     monkeypatch.setenv("WORLD_SIZE", str(1 + others))
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(error, match="lost"), Interruption(tmp_path):
+        with pytest.raises(error, match="lost"), SignalHandler(tmp_path):
             raise error("lost")
         assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if ignored else before)
     finally:

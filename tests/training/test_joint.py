@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from lora_hf.adapters.format import read_adapter
-from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, DataError, TrainingError
 from lora_hf.data.tasks.registry import get_task
@@ -108,7 +108,7 @@ def test_the_adapters_answer_from_their_folders(both: tuple[list[Run], list[Run]
     for run in both[1]:
         lines = [json.loads(line) for line in (run.folder / "predictions-validation.jsonl").read_text().splitlines()]
         read = rows()[run.record.task]["validation"].to_dict()
-        logits = Predictor.load(find_saved(run.weights)).logits(read)
+        logits = Predictor.load(find_saved_model(run.weights)).logits(read)
         torch.testing.assert_close(
             torch.tensor(logits), torch.tensor([line["logits"] for line in lines]), atol=10 * JOINT_FP32, rtol=0
         )

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from lora_hf.core.config.schema import LoraConfig, RunConfig
 from lora_hf.core.errors import ConfigError
 from lora_hf.lora.inject import inject
-from lora_hf.training.optimizer import quicken
+from lora_hf.training.optimizer import apply_loraplus
 from lora_hf.training.run import train
 from lora_hf.training.trainer import AdapterTrainer
 from tests.support.small import small_model
@@ -21,7 +21,7 @@ def test_the_faster_parameters_move_and_keep_their_other_settings() -> None:
     slow, fast, plain = (nn.Parameter(torch.zeros(2)) for _ in range(3))
     groups = [{"params": [slow, fast], "weight_decay": 0.1}, {"params": [plain], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.8, 0.9))
-    quicken(optimizer, [fast], 16)
+    apply_loraplus(optimizer, [fast], 16)
     found = [(len(group["params"]), group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     assert found == [(1, 1e-3, 0.1), (1, 1e-3, 0.0), (1, 16e-3, 0.1)]
     assert optimizer.param_groups[2]["params"][0] is fast

@@ -12,8 +12,9 @@ import torch
 import yaml
 
 from lora_hf.adapters.format import read_adapter
-from lora_hf.adapters.resolve import find_saved
-from lora_hf.core.config.schema import RunConfig, load_config
+from lora_hf.adapters.resolve import find_saved_model
+from lora_hf.core.config.loader import load_config
+from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.core.records import RunRecord
 from lora_hf.data.tasks.registry import get_task
@@ -95,7 +96,7 @@ def test_checkpoints_hold_the_adapter_alone_and_the_best_is_the_one_in_memory(
 
 def test_the_saved_adapter_scores_what_the_record_says(tmp_path: Path, few_rows: dict[str, Any]) -> None:
     run = train(config(tmp_path), rows=few_rows)
-    scores = evaluate(Predictor.load(find_saved(run.weights)), {"validation": few_rows["validation"]})
+    scores = evaluate(Predictor.load(find_saved_model(run.weights)), {"validation": few_rows["validation"]})
     assert scores == run.record.metrics
 
 
@@ -109,7 +110,7 @@ def test_the_other_methods_take_the_same_way(
     counts = run.record.parameters
     assert counts["lora"] == 0
     assert counts["trainable"] == (counts["head"] if method == "head" else counts["total"])
-    scores = evaluate(Predictor.load(find_saved(run.weights)), {"validation": few_rows["validation"]})
+    scores = evaluate(Predictor.load(find_saved_model(run.weights)), {"validation": few_rows["validation"]})
     # Scored in fp32: a run whose every product was rounded to bf16 may differ in a row or two of a hundred.
     apart = 0.02 if precision == "bf16" else 0
     assert scores["validation"]["accuracy"] == pytest.approx(run.record.metrics["validation"]["accuracy"], abs=apart)
@@ -147,7 +148,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
     uninterrupted, continued = weights(whole), weights(resumed)
     assert all(torch.equal(uninterrupted[key], continued[key]) for key in uninterrupted)
     assert resumed.record.metrics == whole.record.metrics
-    scores = evaluate(Predictor.load(find_saved(whole.weights)), {"validation": few_rows["validation"]})
+    scores = evaluate(Predictor.load(find_saved_model(whole.weights)), {"validation": few_rows["validation"]})
     assert scores == whole.record.metrics, "and is loaded as it was trained"
 
 
@@ -310,7 +311,7 @@ def test_trackers_and_other_fields_of_training_arguments_are_reached(tmp_path: P
     assert list((run.folder / "checkpoints").glob("runs/*/events.out.tfevents.*"))
     # Grouping by length must not touch the order of the rows that are scored.
     lines = [json.loads(line) for line in (run.folder / "predictions-validation.jsonl").read_text().splitlines()]
-    at_once = [row.argmax() for row in Predictor.load(find_saved(run.weights)).logits(few_rows["validation"][:])]
+    at_once = [row.argmax() for row in Predictor.load(find_saved_model(run.weights)).logits(few_rows["validation"][:])]
     assert [line["prediction"] for line in lines] == at_once
     assert run.record.metrics["validation"]["accuracy"] == run.record.best["value"]
     assert [entry["step"] for entry in run.record.history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
@@ -323,5 +324,5 @@ def test_a_base_in_bf16_trains_an_adapter_in_fp32(tmp_path: Path, few_rows: dict
     tensors = weights(run)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert all(bool(tensor.any()) for key, tensor in tensors.items() if "lora_B" in key)
-    predictor = Predictor.load(find_saved(run.weights), precision="bf16")
+    predictor = Predictor.load(find_saved_model(run.weights), precision="bf16")
     assert next(iter(lora_layers(predictor.model).values())).weight.dtype == torch.bfloat16

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_hf.core.config.schema import RunConfig, load_config
+from lora_hf.core.config.loader import load_config
+from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import AdapterError, ConfigError
 from lora_hf.training.validation import check_run, check_together
 

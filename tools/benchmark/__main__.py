@@ -1,15 +1,19 @@
-"""`benchmark`: measure methods and libraries side by side."""
+"""Measures methods and libraries side by side: `python -m tools.benchmark VERB`.
+
+`lora-hf benchmark glue|nlg` is the other one: it trains and scores many tasks on a user's base.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_hf.cli.main.commands import benchmark as benchmark_suite
-
+from lora_hf.cli.main import exit_code_of
 from lora_hf.cli.terminal import check_record, print_json, write_record
-from tools.benchmark import joint_command as benchmark_joint
+from tools.benchmark import joint_command, quantised
 from tools.benchmark.options import add_base, base_section
 
 MEASURED = {
@@ -18,16 +22,19 @@ MEASURED = {
     "profile": "where the time of a training step goes",
     "serve": "how a server answers many clients",
 }
+VERBS = (*MEASURED, "joint", "quantised")
 
 
-def add(verbs: Any) -> None:
-    """Describes the verb."""
-    parser = verbs.add_parser("benchmark", help="measure methods and libraries side by side")
-    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one measurement."""
+    parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=__doc__)
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="VERB")
     for what, words in MEASURED.items():
-        _add_measured(kinds.add_parser(what, help=words))
-    benchmark_joint.add(kinds)
-    benchmark_suite.add(kinds)
+        _add_measured(kinds.add_parser(what, help=words, description=words))
+    joint_command.add(kinds)
+    quantised.add(kinds)
+    options = parser.parse_args(arguments)
+    return exit_code_of(lambda: options.run(options), "benchmark")
 
 
 def _add_measured(parser: argparse.ArgumentParser) -> None:
@@ -141,3 +148,7 @@ def _trained(name: str, side: dict[str, Any]) -> str:
 
 def _spread(value: dict[str, float]) -> str:
     return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

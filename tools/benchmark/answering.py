@@ -12,7 +12,7 @@ import torch
 
 from lora_hf.inference.classify import answer_rows
 from lora_hf.lora.inject import adapter_names, inject, lora_layers, merge, set_adapter
-from lora_hf.lora.unpadding import remove_padding
+from lora_hf.lora.unpadding import enable_unpadding
 from tools.benchmark.peers import peft_config
 from tools.benchmark.sides import Setup
 from tools.benchmark.work import Work
@@ -50,7 +50,7 @@ def _ours(setup: Setup, rows: Rows) -> Any:
             weights.lora_B.data.normal_(0, STD, generator=generator)
     if torch.cuda.is_available():
         model.to(torch.device("cuda"))  # type: ignore[call-arg]
-    remove_padding(model)
+    enable_unpadding(model)
     return model.eval()
 
 

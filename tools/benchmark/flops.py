@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from lora_hf.core.config.schema import LoraConfig
-from lora_hf.data.tasks.generation import IGNORED
+from lora_hf.data.tasks.generation import IGNORE_INDEX
 from lora_hf.lora.target_modules import plan, projections
 
 SHAPES = ((768, 768), (768, 3072))  # (in, out): the projections of roberta-base and gpt2
@@ -51,7 +51,7 @@ def step_flops(weights: Weights, rows: Sequence[Mapping[str, Any]], per_weight: 
     value = weights.token * tokens + weights.row * len(rows)
     if weights.label:
         # The first token of a row is predicted by nothing.
-        value += weights.label * sum(label != IGNORED for row in rows for label in row["labels"][1:])
+        value += weights.label * sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
     return per_weight * value
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError
-from lora_hf.core.records import git_state, versions
+from lora_hf.core.provenance import git_state, versions
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.glue import GLUE, RULE_SENTIMENT
 from lora_hf.data.tokenization import encode
-from lora_hf.lora.precision import resolve
+from lora_hf.lora.precision import resolve_precision
 from lora_hf.models.load import load_tokenizer
 from tools.benchmark.process import SideProcess
 from tools.benchmark.train import machine_in_use, summary, take_turns
@@ -45,7 +45,7 @@ def benchmark_infer(config: RunConfig, rows: int = 64, rounds: int = 5) -> dict[
         raise ConfigError(f"--rows {rows} --rounds {rounds}: expected at least {len(GLUE)} and 1")
     if importlib.util.find_spec("peft") is None:
         raise ConfigError("benchmark infer: peft is not installed; run pip install peft")
-    config = replace(config, model=replace(config.model, precision=resolve(config.model.precision)))
+    config = replace(config, model=replace(config.model, precision=resolve_precision(config.model.precision)))
     inputs = _rows(config, rows)
     plain = config.to_dict()
     with ExitStack() as stack:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from lora_hf.adapters.format import WEIGHTS_FILE
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, UserError
-from lora_hf.core.records import git_state, peak_rss, versions
+from lora_hf.core.provenance import git_state, peak_rss, versions
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.lora.precision import resolve
+from lora_hf.lora.precision import resolve_precision
 from lora_hf.training.joint import train_together
 from lora_hf.training.run import train
 from tools.benchmark.process import Channel, Child
@@ -52,7 +52,7 @@ def benchmark_joint(base: RunConfig, tasks: Sequence[str], seeds: Sequence[int],
     """
     if rounds < 1:
         raise ConfigError(f"--rounds {rounds}: expected at least 1")
-    base = replace(base, model=replace(base.model, precision=resolve(base.model.precision)))
+    base = replace(base, model=replace(base.model, precision=resolve_precision(base.model.precision)))
     names = [f"{task}-seed{seed}" for task in tasks for seed in seeds]
     measured: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.core.config.schema import LoraConfig
-from lora_hf.lora.layers import features
+from lora_hf.lora.layers import linear_shape
 from lora_hf.lora.target_modules import head_paths, plan, projections
 from tools.benchmark.sides import Build, Setup
 
@@ -68,7 +68,7 @@ def with_loralib(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
 def _loralib_layer(layer: Any, columns: list[tuple[int, int] | None], lora: LoraConfig) -> nn.Module:
     import loralib
 
-    in_features, out_features = features(layer)
+    in_features, out_features = linear_shape(layer)
     values: dict[str, Any] = {
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,

@@ -7,20 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any, TextIO
 
+from lora_hf.core.child_process import package_environment
 from lora_hf.core.errors import ConfigError, TrainingError
 from tools.benchmark.work import Work
 
 MODULE = "tools.benchmark.worker"
 TAIL = 12  # lines of standard error that tell why a process died
-
-
-def package_environment() -> dict[str, str]:
-    """The environment of a process that finds this very package."""
-    paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 class Channel:

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError
-from lora_hf.core.records import git_state, versions
-from lora_hf.lora.precision import resolve
+from lora_hf.core.provenance import git_state, versions
+from lora_hf.lora.precision import resolve_precision
 from tools.benchmark.sides import SIDES, Setup
 from tools.benchmark.train import machine_in_use, work_rows
 from tools.benchmark.work import OURS, Work
@@ -72,7 +72,7 @@ def profile_train(config: RunConfig, steps: int = 10) -> dict[str, Any]:
         raise ConfigError(
             "benchmark profile: it reads the times of a CPU; on a GPU use torch's profiler and its traces"
         )
-    config = replace(config, model=replace(config.model, precision=resolve(config.model.precision)))
+    config = replace(config, model=replace(config.model, precision=resolve_precision(config.model.precision)))
     rows = work_rows(config, steps)
     watched = _Watched()
     with tempfile.TemporaryDirectory() as folder:

@@ -8,10 +8,8 @@ training steps, a process a form, taking turns.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,10 +22,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from lora_hf.adapters.resolve import Saved, find_saved
-from lora_hf.core.config.schema import RunConfig, load_config
-from lora_hf.core.errors import ConfigError, UserError
-from lora_hf.core.records import git_state, machine, versions
+from lora_hf.adapters.resolve import SavedModel, find_saved_model
+from lora_hf.cli.terminal import check_record, write_record
+from lora_hf.core.config.loader import load_config
+from lora_hf.core.config.schema import RunConfig
+from lora_hf.core.errors import ConfigError
+from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.inference.classify import Predictor
 from lora_hf.lora.inject import merge, merge_drift
@@ -101,7 +101,7 @@ def _quality(data_dir: str | None, forms: Sequence[str], steps: int, limit: int 
             config["train"] |= {"max_steps": steps}
             config["output"] |= {"dir": folder, "name": form}
             run = train(RunConfig.from_dict(config, "benchmark"), rows=scored)
-            saved = find_saved(run.weights)
+            saved = find_saved_model(run.weights)
             quality[form] = {
                 "metrics": run.record.metrics[split],
                 "seconds": run.record.timings["train"],
@@ -112,7 +112,7 @@ def _quality(data_dir: str | None, forms: Sequence[str], steps: int, limit: int 
     return {"quality": quality, "inference": inference}
 
 
-def _merged(saved: Saved, rows: Dataset) -> dict[str, Any]:
+def _merged(saved: SavedModel, rows: Dataset) -> dict[str, Any]:
     """The score after merging into the packed weights, and what that lost; medians over the projections."""
     predictor = Predictor.load(saved)
     beside = _logits(predictor, rows)
@@ -126,7 +126,7 @@ def _merged(saved: Saved, rows: Dataset) -> dict[str, Any]:
     }
 
 
-def _answers(saved: Saved, rows: Dataset) -> dict[str, Any]:
+def _answers(saved: SavedModel, rows: Dataset) -> dict[str, Any]:
     """By precision the score, the speed, and how far the logits are from those in fp32."""
     answers, exact = {}, None
     for precision in PREDICTED:
@@ -193,33 +193,26 @@ def _moved(logits: np.ndarray, exact: np.ndarray) -> float:
     return float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Reads the command line, measures, and writes the record."""
-    parser = argparse.ArgumentParser(prog="python -m tools.benchmark.quantised", description="Compares packed bases.")
+def add(kinds: Any) -> None:
+    """Adds the verb `quantised` to the command line."""
+    words = "what a quantised base costs in accuracy, and saves in time and memory"
+    parser = kinds.add_parser("quantised", help=words, description=words)
     parser.add_argument("--data-dir", metavar="DIR", help="default: $LORA_HF_DATA_DIR, else the hub")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the record, as JSON")
     parser.add_argument("--forms", default=",".join(FORMS), metavar="FORM,...", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=400, metavar="N", help="of each training that is scored")
     parser.add_argument("--limit", type=int, metavar="N", help="validation rows to score; default: all")
     parser.add_argument("--speed-steps", type=int, default=4, metavar="N", help="steps of a timed round")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds, after one that is not")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds, after an untimed one")
     parser.add_argument("--model", default="roberta-base", metavar="NAME", help="the shape that is timed")
     parser.add_argument("--task", default="sst2", metavar="NAME")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
-    try:
-        if not options.output.parent.is_dir():
-            raise ConfigError(f"--output {options.output}: there is no folder {options.output.parent}")
-        sizes = (options.steps, options.limit, options.speed_steps, options.rounds)
-        record = measure(options.data_dir, options.forms.split(","), *sizes, options.model, options.task)
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    aside = options.output.with_name(f"{options.output.name}.part")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    aside.replace(options.output)
-    return 0
+    parser.set_defaults(run=run)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(options: argparse.Namespace) -> None:
+    """Measures, and writes the record."""
+    check_record(options.output)
+    sizes = (options.steps, options.limit, options.speed_steps, options.rounds)
+    write_record(
+        options.output, measure(options.data_dir, options.forms.split(","), *sizes, options.model, options.task)
+    )

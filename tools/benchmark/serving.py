@@ -22,18 +22,19 @@ import numpy as np
 import torch
 import yaml
 
-from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import save_adapter
+from lora_hf.core.child_process import package_environment
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
-from lora_hf.core.records import RUN_CONFIG_FILE, git_state, versions
+from lora_hf.core.provenance import git_state, versions
+from lora_hf.core.records import RUN_CONFIG_FILE
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.inference.classify import MixedPredictor, described
 from lora_hf.lora.inject import adapter_heads, inject, lora_layers
-from lora_hf.lora.precision import resolve
+from lora_hf.lora.precision import resolve_precision
 from lora_hf.models.load import load_base
 from lora_hf.serving.requests import digest_of
-from tools.benchmark.process import package_environment
 from tools.benchmark.train import machine_in_use
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def benchmark_serving(
     task = get_task(config.task.name)
     if task.model_kind != "sequence-classification" or len(task.text_columns) != 1:
         raise ConfigError(f"benchmark serve: expected a task that classifies one text, found {task.name}")
-    precision = resolve(config.model.precision)
+    precision = resolve_precision(config.model.precision)
     config = replace(config, model=replace(config.model, precision=precision))
     split = task.evaluation_splits[0]
     texts = list(task.load(config.task.data_dir, [split])[split][task.text_columns[0]][:rows])
@@ -180,7 +181,7 @@ def _save(config: RunConfig, root: Path, adapters: int) -> list[Path]:
 
 
 def _offline(folders: list[Path], texts: list[str], column: str, precision: str) -> dict[str, list[dict[str, Any]]]:
-    saved = {folder.name: find_saved(folder) for folder in folders}
+    saved = {folder.name: find_saved_model(folder) for folder in folders}
     predictor = MixedPredictor.load(saved, precision)
     expected = {}
     for folder in folders:

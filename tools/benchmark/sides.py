@@ -28,7 +28,7 @@ from lora_hf.lora.inject import inject, inject_head
 from lora_hf.lora.precision import Precision
 from lora_hf.lora.target_modules import head_paths
 from lora_hf.models.load import load_base, load_tokenizer
-from lora_hf.training.trainer import AdapterTrainer, spare_work
+from lora_hf.training.trainer import AdapterTrainer, enable_optimizations
 from tools.benchmark.work import Work
 
 Build = Callable[["Setup"], Trainer]
@@ -121,7 +121,7 @@ def _head(setup: Setup) -> Trainer:
 
 def our_trainer(setup: Setup, model: PreTrainedModel) -> Trainer:
     """How `lora_hf.training.run` trains `model` by default."""
-    trainer: Any = setup.trainer(model, AdapterTrainer, logging_nan_inf_filter=False, **spare_work(model))
+    trainer: Any = setup.trainer(model, AdapterTrainer, logging_nan_inf_filter=False, **enable_optimizations(model))
     trainer.model_accepts_loss_kwargs = setup.task.model_kind == "causal-lm"
     if setup.config.train.group_by_prompt:
         trainer.prompts = number_prompts(setup.rows["labels"], setup.rows["input_ids"])

@@ -20,11 +20,11 @@ import torch
 
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError
-from lora_hf.core.records import git_state, machine, versions
+from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.data.sampling import PromptSampler, number_prompts
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.data.tokenization import encode
-from lora_hf.lora.precision import resolve
+from lora_hf.lora.precision import resolve_precision
 from lora_hf.models.load import load_tokenizer
 from tools.benchmark.process import SideProcess
 from tools.benchmark.work import OURS, PEAK, PEERS, Work, sides_of
@@ -61,7 +61,7 @@ def benchmark_train(
     names = sides_of(against, task.model_kind)
     if steps < 1 or rounds < 1:
         raise ConfigError(f"--steps {steps} --rounds {rounds}: expected at least 1 of each")
-    config = replace(config, model=replace(config.model, precision=resolve(config.model.precision)))
+    config = replace(config, model=replace(config.model, precision=resolve_precision(config.model.precision)))
     rows = work_rows(config, steps)
     plain = config.to_dict()
     with ExitStack() as stack:

@@ -30,8 +30,8 @@ from lora_hf.lora.inject import (
     lora_layers,
     set_adapter,
 )
-from lora_hf.lora.layers import LoraLinear, LoraWeights, features
-from lora_hf.lora.modules_to_save import AdapterHead
+from lora_hf.lora.layers import LoraLinear, LoraWeights, linear_shape
+from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.target_modules import head_paths, projections
 
 
@@ -182,7 +182,7 @@ def _layer(
     source: str,
 ) -> LoralibLayer:
     """The layer that the shapes tell; `compare` says later where they do not fit it."""
-    in_features, out_features = features(projection)
+    in_features, out_features = linear_shape(projection)
     transposed = isinstance(projection, Conv1D)
     missing = torch.empty(0, 0)
     a, b = (tensors.get(f"{path}.lora_{part}", missing) for part in "AB")
@@ -224,7 +224,7 @@ def _shapes(
     heads = {}
     for path in head_paths(model):
         head = model.get_submodule(path)
-        plain: nn.Module = head.base_head if isinstance(head, AdapterHead) else head
+        plain: nn.Module = head.base_head if isinstance(head, ModulesToSaveWrapper) else head
         heads |= {f"{path}.{key}": tuple(value.shape) for key, value in plain.state_dict().items()}
     return shapes if partial and not heads.keys() & tensors.keys() else shapes | heads
 

@@ -20,8 +20,10 @@ FAMILIES = {
 }
 
 
-def add(kinds: Any) -> None:
-    """Describes both."""
+def add(verbs: Any) -> None:
+    """Adds the verb, with one word for each family of tasks."""
+    parser = verbs.add_parser("benchmark", help="train and score every task of GLUE, or of E2E, DART and WebNLG")
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for family, (tasks, words) in FAMILIES.items():
         parser = kinds.add_parser(family, help=words, description=f"{words}. Finished runs are not run again.")
         parser.add_argument("--model", metavar="NAME", help="the base; default: that of the configs, or of the recipes")

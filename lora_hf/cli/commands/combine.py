@@ -30,11 +30,13 @@ def add(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Combines, and says what the rank leaves out."""
-    from lora_hf.core.atomic_io import check_output
+    from lora_hf.core.atomic_io import check_output_folder
     from lora_hf.core.records import COMBINE_FILE
 
     adapters = [_weighted(words) for words in options.adapter]
-    check_output(options.output, COMBINE_FILE, options.overwrite)  # before the seconds that importing torch takes
+    check_output_folder(
+        options.output, COMBINE_FILE, options.overwrite
+    )  # before the seconds that importing torch takes
     from lora_hf.adapters.combine import combine_saved
 
     record = combine_saved(

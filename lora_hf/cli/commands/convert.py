@@ -144,7 +144,7 @@ def _flags(words: str | None) -> list[bool] | None:
 
 def _which_alpha(model: str) -> str:
     """What to ask for, with the alphas of the recipes for this model, or for all where there is none for it."""
-    from lora_hf.core.config.schema import RECIPE_FOLDERS, load_config
+    from lora_hf.core.config.loader import RECIPE_FOLDERS, load_config
 
     found: dict[str, dict[float, list[str]]] = {}
     for file in sorted(next(folder for folder in RECIPE_FOLDERS[1:] if folder.is_dir()).glob("*.yaml")):

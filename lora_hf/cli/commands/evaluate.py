@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_hf.cli.adapter_options import add_adapter
-from lora_hf.cli.terminal import add_precision, print_json, progress, shown
+from lora_hf.cli.terminal import add_adapter, add_precision, print_json, progress, shown
 from lora_hf.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lora_hf.adapters.resolve import Saved
+    from lora_hf.adapters.resolve import SavedModel
 
 
 def add(verbs: Any) -> None:
@@ -30,9 +29,9 @@ def add(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Scores, by split and metric."""
-    from lora_hf.adapters.resolve import find_saved
+    from lora_hf.adapters.resolve import find_saved_model
 
-    saved = find_saved(options.adapter, options.revision)
+    saved = find_saved_model(options.adapter, options.revision)
     if options.without_adapter and saved.whole:
         raise ConfigError(f"--without-adapter: {options.adapter} is a whole model, which has no base beside it")
     splits = saved.task.evaluation_splits if options.split in (None, "validation") else (options.split,)
@@ -56,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{split}: " + "  ".join(f"{name} {shown(value)}" for name, value in values.items()))
 
 
-def _evaluate_texts(saved: Saved, rows: Mapping[str, Any], adapted: bool) -> dict[str, Any]:
+def _evaluate_texts(saved: SavedModel, rows: Mapping[str, Any], adapted: bool) -> dict[str, Any]:
     """Scores by split and subset."""
     from lora_hf.inference.generate import Generator, evaluate_texts
 

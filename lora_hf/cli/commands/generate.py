@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_hf.cli.adapter_options import add_adapter
-from lora_hf.cli.terminal import print_json, progress
+from lora_hf.cli.terminal import add_adapter, print_json, progress
 from lora_hf.core.errors import ConfigError
 
 # The keys of the config's generate section that a command line may set.
@@ -43,10 +42,10 @@ def run(options: argparse.Namespace) -> None:
     """A text for each prompt."""
     from dataclasses import asdict, replace
 
-    from lora_hf.adapters.resolve import find_saved
+    from lora_hf.adapters.resolve import find_saved_model
     from lora_hf.data.tasks.generation import TextGeneration
 
-    saved = find_saved(options.adapter, options.revision)
+    saved = find_saved_model(options.adapter, options.revision)
     task = saved.task
     if not isinstance(task, TextGeneration):
         raise ConfigError(f"{options.adapter} was trained for {task.name}, which classifies; use predict instead")

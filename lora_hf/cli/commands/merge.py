@@ -22,12 +22,12 @@ def add(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Merges, and says how far the answers moved."""
-    from lora_hf.adapters.resolve import find_saved
-    from lora_hf.core.atomic_io import check_output
+    from lora_hf.adapters.resolve import find_saved_model
+    from lora_hf.core.atomic_io import check_output_folder
     from lora_hf.core.records import MERGE_FILE
 
-    saved = find_saved(options.adapter)
-    check_output(options.output, MERGE_FILE, options.overwrite)  # before the seconds that importing torch takes
+    saved = find_saved_model(options.adapter)
+    check_output_folder(options.output, MERGE_FILE, options.overwrite)  # before the seconds that importing torch takes
     from lora_hf.adapters.merge import merge_adapter
 
     record = merge_adapter(saved, options.output, options.dtype, options.overwrite)

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_hf.cli.adapter_options import named_adapters
-from lora_hf.cli.terminal import add_precision, print_json, progress, write_lines
+from lora_hf.cli.terminal import add_precision, named_adapters, print_json, progress, write_lines
 from lora_hf.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,9 +61,9 @@ def _named(words: list[str]) -> dict[str, str]:
 
 
 def _alone(options: argparse.Namespace, adapter: str) -> list[dict[str, Any]]:
-    from lora_hf.adapters.resolve import find_saved
+    from lora_hf.adapters.resolve import find_saved_model
 
-    saved = find_saved(adapter, options.revision)
+    saved = find_saved_model(adapter, options.revision)
     if saved.task.model_kind != "sequence-classification":
         raise ConfigError(f"{adapter} was trained for {saved.task.name}, which writes texts; use generate instead")
     columns = saved.task.text_columns
@@ -81,12 +80,12 @@ def _alone(options: argparse.Namespace, adapter: str) -> list[dict[str, Any]]:
 
 
 def _mixed(options: argparse.Namespace, adapters: dict[str, str]) -> list[dict[str, Any]]:
-    from lora_hf.adapters.resolve import find_saved
+    from lora_hf.adapters.resolve import find_saved_model
     from lora_hf.data.input_files import read_mixed_rows
 
     if options.input is None:
         raise ConfigError("--text goes to one adapter; give several an --input file whose rows name theirs")
-    saved = {name: find_saved(adapter, options.revision) for name, adapter in adapters.items()}
+    saved = {name: find_saved_model(adapter, options.revision) for name, adapter in adapters.items()}
     rows = read_mixed_rows(options.input, {name: each.task.text_columns for name, each in saved.items()})
     from lora_hf.inference.classify import MixedPredictor
 

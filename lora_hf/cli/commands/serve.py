@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lora_hf.cli.adapter_options import named_adapters
+from lora_hf.cli.terminal import named_adapters
 from lora_hf.core.errors import ConfigError, how_to_install
 
 TOKEN = "LORA_HF_TOKEN"  # the name of the variable, not a token
@@ -50,7 +50,7 @@ def add(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serves until SIGTERM or Ctrl-C."""
-    from lora_hf.adapters.resolve import find_saved
+    from lora_hf.adapters.resolve import find_saved_model
     from lora_hf.models.model_ids import is_hub_id
 
     adapters = named_adapters(options.adapter)
@@ -69,18 +69,18 @@ def run(options: argparse.Namespace) -> None:
     limits = Limits(**{name: getattr(options, name) for name in given if getattr(options, name) is not None})
     for place in adapters.values():
         if not is_hub_id(place):  # which is asked for while the server says that it is not ready
-            find_saved(place)
+            find_saved_model(place)
     from lora_hf.serving.listening import listen
 
     with listen(options.host, options.port) as listening:
-        from lora_hf.serving.app import Door
+        from lora_hf.serving.app import ServerState
         from lora_hf.serving.engine import Engine
         from lora_hf.serving.metrics import Metrics
         from lora_hf.serving.server import serve
 
         metrics = Metrics()
         engine = Engine(limits, options.precision, metrics)
-        door = Door(token, folder)
+        door = ServerState(token, folder)
         serve(engine, adapters, metrics, door, listening, options.grace, options.playground)
 
 

@@ -35,9 +35,9 @@ def add(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Trains, and says what came out."""
-    from lora_hf.core.config.schema import load_config
+    from lora_hf.core.config.loader import load_config
     from lora_hf.data.tasks.registry import task_of
-    from lora_hf.training.distributed import leave, place
+    from lora_hf.training.distributed import destroy_processes, rank
     from lora_hf.training.run_dir import check_run_folder
     from lora_hf.training.validation import check_run, check_together
 
@@ -60,8 +60,8 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.training.run import train
 
     run = train(configs[0], options.resume, rows[configs[0].task.name])
-    leave()
-    if place():
+    destroy_processes()
+    if rank():
         return
     if options.json:
         print_json(_told(run))

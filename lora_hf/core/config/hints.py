@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
+from lora_hf.core.errors import did_you_mean
+
 # Fields of transformers.TrainingArguments that have a key of their own here.
-OURS = {
+OWN_KEYS = {
     "learning_rate": "train.lr",
     "num_train_epochs": "train.epochs",
     "max_steps": "train.max_steps",
@@ -21,8 +25,8 @@ OURS = {
 }
 
 # Each for the key that people mean by it, wherever they put it.
-OTHER_NAMES = {
-    **OURS,
+KEY_ALIASES = {
+    **OWN_KEYS,
     "train_batch_size": "train.batch_size",
     "early_stopping_patience": "train.patience",
     "overwrite_output_dir": "output.overwrite",
@@ -49,7 +53,7 @@ OTHER_NAMES = {
 }
 
 # The last part of a module's path, as target_modules of peft holds it, for the role or the preset that means it.
-ROLE_OF = {
+ROLE_ALIASES = {
     "query": "q",
     "query_proj": "q",
     "q_proj": "q",
@@ -77,3 +81,23 @@ ROLE_OF = {
     "lin2": "ffn_down",
     "all-linear": "all",
 }
+
+
+def keys_called(word: str, known: Mapping[str, Collection[str]]) -> list[str]:
+    """The keys, as `section.key`, that `word` means here, in transformers or in peft.
+
+    Args:
+        known: the keys of each section.
+    """
+    found = [f"{section}.{word}" for section, keys in known.items() if word in keys]
+    return list(dict.fromkeys([*found, *([KEY_ALIASES[word]] if word in KEY_ALIASES else [])]))
+
+
+def hint_for_key(section: str, key: str, known: Mapping[str, Collection[str]]) -> str:
+    """A suggestion for an unknown key of a section: our name for the same thing, else the nearest name."""
+    meant = keys_called(key, known)
+    here = [full.partition(".")[2] for full in meant if full.startswith(f"{section}.")]
+    if meant:
+        return f" (did you mean {' or '.join(map(repr, here or meant))}?)"
+    near = did_you_mean(key, known[section])
+    return near if near or section != "train" else "; fields of transformers.TrainingArguments go under train.hf"

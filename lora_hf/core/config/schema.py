@@ -6,21 +6,14 @@ Recipes live in `configs/`; a bare file name is looked for in the current folder
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import functools
-import importlib.util
 import re
 import typing
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from lora_hf.core.config.hints import OTHER_NAMES, OURS, ROLE_OF
-from lora_hf.core.config.values import Section, bounded, build_section, kind_of
+from lora_hf.core.config.hints import OWN_KEYS, ROLE_ALIASES, hint_for_key
+from lora_hf.core.config.values import Section, bounded, build_section
 from lora_hf.core.errors import ConfigError, did_you_mean
 
 ROLES = ("q", "k", "v", "o", "ffn_up", "ffn_gate", "ffn_down")
@@ -30,8 +23,6 @@ PRESETS = {
     "all": ROLES,
 }
 INITS = ("default", "gaussian", "pissa", "olora")
-FORM = "expected an override of the form section.key=value, such as"
-RECIPE_FOLDERS = (Path("configs"), Path(__file__).parents[3] / "configs", Path(__file__).parents[2] / "configs")
 
 
 def _target_problem(targets: tuple[str, ...]) -> str:
@@ -40,7 +31,8 @@ def _target_problem(targets: tuple[str, ...]) -> str:
     if targets and not unknown:
         return ""
     found = ", ".join(
-        repr(target) + (f" (did you mean {ROLE_OF[target]}?)" if target in ROLE_OF else did_you_mean(target, words))
+        repr(target)
+        + (f" (did you mean {ROLE_ALIASES[target]}?)" if target in ROLE_ALIASES else did_you_mean(target, words))
         for target in unknown
     )
     return f"expected some of {', '.join(words)}, or a module path with dots, found {found or 'nothing'}"
@@ -68,32 +60,11 @@ def _name_problem(name: str | None) -> str:
 
 
 def _hf_problem(hf: dict[str, Any]) -> str:
-    """Names under `train.hf` that are not fields of TrainingArguments, or that have a key of their own here."""
-    problems = [f"{name}: set {OURS[name]} instead" for name in hf if name in OURS]
+    """Names under `train.hf` that have a key of their own here, and secrets."""
+    problems = [f"{name}: set {OWN_KEYS[name]} instead" for name in hf if name in OWN_KEYS]
     secret = [name for name in hf if str(name).endswith("_token")]
-    problems += [f"{name}: a config is kept with the run, so no token goes into it; set HF_TOKEN" for name in secret]
-    rest = [name for name in hf if name not in (*OURS, *secret)]
-    known = _training_argument_names() if rest else ()
-    problems += [
-        f"{name}: not a field of transformers.TrainingArguments{did_you_mean(name, known)}"
-        for name in rest
-        if name not in known
-    ]
+    problems += [f"{name}: the config is saved with the run, so no token may be in it; set HF_TOKEN" for name in secret]
     return "; ".join(problems)
-
-
-@functools.cache
-def _training_argument_names() -> tuple[str, ...]:
-    # Importing TrainingArguments takes seconds and pulls in torch; its source says the same in milliseconds.
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or spec.origin is None:
-        raise ConfigError("transformers is not installed; install lora-hf with its dependencies")
-    source = (Path(spec.origin).parent / "training_args.py").read_text(encoding="utf-8")
-    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-    fields = next(node for node in classes if node.name == "TrainingArguments").body
-    return tuple(
-        node.target.id for node in fields if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    )
 
 
 @dataclass(frozen=True)
@@ -253,7 +224,9 @@ class RunConfig:
                 problems.append(f"{name}: unknown section{did_you_mean(str(name), kinds)}; expected {', '.join(kinds)}")
                 continue
             built[name], found = build_section(
-                kinds[name], values if values is not None else {}, functools.partial(_hint, name)
+                kinds[name],
+                values if values is not None else {},
+                lambda key, _, name=name: hint_for_key(name, key, known_keys()),
             )
             problems += [f"{name}.{problem}" for problem in found]
         if problems:
@@ -264,85 +237,7 @@ class RunConfig:
             return None, [str(error)]
 
 
-def keys_called(word: str) -> list[str]:
-    """The keys, as `section.key`, that `word` names here or in transformers and peft."""
+def known_keys() -> dict[str, tuple[str, ...]]:
+    """The keys of each section."""
     kinds = typing.get_type_hints(RunConfig)
-    found = [f"{name}.{word}" for name, kind in kinds.items() if word in kind.__dataclass_fields__]
-    return list(dict.fromkeys([*found, *([OTHER_NAMES[word]] if word in OTHER_NAMES else [])]))
-
-
-def _hint(section: str, key: str, known: Iterable[str]) -> str:
-    """What an unknown key of a section may mean: the same thing by our name, else the nearest name."""
-    meant = keys_called(key)
-    here = [full.partition(".")[2] for full in meant if full.startswith(f"{section}.")]
-    if not meant and section == "train" and key in _training_argument_names():
-        meant = [f"train.hf.{key}"]
-    return f" (did you mean {' or '.join(map(repr, here or meant))}?)" if meant else did_you_mean(key, known)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML recipe and applies overrides such as `lora.r=16`.
-
-    Raises:
-        ConfigError: a missing or malformed file, or any key that is unknown, mistyped or out of range.
-    """
-    return RunConfig.from_dict(read_sections(path, overrides), source=str(path))
-
-
-def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What a YAML recipe says with the overrides applied, its keys and values not yet checked.
-
-    Raises:
-        ConfigError: a missing or malformed file or override.
-    """
-    file = _find(Path(path))
-    try:
-        sections = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-        raise ConfigError(f"{path}: not a readable YAML file: {error}") from error
-    if not isinstance(sections, dict):
-        raise ConfigError(f"{path}: expected sections such as 'model:' and 'task:', found {kind_of(sections)}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r}: {FORM} lora.r=16")
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from error
-        set_value(sections, key, value, override)
-    return sections
-
-
-def set_value(sections: dict[str, Any], key: str, value: Any, said: str) -> None:
-    """Puts the value where `section.key` points to, in place.
-
-    Raises:
-        ConfigError: `key` has no section, or leads through something that holds no keys; opens with what was `said`.
-    """
-    steps = key.split(".")
-    if len(steps) < 2 or not all(steps):
-        meant = [f"{full}{said.removeprefix(key)}" for full in keys_called(key)]
-        raise ConfigError(f"{said!r}: {FORM} {' or '.join(meant) or 'lora.r=16'}")
-    level = sections
-    for step in steps[:-1]:
-        if not isinstance(level.get(step), dict):
-            if level.get(step) is not None:
-                raise ConfigError(f"{said!r}: {step} holds {kind_of(level[step])}, not further keys")
-            level[step] = {}
-        level = level[step]
-    level[steps[-1]] = value
-
-
-def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
-    bare = path.name == str(path)
-    places = [folder / path for folder in RECIPE_FOLDERS] if bare else []
-    for place in places:
-        if place.is_file():
-            return place
-    known = sorted({file.name for folder in RECIPE_FOLDERS for file in folder.glob("*.yaml")})
-    where = "the current folder and configs/" if bare else "that place"
-    hint = did_you_mean(path.name, known) or (f"; recipes: {', '.join(known)}" if bare else "")
-    raise ConfigError(f"{path}: no such config file in {where}{hint}")
+    return {name: tuple(entry.name for entry in dataclasses.fields(kind)) for name, kind in kinds.items()}

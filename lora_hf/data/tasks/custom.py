@@ -47,7 +47,7 @@ METRICS = {
 LARGEST_SCORE = 1e30  # far inside of fp32, which the loss of a regression squares numbers in
 
 
-def own_task(config: TaskConfig) -> Task:
+def custom_task(config: TaskConfig) -> Task:
     """The task that a config with `task.kind` describes.
 
     Raises:
@@ -57,10 +57,10 @@ def own_task(config: TaskConfig) -> Task:
     assert kind is not None
     usual_texts, usual_label = DEFAULT_COLUMNS[kind]
     texts, label = config.text_columns or usual_texts, config.label_column or usual_label
-    source = OwnFiles(replace(config, data_dir=None, text_columns=texts, label_column=label))
+    source = CustomFiles(replace(config, data_dir=None, text_columns=texts, label_column=label))
     _check(source.config)
     if kind == "generation":
-        return OwnText(name=config.name, source=source, text_columns=(*texts, label), metric="e2e_nlg")
+        return CustomText(name=config.name, source=source, text_columns=(*texts, label), metric="e2e_nlg")
     lowest, highest = (-LARGEST_SCORE, LARGEST_SCORE) if kind == "regression" else (0.0, 0.0)
     return TextClassification(
         name=config.name,
@@ -77,7 +77,7 @@ def own_task(config: TaskConfig) -> Task:
 
 def described(task: Task) -> dict[str, Any]:
     """The keys of a config's `task` section that make this task again: for one of ours its name alone."""
-    if not isinstance(task.source, OwnFiles):
+    if not isinstance(task.source, CustomFiles):
         return {"name": task.name}
     section = asdict(task.source.config)
     return {key: value for key, value in section.items() if key not in ("data_dir", "max_length")}
@@ -112,7 +112,7 @@ def _check(config: TaskConfig) -> None:
 
 
 @dataclass(frozen=True)
-class OwnFiles:
+class CustomFiles:
     """The splits of a person's own data, as the `task` section of a config describes them; see the top of the file."""
 
     config: TaskConfig
@@ -197,7 +197,7 @@ class OwnFiles:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnText(TextGeneration):
+class CustomText(TextGeneration):
     """A text for a text: the prompt as it is written, and the completion on one line."""
 
     def check(self, rows: Dataset, split: str, where: str) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label of a token without loss
+IGNORE_INDEX = -100  # the label of a token without loss
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class TextGeneration(Task):
             asked = [*context[-room:], end]
             encoded["input_ids"].append(asked + answer)
             encoded["attention_mask"].append([1] * (len(asked) + len(answer)))
-            encoded["labels"].append([IGNORED] * len(asked) + answer)
+            encoded["labels"].append([IGNORE_INDEX] * len(asked) + answer)
         if cut:
             _log.warning(
                 "%s: %d of %d rows are longer than %d tokens and lost the first of their input; see task.max_length",

@@ -7,7 +7,7 @@ from dataclasses import replace
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import ConfigError, did_you_mean
 from lora_hf.data.tasks.base import Task
-from lora_hf.data.tasks.custom import own_task
+from lora_hf.data.tasks.custom import custom_task
 from lora_hf.data.tasks.glue import GLUE, RULE_SENTIMENT
 from lora_hf.data.tasks.nlg import NLG, RULE_RESTAURANTS
 
@@ -48,7 +48,7 @@ def task_of(config: TaskConfig) -> Task:
         raise ConfigError(
             f"task.kind={config.kind}: {config.name} is a task of lora_hf; give your own data another task.name"
         )
-    return own_task(config)
+    return custom_task(config)
 
 
 def task_names() -> tuple[str, ...]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_hf.core.records import ComparisonRecord, describe_base, git_state, versions
+from lora_hf.core.provenance import git_state, versions
+from lora_hf.core.records import ComparisonRecord, describe_base
 from lora_hf.experiments.compare.configurations import Configuration, configurations
 from lora_hf.experiments.compare.disagreements import disagreements, written
 from lora_hf.experiments.compare.measures import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_hf.core.atomic_io import check_output, new_folder
+from lora_hf.core.atomic_io import atomic_folder, check_output_folder
 from lora_hf.core.records import COMPARISON_FILE, ComparisonRecord
 from lora_hf.experiments.compare.page import page
 from lora_hf.experiments.compare.plots import draw
@@ -13,7 +13,7 @@ from lora_hf.experiments.compare.sections import report
 
 def check_report_folder(folder: Path) -> None:
     """Raises ConfigError where `folder` is in the way: not empty, and no earlier report."""
-    check_output(folder, COMPARISON_FILE, overwrite=_is_report(folder))
+    check_output_folder(folder, COMPARISON_FILE, overwrite=_is_report(folder))
 
 
 def write_report(record: ComparisonRecord, folder: Path) -> dict[str, Path]:
@@ -22,7 +22,7 @@ def write_report(record: ComparisonRecord, folder: Path) -> dict[str, Path]:
     Raises:
         ConfigError: as `check_report_folder`; also a place where nothing can be written.
     """
-    with new_folder(folder, COMPARISON_FILE, overwrite=_is_report(folder)) as aside:
+    with atomic_folder(folder, COMPARISON_FILE, overwrite=_is_report(folder)) as aside:
         record.write(aside / COMPARISON_FILE)
         pictures = {task["task"]: draw(task, aside) for task in record.tasks}
         text = report(record, pictures)

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from lora_hf.core.config.schema import RunConfig, load_config
+from lora_hf.core.config.loader import load_config
+from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, did_you_mean
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.tasks.registry import get_task

@@ -6,7 +6,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from lora_hf.core.config.schema import RECIPE_FOLDERS, RunConfig, load_config
+from lora_hf.core.config.loader import RECIPE_FOLDERS, load_config
+from lora_hf.core.config.schema import RunConfig
 from lora_hf.models.model_ids import HUB_IDS
 
 FROM_MNLI = ("mrpc", "rte", "stsb")  # start from the MNLI run: LoRA paper, section 5.2

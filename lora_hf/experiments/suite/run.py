@@ -16,8 +16,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from lora_hf.core.child_process import package_environment
 from lora_hf.core.errors import ConfigError, DataError
-from lora_hf.core.records import RECORD_FILE, SuiteRecord, git_state, machine, versions
+from lora_hf.core.provenance import git_state, machine, versions
+from lora_hf.core.records import RECORD_FILE, SuiteRecord
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.experiments.suite.plan import (
     PlannedRun,
@@ -30,7 +32,6 @@ from lora_hf.experiments.suite.plan import (
     write_config,
 )
 from lora_hf.experiments.suite.results import base_bytes, compare_all, result_of
-from tools.benchmark.process import package_environment
 
 logger = logging.getLogger(__name__)
 
@@ -251,12 +252,12 @@ def _make(output: Path) -> None:
 
 def _with_one_precision(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     """`auto` settled once: beside another process each would probe a busy machine, and might settle otherwise."""
-    from lora_hf.lora.precision import resolve
+    from lora_hf.lora.precision import resolve_precision
 
     return [
         replace(run, config=replace(run.config, model=replace(run.config.model, precision=precision)))
         for run in runs
-        for precision in [resolve(run.config.model.precision)]
+        for precision in [resolve_precision(run.config.model.precision)]
     ]
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from lora_hf.core.config.schema import RunConfig, read_sections, set_value
+from lora_hf.core.config.loader import read_sections, set_value
+from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:

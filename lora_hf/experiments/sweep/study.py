@@ -22,7 +22,8 @@ from sqlalchemy.engine import URL
 
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
-from lora_hf.core.records import RECORD_FILE, SweepRecord, git_state, machine, versions
+from lora_hf.core.provenance import git_state, machine, versions
+from lora_hf.core.records import RECORD_FILE, SweepRecord
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.experiments.sweep.plots import draw_plots

@@ -81,7 +81,7 @@ def lora_linear_parts(
         places = slice(members[0].start, members[-1].stop)
         if dropout:
             dropout = min(max(1, round(dropout * STEPS)), STEPS - 1) / STEPS
-            keep = kept((places.stop - places.start, x.shape[-1]), dropout, x.device)
+            keep = dropout_mask((places.stop - places.start, x.shape[-1]), dropout, x.device)
         scaling = members[0].scaling / (1 - dropout) if len(members) == 1 else _mask(members, x)
         groups.append((places, scaling, [tuple(part.slices) for part in members], keep))
         factors += [factor for part in members for factor in (part.lora_A, part.lora_B)]
@@ -119,7 +119,7 @@ def _drawn_mask(
     return mask
 
 
-def kept(shape: Sequence[int], dropout: float, device: torch.device) -> torch.Tensor:
+def dropout_mask(shape: Sequence[int], dropout: float, device: torch.device) -> torch.Tensor:
     """uint8 of a shape, 1 with probability `1 - dropout`, a multiple of `1 / STEPS`, and 0 otherwise.
 
     On the CPU torch's `bernoulli_` takes about as long as the projection itself. Two random bytes an element, compared
@@ -134,7 +134,7 @@ def kept(shape: Sequence[int], dropout: float, device: torch.device) -> torch.Te
     return numbers.sub_(first_kept - 1).to(torch.uint8).view(shape)
 
 
-def fits(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> bool:
+def can_fuse(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> bool:
     """Whether `lora_linear` may stand in: a frozen projection in the precision of x, and no autocast that decides."""
     held = [tensor for tensor in (weight, bias) if isinstance(tensor, torch.Tensor)]
     fitting = all(not tensor.requires_grad and tensor.dtype == x.dtype for tensor in held)

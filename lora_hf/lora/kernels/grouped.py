@@ -73,7 +73,7 @@ def _add(outputs: torch.Tensor, rows: torch.Tensor, stack: Stack, ends: tuple[in
         projected = grouped_mm(rows, stack.lora_A.transpose(0, 1), offs=offsets)
         outputs += grouped_mm(projected, stack.lora_B, offs=offsets)
     elif rows.dtype != torch.float32 and adapters * r <= WIDE:
-        projected = (rows @ stack.lora_A.flatten(1)).masked_fill_(_others(ends, r, rows.device), 0)
+        projected = (rows @ stack.lora_A.flatten(1)).masked_fill_(_other_adapters_mask(ends, r, rows.device), 0)
         outputs.addmm_(projected, stack.lora_B.flatten(0, 1))
     else:
         for number, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
@@ -84,12 +84,12 @@ def _add(outputs: torch.Tensor, rows: torch.Tensor, stack: Stack, ends: tuple[in
 def _wide(rows: torch.Tensor, stack: Stack, ends: tuple[int, ...]) -> torch.Tensor:
     """`(rows, out)`: each row times all A at once; of what comes out it keeps its own columns."""
     r = stack.lora_A.shape[-1]
-    projected = (rows @ stack.lora_A.flatten(1)).masked_fill(_others(ends, r, rows.device), 0)
+    projected = (rows @ stack.lora_A.flatten(1)).masked_fill(_other_adapters_mask(ends, r, rows.device), 0)
     return projected @ stack.lora_B.flatten(0, 1)
 
 
 @functools.lru_cache(maxsize=16)
-def _others(ends: tuple[int, ...], r: int, device: torch.device) -> torch.Tensor:
+def _other_adapters_mask(ends: tuple[int, ...], r: int, device: torch.device) -> torch.Tensor:
     """`(rows, n * r)`: True at the columns of other adapters. Each projection of a model asks for the same."""
     with torch.inference_mode(False):  # or a backward pass that meets it again could not keep it
         counts = torch.tensor([end - start for start, end in zip((0, *ends), ends, strict=False)], device=device)

@@ -16,10 +16,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.core.errors import AdapterError, ModelError
-from lora_hf.lora.active_adapter import Switch
-from lora_hf.lora.layers import Adapted, LoraLinear
-from lora_hf.lora.modules_to_save import AdapterHead
-from lora_hf.lora.precision import in_own_precision
+from lora_hf.lora.active_adapter import AdapterState
+from lora_hf.lora.layers import AdaptedModule, LoraLinear
+from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
+from lora_hf.lora.precision import keep_dtype
 
 AFFINE = (nn.Linear, Conv1D, nn.LayerNorm)  # their bias is added to the output last
 
@@ -32,10 +32,10 @@ class Bias(nn.Module):
         self.bias = nn.Parameter(start.detach().float().clone())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Bias:
-        return super()._apply(in_own_precision(fn), recurse)
+        return super()._apply(keep_dtype(fn), recurse)
 
 
-class BiasedModule(Adapted):
+class BiasedModule(AdaptedModule):
     """A module with a trained `Bias` per adapter; without an active adapter it is the module itself."""
 
     @property
@@ -61,7 +61,7 @@ def biased_modules(model: nn.Module) -> dict[str, BiasedModule]:
     return {path: module for path, module in model.named_modules() if isinstance(module, BiasedModule)}
 
 
-def free_biases(model: nn.Module, adapted: Iterable[str], heads: Iterable[str]) -> dict[str, nn.Module]:
+def unadapted_biases(model: nn.Module, adapted: Iterable[str], heads: Iterable[str]) -> dict[str, nn.Module]:
     """The modules whose bias `all` trains beside those of the adapted paths, as they are in the plain model.
 
     Args:
@@ -79,7 +79,7 @@ def free_biases(model: nn.Module, adapted: Iterable[str], heads: Iterable[str]) 
         if f"{path}.".startswith(skipped) or ".adapters." in path or path in adapted or inside in (*adapted, *found):
             continue
         plain = module.base_layer if isinstance(module, (BiasedModule, LoraLinear)) else module
-        if getattr(plain, "bias", None) is None or isinstance(module, AdapterHead):
+        if getattr(plain, "bias", None) is None or isinstance(module, ModulesToSaveWrapper):
             continue
         if not isinstance(plain, AFFINE):
             raise ModelError(
@@ -95,7 +95,7 @@ def free_biases(model: nn.Module, adapted: Iterable[str], heads: Iterable[str]) 
     return found
 
 
-def check_no_bias_alone(model: nn.Module, adapted: Iterable[str]) -> None:
+def check_no_standalone_biases(model: nn.Module, adapted: Iterable[str]) -> None:
     """Raises AdapterError where another adapter trains the bias alone of a projection that is to get A and B."""
     taken = biased_modules(model)
     for path in adapted:
@@ -106,8 +106,8 @@ def check_no_bias_alone(model: nn.Module, adapted: Iterable[str]) -> None:
             )
 
 
-def add_biases(model: nn.Module, modules: dict[str, nn.Module], name: str, switch: Switch) -> None:
-    """Gives adapter `name` its copy of the bias of each of `free_biases`."""
+def add_biases(model: nn.Module, modules: dict[str, nn.Module], name: str, switch: AdapterState) -> None:
+    """Gives adapter `name` its copy of the bias of each of `unadapted_biases`."""
     for path, plain in modules.items():
         module = model.get_submodule(path)
         if not isinstance(module, BiasedModule):
@@ -115,16 +115,16 @@ def add_biases(model: nn.Module, modules: dict[str, nn.Module], name: str, switc
         module.adapters[name] = Bias(module.bias)
 
 
-def lone_biases(model: nn.Module, name: str, prefix: str) -> dict[str, nn.Parameter]:
+def standalone_biases(model: nn.Module, name: str, prefix: str) -> dict[str, nn.Parameter]:
     """The biases that adapter `name` trains without A and B beside them, by their names in a file."""
     modules = {path: module for path, module in biased_modules(model).items() if name in module.adapters}
     return {f"{prefix}{path}.bias": module.adapters[name].bias for path, module in modules.items()}
 
 
 @torch.no_grad()
-def load_lone_biases(model: nn.Module, name: str, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
-    """Takes `lone_biases` from the tensors of a file."""
-    for key, bias in lone_biases(model, name, prefix).items():
+def load_standalone_biases(model: nn.Module, name: str, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
+    """Takes `standalone_biases` from the tensors of a file."""
+    for key, bias in standalone_biases(model, name, prefix).items():
         bias.copy_(tensors[key])
 
 

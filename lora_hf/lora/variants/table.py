@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lora_hf.lora.layers import LoraLinear, LoraWeights
+from lora_hf.lora.variants.decomposed import DecomposedWeights
 from lora_hf.lora.variants.dora import DoraWeights
 from lora_hf.lora.variants.embedding import EmbeddingWeights
-from lora_hf.lora.variants.started import StartedWeights
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def new_weights(
     elif variant.use_dora:
         weights = DoraWeights(layer.original_weight(), slices, r, lora_alpha, lora_dropout, variant.use_rslora)
     else:
-        weights = StartedWeights(variant.start, *plain) if variant.start else LoraWeights(*plain)
+        weights = DecomposedWeights(variant.start, *plain) if variant.start else LoraWeights(*plain)
     own = layer.bias if layer.unmerged_bias is None else layer.unmerged_bias
     if variant.bias and own is not None:
         weights.bias = nn.Parameter(own.detach().float().clone())
@@ -57,7 +57,7 @@ def initialise(weights: LoraWeights, layer: LoraLinear, init: str) -> None:
 
     `gaussian` draws A from a normal distribution of deviation `1 / r`, as PEFT does.
     """
-    if isinstance(weights, StartedWeights):
+    if isinstance(weights, DecomposedWeights):
         weights.begin(layer.original_weight())
     elif init == "gaussian" and not isinstance(weights, EmbeddingWeights):
         with torch.no_grad():

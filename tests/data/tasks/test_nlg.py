@@ -13,7 +13,7 @@ import pytest
 
 from lora_hf.core.errors import DataError, HubError, ModelError, TrainingError
 from lora_hf.data.synthetic import RESTAURANT_ROWS
-from lora_hf.data.tasks.generation import IGNORED, TextGeneration
+from lora_hf.data.tasks.generation import IGNORE_INDEX, TextGeneration
 from lora_hf.data.tasks.nlg import NLG
 from lora_hf.data.tasks.registry import get_task, task_names
 from tests.support.splits import load, message, write, write_text
@@ -132,7 +132,7 @@ def test_encodes_a_real_row(name: str, data_dir: Path, tokenizer: Any) -> None:
     answer = [*tokenizer(" " + reference)["input_ids"], END]
     assert encoded["input_ids"][0] == asked + answer
     assert encoded["attention_mask"][0] == [1] * len(asked + answer)
-    assert encoded["labels"][0] == [IGNORED] * len(asked) + answer
+    assert encoded["labels"][0] == [IGNORE_INDEX] * len(asked) + answer
     assert [len(column) for column in encoded.values()] == [count] * 3
     (prompt,) = task.prompts([context], tokenizer, max_length=512)
     assert prompt == asked  # training and generation read the same tokens
@@ -147,7 +147,7 @@ def test_every_reference_is_a_training_row(data_dir: Path, tokenizer: Any) -> No
     references = [reference for annotations in rows["annotations"] for reference in annotations]
     assert len(encoded) == len(references) > len(rows)
     assert sorted(encoded.column_names) == ["attention_mask", "input_ids", "labels"]
-    answers = [[token for token in labels if token != IGNORED] for labels in encoded["labels"]]
+    answers = [[token for token in labels if token != IGNORE_INDEX] for labels in encoded["labels"]]
     assert [tokenizer.decode(answer[:-1]) for answer in answers] == [f" {each['text']}" for each in references]
     assert all(answer[-1] == END for answer in answers)
 
@@ -229,7 +229,7 @@ def test_a_long_row_loses_the_first_of_its_input_and_never_its_end(
 ) -> None:
     task = nlg_task("e2e_nlg")
     (whole,), (labels,) = (task.encode(ROW, tokenizer, 64)[column] for column in ("input_ids", "labels"))
-    answer = [token for token in labels if token != IGNORED]
+    answer = [token for token in labels if token != IGNORE_INDEX]
     assert tokenizer.decode(answer) == " A fine pub.<|endoftext|>"
     assert not caplog.messages
 
@@ -237,7 +237,7 @@ def test_a_long_row_loses_the_first_of_its_input_and_never_its_end(
     with caplog.at_level(logging.WARNING):
         encoded = task.encode(ROW, tokenizer, shortest)
     assert encoded["input_ids"] == [whole[-shortest:]]
-    assert encoded["labels"] == [[IGNORED, IGNORED, *answer]]
+    assert encoded["labels"] == [[IGNORE_INDEX, IGNORE_INDEX, *answer]]
     assert caplog.messages == [
         f"e2e_nlg: 1 of 1 rows are longer than {shortest} tokens and lost the first of their input; see task.max_length"
     ]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.cli.main import main
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.records import ComparisonRecord, RunRecord
@@ -64,7 +64,7 @@ def writers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = {"test": get_task("rule-restaurants").load(None, ["test"])["test"].select(range(60))}
     for r in (2, 4):
         run = trained(folder, f"r{r}", "rule-restaurants", r)
-        saved = find_saved(run / "adapter")
+        saved = find_saved_model(run / "adapter")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PATH", "")  # without Java: its scorers take long to start, and are null like this
             evaluate_texts(Generator.load(saved), saved, rows, True, lambda texts, total: texts)

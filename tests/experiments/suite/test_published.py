@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_hf.core.config.schema import RunConfig, load_config
+from lora_hf.core.config.loader import load_config
+from lora_hf.core.config.schema import RunConfig
 from lora_hf.experiments.suite.published import PUBLISHED, ROWS, compare_published, published_recipe
 
 REPO = Path(__file__).parents[3]

@@ -14,9 +14,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from lora_hf.adapters.resolve import find_saved
+from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.cli.main import main as cli
-from lora_hf.core.config.schema import load_config
+from lora_hf.core.config.loader import load_config
 from lora_hf.core.records import SweepRecord
 from lora_hf.experiments.sweep import storage, study
 
@@ -54,7 +54,7 @@ def test_two_processes_share_the_trials_of_one_sqlite_file(tmp_path: Path) -> No
     assert all(told), "each ran some"
     load_config(one["config"])
     assert Path(one["run"]).resolve() == Path(one["record"]).with_name(f"trial-{record.best['number']}").resolve()
-    assert find_saved(Path(one["run"], "adapter")).task.name == "rule-sentiment"
+    assert find_saved_model(Path(one["run"], "adapter")).task.name == "rule-sentiment"
 
 
 def test_a_sweep_goes_on_after_its_process_was_killed(

@@ -8,7 +8,7 @@ import sys
 import optuna
 import pytest
 
-from lora_hf.core.config.schema import load_config
+from lora_hf.core.config.loader import load_config
 from lora_hf.core.errors import ConfigError
 from lora_hf.experiments.sweep.space import Choice, Multiple, Range, read_sweep, with_values
 

@@ -14,7 +14,8 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from lora_hf.core.config.schema import OutputConfig, load_config
+from lora_hf.core.config.loader import load_config
+from lora_hf.core.config.schema import OutputConfig
 from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.core.records import RunRecord, SweepRecord
 from lora_hf.data.tasks.registry import get_task

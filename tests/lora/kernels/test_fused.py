@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from lora_hf.lora.kernels.fused import STEPS, Part, fits, kept, lora_linear, lora_linear_parts
+from lora_hf.lora.kernels.fused import STEPS, Part, can_fuse, dropout_mask, lora_linear, lora_linear_parts
 from lora_hf.lora.kernels.reference import add_lora
 from tests.tolerances import FUSED_RTOL, GRADCHECK
 
@@ -50,7 +50,7 @@ def results(how: str, dtype: torch.dtype, slices: list[tuple[int, int]], dropout
         y = lora_linear(x, weight, bias, a, b, SCALING, slices, dropout)
     else:
         dropout = round(dropout * STEPS) / STEPS
-        keep = kept(x.shape, dropout, x.device).double() / (1 - dropout) if dropout else 1.0
+        keep = dropout_mask(x.shape, dropout, x.device).double() / (1 - dropout) if dropout else 1.0
         scaling = 1.0 if how == "no scaling" else SCALING
         seen = x if how == "no dropout" else (x * keep).to(dtype)
         if how == "wrong slice":
@@ -65,7 +65,7 @@ def results(how: str, dtype: torch.dtype, slices: list[tuple[int, int]], dropout
 def test_what_is_kept_is_drawn_with_its_probability_and_independently(dropout: float) -> None:
     torch.manual_seed(0)
     count, keep = 400 * 1001, 1 - round(dropout * STEPS) / STEPS
-    drawn = kept((400, 1001), dropout, CPU).double()
+    drawn = dropout_mask((400, 1001), dropout, CPU).double()
     assert drawn.unique().tolist() in ([0, 1], [1], [0])
     deviation = (keep * (1 - keep) / count) ** 0.5
     assert abs(drawn.mean() - keep) < 5 * deviation
@@ -73,7 +73,7 @@ def test_what_is_kept_is_drawn_with_its_probability_and_independently(dropout: f
         flat = drawn.flatten() - keep
         together = (flat[shift:] * flat[:-shift]).mean()
         assert abs(together) < 5 * keep * (1 - keep) / count**0.5 + 1e-9, f"elements {shift} apart depend on each other"
-    assert not torch.equal(kept((400, 1001), 0.5, CPU), kept((400, 1001), 0.5, CPU))
+    assert not torch.equal(dropout_mask((400, 1001), 0.5, CPU), dropout_mask((400, 1001), 0.5, CPU))
 
 
 def apart(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
@@ -193,9 +193,9 @@ def test_one_input_is_saved_once_for_three_projections() -> None:
 
 def test_it_stands_in_only_where_it_is_the_same() -> None:
     x, weight = draw(3, 5, dtype=torch.float32), draw(7, 5, dtype=torch.float32, frozen=True)
-    assert fits(x, weight, None)
-    assert not fits(x, weight.clone().requires_grad_(), None), "a trained projection"
-    assert not fits(x, weight, torch.zeros(7, requires_grad=True)), "a trained bias"
-    assert not fits(x, weight.bfloat16(), None), "another precision"
+    assert can_fuse(x, weight, None)
+    assert not can_fuse(x, weight.clone().requires_grad_(), None), "a trained projection"
+    assert not can_fuse(x, weight, torch.zeros(7, requires_grad=True)), "a trained bias"
+    assert not can_fuse(x, weight.bfloat16(), None), "another precision"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not fits(x, weight, None), "autocast decides the precision"
+        assert not can_fuse(x, weight, None), "autocast decides the precision"

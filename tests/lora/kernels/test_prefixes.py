@@ -7,7 +7,7 @@ import torch
 
 from lora_hf.data.sampling import PromptSampler, number_prompts
 from lora_hf.lora.kernels.prefixes import share_prefixes
-from lora_hf.lora.unpadding import _layout, remove_padding
+from lora_hf.lora.unpadding import _layout, enable_unpadding
 from tests import tolerances
 from tests.lora.test_unpadding import adapted, gradients
 from tests.support.small import small_model
@@ -52,7 +52,7 @@ def test_loss_and_every_gradient_are_those_of_the_rows_one_by_one(kind: str) -> 
     for free in (False, True):
         model = adapted(kind, None)
         if free:
-            remove_padding(model)
+            enable_unpadding(model)
             layout = _layout(model.base_model, inputs)
             assert layout is not None
             assert layout.copies is not None, "the rows do share"
@@ -69,7 +69,7 @@ def test_dropped_attention_sees_the_same_tokens() -> None:
     """The row-by-row road has the tree's mask too: at a dropout that drops nothing it gives the undropped output."""
     inputs = padded(ROWS)
     model = small_model("gpt2", attn_pdrop=1e-12, embd_pdrop=0.0, resid_pdrop=0.0)
-    remove_padding(model)
+    enable_unpadding(model)
     exact = model(**inputs).logits
     torch.testing.assert_close(model.train()(**inputs).logits, exact, atol=tolerances.PADDING_FREE_FP32, rtol=0)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_hf.lora.active_adapter import Switch
+from lora_hf.lora.active_adapter import AdapterState
 from lora_hf.lora.layers import LoraLinear, LoraWeights
 from lora_hf.lora.variants.dora import DoraWeights
 from tests.tolerances import MERGE_FP32, PARITY_FP32
@@ -22,7 +22,7 @@ BASES = {
 
 def adapted(base: str, slices: list[tuple[int, int]], dropout: float = 0.0) -> LoraLinear:
     torch.manual_seed(0)
-    layer = LoraLinear(BASES[base]().requires_grad_(False), Switch())
+    layer = LoraLinear(BASES[base]().requires_grad_(False), AdapterState())
     weights = DoraWeights(layer.original_weight(), slices, r=3, lora_alpha=5, lora_dropout=dropout)
     layer.adapters["default"] = weights
     layer.switch.shared = "default"
@@ -110,7 +110,7 @@ def test_dropout_acts_on_the_input_of_a_alone() -> None:
 def test_a_row_of_zeros_and_a_plain_adapter_beside_it() -> None:
     base = nn.Linear(10, 18)
     base.weight.data[3] = 0
-    layer = LoraLinear(base.requires_grad_(False), Switch())
+    layer = LoraLinear(base.requires_grad_(False), AdapterState())
     layer.adapters["dora"] = DoraWeights(layer.original_weight(), [(0, 18)], r=2, lora_alpha=2)
     layer.adapters["plain"] = LoraWeights(10, [(0, 18)], 2, 2)
     x = torch.randn(4, 10)

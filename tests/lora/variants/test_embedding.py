@@ -5,7 +5,7 @@ import torch
 
 from lora_hf.core.config.schema import PRESETS, LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError
-from lora_hf.lora.active_adapter import Switch
+from lora_hf.lora.active_adapter import AdapterState
 from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.fingerprint import fingerprint
 from lora_hf.lora.inject import eject, inject, lora_layers, merge, unmerge
@@ -18,7 +18,7 @@ from tests.tolerances import MERGE_FP32, PARITY_FP32
 
 def adapted(dtype: torch.dtype = torch.float32) -> LoraLinear:
     torch.manual_seed(0)
-    layer = LoraLinear(torch.nn.Embedding(20, 6, padding_idx=1).to(dtype).requires_grad_(False), Switch())
+    layer = LoraLinear(torch.nn.Embedding(20, 6, padding_idx=1).to(dtype).requires_grad_(False), AdapterState())
     layer.adapters["default"] = EmbeddingWeights(layer, r=3, lora_alpha=5)
     layer.switch.shared = "default"
     return layer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.benchmark.quantised import main
+from tools.benchmark.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("forked")
 
@@ -16,7 +16,7 @@ SMALL = ["--task", "rule-sentiment", "--model", "tiny-roberta", "--steps", "2", 
 def test_a_record_of_two_forms(tmp_path: Path) -> None:
     output = tmp_path / "record.json"
     sizes = ["--speed-steps", "1", "--rounds", "1", "--forms", "fp32,int8"]
-    assert main([*SMALL, *sizes, "--output", str(output)]) == 0
+    assert main(["quantised", *SMALL, *sizes, "--output", str(output)]) == 0
     record = json.loads(output.read_text(encoding="utf-8"))
     assert record["quality"].keys() == record["speed"].keys() == {"fp32", "int8"}
     assert record["quality"]["fp32"]["parameters"] == record["quality"]["int8"]["parameters"]
@@ -34,8 +34,8 @@ def test_a_record_of_two_forms(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*SMALL, "--output", str(tmp_path / "a.json"), "--forms", "int4"]) == 2
-    assert main([*SMALL, "--output", str(tmp_path / "missing" / "a.json")]) == 2
+    assert main(["quantised", *SMALL, "--output", str(tmp_path / "a.json"), "--forms", "int4"]) == 2
+    assert main(["quantised", *SMALL, "--output", str(tmp_path / "missing" / "a.json")]) == 2
     told = capsys.readouterr().err
     assert "--forms: expected some of fp32, bf16, int8, int8-bf16, nf4, nf4-bf16, found int4" in told
     assert "there is no folder" in told

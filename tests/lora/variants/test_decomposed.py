@@ -12,8 +12,7 @@ from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError
 from lora_hf.lora.fingerprint import fingerprint
 from lora_hf.lora.inject import inject, lora_layers, set_adapter
-from lora_hf.lora.variants.olora import orthonormal_factors
-from lora_hf.lora.variants.pissa import principal_factors
+from lora_hf.lora.variants.decomposed import orthonormal_factors, principal_factors
 from tests.support.small import small_model, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, PARITY_FP32
 

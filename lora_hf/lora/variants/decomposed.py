@@ -16,11 +16,9 @@ from typing import Any
 import torch
 
 from lora_hf.lora.layers import LoraWeights
-from lora_hf.lora.variants.olora import orthonormal_factors
-from lora_hf.lora.variants.pissa import principal_factors
 
 
-class StartedWeights(LoraWeights):
+class DecomposedWeights(LoraWeights):
     """LoRA's A and B with the values they started from, `start_a` and `start_b`, which are never trained."""
 
     start_a: torch.Tensor
@@ -69,3 +67,26 @@ class StartedWeights(LoraWeights):
         """`a` over the start of A, slice by slice."""
         shape = (len(self.slices), self.r, a.shape[1])
         return torch.cat([a.view(shape), self.start_a.view(shape)], 1).flatten(0, 1)
+
+
+def principal_factors(
+    weight: torch.Tensor, r: int, scaling: float, iterations: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `(r, in)` and B `(out, r)` of the principal part of `weight`, fp32 `(out, in)`.
+
+    Args:
+        iterations: of a randomised SVD, which is many times faster (section 3); without, the exact one.
+    """
+    if iterations is None:
+        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        u, s, v = torch.svd_lowrank(weight, r, niter=iterations)
+        vt = v.T
+    root = (s[:r] / scaling).sqrt()
+    return root[:, None] * vt[:r], u[:, :r] * root
+
+
+def orthonormal_factors(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `(r, in)`, the first rows of R, and B `(out, r)`, the first columns of Q, of `weight = Q R`, `(out, in)`."""
+    q, upper = torch.linalg.qr(weight)
+    return upper[:r].contiguous(), q[:, :r].contiguous()

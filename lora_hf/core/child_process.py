@@ -1,0 +1,12 @@
+"""Processes that run this very package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def package_environment() -> dict[str, str]:
+    """The environment for a child process that must import this copy of the package, installed or not."""
+    paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
