@@ -92,7 +92,7 @@ def _chosen(chosen: dict[str, Any], problem: str | None) -> dict[str, str]:
     units = ", ".join(chosen["int8_units"])
     told["quantised: int8"] = f"yes, by {units}" if units else "yes, without instructions for it"
     told["quantised: nf4"] = "yes" if chosen["nf4"] else f"no: {how_to_install('quantised')}"
-    told["METEOR, CIDEr"] = "Java is there" if chosen["java"] else "no Java: see docs/scores.md"
+    told["METEOR, CIDEr"] = "Java is there" if chosen["java"] else "no Java: see docs/generation_metrics.md"
     return told
 
 

@@ -15,7 +15,9 @@ def add(verbs: Any) -> None:
     parser = verbs.add_parser("score", help="score a file of texts as the official scorer does")
     parser.add_argument("--task", required=True, metavar="NAME", help="e2e_nlg, dart or web_nlg")
     parser.add_argument("--predictions", required=True, type=Path, metavar="FILE", help="a text a line")
-    parser.add_argument("--references", required=True, type=Path, nargs="+", metavar="FILE", help="see docs/scores.md")
+    parser.add_argument(
+        "--references", required=True, type=Path, nargs="+", metavar="FILE", help="see docs/generation_metrics.md"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
     parser.set_defaults(run=run)
 
