@@ -1,4 +1,4 @@
-"""What watches over a run: progress, lines and a log of what it finds, and a stop where it does not train."""
+"""Callbacks of a run: progress, a log file, checkpoints, signals, and a stop where nothing is trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
@@ -19,63 +19,73 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from lora_hf.core.errors import Interrupted, TrainingError
 from lora_hf.core.formatting import minutes
 from lora_hf.lora.inject import lora_layers
-from lora_hf.training.checkpoints import resume_hint
-from lora_hf.training.distributed import all_reduce_max, world_size
+from lora_hf.training.checkpoints import (
+    PROGRESS_FILE,
+    best_checkpoint,
+    read_progress,
+    resume_hint,
+    rotate_checkpoints,
+    write_manifest,
+)
+from lora_hf.training.distributed import all_reduce_max, barrier, world_size
 
-PAUSE = 30.0  # seconds between two lines of progress
+if TYPE_CHECKING:
+    from lora_hf.training.trainer import RunTrainer
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_INTERVAL = 30.0  # seconds between two lines of progress
 
 
-def install_callbacks(trainer: Trainer, of: str, *callbacks: TrainerCallback) -> None:
+def install_callbacks(trainer: Trainer, log_prefix: str, *callbacks: TrainerCallback) -> None:
     """Adds callbacks, and replaces the Trainer's own printing: standard output belongs to results.
 
     Args:
-        of: the beginning of each line of progress, which names the run where there are several.
+        log_prefix: opens each line of progress, to name the run where there are several.
     """
     trainer.remove_callback(PrinterCallback)
-    bars = trainer.pop_callback(ProgressCallback) is not None
-    trainer.add_callback(ProgressBars() if bars else ProgressLines(of))
+    shows_bars = trainer.pop_callback(ProgressCallback) is not None
+    trainer.add_callback(ProgressBars() if shows_bars else ProgressLines(log_prefix))
     for callback in callbacks:
         trainer.add_callback(callback)
 
 
 class ProgressBars(ProgressCallback):
-    """The progress bars alone, without the Trainer's habit of printing every log to standard output."""
+    """The Trainer's progress bars, without its habit of printing every log to standard output."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         pass
 
 
 class ProgressLines(TrainerCallback):
-    """Where no bar is seen: a line on standard error that says how far the run is, PAUSE apart.
+    """Where standard error is no terminal: a line every `PROGRESS_INTERVAL` seconds, in training and evaluation."""
 
-    In training at logs of its loss; between them, at an evaluation, how far that is.
-    """
-
-    def __init__(self, of: str = "") -> None:
-        self.of = of
-        self.began = self.said = 0.0
-        self.first = self.evaluated = 0
+    def __init__(self, log_prefix: str = "") -> None:
+        self.log_prefix = log_prefix
+        self.start_time = self.last_line = 0.0
+        self.first_step = self.evaluated = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began = self.said = time.monotonic()
-        self.first = state.global_step
+        self.start_time = self.last_line = time.monotonic()
+        self.first_step = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         now, loss = time.monotonic(), (logs or {}).get("loss")
-        if loss is None or now - self.said < PAUSE or not state.is_world_process_zero:
+        if loss is None or now - self.last_line < PROGRESS_INTERVAL or not state.is_world_process_zero:
             return
-        self.said = now
-        left = (now - self.began) / (state.global_step - self.first) * (state.max_steps - state.global_step)
+        self.last_line = now
+        seconds_per_step = (now - self.start_time) / (state.global_step - self.first_step)
+        left = minutes(seconds_per_step * (state.max_steps - state.global_step))
         steps = f"{state.global_step:,} of {state.max_steps:,} steps"
-        tqdm.write(f"{self.of}{steps}: loss {loss:.4f}, {minutes(left)} left", file=sys.stderr)
+        tqdm.write(f"{self.log_prefix}{steps}: loss {loss:.4f}, {left} left", file=sys.stderr)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.evaluated += 1
         now = time.monotonic()
-        if now - self.said >= PAUSE and state.is_world_process_zero:
-            self.said = now
+        if now - self.last_line >= PROGRESS_INTERVAL and state.is_world_process_zero:
+            self.last_line = now
             batches = f"{self.evaluated:,} of {len(kwargs['eval_dataloader']):,} batches"
-            tqdm.write(f"{self.of}evaluating, {batches}", file=sys.stderr)
+            tqdm.write(f"{self.log_prefix}evaluating: {batches}", file=sys.stderr)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.evaluated = 0
@@ -85,39 +95,38 @@ class ProgressLines(TrainerCallback):
 
 
 class EvaluationLines(TrainerCallback):
-    """A line on standard error at the start and at each evaluation, above the progress bars where there are any."""
+    """A line on standard error at the start and after each evaluation, above any progress bars."""
 
-    def __init__(self, precision: str, of: str = "") -> None:
-        self.precision, self.of = precision, of
+    def __init__(self, precision: str, log_prefix: str = "") -> None:
+        self.precision, self.log_prefix = precision, log_prefix
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What is ahead: between two evaluations minutes may pass."""
         if state.is_world_process_zero:
             rows = len(kwargs["train_dataloader"].dataset)
-            ahead = f"{state.max_steps:,} steps; {rows:,} training rows; {self.precision} on {args.device.type}"
-            tqdm.write(f"{self.of}{ahead}", file=sys.stderr)
+            summary = f"{state.max_steps:,} steps; {rows:,} training rows; {self.precision} on {args.device.type}"
+            tqdm.write(f"{self.log_prefix}{summary}", file=sys.stderr)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         scores = {key.removeprefix("eval_"): value for key, value in (logs or {}).items() if key.startswith("eval_")}
         shown = [f"{key} {value:.4f}" for key, value in scores.items() if not key.endswith(("_runtime", "_per_second"))]
         if shown and state.is_world_process_zero:
-            tqdm.write(f"{self.of}epoch {state.epoch:.2f}: " + "  ".join(shown), file=sys.stderr)
+            tqdm.write(f"{self.log_prefix}epoch {state.epoch:.2f}: " + "  ".join(shown), file=sys.stderr)
 
 
 class LogFile(TrainerCallback):
-    """Appends what the Trainer logs to `log.jsonl`, a JSON object a line."""
+    """Appends what the Trainer logs to `log.jsonl`, one JSON object a line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drops what a run wrote after the checkpoint from which it goes on now: it writes that again."""
+        """Drops the lines after the checkpoint that the run resumes from: it writes them again."""
         if not state.is_world_process_zero or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
+        complete = [line for line in lines if line.endswith("\n")]
         self.path.write_text(
-            "".join(line for line in whole if json.loads(line)["step"] <= state.global_step), encoding="utf-8"
+            "".join(line for line in complete if json.loads(line)["step"] <= state.global_step), encoding="utf-8"
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -127,7 +136,7 @@ class LogFile(TrainerCallback):
 
 
 class TrainingGuard(TrainerCallback):
-    """Stops a run that does not train: an empty optimiser, or LoRA B unmoved after a step."""
+    """Stops a run that trains nothing: an empty optimizer, or a lora_B that the first step leaves as it was."""
 
     def __init__(self, method: str) -> None:
         self.method = method
@@ -137,10 +146,10 @@ class TrainingGuard(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
         if not any(parameter.numel() for group in optimizer.param_groups for parameter in group["params"]):
-            raise TrainingError("the optimiser got no parameters: nothing would be trained")
+            raise TrainingError("the optimizer has no parameters: nothing would be trained")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A warm-up begins at a learning rate of zero: that step moves nothing, and is no sign of a mistake.
+        # A warm-up starts at a learning rate of zero, whose step rightly changes nothing.
         self.stepped = any(group["lr"] > 0 for group in kwargs["optimizer"].param_groups)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -150,70 +159,114 @@ class TrainingGuard(TrainerCallback):
         layers = lora_layers(kwargs["model"])
         if not any(layer.adapters[layer.active].moved() for layer in layers.values() if layer.active):
             raise TrainingError(
-                f"every LoRA B is still what it started as after step {state.global_step}: no gradient reaches the "
-                "adapter, so the run would change nothing. Is it merged or disabled, or the loss detached from it?"
+                f"every lora_B is unchanged after step {state.global_step}: no gradient reaches the adapter, so the run "
+                "would learn nothing. Is the adapter merged or disabled, or the loss detached from it?"
             )
 
 
-logger = logging.getLogger(__name__)
+class CheckpointCallback(TrainerCallback):
+    """Completes each checkpoint, deletes old ones, and restores what the Trainer does not.
+
+    Args:
+        resumed_from: the checkpoint that the run resumes from.
+        keep: how many checkpoints stay, besides the best; None: all.
+    """
+
+    def __init__(self, trainer: RunTrainer, resumed_from: Path | None, keep: int | None) -> None:
+        self.trainer, self.resumed_from, self.keep = trainer, resumed_from, keep
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.resumed_from is None:
+            return
+        if state.best_global_step:
+            # The run folder may have been moved since.
+            best = best_checkpoint(self.resumed_from, state.best_global_step)
+            state.best_model_checkpoint = str(best) if best else None
+        progress = read_progress(self.resumed_from)
+        monitor = self.trainer.loss_monitor
+        monitor.sum += progress["loss"]
+        monitor.logged_step = progress["logged"]
+        self.trainer.loss_scaling.skipped = progress["skipped"]
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        monitor = self.trainer.loss_monitor
+        loss: Any = self.trainer.accelerator.reduce(monitor.sum, "mean")
+        barrier()  # every process has written its random state
+        if args.should_save:
+            folder = Path(str(args.output_dir))
+            checkpoint = folder / f"checkpoint-{state.global_step}"
+            progress = {
+                "loss": float(loss),
+                "logged": monitor.logged_step,
+                "finished": control.should_training_stop,
+                "skipped": self.trainer.loss_scaling.skipped,
+                "processes": args.world_size,
+            }
+            (checkpoint / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
+            write_manifest(checkpoint)
+            rotate_checkpoints(folder, self.keep, state.best_global_step)
+        barrier()
 
 
 class SignalHandler(TrainerCallback):
-    """Saves and stops where a signal has come; a second one stops at once.
+    """On Ctrl-C or SIGTERM: finishes the step, saves a checkpoint and stops; a second signal stops at once.
 
-    Saving waits for what belongs to a step: the evaluation after an epoch's last one comes before its checkpoint, or a
-    run that goes on from there would never make it. Several processes may hear of a signal in different steps, or only
-    one of them does: they ask each other after every step, and all stop at the same one.
+    The checkpoint waits for what belongs to the step: after the last step of an epoch the evaluation comes first, or the
+    resumed run would never make it. With several processes a signal may arrive in different steps, or in one process
+    only: they agree after each step and all stop at the same one.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.heard: signal.Signals | None = None  # by this process
-        self.signal: signal.Signals | None = None  # on which all of them act
-        self.postponed = False
-        self.before: dict[signal.Signals, Any] = {}
+        self.received: signal.Signals | None = None  # by this process
+        self.agreed: signal.Signals | None = None  # what all processes act on
+        self.save_is_due = False
+        self.previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            self.before = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
+            self.previous_handlers = {
+                kind: signal.signal(kind, self._receive) for kind in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        # Once another process is gone torchrun sends SIGTERM to this one, which has yet to say what happened.
+        # Once another process is gone torchrun sends SIGTERM to this one, which has yet to report the error.
         others_gone = world_size() > 1 and isinstance(error, RuntimeError)
-        for kind, handler in self.before.items():
+        for kind, handler in self.previous_handlers.items():
             ignored = others_gone and kind == signal.SIGTERM
             signal.signal(kind, signal.SIG_IGN if ignored else handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         kind = signal.Signals(number)
-        if self.heard is not None:
+        if self.received is not None:
             raise Interrupted(kind, resume_hint(self.folder))
-        self.heard = kind
-        logger.warning("%s: finishing this step and saving; once more stops at once", kind.name)
+        self.received = kind
+        logger.warning("%s: finishing this step and saving a checkpoint; a second signal stops at once", kind.name)
 
     def _agree(self) -> None:
-        number = all_reduce_max(self.heard or 0)
-        self.signal = signal.Signals(number) if number else None
+        number = all_reduce_max(self.received or 0)
+        self.agreed = signal.Signals(number) if number else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._agree()
         if state.epoch == int(state.epoch) or control.should_training_stop:
-            self.postponed, control.should_save = control.should_save, False
-        elif self.signal is not None:
+            self.save_is_due, control.should_save = control.should_save, False
+        elif self.agreed is not None:
             control.should_save = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._agree()
-        control.should_save = control.should_save or self.postponed or self.signal is not None
-        self.postponed = False
+        control.should_save = control.should_save or self.save_is_due or self.agreed is not None
+        self.save_is_due = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._agree()
-        if self.signal is not None:
-            raise Interrupted(self.signal, resume_hint(self.folder))
+        self._stop_if_agreed()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop_if_agreed()
+
+    def _stop_if_agreed(self) -> None:
         self._agree()
-        if self.signal is not None:
-            raise Interrupted(self.signal, resume_hint(self.folder))
+        if self.agreed is not None:
+            raise Interrupted(self.agreed, resume_hint(self.folder))

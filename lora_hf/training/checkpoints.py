@@ -1,7 +1,8 @@
-"""Checkpoints that are whole or not there: written aside, listed with their digests, renamed, and checked when read.
+"""Checkpoints of a run: complete once their manifest is there, checked when they are read.
 
-A run may die at any moment. What stands in `checkpoints/checkpoint-N` was complete before it got that name, and its
-`manifest.json` tells damage that came later.
+A run may die at any moment. The Trainer writes `checkpoints/checkpoint-N`; then `callbacks.CheckpointCallback` adds what the
+Trainer does not save, and last of all `manifest.json` with the digest of every file. A checkpoint without a manifest
+was being written when the run died, and one whose digests differ was damaged later: neither is ever resumed from.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -24,75 +26,101 @@ from lora_hf.training.distributed import rank, world_size
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-STATE = "trainer_state.json"
-PROGRESS = "progress.json"  # what the Trainer does not keep
-PARTIAL_DIR = ".writing"  # beside the checkpoints; the Trainer looks for none in it
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "trainer_state.json"
+PROGRESS_FILE = "progress.json"  # what the Trainer does not save
+KEPT_CHECKPOINTS = 2  # one to go back to, should the newest be damaged
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors and torch report a full disk in words only.
+DISK_FULL_WORDS = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter", "inline_container")
+LOST_PROCESS_WORDS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL",
+    "Timed out waiting",
+)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or damaged, the newest first."""
+    """The checkpoints in a folder, complete or not, the newest first."""
     steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
     found = {path: int(match[1]) for path, match in steps.items() if match and path.is_dir()}
     return sorted(found, key=lambda path: found[path], reverse=True)
 
 
-def finalize_checkpoint(written: Path, final: Path) -> None:
-    """Gives a checkpoint that was written aside its manifest and its place."""
-    digests = {str(file.relative_to(written)): digest(file) for file in sorted(written.rglob("*")) if file.is_file()}
-    (written / MANIFEST).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
-    # Else a machine that loses its power may keep the new name and not the bytes.
-    for path in (*(written / name for name in digests), written / MANIFEST, written):
-        _flush(path)
-    replaced = written.with_name(f"{final.name}.replaced")
-    if final.exists():
-        final.replace(replaced)
-    written.replace(final)
-    _flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+def best_checkpoint(checkpoint: Path, best_step: int | None) -> Path | None:
+    """The checkpoint of step `best_step` that lies beside another, if it is there."""
+    best = checkpoint.with_name(f"checkpoint-{best_step}")
+    return best if best.is_dir() else None
 
 
-def find_damage(checkpoint: Path, best: bool = True) -> str:
-    """What keeps a run from going on at a checkpoint; an empty string where nothing does.
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """What `CheckpointCallback` saved beside the Trainer's state.
 
-    Args:
-        best: look at the checkpoint with the best score so far as well: a run ends with its weights.
+    Raises:
+        ConfigError: it is missing or damaged.
     """
     try:
-        digests: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        return json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{checkpoint}: not a checkpoint of lora_hf: {error}") from error
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Completes a checkpoint: flushes every file to disk, then writes the list of their digests."""
+    (checkpoint / MANIFEST_FILE).unlink(missing_ok=True)
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    digests = {str(file.relative_to(checkpoint)): sha256(file) for file in files}
+    for file in files:
+        _flush(file)
+    partial = checkpoint / f"{MANIFEST_FILE}.part"
+    partial.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+    _flush(partial)
+    partial.replace(checkpoint / MANIFEST_FILE)
+    for folder in (checkpoint, checkpoint.parent):  # else a power cut may keep a name and lose its bytes
+        _flush(folder)
+
+
+def find_damage(checkpoint: Path, check_best: bool = True) -> str:
+    """Why a run cannot resume from a checkpoint; an empty string where it can.
+
+    Args:
+        check_best: check the best checkpoint so far as well, whose weights the run ends with.
+    """
+    if not (checkpoint / MANIFEST_FILE).is_file():
+        return f"{checkpoint.name} is incomplete: the run stopped while it was written"
+    try:
+        digests: dict[str, str] = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
         missing = [name for name in digests if not (checkpoint / name).is_file()]
         changed = [
-            name for name, known in digests.items() if name not in missing and digest(checkpoint / name) != known
+            name for name, known in digests.items() if name not in missing and sha256(checkpoint / name) != known
         ]
         if missing or changed:
-            said = [*(f"{name} is missing" for name in missing), *(f"{name} has changed" for name in changed)]
-            return f"{checkpoint.name} is damaged: {', '.join(said)}"
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+            damage = [*(f"{name} is missing" for name in missing), *(f"{name} has changed" for name in changed)]
+            return f"{checkpoint.name} is damaged: {', '.join(damage)}"
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{checkpoint.name} is damaged: {error}"
-    chosen = checkpoint.with_name(f"checkpoint-{state.get('best_global_step')}")
-    if best and state.get("best_model_checkpoint") and chosen != checkpoint and find_damage(chosen, best=False):
-        return f"{checkpoint.name} needs the best checkpoint so far, and {find_damage(chosen, best=False)}"
+    best = checkpoint.with_name(f"checkpoint-{state.get('best_global_step')}")
+    if check_best and state.get("best_model_checkpoint") and best != checkpoint and find_damage(best, False):
+        return f"{checkpoint.name} needs the best checkpoint so far, but {find_damage(best, False)}"
     return ""
 
 
 def newest_valid(folder: Path) -> Path | None:
-    """The newest checkpoint that a run can go on from; those that are damaged are named in a warning."""
+    """The newest checkpoint that a run can resume from; a warning names each one that is skipped."""
     for checkpoint in checkpoints_in(folder):
-        problem = find_damage(checkpoint)
-        if not problem:
+        damage = find_damage(checkpoint)
+        if not damage:
             return checkpoint
-        logger.warning("%s: %s; going back to the one before", folder, problem)
+        logger.warning("%s: %s; trying the one before", folder, damage)
     return None
 
 
 def check_world_size(checkpoint: Path) -> None:
-    """Raises ConfigError where other than this many processes wrote it: their steps had as many rows as they were."""
-    try:
-        before = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")).get("processes", 1)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{checkpoint}: not a checkpoint of lora_hf: {error}") from error
+    """Raises ConfigError where another number of processes wrote the checkpoint: the batch size would change."""
+    before = read_progress(checkpoint).get("processes", 1)
     if before != world_size():
         raise ConfigError(
             f"{checkpoint}: expected as many processes as wrote it, {before}, found {world_size()}; start {before}, or "
@@ -101,54 +129,54 @@ def check_world_size(checkpoint: Path) -> None:
 
 
 def delete_newer(checkpoint: Path) -> None:
-    """Deletes the checkpoints after this one, and what was being written: the run makes them again."""
-    shutil.rmtree(checkpoint.parent / PARTIAL_DIR, ignore_errors=True)
+    """Deletes the checkpoints after this one, which the resumed run writes again."""
     for other in checkpoints_in(checkpoint.parent):
         if other == checkpoint:
             return
         shutil.rmtree(other)
 
 
-def rotate_checkpoints(folder: Path, keep: int | None, best: Path | None) -> None:
-    """Deletes the oldest checkpoints but `keep`; the newest and the best always stay."""
+def rotate_checkpoints(folder: Path, keep: int | None, best_step: int | None) -> None:
+    """Deletes the oldest checkpoints beyond `keep`; the newest and the best always stay."""
     found = checkpoints_in(folder)
-    spare = [checkpoint for checkpoint in reversed(found[1:]) if best is None or checkpoint.name != best.name]
+    spare = [checkpoint for checkpoint in reversed(found[1:]) if checkpoint.name != f"checkpoint-{best_step}"]
     for checkpoint in spare[: max(0, len(found) - keep) if keep else 0]:
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def digest(file: Path) -> str:
-    """The SHA-256 of a file's bytes."""
-    found = hashlib.sha256()
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager
 def translate_disk_full(folder: Path) -> Iterator[None]:
-    """Turns a disk that takes no more into a message with the checkpoint that the run can go on from.
+    """Turns the error of a full disk into one that names the checkpoint to resume from.
 
     Raises:
-        TrainingError: the disk is full, or a limit on sizes is reached.
+        TrainingError: the disk is full, or a limit on file sizes is reached.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # Only Python's own files tell the number; safetensors and torch have words for it.
-        words = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter", "inline_container")
-        if getattr(error, "errno", None) not in DISK_FULL_ERRNOS and not any(word in str(error) for word in words):
+        full = getattr(error, "errno", None) in DISK_FULL_ERRNOS
+        if not full and not any(words in str(error) for words in DISK_FULL_WORDS):
             raise
-        shutil.rmtree(folder / "checkpoints" / PARTIAL_DIR, ignore_errors=True)
+        for checkpoint in checkpoints_in(folder / "checkpoints"):
+            if not (checkpoint / MANIFEST_FILE).is_file():
+                shutil.rmtree(checkpoint, ignore_errors=True)
         raise TrainingError(
-            f"{folder}: cannot be written: {str(error).splitlines()[0]}. Free some space; then {resume_hint(folder)}"
+            f"{folder}: cannot be written: {str(error).splitlines()[0]}. Free some space, then {resume_hint(folder)}"
         ) from error
 
 
 @contextmanager
 def translate_lost_process(folder: Path) -> Iterator[None]:
-    """Turns what a process meets once another one has ended into a message.
+    """Turns the error that a process meets once another has ended into one that says so.
 
     Raises:
         TrainingError: another process is gone.
@@ -156,21 +184,20 @@ def translate_lost_process(folder: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
-        if world_size() == 1 or not any(word in str(error) for word in words):
+        if world_size() == 1 or not any(words in str(error) for words in LOST_PROCESS_WORDS):
             raise
-        said = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]
+        reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]
         raise TrainingError(
-            f"process {rank()} has lost another, which was killed or failed: {said}; {resume_hint(folder)}"
+            f"process {rank()} lost another process, which failed or was killed: {reason}; {resume_hint(folder)}"
         ) from error
 
 
 def resume_hint(folder: Path) -> str:
-    """The last words of a run that stops early: from where, and how."""
+    """How to continue a run that stops early, and from where."""
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is None:
-        return "start again with the same command: no checkpoint had been saved yet"
-    return f"go on after step {checkpoint.name.rpartition('-')[2]} with the same command and --resume auto"
+        return "start again: no checkpoint had been saved yet"
+    return f"resume after step {checkpoint.name.rpartition('-')[2]} with the same config and resume=auto"
 
 
 def _flush(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The processes that train one model together, as torchrun and accelerate launch start them.
 
-Each of them runs the same code on rows of its own. What must be done or decided once, one of them does for all: it
-makes the folder, writes the files and tells what went wrong.
+Each runs the same code on rows of its own. What must be done or decided once, one of them does for all: it creates the
+folder, writes the files and reports errors. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-DEFAULT_TIMEOUT = timedelta(seconds=1800)  # how long the others are waited for, where a config names no ddp_timeout
-STORE_TIMEOUT = timedelta(seconds=10)  # in which the store must answer
+DEFAULT_TIMEOUT = timedelta(seconds=1800)  # to wait for other processes, where the config sets no ddp_timeout
+STORE_TIMEOUT = timedelta(seconds=10)  # for the store of keys to answer
 
 _calls = count()  # of `run_on_rank`, which all processes make in the same order
-_groups: list[Any] = []  # of processes, on the CPU: what they tell each other waits for no GPU
+_groups: list[Any] = []  # of processes, on the CPU: small messages need not wait for a GPU
 
 
 def world_size() -> int:
-    """How many processes were started together, by what their launcher left in the environment."""
+    """How many processes were started together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """The number of this process among them; 0 is the first."""
+    """The number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def init_processes(cpu: bool = False, backend: str | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> int:
-    """Waits until all processes are there; returns how many. In a process alone, or a second time, it does nothing.
+    """Waits until all processes are there; returns how many. Does nothing in a single process, or a second time.
 
     Args:
-        cpu: leave GPUs alone.
+        cpu: do not use GPUs.
         backend: of torch.distributed; None: nccl with GPUs, gloo without.
         timeout: how long to wait for another process, here and later.
 
     Raises:
-        ConfigError: they did not find each other.
+        ConfigError: the processes did not find each other.
     """
     if world_size() == 1 or _groups:
         return world_size()
@@ -68,42 +68,42 @@ def init_processes(cpu: bool = False, backend: str | None = None, timeout: timed
 
 
 def all_reduce_max(number: int) -> int:
-    """The largest of the numbers that the processes give, each its own; all wait for the last."""
+    """The largest of the numbers that the processes pass; waits for all of them."""
     if not _groups:
         return number
     import torch
     import torch.distributed as dist
 
-    found = torch.tensor(number)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=_groups[0])
-    return int(found)
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=_groups[0])
+    return int(value)
 
 
 def barrier() -> None:
-    """Returns once every process has come here."""
+    """Returns once every process has called it."""
     all_reduce_max(0)
 
 
-def run_on_rank(do: Callable[[], Any], chosen: int = 0) -> Any:
-    """What `do` returns in one process, the first if none is chosen; the others do nothing and wait for it.
+def run_on_rank(function: Callable[[], Any], chosen: int = 0) -> Any:
+    """Calls `function` in one process and returns its result in all of them.
 
     Args:
-        do: gives None, or what JSON can carry.
+        function: returns None, or what JSON can hold.
 
     Raises:
-        UserError: what `do` raised, in all of them.
+        UserError: what `function` raised, in all processes.
     """
     if not _groups:
-        return do()
+        return function()
     store, key = _store(), f"answer {next(_calls)}"
     if rank() != chosen:
         store.wait([key], DEFAULT_TIMEOUT)
-        told = json.loads(store.get(key))
-        if "error" in told:
-            raise UserError(told["error"])
-        return told["answer"]
+        message = json.loads(store.get(key))
+        if "error" in message:
+            raise UserError(message["error"])
+        return message["answer"]
     try:
-        answer = do()
+        answer = function()
     except UserError as error:
         store.set(key, json.dumps({"error": str(error)}))
         raise
@@ -112,29 +112,29 @@ def run_on_rank(do: Callable[[], Any], chosen: int = 0) -> Any:
 
 
 def claim_error_report() -> bool:
-    """Whether this process is the one that tells why all of them end: the first to ask.
+    """Whether this process reports the error that ends all of them: True for the first one that asks.
 
-    One that fails asks before its end lets the others fail.
+    A failing process asks before its end makes the others fail.
     """
     if world_size() == 1:
         return True
     try:
         return _store().add("told", 1) == 1
-    except RuntimeError:  # it ended with the first process: better twice than never
+    except RuntimeError:  # the store ended with the first process: two reports are better than none
         return True
 
 
-def require_single_process(what: str) -> None:
+def require_single_process(action: str) -> None:
     """Raises ConfigError where several processes would each do the same, over each other's files."""
     if world_size() > 1:
         raise ConfigError(
-            f"{what}: expected one process, found {world_size()} (WORLD_SIZE); start it without torchrun or accelerate "
-            "launch: only the training of one config is shared between processes"
+            f"{action}: expected one process, found {world_size()} (WORLD_SIZE); start it without torchrun or accelerate "
+            "launch: only the training of one config runs in several processes"
         )
 
 
 def destroy_processes() -> None:
-    """Parts from the other processes, after all work is done."""
+    """Leaves the process group, after all work is done."""
     if _groups:
         import torch.distributed as dist
 
@@ -147,16 +147,19 @@ def _address() -> tuple[str, int]:
 
 
 def _store() -> Any:
-    """The launcher's store of keys, which it keeps while the processes come and go."""
+    """The launcher's store of keys, which outlives the processes."""
     import torch.distributed
 
-    dist: Any = torch.distributed  # which exports its stores without saying so
+    dist: Any = torch.distributed  # its stores are not in __all__
     store = dist.TCPStore(*_address(), is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
     return dist.PrefixStore(f"lora_hf {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def configure_fsdp(model: PreTrainedModel, plugin: Any, device: torch.device) -> list[nn.Parameter]:
-    """Tells accelerate's FSDP plugin to shard the layers and to leave alone what is trained; returns that.
+    """Makes accelerate's FSDP2 plugin shard the frozen layers only; returns the trained parameters.
+
+    What LoRA trains is small: sharding it would save nothing. Unsharded it keeps its own precision beside a base in
+    another, and is saved, loaded and stepped as in one process. `average_gradients` keeps it equal everywhere.
 
     Raises:
         ConfigError: nothing is frozen, or FSDP's first version, which flattens trained and frozen parameters into one.
@@ -170,7 +173,7 @@ def configure_fsdp(model: PreTrainedModel, plugin: Any, device: torch.device) ->
     version = getattr(plugin, "fsdp_version", 1)
     if version != 2:
         raise ConfigError(f"FSDP: expected fsdp_version 2, found {version}; see configs/accelerate/fsdp2.yaml")
-    store_fingerprint(model, fingerprint(model))  # once it is sharded no process holds the base
+    store_fingerprint(model, fingerprint(model))  # once sharded, no process holds the whole base
     trained = [
         module
         for module in model.modules()
@@ -180,14 +183,14 @@ def configure_fsdp(model: PreTrainedModel, plugin: Any, device: torch.device) ->
         module.to(device)
     plugin.ignored_modules = trained
     if plugin.transformer_cls_names_to_wrap is None:
-        # What RoBERTa and BERT name themselves holds their embeddings, which accelerate shards once more.
+        # RoBERTa and BERT name their embeddings too, which accelerate would shard a second time.
         lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
         plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layers in lists for layer in layers})
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Gives every process the mean of the gradients of all."""
+    """Replaces every gradient by its mean over all processes."""
     import torch
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""What a trained model's answers are worth: scores on the record, warnings of what is no result, and every answer."""
+"""What a run measured: scores of the outputs, warnings about results that mean nothing, and the picture of the run."""
 
 from __future__ import annotations
 
@@ -16,60 +16,61 @@ from lora_hf.data.tasks.base import Task
 logger = logging.getLogger(__name__)
 
 
-def score_answers(
+def score_outputs(
     record: RunRecord,
     task: Task,
-    answers: Mapping[str, np.ndarray],
+    outputs: Mapping[str, np.ndarray],
     rows: Mapping[str, Dataset],
     folder: Path,
-    of: str = "",
+    log_prefix: str = "",
 ) -> None:
-    """Puts the scores of the answers for each evaluation split on the record, and keeps a classifier's in `folder`.
+    """Puts the scores of each evaluation split on the record, and writes a classifier's predictions to `folder`.
 
     Args:
-        answers: by split the logits `(rows, num_labels)`, or of a task of generation what its `score` reads.
-        of: the beginning of each warning, which names the run where there are several.
+        outputs: by split the logits `(rows, num_labels)`, or for a generation task what its `score` takes.
+        log_prefix: opens each warning, to name the run where there are several.
     """
-    for split, found in answers.items():
+    for split, values in outputs.items():
         if task.model_kind == "causal-lm":
-            record.metrics[split] = task.score(found, ())
+            record.metrics[split] = task.score(values, ())
             continue
-        _write_predictions(folder / f"predictions-{split}.jsonl", task, rows[split], found)
-        _score(record, task, split, found, rows, of)
+        _write_predictions(folder / f"predictions-{split}.jsonl", task, rows[split], values)
+        _score_classifier(record, task, split, values, rows, log_prefix)
 
 
-def _score(record: RunRecord, task: Task, split: str, logits: np.ndarray, rows: Mapping[str, Dataset], of: str) -> None:
-    """Puts the split's scores on the record, and says aloud what a person should not overlook."""
+def _score_classifier(
+    record: RunRecord, task: Task, split: str, logits: np.ndarray, rows: Mapping[str, Dataset], log_prefix: str
+) -> None:
     labels, train_labels = np.asarray(rows[split]["label"]), np.asarray(rows[task.train_split]["label"])
     scores, majority = task.score(logits, labels), task.majority(labels, train_labels)
     record.metrics[split], record.majority[split] = scores, majority
-    found = []
+    warnings = []
     if task.problem_type != "regression" and len(np.unique(logits.argmax(axis=1))) == 1:
         only = task.label_names[int(logits[0].argmax())]
-        found.append(f"{split}: every row was answered {only!r}; the model has collapsed to one class")
+        warnings.append(f"{split}: the model predicts {only!r} for every row; it has collapsed to one class")
     best = task.best_metric
     if scores[best] <= majority[best]:
-        found.append(
-            f"{split}: {best} {scores[best]:.4f} is no better than always giving one answer ({majority[best]:.4f}); "
-            "train longer, or with another learning rate"
+        warnings.append(
+            f"{split}: {best} {scores[best]:.4f} is no better than one constant answer ({majority[best]:.4f}); train "
+            "longer, or with another learning rate"
         )
-    record.warnings += found
-    for warning in found:
-        logger.warning("%s%s", of, warning)
+    record.warnings += warnings
+    for warning in warnings:
+        logger.warning("%s%s", log_prefix, warning)
 
 
 def _write_predictions(path: Path, task: Task, rows: Dataset, logits: np.ndarray) -> None:
-    """One JSON object a row, in the order of the split: its place, the truth, the answer and the logits."""
+    """One JSON object a row, in the order of the split: row number, label, prediction and logits."""
     with path.open("w", encoding="utf-8") as file:
         for index, (label, row) in enumerate(zip(rows["label"], np.asarray(logits, dtype=float), strict=True)):
             regression = task.problem_type == "regression"
-            answer = float(row.reshape(-1)[0]) if regression else int(row.argmax())
-            line = {"row": index, "label": label, "prediction": answer, "logits": row.reshape(-1).round(6).tolist()}
+            prediction = float(row.reshape(-1)[0]) if regression else int(row.argmax())
+            line = {"row": index, "label": label, "prediction": prediction, "logits": row.reshape(-1).round(6).tolist()}
             file.write(json.dumps(line) + "\n")
 
 
 def draw_curves(record: RunRecord, path: Path) -> None:
-    """Writes `curves.png` from the record's history."""
+    """Plots training loss and development scores against the epoch."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,7 +90,7 @@ def draw_curves(record: RunRecord, path: Path) -> None:
             (line,) = right.plot(epochs, values, marker="o", label=label)
             majority = record.majority.get(split, {}).get(metric)
             if majority is not None:
-                right.axhline(majority, color=line.get_color(), linestyle=":", label=f"{label}, always one answer")
+                right.axhline(majority, color=line.get_color(), linestyle=":", label=f"{label}, constant answer")
     left.set(xlabel="epoch", ylabel="loss", title="Loss")
     right.set(xlabel="epoch", title="Development scores")
     for axes in (left, right):

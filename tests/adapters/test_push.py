@@ -10,8 +10,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from lora_hf.adapters import push as hub_room
 from lora_hf.adapters.push import push_adapter
-from lora_hf.adapters.save_load import push as hub_room
 from lora_hf.core.config.loader import load_config
 from lora_hf.core.errors import AdapterError, HubError
 from lora_hf.core.records import RECORD_FILE, RunRecord

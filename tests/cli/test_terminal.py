@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_hf.cli.main import terminal as output
+from lora_hf.cli import terminal as output
 from lora_hf.cli.terminal import PAUSE, progress
 
 

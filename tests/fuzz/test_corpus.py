@@ -39,7 +39,7 @@ def test_a_good_adapter_of_each_form_is_used(name: str, harness: Harness) -> Non
 
 
 def test_a_load_that_is_not_what_the_file_holds_is_found(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_hf.adapters.save_load import save_load as adapters
+    from lora_hf.adapters import save_load as adapters
 
     def wrong(layer: object, name: str, tensors: dict, path: str) -> None:
         loaded(layer, name, {key: 2 * tensor for key, tensor in tensors.items()}, path)

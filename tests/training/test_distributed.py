@@ -23,10 +23,10 @@ from lora_hf.core.errors import ConfigError
 from lora_hf.core.records import RunRecord
 from lora_hf.data.sampling import own_rows
 from lora_hf.data.tasks.registry import get_task
+from lora_hf.training import distributed as processes
 from lora_hf.training.callbacks import SignalHandler
 from lora_hf.training.checkpoints import PARTIAL_DIR, checkpoints_in, find_damage
 from lora_hf.training.run import Run, train
-from lora_hf.training.run import distributed as processes
 from lora_hf.training.run import run as training
 from tests.support.kills import differences, small_config
 from tests.support.together import DEVELOPMENT, NONE_LEFT, WITH_FSDP, by_length, classify, generate, rows_of

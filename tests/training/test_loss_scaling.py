@@ -16,9 +16,9 @@ import torch
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, Interrupted, TrainingError
 from lora_hf.core.records import RunRecord
+from lora_hf.training import loss_scaling as overflow
 from lora_hf.training.joint import train_together
 from lora_hf.training.run import Run, train
-from lora_hf.training.run import loss_scaling as overflow
 from lora_hf.training.run import run as training
 from lora_hf.training.trainer import AdapterTrainer
 from tests.support.kills import differences, small_config, small_rows

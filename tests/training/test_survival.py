@@ -20,7 +20,8 @@ import yaml
 
 from lora_hf.core.errors import ConfigError, Interrupted, TrainingError
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.training.run import Run, checkpoints, train
+from lora_hf.training import checkpoints
+from lora_hf.training.run import Run, train
 from lora_hf.training.run import run as training
 from lora_hf.training.trainer import AdapterTrainer
 from tests.support.kills import differences, finish, kill_once, small_config, small_rows

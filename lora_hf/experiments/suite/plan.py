@@ -16,7 +16,7 @@ from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.experiments.suite.published import FROM_MNLI, MEDIUM, ROBERTA, published_recipe
 from lora_hf.models.model_ids import base_name
-from lora_hf.training.run_dir import differing
+from lora_hf.training.run_dir import config_differences
 
 RECIPE = "recipe"  # the name of the one configuration of a suite that takes each task's published recipe
 FIXED = ("model.name", "task.name", "task.data_dir", "train.seed", "train.start_from")  # the suite's own to set
@@ -196,7 +196,7 @@ def _check_one_base(configs: Mapping[tuple[str, str], RunConfig]) -> None:
 def _check_same(run: PlannedRun, found: Mapping[str, Any]) -> None:
     # The folder may be written otherwise, or have moved.
     wanted = {section: keys for section, keys in run.config.to_dict().items() if section != "output"}
-    different = differing(found, wanted)
+    different = config_differences(found, wanted)
     if different:
         raise ConfigError(
             f"{run.folder}: holds a run of another config: {'; '.join(different[:4])}. Choose another --output, or "

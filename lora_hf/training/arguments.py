@@ -1,0 +1,88 @@
+"""The Trainer's own configuration for a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from lora_hf.core.config.schema import RunConfig
+from lora_hf.core.errors import ConfigError
+from lora_hf.data.tasks.base import Task
+from lora_hf.training.checkpoints import KEPT_CHECKPOINTS
+from lora_hf.training.distributed import world_size
+from lora_hf.training.trainer import Optimizations
+
+
+class _OneDeviceArguments(TrainingArguments):
+    """A process has one GPU: the Trainer would copy the model to every GPU it sees and multiply the batch size."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(super().n_gpu, 1)
+
+
+def training_arguments(config: RunConfig, task: Task, folder: Path, optimizations: Optimizations) -> TrainingArguments:
+    """The arguments that a run's config means.
+
+    Raises:
+        ConfigError: `train.hf` does not go with the rest, or with this machine.
+    """
+    train = config.train
+    autocast = config.model.precision if train.method == "full" else "fp32"
+    values: dict[str, Any] = {
+        "output_dir": str(folder / "checkpoints"),
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps or -1,
+        "per_device_train_batch_size": train.batch_size,
+        "per_device_eval_batch_size": train.eval_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation,
+        "learning_rate": train.lr,
+        "weight_decay": train.weight_decay,
+        # The Trainer reads a value below 1 as a share of all steps.
+        "warmup_steps": train.warmup_ratio if train.warmup_steps is None else train.warmup_steps,
+        "lr_scheduler_type": train.schedule,
+        "max_grad_norm": train.max_grad_norm,
+        "label_smoothing_factor": 0.0 if optimizations.scores_labels_only else train.label_smoothing,
+        "train_sampling_strategy": "group_by_length" if optimizations.padded_because else "random",
+        "seed": train.seed,
+        "data_seed": train.seed,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": KEPT_CHECKPOINTS,
+        "restore_callback_states_from_checkpoint": True,  # how long patience has lasted
+        "load_best_model_at_end": True,
+        "metric_for_best_model": f"eval_{task.evaluation_splits[0]}_{task.best_metric}",
+        "greater_is_better": task.greater_is_better,
+        "logging_strategy": "steps",
+        "logging_steps": 0.02,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
+        "dataloader_pin_memory": False,
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,  # none changes in training, and a packed base consists of them
+        "bf16": autocast == "bf16",
+        "fp16": autocast == "fp16",
+        # Without a GPU the Trainer refuses bf16, and several processes, unless told that the CPU is meant.
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    if config.model.precision == "fp16":
+        values["optim"] = "adamw_torch"  # a fused optimizer hides from accelerate that an overflow skipped its step
+    try:
+        arguments = _OneDeviceArguments(**(values | train.hf))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"train.hf: {error}") from error
+    if arguments.fp16 and arguments.device.type == "cpu":
+        setting = "train.hf.fp16" if train.hf.get("fp16") else f"model.precision=fp16 with train.method={train.method}"
+        # Accelerate would compute in fp32 without a word.
+        raise ConfigError(f"{setting}: needs a GPU; use bf16 or fp32 here")
+    if arguments.world_size != world_size():
+        raise ConfigError(
+            f"expected {world_size()} processes (WORLD_SIZE), but the Trainer finds {arguments.world_size}; start them "
+            "with torchrun or accelerate launch"
+        )
+    return arguments
