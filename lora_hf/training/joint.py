@@ -1,11 +1,11 @@
-"""Several runs on one frozen base: their batches go through it as one, and each adapter learns as it would alone.
+"""Trains several adapters on one frozen base in shared batches; each learns as it would alone.
 
-Each run is the ordinary `train` in a thread of its own, of which one moves at a time; the order is always the same, and
-each run has its own random numbers. A run that has its next batch waits. Once all wait, their rows go through the model
-together, every row under its own adapter, and each run goes on with its own gradients: clipping, optimiser, schedule,
-evaluations and checkpoints are its Trainer's.
+Each run is the ordinary `train` in a thread of its own. One thread moves at a time, always in the same order, with its
+own random state. A run that has its next batch waits. Once all of them wait, their rows go through the model together,
+every row under its own adapter; then each run continues with its own gradients, optimizer, schedule, evaluations and
+checkpoints.
 
-Without dropout a run's weights are those of the run alone, to rounding. With dropout its masks are drawn anew.
+Without dropout the weights equal those of the run alone up to rounding. With dropout the masks differ.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lora_hf.training.validation import check_together
 
 logger = logging.getLogger(__name__)
 
-FILLINGS = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}
+PADDING_VALUES = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}
 
 
 @flush_denormals()
@@ -48,26 +48,26 @@ def train_together(
 ) -> list[Run | UserError]:
     """Trains an adapter for each config, all on one copy of their base and in shared batches.
 
-    The configs may differ in task, seed, `lora` and `train`; steps are taken together, so a run with fewer of them ends
-    earlier. What is on disk in the end is what as many calls of `train` leave.
+    The configs may differ in task, seed, `lora` and `train`. All runs step together; one with fewer steps ends earlier.
+    The run folders are those that separate calls of `train` would write.
 
     Args:
-        resume: `auto`, as in `train`.
-        rows: the splits of tasks that have been read already, by the task's name.
+        resume: `auto`, as in `train`; a checkpoint belongs to one run.
+        rows: splits that have been read already, by the name of the task.
 
     Returns:
-        For each config its run, or why it stopped while the others went on.
+        For each config its run, or the error that stopped it while the others continued.
 
     Raises:
         ConfigError: configs that cannot share a base.
-        UserError: what `train` finds wrong with one of them before anything is trained.
+        UserError: `train` cannot start one of them; nothing has been trained then.
     """
     check_together(configs, resume)
     return _Together(configs, resume, rows or {}).run()
 
 
 class _Member(threading.Thread):
-    """A run: it moves only between `proceed`'s two ends, and stands still where it needs the gradients of a batch."""
+    """The thread of one run. It moves only during `proceed`, and waits where it needs the gradients of a batch."""
 
     def __init__(self, number: int, config: RunConfig, host: _Together) -> None:
         super().__init__(name=f"run{number:03d}", daemon=True)
@@ -77,10 +77,10 @@ class _Member(threading.Thread):
         self.own: list[nn.Parameter] = []
         self.gradients: list[torch.Tensor | None] = []
         self.inputs: dict[str, torch.Tensor] | None = None  # the batch that it waits with
-        self.items: torch.Tensor | int | None = None  # by what the sum of a language model's losses is divided
+        self.items: torch.Tensor | int | None = None  # the number of tokens that a language model's loss is divided by
         self.divisor = 1
         self.loss = torch.tensor(0.0)
-        self.work: Callable[[], Any] | None = None  # what it waits for the host to compute, and then that
+        self.work: Callable[[], Any] | None = None  # what the host is to compute for it; the result is in `done`
         self.done: Any = None
         self.outcome: Run | BaseException | None = None
         self.cancelled = False
@@ -88,20 +88,20 @@ class _Member(threading.Thread):
 
     def run(self) -> None:
         self._may_move.acquire()
-        # Each thread would have helpers of its own. Once there are more of them than cores, all of them sleep between
-        # two operations. So the host's compute what is large: the setting is the thread's, but MKL's is everybody's.
+        # Each thread would start an OpenMP pool of its own. With more workers than cores they all sleep between two
+        # operations, so the host's pool computes what is large. The setting is per thread, but MKL's is global.
         torch.set_num_threads(1)
         try:
             if not self.cancelled:
                 rows = self.host.rows.get(self.task.name)
                 self.outcome = train(self.config, self.host.resume, rows, shared=self)
-        except BaseException as error:  # noqa: BLE001 - it is the other thread's to handle
+        except BaseException as error:  # noqa: BLE001 - the other thread handles it
             self.outcome = error
         self.inputs = None
         self._stands.release()
 
     def proceed(self) -> None:
-        """Lets it go on to its next batch, or to its end; the gradients of its last batch are on its parameters."""
+        """Lets the run move to its next batch, or to its end; the gradients of the last batch are on its parameters."""
         self.inputs = None
         self._may_move.release()
         self._stands.acquire()
@@ -109,7 +109,7 @@ class _Member(threading.Thread):
         while self.work is not None:
             try:
                 self.done = self.work()
-            except Exception as error:  # noqa: BLE001 - it is the other thread's to handle
+            except Exception as error:  # noqa: BLE001 - the other thread handles it
                 self.done = error
             self.work = None
             self._may_move.release()
@@ -131,10 +131,10 @@ class _Member(threading.Thread):
     def step(self, trainer: Trainer, inputs: dict[str, Any], items: torch.Tensor | int | None) -> torch.Tensor:
         self.inputs, self.items = inputs, items
         self.divisor = trainer.current_gradient_accumulation_steps
-        drawn = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 - the Trainer's own
-        # Accelerate keeps one state for all Trainers of a process; its optimisers step only where this is set.
+        drawn = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 - the state that the Trainer saves
+        # Accelerate has one state for all Trainers of a process; its optimizers step only where this is set.
         accumulation = trainer.accelerator.gradient_state
-        synchronised = accumulation.sync_gradients
+        sync_gradients = accumulation.sync_gradients
         self._stands.release()
         self._may_move.acquire()
         if self.cancelled:
@@ -142,12 +142,12 @@ class _Member(threading.Thread):
         torch.set_rng_state(drawn[0])
         np.random.set_state(drawn[1])  # noqa: NPY002
         random.setstate(drawn[2])
-        accumulation._set_sync_gradients(synchronised)
+        accumulation.sync_gradients = sync_gradients
         return self.loss
 
 
 class _Together:
-    """The model that the members share, and the order in which they move."""
+    """The shared model, and the order in which the runs move."""
 
     def __init__(
         self, configs: Sequence[RunConfig], resume: str | None, rows: Mapping[str, Mapping[str, Dataset]]
@@ -185,7 +185,7 @@ class _Together:
         return self.model
 
     def _proceed(self, member: _Member) -> None:
-        """Makes the model the member's own for as long as it moves."""
+        """Gives the model to one run while it moves."""
         if member.own:
             set_adapter(self.model, member.name)
             self._train_only([member])
@@ -198,7 +198,7 @@ class _Together:
             raise member.outcome
 
     def _step(self, waiting: Sequence[_Member]) -> None:
-        """One batch of the rows of all that wait, forward and back."""
+        """One forward and backward pass over the rows of all waiting runs."""
         self._train_only(waiting)
         self.model.train()
         batches = [member.inputs or {} for member in waiting]
@@ -211,13 +211,13 @@ class _Together:
             total.backward()
             if get_total_norm(parameter.grad for parameter in every if parameter.grad is not None).isfinite():
                 break
-            # One run goes wrong. Only where no product is shared do the others stay as they are alone.
+            # One run diverged. Repeat without shared products, so that its infinities stay its own.
             if masked:
                 _put(every, [None] * len(every))
         for member, loss in zip(waiting, losses, strict=True):
             member.loss = loss.detach()
             new = [parameter.grad for parameter in member.own]
-            # Where batches are accumulated, the gradients of those before are still there.
+            # With gradient accumulation the gradients of earlier batches are still there.
             pairs = zip(member.gradients, new, strict=True)
             member.gradients = [old if grad is None else grad if old is None else old + grad for old, grad in pairs]
             _put(member.own, [None] * len(member.own))
@@ -225,10 +225,10 @@ class _Together:
     def _losses(
         self, waiting: Sequence[_Member], batches: Sequence[dict[str, torch.Tensor]], counts: Sequence[int]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The sum of the losses, whose gradient each member's adapter gets, and of each the loss that it would log."""
+        """The sum of the losses, to differentiate, and the loss that each run logs."""
         generates = waiting[0].task.model_kind == "causal-lm"
         keys = [key for key in batches[0] if generates or key != "labels"]
-        inputs = {key: _stacked([batch[key] for batch in batches], self._filling(key)) for key in keys}
+        inputs = {key: _stacked([batch[key] for batch in batches], self._padding_value(key)) for key in keys}
         if generates:
             return self._token_losses(waiting, inputs, counts)
         losses = []
@@ -250,8 +250,8 @@ class _Together:
         shares = [rows[:, 0].sum() for rows in output.rows.split(counts)]
         return output.loss, [share / item for share, item in zip(shares, items, strict=True)]
 
-    def _filling(self, key: str) -> int:
-        return self.model.config.pad_token_id if key == "input_ids" else FILLINGS.get(key, 0)
+    def _padding_value(self, key: str) -> int:
+        return self.model.config.pad_token_id if key == "input_ids" else PADDING_VALUES.get(key, 0)
 
     def _train_only(self, members: Sequence[_Member]) -> None:
         chosen = {id(parameter) for member in members for parameter in member.own}
@@ -272,7 +272,7 @@ def _put(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor | 
         parameter.grad = gradient
 
 
-def _stacked(parts: Sequence[torch.Tensor], filling: int) -> torch.Tensor:
-    """`(rows of all, most columns)`."""
+def _stacked(parts: Sequence[torch.Tensor], padding_value: int) -> torch.Tensor:
+    """`(rows, seq)`: the rows of all parts, padded to the longest."""
     width = max(part.shape[1] for part in parts)
-    return torch.cat([pad(part, (0, width - part.shape[1]), value=filling) for part in parts])
+    return torch.cat([pad(part, (0, width - part.shape[1]), value=padding_value) for part in parts])

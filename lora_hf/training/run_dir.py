@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -120,9 +121,17 @@ def begin_run(config: RunConfig, folder: Path, checkpoint: Path | None) -> None:
         shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
     else:
         delete_newer(checkpoint)
+        _cut_log(folder / LOG_FILE, int(checkpoint.name.rpartition("-")[2]))
     partial = folder / f"{RUN_CONFIG_FILE}.part"
     partial.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
     partial.replace(folder / RUN_CONFIG_FILE)
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drops the lines of a log after `step`, and one that was cut off: the resumed run writes them again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    complete = (line for line in lines if line.endswith("\n"))
+    path.write_text("".join(line for line in complete if json.loads(line)["step"] <= step), encoding="utf-8")
 
 
 def _unfinished(config: RunConfig) -> Path | None:

@@ -146,6 +146,7 @@ class RunTrainer(Trainer):
         self.state.best_model_checkpoint = str(best) if best else None
         if best:
             self._load_best_model()
+        self.log({"train_runtime": 0.0, "total_flos": self.state.total_flos})
 
 
 class AdapterTrainer(RunTrainer):

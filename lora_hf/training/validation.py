@@ -1,4 +1,4 @@
-"""What is wrong with a run that its config alone tells, in the moment before torch and the data take their seconds."""
+"""Checks a config against its task and against itself, before torch and the data take their seconds."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lora_hf.training.distributed import world_size
 
 
 def check_run(config: RunConfig) -> None:
-    """Looks at what a run's settings ask of its task and of each other.
+    """Checks a run's settings against its task and against each other.
 
     Raises:
-        ModelError: the base is nowhere.
-        ConfigError: settings that do not go together.
+        ModelError: there is no such base.
+        ConfigError: two settings exclude each other.
         AdapterError: `train.start_from` is no adapter folder.
         DataError: there is no such task.
     """
@@ -30,9 +30,9 @@ def check_run(config: RunConfig) -> None:
     if settings.hf:
         _check_training_arguments(settings.hf)
     if settings.group_by_prompt and task.model_kind != "causal-lm":
-        raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave it out")
+        raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave the key out")
     if settings.loraplus_lr_ratio is not None and settings.method != "lora":
-        raise ConfigError(f"train.loraplus_lr_ratio: train.method={settings.method} has no LoRA B; leave it out")
+        raise ConfigError(f"train.loraplus_lr_ratio: train.method={settings.method} trains no lora_B; leave the key out")
     if settings.start_from and settings.method == "lora":
         read_adapter_config(settings.start_from)
 
@@ -51,23 +51,23 @@ def _check_training_arguments(hf: Mapping[str, Any]) -> None:
 
 
 def check_together(configs: Sequence[RunConfig], resume: str | None) -> None:
-    """Raises ConfigError, with all problems, where the runs cannot share one base; see `joint`."""
+    """Raises ConfigError, with all problems, where the runs cannot share one base (`training.joint`)."""
     if resume not in (None, "auto"):
         raise ConfigError(
-            f"--resume {resume}: a checkpoint is one run's, and these are {len(configs)}; expected 'auto'"
+            f"resume={resume}: a checkpoint belongs to one run, found {len(configs)} runs; expected auto"
         )
     problems = []
     if len(configs) < 2:
         problems.append(f"expected at least 2 runs, found {len(configs)}")
     for number, config in enumerate(configs):
-        problems += [f"run {number + 1}: {problem}" for problem in _unfit(config)]
+        problems += [f"run {number + 1}: {problem}" for problem in _joint_problems(config)]
     if any(config.model != configs[0].model for config in configs):
-        problems.append("expected the same model section in every run, as they share one base")
+        problems.append("expected the same model section in every run: they share one base")
     sections = {replace(config.task, max_length=TaskConfig.max_length) for config in configs}
     if len(sections) > len({section.name for section in sections}):
-        problems.append("expected the same task section in all runs of a task, but for max_length")
+        problems.append("expected the same task section, except for max_length, in all runs of a task")
     if len({task_of(config.task).model_kind for config in configs}) > 1:
-        problems.append("expected tasks of one kind, found classification and generation")
+        problems.append("expected tasks of one kind, found both classification and generation")
     if configs and configs[0].model.init == "random" and len({config.train.seed for config in configs}) > 1:
         problems.append("model.init=random draws another base for each train.seed; expected one seed")
     names = [config.output.name for config in configs]
@@ -79,16 +79,16 @@ def check_together(configs: Sequence[RunConfig], resume: str | None) -> None:
         raise ConfigError("\n  ".join(["these runs cannot train together:", *problems]))
 
 
-def _unfit(config: RunConfig) -> list[str]:
+def _joint_problems(config: RunConfig) -> list[str]:
     problems = []
     if config.train.method != "lora":
-        problems.append(f"train.method={config.train.method} does not leave the base frozen and alone; expected lora")
+        problems.append(f"train.method={config.train.method} does not keep the shared base frozen; expected lora")
     if config.lora.init_lora_weights not in ("default", "gaussian"):
-        problems.append(f"lora.init_lora_weights={config.lora.init_lora_weights} changes the base that others share")
+        problems.append(f"lora.init_lora_weights={config.lora.init_lora_weights} changes the shared base")
     if config.lora.bias != "none":
-        problems.append(f"lora.bias={config.lora.bias} trains the biases of the base that others share")
+        problems.append(f"lora.bias={config.lora.bias} trains biases of the shared base")
     if config.model.precision == "fp16":
-        problems.append("model.precision=fp16: each run would scale its loss otherwise; expected fp32 or bf16")
+        problems.append("model.precision=fp16: each run would need its own loss scale; expected fp32 or bf16")
     if config.train.label_smoothing:
         problems.append("train.label_smoothing: expected 0")
     return problems

@@ -23,7 +23,7 @@ from lora_hf.core.errors import AdapterError, ConfigError, ModelError, UserError
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.inject import inject
 from lora_hf.models.load import EMBEDDED_FOLDER, load_base, load_tokenizer
-from lora_hf.training.checkpoints import MANIFEST, digest
+from lora_hf.training.checkpoints import MANIFEST_FILE, sha256
 from lora_hf.training.run import train
 from lora_hf.training.run_dir import begin_run, find_run_folder
 from tests.support.adapters_on_disk import TASK, run_folder
@@ -108,8 +108,8 @@ def test_code_in_a_checkpoint_is_not_run(proof: Path, tmp_path: Path) -> None:
     (run.folder / "record.json").unlink()
     checkpoint = sorted((run.folder / "checkpoints").iterdir())[0]
     torch.save(Malicious(proof), checkpoint / "optimizer.pt")
-    listed = json.loads((checkpoint / MANIFEST).read_text())
-    (checkpoint / MANIFEST).write_text(json.dumps(listed | {"optimizer.pt": digest(checkpoint / "optimizer.pt")}))
+    listed = json.loads((checkpoint / MANIFEST_FILE).read_text())
+    (checkpoint / MANIFEST_FILE).write_text(json.dumps(listed | {"optimizer.pt": sha256(checkpoint / "optimizer.pt")}))
     # No mistake of a person: the manifest was forged to fit.
     with pytest.raises(pickle.UnpicklingError, match=r"posix\.mkdir"):
         train(small_config(tmp_path, max_steps=2, hf={}), resume=str(checkpoint), rows=rows)

@@ -28,7 +28,7 @@ from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.training.checkpoints import MANIFEST, PARTIAL_DIR, STATE, checkpoints_in, newest_valid
+from lora_hf.training.checkpoints import MANIFEST_FILE, STATE_FILE, checkpoints_in, newest_valid
 from lora_hf.training.run import Run, train
 
 ROWS = {"train": 64, "validation": 20}
@@ -68,7 +68,7 @@ def differences(whole: Run, folder: Path) -> list[str]:
     """
     last = checkpoints_in(whole.folder / "checkpoints")[0]
     kept = [*whole.weights.iterdir(), *whole.folder.glob("predictions-*.jsonl"), *last.iterdir()]
-    paths = [path.relative_to(whole.folder) for path in sorted(kept) if path.name not in (STATE, MANIFEST)]
+    paths = [path.relative_to(whole.folder) for path in sorted(kept) if path.name not in (STATE_FILE, MANIFEST_FILE)]
     found = [
         str(path)
         for path in paths
@@ -134,8 +134,7 @@ def kill_once(config: RunConfig, rows: Mapping[str, Dataset], when: Callable[[Pa
         "seconds": time.monotonic() - began,
         "logged_steps": len({json.loads(line)["step"] for line in lines if line.endswith("}")}),
         "checkpoint": checkpoint.name if checkpoint else None,
-        "while_writing": (folder / "checkpoints" / PARTIAL_DIR).exists()
-        and any((folder / "checkpoints" / PARTIAL_DIR).iterdir()),
+        "while_writing": any(not (each / MANIFEST_FILE).exists() for each in checkpoints_in(folder / "checkpoints")),
     }
 
 

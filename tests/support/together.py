@@ -1,4 +1,4 @@
-"""Runs that two processes share, one after the other in one start of torchrun; `tests/training/test_distributed.py` looks at them.
+"""Runs of two processes, one after the other in one start of torchrun, for `tests/training/test_distributed.py`.
 
 `torchrun --nproc-per-node 2 -m tests.support.together FOLDER` leaves a run folder each, and what each process saw in
 `seen-<process>.json`.
@@ -20,15 +20,17 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from packaging.version import Version
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, Interrupted, TrainingError, UserError
 from lora_hf.data.sampling import own_rows
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.kernels import fused
+from lora_hf.training import trainer
 from lora_hf.training.distributed import all_reduce_max, destroy_processes, init_processes, rank, run_on_rank
 from lora_hf.training.joint import train_together
-from lora_hf.training.run import TrainerCallback, train, trainer
+from lora_hf.training.run import train
 from lora_hf.training.trainer import AdapterTrainer
 from tests.support.kills import small_config, small_rows
 

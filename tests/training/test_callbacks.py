@@ -1,4 +1,4 @@
-"""What a run says on its way: what is ahead, and where nobody sees a bar how far it is."""
+"""Lines of progress on standard error, where no bar is shown."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lora_hf.core.config.loader import load_config
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.training.callbacks import PAUSE, ProgressLines
-from lora_hf.training.run import callbacks, train
+from lora_hf.training import callbacks
+from lora_hf.training.callbacks import PROGRESS_INTERVAL, ProgressLines
+from lora_hf.training.run import train
 
 
-def test_a_line_says_how_far_the_run_is(
+def test_a_line_shows_the_step_the_loss_and_the_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
@@ -28,7 +29,7 @@ def test_a_line_says_how_far_the_run_is(
         lines.on_log(arguments, state, control, logs)
         return capsys.readouterr().err
 
-    now += PAUSE - 1
+    now += PROGRESS_INTERVAL - 1
     state.global_step = 250
     assert log(loss=0.7) == ""
     now = 160.0
@@ -37,14 +38,14 @@ def test_a_line_says_how_far_the_run_is(
     assert log(loss=0.61239) == "rte, 300 of 1,400 steps: loss 0.6124, 11.0 min left\n"
     assert log(loss=0.6) == ""
     state.is_world_process_zero = False
-    now += PAUSE
+    now += PROGRESS_INTERVAL
     assert log(loss=0.6) == ""
 
 
-def test_a_run_without_a_terminal_tells_of_itself(
+def test_a_run_without_a_terminal_prints_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(callbacks, "PAUSE", 0.0)
+    monkeypatch.setattr(callbacks, "PROGRESS_INTERVAL", 0.0)
     task = get_task("rule-sentiment")
     rows = {split: part.select(range(24)) for split, part in task.load(None, task.splits).items()}
     words = ["model.precision=fp32", "train.hf={use_cpu: true}", "train.batch_size=8", "train.max_steps=3"]
@@ -59,7 +60,7 @@ def test_a_run_without_a_terminal_tells_of_itself(
     ]
 
 
-def test_a_long_evaluation_says_how_far_it_is(
+def test_a_long_evaluation_prints_its_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
@@ -67,10 +68,10 @@ def test_a_long_evaluation_says_how_far_it_is(
     state, control, arguments = TrainerState(), TrainerControl(), TrainingArguments(str(tmp_path), use_cpu=True)
     lines = ProgressLines("rte, ")
     lines.on_train_begin(arguments, state, control)
-    for _ in range(2):  # the second one counts anew
+    for _ in range(2):  # the second evaluation counts from 0
         for _ in range(3):
-            now += PAUSE / 2 + 1
+            now += PROGRESS_INTERVAL / 2 + 1
             lines.on_prediction_step(arguments, state, control, eval_dataloader=range(3))
         lines.on_evaluate(arguments, state, control)
     told = capsys.readouterr().err.splitlines()
-    assert told == [f"rte, evaluating, {batch} of 3 batches" for batch in (2, 1, 3)]
+    assert told == [f"rte, evaluating: {batch} of 3 batches" for batch in (2, 1, 3)]

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: what is found, refused, gone back from, and kept."""
+"""Checkpoints: which ones are found, refused, passed over, deleted and kept."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import pytest
 
 from lora_hf.core.errors import TrainingError
 from lora_hf.training.checkpoints import (
-    MANIFEST,
-    PARTIAL_DIR,
-    STATE,
+    MANIFEST_FILE,
+    STATE_FILE,
     checkpoints_in,
     delete_newer,
-    finalize_checkpoint,
     find_damage,
     newest_valid,
     resume_hint,
     rotate_checkpoints,
     translate_disk_full,
+    write_manifest,
 )
 
 
-def checkpoint(folder: Path, step: int, best: int | None = None) -> Path:
-    written = folder / PARTIAL_DIR / f"checkpoint-{step}"
+def checkpoint(folder: Path, step: int, best: int | None = None, complete: bool = True) -> Path:
+    written = folder / f"checkpoint-{step}"
     written.mkdir(parents=True)
     (written / "weights").write_bytes(bytes([step]) * 100)
     state = {"best_global_step": best, "best_model_checkpoint": best and f"checkpoint-{best}"}
-    (written / STATE).write_text(json.dumps(state))
-    finalize_checkpoint(written, folder / written.name)
-    return folder / written.name
+    (written / STATE_FILE).write_text(json.dumps(state))
+    if complete:
+        write_manifest(written)
+    return written
 
 
 def names(folder: Path) -> list[str]:
@@ -63,12 +63,12 @@ def flip(path: Path) -> None:
         ("weights", cut, "weights has changed"),
         ("weights", flip, "weights has changed"),
         ("weights", Path.unlink, "weights is missing"),
-        (STATE, cut, f"{STATE} has changed"),
-        (MANIFEST, cut, "damaged"),
-        (MANIFEST, Path.unlink, "No such file"),
+        (STATE_FILE, cut, f"{STATE_FILE} has changed"),
+        (MANIFEST_FILE, cut, "damaged"),
+        (MANIFEST_FILE, Path.unlink, "incomplete"),
     ],
 )
-def test_a_damaged_checkpoint_is_told_and_gone_back_from(
+def test_a_damaged_checkpoint_is_named_and_passed_over(
     name: str, damage: object, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good, bad = checkpoint(tmp_path, 3), checkpoint(tmp_path, 6)
@@ -76,47 +76,39 @@ def test_a_damaged_checkpoint_is_told_and_gone_back_from(
     damage(bad / name)  # type: ignore[operator]
     assert message in find_damage(bad)
     assert newest_valid(tmp_path) == good
-    assert "checkpoint-6 is damaged" in caplog.text
-    assert "going back to the one before" in caplog.text
+    assert find_damage(bad) in caplog.text
 
 
 def test_a_checkpoint_needs_its_best_one(tmp_path: Path) -> None:
     first, best, newest = checkpoint(tmp_path, 3), checkpoint(tmp_path, 6, best=6), checkpoint(tmp_path, 9, best=6)
     assert not find_damage(newest)
     cut(best / "weights")
-    assert find_damage(newest).startswith("checkpoint-9 needs the best checkpoint so far, and checkpoint-6 is damaged")
+    damage = find_damage(newest)
+    assert damage.startswith("checkpoint-9 needs the best checkpoint")
+    assert "checkpoint-6 is damaged" in damage
     assert newest_valid(tmp_path) == first
 
 
-def test_a_checkpoint_of_the_same_step_is_replaced_whole(tmp_path: Path) -> None:
-    old = checkpoint(tmp_path, 3)
-    (old / "more").write_text("of the old one")
-    assert checkpoint(tmp_path, 3) == old
-    assert not find_damage(old)
-    assert not (old / "more").exists()
-    assert not list((tmp_path / PARTIAL_DIR).iterdir())
-
-
-def test_what_is_kept(tmp_path: Path) -> None:
-    def after(keep: int | None, best: str | None) -> list[str]:
+def test_old_checkpoints_are_deleted_but_for_the_newest_and_the_best(tmp_path: Path) -> None:
+    def after(keep: int | None, best: int | None) -> list[str]:
+        folder = tmp_path / f"{keep} {best}"
         for step in (1, 2, 3, 4):
-            checkpoint(tmp_path, step)
-        rotate_checkpoints(tmp_path, keep, Path("elsewhere") / best if best else None)
-        return [name.removeprefix("checkpoint-") for name in names(tmp_path)]
+            checkpoint(folder, step)
+        rotate_checkpoints(folder, keep, best)
+        return [name.removeprefix("checkpoint-") for name in names(folder)]
 
     assert after(None, None) == ["4", "3", "2", "1"]
     assert after(2, None) == ["4", "3"]
-    assert after(2, "checkpoint-1") == ["4", "1"]
-    assert after(3, "checkpoint-1") == ["4", "3", "1"]
-    assert after(1, "checkpoint-2") == ["4", "2"], "the newest is for going on, the best for the end"
+    assert after(2, 1) == ["4", "1"]
+    assert after(3, 1) == ["4", "3", "1"]
+    assert after(1, 2) == ["4", "2"], "the newest is to resume from, the best for the end"
 
 
-def test_a_run_that_goes_on_drops_what_came_after(tmp_path: Path) -> None:
+def test_a_resumed_run_deletes_what_came_after_its_checkpoint(tmp_path: Path) -> None:
     older, chosen, _ = (checkpoint(tmp_path, step) for step in (1, 2, 3))
-    (tmp_path / PARTIAL_DIR / "checkpoint-4").mkdir()
+    checkpoint(tmp_path, 4, complete=False)
     delete_newer(chosen)
     assert checkpoints_in(tmp_path) == [chosen, older]
-    assert not (tmp_path / PARTIAL_DIR).exists()
 
 
 @pytest.mark.parametrize(
@@ -127,10 +119,12 @@ def test_a_run_that_goes_on_drops_what_came_after(tmp_path: Path) -> None:
     ],
 )
 def test_a_full_disk_is_one_message(error: Exception, tmp_path: Path) -> None:
-    checkpoint(tmp_path / "checkpoints", 12)
-    words = r"cannot be written.*Free some space.*after step 12.*--resume auto"
+    complete = checkpoint(tmp_path / "checkpoints", 12)
+    checkpoint(tmp_path / "checkpoints", 13, complete=False)
+    words = r"cannot be written.*Free some space.*after step 12.*resume=auto"
     with pytest.raises(TrainingError, match=words), translate_disk_full(tmp_path):
         raise error
+    assert checkpoints_in(complete.parent) == [complete], "the incomplete one makes room"
 
 
 def test_another_error_stays_what_it_is(tmp_path: Path) -> None:

@@ -24,10 +24,11 @@ from lora_hf.core.records import RunRecord
 from lora_hf.data.sampling import own_rows
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.training import distributed as processes
+from lora_hf.training.arguments import training_arguments
 from lora_hf.training.callbacks import SignalHandler
-from lora_hf.training.checkpoints import PARTIAL_DIR, checkpoints_in, find_damage
+from lora_hf.training.checkpoints import MANIFEST_FILE, checkpoints_in, find_damage
 from lora_hf.training.run import Run, train
-from lora_hf.training.run import run as training
+from lora_hf.training.trainer import Optimizations
 from tests.support.kills import differences, small_config
 from tests.support.together import DEVELOPMENT, NONE_LEFT, WITH_FSDP, by_length, classify, generate, rows_of
 from tests.tolerances import BF16_LOSS_RTOL, PROCESSES_FP32
@@ -157,7 +158,7 @@ def test_both_processes_return_the_run_that_the_first_wrote(shared: Path, seen: 
     written = {"config.yaml", "adapter", "record.json", "predictions-validation.jsonl", "log.jsonl", "curves.png"}
     assert files == written | {"checkpoints"}
     checkpoints = folder / "checkpoints"
-    assert not (checkpoints / PARTIAL_DIR).exists()
+    assert all((each / MANIFEST_FILE).exists() for each in checkpoints_in(checkpoints))
     assert not [find_damage(checkpoint) for checkpoint in checkpoints_in(checkpoints) if find_damage(checkpoint)]
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines() if '"loss"' in line]
     assert steps == list(range(1, len(steps) + 1)), "each step is logged once"
@@ -236,7 +237,7 @@ def test_verbs_that_are_not_shared_refuse(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr("lora_hf.cli.main.speaks", lambda: True)
+    monkeypatch.setattr("lora_hf.cli.main.claim_error_report", lambda: True)
     words = {
         "sweep": ["--config", "x", "--trials", "1", "train.lr=1e-4..1e-3"],
         "compare": ["x", "--output", "y"],
@@ -268,7 +269,7 @@ def test_a_config_says_how_a_process_trains(tmp_path: Path, monkeypatch: pytest.
     config = RunConfig.from_dict({"train": {"seed": 7, "batch_size": 4}})
     # A process has one GPU, however many it sees: the Trainer would copy the model and multiply the batch size.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    arguments = training._arguments(config, get_task("rule-sentiment"), tmp_path, {})
+    arguments = training_arguments(config, get_task("rule-sentiment"), tmp_path, Optimizations(False, None))
     assert arguments.n_gpu <= 1
     assert arguments.train_batch_size == 4
     assert arguments.ddp_find_unused_parameters is False
@@ -289,8 +290,8 @@ def test_accelerate_reads_the_ready_configs(name: str) -> None:
 
 
 def test_one_process_needs_nobody() -> None:
-    assert processes.planned() == 1
-    assert processes.join() == 1
-    assert processes.largest(3) == 3
-    assert processes.from_one(lambda: "x") == "x"
-    assert processes.speaks()
+    assert processes.world_size() == 1
+    assert processes.init_processes() == 1
+    assert processes.all_reduce_max(3) == 3
+    assert processes.run_on_rank(lambda: "x") == "x"
+    assert processes.claim_error_report()

