@@ -170,7 +170,7 @@ def test_autocast_to_fp16_without_a_gpu_is_refused(
 
 
 def test_runs_together_take_no_base_in_fp16(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"run 1: model\.precision=fp16: each run would scale its loss"):
+    with pytest.raises(ConfigError, match=r"run 1: model\.precision=fp16: each run would need its own loss scale"):
         train_together([fp16(tmp_path / name) for name in "ab"])
 
 

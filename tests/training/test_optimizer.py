@@ -51,7 +51,7 @@ def test_b_steps_so_many_times_farther_and_nothing_else_does(tmp_path: Path) -> 
     [
         ({"loraplus_lr_ratio": 0}, "loraplus_lr_ratio: expected a number > 0, found 0"),
         ({"loraplus_ratio": 4}, "loraplus_ratio: unknown key (did you mean 'loraplus_lr_ratio'?)"),
-        ({"loraplus_lr_ratio": 4, "method": "head"}, "train.loraplus_lr_ratio: train.method=head has no LoRA B"),
+        ({"loraplus_lr_ratio": 4, "method": "head"}, "train.loraplus_lr_ratio: train.method=head trains no lora_B"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(section: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_checkpoints_hold_the_adapter_alone_and_the_best_is_the_one_in_memory(
     tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[AdapterTrainer] = []
-    monkeypatch.setattr(training, "use_callbacks", lambda trainer, *rest: kept.append(trainer))
+    monkeypatch.setattr(training, "install_callbacks", lambda trainer, *rest: kept.append(trainer))
     scores = iter([0.9, 0.1, 0.2])
     task = get_task("rule-sentiment")
     # The first epoch is made the best by decree, so that the best and the last differ for certain.

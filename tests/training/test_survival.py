@@ -151,7 +151,7 @@ def test_a_second_signal_stops_at_once(rows: dict[str, Any], tmp_path: Path) -> 
                 signal.raise_signal(signal.SIGTERM)
                 signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match=r"SIGTERM: go on after step 4") as stop:
+    with pytest.raises(Interrupted, match=r"SIGTERM: resume after step 4") as stop:
         train(small_config(tmp_path), rows=rows, callbacks=[Twice()])
     assert stop.value.code == 143
     assert newest(tmp_path / "run").name == "checkpoint-4"
@@ -186,7 +186,7 @@ def test_a_damaged_newest_checkpoint_is_gone_back_from(
         train(small_config(tmp_path), rows=rows, callbacks=[stop_at(9, signal.SIGINT)])
     damaged = newest(tmp_path / "run") / "optimizer.pt"
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=r"checkpoint-9 is damaged: optimizer\.pt has changed; --resume auto goes on"):
+    with pytest.raises(ConfigError, match=r"checkpoint-9 is damaged: optimizer\.pt has changed; resume=auto"):
         train(small_config(tmp_path), resume=str(damaged.parent), rows=rows)
     resumed = train(small_config(tmp_path), resume="auto", rows=rows)
     assert "checkpoint-9 is damaged: optimizer.pt has changed" in caplog.text

@@ -80,7 +80,7 @@ def test_no_mistake_waits_for_torch(tmp_path: Path) -> None:
     ("words", "kind", "said"),
     [
         (["train.group_by_prompt=true"], ConfigError, "rule-sentiment has no prompts"),
-        (["train.loraplus_lr_ratio=4", "train.method=head"], ConfigError, "train.method=head has no LoRA B"),
+        (["train.loraplus_lr_ratio=4", "train.method=head"], ConfigError, "train.method=head trains no lora_B"),
         (["train.start_from=nowhere"], AdapterError, "not an adapter folder"),
     ],
 )
@@ -92,7 +92,7 @@ def test_settings_that_do_not_go_together(words: list[str], kind: type[Exception
 def test_what_is_fine_passes() -> None:
     check_run(load_config("rule_sentiment.yaml", ["train.loraplus_lr_ratio=4"]))
     check_together([named("a"), named("b")], None)
-    with pytest.raises(ConfigError, match="a checkpoint is one run's, and these are 2"):
+    with pytest.raises(ConfigError, match="resume=.*a checkpoint belongs to one run, found 2"):
         check_together([named("a"), named("b")], "checkpoint-1")
 
 
