@@ -1,4 +1,4 @@
-"""What holds the pages together: navigation, links, what is not run and why, and a translation beside its page."""
+"""Every page is in the navigation, its links work, skipped blocks have a reason, and translations match."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
-from tests.support.numbers_in_records import NOT_SAID
+from tests.support.numbers_in_records import NOT_PROSE
 from tests.support.pages import PAGES, REPO, RUN, Block, anchors, blocks, headings, links, page_name
 from tools.report import MARKER
 
 DOCS = REPO / "docs"
-TRANSLATED = [page for page in PAGES if page.name.endswith(".vi.md")]
-# Pages of the site that no file of docs/ holds: .ci/mkdocs_hooks.py brings them.
-BROUGHT = {"index.md", "contributing.md", "changelog.md", "reference/index.md", "reference/*"}
-# Why a block may stand on a page without being run.
+ENGLISH = [page for page in PAGES if not page.name.endswith(".vi.md")]
+TRANSLATIONS = [page for page in PAGES if page.name.endswith(".vi.md")]
+# Pages that .ci/mkdocs_hooks.py adds to the site; docs/ does not contain them.
+ADDED_PAGES = {"index.md", "contributing.md", "security.md", "changelog.md", "reference/index.md", "reference/*"}
+# How the reason for skipping a block may begin.
 REASONS = (
     "installs",  # packages: needs an index
     "needs the hub",
@@ -25,26 +26,26 @@ REASONS = (
     "needs several machines",
     "needs another program",
     "needs a person",  # who reads, or presses a key
-    "runs for",  # minutes and more; the reason names the test that runs it small
+    "runs for",  # minutes or more; the reason names the test that runs it with less work
     "is this suite",
 )
-# A time is measured where something takes it; otherwise it may be a limit that the code sets.
+# A number with the unit of a measurement. Plain times may be limits in the code, so they count only after these verbs.
 MEASURED = re.compile(
     r"(?<![\w.])\d[\d,]*(?:\.\d+)?\s?(?:%|×|(?:x|times|[KMG]B|examples/s|tokens/s|points|percent)\b)"
     r"|(?:takes|took|needs|needed|lasts|lasted)\s(?:about\s)?\d[\d,]*(?:\.\d+)?\s?(?:ms|s|seconds?|minutes?|min|hours?)\b"
 )
 
+# Navigation
+
 
 class _Loader(yaml.SafeLoader):
-    """Reads mkdocs.yml without what its tags would call."""
+    """Reads mkdocs.yml and ignores its tags, which would call functions."""
 
 
 _Loader.add_multi_constructor("", lambda loader, suffix, node: None)
 
 
 def navigation() -> list[str]:
-    """The pages that mkdocs.yml names."""
-
     def flat(entry: object) -> list[str]:
         if isinstance(entry, dict):
             return [page for inner in entry.values() for page in flat(inner)]
@@ -54,95 +55,95 @@ def navigation() -> list[str]:
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
-    named = navigation()
-    assert len(named) == len(set(named))
-    pages = {page.relative_to(DOCS).as_posix() for page in PAGES if page.is_relative_to(DOCS)}
-    pages |= {page.relative_to(DOCS).with_suffix(".md").as_posix() for page in DOCS.rglob("*.ipynb")}
-    missing = {page for page in pages if not page.endswith(".vi.md")} - set(named)
-    assert not missing, f"add to nav in mkdocs.yml: {sorted(missing)}"
-    assert set(named) >= BROUGHT
+    pages = [page for page in ENGLISH if page.is_relative_to(DOCS)] + sorted(DOCS.rglob("*.ipynb"))
+    expected = ADDED_PAGES | {page.relative_to(DOCS).with_suffix(".md").as_posix() for page in pages}
+    assert sorted(navigation()) == sorted(expected)
 
 
-def problem_of(page: Path, target: str) -> str | None:
-    """What is wrong with a link of the page; an address elsewhere is looked at, not asked."""
+# Links
+
+
+def problem_with_link(page: Path, target: str) -> str:
+    """Why a link of the page is wrong, or an empty string. Web addresses are parsed, but not requested."""
     parts = urlsplit(target)
     if parts.scheme:
-        fine = parts.scheme in ("https", "mailto") and bool(parts.netloc or parts.path) and " " not in target
-        return None if fine else "expected https://"
+        valid = parts.scheme in ("https", "mailto") and bool(parts.netloc or parts.path) and " " not in target
+        return "" if valid else "expected https://"
     file = (page.parent / unquote(parts.path)).resolve() if parts.path else page
     if not file.exists():
         return "no such file"
     if not file.is_relative_to(REPO):
-        return "leads out of the repository"
-    if parts.fragment and (file.suffix != ".md" or unquote(parts.fragment) not in anchors(file)):
-        return f"no such heading; there are {', '.join(sorted(anchors(file))) if file.suffix == '.md' else 'none'}"
-    return None
+        return "leaves the repository"
+    known = anchors(file) if file.suffix == ".md" else set()
+    if parts.fragment and unquote(parts.fragment) not in known:
+        return f"no such heading; there are: {', '.join(sorted(known))}"
+    return ""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_links_and_pictures_lead_somewhere(page: Path) -> None:
-    wrong = [
+def test_links_work(page: Path) -> None:
+    problems = [
         f"{page_name(page)}:{line} {target}: {problem}"
         for line, target in links(page)
-        if (problem := problem_of(page, target))
+        if (problem := problem_with_link(page, target))
     ]
-    assert not wrong
+    assert not problems
 
 
-def test_a_wrong_link_is_found() -> None:
-    page = DOCS / "adapters.md"
-    for target, problem in {
-        "results.md#speed": None,
-        "../README.md": None,
-        "results/suite/tiny-roberta.json": None,
-        "https://example.org/page#part": None,
-        "#saving": None,
-        "#saved": "no such heading; there are adapters, ",
-        "results.md#sped": "no such heading",
-        "nowhere.md": "no such file",
-        "../../elsewhere": "no such file",
-        "http://example.org": "expected https://",
-    }.items():
-        found = problem_of(page, target)
-        assert found == problem if problem is None else (found or "").startswith(problem), target
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [
+        ("../README.md", ""),
+        ("results/suite/tiny-roberta.json", ""),
+        ("https://example.org/page#part", ""),
+        ("#adapters", ""),
+        ("#no-such-part", "no such heading"),
+        ("results.md#no-such-part", "no such heading"),
+        ("nowhere.md", "no such file"),
+        ("../..", "leaves the repository"),
+        ("http://example.org", "expected https://"),
+    ],
+)
+def test_a_wrong_link_is_found(target: str, problem: str) -> None:
+    found = problem_with_link(DOCS / "adapters.md", target)
+    assert found.startswith(problem) if problem else not found
 
 
-def test_anchors_are_those_of_github() -> None:
-    page = DOCS / "adapters.md"
-    for words, slug in {
-        "Rows of one batch, under `LoRA`": "rows-of-one-batch-under-lora",
-        "SST-2: what is (not) there?": "sst-2-what-is-not-there",
-        "Lưu và nạp lại": "lưu-và-nạp-lại",
-        "a_b & c": "a_b--c",
-    }.items():
-        assert anchors(page, f"# {words}\n") == {slug}
-    assert anchors(page, "# One\n## One\n") == {"one", "one-1"}
+@pytest.mark.parametrize(
+    ("heading", "anchor"),
+    [
+        ("Rows of one batch, under `LoRA`", "rows-of-one-batch-under-lora"),
+        ("SST-2: what is (not) there?", "sst-2-what-is-not-there"),
+        ("Lưu và nạp lại", "lưu-và-nạp-lại"),
+        ("a_b & c", "a_b--c"),
+    ],
+)
+def test_anchors_are_those_of_github(heading: str, anchor: str) -> None:
+    page = DOCS / "page.md"
+    assert anchors(page, f"# {heading}\n") == {anchor}
+    assert anchors(page, f"# {heading}\n## {heading}\n") == {anchor, f"{anchor}-1"}
+
+
+# Code blocks
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_what_is_not_run_says_why(page: Path) -> None:
-    wrong = [
-        f"{block}: {block.not_run!r}"
-        for block in blocks(page)
-        if block.not_run is not None and (block.language not in RUN or not block.not_run.startswith(REASONS))
-    ]
-    assert not wrong, f"expected a block of bash or Python, and a reason that begins with one of {REASONS}"
-    marks = re.findall(r"(?m)^ *<!-- not run", page.read_text(encoding="utf-8"))
-    assert len(marks) == sum(block.not_run is not None for block in blocks(page)), (
-        "a mark stands directly before its block"
-    )
+def test_a_block_that_is_not_run_has_a_reason(page: Path) -> None:
+    skipped = [block for block in blocks(page) if block.not_run is not None]
+    wrong = [f"{block}: {block.not_run}" for block in skipped if not block.not_run.startswith(REASONS)]
+    assert not wrong, f"a reason begins with one of {REASONS}"
+    assert all(block.language in RUN for block in skipped)
+    comments = re.findall(r"(?m)^ *<!-- not run", page.read_text(encoding="utf-8"))
+    assert len(comments) == len(skipped), "put the comment directly before its block"
 
 
 def test_most_blocks_run() -> None:
-    pages = [page for page in PAGES if page not in TRANSLATED]
-    code = [block for page in pages for block in blocks(page) if block.language in RUN and not block.hidden]
-    not_run = [block for block in code if block.not_run is not None]
-    listed = "\n".join(f"{block}: {block.not_run}" for block in not_run)
-    print(f"{len(code) - len(not_run)} of {len(code)} blocks run; not run:\n{listed}")
-    assert len(not_run) < len(code) / 3, listed
+    code = [block for page in ENGLISH for block in blocks(page) if block.language in RUN and not block.hidden]
+    skipped = [f"{block}: {block.not_run}" for block in code if block.not_run is not None]
+    assert len(skipped) < len(code) / 3, "\n".join(skipped)
 
 
-def test_marks_and_hidden_blocks_are_read() -> None:
+def test_comments_before_blocks_are_read() -> None:
     text = """# Page
 
 <!-- before: bash
@@ -184,15 +185,18 @@ five: 5
     assert str(found[1]) == "docs/page.md:7"
 
 
+# Translations
+
+
 def without_comments(block: Block) -> tuple[str, str]:
-    """Its language, and its text without what a translation may change."""
+    """Language and text of a block; a translation may change the comments of the code."""
     return block.language, re.sub(r"(?m)(^|\s+)# .*$", "", block.text)
 
 
-@pytest.mark.parametrize("page", TRANSLATED, ids=page_name)
+@pytest.mark.parametrize("page", TRANSLATIONS, ids=page_name)
 def test_a_translation_has_the_code_and_the_parts_of_its_page(page: Path) -> None:
     english = page.with_name(page.name.replace(".vi.md", ".md"))
-    assert english.is_file(), "a translation stands beside its page"
+    assert english.is_file(), f"there is no {page_name(english)}"
     ours, theirs = ([block for block in blocks(each) if not block.hidden] for each in (page, english))
     assert [without_comments(block) for block in ours] == [without_comments(block) for block in theirs]
     assert [block.not_run for block in ours] == [block.not_run for block in theirs]
@@ -201,36 +205,39 @@ def test_a_translation_has_the_code_and_the_parts_of_its_page(page: Path) -> Non
     assert [match["name"] for match in MARKER.finditer(text)] == [match["name"] for match in MARKER.finditer(original)]
 
 
-def test_a_translated_comment_is_no_difference_and_code_is() -> None:
-    page = DOCS / "page.md"
-    ours, theirs, other = (
-        without_comments(Block(page, 1, "bash", text))
+def test_a_translation_may_change_comments_but_no_code() -> None:
+    english, translated, other = (
+        without_comments(Block(DOCS / "page.md", 1, "bash", text))
         for text in (
             "make demo   # trains #1\n# a line\n",
             "make demo   # huấn luyện\n# một dòng\n",
             "make test   # trains\n\n",
         )
     )
-    assert ours == theirs
-    assert ours != other
-    assert without_comments(Block(page, 1, "python", 'a = "#b"\n')) == ("python", 'a = "#b"\n')
+    assert english == translated
+    assert english != other
+    assert without_comments(Block(DOCS / "page.md", 1, "python", 'a = "#b"\n')) == ("python", 'a = "#b"\n')
+
+
+# Numbers
+
+
+def measured_numbers(text: str) -> list[str]:
+    """The numbers in the prose of a page that have the unit of a measurement."""
+    for pattern in (*NOT_PROSE, re.compile(r"`[^`\n]*`")):
+        text = pattern.sub(" ", text)
+    return MEASURED.findall(text)
 
 
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if not MARKER.search(page.read_text(encoding="utf-8"))], ids=page_name
 )
-def test_a_page_without_records_says_no_measured_number(page: Path) -> None:
-    assert not measured(page.read_text(encoding="utf-8")), "render it from a record, see tools/report.py"
-
-
-def measured(text: str) -> list[str]:
-    """The numbers with a unit of a measurement that stand in the sentences of a page."""
-    for pattern in (*NOT_SAID, re.compile(r"`[^`\n]*`")):
-        text = pattern.sub(" ", text)
-    return MEASURED.findall(text)
+def test_a_page_without_tables_has_no_measured_numbers(page: Path) -> None:
+    """tests/tools/test_report.py checks the numbers of the other pages."""
+    assert not measured_numbers(page.read_text(encoding="utf-8")), "render it from a record, see tools/report.py"
 
 
 def test_a_measured_number_is_found() -> None:
-    said = "It is 3.5x as fast, takes 20 s, 1,024 MB and 7 % of `9 s`."
-    assert measured(said) == ["3.5x", "takes 20 s", "1,024 MB", "7 %"]
-    assert measured("Three of 8 adapters end after 30 seconds with exit code 2, as in 2106.09685; r=16.") == []
+    text = "It is 3.5x as fast, takes 20 s, 1,024 MB and 7 % of `9 s`."
+    assert measured_numbers(text) == ["3.5x", "takes 20 s", "1,024 MB", "7 %"]
+    assert not measured_numbers("Three of 8 adapters end after 30 seconds with exit code 2, as in 2106.09685; r=16.")

@@ -1,8 +1,8 @@
-"""Every block of bash and Python of README and docs runs, page by page, in order, as it stands there.
+"""Runs every bash and Python block of README and docs, page by page and in order.
 
-The hub's models are stood in for by the bases that come with the package, in the cache where the libraries look for
-them; its data by rows made by rule, in the layout of a data folder. A page in Vietnamese has the blocks of its English
-page (tests/docs/test_pages.py), so running those covers both.
+Nothing is downloaded. The package's small bases stand in for models of the hub, in the cache where transformers looks
+for them, and rule-based rows stand in for the datasets, in the layout of a data folder. Translations have the blocks of
+their English page (tests/docs/test_pages.py), so only English pages run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from datasets import Dataset
 from lora_hf.data.synthetic import rule_restaurants, rule_sentiment
 from lora_hf.data.tasks.glue import GLUE
 from lora_hf.models.model_ids import HUB_IDS
-from tests.support import around
-from tests.support.pages import PAGES, REPO, RUN, Block, blocks, page_name
-from tests.support.warm import Warm
+from tests.support import page_hooks
+from tests.support.pages import PAGES, REPO, RUN, blocks, page_name
+from tests.support.warm import Session, Warm
 
 ROWS = 24
 BASES = REPO / "lora_hf" / "models" / "bases"
@@ -32,6 +32,7 @@ STAND_INS = {
     **{HUB_IDS[name]: "tiny-roberta" for name in ("roberta-base", "roberta-large")},
     **{HUB_IDS[name]: "tiny-gpt2" for name in ("gpt2", "gpt2-medium", "gpt2-large")},
 }
+COMMIT = "0" * 40  # of every stand-in
 PAGES_THAT_RUN = [
     page
     for page in PAGES
@@ -43,12 +44,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="commands are fo
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`shared/data` and `shared/models` as the pages name them: every task with a few rows."""
+    """The folder `../shared` of the pages, with a few rows of every task."""
     folder = tmp_path_factory.mktemp("shared")
     sentences = [row["sentence"] for row in rule_sentiment("train")[: 2 * ROWS]]
     for task in GLUE:
-        texts = {column: sentences[place :: len(task.text_columns)] for place, column in enumerate(task.text_columns)}
-        texts = {column: some[:ROWS] for column, some in texts.items()}
+        step = len(task.text_columns)
+        texts = {column: sentences[first::step][:ROWS] for first, column in enumerate(task.text_columns)}
         labels = [row % task.num_labels if task.label_names else row % 6 * 1.0 for row in range(ROWS)]
         tests = (split.replace("validation", "test") for split in task.evaluation_splits)
         for split in ("train", *task.evaluation_splits, *tests):
@@ -71,24 +72,23 @@ def _write(file: Path, columns: dict[str, list]) -> None:
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Warm]:
-    """The process that the pages' commands fork from, with stand-ins in its cache of the hub."""
+    """The process that the commands of a page fork from, with the stand-ins in its cache of the hub."""
     hub = tmp_path_factory.mktemp("hf")
     for hub_id, base in STAND_INS.items():
         cached = hub / "hub" / f"models--{hub_id.replace('/', '--')}"
         (cached / "refs").mkdir(parents=True)
-        (cached / "refs" / "main").write_text("0" * 40)
+        (cached / "refs" / "main").write_text(COMMIT)
         (cached / "snapshots").mkdir()
-        (cached / "snapshots" / ("0" * 40)).symlink_to(BASES / base)
-    # A socket's path may not be long.
-    with tempfile.TemporaryDirectory(prefix="warm") as folder:
+        (cached / "snapshots" / COMMIT).symlink_to(BASES / base)
+    with tempfile.TemporaryDirectory(prefix="warm") as folder:  # short, because the path of a socket must be
         process = Warm(Path(folder), {"HF_HOME": str(hub), "LORA_HF_DATA_DIR": str(shared / "data")})
         yield process
         process.close()
 
 
 @pytest.fixture
-def place(tmp_path: Path, shared: Path) -> Path:
-    """A checkout as a reader has it: scripts, configs and docs, and `../shared` beside it."""
+def checkout(tmp_path: Path, shared: Path) -> Path:
+    """What a reader has: a clone with scripts, configs and docs, and the folder `../shared`."""
     (tmp_path / "shared").symlink_to(shared)
     folder = tmp_path / "lora_hf"
     folder.mkdir()
@@ -98,51 +98,53 @@ def place(tmp_path: Path, shared: Path) -> Path:
 
 
 @pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=page_name)
-def test_the_page_runs(page: Path, warm: Warm, place: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    name = page.stem.lower()
-    with warm.session(place) as session:
-
-        def python(text: str, what: str, line: int = 0) -> str:
-            ran, said = session.run(text, what, line)
-            assert ran, f"{what}\n{text}\n{said}"
-            return said
-
-        def beside(when: str) -> None:
-            if hasattr(around, f"{when}_{name}"):
-                call = f"{when}_{name}"
-                python(f"from tests.support.around import {call}\n{call}(globals())\n", call)
-
+def test_the_page_runs(page: Path, warm: Warm, checkout: Path) -> None:
+    port = _free_port()
+    with warm.session(checkout) as session:
         try:
-            beside("before")
+            _run_hook(session, f"before_{page.stem.lower()}")
             for block in blocks(page):
                 if block.not_run or block.language not in RUN:
                     continue
                 if block.language == "python":
-                    python(block.text, str(block), block.line)
-                    continue
-                done = warm.shell(block.text, place, port)
-                said = f"{block} ended with {done.returncode}\n{block.text}\n{done.stdout}{_served(place)}"
-                assert done.returncode == 0, said
-            beside("after")
+                    _run_python(session, block.text, str(block), block.line)
+                else:
+                    done = warm.shell(block.text, checkout, port)
+                    log = f"{block} ended with {done.returncode}\n{block.text}\n{done.stdout}{_server_log(checkout)}"
+                    assert done.returncode == 0, log
+            _run_hook(session, f"after_{page.stem.lower()}")
         finally:
-            _stop_server(place)
+            _stop_server(checkout)
 
 
-def _served(place: Path) -> str:
-    log = place / "server.log"
+def _run_python(session: Session, text: str, name: str, line: int = 0) -> None:
+    ran, output = session.run(text, name, line)
+    assert ran, f"{name}\n{text}\n{output}"
+
+
+def _run_hook(session: Session, name: str) -> None:
+    if hasattr(page_hooks, name):
+        _run_python(session, f"from tests.support.page_hooks import {name}\n{name}(globals())\n", name)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _server_log(checkout: Path) -> str:
+    log = checkout / "server.log"
     return f"\nserver: {log.read_text(encoding='utf-8')}" if log.exists() else ""
 
 
-def _stop_server(place: Path) -> None:
-    if (place / "server.pid").exists():
-        os.kill(int((place / "server.pid").read_text()), signal.SIGTERM)
+def _stop_server(checkout: Path) -> None:
+    if (checkout / "server.pid").exists():
+        os.kill(int((checkout / "server.pid").read_text()), signal.SIGTERM)
 
 
-def test_a_block_that_fails_is_seen(warm: Warm, place: Path) -> None:
-    """The shell, the command and the session tell of a mistake; otherwise every page would pass."""
+def test_a_block_that_fails_is_seen(warm: Warm, checkout: Path) -> None:
+    """Otherwise every page would pass."""
     for text, code in (
         ("python scripts/eval.py --adapter nowhere", 2),
         ("lora-hf eval --adapter nowhere | cat", 2),
@@ -151,12 +153,11 @@ def test_a_block_that_fails_is_seen(warm: Warm, place: Path) -> None:
         ("make test", 99),
         ("python -c 'print(1)'", 0),
     ):
-        done = warm.shell(text, place, 0)
+        done = warm.shell(text, checkout, 0)
         assert done.returncode == code, done.stdout
-    with warm.session(place) as session:
+    with warm.session(checkout) as session:
         assert session.run("one = 1\n", "first") == (True, "")
-        ran, said = session.run("assert one == 2, 'two'\n", "second", line=6)
+        ran, output = session.run("assert one == 2, 'two'\n", "second", line=6)
         assert not ran
-        assert 'File "second", line 7' in said
-        assert "AssertionError: two" in said
-    assert Block(place, 1, "bash", "").not_run is None
+        assert 'File "second", line 7' in output
+        assert "AssertionError: two" in output

@@ -1,4 +1,4 @@
-"""Whether every number of a page stands in a record: `unexplained(text, records)` lists those that do not."""
+"""Finds the numbers of a page that come from no record."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
-# Names such as gpt2, F1 or tiny-roberta, and what a page quotes or points to.
-NAMES = re.compile(r"(?<![\w.])[A-Za-z_](?:[\w-]|\\_)*")
-NOT_SAID = (
+NAMES = re.compile(r"(?<![\w.])[A-Za-z_](?:[\w-]|\\_)*")  # such as gpt2, F1, tiny-roberta
+NOT_PROSE = (
     re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE),
     re.compile(r"<!--.*?-->", re.DOTALL),
     re.compile(r"^>.*$", re.MULTILINE),  # a quoted row of data
-    re.compile(r"(?<=\])\([^)]*\)"),  # where a link or a picture leads
+    re.compile(r"(?<=\])\([^)]*\)"),  # the target of a link or an image
     re.compile(r"arXiv[: ]\d{4}\.\d{5}"),
 )
 
-# How a page may write a number of a record.
+# The ways in which a page may write a number of a record.
 RENDERINGS: tuple[Callable[[float], str], ...] = (
     *(lambda value, digits=digits: f"{value:.{digits}f}" for digits in (1, 2, 3, 4)),
     *(lambda value, form=form: form.format(value) for form in ("{:g}", "{:.2g}")),
@@ -28,16 +27,11 @@ RENDERINGS: tuple[Callable[[float], str], ...] = (
 )
 
 
-def unexplained(
-    text: str, records: Sequence[Any], renderings: Sequence[Callable[[float], str]] = RENDERINGS
-) -> list[str]:
-    """The numbers of a Markdown text that no record has, in their order.
+def unexplained(text: str, records: Sequence[Any]) -> list[str]:
+    """The numbers in the Markdown `text` that no record explains, in order.
 
-    A number is explained where one of `renderings` makes it from a number of the records, sign aside, or where it
-    stands in one of their texts or keys. Code fences, quotes, targets of links and names with digits are not looked at.
-
-    Args:
-        records: what `json.load` gives.
+    A record, as `json.load` returns it, explains a number that one of `RENDERINGS` makes from its numbers (the sign is
+    ignored), or that appears in its keys or strings. Code blocks, quotes, link targets and names are skipped.
     """
     known: set[str] = set()
     for leaf in _leaves(list(records)):
@@ -45,13 +39,14 @@ def unexplained(
             known.update(NUMBER.findall(leaf))
         else:
             known.add(f"{leaf:,}")
-            known.update(render(abs(leaf)) for render in renderings)
-    for pattern in (*NOT_SAID, NAMES):
+            known.update(render(abs(leaf)) for render in RENDERINGS)
+    for pattern in (*NOT_PROSE, NAMES):
         text = pattern.sub(" ", text)
     return [number for number in NUMBER.findall(text) if number not in known]
 
 
 def _leaves(value: Any) -> Iterator[str | float]:
+    """Every key, string and number, at any depth."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield str(key)

@@ -1,8 +1,9 @@
-"""What the pages hold: blocks of code, headings and links, and which blocks are not run, with the reason.
+"""Reads the documentation: code blocks, headings, anchors and links of a Markdown page.
 
-A block that cannot run in the suite has a comment before it that readers do not see: `<!-- not run: needs the hub -->`.
-What must be there before a block, such as an adapter that a reader has trained, is made by a hidden block:
-`<!-- before: bash`, commands, `-->`.
+Two comments that readers do not see control the blocks:
+
+- `<!-- not run: needs the hub -->` before a block: the test suite skips it, for this reason.
+- `<!-- before: bash`, commands, `-->`: a hidden block that prepares what a reader has by then, such as an adapter.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from markdown_it.token import Token
 
 REPO = Path(__file__).parents[2]
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md")])
-RUN = ("bash", "python")
+RUN = ("bash", "python")  # the languages whose blocks run
 NOT_RUN = re.compile(r"\s*<!-- not run: (?P<reason>.+?) -->\s*", re.DOTALL)
 BEFORE = re.compile(r"\s*<!-- before: (?P<language>bash|python)\n(?P<text>.*?)-->\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code; `not_run` is the reason that its page gives, or None where it is run."""
+    """A code block. `not_run` is the reason that its page gives for skipping it."""
 
     page: Path
     line: int
@@ -40,12 +41,12 @@ class Block:
 
 
 def page_name(page: Path) -> str:
-    """`docs/adapters.md`."""
+    """The path below the repository, such as `docs/adapters.md`."""
     return str(page.relative_to(REPO)) if page.is_relative_to(REPO) else page.name
 
 
 def blocks(page: Path, text: str | None = None) -> list[Block]:
-    """Every fenced block of the page, and every hidden one, in order."""
+    """Every fenced block and every hidden block, in order."""
     found: list[Block] = []
     reason = None
     for token in _tokens(page, text):
@@ -54,43 +55,42 @@ def blocks(page: Path, text: str | None = None) -> list[Block]:
             found.append(Block(page, line, token.info.strip(), token.content, reason))
             reason = None
         elif token.type == "html_block":
-            marked, before = NOT_RUN.fullmatch(token.content), BEFORE.fullmatch(token.content)
-            reason = marked["reason"] if marked else None
+            not_run, before = NOT_RUN.fullmatch(token.content), BEFORE.fullmatch(token.content)
+            reason = not_run["reason"] if not_run else None
             if before:
                 found.append(Block(page, line, before["language"], before["text"], hidden=True))
         elif token.nesting >= 0 and token.type not in ("paragraph_open", "inline"):
-            reason = None
+            reason = None  # something stands between the comment and the next block
     return found
 
 
 def headings(page: Path, text: str | None = None) -> list[tuple[int, str]]:
-    """Level and words of each heading."""
+    """Level and text of each heading."""
     return [
-        (int(opened.tag[1]), _words(inline))
+        (int(opened.tag[1]), _plain_text(inline))
         for opened, inline in pairwise(_tokens(page, text))
         if opened.type == "heading_open"
     ]
 
 
 def anchors(page: Path, text: str | None = None) -> set[str]:
-    """What a link may name behind `#`: the headings as GitHub writes them, and so does the site."""
+    """The anchors of the headings, as GitHub and the site make them."""
     seen: Counter[str] = Counter()
     found = set()
-    for _, words in headings(page, text):
-        slug = slug_of(words)
+    for _, heading in headings(page, text):
+        slug = slug_of(heading)
         found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
         seen[slug] += 1
     return found
 
 
-def slug_of(words: str) -> str:
-    """The anchor of a heading."""
-    kept = re.sub(r"[^\w\- ]", "", unicodedata.normalize("NFC", words).strip().lower())
-    return kept.replace(" ", "-")
+def slug_of(heading: str) -> str:
+    letters = re.sub(r"[^\w\- ]", "", unicodedata.normalize("NFC", heading).strip().lower())
+    return letters.replace(" ", "-")
 
 
 def links(page: Path, text: str | None = None) -> list[tuple[int, str]]:
-    """Line and target of each link and each picture."""
+    """Line and target of each link and each image."""
     found = []
     for token in _tokens(page, text):
         line = token.map[0] + 1 if token.map else 0
@@ -106,5 +106,5 @@ def _tokens(page: Path, text: str | None) -> list[Token]:
     return MarkdownIt("commonmark").enable("table").parse(source)
 
 
-def _words(inline: Token) -> str:
+def _plain_text(inline: Token) -> str:
     return "".join(child.content for child in inline.children or () if child.type in ("text", "code_inline"))

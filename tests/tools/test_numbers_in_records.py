@@ -1,3 +1,5 @@
+"""The check that finds numbers without a record works itself."""
+
 from __future__ import annotations
 
 import re
@@ -19,17 +21,17 @@ lora-hf train --seed 55
 """
 
 
-def test_numbers_of_the_record_are_explained_however_they_are_written() -> None:
+def test_a_record_explains_its_numbers_in_every_rendering() -> None:
     assert unexplained(PAGE, [RECORD]) == []
 
 
 @pytest.mark.parametrize("number", ["67,349", "0.695", "69.5", "2026", "16", "1e-05", "1.16"])
 def test_a_changed_digit_is_found(number: str) -> None:
-    place = re.search(r"\d(?!.*\d)", number)
-    assert place
-    changed = f"{number[: place.start()]}{(int(place.group()) + 3) % 10}{number[place.end() :]}"
+    last = re.search(r"\d(?!.*\d)", number)
+    assert last
+    changed = f"{number[: last.start()]}{(int(last.group()) + 3) % 10}{number[last.end() :]}"
     assert unexplained(PAGE.replace(number, changed, 1), [RECORD]) == [changed]
 
 
-def test_a_sum_that_nobody_recorded_is_found() -> None:
+def test_a_sum_without_a_record_is_found() -> None:
     assert unexplained("2 runs and 3 tasks", [{"runs": 2}]) == ["3"]

@@ -1,4 +1,7 @@
-"""What a page finds before its first block, and what must be true after its last; run in the session of the page."""
+"""Setup before the first block of a page and checks after its last one: `before_PAGE` and `after_PAGE`.
+
+Each hook runs in the session of the page and gets the variables of its Python blocks.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from tests.tolerances import PARITY_FP32
 
 
 def before_readme(names: dict[str, Any]) -> None:
-    """`rows` is any tokenised data set with labels, says the page."""
+    """The page's `rows`: a tokenized dataset with labels."""
     names["rows"] = [{"input_ids": row, "labels": label} for row, label in zip(token_ids(), (0, 1, 1), strict=True)]
 
 
 def before_from_peft(names: dict[str, Any]) -> None:
-    """`batches` is any iterable of tokenised batches with labels, says the page."""
+    """The page's `batches`: tokenized batches with labels."""
     names["batches"] = [{"input_ids": token_ids(), "labels": torch.tensor([0, 1, 1])}] * 2
 
 
 def before_from_loralib(names: dict[str, Any]) -> None:
-    """The same, and a checkpoint as the published ones of GPT-2 are."""
+    """`batches`, and a checkpoint in the form of the published ones for GPT-2."""
     from lora_hf.core.config.schema import LoraConfig, ModelConfig
     from lora_hf.data.tasks.registry import get_task
     from lora_hf.models.load import load_base
@@ -36,7 +39,7 @@ def before_from_loralib(names: dict[str, Any]) -> None:
 
 
 def before_serving(names: dict[str, Any]) -> None:
-    """The adapters of the page, where it has them."""
+    """The adapters that the page serves, untrained."""
     from tests.support.served_adapters import save_random
 
     for task in ("sst2", "rte", "e2e_nlg"):
@@ -44,13 +47,13 @@ def before_serving(names: dict[str, Any]) -> None:
 
 
 def after_readme(names: dict[str, Any]) -> None:
-    """The adapter that was saved and loaded answers as the model that it was saved from."""
+    """The loaded adapter gives the same logits as the model it was saved from."""
     model, plain = (names[name].eval() for name in ("model", "plain"))
     assert torch.equal(plain(token_ids()).logits, model(token_ids()).logits)
 
 
 def after_from_peft(names: dict[str, Any]) -> None:
-    """PEFT's adapter answers alike on both sides."""
+    """PEFT's adapter gives the same logits in both libraries."""
     from transformers import AutoModelForSequenceClassification
 
     from lora_hf import load_adapter
@@ -63,22 +66,22 @@ def after_from_peft(names: dict[str, Any]) -> None:
 
 
 def after_from_loralib(names: dict[str, Any]) -> None:
-    """There and back, bit for bit, and of a checkpoint that was trained."""
+    """The trained checkpoint is the same after conversion in both directions, bit for bit."""
     from lora_hf.lora.inject import lora_state_dict
 
-    old, back = torch.load("roberta_lora_sst2.bin"), torch.load("back.bin")
-    assert old.keys() == back.keys()
-    assert all(torch.equal(old[key], back[key]) for key in old)
-    assert any(value.any() for key, value in old.items() if key.endswith("lora_B")), "the old script must have trained"
+    original, converted = torch.load("roberta_lora_sst2.bin"), torch.load("back.bin")
+    assert original.keys() == converted.keys()
+    assert all(torch.equal(original[key], converted[key]) for key in original)
+    assert any(value.any() for key, value in original.items() if key.endswith("lora_B")), "the old script did not train"
     assert [name for name in lora_state_dict(names["model"]) if ".biased." in name]
 
 
 def after_adapters(names: dict[str, Any]) -> None:
-    """The folders that the page combines, and what it printed of them."""
+    """Every combination on the page wrote its folder."""
     assert all(Path("outputs", name, "combine.json").is_file() for name in ("mix", "short", "ties"))
     assert 0 < names["short"].error < 1
 
 
 def after_serving(names: dict[str, Any]) -> None:
-    """The engine served both."""
+    """The engine loaded both adapters."""
     assert [adapter.name for adapter in names["engine"].adapters()] == ["e2e", "sst2"]
