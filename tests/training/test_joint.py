@@ -20,6 +20,9 @@ from lora_hf.training.joint import train_together
 from lora_hf.training.run import Run, train
 from tests.tolerances import JOINT_FP32
 
+# AdamW divides by the size of a gradient: where that is next to nothing it makes full steps of rounding noise, which
+# differs between CPUs. SGD's steps are as exact as the gradients, so whole runs can be compared.
+SGD = {"optim": "sgd"}
 SENTENCES = ["a man is walking", "two dogs play in the snow", "the stock fell", "she sings", "it rains again today"]
 
 
@@ -40,7 +43,7 @@ def rows() -> dict[str, dict[str, Dataset]]:
 
 
 def config(folder: Path, name: str, task_name: str = "rule-sentiment", **sections: Any) -> RunConfig:
-    train = {"epochs": 2, "batch_size": 8, "eval_batch_size": 64, "lr": 1e-4} | sections.pop("train", {})
+    train = {"epochs": 2, "batch_size": 8, "eval_batch_size": 64, "lr": 0.05, "hf": SGD} | sections.pop("train", {})
     wanted = {
         "model": {"name": "tiny-roberta", "precision": "fp32"},
         "task": {"name": task_name, "max_length": 64},
@@ -52,15 +55,11 @@ def config(folder: Path, name: str, task_name: str = "rule-sentiment", **section
 
 
 def differing(folder: Path) -> list[RunConfig]:
-    """Another seed, learning rate, task, head, number of steps, rank, place, batch and accumulation each.
-
-    On a task that gives next to no gradient AdamW makes steps of the noise alone; a larger epsilon keeps them small.
-    """
-    damped = {"adam_epsilon": 1e-5}
+    """Each with another seed, learning rate, task, head, number of steps, rank, targets, batch or accumulation."""
     return [
         config(folder, "first"),
-        config(folder, "second", train={"seed": 1, "lr": 3e-4, "epochs": 1}),
-        config(folder, "third", "stsb", lora={"r": 8, "targets": ["all"]}, train={"batch_size": 6, "hf": damped}),
+        config(folder, "second", train={"seed": 1, "lr": 0.1, "epochs": 1}),
+        config(folder, "third", "stsb", lora={"r": 8, "targets": ["all"]}, train={"batch_size": 6}),
         config(folder, "fourth", train={"batch_size": 4, "gradient_accumulation": 3, "seed": 2}),
     ]
 
@@ -118,7 +117,7 @@ def test_writers_train_together(tmp_path: Path) -> None:
     read = get_task("rule-restaurants").load(None, ("train", "validation"))
     read = {split: part.select(range(24)) for split, part in read.items()}
     sections = {"model": {"name": "tiny-gpt2"}, "task": {"max_length": 128}}
-    more = ({"epochs": 1}, {"epochs": 1, "seed": 1, "lr": 3e-4, "gradient_accumulation": 2, "batch_size": 4})
+    more = ({"epochs": 1}, {"epochs": 1, "seed": 1, "lr": 0.1, "gradient_accumulation": 2, "batch_size": 4})
     runs: list[list[Any]] = []
     for folder in ("alone", "together"):
         configs = [
