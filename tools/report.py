@@ -1,7 +1,7 @@
-"""Fills the tables of the pages from records: no number in docs or README is typed by hand.
+"""Renders the tables in README and docs from records, so that nobody types a number by hand.
 
-A page says where a table goes: `<!-- table: sst2 -->`, the table, `<!-- end -->`. `python -m tools.report` renews all
-of them from `docs/results/`, and a test fails where a page and its records disagree.
+A page marks a table with `<!-- table: sst2 -->` and `<!-- end -->`. `python -m tools.report` renders every table from
+the records in `docs/results/`. A test fails if a page and its records disagree.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re
 
 
 def fill(text: str, results: Path) -> str:
-    """The page with each of its tables rendered from the records below `results`.
+    """Returns the page with every table rendered from the records in `results`.
 
     Raises:
-        DataError: the page asks for a table that does not exist, or a record is missing or damaged.
+        DataError: the page names an unknown table, or a record is missing or damaged.
     """
 
     def render(match: re.Match[str]) -> str:
@@ -43,7 +43,7 @@ def fill(text: str, results: Path) -> str:
 
 
 def fill_pages(root: Path) -> list[Path]:
-    """Renews README.md, its translations and every page of docs/ below `root`; returns those that changed."""
+    """Renders README.md, its translations and every page in docs/; returns the pages that changed."""
     changed = []
     for page in [*sorted(root.glob("README*.md")), *sorted((root / "docs").glob("**/*.md"))]:
         before = page.read_text(encoding="utf-8")
@@ -61,7 +61,7 @@ def _runs(folder: Path) -> list[tuple[Path, RunRecord]]:
 def _sst2(results: Path) -> str:
     runs = _runs(results / "sst2")
     runs.sort(key=lambda run: run[1].metrics["validation"]["accuracy"])
-    rows = [["always the commonest class", percent(runs[0][1].majority["validation"]["accuracy"]), *["-"] * 7]]
+    rows = [["majority class", percent(runs[0][1].majority["validation"]["accuracy"]), *["-"] * 7]]
     for file, record in runs:
         train, counts = record.config["train"], record.parameters
         rows.append(
@@ -77,7 +77,17 @@ def _sst2(results: Path) -> str:
                 f"[{record.rows['train']:,}](results/sst2/{file.name})",
             ]
         )
-    head = ["run", "accuracy, %", "trained", "of all, %", "file, MB", "epochs", "lr", "training", "rows (record)"]
+    head = [
+        "run",
+        "accuracy, %",
+        "trained parameters",
+        "share, %",
+        "file, MB",
+        "epochs",
+        "lr",
+        "training",
+        "rows (record)",
+    ]
     return table(head, rows)
 
 
@@ -85,14 +95,14 @@ def _e2e(results: Path) -> str:
     run = RunRecord.load(results / "e2e" / "lora.json")
     rows = []
     for name, file, perplexity, training in (
-        (f"{run.model}, not trained", "scores-base.json", "-", "-"),
+        (f"{run.model}, no adapter", "scores-base.json", "-", "-"),
         (describe(run), "scores-lora.json", f"{run.metrics['validation']['perplexity']:.2f}", _link(run)),
     ):
         scored = ScoreRecord.load(results / "e2e" / file)
         scores = ["null" if value is None else f"{value:.4f}" for value in scored.metrics["all"].values()]
-        writing = f"[{minutes(scored.timings['generate'])}](results/e2e/{file})"
-        rows.append([name, *scores, perplexity, training, writing])
-    return table(["model", *scored.metrics["all"], "dev perplexity", "training (record)", "writing (record)"], rows)
+        generation = f"[{minutes(scored.timings['generate'])}](results/e2e/{file})"
+        rows.append([name, *scores, perplexity, training, generation])
+    return table(["model", *scored.metrics["all"], "dev perplexity", "training (record)", "generation (record)"], rows)
 
 
 def _link(run: RunRecord) -> str:
@@ -102,9 +112,7 @@ def _link(run: RunRecord) -> str:
 def _grouping(results: Path) -> str:
     rows = [
         [
-            "rows of a prompt together"
-            if record.config["train"]["group_by_prompt"]
-            else "rows of like length together",
+            "grouped by prompt" if record.config["train"]["group_by_prompt"] else "grouped by length",
             f"{record.metrics['validation']['perplexity']:.3f}",
             f"{record.throughput['samples']:.1f}",
             f"[{minutes(record.timings['train'])}](results/grouping/{file.name})",
@@ -115,7 +123,7 @@ def _grouping(results: Path) -> str:
 
 
 def _sweep(results: Path) -> str:
-    """The trials of each sweep, the best first; those that were stopped early at the end."""
+    """The complete trials of each sweep, the best first."""
     parts = []
     for file in record_files(results / "sweep"):
         record = SweepRecord.load(file)
@@ -133,10 +141,10 @@ def _sweep(results: Path) -> str:
             ]
             for trial in done
         ]
-        told = ", ".join(f"{number} {state}" for state, number in counts.items())
+        states = ", ".join(f"{number} {state}" for state, number in counts.items())
         shares = ", ".join(f"{key} {percent(share)} %" for key, share in record.importance.items())
         head = ["trial", *keys, f"{record.split} {record.metric}", "seconds"]
-        caption = f"{record.task}, {told} ([record](results/sweep/{file.name})). Importance: {shares}."
+        caption = f"{record.task}: {states} ([record](results/sweep/{file.name})). Parameter importance: {shares}."
         parts.append(f"{caption}\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 
@@ -165,7 +173,7 @@ def _bases(results: Path) -> str:
         ]
         for name, base in _evidence(results).items()
     ]
-    head = ["base", "parameters", "file, MB", "tokens trained on, M", "tokens of text, M", "minutes", "held-out loss"]
+    head = ["base", "parameters", "file, MB", "training tokens, M", "corpus tokens, M", "minutes", "held-out loss"]
     return table([*head, "perplexity"], rows)
 
 
@@ -174,28 +182,26 @@ def _fills(results: Path) -> str:
         [row["sentence"].replace("<mask>", "**[?]**"), ", ".join(f"{word} {p:.2f}" for word, p in row["fills"].items())]
         for row in _evidence(results)["tiny-roberta"]["fills"]
     ]
-    return table(["sentence", "the five likeliest words"], rows, words=2)
+    return table(["sentence", "top five predictions"], rows, words=2)
 
 
 def _continuations(results: Path) -> str:
     rows = _evidence(results)["tiny-gpt2"]["continuations"]
-    head = ["prompt", "likeliest continuation", "sampled (top-p 0.9, temperature 0.8)"]
+    head = ["prompt", "greedy continuation", "sampled (top-p 0.9, temperature 0.8)"]
     return table(
         head, [[" ".join(row[key].split()) for key in ("prompt", "greedy", "sampled")] for row in rows], words=3
     )
 
 
 def _roles(_: Path) -> str:
-    """Where each model type keeps what a role names, from the role table itself."""
-
-    def place(projection: Projection | None) -> str:
+    def path(projection: Projection | None) -> str:
         if projection is None:
             return "-"
         index, count = projection.slice
         return f"`{projection.path}`" + (f", part {index + 1} of {count}" if count > 1 else "")
 
-    rows = [[f"`{role}`", *(place(each.projections.get(role)) for each in ARCHITECTURES.values())] for role in ROLES]
-    rows.append(["the head", *(", ".join(f"`{name}`" for name in each.head) for each in ARCHITECTURES.values())])
+    rows = [[f"`{role}`", *(path(each.projections.get(role)) for each in ARCHITECTURES.values())] for role in ROLES]
+    rows.append(["head", *(", ".join(f"`{name}`" for name in each.head) for each in ARCHITECTURES.values())])
     return table(["role", *ARCHITECTURES], rows, words=1 + len(ARCHITECTURES))
 
 
@@ -234,9 +240,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 
 def main() -> int:
-    """Renews the pages of the repository that this file lies in."""
     for page in fill_pages(Path(__file__).parent.parent):
-        sys.stderr.write(f"renewed {page.name}\n")
+        sys.stderr.write(f"rendered {page.name}\n")
     return 0
 
 

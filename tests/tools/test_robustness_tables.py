@@ -55,12 +55,12 @@ def test_each_kill_has_a_row(tmp_path: Path) -> None:
     }
     write(tmp_path, "kills.json", record)
     assert cells(kills(tmp_path)) == [
-        ["1", "2.50", "checkpoint-6", "yes", "nothing"],
-        ["2", "0.12", "the beginning", "no", "metrics, best"],
+        ["1", "2.50", "checkpoint-6", "yes", "none"],
+        ["2", "0.12", "step 0", "no", "metrics, best"],
     ]
 
 
-def test_a_missing_record_is_told_and_a_damaged_one_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_record_names_the_command_and_a_damaged_one_is_an_error(tmp_path: Path) -> None:
     assert damaged(tmp_path) == (
         "Not recorded yet: run `python -m tests.support.robustness --output docs/results/robustness/input.json`."
     )

@@ -1,6 +1,6 @@
-"""The tables of damaged input, malformed requests and runs that were killed, from the records that `tests` write.
+"""Tables of damaged input, malformed requests and killed runs.
 
-A table whose record has not been made says so.
+A table without a record shows the command that makes one.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ from typing import Any
 from lora_hf.core.formatting import table
 from lora_hf.core.records import read_plain
 
-MAKERS = {"input.json": "robustness", "http.json": "malformed", "kills.json": "kills"}
+MAKERS = {"input.json": "robustness", "http.json": "malformed", "kills.json": "kills"}  # modules of tests.support
 NOT_MADE = {
-    name: f"Not recorded yet: run `python -m tests.{maker} --output docs/results/robustness/{name}`."
+    name: f"Not recorded yet: run `python -m tests.support.{maker} --output docs/results/robustness/{name}`."
     for name, maker in MAKERS.items()
 }
 
-# How a request may end, by its name in the record.
-ENDS = {
+# Column headers for the outcomes of a request, by their keys in the record.
+OUTCOMES = {
     "requests": "requests",
-    "malformed": "refused as malformed",
-    "refused": "refused for what it asks",
-    "accepted": "answered",
-    "unavailable": "503 or 504 with its code",
-    "failed": "another 5xx, or no documented form",
+    "malformed": "rejected as malformed",
+    "refused": "well-formed but rejected",
+    "accepted": "succeeded",
+    "unavailable": "503 or 504 (documented)",
+    "failed": "undocumented error",
 }
 
 
 def damaged(results: Path) -> str:
-    """By kind of input: how many cases, how each ended, and the most that one took."""
     record = _read(results, "input.json")
     if not record:
         return NOT_MADE["input.json"]
@@ -47,31 +46,36 @@ def damaged(results: Path) -> str:
                 f"{worst['memory'] / 1e6:.0f}",
             ]
         )
-    head = ["input", "cases", "refused with a message", "used as meant", "tracebacks", "slowest, s", "most memory, MB"]
+    head = [
+        "input",
+        "cases",
+        "rejected with one error",
+        "accepted",
+        "tracebacks",
+        "slowest, s",
+        "peak extra memory, MB",
+    ]
     return table(head, rows)
 
 
 def malformed(results: Path) -> str:
-    """By operation of the server: how many requests, and how each ended."""
     record = _read(results, "http.json")
     if not record:
         return NOT_MADE["http.json"]
     operations = [*record["operations"].items(), ("all", record["totals"])]
-    rows = [[name, *(f"{counts.get(each, 0):,}" for each in ENDS)] for name, counts in operations]
-    return table(["operation", *ENDS.values()], rows)
+    rows = [[name, *(f"{counts.get(outcome, 0):,}" for outcome in OUTCOMES)] for name, counts in operations]
+    return table(["operation", *OUTCOMES.values()], rows)
 
 
 def malformed_answers(results: Path) -> str:
-    """How many of these requests got which status, and which code of an error."""
     record = _read(results, "http.json")
     if not record:
         return NOT_MADE["http.json"]
-    rows = [[answer, f"{count:,}"] for answer, count in record["answers"].items()]
-    return table(["answer", "requests"], rows)
+    rows = [[response, f"{count:,}"] for response, count in record["answers"].items()]
+    return table(["response", "requests"], rows)
 
 
 def kills(results: Path) -> str:
-    """Each kill: when it came, where the run went on, and what it ended with otherwise than the run never stopped."""
     record = _read(results, "kills.json")
     if not record:
         return NOT_MADE["kills.json"]
@@ -79,13 +83,13 @@ def kills(results: Path) -> str:
         [
             f"{number}",
             f"{kill['seconds']:.2f}",
-            kill["checkpoint"] or "the beginning",
+            kill["checkpoint"] or "step 0",
             "yes" if kill["while_writing"] else "no",
-            ", ".join(kill["differences"]) or "nothing",
+            ", ".join(kill["differences"]) or "none",
         ]
         for number, kill in enumerate(record["kills"], start=1)
     ]
-    head = ["kill", "after, s", "went on from", "while a checkpoint was written", "different in the end"]
+    head = ["kill", "killed after, s", "resumed from", "during a checkpoint write", "differences at the end"]
     return table(head, rows, words=5)
 
 

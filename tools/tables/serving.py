@@ -1,4 +1,4 @@
-"""The tables of what `benchmark serve` measured: clients over HTTP, adapters replaced, and a server that was killed."""
+"""Tables of `benchmark serve`: requests over HTTP, adapters replaced under load, and a restart after a kill."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from lora_hf.core.records import read_plain, record_files
 
 
 def serving(results: Path) -> str:
-    """Two rows for each record of `benchmark serve`: a client that asks one request at a time, then all at once."""
     rows = []
     for file, record in _records(results):
         work = record["work"]
-        name = f"[{_served(work)}, {work['adapters']} adapters](results/serving/{file.name})"
+        name = f"[{_server(work)}, {work['adapters']} adapters](results/serving/{file.name})"
         for clients, side in ((1, record["one_at_a_time"]), (work["clients"], record["together"])):
             rows.append(
                 [
@@ -30,15 +29,14 @@ def serving(results: Path) -> str:
                     f"{record['ratio']:.2f}" if side is record["together"] else "1",
                 ]
             )
-    head = ["work (record)", "clients", "requests", "requests/s", "p50, ms", "p99, ms", "errors", "wrong answers"]
-    return table([*head, "times one at a time"], rows)
+    head = ["server (record)", "clients", "requests", "requests/s", "p50, ms", "p99, ms", "errors", "wrong results"]
+    return table([*head, "speedup over one client"], rows)
 
 
 def restarts(results: Path) -> str:
-    """What was done to each measured server: adapters replaced under load, and an end and a new start."""
     rows = [
         [
-            f"[{_served(record['work'])}](results/serving/{file.name})",
+            f"[{_server(record['work'])}](results/serving/{file.name})",
             f"{record['replaced']['times']}",
             f"{record['replaced']['failed']}",
             f"{statistics.median_low(record['replaced']['milliseconds']):.0f}",
@@ -48,11 +46,11 @@ def restarts(results: Path) -> str:
         ]
         for file, record in _records(results)
     ]
-    head = ["server (record)", "replaced", "failed", "median time of one, ms", "start, s", "start after a kill, s"]
-    return table([*head, "wrong answers after it"], rows)
+    head = ["server (record)", "adapters replaced", "failed", "median, ms", "start, s", "restart after a kill, s"]
+    return table([*head, "wrong results after restart"], rows)
 
 
-def _served(work: dict[str, Any]) -> str:
+def _server(work: dict[str, Any]) -> str:
     return f"{work['model']}{' (random weights)' if work['init'] == 'random' else ''} in {work['precision']}"
 
 

@@ -1,4 +1,4 @@
-"""The tables of what `benchmark` measured: training, answering, and where a step's time goes."""
+"""Tables of `python -m tools.benchmark`: training and inference speed, profiles, quantized bases."""
 
 from __future__ import annotations
 
@@ -9,11 +9,23 @@ from typing import Any
 from lora_hf.core.formatting import percent, table
 from lora_hf.core.records import read_plain, record_files
 
-PEERS = {"peft-default": "PEFT as it comes", "peft-best": "PEFT at its best", "loralib": "loralib"}
+PEERS = {"peft-default": "PEFT (defaults)", "peft-best": "PEFT (best settings)", "loralib": "loralib"}
+# Row labels of a profile, by the names in its record.
+OPERATIONS = {
+    "head of the language model": "language model head",
+    "products with frozen weights": "matmuls with frozen weights",
+    "low-rank products": "LoRA matmuls",
+    "other operators": "other operators",
+    "between operators": "time between operators",
+    "Python of the projections": "Python overhead of LoRA layers",
+    "Python of the attention": "Python overhead of attention",
+    "copies and casts": "copies and casts",
+    "activations and norms": "activations and norms",
+    "optimiser": "optimizer",
+}
 
 
 def speed(results: Path) -> str:
-    """A row for each side of each record."""
     rows = []
     for file, record in _records(results / "speed"):
         for side, measured in record["sides"].items():
@@ -30,12 +42,12 @@ def speed(results: Path) -> str:
                     f"{memory:.2f}" if memory else "1",
                 ]
             )
-    head = ["work (record)", "side", "examples/s", "tokens/s", "share of peak, %", "lora is faster, x"]
-    return table([*head, "memory above base, MB", "lora needs, x"], rows, words=2)
+    head = ["workload (record)", "implementation", "examples/s", "tokens/s", "share of peak, %", "lora speedup"]
+    return table([*head, "memory above base, MB", "lora memory ratio"], rows, words=2)
 
 
 def equal_work(results: Path) -> str:
-    """Full fine-tuning against LoRA on the same rows: how much more it multiplies, and how much longer it takes."""
+    """The ratios of FLOPs and of time between full fine-tuning and LoRA on the same rows."""
     rows = []
     for file, record in _records(results / "speed"):
         sides = record["sides"]
@@ -51,18 +63,17 @@ def equal_work(results: Path) -> str:
                     f"{time / work:.2f}",
                 ]
             )
-    head = ["work (record)", "operations, full over LoRA", "time, full over PEFT", "time, full over lora_hf"]
-    return table([*head, "of it not from operations"], rows)
+    head = ["workload (record)", "FLOPs, full / LoRA", "time, full / PEFT", "time, full / lora_hf"]
+    return table([*head, "not explained by FLOPs"], rows)
 
 
 def _against(sides: dict[str, Any], slower: str, faster: str) -> float:
-    """The median over the rounds of how many times as long one side took as the other."""
+    """The median over rounds of the time ratio `slower / faster`."""
     pairs = zip(sides[slower]["seconds"], sides[faster]["seconds"], strict=True)
     return statistics.median(slow / fast for slow, fast in pairs)
 
 
 def speed_machines(results: Path) -> str:
-    """The machines of these records and their measured peaks."""
     peaks: dict[str, list[float]] = {}
     for _, record in _records(results / "speed"):
         peaks.setdefault(_machine(record), []).append(record["peak"]["bf16_flops_per_second"]["median"])
@@ -74,20 +85,18 @@ def speed_machines(results: Path) -> str:
 
 
 def profiles(results: Path) -> str:
-    """The shares of a step's time by purpose, a column for each record."""
     found = _records(results / "profile")
     purposes = dict.fromkeys(purpose for _, record in found for purpose in record["shares"])
     largest = {purpose: max(record["shares"].get(purpose, 0.0) for _, record in found) for purpose in purposes}
     rows = [
-        [purpose, *(percent(record["shares"].get(purpose, 0.0)) for _, record in found)]
+        [OPERATIONS.get(purpose, purpose), *(percent(record["shares"].get(purpose, 0.0)) for _, record in found)]
         for purpose in sorted(purposes, key=lambda each: -largest[each])
     ]
     head = [f"[{_work(record)}](results/profile/{file.name}), %" for file, record in found]
-    return table(["the time goes to", *head], rows)
+    return table(["operation", *head], rows)
 
 
 def answering(results: Path) -> str:
-    """A row for each side of each record of `benchmark infer`."""
     rows = []
     for file, record in _records(results / "infer"):
         lora = record["work"]["lora"]
@@ -102,21 +111,20 @@ def answering(results: Path) -> str:
                     _spread(ratio, 2) if ratio else "1",
                 ]
             )
-    return table(["work (record)", "side", "rows/s", "mixed is faster, x"], rows, words=2)
+    return table(["workload (record)", "mode", "rows/s", "speedup of mixed"], rows, words=2)
 
 
 def switching(results: Path) -> str:
-    """How long it takes to make another adapter the active one."""
     rows = [
         [f"[{record['work']['model']}](results/infer/{file.name})", f"{1e6 * seconds:.1f}"]
         for file, record in _records(results / "infer")
         if (seconds := record["sides"]["mixed"]["switch_seconds"])
     ]
-    return table(["model (record)", "a switch, microseconds"], rows)
+    return table(["model (record)", "switch, µs"], rows)
 
 
 def peers(results: Path) -> str:
-    """How many times as fast as each other library we train, and the share of its memory; medians of the rounds."""
+    """Our training speed and memory relative to each other library: medians over rounds."""
     rows = []
     for _, record in _records(results / "speed"):
         ratios, memory = record["ratios"], record["memory_ratios"]
@@ -125,13 +133,12 @@ def peers(results: Path) -> str:
         row = [_work(record)]
         for side in PEERS:
             faster, needs = ratios.get(f"lora/{side}"), memory.get(f"lora/{side}")
-            row.append(f"{faster['median']:.1f} x speed, {needs:.2f} x memory" if faster and needs else "-")
+            row.append(f"{faster['median']:.1f}x speed, {needs:.2f}x memory" if faster and needs else "-")
         rows.append(row)
-    return table(["training", *(f"beside {name}" for name in PEERS.values())], rows)
+    return table(["workload", *(f"vs. {name}" for name in PEERS.values())], rows)
 
 
 def joint(results: Path) -> str:
-    """A row for each record of `benchmark joint`: runs together on one base against one after another."""
     rows = []
     for file, record in _records(results / "joint"):
         work, sides = record["work"], record["sides"]
@@ -141,19 +148,18 @@ def joint(results: Path) -> str:
             [
                 f"[{work['model']} in {work['precision']}, {lora}](results/joint/{file.name})",
                 f"{len(work['runs'])}: {', '.join(tasks)}",
-                f"{work['steps']} of {work['batch_size']} rows",
+                f"{work['steps']} x {work['batch_size']}",
                 *(_spread(sides[side]["examples_per_second"], 1) for side in ("together", "apart")),
                 _spread(record["ratios"]["together/apart"], 2),
                 *(f"{sides[side]['rss']['median'] / 1e6:,.0f}" for side in ("together", "apart")),
                 f"{max(each['difference'] for each in record['weights_apart'].values()):.2g}",
             ]
         )
-    head = ["work (record)", "runs", "steps each", "together, examples/s", "one by one, examples/s", "faster, x"]
-    return table([*head, "together, peak MB", "one by one, peak MB", "weights apart by at most"], rows)
+    head = ["workload (record)", "runs", "steps x batch size", "joint, examples/s", "sequential, examples/s", "speedup"]
+    return table([*head, "joint, peak MB", "sequential, peak MB", "largest weight difference"], rows)
 
 
 def quantised(results: Path) -> str:
-    """How the base is held: its size, the speed and memory of training, and the score."""
     rows = []
     for file, record in _records(results / "quantised"):
         for form, measured in record["speed"].items():
@@ -170,12 +176,11 @@ def quantised(results: Path) -> str:
                     percent(merged["drift"]["of_delta"]) if merged else "-",
                 ]
             )
-    head = ["base held in (record)", "base, MB", "examples/s", "memory above base, MB", "accuracy, %"]
-    return table([*head, "merged, %", "rounded away of the delta, %"], rows)
+    head = ["base (record)", "base, MB", "examples/s", "memory above base, MB", "accuracy, %"]
+    return table([*head, "accuracy after merging, %", "rounding error of merging, % of the update"], rows)
 
 
 def answers_in(results: Path) -> str:
-    """One trained adapter, answering in several precisions."""
     rows = []
     for file, record in _records(results / "quantised"):
         for precision, measured in record["inference"]["precisions"].items():
@@ -187,7 +192,7 @@ def answers_in(results: Path) -> str:
                     f"{measured['examples_per_second']:,.0f}",
                 ]
             )
-    return table(["answers in (record)", "accuracy, %", "logits moved by, %", "examples/s"], rows)
+    return table(["precision (record)", "accuracy, %", "change in logits, %", "examples/s"], rows)
 
 
 def _records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
