@@ -1,1 +1,1 @@
-"""Programs for developers, run from a clone: measurements against other libraries, tables for the docs, pretraining of the small bases."""
+"""Programs for developers, run from a clone: benchmarks against other libraries, tables for the docs, small bases."""

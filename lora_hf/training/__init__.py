@@ -1,1 +1,1 @@
-"""One training run, in one process or several. `run.train` goes from a config to a run folder with its adapter and record."""
+"""One training run, in one process or several: `run.train` goes from a config to a run folder."""
