@@ -35,7 +35,7 @@ from lora_hf.lora.inject import (
     unmerge,
 )
 from lora_hf.models.load import DTYPES, load_base
-from tests.support.small import small_model, stir, token_ids
+from tests.support.small_models import small_model, stir, token_ids
 from tests.tolerances import MERGE_BF16, MERGE_FP16, MERGE_FP32
 
 # kind, num_labels, targets: nn.Linear, Conv1D, and slices of a fused projection.

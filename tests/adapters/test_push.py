@@ -17,7 +17,7 @@ from lora_hf.core.errors import AdapterError, HubError
 from lora_hf.core.records import RECORD_FILE, RunRecord
 from tests.support.adapters_on_disk import run_folder
 from tests.support.hub_server import TOKEN, USER, WEIGHTS, Hub, Repository
-from tests.support.small import small_model
+from tests.support.small_models import small_model
 
 FILES = ["README.md", "adapter_config.json", WEIGHTS, "config.yaml"]
 NAME = f"{USER}/a-lora"

@@ -16,7 +16,7 @@ from lora_hf.core.errors import AdapterError, HubError
 from tests.support.adapters_on_disk import run_folder
 from tests.support.command_lines import ask
 from tests.support.hub_server import USER, WEIGHTS, Hub, Repository
-from tests.support.small import small_model
+from tests.support.small_models import small_model
 from tests.tolerances import FILE_ROUNDTRIP
 
 NAME = f"{USER}/a-lora"

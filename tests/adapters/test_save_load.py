@@ -22,7 +22,7 @@ from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.inject import adapter_names, inject, inject_head, lora_layers
-from tests.support.small import small_model, stir, token_ids
+from tests.support.small_models import small_model, stir, token_ids
 
 QUERY = "base_model.model.roberta.encoder.layer.0.attention.self.query"
 
@@ -61,7 +61,7 @@ def test_a_new_process_gives_bit_equal_logits(saved: Path) -> None:
     code = f"""
 import torch
 from lora_hf import load_adapter
-from tests.support.small import small_model, token_ids
+from tests.support.small_models import small_model, token_ids
 print(load_adapter(small_model("roberta", num_labels=3), {str(saved)!r})(token_ids()).logits.tolist())
 """
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -28,7 +28,7 @@ from lora_hf.training.run import train
 from lora_hf.training.run_dir import begin_run, find_run_folder
 from tests.support.adapters_on_disk import TASK, run_folder
 from tests.support.kills import small_config, small_rows
-from tests.support.small import small_model
+from tests.support.small_models import small_model
 
 NAMES = ("../x", "..", ".", "", "a/b", "a\\b", "a\n", "a\0b")
 

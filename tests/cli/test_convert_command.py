@@ -17,7 +17,7 @@ from lora_hf.core.config.schema import LoraConfig, ModelConfig
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.models.load import load_base
 from tests.support.command_lines import ask
-from tests.support.small import token_ids
+from tests.support.small_models import token_ids
 from tests.tolerances import PRETRAINED_LOGITS_RTOL
 from tools.benchmark.peers import with_loralib
 

@@ -22,7 +22,7 @@ from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import UserError
 from lora_hf.lora.fingerprint import fingerprint
 from lora_hf.lora.inject import eject, inject
-from tests.support.small import small_model, stir
+from tests.support.small_models import small_model, stir
 
 PARTS = 5
 SHAPE = {

@@ -15,7 +15,7 @@ from lora_hf.core.errors import DataError
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.inference.generate import Generated, Generator, NoRepeatedNGram, write_texts
 from lora_hf.training.trainer import completion_loss
-from tests.support.small import small_model
+from tests.support.small_models import small_model
 from tests.tolerances import PARITY_FP32
 
 TASK = get_task("e2e_nlg")

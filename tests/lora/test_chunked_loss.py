@@ -13,7 +13,7 @@ from lora_hf.core.errors import TrainingError
 from lora_hf.lora.chunked_loss import enable_chunked_loss
 from lora_hf.lora.inject import inject
 from lora_hf.training.trainer import completion_loss, enable_optimizations
-from tests.support.small import small_model, stir, token_ids
+from tests.support.small_models import small_model, stir, token_ids
 from tests.tolerances import PARITY_FP32
 
 

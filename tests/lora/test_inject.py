@@ -20,7 +20,7 @@ from lora_hf.lora.inject import (
 )
 from lora_hf.lora.target_modules import Site, plan
 from lora_hf.models.load import SHAPES as PUBLISHED
-from tests.support.small import SHAPES, small_model, stir, token_ids
+from tests.support.small_models import SHAPES, small_model, stir, token_ids
 
 
 def published(name: str, auto: type = AutoModelForSequenceClassification, **more: int) -> nn.Module:

@@ -19,7 +19,7 @@ from lora_hf.lora.kernels import grouped
 from lora_hf.lora.layers import LoraWeights
 from lora_hf.lora.unpadding import enable_unpadding
 from tests import tolerances
-from tests.support.small import small_model, stir, token_ids
+from tests.support.small_models import small_model, stir, token_ids
 
 KINDS = ("roberta", "bert", "distilbert", "deberta-v2", "gpt2", "llama")
 SETTINGS = {

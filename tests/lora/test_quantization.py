@@ -41,7 +41,7 @@ from lora_hf.lora.quantization import QuantisedLinear, pack, unpack
 from lora_hf.lora.target_modules import plan, projections
 from lora_hf.models.load import dequantise, load_base, quantise, quantised_layers
 from lora_hf.training.run import train
-from tests.support.small import small_model, stir, token_ids
+from tests.support.small_models import small_model, stir, token_ids
 from tests.tolerances import INT8_LAYER_RTOL, INT8_MODEL_RTOL, NF4_TABLE, QUANTISED_BF16_RTOL, QUANTISED_FP32
 
 NEEDS_BITSANDBYTES = pytest.mark.skipif(

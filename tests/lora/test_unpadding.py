@@ -13,7 +13,7 @@ from lora_hf.lora.kernels.attention import Rows, attend_rows
 from lora_hf.lora.unpadding import ATTENTION, _filling, enable_unpadding
 from lora_hf.training.trainer import enable_optimizations
 from tests import tolerances
-from tests.support.small import small_model, stir, token_ids
+from tests.support.small_models import small_model, stir, token_ids
 
 SERVED = ("roberta", "bert", "distilbert", "gpt2", "llama")
 LENGTHS = (7, 3, 5)

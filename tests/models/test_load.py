@@ -14,7 +14,7 @@ from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora import precision
 from lora_hf.models.load import EMBEDDED, SHAPES, load_base, load_tokenizer
 from lora_hf.models.load import load as models
-from tests.support.small import small_model
+from tests.support.small_models import small_model
 from tests.tolerances import PARITY_FP32
 
 SST2 = get_task("sst2")

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lora_hf import LoraConfig, inject, save_adapter
-from tests.support.small import small_model, stir
+from tests.support.small_models import small_model, stir
 
 START = "base_model.model."
 LINEARS = {

@@ -20,7 +20,7 @@ from lora_hf.inference.classify import Predictor
 from lora_hf.inference.generate import Generator
 from lora_hf.lora.inject import count_parameters, eject, inject, merge
 from lora_hf.models.load import load_base, load_tokenizer
-from tests.support.small import small_model, stir, token_ids
+from tests.support.small_models import small_model, stir, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, MERGE_FP32
 
 CASES = {

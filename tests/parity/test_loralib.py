@@ -13,7 +13,7 @@ import lora_hf
 from lora_hf.adapters.convert.loralib import load_loralib
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.lora.inject import Bias, inject, lora_layers
-from tests.support.small import small_model, stir
+from tests.support.small_models import small_model, stir
 from tools.benchmark.peers import with_loralib
 
 MODELS = {

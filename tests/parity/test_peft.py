@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassif
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.lora.inject import inject, lora_layers
-from tests.support.small import small_model, stir, token_ids
+from tests.support.small_models import small_model, stir, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, PARITY_FP32
 
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]

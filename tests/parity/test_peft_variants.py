@@ -16,7 +16,7 @@ from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.inject import inject, lora_layers, merge
-from tests.support.small import small_model, token_ids
+from tests.support.small_models import small_model, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, MERGE_FP32, PARITY_FP32
 
 QUERIES = "encoder.layer.*.attention.self.query"

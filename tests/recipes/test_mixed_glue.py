@@ -19,7 +19,7 @@ from lora_hf.data.tasks.glue import GLUE
 from lora_hf.inference.classify import MixedPredictor, Predictor
 from lora_hf.models.load import load_base
 from tests import tolerances
-from tests.support.small import stir
+from tests.support.small_models import stir
 
 ROWS = 24
 

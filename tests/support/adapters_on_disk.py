@@ -13,7 +13,7 @@ from lora_hf.core.records import RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.inject import inject
 from lora_hf.models.load import load_base
-from tests.support.small import stir
+from tests.support.small_models import stir
 
 TASK = get_task("rule-sentiment")
 

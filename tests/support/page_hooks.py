@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.support.small import token_ids
+from tests.support.small_models import token_ids
 from tests.tolerances import PARITY_FP32
 
 

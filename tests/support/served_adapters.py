@@ -11,7 +11,7 @@ from lora_hf.core.config.schema import LoraConfig, ModelConfig
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.inject import inject
 from lora_hf.models.load import load_base
-from tests.support.small import stir
+from tests.support.small_models import stir
 
 TEXTS = ("A warm, funny film.", "A dull film without a single idea.", "It has its moments.", "Never again!")
 PROMPTS = ("name[The Vaults], eatType[pub]", "name[Aromi], food[Italian], area[riverside]", "name[Zizzi]")

@@ -14,7 +14,7 @@ from lora_hf.lora.inject import inject
 from lora_hf.training.optimizer import apply_loraplus
 from lora_hf.training.run import train
 from lora_hf.training.trainer import AdapterTrainer
-from tests.support.small import small_model
+from tests.support.small_models import small_model
 
 
 def test_the_faster_parameters_move_and_keep_their_other_settings() -> None:

@@ -17,7 +17,7 @@ from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.inject import adapter_names, add_weights, inject, lora_layers, set_adapter
 from lora_hf.lora.layers import LoraWeights
-from tests.support.small import small_model, stir, token_ids
+from tests.support.small_models import small_model, stir, token_ids
 from tests.tolerances import PARITY_FP32
 from tools.benchmark.peers import with_loralib
 

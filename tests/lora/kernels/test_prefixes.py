@@ -10,7 +10,7 @@ from lora_hf.lora.kernels.prefixes import share_prefixes
 from lora_hf.lora.unpadding import _layout, enable_unpadding
 from tests import tolerances
 from tests.lora.test_unpadding import adapted, gradients
-from tests.support.small import small_model
+from tests.support.small_models import small_model
 
 PROMPT = [11, 12, 13, 14, 15, 16]
 ROWS = [[*PROMPT, 20, 21], [30, 31, 32], [*PROMPT, 20, 25, 26], PROMPT[:], [*PROMPT, 40]]

@@ -13,7 +13,7 @@ from lora_hf.core.errors import AdapterError, ModelError
 from lora_hf.lora.fingerprint import fingerprint
 from lora_hf.lora.inject import count_parameters, eject, inject, lora_layers, merge, set_adapter, unmerge
 from lora_hf.lora.variants.biases import biased_modules
-from tests.support.small import small_model, token_ids
+from tests.support.small_models import small_model, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, MERGE_FP32
 
 BIASES = ["lora_only", "all"]

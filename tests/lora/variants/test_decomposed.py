@@ -13,7 +13,7 @@ from lora_hf.core.errors import AdapterError, ConfigError
 from lora_hf.lora.fingerprint import fingerprint
 from lora_hf.lora.inject import inject, lora_layers, set_adapter
 from lora_hf.lora.variants.decomposed import orthonormal_factors, principal_factors
-from tests.support.small import small_model, token_ids
+from tests.support.small_models import small_model, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, PARITY_FP32
 
 STARTS = ["pissa", "pissa_niter_8", "olora"]

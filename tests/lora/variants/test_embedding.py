@@ -12,7 +12,7 @@ from lora_hf.lora.inject import eject, inject, lora_layers, merge, unmerge
 from lora_hf.lora.layers import LoraLinear
 from lora_hf.lora.target_modules import plan
 from lora_hf.lora.variants.embedding import EmbeddingWeights
-from tests.support.small import small_model, token_ids
+from tests.support.small_models import small_model, token_ids
 from tests.tolerances import MERGE_FP32, PARITY_FP32
 
 

@@ -9,7 +9,7 @@ from lora_hf.core.config.schema import LoraConfig, RunConfig
 from lora_hf.core.errors import ConfigError
 from lora_hf.lora.inject import inject, lora_layers
 from lora_hf.lora.target_modules import plan
-from tests.support.small import small_model
+from tests.support.small_models import small_model
 
 QUERY = "roberta.encoder.layer.{}.attention.self.query"
 

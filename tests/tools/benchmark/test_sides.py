@@ -14,7 +14,7 @@ from lora_hf.core.config.schema import LoraConfig, ModelConfig, RunConfig
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.inject import inject
 from lora_hf.models.load import load_base
-from tests.support.small import small_model, token_ids
+from tests.support.small_models import small_model, token_ids
 from tests.tolerances import PARITY_FP32
 from tools.benchmark.flops import Weights, matmul_peak, matrix_weights, step_flops
 from tools.benchmark.peers import PEER_SIDES, with_loralib
