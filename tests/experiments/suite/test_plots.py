@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_hf.experiments.suite.plots import draw_suite, pareto_front
-from tests.support.small_suite import made_record, two_methods
+from tests.support.suite_records import made_record, two_methods
 
 
 def test_the_front_has_the_points_that_no_other_beats() -> None:

@@ -8,7 +8,7 @@ import pytest
 from lora_hf.core.errors import DataError
 from lora_hf.core.records import SuiteRecord
 from lora_hf.experiments.suite.tables import GLUE, choice, glue_average, guide, resources, scores, storage, texts
-from tests.support.small_suite import made_record, made_run, two_methods
+from tests.support.suite_records import made_record, made_run, two_methods
 from tools.report import fill
 
 
