@@ -20,7 +20,7 @@ from lora_hf.data.tasks.generation import TextGeneration
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE
 from lora_hf.models.load import load_tokenizer
-from tests.support.splits import columns, message
+from tests.support.split_files import columns, message
 
 TEAMS = TaskConfig(
     "tickets",

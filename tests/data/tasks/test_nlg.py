@@ -16,7 +16,7 @@ from lora_hf.data.synthetic import RESTAURANT_ROWS
 from lora_hf.data.tasks.generation import IGNORE_INDEX, TextGeneration
 from lora_hf.data.tasks.nlg import NLG
 from lora_hf.data.tasks.registry import get_task, task_names
-from tests.support.splits import load, message, write, write_text
+from tests.support.split_files import load, message, write, write_text
 
 END = 50256  # GPT-2's <|endoftext|>: the separator and the end
 SLOTS = "name, eatType, food, priceRange, customer rating, area, familyFriendly, near"

@@ -19,7 +19,7 @@ from lora_hf.core.errors import HubError
 from lora_hf.core.hub_access import hub_is_reachable
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE
-from tests.support.splits import columns, message, write, write_text
+from tests.support.split_files import columns, message, write, write_text
 
 ROWS = {"sentence": ["a fine film", "a dull film"], "label": [1, 0], "idx": [0, 1]}
 
