@@ -29,8 +29,8 @@ from lora_hf.training.callbacks import SignalHandler
 from lora_hf.training.checkpoints import MANIFEST_FILE, checkpoints_in, find_damage
 from lora_hf.training.run import Run, train
 from lora_hf.training.trainer import Optimizations
+from tests.support.distributed_runs import DEVELOPMENT, NONE_LEFT, WITH_FSDP, by_length, classify, generate, rows_of
 from tests.support.kills import differences, small_config
-from tests.support.together import DEVELOPMENT, NONE_LEFT, WITH_FSDP, by_length, classify, generate, rows_of
 from tests.tolerances import BF16_LOSS_RTOL, PROCESSES_FP32
 
 REPO = Path(__file__).parents[2]
@@ -48,9 +48,9 @@ def start(python: str, *words: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def shared(forked: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the runs of `tests/support/together.py`."""
+    """The folder of the runs of `tests/support/distributed_runs.py`."""
     folder = tmp_path_factory.mktemp("shared")
-    process = start(sys.executable, "-m", "tests.support.together", str(folder))
+    process = start(sys.executable, "-m", "tests.support.distributed_runs", str(folder))
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
     return folder

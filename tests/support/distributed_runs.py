@@ -1,6 +1,6 @@
 """Runs of two processes, one after the other in one start of torchrun, for `tests/training/test_distributed.py`.
 
-`torchrun --nproc-per-node 2 -m tests.support.together FOLDER` leaves a run folder each, and what each process saw in
+`torchrun --nproc-per-node 2 -m tests.support.distributed_runs FOLDER` leaves a run folder each, and what each process saw in
 `seen-<process>.json`.
 """
 
