@@ -1,153 +1,285 @@
-"""Measures methods and libraries side by side: `python -m tools.benchmark VERB`.
+"""Measures the speed and memory of training, inference and serving, and compares methods and libraries.
 
-`lora-hf benchmark glue|nlg` is the other one: it trains and scores many tasks on a user's base.
+`lora-hf benchmark glue|nlg` is another command: it trains and scores many tasks on a base of your choice.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_hf.cli.main import exit_code_of
 from lora_hf.cli.terminal import check_record, print_json, write_record
-from tools.benchmark import joint_command, quantised
-from tools.benchmark.options import add_base, base_section
+from tools.benchmark.job import FORMATS
 
-MEASURED = {
-    "train": "how fast methods and libraries train",
-    "infer": "how fast adapters answer",
-    "profile": "where the time of a training step goes",
-    "serve": "how a server answers many clients",
+Record = dict[str, Any]
+
+# All options of all verbs, as arguments of `add_argument`. Each verb names its own, with their defaults.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {"metavar": "NAME", "help": "base model"},
+    "init": {"choices": ["pretrained", "random"], "help": "weights of the base; random keeps only its shape"},
+    "tokenizer": {"metavar": "NAME", "help": "hub id or folder of the tokenizer"},
+    "precision": {"choices": ["auto", "fp32", "bf16", "fp16"], "help": "precision of our frozen base"},
+    "base_dropout": {"type": float, "metavar": "P", "help": "dropout of the base"},
+    "task": {"metavar": "NAME", "help": "task whose rows are used"},
+    "tasks": {"metavar": "TASK,...", "help": "tasks, with one run for each seed"},
+    "seeds": {"metavar": "N,...", "help": "seeds of each task"},
+    "data_dir": {"metavar": "DIR", "help": "folder with the data"},
+    "r": {"type": int, "metavar": "N", "help": "rank of each adapter, and its lora_alpha"},
+    "targets": {"metavar": "ROLE,...", "help": "lora.targets of each adapter"},
+    "dropout": {"type": float, "metavar": "P", "help": "lora_dropout of each adapter"},
+    "forms": {"metavar": "FORMAT,...", "help": "storage formats of the base"},
+    "lr": {"type": float, "metavar": "RATE", "help": "learning rate"},
+    "batch_size": {"type": int, "metavar": "N", "help": "rows per batch"},
+    "group_by_prompt": {"action": "store_true", "help": "generation: put all rows of a prompt into one batch"},
+    "steps": {"type": int, "metavar": "N", "help": "optimizer steps of each round or run"},
+    "speed_steps": {"type": int, "metavar": "N", "help": "optimizer steps of each timed round"},
+    "rounds": {"type": int, "metavar": "N", "help": "counted rounds of each side"},
+    "against": {
+        "metavar": "SIDE,...",
+        "help": "sides to compare with: peft (both peft-default and peft-best), loralib, full, head, without-dropout, "
+        "frozen (no adapter: the upper bound)",
+    },
+    "rows": {"type": int, "metavar": "N", "help": "validation rows to classify"},
+    "limit": {"type": int, "metavar": "N", "help": "validation rows to score"},
+    "clients": {"type": int, "metavar": "N", "help": "concurrent clients"},
+    "adapters": {"type": int, "metavar": "N", "help": "adapters on the base"},
+    "replacements": {"type": int, "metavar": "N", "help": "adapters to replace under load"},
+    "seconds": {"type": float, "metavar": "S", "help": "duration of the load"},
+    "output": {"type": Path, "metavar": "FILE", "help": "write the record to this JSON file"},
+    "json": {"action": "store_true", "help": "print the record as one line of JSON"},
 }
-VERBS = (*MEASURED, "joint", "quantised")
+# What an option without a default means.
+UNSET = {
+    "tokenizer": "that of the model",
+    "data_dir": "$LORA_HF_DATA_DIR, otherwise the hub",
+    "batch_size": "16, or 8 for generation",
+    "limit": "all",
+}
+BASE = {"model": "tiny-roberta", "init": "pretrained", "tokenizer": None, "precision": "auto"}
+TASK = {"task": "rule-sentiment", "data_dir": None}
+LORA = {"r": 16, "targets": "all"}
+TRAINING = {"batch_size": None, "dropout": 0.0, "base_dropout": 0.0, "group_by_prompt": False, "steps": 10}
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A measurement: `measure` returns its record, and `report` yields the lines to print of it."""
+
+    help: str
+    defaults: dict[str, Any]
+    measure: Callable[[argparse.Namespace], Record]
+    report: Callable[[Record], Iterator[str]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one measurement."""
     parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=__doc__)
-    kinds = parser.add_subparsers(dest="what", required=True, metavar="VERB")
-    for what, words in MEASURED.items():
-        _add_measured(kinds.add_parser(what, help=words, description=words))
-    joint_command.add(kinds)
-    quantised.add(kinds)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        subparser = verbs.add_parser(name, help=verb.help, description=f"{verb.help[0].upper()}{verb.help[1:]}.")
+        for option, default in {**verb.defaults, "output": None, "json": False}.items():
+            values = OPTIONS[option] | {"default": default}
+            shown = UNSET.get(option) if default is None else default
+            if shown is not None and shown is not False:
+                values["help"] += f"; default: {shown}"
+            subparser.add_argument(f"--{option.replace('_', '-')}", **values)
     options = parser.parse_args(arguments)
-    return exit_code_of(lambda: options.run(options), "benchmark")
+    return exit_code_of(lambda: _run(VERBS[options.verb], options), "benchmark")
 
 
-def _add_measured(parser: argparse.ArgumentParser) -> None:
-    add_base(parser, "auto")
-    parser.add_argument("--task", default="rule-sentiment", metavar="NAME")
-    parser.add_argument("--data-dir", metavar="DIR")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="default: 16, 8 for generation, 64 to infer")
-    parser.add_argument("--r", type=int, default=16, metavar="N", help="of every adapter, lora_alpha the same")
-    parser.add_argument("--targets", default="all", metavar="ROLE,...", help="as lora.targets in a config")
-    parser.add_argument("--rows", type=int, default=256, metavar="N", help="infer: rows of a round, of all tasks")
-    parser.add_argument("--clients", type=int, default=16, metavar="N", help="serve: that ask at once")
-    parser.add_argument("--adapters", type=int, default=8, metavar="N", help="serve: of one base")
-    parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="serve: of the load")
-    parser.add_argument("--replacements", type=int, default=10, metavar="N", help="serve: of adapters, during the load")
-    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="lora_dropout of every side")
-    parser.add_argument("--base-dropout", type=float, default=0.0, metavar="P", help="the base's own, on every side")
-    parser.add_argument(
-        "--group-by-prompt", action="store_true", help="generation: all rows of a prompt, which our sides group"
-    )
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="optimiser steps of a round")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="counted rounds, after one that is not")
-    parser.add_argument(
-        "--against",
-        default="full",
-        metavar="SIDE,...",
-        help="peft (peft-default and peft-best), loralib, full, head, frozen (no adapter: the bound), without-dropout",
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the whole record there")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
-    parser.set_defaults(run=run)
-
-
-def run(options: argparse.Namespace) -> None:
-    """Measures, and prints a line a side."""
-    from lora_hf.core.config.schema import RunConfig
-    from lora_hf.data.tasks.registry import get_task
-
+def _run(verb: Verb, options: argparse.Namespace) -> None:
     check_record(options.output)
-    size = options.batch_size
-    if size is None and options.what != "infer":
-        size = 8 if get_task(options.task).model_kind == "causal-lm" else 16
-    sections: dict[str, dict[str, Any]] = {
-        "model": base_section(options, options.base_dropout),
-        "task": {"name": options.task, "data_dir": options.data_dir},
+    record = verb.measure(options)
+    write_record(options.output, record)
+    if options.json:
+        print_json(record)
+    else:
+        print("\n".join(verb.report(record)))
+
+
+def _config(options: argparse.Namespace, **train: Any) -> Any:
+    """The RunConfig of the options, with the section `train`."""
+    from lora_hf.core.config.schema import RunConfig
+
+    values = vars(options)
+    sections = {
+        "model": {key: values[key] for key in ("init", "tokenizer", "precision")}
+        | {"name": options.model, "dropout": values.get("base_dropout", 0.0)},
+        "task": {"data_dir": options.data_dir} | ({"name": options.task} if "task" in values else {"max_length": 128}),
         "lora": {
             "r": options.r,
             "lora_alpha": options.r,
-            "lora_dropout": options.dropout,
+            "lora_dropout": values.get("dropout", 0.0),
             "targets": options.targets.split(","),
         },
-        "train": {
-            "batch_size": size or 16,
-            "eval_batch_size": size or 64,
-            "group_by_prompt": options.group_by_prompt,
-        },
+        "train": train,
     }
-    config = RunConfig.from_dict(sections, "benchmark")
-    if options.what == "infer":
-        from tools.benchmark.infer import benchmark_infer
-
-        result = benchmark_infer(config, options.rows, options.rounds)
-    elif options.what == "serve":
-        from tools.benchmark.serving import benchmark_serving
-
-        result = benchmark_serving(
-            config, options.clients, options.adapters, options.seconds, options.replacements, options.rows
-        )
-    elif options.what == "profile":
-        from tools.benchmark.profile import profile_train
-
-        result = profile_train(config, options.steps)
-    else:
-        from tools.benchmark.train import benchmark_train
-
-        result = benchmark_train(config, options.against.split(","), options.steps, options.rounds)
-    write_record(options.output, result)
-    if options.json:
-        print_json(result)
-        return
-    if options.what == "serve":
-        _print_served(result)
-        return
-    for purpose, share in result.get("shares", {}).items():
-        print(f"{purpose:32}{share:6.1%}")
-    for name, side in result.get("sides", {}).items():
-        print(
-            f"{name:18}{_spread(side['rows_per_second'])} rows/s" if options.what == "infer" else _trained(name, side)
-        )
-    for name, ratio in result.get("ratios", {}).items():
-        memory = result.get("memory_ratios", {}).get(name)
-        print(f"{name:22} {_spread(ratio)}x" + (f", memory {memory:.2f}x" if memory else ""))
+    return RunConfig.from_dict(sections, "benchmark")
 
 
-def _print_served(result: dict[str, Any]) -> None:
-    for name in ("one_at_a_time", "together"):
-        part = result[name]
-        print(
-            f"{name:18}{part['per_second']:9.1f} requests/s  p50 {part['p50_ms']:.1f} ms  p99 {part['p99_ms']:.1f} ms  "
-            f"{part['errors']} errors, {part['wrong']} wrong"
-        )
-    replaced = result["replaced"]
-    print(f"{'ratio':18}{result['ratio']:9.2f}x  {replaced['times']} adapters replaced, {replaced['failed']} failed")
-    print(f"{'started again in':18}{result['started_again_in_seconds']:9.1f} s")
+def _training_config(options: argparse.Namespace) -> Any:
+    from lora_hf.data.tasks.registry import get_task
 
-
-def _trained(name: str, side: dict[str, Any]) -> str:
-    share, memory = side["share_of_peak"]["median"], side["memory"]["above_base"] or 0
-    speed = f"{name:18}{_spread(side['examples_per_second'])} examples/s"
-    return f"{speed}  {share:6.1%} of the matrix peak  {memory / 1e6:8.1f} MB above the base"
+    default = 8 if get_task(options.task).model_kind == "causal-lm" else 16
+    return _config(options, batch_size=options.batch_size or default, group_by_prompt=options.group_by_prompt)
 
 
 def _spread(value: dict[str, float]) -> str:
     return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
+
+
+def _train(options: argparse.Namespace) -> Record:
+    from tools.benchmark.train import benchmark_train
+
+    return benchmark_train(_training_config(options), options.against.split(","), options.steps, options.rounds)
+
+
+def _report_train(record: Record) -> Iterator[str]:
+    for name, side in record["sides"].items():
+        share, memory = side["share_of_peak"]["median"], side["memory"]["above_base"] or 0
+        speed = f"{name:18}{_spread(side['examples_per_second'])} examples/s"
+        yield f"{speed}  {share:6.1%} of the matmul peak  {memory / 1e6:8.1f} MB above the base"
+    for name, ratio in record["ratios"].items():
+        memory = record["memory_ratios"].get(name)
+        yield f"{name:22} {_spread(ratio)}x" + (f", memory {memory:.2f}x" if memory else "")
+
+
+def _infer(options: argparse.Namespace) -> Record:
+    from tools.benchmark.infer import benchmark_infer
+
+    return benchmark_infer(_config(options, eval_batch_size=options.batch_size), options.rows, options.rounds)
+
+
+def _report_infer(record: Record) -> Iterator[str]:
+    for name, side in record["sides"].items():
+        yield f"{name:18}{_spread(side['rows_per_second'])} rows/s"
+    for name, ratio in record["ratios"].items():
+        yield f"{name:22} {_spread(ratio)}x"
+
+
+def _serve(options: argparse.Namespace) -> Record:
+    from tools.benchmark.serve import benchmark_serve
+
+    numbers = (options.clients, options.adapters, options.seconds, options.replacements, options.rows)
+    return benchmark_serve(_config(options), *numbers)
+
+
+def _report_serve(record: Record) -> Iterator[str]:
+    clients = record["work"]["clients"]
+    for name, part in (("1 client", record["one_at_a_time"]), (f"{clients} clients", record["together"])):
+        yield (
+            f"{name:18}{part['per_second']:9.1f} requests/s  p50 {part['p50_ms']:.1f} ms  p99 {part['p99_ms']:.1f} ms  "
+            f"{part['errors']} errors, {part['wrong']} wrong responses"
+        )
+    replaced = record["replaced"]
+    yield f"{'speedup':18}{record['ratio']:9.2f}x"
+    yield f"{'replaced':18}{replaced['times']:9} adapters, {replaced['failed']} failed"
+    yield f"{'restart':18}{record['started_again_in_seconds']:9.1f} s"
+
+
+def _joint(options: argparse.Namespace) -> Record:
+    from lora_hf.experiments.suite.plan import parse_seeds
+    from tools.benchmark.joint import benchmark_joint
+
+    base = _config(options, max_steps=options.steps, batch_size=options.batch_size, lr=options.lr)
+    seeds = parse_seeds(options.seeds, f"--seeds {options.seeds}")
+    return benchmark_joint(base, options.tasks.split(","), seeds, options.rounds)
+
+
+def _report_joint(record: Record) -> Iterator[str]:
+    for name, side in record["sides"].items():
+        speed, memory = _spread(side["examples_per_second"]), side["rss"]["median"] / 1e6
+        yield f"{name:10}{speed} examples/s, peak memory {memory:,.0f} MB"
+    yield f"joint training is {_spread(record['ratios']['together/apart'])} times as fast"
+    difference = max(each["difference"] for each in record["weights_apart"].values())
+    yield f"largest weight difference between the same runs: {difference:.1e}"
+
+
+def _quantised(options: argparse.Namespace) -> Record:
+    from tools.benchmark.quantised import benchmark_quantised
+
+    sizes = (options.steps, options.limit, options.speed_steps, options.rounds)
+    return benchmark_quantised(options.data_dir, options.forms.split(","), *sizes, options.model, options.task)
+
+
+def _report_quantised(record: Record) -> Iterator[str]:
+    for name, side in record["speed"].items():
+        scores = ", ".join(f"{key} {value:.4f}" for key, value in record["quality"][name]["metrics"].items())
+        speed, size = _spread(side["examples_per_second"]), side["base_bytes"] / 1e6
+        yield f"{name:10}{speed} examples/s, base {size:,.0f} MB, {scores}"
+
+
+def _profile(options: argparse.Namespace) -> Record:
+    from tools.benchmark.profile import profile_train
+
+    return profile_train(_training_config(options), options.steps)
+
+
+def _report_profile(record: Record) -> Iterator[str]:
+    for purpose, share in record["shares"].items():
+        yield f"{purpose:32}{share:6.1%}"
+
+
+VERBS = {
+    "train": Verb(
+        "compare training speed and memory of methods and libraries",
+        {**BASE, **TASK, **LORA, **TRAINING, "rounds": 5, "against": "full"},
+        _train,
+        _report_train,
+    ),
+    "infer": Verb(
+        "compare ways to run many adapters on one base",
+        {**BASE, **TASK, **LORA, "batch_size": 64, "rows": 256, "rounds": 5},
+        _infer,
+        _report_infer,
+    ),
+    "serve": Verb(
+        "measure a server under the load of many clients",
+        {**BASE, **TASK, **LORA, "rows": 256, "clients": 16, "adapters": 8, "seconds": 20.0, "replacements": 10},
+        _serve,
+        _report_serve,
+    ),
+    "joint": Verb(
+        "compare joint training of several runs with sequential training",
+        {
+            **BASE,
+            "precision": "fp32",
+            "tasks": "cola,mrpc,rte,stsb",
+            "seeds": "0",
+            "data_dir": None,
+            "r": 8,
+            "targets": "q,v",
+            "lr": 1e-4,
+            "batch_size": 16,
+            "steps": 100,
+            "rounds": 3,
+        },
+        _joint,
+        _report_joint,
+    ),
+    "quantised": Verb(
+        "compare accuracy, speed and memory of storage formats of the base",
+        {
+            "model": "roberta-base",
+            "task": "sst2",
+            "data_dir": None,
+            "forms": ",".join(FORMATS),
+            "steps": 400,
+            "limit": None,
+            "speed_steps": 4,
+            "rounds": 5,
+        },
+        _quantised,
+        _report_quantised,
+    ),
+    "profile": Verb(
+        "show where the time of a training step goes", {**BASE, **TASK, **LORA, **TRAINING}, _profile, _report_profile
+    ),
+}
 
 
 if __name__ == "__main__":

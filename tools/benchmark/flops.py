@@ -1,4 +1,4 @@
-"""How much a step must multiply, and how fast this machine multiplies: the two sides of `share_of_peak`."""
+"""The FLOPs of a training step and the matmul peak of this machine, whose ratio is `share_of_peak`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SHAPES = ((768, 768), (768, 3072))  # (in, out): the projections of roberta-base
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers of matrix weights by how often a value passes through them; embeddings and vectors are left out."""
+    """Numbers of matrix weights, by how often each is used. Embeddings and vectors are left out."""
 
-    token: int  # the projections of every layer
-    row: int  # a classification head, a pooler
-    label: int  # the language model's head
+    token: int  # for every token: the projections of the layers
+    row: int  # once per row: a classification head, a pooler
+    label: int  # for every label: the language model head
 
 
 def matrix_weights(model: PreTrainedModel) -> Weights:
@@ -39,37 +39,37 @@ def matrix_weights(model: PreTrainedModel) -> Weights:
 
 
 def step_flops(weights: Weights, rows: Sequence[Mapping[str, Any]], per_weight: int) -> int:
-    """The multiplications and additions that training on `rows` cannot do without.
+    """The FLOPs that training on `rows` needs at least.
 
-    `per_weight * (token * T + row * R + label * L)` for T real tokens (no padding), R rows and L tokens with a label,
-    the rows counted one by one. `per_weight` is 2 for the forward pass, 2 more for the gradient of the input and 2
-    more for the gradient of the weight: 4 with a frozen base, 6 for full fine-tuning (Kaplan et al. 2020, arXiv
-    2001.08361, section 2.1, whose 2N and 4N are these). Attention's own products and the adapter's A and B (1 to 3 %
-    of a step each) are not counted, so that a share of the peak is never flattered by them.
+    This is `per_weight * (token * T + row * R + label * L)` for T real tokens (without padding), R rows and L labels.
+    `per_weight` is 2 for the forward pass, 2 for the gradient of the input and 2 for the gradient of the weight: 4 with
+    a frozen base, 6 for full fine-tuning (the 2N and 4N of Kaplan et al. 2020, arXiv 2001.08361, section 2.1). The
+    products of attention and of the adapter's A and B (1 to 3 % of a step each) are not counted, so that they do not
+    increase the share of the peak.
     """
     tokens = sum(sum(row["attention_mask"]) for row in rows)
-    value = weights.token * tokens + weights.row * len(rows)
+    uses = weights.token * tokens + weights.row * len(rows)
     if weights.label:
-        # The first token of a row is predicted by nothing.
-        value += weights.label * sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
-    return per_weight * value
+        # Nothing predicts the first token of a row.
+        uses += weights.label * sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
+    return per_weight * uses
 
 
 def matmul_peak(device: torch.device, seconds: float) -> dict[str, float]:
-    """The best bf16 rate of each shape, in FLOP/s, `rows x in -> out` by its name; `seconds` are spent on each."""
+    """The best bf16 rate in FLOP/s of each shape, named like `1024x768->3072`. Each shape takes `seconds`."""
     counts = (1024, 4096, 16384) if device.type == "cuda" else (1024, 4096)
-    found = {}
+    rates = {}
     for in_features, out_features in SHAPES:
         for rows in counts:
             x = torch.randn(rows, in_features, device=device, dtype=torch.bfloat16)
             weight = torch.randn(out_features, in_features, device=device, dtype=torch.bfloat16)
-            found[f"{rows}x{in_features}->{out_features}"] = 2 * weight.numel() * rows / _fastest(x, weight, seconds)
-    return found
+            rates[f"{rows}x{in_features}->{out_features}"] = 2 * weight.numel() * rows / _fastest(x, weight, seconds)
+    return rates
 
 
 @torch.no_grad()
 def _fastest(x: torch.Tensor, weight: torch.Tensor, seconds: float) -> float:
-    # On a GPU one product is shorter than the wait for it: several go between two waits.
+    # On a GPU, one product takes less time than synchronizing, so several are timed together.
     block = 20 if x.is_cuda else 1
     best, begin = float("inf"), time.perf_counter()
     for number in range(10**6):
@@ -79,7 +79,7 @@ def _fastest(x: torch.Tensor, weight: torch.Tensor, seconds: float) -> float:
             linear(x, weight)
         synchronize(x.device)
         end = time.perf_counter()
-        if number:  # the first prepares the kernel
+        if number:  # the first one prepares the kernel
             best = min(best, (end - start) / block)
             if end - begin > seconds:
                 break
@@ -87,6 +87,6 @@ def _fastest(x: torch.Tensor, weight: torch.Tensor, seconds: float) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has done what it was given."""
+    """Waits until a GPU has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,6 +1,6 @@
-"""Measures several runs that train together on one base against the same runs one after another.
+"""`joint`: runs that train together on one base, compared with the same runs one after another.
 
-A process a side and round, in turns: it is told its runs, and tells what they took.
+Each side of each round runs in a new process, started as `python -m tools.benchmark.joint`.
 """
 
 from __future__ import annotations
@@ -20,58 +20,57 @@ from safetensors.torch import load_file
 from lora_hf.adapters.format import WEIGHTS_FILE
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, UserError
-from lora_hf.core.provenance import git_state, peak_rss, versions
+from lora_hf.core.provenance import peak_rss
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.lora.precision import resolve_precision
 from lora_hf.training.joint import train_together
 from lora_hf.training.run import train
-from tools.benchmark.process import Channel, Child
-from tools.benchmark.train import machine_in_use, summary
+from tools.benchmark.rounds import environment, speedup, spread, with_resolved_precision
+from tools.benchmark.worker_process import Channel, ChildProcess
 
 logger = logging.getLogger(__name__)
 
 SIDES = ("together", "apart")
 MODULE = "tools.benchmark.joint"
-DEVELOPMENT_ROWS = 64  # scored at the end of a run, on both sides
+VALIDATION_ROWS = 64  # scored at the end of each run, on both sides
 
 
 def benchmark_joint(base: RunConfig, tasks: Sequence[str], seeds: Sequence[int], rounds: int = 3) -> dict[str, Any]:
-    """Measures the runs of each task with each seed; the record of it.
+    """Measures a run of each task with each seed, and returns the record.
 
     Args:
-        base: what the runs have in common; `train.max_steps` is each one's number of steps.
-        rounds: of both sides, each in a new process.
+        base: the config that the runs share. Each run has `train.max_steps` steps.
+        rounds: how often each side runs, each time in a new process.
 
     Returns:
-        By side the examples a second from the first run's loading to the last one's scores, and the peak of memory;
-        the ratio of both within a round; and by run how far the weights of both sides are apart.
+        For each side the examples per second, from loading the first run to scoring the last one, and the peak memory.
+        The ratio of the speeds within a round. For each run, the largest difference of its weights between the sides.
 
     Raises:
         ConfigError: fewer than two runs, or runs that cannot share a base.
-        TrainingError: the process of a side died.
+        TrainingError: the process of a side ended early.
     """
     if rounds < 1:
         raise ConfigError(f"--rounds {rounds}: expected at least 1")
-    base = replace(base, model=replace(base.model, precision=resolve_precision(base.model.precision)))
+    base = with_resolved_precision(base)
     names = [f"{task}-seed{seed}" for task in tasks for seed in seeds]
     measured: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
             for side in SIDES if number % 2 == 0 else SIDES[::-1]:
                 configs = _configs(base, tasks, seeds, Path(folder) / f"{side}{number}")
-                measured[side].append(_in_process(side, configs))
-                logger.info("benchmark: round %d of %d, %s: %.1f s", number + 1, rounds, side, _seconds(measured, side))
-        apart = {name: _apart(Path(folder), name) for name in names}
+                result = _run_side(side, configs)
+                measured[side].append(result)
+                logger.info("benchmark: round %d of %d, %s: %.1f s", number + 1, rounds, side, result["seconds"])
+        differences = {name: _weight_difference(Path(folder), name) for name in names}
     examples = len(names) * (base.train.max_steps or 0) * base.train.batch_size
     seconds = {side: [each["seconds"] for each in measured[side]] for side in SIDES}
-    plain = base.to_dict()
     return {
         "work": {
             "model": Path(base.model.name).name,
             "init": base.model.init,
             "precision": base.model.precision,
             "runs": names,
-            "lora": plain["lora"],
+            "lora": base.to_dict()["lora"],
             "batch_size": base.train.batch_size,
             "steps": base.train.max_steps,
             "lr": base.train.lr,
@@ -79,24 +78,16 @@ def benchmark_joint(base: RunConfig, tasks: Sequence[str], seeds: Sequence[int],
         },
         "sides": {
             side: {
-                "examples_per_second": summary([examples / each for each in seconds[side]]),
+                "examples_per_second": spread([examples / each for each in seconds[side]]),
                 "seconds": seconds[side],
-                "rss": summary([each["rss"] for each in measured[side]]),
+                "rss": spread([each["rss"] for each in measured[side]]),
             }
             for side in SIDES
         },
-        "ratios": {
-            "together/apart": summary([b / a for a, b in zip(seconds["together"], seconds["apart"], strict=True)])
-        },
-        "weights_apart": apart,
-        "machine": machine_in_use(),
-        "versions": versions(),
-        "git": git_state(),
+        "ratios": {"together/apart": speedup(seconds["together"], seconds["apart"])},
+        "weights_apart": differences,
+        **environment(),
     }
-
-
-def _seconds(measured: dict[str, list[dict[str, Any]]], side: str) -> float:
-    return measured[side][-1]["seconds"]
 
 
 def _configs(base: RunConfig, tasks: Sequence[str], seeds: Sequence[int], folder: Path) -> list[RunConfig]:
@@ -112,17 +103,17 @@ def _configs(base: RunConfig, tasks: Sequence[str], seeds: Sequence[int], folder
     ]
 
 
-def _in_process(side: str, configs: Sequence[RunConfig]) -> dict[str, Any]:
-    order = {"side": side, "configs": [config.to_dict() for config in configs]}
-    child = Child(side, json.dumps(order), sys.executable, "-m", MODULE)
+def _run_side(side: str, configs: Sequence[RunConfig]) -> dict[str, Any]:
+    job = {"side": side, "configs": [config.to_dict() for config in configs]}
+    child = ChildProcess(side, json.dumps(job), sys.executable, "-m", MODULE)
     try:
         return child.finish()
     finally:
         child.stop()
 
 
-def _apart(folder: Path, name: str) -> dict[str, float]:
-    """How far the weights of a run's two sides are apart, the largest difference of any number, and their size."""
+def _weight_difference(folder: Path, name: str) -> dict[str, float]:
+    """The largest difference between the weights of a run on both sides, and the largest weight."""
     one, other = (load_file(folder / f"{side}0" / name / "adapter" / WEIGHTS_FILE) for side in SIDES)
     return {
         "difference": max(float((one[key] - other[key]).abs().max()) for key in one),
@@ -130,31 +121,31 @@ def _apart(folder: Path, name: str) -> dict[str, float]:
     }
 
 
-def serve(channel: Channel) -> None:
-    """Does the work of one side."""
-    order = json.loads(channel.wait())
-    configs = [RunConfig.from_dict(config) for config in order["configs"]]
+def run(channel: Channel) -> None:
+    """Runs one side in this process."""
+    job = json.loads(channel.receive())
+    configs = [RunConfig.from_dict(config) for config in job["configs"]]
     rows: dict[str, Any] = {}
     for config in configs:
         task = get_task(config.task.name)
         if task.name not in rows:
-            read = task.load(config.task.data_dir, task.splits)
-            few = {split: part.select(range(min(DEVELOPMENT_ROWS, len(part)))) for split, part in read.items()}
-            rows[task.name] = few | {task.train_split: read[task.train_split]}
-    begin = time.perf_counter()
+            splits = task.load(config.task.data_dir, task.splits)
+            first = {split: part.select(range(min(VALIDATION_ROWS, len(part)))) for split, part in splits.items()}
+            rows[task.name] = first | {task.train_split: splits[task.train_split]}
+    start = time.perf_counter()
     try:
-        if order["side"] == "together":
-            broken = [run for run in train_together(configs, rows=rows) if isinstance(run, UserError)]
-            if broken:
-                raise broken[0]
+        if job["side"] == "together":
+            for result in train_together(configs, rows=rows):
+                if isinstance(result, UserError):
+                    raise result
         else:
             for config in configs:
                 train(config, rows=rows[config.task.name])
     except UserError as error:
-        channel.tell(error=str(error))
+        channel.send(error=str(error))
     else:
-        channel.tell(done={"seconds": time.perf_counter() - begin, "rss": peak_rss()})
+        channel.send(done={"seconds": time.perf_counter() - start, "rss": peak_rss()})
 
 
 if __name__ == "__main__":
-    serve(Channel.standard())
+    run(Channel.standard())

@@ -1,4 +1,4 @@
-"""The peers as their users run them: their layers, the plain Trainer. The only place that imports them."""
+"""PEFT and loralib as their users run them, with the plain Trainer. Only this file and `infer_sides` import them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.lora.layers import linear_shape
 from lora_hf.lora.target_modules import head_paths, plan, projections
-from tools.benchmark.sides import Build, Setup
+from tools.benchmark.train_sides import Build, Setup
 
 
 def _peft_default(setup: Setup) -> Trainer:
@@ -19,7 +19,7 @@ def _peft_default(setup: Setup) -> Trainer:
 
 
 def _peft_best(setup: Setup) -> Trainer:
-    """The base held in bf16, autocast for the adapters, which PEFT keeps in fp32; rows grouped by length."""
+    """The base in bf16, autocast for the adapters, which PEFT keeps in fp32, and rows grouped by length."""
     model = _with_peft(setup, setup.plain_base("bf16"))
     return setup.trainer(model, bf16=True, train_sampling_strategy="group_by_length")
 
@@ -31,13 +31,13 @@ def _with_peft(setup: Setup, model: PreTrainedModel) -> Any:
 
 
 def peft_config(lora: LoraConfig, model: PreTrainedModel, heads: bool = True) -> Any:
-    """PEFT's words for the same places, with or without a head of its own for the adapter."""
+    """A config of PEFT that adapts the same modules, with or without a trained copy of the head."""
     import peft
 
     sites = plan(model, lora)
     return peft.LoraConfig(
         r=lora.r,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type] - PEFT says int and divides
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type] - annotated as int, but a float works
         lora_dropout=lora.lora_dropout,
         target_modules=list(dict.fromkeys(site.path for site in sites)),
         modules_to_save=head_paths(model) if heads else None,
@@ -50,7 +50,7 @@ def _loralib(setup: Setup) -> Trainer:
 
 
 def with_loralib(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
-    """Swaps the planned projections for loralib's layers as its README does, and trains the head besides."""
+    """Replaces the target projections by layers of loralib, as its README does, and trains the head too."""
     import loralib
 
     layers = projections(model)

@@ -1,11 +1,10 @@
-"""Where the time of our training step goes: the operators of a round, by what they are for."""
+"""`profile`: where the time of a LoRA training step goes, by the purpose of its operators."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,15 @@ from transformers import TrainerCallback
 
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError
-from lora_hf.core.provenance import git_state, versions
-from lora_hf.lora.precision import resolve_precision
-from tools.benchmark.sides import SIDES, Setup
-from tools.benchmark.train import machine_in_use, work_rows
-from tools.benchmark.work import OURS, Work
+from tools.benchmark.job import OURS, Job
+from tools.benchmark.rounds import environment, with_resolved_precision
+from tools.benchmark.rows import count_tokens, training_rows
+from tools.benchmark.train_sides import SIDES, Setup
 
-NARROW = 3  # a product with a side of at most `NARROW * r` is one of LoRA's: q, k and v of a fused projection have 3 r
+# A product with a dimension of at most `NARROW * r` is one of LoRA: a fused projection adapts q, k and v with 3 r.
+NARROW = 3
 
-# The first word that an operator's name contains tells what it is for.
+# The purpose of an operator is that of the first of these words in its name. The purposes are keys of the record.
 PURPOSES = {
     "bmm": "attention",
     "softmax": "attention",
@@ -42,8 +41,8 @@ PURPOSES = {
 }
 
 
-class _Watched(TrainerCallback):
-    """The profiler around the second epoch; the first warms up."""
+class _ProfileCallback(TrainerCallback):
+    """Profiles the second epoch; the first one is a warm-up."""
 
     def __init__(self) -> None:
         self.profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
@@ -61,58 +60,60 @@ class _Watched(TrainerCallback):
 
 
 def profile_train(config: RunConfig, steps: int = 10) -> dict[str, Any]:
-    """The share of the round's time by purpose, largest first; what no operator accounts for is `between operators`.
+    """Profiles a round of `steps` optimizer steps, and returns the record.
 
-    An operator's time is that on the thread that calls it, on a CPU the time until it is done.
+    Returns:
+        The share of the time for each purpose, largest first. `between operators` is the time outside of operators.
+        The time of an operator is measured on the thread that calls it.
 
     Raises:
-        ConfigError: on a GPU, whose operators end after they are called.
+        ConfigError: on a GPU, where operators return before they have finished.
     """
     if torch.cuda.is_available():
         raise ConfigError(
-            "benchmark profile: it reads the times of a CPU; on a GPU use torch's profiler and its traces"
+            "benchmark profile: operators can only be timed on a CPU; on a GPU, use the traces of torch.profiler"
         )
-    config = replace(config, model=replace(config.model, precision=resolve_precision(config.model.precision)))
-    rows = work_rows(config, steps)
-    watched = _Watched()
+    config = with_resolved_precision(config)
+    rows = training_rows(config, steps)
+    callback = _ProfileCallback()
     with tempfile.TemporaryDirectory() as folder:
-        setup = Setup.of(Work(OURS, config.to_dict(), rows, 2, 0.0), Path(folder))
+        setup = Setup.from_job(Job(OURS, config.to_dict(), rows, rounds=2), Path(folder))
         trainer = SIDES[OURS](setup)
-        trainer.add_callback(watched)
+        trainer.add_callback(callback)
         trainer.train()
         model: Any = trainer.model
-    found: dict[str, float] = {}
-    for event in watched.profiler.key_averages(group_by_input_shape=True):
+    times: dict[str, float] = {}
+    for event in callback.profiler.key_averages(group_by_input_shape=True):
         purpose = _purpose(event.key, event.input_shapes or [], NARROW * config.lora.r, model.config.vocab_size)
-        found[purpose] = found.get(purpose, 0.0) + event.self_cpu_time_total / 1e6
-    found["between operators"] = max(0.0, watched.seconds - sum(found.values()))
-    shares = {purpose: seconds / watched.seconds for purpose, seconds in sorted(found.items(), key=lambda p: -p[1])}
+        times[purpose] = times.get(purpose, 0.0) + event.self_cpu_time_total / 1e6
+    times["between operators"] = max(0.0, callback.seconds - sum(times.values()))
+    shares = {
+        purpose: seconds / callback.seconds for purpose, seconds in sorted(times.items(), key=lambda pair: -pair[1])
+    }
     return {
         "work": {
             "model": Path(config.model.name).name,
             "task": config.task.name,
             "batch_size": config.train.batch_size,
             "steps": steps,
-            "tokens": sum(sum(row["attention_mask"]) for row in rows),
+            "tokens": count_tokens(rows),
             "group_by_prompt": config.train.group_by_prompt,
             "lora": config.to_dict()["lora"],
             "precision": config.model.precision,
         },
-        "seconds": watched.seconds,
+        "seconds": callback.seconds,
         "shares": shares,
-        "machine": machine_in_use(),
-        "versions": versions(),
-        "git": git_state(),
+        **environment(),
     }
 
 
 def _purpose(name: str, shapes: Sequence[Any], narrow: int, vocabulary: int) -> str:
-    sides = [side for shape in shapes for side in shape if isinstance(side, int)]
-    if vocabulary in sides:
+    dimensions = [size for shape in shapes for size in shape if isinstance(size, int)]
+    if vocabulary in dimensions:
         return "head of the language model"
     if name in ("aten::mm", "aten::addmm", "aten::addmm_"):
         matrices = [shape for shape in shapes if len(shape) == 2]
-        narrowest = min((side for shape in matrices for side in shape), default=0)
+        narrowest = min((size for shape in matrices for size in shape), default=0)
         return "low-rank products" if narrowest <= narrow else "products with frozen weights"
     for word, purpose in PURPOSES.items():
         if word in name:

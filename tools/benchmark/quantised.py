@@ -1,21 +1,18 @@
-"""How the frozen base is held, and what that costs: `python -m tools.benchmark.quantised`.
+"""`quantised`: the accuracy, speed and memory of each storage format of the frozen base.
 
-fp32, bf16, int8 and nf4 bases, twice. SST-2 on tiny-roberta is trained and scored, then scored again merged, where the
-base is quantised, and with int8 products. The shape of roberta-base, with random weights, gives the speed and memory of
-training steps, a process a form, taking turns.
+Each format is measured twice. First, tiny-roberta is trained and scored on SST-2, then scored again after merging into
+a quantized base; the first run is also scored with int8 products. Then training steps of roberta-base with random
+weights give the speed and the memory, with one process per format.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +20,6 @@ import torch
 from datasets import Dataset
 
 from lora_hf.adapters.resolve import SavedModel, find_saved_model
-from lora_hf.cli.terminal import check_record, write_record
 from lora_hf.core.config.loader import load_config
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError
@@ -32,27 +28,18 @@ from lora_hf.data.tasks.registry import get_task
 from lora_hf.inference.classify import Predictor
 from lora_hf.lora.inject import merge, merge_drift
 from lora_hf.training.run import train
-from tools.benchmark.process import SideProcess
-from tools.benchmark.train import summary, take_turns, work_rows
-from tools.benchmark.work import OURS, Work
+from tools.benchmark.job import FORMATS, OURS, Job
+from tools.benchmark.rounds import measure, spread
+from tools.benchmark.rows import training_rows
 
 logger = logging.getLogger(__name__)
 
-# What a packed base computes in is what makes it comparable: fp32 here as there, and bf16 as QLoRA does.
-FORMS: dict[str, dict[str, str]] = {
-    "fp32": {"precision": "fp32"},
-    "bf16": {"precision": "bf16"},
-    "int8": {"precision": "fp32", "quantised": "int8"},
-    "int8-bf16": {"precision": "bf16", "quantised": "int8"},
-    "nf4": {"precision": "fp32", "quantised": "nf4"},
-    "nf4-bf16": {"precision": "bf16", "quantised": "nf4"},
-}
-PREDICTED = ("fp32", "bf16", "int8")  # what the adapter of the fp32 run answers in
+INFERENCE_PRECISIONS = ("fp32", "bf16", "int8")
 
 
-def measure(
+def benchmark_quantised(
     data_dir: str | None,
-    forms: Sequence[str] = tuple(FORMS),
+    formats: Sequence[str] = tuple(FORMATS),
     steps: int = 400,
     limit: int | None = None,
     speed_steps: int = 4,
@@ -60,116 +47,115 @@ def measure(
     model: str = "roberta-base",
     task: str = "sst2",
 ) -> dict[str, Any]:
-    """The record: `quality` by form, `inference` by precision, `speed` by form; sizes in bytes, times in seconds.
+    """Measures each format, and returns the record.
 
     Args:
-        forms: keys of `FORMS`.
-        steps: optimiser steps of each training that is scored.
-        limit: how many validation rows are scored; without it all.
+        formats: keys of `FORMATS`.
+        steps: optimizer steps of each training run that is scored.
+        limit: how many validation rows to score; all if None.
         speed_steps, rounds: of the timed training, as in `benchmark_train`.
-        model: the shape that is timed, with random weights.
+        model: the model whose shape is timed, with random weights.
+
+    Returns:
+        `quality` by format, `inference` by precision and `speed` by format. Sizes are in bytes, times in seconds.
 
     Raises:
-        ConfigError: an unknown form, or one whose package is not installed.
+        ConfigError: an unknown format, or one whose package is not installed.
     """
-    unknown = [form for form in forms if form not in FORMS]
+    unknown = [name for name in formats if name not in FORMATS]
     if unknown:
-        raise ConfigError(f"--forms: expected some of {', '.join(FORMS)}, found {', '.join(unknown)}")
+        raise ConfigError(f"--forms: expected some of {', '.join(FORMATS)}, found {', '.join(unknown)}")
     return {
         "work": {"task": task, "model": model, "steps": steps, "speed_steps": speed_steps, "rounds": rounds},
-        **_quality(data_dir, forms, steps, limit, task),
-        "speed": _speed(data_dir, forms, speed_steps, rounds, model, task),
+        **_quality(data_dir, formats, steps, limit, task),
+        "speed": _speed(data_dir, formats, speed_steps, rounds, model, task),
         "machine": machine() | {"threads": torch.get_num_threads()},
         "versions": versions(),
         "git": git_state(),
     }
 
 
-def _quality(data_dir: str | None, forms: Sequence[str], steps: int, limit: int | None, task: str) -> dict[str, Any]:
-    """Each form trained and scored, and the answers of the first form in other precisions."""
-    table = get_task(task)
-    rows = table.load(data_dir, table.splits)
-    split = table.evaluation_splits[0]
-    scored = {table.train_split: rows[table.train_split]}
-    scored |= {name: _first(rows[name], limit) for name in table.evaluation_splits}
+def _quality(
+    data_dir: str | None, formats: Sequence[str], steps: int, limit: int | None, task_name: str
+) -> dict[str, Any]:
+    """Trains and scores each format, and scores the run of the first one in several precisions."""
+    task = get_task(task_name)
+    splits = task.load(data_dir, task.splits)
+    rows = {task.train_split: splits[task.train_split]}
+    rows |= {split: _head(splits[split], limit) for split in task.evaluation_splits}
+    validation = task.evaluation_splits[0]
     quality: dict[str, Any] = {}
     inference: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for form in forms:
-            logger.info("benchmark: training with a base in %s", form)
-            config = _config(FORMS[form], task, data_dir)
-            config["train"] |= {"max_steps": steps}
-            config["output"] |= {"dir": folder, "name": form}
-            run = train(RunConfig.from_dict(config, "benchmark"), rows=scored)
+        for name in formats:
+            logger.info("benchmark: training with a base in %s", name)
+            sections = _config(FORMATS[name], task_name, data_dir)
+            sections["train"] |= {"max_steps": steps}
+            sections["output"] |= {"dir": folder, "name": name}
+            run = train(RunConfig.from_dict(sections, "benchmark"), rows=rows)
             saved = find_saved_model(run.weights)
-            quality[form] = {
-                "metrics": run.record.metrics[split],
+            quality[name] = {
+                "metrics": run.record.metrics[validation],
                 "seconds": run.record.timings["train"],
                 "parameters": run.record.parameters,
-                "merged": _merged(saved, scored[split]) if saved.model.quantised else None,
+                "merged": _merged(saved, rows[validation]) if saved.model.quantised else None,
             }
-            inference = inference or {"of": form, "precisions": _answers(saved, scored[split])}
+            inference = inference or {"of": name, "precisions": _inference(saved, rows[validation])}
     return {"quality": quality, "inference": inference}
 
 
 def _merged(saved: SavedModel, rows: Dataset) -> dict[str, Any]:
-    """The score after merging into the packed weights, and what that lost; medians over the projections."""
+    """The score after merging into the quantized weights, and the rounding errors: medians over the projections."""
     predictor = Predictor.load(saved)
-    beside = _logits(predictor, rows)
+    unmerged = _logits(predictor, rows)
     merge(predictor.model)
     drifts = [asdict(drift) for drift in merge_drift(predictor.model).values()]
     logits = _logits(predictor, rows)
     return {
         "metrics": saved.task.score(logits, np.asarray(rows["label"])),
-        "logits_moved": _moved(logits, beside),
+        "logits_moved": _relative_difference(logits, unmerged),
         "drift": {key: statistics.median(drift[key] for drift in drifts) for key in drifts[0]},
     }
 
 
-def _answers(saved: SavedModel, rows: Dataset) -> dict[str, Any]:
-    """By precision the score, the speed, and how far the logits are from those in fp32."""
-    answers, exact = {}, None
-    for precision in PREDICTED:
+def _inference(saved: SavedModel, rows: Dataset) -> dict[str, Any]:
+    """For each precision the score, the speed, and the difference of the logits from fp32."""
+    results, exact = {}, None
+    for precision in INFERENCE_PRECISIONS:
         predictor = Predictor.load(saved, precision)
-        _logits(predictor, _first(rows, 64))  # warms up
-        begin = time.perf_counter()
+        _logits(predictor, _head(rows, 64))  # warm-up
+        start = time.perf_counter()
         logits = _logits(predictor, rows)
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - start
         exact = logits if exact is None else exact
-        answers[precision] = {
+        results[precision] = {
             "metrics": saved.task.score(logits, np.asarray(rows["label"])),
-            "logits_moved": _moved(logits, exact),
+            "logits_moved": _relative_difference(logits, exact),
             "examples_per_second": len(rows) / seconds,
         }
-    return answers
+    return results
 
 
 def _speed(
-    data_dir: str | None, forms: Sequence[str], steps: int, rounds: int, model: str, task: str
+    data_dir: str | None, formats: Sequence[str], steps: int, rounds: int, model: str, task: str
 ) -> dict[str, Any]:
-    """By form the training speed, and the memory by part."""
+    """For each format the training speed and the memory."""
     configs: dict[str, RunConfig] = {}
-    for form in forms:
-        sections = _config(FORMS[form], task, data_dir)
+    for name in formats:
+        sections = _config(FORMATS[name], task, data_dir)
         sections["model"] |= {"name": model, "init": "random", "tokenizer": "tiny-roberta", "dropout": 0.0}
         sections["train"] |= {"batch_size": 16, "hf": {}}
-        configs[form] = RunConfig.from_dict(sections, "benchmark")
-    rows = work_rows(next(iter(configs.values())), steps)
-    with ExitStack() as stack:
-        sides: dict[str, SideProcess] = {}
-        for form, config in configs.items():
-            logger.info("benchmark: building %s in %s", model, form)
-            sides[form] = SideProcess(Work(OURS, config.to_dict(), rows, rounds + 1, 0.0))
-            stack.callback(sides[form].stop)
-        measured = take_turns(sides, rounds)
-        memory = {form: side.finish()["memory"] for form, side in sides.items()}
+        configs[name] = RunConfig.from_dict(sections, "benchmark")
+    rows = training_rows(next(iter(configs.values())), steps)
+    sides = measure({name: Job(OURS, config.to_dict(), rows, rounds + 1) for name, config in configs.items()})
+    memory = {name: side.done["memory"] for name, side in sides.items()}
     return {
-        form: {
-            "examples_per_second": summary([len(rows) / each["seconds"] for each in measured[form]]),
-            "base_bytes": memory[form]["weights"] - memory[form]["trained_weights"],
-            "memory": memory[form],
+        name: {
+            "examples_per_second": spread([len(rows) / each for each in side.seconds]),
+            "base_bytes": memory[name]["weights"] - memory[name]["trained_weights"],
+            "memory": memory[name],
         }
-        for form in forms
+        for name, side in sides.items()
     }
 
 
@@ -180,7 +166,7 @@ def _config(model: Mapping[str, str], task: str, data_dir: str | None) -> dict[s
     return sections
 
 
-def _first(rows: Dataset, count: int | None) -> Dataset:
+def _head(rows: Dataset, count: int | None) -> Dataset:
     return rows.select(range(min(len(rows), count or len(rows))))
 
 
@@ -188,31 +174,6 @@ def _logits(predictor: Predictor, rows: Dataset) -> np.ndarray:
     return predictor.logits({column: list(rows[column]) for column in predictor.task.text_columns})
 
 
-def _moved(logits: np.ndarray, exact: np.ndarray) -> float:
-    """The Frobenius norm of the difference over that of `exact`."""
+def _relative_difference(logits: np.ndarray, exact: np.ndarray) -> float:
+    """The Frobenius norm of the difference, relative to that of `exact`."""
     return float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
-
-
-def add(kinds: Any) -> None:
-    """Adds the verb `quantised` to the command line."""
-    words = "what a quantised base costs in accuracy, and saves in time and memory"
-    parser = kinds.add_parser("quantised", help=words, description=words)
-    parser.add_argument("--data-dir", metavar="DIR", help="default: $LORA_HF_DATA_DIR, else the hub")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the record, as JSON")
-    parser.add_argument("--forms", default=",".join(FORMS), metavar="FORM,...", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=400, metavar="N", help="of each training that is scored")
-    parser.add_argument("--limit", type=int, metavar="N", help="validation rows to score; default: all")
-    parser.add_argument("--speed-steps", type=int, default=4, metavar="N", help="steps of a timed round")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds, after an untimed one")
-    parser.add_argument("--model", default="roberta-base", metavar="NAME", help="the shape that is timed")
-    parser.add_argument("--task", default="sst2", metavar="NAME")
-    parser.set_defaults(run=run)
-
-
-def run(options: argparse.Namespace) -> None:
-    """Measures, and writes the record."""
-    check_record(options.output)
-    sizes = (options.steps, options.limit, options.speed_steps, options.rounds)
-    write_record(
-        options.output, measure(options.data_dir, options.forms.split(","), *sizes, options.model, options.task)
-    )

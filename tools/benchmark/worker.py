@@ -1,8 +1,8 @@
 """One side in a process of its own: `python -m tools.benchmark.worker`.
 
-It speaks JSON lines. In: the work, then a line for each round, which it waits for without working. Out: `ready` once
-everything is built, `round` after each, `done` with its memory; `error` where a person made a mistake. A process a
-side, so that a peak of memory is that side's alone; lines and not `multiprocessing`, because nothing here is pickled.
+It reads and writes lines of JSON. Input: the job, then one line for each round. It idles until the line arrives.
+Output: `ready` once everything is built, `round` after each round, `done` at the end, or `error` for an invalid job.
+Each side has a process of its own, so that its peak memory is its own. JSON is used because nothing may be pickled.
 """
 
 from __future__ import annotations
@@ -17,111 +17,112 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from lora_hf.core.errors import UserError
-from tools.benchmark.answering import ANSWERING, build
 from tools.benchmark.flops import matmul_peak, matrix_weights, step_flops, synchronize
-from tools.benchmark.memory import MemoryWatch
+from tools.benchmark.infer_sides import SIDES as INFER_SIDES
+from tools.benchmark.infer_sides import build
+from tools.benchmark.job import PEAK, Job
+from tools.benchmark.memory import MemoryTracker
 from tools.benchmark.peers import PEER_SIDES
-from tools.benchmark.process import Channel
-from tools.benchmark.sides import PER_WEIGHT, SIDES, Setup
-from tools.benchmark.work import PEAK, Work
+from tools.benchmark.train_sides import FLOPS_PER_WEIGHT, SIDES, Setup
+from tools.benchmark.worker_process import Channel
 
 
-class Turns(TrainerCallback):
-    """Makes a Trainer wait for its turn before each epoch, times the epoch and watches the memory.
+class RoundCallback(TrainerCallback):
+    """Makes the Trainer wait before each epoch, times the epoch and tracks the memory.
 
-    The time is the whole round: collating rows, copies, forward, backward, clipping, optimiser and schedule.
+    The time is that of the whole round: collating, copies, forward, backward, clipping, optimizer and schedule.
     """
 
     def __init__(self, channel: Channel, ready: dict[str, Any], trains_base: bool) -> None:
         self.channel, self.ready, self.trains_base = channel, ready, trains_base
-        self.watch: MemoryWatch | None = None
-        self.begin = 0.0
+        self.memory: MemoryTracker | None = None
+        self.start = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch = MemoryWatch(kwargs["model"], self.trains_base)
-        self.channel.tell(ready=self.ready)
+        self.memory = MemoryTracker(kwargs["model"], self.trains_base)
+        self.channel.send(ready=self.ready)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.channel.wait()
-        self.begin = time.perf_counter()
+        self.channel.receive()
+        self.start = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0 and self.watch:
-            self.watch.see_gradients(kwargs["model"])
+        if state.global_step == 0 and self.memory:
+            self.memory.add_gradients(kwargs["model"])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         synchronize(args.device)
-        self.channel.tell(round={"seconds": time.perf_counter() - self.begin})
+        self.channel.send(round={"seconds": time.perf_counter() - self.start})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.watch:
-            self.channel.tell(done={"memory": self.watch.parts(kwargs["optimizer"])})
+        if self.memory:
+            self.channel.send(done={"memory": self.memory.summary(kwargs["optimizer"])})
 
 
-def serve(channel: Channel) -> None:
-    """Does the work that the first line says, a round for each line after it."""
-    work = Work.from_line(channel.wait())
+def run(channel: Channel) -> None:
+    """Runs the job of the first line, one round for each line after it."""
+    job = Job.from_line(channel.receive())
     try:
-        if work.side == PEAK:
-            _measure_peak(channel, work)
-        elif work.side in ANSWERING:
-            _answer(channel, work)
+        if job.side == PEAK:
+            _measure_peak(channel, job)
+        elif job.side in INFER_SIDES:
+            _infer(channel, job)
         else:
-            _train(channel, work)
+            _train(channel, job)
     except UserError as error:
-        channel.tell(error=str(error))
+        channel.send(error=str(error))
 
 
-def _train(channel: Channel, work: Work) -> None:
+def _train(channel: Channel, job: Job) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        setup = Setup.of(work, Path(folder))
-        weights = matrix_weights(setup.skeleton())
-        trainer = (SIDES | PEER_SIDES)[work.side](setup)
+        setup = Setup.from_job(job, Path(folder))
+        weights = matrix_weights(setup.meta_base())
+        trainer = (SIDES | PEER_SIDES)[job.side](setup)
         model: Any = trainer.model
         ready = {
-            "flops": step_flops(weights, work.rows, PER_WEIGHT.get(work.side, 4)),
+            "flops": step_flops(weights, job.rows, FLOPS_PER_WEIGHT.get(job.side, 4)),
             "trained_parameters": sum(each.numel() for each in model.parameters() if each.requires_grad),
             "setting": _setting(trainer, model),
         }
-        trainer.add_callback(Turns(channel, ready, trains_base=work.side == "full"))
+        trainer.add_callback(RoundCallback(channel, ready, trains_base=job.side == "full"))
         trainer.train()
 
 
-def _answer(channel: Channel, work: Work) -> None:
-    answer, end = build(work)
-    channel.tell(ready={})
-    for _ in range(work.rounds):
-        channel.wait()
-        begin = time.perf_counter()
-        answer()
+def _infer(channel: Channel, job: Job) -> None:
+    predict, extra_measurements = build(job)
+    channel.send(ready={})
+    for _ in range(job.rounds):
+        channel.receive()
+        start = time.perf_counter()
+        predict()
         synchronize(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        channel.tell(round={"seconds": time.perf_counter() - begin})
-    channel.tell(done=end())
+        channel.send(round={"seconds": time.perf_counter() - start})
+    channel.send(done=extra_measurements())
 
 
 def _setting(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
-    """In what a side computes and in what order its rows come, read from what runs."""
+    """The precision and the order of rows of a side, read from the objects that run."""
     sizes: dict[str, int] = {}
     for parameter in model.parameters():
-        kind = str(parameter.dtype).removeprefix("torch.")
-        sizes[kind] = sizes.get(kind, 0) + parameter.numel()
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        sizes[dtype] = sizes.get(dtype, 0) + parameter.numel()
     return {
         "trainer": type(trainer).__name__,
         "collator": type(trainer.data_collator).__name__,
-        "weights": max(sizes, key=lambda kind: sizes[kind]),
+        "weights": max(sizes, key=lambda dtype: sizes[dtype]),
         "autocast": "bfloat16" if trainer.args.bf16 else None,
         "rows": str(trainer.args.train_sampling_strategy),
     }
 
 
-def _measure_peak(channel: Channel, work: Work) -> None:
+def _measure_peak(channel: Channel, job: Job) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    channel.tell(ready={})
-    for _ in range(work.rounds):
-        channel.wait()
-        channel.tell(round={"rates": matmul_peak(device, work.peak_seconds)})
-    channel.tell(done={})
+    channel.send(ready={})
+    for _ in range(job.rounds):
+        channel.receive()
+        channel.send(round={"rates": matmul_peak(device, job.peak_seconds)})
+    channel.send(done={})
 
 
 if __name__ == "__main__":
-    serve(Channel.standard())
+    run(Channel.standard())

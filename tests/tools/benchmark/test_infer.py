@@ -1,4 +1,4 @@
-"""The inference comparison runs every side on the same rows, and the sides that must agree do."""
+"""The inference benchmark runs every side on the same rows, and our sides agree."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from lora_hf.cli.main import main
 from lora_hf.core.config.schema import RunConfig
 from tests import tolerances
-from tools.benchmark import answering, infer
-from tools.benchmark.infer import SIDES, _rows
-from tools.benchmark.work import Work
-from tools.benchmark.worker import Channel, serve
+from tools.benchmark import infer, infer_sides
+from tools.benchmark.__main__ import main
+from tools.benchmark.infer import inference_rows
+from tools.benchmark.job import INFER_SIDES, Job
+from tools.benchmark.worker import Channel, run
 
 pytestmark = pytest.mark.usefixtures("forked")
 
@@ -24,12 +24,11 @@ CONFIG = RunConfig.from_dict(
 )
 
 
-def test_a_record_of_two_sides_in_processes(
+def test_the_command_prints_a_record_of_two_sides(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(infer, "SIDES", ("mixed", "peft-names"))
-    words = ["infer", "--rows", "16", "--rounds", "1", "--r", "2", "--targets", "q,v", "--json"]
-    assert main(words, verb="benchmark") == 0
+    monkeypatch.setattr(infer, "INFER_SIDES", ("mixed", "peft-names"))
+    assert main(["infer", "--rows", "16", "--rounds", "1", "--r", "2", "--targets", "q,v", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(result["sides"]) == {"mixed", "peft-names"}
     assert (result["work"]["rows"], result["work"]["adapters"]) == (16, 8)
@@ -38,14 +37,14 @@ def test_a_record_of_two_sides_in_processes(
     assert len(result["sides"]["peft-names"]["seconds"]) == 1
 
 
-def test_every_side_has_an_answer() -> None:
-    assert set(SIDES) == set(answering.ANSWERING)
+def test_every_side_is_implemented() -> None:
+    assert set(INFER_SIDES) == set(infer_sides.SIDES)
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_every_side_speaks_the_protocol(side: str) -> None:
-    out, order = io.StringIO(), Work(side, CONFIG.to_dict(), _rows(CONFIG, 16), 2, 0.0)
-    serve(Channel(io.StringIO(order.to_line() + "\ngo\ngo\n"), out))
+@pytest.mark.parametrize("side", INFER_SIDES)
+def test_every_side_follows_the_protocol(side: str) -> None:
+    out, job = io.StringIO(), Job(side, CONFIG.to_dict(), inference_rows(CONFIG, 16), rounds=2)
+    run(Channel(io.StringIO(job.to_line() + "\ngo\ngo\n"), out))
     ready, *rounds, done = (json.loads(line) for line in out.getvalue().splitlines())
     assert ready == {"ready": {}}
     assert len(rounds) == 2
@@ -53,27 +52,29 @@ def test_every_side_speaks_the_protocol(side: str) -> None:
     assert done["done"].keys() == ({"switch_seconds"} if side == "mixed" else set())
 
 
-def test_mixed_and_apart_give_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = _rows(CONFIG, 24)
+def test_mixed_and_apart_give_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = inference_rows(CONFIG, 24)
     found: dict[str, list[Any]] = {"mixed": [], "apart": []}
-    for side, answers in found.items():
-        original = answering.answer_rows
+    for side, logits in found.items():
+        original = infer_sides.answer_rows
 
-        def keep(*args: Any, answers: list[Any] = answers, original: Any = original) -> Any:
-            answers.extend(original(*args))
+        def keep(*args: Any, logits: list[Any] = logits, original: Any = original) -> Any:
+            logits.extend(original(*args))
 
-        monkeypatch.setattr(answering, "answer_rows", keep)
-        answer, _ = answering.build(Work(side, CONFIG.to_dict(), rows, 1, 0.0))
-        answer()
+        monkeypatch.setattr(infer_sides, "answer_rows", keep)
+        predict, _ = infer_sides.build(Job(side, CONFIG.to_dict(), rows, rounds=1))
+        predict()
         monkeypatch.undo()
     names = [row["adapter"] for row in rows]
-    order = [place for name in dict.fromkeys(names) for place, other in enumerate(names) if other == name]
-    mixed = torch.tensor([found["mixed"][place].tolist() for place in order])
+    order = [index for name in dict.fromkeys(names) for index, other in enumerate(names) if other == name]
+    mixed = torch.tensor([found["mixed"][index].tolist() for index in order])
     torch.testing.assert_close(
         mixed, torch.tensor([row.tolist() for row in found["apart"]]), atol=tolerances.MIXED_FP32, rtol=0
     )
 
 
-def test_too_few_rows_are_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["infer", "--rows", "3"], verb="benchmark") == 2
-    assert "at least 8" in capsys.readouterr().err
+def test_too_few_rows_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["infer", "--rows", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "--rows 3" in error
+    assert "at least 8" in error

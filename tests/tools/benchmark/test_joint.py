@@ -1,4 +1,4 @@
-"""Runs together through the command line: several configs of `train`, `benchmark glue --joint`, `benchmark joint`."""
+"""Joint training from the command line: `train` with several configs, `benchmark glue --joint`, and its benchmark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lora_hf.core.errors import ConfigError
 from lora_hf.experiments.suite.plan import SuiteOptions, plan_suite
 from lora_hf.experiments.suite.run import _next_ready
 from tests.tolerances import JOINT_FP32
-from tools.benchmark.joint import _in_process
+from tools.benchmark.__main__ import main as benchmark
+from tools.benchmark.joint import _run_side
 
 pytestmark = pytest.mark.usefixtures("forked")
 
@@ -27,12 +28,12 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def furthest(one: Path, other: Path) -> float:
+def largest_difference(one: Path, other: Path) -> float:
     tensors = [read_adapter(folder).tensors for folder in (one, other)]
     return max(float((tensors[0][key] - tensors[1][key]).abs().max()) for key in tensors[0])
 
 
-def test_several_configs_of_train_train_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_with_several_configs_trains_jointly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", "rule_sentiment.yaml", "--config", "tiny_glue_qv8.yaml", "task.name=rule-sentiment"]
     output = [f"output.dir={tmp_path}", "--json", *FAST]
     assert main([*words, *output], verb="train") == 0
@@ -47,10 +48,10 @@ def test_several_configs_of_train_train_together(tmp_path: Path, capsys: pytest.
         assert record["metrics"] == run["metrics"]
         alone = ["--config", config, "task.name=rule-sentiment", f"output.name=alone-{config}"]
         assert main([*alone, *output], verb="train") == 0
-        assert furthest(Path(run["weights"]), Path(last_json(capsys)["weights"])) < JOINT_FP32
+        assert largest_difference(Path(run["weights"]), Path(last_json(capsys)["weights"])) < JOINT_FP32
 
 
-def test_a_suite_trains_its_lora_runs_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_suite_trains_its_lora_runs_jointly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["glue", "--tasks", "rule-sentiment", "--seeds", "0,1", "--config", "tiny_glue_qv8.yaml"]
     where = ["--output", str(tmp_path), *FAST]
     assert main([*words, *where, "--joint", "4", "--json"], verb="benchmark") == 0
@@ -64,7 +65,7 @@ def test_a_suite_trains_its_lora_runs_together(tmp_path: Path, capsys: pytest.Ca
     assert "--joint 0: expected at least 1" in capsys.readouterr().err
 
 
-def test_only_lora_runs_that_are_alike_train_together(tmp_path: Path) -> None:
+def test_only_lora_runs_train_jointly(tmp_path: Path) -> None:
     configs = ("tiny_glue_qv8.yaml", "tiny_glue_all16.yaml", "tiny_glue_head.yaml", "tiny_glue_full.yaml")
     runs = plan_suite(SuiteOptions(("rule-sentiment",), tmp_path, seeds=(0, 1), configs=configs))
     names = [f"{run.configuration} {run.config.train.seed}" for run in _next_ready(runs, set(), 3)]
@@ -74,10 +75,12 @@ def test_only_lora_runs_that_are_alike_train_together(tmp_path: Path) -> None:
     assert _next_ready(heads, set(), 3) == heads[:1]
 
 
-def test_both_sides_are_measured_and_their_weights_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchmark_measures_both_sides_and_compares_their_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "joint.json"
     words = ["joint", "--tasks", "rule-sentiment", "--seeds", "0,1", "--steps", "3", "--batch-size", "4"]
-    assert main([*words, "--rounds", "1", "--output", str(file)], verb="benchmark") == 0
+    assert benchmark([*words, "--rounds", "1", "--output", str(file)]) == 0
     record = json.loads(file.read_text(encoding="utf-8"))
     assert record["work"]["runs"] == ["rule-sentiment-seed0", "rule-sentiment-seed1"]
     seconds = {side: measured["seconds"][0] for side, measured in record["sides"].items()}
@@ -86,12 +89,12 @@ def test_both_sides_are_measured_and_their_weights_compared(tmp_path: Path, caps
     for each in record["weights_apart"].values():
         assert each["difference"] < JOINT_FP32 < each["largest"]
     assert "times as fast" in capsys.readouterr().out
-    assert main([*words[:3], "--rounds", "1", "--steps", "3"], verb="benchmark") == 2
+    assert benchmark([*words[:3], "--rounds", "1", "--steps", "3"]) == 2
     assert "expected at least 2 runs, found 1" in capsys.readouterr().err
 
 
-def test_what_a_side_cannot_train_is_told_by_its_process() -> None:
+def test_an_invalid_config_is_reported() -> None:
     config = RunConfig.from_dict({"model": {"name": "tiny-roberta"}, "task": {"name": "rule-sentiment"}})
     huge = replace(config, lora=replace(config.lora, r=4096))
     with pytest.raises(ConfigError, match=r"benchmark: apart: lora\.r"):
-        _in_process("apart", [huge])
+        _run_side("apart", [huge])

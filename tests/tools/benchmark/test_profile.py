@@ -1,4 +1,4 @@
-"""The profile names what each operator is for, and its shares are of the whole."""
+"""The profile gives each operator a purpose, and its shares add up to the total time."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from lora_hf.cli.main import main
+from tools.benchmark.__main__ import main
 from tools.benchmark.profile import _purpose
 
 
-def test_the_shares_make_up_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["profile", "--steps", "2", "--batch-size", "4", "--json"], verb="benchmark") == 0
+def test_the_shares_add_up_to_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "--steps", "2", "--batch-size", "4", "--json"]) == 0
     shares = json.loads(capsys.readouterr().out.splitlines()[-1])["shares"]
     assert sum(shares.values()) == pytest.approx(1.0, abs=1e-6)
     assert shares["products with frozen weights"] > 0

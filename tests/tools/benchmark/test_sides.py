@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,17 @@ from lora_hf.models.load import load_base
 from tests.support.small_models import small_model, token_ids
 from tests.tolerances import PARITY_FP32
 from tools.benchmark.flops import Weights, matmul_peak, matrix_weights, step_flops
+from tools.benchmark.job import PEAK, Job
 from tools.benchmark.peers import PEER_SIDES, with_loralib
-from tools.benchmark.process import Channel
-from tools.benchmark.sides import SIDES, Setup
-from tools.benchmark.train import spread_batches
-from tools.benchmark.work import PEAK, Work
-from tools.benchmark.worker import serve
+from tools.benchmark.rows import spread_batches
+from tools.benchmark.train_sides import SIDES, Setup
+from tools.benchmark.worker import run
+from tools.benchmark.worker_process import Channel
 
 BATCH, STEPS = 2, 2
 
 
-def work(side: str, model: str, task: str) -> Work:
+def make_job(side: str, model: str = "tiny-roberta", task: str = "rule-sentiment") -> Job:
     """Four rows of different lengths, two rounds of two steps."""
     sections: dict[str, Any] = {
         "model": {"name": model, "precision": "bf16", "dropout": 0.0},
@@ -40,13 +39,13 @@ def work(side: str, model: str, task: str) -> Work:
         ids = list(range(5, 5 + length))
         labels = [-100, *ids[1:]] if model == "tiny-gpt2" else length % 2
         rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels})
-    return Work(side, RunConfig.from_dict(sections).to_dict(), rows, rounds=2, peak_seconds=0.0)
+    return Job(side, RunConfig.from_dict(sections).to_dict(), rows, rounds=2)
 
 
-def answers(order: Work) -> list[dict[str, Any]]:
-    """What the worker says to this work and two turns, in this process."""
+def messages(job: Job) -> list[dict[str, Any]]:
+    """The messages of a worker that runs this job, two rounds long, in this process."""
     out = io.StringIO()
-    serve(Channel(io.StringIO(order.to_line() + "\ngo\ngo\n"), out))
+    run(Channel(io.StringIO(job.to_line() + "\ngo\ngo\n"), out))
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 
@@ -57,13 +56,13 @@ def answers(order: Work) -> list[dict[str, Any]]:
         *(("tiny-gpt2", "rule-restaurants", side) for side in (*SIDES, *PEER_SIDES) if side != "head"),
     ],
 )
-def test_every_side_speaks_the_protocol(model: str, task: str, side: str) -> None:
-    ready, first, second, done = answers(work(side, model, task))
+def test_every_side_follows_the_protocol(model: str, task: str, side: str) -> None:
+    ready, first, second, done = messages(make_job(side, model, task))
     trained, setting = ready["ready"]["trained_parameters"], ready["ready"]["setting"]
     assert first["round"]["seconds"] > 0
     assert second["round"]["seconds"] > 0
     memory = done["done"]["memory"]
-    # AdamW keeps two numbers a parameter in its precision, and a step count for each tensor.
+    # AdamW keeps two numbers for each parameter, in its precision, and a step count for each tensor.
     assert memory["gradients"] == memory["trained_weights"]
     assert memory["optimizer"] >= 2 * memory["trained_weights"]
     assert (memory["trained_weights"] > 0.99 * memory["weights"]) == (side == "full")
@@ -77,31 +76,31 @@ def test_every_side_speaks_the_protocol(model: str, task: str, side: str) -> Non
 
 
 def test_peers_get_the_model_that_transformers_builds(tmp_path: Path) -> None:
-    plain = Setup.of(work("full", "tiny-gpt2", "rule-restaurants"), tmp_path).plain_base("fp32")
+    plain = Setup.from_job(make_job("full", "tiny-gpt2", "rule-restaurants"), tmp_path).plain_base("fp32")
     assert isinstance(plain.get_submodule("transformer.h.0.mlp.act"), NewGELUActivation)
     ours = load_base(ModelConfig("tiny-gpt2", precision="fp32", dropout=0.0), get_task("rule-restaurants")).eval()
     assert torch.allclose(plain.eval()(token_ids()).logits, ours(token_ids()).logits, atol=PARITY_FP32)
 
 
-def test_the_peak_takes_turns_too() -> None:
-    ready, first, second, done = answers(replace(work(PEAK, "tiny-roberta", "rule-sentiment"), peak_seconds=0.0))
+def test_the_peak_side_follows_the_protocol() -> None:
+    ready, first, second, done = messages(make_job(PEAK))
     assert (ready, done) == ({"ready": {}}, {"done": {}})
     assert first["round"]["rates"].keys() == second["round"]["rates"].keys() >= {"1024x768->3072"}
 
 
-def test_a_mistake_is_told_through_the_pipe() -> None:
-    order = work("lora", "tiny-roberta", "rule-sentiment")
-    order.config["lora"]["r"] = 4096
-    assert "lora.r" in answers(order)[0]["error"]
+def test_an_invalid_config_is_reported_through_the_pipe() -> None:
+    job = make_job("lora")
+    job.config["lora"]["r"] = 4096
+    assert "lora.r" in messages(job)[0]["error"]
 
 
-def test_without_a_parent_the_process_ends() -> None:
+def test_a_worker_exits_when_its_parent_has_gone() -> None:
     with pytest.raises(SystemExit):
-        serve(Channel(io.StringIO(work("lora", "tiny-roberta", "rule-sentiment").to_line() + "\n"), io.StringIO()))
+        run(Channel(io.StringIO(make_job("lora").to_line() + "\n"), io.StringIO()))
 
 
 @pytest.mark.parametrize("kind", ["roberta", "gpt2"])
-def test_loralib_stands_where_ours_does(kind: str) -> None:
+def test_loralib_adapts_the_same_modules(kind: str) -> None:
     labels = 2 if kind == "roberta" else None
     lora = LoraConfig(r=4, lora_alpha=8, targets=("all",))
     model, plain, own = (small_model(kind, labels) for _ in range(3))
@@ -112,13 +111,13 @@ def test_loralib_stands_where_ours_does(kind: str) -> None:
     assert torch.allclose(model(token_ids()).logits, plain(token_ids()).logits, atol=PARITY_FP32)
 
 
-def test_flops_worked_by_hand() -> None:
-    # Two layers of roberta at hidden 32, inner 48: q, k, v, o, up and down; the head reads one token a row.
+def test_flops_equal_those_computed_by_hand() -> None:
+    # Two layers of roberta at hidden 32, inner 48: q, k, v, o, up and down; the head reads one token per row.
     roberta = matrix_weights(small_model("roberta", num_labels=3))
     assert roberta == Weights(token=2 * (4 * 32 * 32 + 2 * 32 * 48), row=32 * 32 + 3 * 32, label=0)
     gpt2 = matrix_weights(small_model("gpt2"))
     assert gpt2 == Weights(token=2 * (4 * 32 * 32 + 2 * 32 * 48), row=0, label=32 * 100)
-    # 3 + 2 real tokens; labels on 2 + 1 tokens, of which the first row's first is predicted by nothing.
+    # 3 + 2 real tokens, and labels on 2 + 1 tokens. Nothing predicts the first token of a row.
     rows = [
         {"attention_mask": [1, 1, 1], "labels": [8, 9, -100]},
         {"attention_mask": [1, 1], "labels": [-100, 7]},
@@ -128,20 +127,20 @@ def test_flops_worked_by_hand() -> None:
     assert step_flops(roberta, classes, 6) == 6 * (roberta.token * 5 + roberta.row * 2)
 
 
-def test_rates_are_of_the_shapes_asked_for() -> None:
+def test_the_matmul_peak_has_plausible_rates() -> None:
     rates = matmul_peak(torch.device("cpu"), 0.0)
     assert set(rates) >= {"1024x768->768", "1024x768->3072"}
     assert all(1e8 < rate < 1e16 for rate in rates.values())
 
 
-def test_batches_are_spread_over_the_lengths() -> None:
+def test_batches_are_evenly_spaced_over_the_lengths() -> None:
     lengths = list(range(100))
     chosen = spread_batches(list(reversed(lengths)), batch_size=5, steps=2)
-    # 20 batches of 5 from the longest to the shortest, of which the 6th and the 16th are taken.
+    # Of 20 batches of 5, sorted from the longest to the shortest, the 6th and the 16th are taken.
     assert [lengths[index] for index in chosen] == [74, 73, 72, 71, 70, 24, 23, 22, 21, 20]
     assert sorted(spread_batches(lengths[:7], batch_size=5, steps=2)) == list(range(7))
 
 
-def test_work_survives_the_pipe() -> None:
-    order = work("lora", "tiny-roberta", "rule-sentiment")
-    assert Work.from_line(order.to_line()) == order
+def test_a_job_is_equal_after_the_pipe() -> None:
+    job = make_job("lora")
+    assert Job.from_line(job.to_line()) == job

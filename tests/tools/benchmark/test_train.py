@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 
-from lora_hf.cli.main import main
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
-from tools.benchmark import process, train
-from tools.benchmark.process import SideProcess
-from tools.benchmark.train import benchmark_train, take_turns
-from tools.benchmark.work import Work, sides_of
+from tools.benchmark import rounds
+from tools.benchmark.__main__ import main
+from tools.benchmark.job import Job, train_sides
+from tools.benchmark.rounds import run_rounds
+from tools.benchmark.train import benchmark_train
+from tools.benchmark.worker_process import WorkerProcess
 
 pytestmark = pytest.mark.usefixtures("forked")
 
-WORK = Work("peft-best", {}, [], rounds=2, peak_seconds=0.0)
+JOB = Job("peft-best", {}, [], rounds=2)
 
 
 def config(task: str = "rule-sentiment") -> RunConfig:
@@ -25,15 +26,14 @@ def config(task: str = "rule-sentiment") -> RunConfig:
 
 
 def script(*lines: str) -> tuple[str, ...]:
-    """A worker process that does what these lines of Python say."""
+    """The command of a process that runs these lines of Python in place of a worker."""
     return (sys.executable, "-c", "\n".join(["import sys, time, os", *lines]))
 
 
-def test_a_record_of_two_sides_in_processes(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_record_of_two_sides(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "record.json"
     sizes = ["--batch-size", "4", "--steps", "2", "--rounds", "2"]
-    words = ["train", *sizes, "--against", "frozen", "--json", "--output", str(output)]
-    assert main(words, verb="benchmark") == 0
+    assert main(["train", *sizes, "--against", "frozen", "--json", "--output", str(output)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(output.read_text(encoding="utf-8"))
     assert result["work"]["rows"] == 8
@@ -43,13 +43,13 @@ def test_a_record_of_two_sides_in_processes(tmp_path: Any, capsys: pytest.Captur
     spreads = [side[speed] for side in result["sides"].values() for speed in speeds]
     for spread in (*spreads, *result["ratios"].values(), result["peak"]["bf16_flops_per_second"]):
         assert 0 < spread["min"] <= spread["median"] <= spread["max"]
-    assert len(result["sides"]["lora"]["seconds"]) == 2  # the warm-up is not among them
+    assert len(result["sides"]["lora"]["seconds"]) == 2  # without the warm-up
     assert result["sides"]["lora"]["trained_parameters"] > result["sides"]["frozen"]["trained_parameters"]
     assert result["machine"]["threads"] == 1
-    assert not re.search(r'"/|\.\./', output.read_text(encoding="utf-8"))  # no place on this machine
+    assert not re.search(r'"/|\.\./', output.read_text(encoding="utf-8")), "a record holds no path of this machine"
 
 
-def test_rounds_alternate_and_the_warm_up_is_dropped() -> None:
+def test_sides_alternate_and_the_warm_up_is_dropped() -> None:
     class Side:
         def __init__(self, name: str) -> None:
             self.name = name
@@ -59,66 +59,65 @@ def test_rounds_alternate_and_the_warm_up_is_dropped() -> None:
             return {"seconds": float(len(calls))}
 
     calls: list[str] = []
-    measured = take_turns({name: Side(name) for name in "abc"}, rounds=2)
+    counted = run_rounds({name: Side(name) for name in "abc"}, rounds=2)
     assert "".join(calls) == "abcbcacab"
-    assert [each["seconds"] for each in measured["a"]] == [6.0, 8.0]
+    assert [each["seconds"] for each in counted["a"]] == [6.0, 8.0]
 
 
-def test_what_cannot_be_measured_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"expected some of peft, .*, found 'lorelib' \(did you mean 'loralib'\?\)"):
+def test_invalid_options_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"--against: .*'lorelib'.*'loralib'"):
         benchmark_train(config(), ["lorelib"])
-    with pytest.raises(ConfigError, match="--against head: a language model has no head"):
+    with pytest.raises(ConfigError, match=r"--against head: .*no head"):
         benchmark_train(config("rule-restaurants"), ["head"])
     with pytest.raises(ConfigError, match="--steps 0"):
         benchmark_train(config(), ["full"], steps=0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="peft is not installed; run pip install peft"):
-        sides_of(["peft"], "causal-lm")
+    with pytest.raises(ConfigError, match=r"peft .*pip install peft"):
+        train_sides(["peft"], "causal-lm")
 
 
 def test_peft_stands_for_both_of_its_settings() -> None:
-    assert sides_of(["peft", "full", "full"], "causal-lm") == ("lora", "peft-default", "peft-best", "full")
+    assert train_sides(["peft", "full", "full"], "causal-lm") == ("lora", "peft-default", "peft-best", "full")
 
 
-def test_an_output_that_cannot_be_written_is_told_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--output", "no-such-folder/record.json"], verb="benchmark") == 2
+def test_a_missing_output_folder_is_reported_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--output", "no-such-folder/record.json"]) == 2
     assert "no-such-folder" in capsys.readouterr().err
 
 
-def test_a_side_that_dies_says_why() -> None:
-    with pytest.raises(TrainingError, match=r"process of peft-best ended early \(exit 3\)\n  no memory for this"):
-        SideProcess(WORK, script("sys.stderr.write('no memory for this\\n')", "sys.exit(3)"))
+def test_the_death_of_a_worker_is_reported_with_its_standard_error() -> None:
+    with pytest.raises(TrainingError, match=r"peft-best .*3\)\n  no memory for this"):
+        WorkerProcess(JOB, script("sys.stderr.write('no memory for this\\n')", "sys.exit(3)"))
     dies_later = script(
         "sys.stdin.readline()",
         "print('{\"ready\": {}}', flush=True)",
         "sys.stdin.readline()",
         "os.kill(os.getpid(), 9)",
     )
-    side = SideProcess(WORK, dies_later)
-    with pytest.raises(TrainingError, match="killed by signal 9"):
+    side = WorkerProcess(JOB, dies_later)
+    with pytest.raises(TrainingError, match="signal 9"):
         side.run_round()
     side.stop()
 
 
-def test_a_side_says_what_a_person_did_wrong() -> None:
+def test_a_worker_reports_an_invalid_config() -> None:
     with pytest.raises(ConfigError, match=r"peft-best: lora\.r is too large"):
-        SideProcess(WORK, script("sys.stdin.readline()", 'print(\'{"error": "lora.r is too large"}\')'))
+        WorkerProcess(JOB, script("sys.stdin.readline()", 'print(\'{"error": "lora.r is too large"}\')'))
 
 
-def test_no_process_outlives_its_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[SideProcess] = []
+def test_workers_are_killed_when_a_benchmark_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[WorkerProcess] = []
 
-    class Noted(SideProcess):
-        def __init__(self, work: Work) -> None:
+    class SecondFails(WorkerProcess):
+        def __init__(self, job: Job) -> None:
             if started:
                 raise TrainingError("the second does not start")
             super().__init__(
-                work, script("sys.stdin.readline()", "print('{\"ready\": {}}', flush=True)", "time.sleep(99)")
+                job, script("sys.stdin.readline()", "print('{\"ready\": {}}', flush=True)", "time.sleep(99)")
             )
             started.append(self)
 
-    monkeypatch.setattr(train, "SideProcess", Noted)
-    monkeypatch.setattr(process, "TAIL", 1)
+    monkeypatch.setattr(rounds, "WorkerProcess", SecondFails)
     with pytest.raises(TrainingError, match="second"):
         benchmark_train(config(), ["full"], steps=1, rounds=1)
     assert started[0].process.poll() is not None

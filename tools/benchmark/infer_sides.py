@@ -1,4 +1,4 @@
-"""The sides of the inference comparison: rows of many adapters on one base, each side a function that answers them."""
+"""The sides of the inference comparison. Each is a function that classifies rows of many adapters on one base."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ import torch
 from lora_hf.inference.classify import answer_rows
 from lora_hf.lora.inject import adapter_names, inject, lora_layers, merge, set_adapter
 from lora_hf.lora.unpadding import enable_unpadding
+from tools.benchmark.job import Job
 from tools.benchmark.peers import peft_config
-from tools.benchmark.sides import Setup
-from tools.benchmark.work import Work
+from tools.benchmark.train_sides import Setup
 
-STD = 0.02  # of every B: at B = 0 a library could leave the product out
-FLIPS = 1000  # of the active adapter, timed
+STD = 0.02  # of every B, because a library could skip the product where B = 0
+SWITCHES = 1000  # of the active adapter, to time one
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a round as model inputs, and the adapter of each."""
+    """The model inputs of a round, and the adapter of each row."""
 
     inputs: list[dict[str, list[int]]]
     adapters: list[str]
 
 
-Answer = Callable[[], None]
+Predict = Callable[[], None]  # classifies all rows once
+ExtraMeasurements = Callable[[], dict[str, Any]]  # of a side, after the last round
 
 
-def build(work: Work) -> tuple[Answer, Callable[[], dict[str, Any]]]:
-    """What answers all rows once, and what the side tells at its end."""
-    setup = Setup.of(work, Path())
-    inputs = [{key: value for key, value in row.items() if key != "adapter"} for row in work.rows]
-    rows = Rows(inputs, [row["adapter"] for row in work.rows])
-    return ANSWERING[work.side](setup, rows)
+def build(job: Job) -> tuple[Predict, ExtraMeasurements]:
+    """Prepares the side of the job."""
+    setup = Setup.from_job(job, Path())
+    inputs = [{key: value for key, value in row.items() if key != "adapter"} for row in job.rows]
+    return SIDES[job.side](setup, Rows(inputs, [row["adapter"] for row in job.rows]))
 
 
-def _ours(setup: Setup, rows: Rows) -> Any:
+def _model(setup: Setup, rows: Rows) -> Any:
+    """Our base with the adapters of all rows."""
     model = setup.base()
     for name in dict.fromkeys(rows.adapters):
         inject(model, setup.config.lora, name)
@@ -56,43 +57,43 @@ def _ours(setup: Setup, rows: Rows) -> Any:
 
 def _mixed(setup: Setup, rows: Rows) -> Any:
     """Rows of all adapters in the same batches."""
-    model, size = _ours(setup, rows), setup.config.train.eval_batch_size
+    model, size = _model(setup, rows), setup.config.train.eval_batch_size
 
-    def answer() -> None:
+    def predict() -> None:
         answer_rows(model, setup.tokenizer, rows.inputs, size, iter, rows.adapters)
 
-    def flips() -> dict[str, Any]:
+    def time_switches() -> dict[str, Any]:
         names = adapter_names(model)
-        begin = time.perf_counter()
-        for number in range(FLIPS):
+        start = time.perf_counter()
+        for number in range(SWITCHES):
             set_adapter(model, names[number % len(names)])
-        return {"switch_seconds": (time.perf_counter() - begin) / FLIPS}
+        return {"switch_seconds": (time.perf_counter() - start) / SWITCHES}
 
-    return answer, flips
+    return predict, time_switches
 
 
 def _apart(setup: Setup, rows: Rows) -> Any:
-    """A batch holds rows of one adapter: what can be done without mixing."""
-    model, size = _ours(setup, rows), setup.config.train.eval_batch_size
+    """Each batch holds rows of one adapter, as without mixed batches."""
+    model, size = _model(setup, rows), setup.config.train.eval_batch_size
 
-    def answer() -> None:
+    def predict() -> None:
         for name in dict.fromkeys(rows.adapters):
             set_adapter(model, name)
             own = [row for row, other in zip(rows.inputs, rows.adapters, strict=True) if other == name]
             answer_rows(model, setup.tokenizer, own, size, iter)
 
-    return answer, dict
+    return predict, dict
 
 
 def _merged(setup: Setup, rows: Rows) -> Any:
-    """All rows through one merged model, as if there were a single task: the bound."""
-    model, size = merge(_ours(setup, rows)), setup.config.train.eval_batch_size
+    """All rows through one merged model, as if there were only one task: the upper bound."""
+    model, size = merge(_model(setup, rows)), setup.config.train.eval_batch_size
     return lambda: answer_rows(model, setup.tokenizer, rows.inputs, size, iter), dict
 
 
 def _peft(precision: Any, by_length: bool) -> Any:
     def prepare(setup: Setup, rows: Rows) -> Any:
-        """PEFT's `adapter_names`, which takes no head of RoBERTa's: the adapters without, on one head for all."""
+        """PEFT's `adapter_names`. It does not support heads like RoBERTa's, so all adapters share one head."""
         import peft
 
         model: Any = setup.plain_base(precision)
@@ -106,13 +107,13 @@ def _peft(precision: Any, by_length: bool) -> Any:
                 parameter.data.normal_(0, STD)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-        def answer() -> None:
+        def predict() -> None:
             with torch.inference_mode():
-                for chosen in _batches(rows, setup.config.train.eval_batch_size, by_length):
-                    batch = setup.tokenizer.pad([rows.inputs[row] for row in chosen], return_tensors="pt")
-                    model(**batch.to(model.device), adapter_names=[rows.adapters[row] for row in chosen])
+                for batch_rows in _batches(rows, setup.config.train.eval_batch_size, by_length):
+                    batch = setup.tokenizer.pad([rows.inputs[row] for row in batch_rows], return_tensors="pt")
+                    model(**batch.to(model.device), adapter_names=[rows.adapters[row] for row in batch_rows])
 
-        return answer, dict
+        return predict, dict
 
     return prepare
 
@@ -124,7 +125,7 @@ def _batches(rows: Rows, size: int, by_length: bool) -> Iterator[list[int]]:
     return (order[start : start + size] for start in range(0, len(order), size))
 
 
-ANSWERING: dict[str, Callable[[Setup, Rows], Any]] = {
+SIDES: dict[str, Callable[[Setup, Rows], Any]] = {
     "mixed": _mixed,
     "apart": _apart,
     "merged": _merged,

@@ -1,4 +1,4 @@
-"""Measures a server from outside: clients over loopback, adapters replaced meanwhile, every answer checked."""
+"""`serve`: the speed of a server under load. Adapters are replaced meanwhile, and every response is checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +27,27 @@ from lora_hf.adapters.save_load import save_adapter
 from lora_hf.core.child_process import package_environment
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
-from lora_hf.core.provenance import git_state, versions
 from lora_hf.core.records import RUN_CONFIG_FILE
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.inference.classify import MixedPredictor, described
 from lora_hf.lora.inject import adapter_heads, inject, lora_layers
-from lora_hf.lora.precision import resolve_precision
 from lora_hf.models.load import load_base
 from lora_hf.serving.requests import digest_of
-from tools.benchmark.train import machine_in_use
+from tools.benchmark.rounds import environment, with_resolved_precision
 
 logger = logging.getLogger(__name__)
 
-STD = 0.05  # of every B and head: answers of two adapters must differ, or a mix-up would go unseen
-# How far a served probability may be from the offline one, both rounded to four decimals: sums in another order, which
-# in half precision round otherwise.
+STD = 0.05  # of every B and head, so that mixed-up adapters give visibly different results
+# Allowed difference between served and offline probabilities, both rounded to four decimals. Batches sum in another
+# order, which rounds differently in half precision.
 TOLERANCES = {"fp32": 1.001e-4, "bf16": 2e-2, "fp16": 4e-3}
 SERVE = "import sys; from lora_hf.cli.main import main; sys.exit(main(verb='serve'))"
-START_LIMIT = 120.0  # seconds
+TIMEOUT = 120.0  # seconds to start, and to answer the last requests
 
 
 @dataclass
 class Tally:
-    """What the clients of one part saw. Latencies are seconds."""
+    """What the clients saw in one part of the benchmark. Latencies are in seconds."""
 
     latencies: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -58,7 +56,7 @@ class Tally:
     seconds: float = 0.0
 
     def summary(self) -> dict[str, Any]:
-        """Throughput, quantiles in milliseconds, and how many answers were wrong or missing."""
+        """Throughput, latency quantiles, and the numbers of errors and wrong responses."""
         p50, p99 = np.quantile(self.latencies, [0.5, 0.99]) if self.latencies else (0.0, 0.0)
         return {
             "requests": len(self.latencies),
@@ -74,7 +72,7 @@ class Tally:
 
 @dataclass
 class Load:
-    """What is asked: an adapter of `names`, a text of `texts`; `expected` are the answers by version and text."""
+    """The requests: any of `names` with any of `texts`. `expected` has the results of each version, one per text."""
 
     names: list[str]
     texts: list[str]
@@ -82,7 +80,7 @@ class Load:
     tolerance: float
 
 
-def benchmark_serving(
+def benchmark_serve(
     config: RunConfig,
     clients: int = 16,
     adapters: int = 8,
@@ -90,22 +88,26 @@ def benchmark_serving(
     replacements: int = 10,
     rows: int = 64,
 ) -> dict[str, Any]:
-    """Serves `adapters` with random weights, asks one request at a time, then by `clients` at once; the record of it.
+    """Measures a server with random adapters, and returns the record.
 
-    During the second part adapters are replaced, `replacements` times in all, each by its other version. At the end the
-    server is killed and started again.
+    First, one client sends one request at a time, then `clients` send requests at once. In the second part, adapters
+    are replaced `replacements` times in total, each by its other version. At the end, the server is killed and started
+    again.
+
+    Args:
+        rows: how many texts of the validation set the clients send.
 
     Raises:
-        ConfigError: a number below one, or a task that does not classify one text.
+        ConfigError: a number below one, or a task that does not classify single texts.
         TrainingError: the server did not start.
     """
     if min(clients, adapters, seconds, rows) < 1 or replacements < 0:
         raise ConfigError("benchmark serve: expected at least one client, adapter, second and row")
     task = get_task(config.task.name)
     if task.model_kind != "sequence-classification" or len(task.text_columns) != 1:
-        raise ConfigError(f"benchmark serve: expected a task that classifies one text, found {task.name}")
-    precision = resolve_precision(config.model.precision)
-    config = replace(config, model=replace(config.model, precision=precision))
+        raise ConfigError(f"benchmark serve: expected a task that classifies single texts, found {task.name}")
+    config = with_resolved_precision(config)
+    precision = config.model.precision
     split = task.evaluation_splits[0]
     texts = list(task.load(config.task.data_dir, [split])[split][task.text_columns[0]][:rows])
     with ExitStack() as stack:
@@ -117,22 +119,22 @@ def benchmark_serving(
             _offline(folders, texts, task.text_columns[0], precision),
             TOLERANCES[precision],
         )
-        started = {name: folders[place * 2] for place, name in enumerate(load.names)}
+        served = {name: folders[2 * index] for index, name in enumerate(load.names)}
         token = secrets.token_hex(16)
-        server = stack.enter_context(_server(started, root, precision, token))
+        server = stack.enter_context(_server(served, root, precision, token))
         logger.info("benchmark: one request at a time")
-        alone = _drive(server, load, 1, max(1.0, seconds / 4), lambda: None)
+        one = _drive(server, load, 1, max(1.0, seconds / 4), lambda: None)
         logger.info("benchmark: %d clients", clients)
-        replacing = _Replacing(server, load.names, [folder.name for folder in folders], replacements, seconds)
-        together = _drive(server, load, clients, seconds, replacing)
-        page = server.ask("GET", "/metrics")[1].decode()
+        replacer = _Replacer(server, load.names, [folder.name for folder in folders], replacements, seconds)
+        many = _drive(server, load, clients, seconds, replacer)
+        metrics = server.request("GET", "/metrics")[1].decode()
         server.process.kill()
         server.process.wait()
-        again = stack.enter_context(_server(started, root, precision, token))
-        after = _drive(again, load, 1, 1.0, lambda: None)
-        again.process.terminate()
-        code = again.process.wait(60)
-    one, many = alone.summary(), together.summary()
+        restarted = stack.enter_context(_server(served, root, precision, token))
+        after = _drive(restarted, load, 1, 1.0, lambda: None)
+        restarted.process.terminate()
+        code = restarted.process.wait(60)
+    alone, together = one.summary(), many.summary()
     return {
         "work": {
             "model": Path(config.model.name).name,
@@ -146,22 +148,20 @@ def benchmark_serving(
             "precision": precision,
             "tolerance": load.tolerance,
         },
-        "one_at_a_time": one,
-        "together": many | {"rows_of_a_batch": _mean(page, "lora_hf_batch_rows")},
-        "ratio": many["per_second"] / one["per_second"],
-        "replaced": {"times": replacing.done, "failed": replacing.failed, "milliseconds": replacing.milliseconds},
-        "started_in_seconds": server.started,
-        "started_again_in_seconds": again.started,
+        "one_at_a_time": alone,
+        "together": together | {"rows_of_a_batch": _histogram_mean(metrics, "lora_hf_batch_rows")},
+        "ratio": together["per_second"] / alone["per_second"],
+        "replaced": {"times": replacer.done, "failed": replacer.failed, "milliseconds": replacer.milliseconds},
+        "started_in_seconds": server.startup_seconds,
+        "started_again_in_seconds": restarted.startup_seconds,
         "after_the_restart": after.summary(),
         "exit_code_after_sigterm": code,
-        "machine": machine_in_use(),
-        "versions": versions(),
-        "git": git_state(),
+        **environment(),
     }
 
 
 def _save(config: RunConfig, root: Path, adapters: int) -> list[Path]:
-    """Two versions of each adapter, all of random weights, as folders that find their base again."""
+    """Saves two versions of each adapter with random weights, and returns their folders in order."""
     model, task = load_base(config.model, get_task(config.task.name), config.train.seed), get_task(config.task.name)
     names = [f"adapter{number}{version}" for number in range(adapters) for version in "ab"]
     for name in names:
@@ -195,9 +195,9 @@ class _Server:
     process: subprocess.Popen
     port: int
     token: str
-    started: float
+    startup_seconds: float
 
-    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+    def request(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
             headers = {"authorization": f"Bearer {self.token}", "content-type": "application/json"}
             connection.request(method, path, None if body is None else json.dumps(body), headers)
@@ -207,20 +207,20 @@ class _Server:
 
 @contextmanager
 def _server(adapters: dict[str, Path], root: Path, precision: str, token: str) -> Iterator[_Server]:
-    """A server in a process of its own, ready."""
+    """A server in a process of its own, once it is ready."""
     words = [word for name, folder in adapters.items() for word in ("--adapter", f"{name}={folder}")]
     words += ["--port", "0", "--allow-loading", str(root), "--precision", precision]
     environment = package_environment() | {"LORA_HF_TOKEN": token}
-    begin = time.perf_counter()
+    start = time.perf_counter()
     log = root / f"server-{time.monotonic_ns()}.log"
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen([sys.executable, "-c", SERVE, *words], stderr=errors, env=environment)
         try:
-            while time.perf_counter() - begin < START_LIMIT and process.poll() is None:
-                said = log.read_text(encoding="utf-8")
-                if "ready: " in said:
-                    port = int(said.partition("http://127.0.0.1:")[2].partition(",")[0])
-                    yield _Server(process, port, token, time.perf_counter() - begin)
+            while time.perf_counter() - start < TIMEOUT and process.poll() is None:
+                output = log.read_text(encoding="utf-8")
+                if "ready: " in output:
+                    port = int(output.partition("http://127.0.0.1:")[2].partition(",")[0])
+                    yield _Server(process, port, token, time.perf_counter() - start)
                     return
                 time.sleep(0.02)
             raise TrainingError(f"benchmark serve: the server did not start: {log.read_text(encoding='utf-8')[-2000:]}")
@@ -230,61 +230,61 @@ def _server(adapters: dict[str, Path], root: Path, precision: str, token: str) -
 
 
 def _drive(server: _Server, load: Load, clients: int, seconds: float, meanwhile: Callable[[], None]) -> Tally:
-    """`clients` connections, on each of which one thing is asked after the other until the time is over."""
-    asking = [_Asking(server, load, number) for number in range(clients)]
+    """Sends requests through `clients` connections for `seconds`, each after the response to the one before."""
+    senders = [_Client(server, load, number) for number in range(clients)]
 
-    async def all_of_them() -> None:
+    async def send_all() -> None:
         end = time.perf_counter() + seconds
-        await asyncio.gather(asyncio.to_thread(meanwhile), *(each.until(end) for each in asking))
+        await asyncio.gather(asyncio.to_thread(meanwhile), *(each.run_until(end) for each in senders))
 
-    begin = time.perf_counter()
+    start = time.perf_counter()
     try:
-        asyncio.run(asyncio.wait_for(all_of_them(), seconds + START_LIMIT))
+        asyncio.run(asyncio.wait_for(send_all(), seconds + TIMEOUT))
     except asyncio.TimeoutError:
-        raise TrainingError(f"benchmark serve: the server left a request without answer for {START_LIMIT} s") from None
-    tallies = [each.tally for each in asking]
+        raise TrainingError(f"benchmark serve: the server did not answer a request within {TIMEOUT} s") from None
+    tallies = [each.tally for each in senders]
     return Tally(
         list(itertools.chain.from_iterable(tally.latencies for tally in tallies)),
         list(itertools.chain.from_iterable(tally.errors for tally in tallies)),
         list(itertools.chain.from_iterable(tally.wrong for tally in tallies)),
         set().union(*(tally.versions for tally in tallies)),
-        time.perf_counter() - begin,
+        time.perf_counter() - start,
     )
 
 
-class _Asking:
-    """A client. It takes little of the machine, which is the server's: an answer that comes again is compared once."""
+class _Client:
+    """A client. It leaves the CPU to the server: it checks a response that repeats only once."""
 
     def __init__(self, server: _Server, load: Load, number: int) -> None:
         self.server, self.load, self.tally = server, load, Tally()
-        self.turn = number * 7919  # clients start at different texts
-        self.known: dict[tuple[str, int, bytes], str | None] = {}
+        self.count = number * 7919  # clients start at different texts
+        self.checked: dict[tuple[str, int, bytes], str | None] = {}
 
-    async def until(self, end: float) -> None:
+    async def run_until(self, end: float) -> None:
         while time.perf_counter() < end:
-            await self._on_a_connection(end)
+            await self._connect(end)
 
-    async def _on_a_connection(self, end: float) -> None:
+    async def _connect(self, end: float) -> None:
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
             with closing(writer):
                 while time.perf_counter() < end:
-                    await self._ask(reader, writer)
+                    await self._classify(reader, writer)
         except (OSError, EOFError, ValueError) as error:
             self.tally.errors.append(repr(error))
-            await asyncio.sleep(0.05)  # the next is asked on another connection
+            await asyncio.sleep(0.05)  # the next request uses a new connection
 
-    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        name = self.load.names[self.turn % len(self.load.names)]
-        place = self.turn // len(self.load.names) % len(self.load.texts)
-        self.turn += 1
-        begin = time.perf_counter()
-        writer.write(self._request({"adapter": name, "inputs": [self.load.texts[place]]}))
+    async def _classify(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        name = self.load.names[self.count % len(self.load.names)]
+        text = self.count // len(self.load.names) % len(self.load.texts)
+        self.count += 1
+        start = time.perf_counter()
+        writer.write(self._request({"adapter": name, "inputs": [self.load.texts[text]]}))
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         content = await reader.readexactly(int(head.partition("content-length:")[2].split()[0]))
-        self.tally.latencies.append(time.perf_counter() - begin)
+        self.tally.latencies.append(time.perf_counter() - start)
         if head.split()[1] == "200":
-            self._check(name, place, content)
+            self._check(name, text, content)
         else:
             self.tally.errors.append(content.decode(errors="replace")[:300])
 
@@ -296,32 +296,32 @@ class _Asking:
         )
         return head.encode() + content
 
-    def _check(self, name: str, place: int, content: bytes) -> None:
-        key = (name, place, content)
-        if key not in self.known:
-            answer = json.loads(content)
-            self.tally.versions.add(answer["version"])
-            expected = self.load.expected.get(answer["version"])
-            right = (
-                answer["adapter"] == name
+    def _check(self, name: str, text: int, content: bytes) -> None:
+        key = (name, text, content)
+        if key not in self.checked:
+            response = json.loads(content)
+            self.tally.versions.add(response["version"])
+            expected = self.load.expected.get(response["version"])
+            correct = (
+                response["adapter"] == name
                 and expected is not None
-                and same(answer["answers"], expected[place], self.load.tolerance)
+                and is_close(response["answers"], expected[text], self.load.tolerance)
             )
-            self.known[key] = None if right else f"{name}: {answer} instead of {expected and expected[place]}"
-        if wrong := self.known[key]:
+            self.checked[key] = None if correct else f"{name}: {response} instead of {expected and expected[text]}"
+        if wrong := self.checked[key]:
             self.tally.wrong.append(wrong)
 
 
-def same(answers: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> bool:
-    """Whether the one answer is the expected one; where two labels are as probable, either may be named."""
+def is_close(answers: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> bool:
+    """Whether the only answer is the expected one. If two labels are equally probable, either is correct."""
     (answer,) = answers
     found, wanted = answer["probabilities"], expected["probabilities"]
     close = found.keys() == wanted.keys() and all(abs(found[name] - wanted[name]) <= tolerance for name in wanted)
     return close and wanted[answer["label"]] >= max(wanted.values()) - 2 * tolerance
 
 
-class _Replacing:
-    """Replaces one adapter after the other by its other version, evenly over the time."""
+class _Replacer:
+    """Replaces one adapter after another by its other version, evenly spread over `seconds`."""
 
     def __init__(self, server: _Server, names: list[str], folders: list[str], times: int, seconds: float) -> None:
         self.server, self.names, self.folders, self.times, self.seconds = server, names, folders, times, seconds
@@ -329,22 +329,22 @@ class _Replacing:
         self.milliseconds: list[float] = []
 
     def __call__(self) -> None:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         for turn in range(self.times):
-            wait = begin + (turn + 0.5) * self.seconds / self.times - time.perf_counter()
+            wait = start + (turn + 0.5) * self.seconds / self.times - time.perf_counter()
             time.sleep(max(0.0, wait))
-            place, version = turn % len(self.names), (turn // len(self.names) + 1) % 2
-            started = time.perf_counter()
-            folder = {"folder": self.folders[place * 2 + version]}
-            status, _ = self.server.ask("PUT", f"/v1/adapters/{self.names[place]}", folder)
-            self.milliseconds.append((time.perf_counter() - started) * 1e3)
+            index, version = turn % len(self.names), (turn // len(self.names) + 1) % 2
+            request_start = time.perf_counter()
+            folder = {"folder": self.folders[2 * index + version]}
+            status, _ = self.server.request("PUT", f"/v1/adapters/{self.names[index]}", folder)
+            self.milliseconds.append((time.perf_counter() - request_start) * 1e3)
             self.done += status == 200
             self.failed += status != 200
 
 
-def _mean(page: str, name: str) -> float:
-    """The mean of a histogram on the page of metrics, over all its labels."""
-    lines = [line.split() for line in page.splitlines() if line.startswith((f"{name}_sum", f"{name}_count"))]
+def _histogram_mean(metrics: str, name: str) -> float:
+    """The mean of a Prometheus histogram over all its labels."""
+    lines = [line.split() for line in metrics.splitlines() if line.startswith((f"{name}_sum", f"{name}_count"))]
     total = sum(float(line[-1]) for line in lines if line[0].startswith(f"{name}_sum"))
     count = sum(float(line[-1]) for line in lines if line[0].startswith(f"{name}_count"))
     return total / count if count else 0.0

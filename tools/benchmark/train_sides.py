@@ -1,4 +1,4 @@
-"""Our sides of the comparison, each a Trainer that is ready to run; the peers' are in `peers`."""
+"""The training sides of this library, each a Trainer that is ready to run. `peers` has those of other libraries."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from lora_hf.lora.precision import Precision
 from lora_hf.lora.target_modules import head_paths
 from lora_hf.models.load import load_base, load_tokenizer
 from lora_hf.training.trainer import AdapterTrainer, enable_optimizations
-from tools.benchmark.work import Work
+from tools.benchmark.job import Job
 
 Build = Callable[["Setup"], Trainer]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every side has the same of: rows, tokenizer, the Trainer's arguments."""
+    """What all sides share: config, rows, tokenizer and arguments of the Trainer."""
 
     config: RunConfig
     task: Task
@@ -46,30 +46,30 @@ class Setup:
     folder: Path
 
     @classmethod
-    def of(cls, work: Work, folder: Path) -> Setup:
-        config = RunConfig.from_dict(work.config, "benchmark")
+    def from_job(cls, job: Job, folder: Path) -> Setup:
+        config = RunConfig.from_dict(job.config, "benchmark")
         task, tokenizer = get_task(config.task.name), load_tokenizer(config.model)
-        return cls(config, task, tokenizer, Dataset.from_list(work.rows), work.rounds, folder)
+        return cls(config, task, tokenizer, Dataset.from_list(job.rows), job.rounds, folder)
 
     def base(self) -> PreTrainedModel:
-        """The base model as we load it."""
+        """The base model as lora_hf loads it, with faster activations."""
         return load_base(self.config.model, self.task, self.config.train.seed)
 
     def plain_base(self, precision: Precision) -> PreTrainedModel:
-        """The same weights in the model that transformers itself builds: `load_base` puts faster activations in."""
+        """The same weights in the model that transformers builds, with its own activations."""
         ours = load_base(replace(self.config.model, precision=precision), self.task, self.config.train.seed)
         auto: Any = AutoModelForCausalLM if self.task.model_kind == "causal-lm" else AutoModelForSequenceClassification
         plain = auto.from_config(ours.config, dtype=ours.dtype)
         plain.load_state_dict(ours.state_dict())
         return plain
 
-    def skeleton(self) -> PreTrainedModel:
-        """The base model without its weights, to count by: an adapted one has matrices of its own besides."""
+    def meta_base(self) -> PreTrainedModel:
+        """The base model on the meta device, to count its weights before an adapter adds its own."""
         with torch.device("meta"):
             return load_base(replace(self.config.model, init="random", quantised=None), self.task)
 
     def arguments(self, **more: Any) -> TrainingArguments:
-        """An epoch is a round. The Trainer's own defaults, without its logs, evaluations and checkpoints."""
+        """The defaults of the Trainer without logs, evaluation and checkpoints. Each epoch is a round."""
         train = self.config.train
         values: dict[str, Any] = {
             "output_dir": str(self.folder),
@@ -88,7 +88,7 @@ class Setup:
         return TrainingArguments(**(values | more))
 
     def trainer(self, model: Any, kind: type[Trainer] = Trainer, **more: Any) -> Trainer:
-        """A Trainer with padding to the longest row of a batch; `more` are TrainingArguments."""
+        """A Trainer that pads to the longest row of a batch. `more` are TrainingArguments."""
         generates = self.task.model_kind == "causal-lm"
         return kind(
             model=model,
@@ -107,7 +107,7 @@ def _without_dropout(setup: Setup) -> Trainer:
 
 
 def _frozen(setup: Setup) -> Trainer:
-    """The step that `lora` can at best have: no adapter, and the gradient taken down to the embeddings."""
+    """The upper bound for `lora`: no adapter, and the gradient goes down to the embeddings."""
     model = setup.base().requires_grad_(False)
     if head_paths(model):
         inject_head(model)
@@ -120,7 +120,7 @@ def _head(setup: Setup) -> Trainer:
 
 
 def our_trainer(setup: Setup, model: PreTrainedModel) -> Trainer:
-    """How `lora_hf.training.run` trains `model` by default."""
+    """Trains `model` as `lora_hf.training.run` does by default."""
     trainer: Any = setup.trainer(model, AdapterTrainer, logging_nan_inf_filter=False, **enable_optimizations(model))
     trainer.model_accepts_loss_kwargs = setup.task.model_kind == "causal-lm"
     if setup.config.train.group_by_prompt:
@@ -129,12 +129,12 @@ def our_trainer(setup: Setup, model: PreTrainedModel) -> Trainer:
 
 
 def _full(setup: Setup) -> Trainer:
-    """Every parameter, kept in fp32 and multiplied in bf16 by autocast."""
+    """Trains every parameter, held in fp32 and multiplied in bf16 by autocast."""
     return setup.trainer(setup.plain_base("fp32"), bf16=True, train_sampling_strategy="group_by_length")
 
 
-# What a step multiplies with each weight of the base, see `step_flops`; 4 where a side is not named.
-PER_WEIGHT = {"full": 6, "head": 2}
+# FLOPs of a step for each weight of the base, see `step_flops`. Other sides have 4.
+FLOPS_PER_WEIGHT = {"full": 6, "head": 2}
 SIDES: dict[str, Build] = {
     "lora": _lora,
     "frozen": _frozen,
