@@ -7,6 +7,7 @@ import http.client
 import itertools
 import json
 import logging
+import re
 import secrets
 import subprocess
 import sys
@@ -102,7 +103,8 @@ def benchmark_serve(
         TrainingError: the server did not start.
     """
     if min(clients, adapters, seconds, rows) < 1 or replacements < 0:
-        raise ConfigError("benchmark serve: expected at least one client, adapter, second and row")
+        found = f"--clients {clients} --adapters {adapters} --seconds {seconds:g} --rows {rows}"
+        raise ConfigError(f"{found} --replacements {replacements}: expected at least 1 of each, and 0 replacements")
     task = get_task(config.task.name)
     if task.model_kind != "sequence-classification" or len(task.text_columns) != 1:
         raise ConfigError(f"benchmark serve: expected a task that classifies single texts, found {task.name}")
@@ -218,9 +220,8 @@ def _server(adapters: dict[str, Path], root: Path, precision: str, token: str) -
         try:
             while time.perf_counter() - start < TIMEOUT and process.poll() is None:
                 output = log.read_text(encoding="utf-8")
-                if "ready: " in output:
-                    port = int(output.partition("http://127.0.0.1:")[2].partition(",")[0])
-                    yield _Server(process, port, token, time.perf_counter() - start)
+                if address := re.search(r"ready: .*http://127\.0\.0\.1:(\d+)\D", output):
+                    yield _Server(process, int(address[1]), token, time.perf_counter() - start)
                     return
                 time.sleep(0.02)
             raise TrainingError(f"benchmark serve: the server did not start: {log.read_text(encoding='utf-8')[-2000:]}")
