@@ -1,1 +1,1 @@
-"""Programs for developers, run from a clone: benchmarks against other libraries, tables for the docs, small bases."""
+"""Developer tools, run from a clone: benchmarks, tables for the docs, and pretraining of the embedded bases."""

@@ -1,4 +1,4 @@
-"""Pretraining on a made-up language: it learns, stops and resumes exactly, and its folder loads everywhere."""
+"""Pretraining on an invented language: it learns, resumes exactly, and exports a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ SMALL = {
 RECIPE = {kind: replace(RECIPES[name], vocab_size=size, **SMALL) for kind, name, size in (
     ("masked", "tiny-roberta", 150), ("causal", "tiny-gpt2", 330)
 )}  # fmt: skip
-EMBEDDED_BYTES = 16_000_000  # what the repository is willing to carry for both bases together
+EMBEDDED_BYTES = 16_000_000  # limit for both bases together
 
 
 def sentence(draw: random.Random) -> str:
-    """A language where the animal decides its verb and the verb its place, so context tells a masked word."""
-    animal, verb, place = draw.choice(
+    """A language where the animal determines the verb and the location, so that context predicts a masked word."""
+    animal, verb, location = draw.choice(
         [("dog", "runs", "garden"), ("cat", "sleeps", "kitchen"), ("fish", "swims", "river"), ("bird", "flies", "sky")]
     )
-    article, colour = draw.choice(["A", "The", "Your"]), draw.choice(["black", "white", "brown", "old"])
-    return f"{article} {colour} {animal} {verb} in the {colour} {place}{draw.choice(['.', '!'])}"
+    article, color = draw.choice(["A", "The", "Your"]), draw.choice(["black", "white", "brown", "old"])
+    return f"{article} {color} {animal} {verb} in the {color} {location}{draw.choice(['.', '!'])}"
 
 
 @pytest.fixture(scope="module")
@@ -101,18 +101,18 @@ def test_learns_more_than_word_frequencies_and_exports(recipe: Recipe, text_dir:
         assert model(**batch).logits.isfinite().all()
 
 
-def test_resumed_run_equals_uninterrupted(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     recipe: Recipe, corpora: tuple[corpus.Corpus, corpus.Corpus], tmp_path: Path
 ) -> None:
     recipe = replace(recipe, tokens=24 * recipe.batch_tokens, check_steps=6)
-    whole, progress = pretrain.train(recipe, corpora, tmp_path / "whole")
+    uninterrupted, progress = pretrain.train(recipe, corpora, tmp_path / "uninterrupted")
     pretrain.train(recipe, corpora, tmp_path / "parts", stop_step=12)
     # As if killed between the two renames.
     shutil.rmtree(tmp_path / "parts" / "checkpoint.old")
     (tmp_path / "parts" / "checkpoint").rename(tmp_path / "parts" / "checkpoint.old")
     resumed, resumed_progress = pretrain.train(recipe, corpora, tmp_path / "parts", resume=True)
     assert resumed_progress.history == progress.history
-    for (name, expected), found in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+    for (name, expected), found in zip(uninterrupted.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(expected, found), name
 
 
@@ -125,7 +125,7 @@ def test_more_tokens_change_nothing_before_the_decay(
     assert all(torch.equal(*pair) for pair in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_schedule() -> None:
+def test_learning_rate_and_mask_rate_follow_the_schedule() -> None:
     recipe = replace(RECIPE["masked"], tokens=100 * 512, plain_tokens=20 * 512, warmup_steps=10, decay_share=0.4)
     scales = [recipe.learning_rate_scale(step) for step in (0, 9, 60, 80, 100, 110, 120)]
     assert scales == pytest.approx([0.1, 1, 1, 0.5, 0.2, 0.1, 0])
@@ -134,39 +134,38 @@ def test_schedule() -> None:
 
 def test_blocks_cover_the_text_and_begin_at_starts() -> None:
     starts = np.arange(0, 10_000, 10)
-    made = corpus.Corpus(np.arange(10_000, dtype=np.uint16), starts)
-    begins = torch.cat([corpus.blocks(made, rows=8, length=20, step=step)[:, 0] for step in range(200)])
-    assert set(begins.tolist()) <= set(starts.tolist())
-    assert len(set(begins.tolist())) > 0.75 * len(
-        starts
-    )  # 1600 draws; a pure chance draw would reach 0.80, one comb 0.008
-    assert torch.equal(corpus.blocks(made, 8, 20, 7), corpus.blocks(made, 8, 20, 7))
-    with pytest.raises(UserError, match="10000 tokens, but one block takes 20000"):
-        corpus.blocks(made, 8, 20_000, 0)
+    text = corpus.Corpus(np.arange(10_000, dtype=np.uint16), starts)
+    chosen = torch.cat([corpus.blocks(text, rows=8, length=20, step=step)[:, 0] for step in range(200)])
+    assert set(chosen.tolist()) <= set(starts.tolist())
+    # Of 1600 draws. Random draws would reach 0.80, and the same positions in every step 0.008.
+    assert len(set(chosen.tolist())) > 0.75 * len(starts)
+    assert torch.equal(corpus.blocks(text, 8, 20, 7), corpus.blocks(text, 8, 20, 7))
+    with pytest.raises(UserError, match=r"10000 tokens.*20000"):
+        corpus.blocks(text, 8, 20_000, 0)
 
 
-def test_missing_text_is_the_users_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_text_files_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", "tiny-gpt2", "--text-dir", str(tmp_path), "--work-dir", str(tmp_path / "work")]
     assert pretrain.main(options) == 2
-    assert f"no train.parquet or train-*.parquet in {tmp_path}" in capsys.readouterr().err
+    assert f"train-*.parquet in {tmp_path}" in capsys.readouterr().err
 
 
-def test_waves_tell_distances() -> None:
+def test_sinusoidal_positions_encode_distances() -> None:
     waves = recipes.waves(40, 16)
-    likeness = waves @ waves.T
+    similarity = waves @ waves.T
     assert waves[0].tolist() == [0.0, 1.0] * 8
-    assert likeness.diagonal(3).tolist() == pytest.approx([likeness[0, 3].item()] * 37, abs=1e-4)
-    assert likeness[0, 1] > likeness[0, 4]
+    assert similarity.diagonal(3).tolist() == pytest.approx([similarity[0, 3].item()] * 37, abs=1e-4)
+    assert similarity[0, 1] > similarity[0, 4]
 
 
-def test_neighbours_by_cooccurrence() -> None:
+def test_words_that_occur_together_have_similar_vectors() -> None:
     draw = np.random.default_rng(0)
-    # Words 0-4 and 5-9 keep to themselves: vectors within a group must be nearer than between groups.
+    # Words 0-4 and 5-9 never mix, so vectors must be more similar within a group than between groups.
     stream = np.concatenate([draw.integers(0, 5, 50) + 5 * (number % 2) for number in range(100)]).astype(np.uint16)
     vectors = corpus.cooccurrence_embeddings(stream, vocab_size=10, size=4, seed=0)
-    likeness = vectors @ vectors.T
+    similarity = vectors @ vectors.T
     assert vectors.norm(dim=1).tolist() == pytest.approx([1.0] * 10)
-    assert likeness[:5, :5].min() > likeness[:5, 5:].max()
+    assert similarity[:5, :5].min() > similarity[:5, 5:].max()
 
 
 def bases() -> list[Path]:
@@ -178,43 +177,25 @@ def test_embedded_bases_stay_small() -> None:
 
 
 @pytest.mark.parametrize("folder", bases(), ids=lambda folder: folder.name)
-def test_embedded_base_is_its_recipe(folder: Path) -> None:
-    """The committed weights come from the committed recipe."""
+def test_an_embedded_base_was_trained_with_its_current_recipe(folder: Path) -> None:
     record = json.loads((folder / "pretraining.json").read_text())
     assert record["recipe"] == json.loads(json.dumps(asdict(RECIPES[folder.name])))
     assert math.exp(record["held_out_loss"]) == pytest.approx(record["held_out_perplexity"], abs=0.01)
 
 
 TREEBANK = "do n't you see it 's a `` charming '' , -lrb- funny -rrb- film ."
-RUNNING = "Don't you see it's a \"charming\", (funny) film."
+PLAIN = "Don't you see it's a \"charming\", (funny) film."
 
 
-@pytest.mark.skipif(not (BASES / "tiny-roberta").exists(), reason="the base is not there")
+@pytest.mark.skipif(not (BASES / "tiny-roberta").exists(), reason="the base is missing")
 class TestTinyRoberta:
     folder = BASES / "tiny-roberta"
 
     def test_treebank_spacing_makes_no_difference(self) -> None:
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         tokens = tokenizer.tokenize(TREEBANK)
-        assert tokens == tokenizer.tokenize(RUNNING)
-        assert tokens == [
-            "do",
-            "n't",
-            "you",
-            "see",
-            "it",
-            "'s",
-            "a",
-            '"',
-            "charming",
-            '"',
-            ",",
-            "(",
-            "funny",
-            ")",
-            "film",
-            ".",
-        ]
+        assert tokens == tokenizer.tokenize(PLAIN)
+        assert " ".join(tokens) == "do n't you see it 's a \" charming \" , ( funny ) film ."
 
     def test_special_tokens(self) -> None:
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
@@ -234,21 +215,21 @@ class TestTinyRoberta:
             ("He opened the <mask> and went into the room.", {"door"}),
         ],
     )
-    def test_fills_masks(self, sentence: str, expected: set[str]) -> None:
+    def test_fills_masks_with_plausible_words(self, sentence: str, expected: set[str]) -> None:
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         model = AutoModelForMaskedLM.from_pretrained(self.folder)
         batch = tokenizer(sentence, return_tensors="pt")
-        place = (batch["input_ids"][0] == tokenizer.mask_token_id).nonzero().item()
-        best = tokenizer.convert_ids_to_tokens(model(**batch).logits[0, place].topk(5).indices.tolist())
+        position = (batch["input_ids"][0] == tokenizer.mask_token_id).nonzero().item()
+        best = tokenizer.convert_ids_to_tokens(model(**batch).logits[0, position].topk(5).indices.tolist())
         assert expected & set(best), best
 
 
-@pytest.mark.skipif(not (BASES / "tiny-gpt2").exists(), reason="the base is not there")
+@pytest.mark.skipif(not (BASES / "tiny-gpt2").exists(), reason="the base is missing")
 class TestTinyGpt2:
     folder = BASES / "tiny-gpt2"
 
-    @pytest.mark.parametrize("written", [TREEBANK, RUNNING, "Zürich: 12 °C,\n\ttabs, and  spaces - 漢字"])
-    def test_tokenizer_loses_nothing(self, written: str) -> None:
+    @pytest.mark.parametrize("written", [TREEBANK, PLAIN, "Zürich: 12 °C,\n\ttabs, and  spaces - 漢字"])
+    def test_tokenizer_is_lossless(self, written: str) -> None:
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         assert tokenizer.decode(tokenizer(written)["input_ids"]) == written
         assert tokenizer.pad_token_id == tokenizer.eos_token_id == tokenizer.bos_token_id == 0

@@ -1,1 +1,1 @@
-"""The embedded world: small bases and data made by rule, for a machine without the hub."""
+"""Pretraining of the embedded bases: `pretrain` trains one by its recipe, and `evidence` shows what they predict."""

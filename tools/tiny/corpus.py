@@ -1,4 +1,4 @@
-"""Text for pretraining: parquet paragraphs to tokenizers, one token stream and seeded blocks of it."""
+"""Text for pretraining: from parquet files to tokenizers, to one stream of tokens, and to blocks of it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,8 @@ from lora_hf.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MASKED_SPECIALS = (
-    "<s>",
-    "<pad>",
-    "</s>",
-    "<unk>",
-    "<mask>",
-)  # RoBERTa's order: the pad id must be 1, positions start after it
+# In RoBERTa's order. The id of <pad> must be 1, because positions start after it.
+MASKED_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 BOS, PAD, EOS, UNK, MASK = range(5)
 CAUSAL_SPECIAL = "<|endoftext|>"
 GOLDEN_RATIO = 0.6180339887498949
@@ -33,30 +28,29 @@ GOLDEN_RATIO = 0.6180339887498949
 
 @dataclass(frozen=True)
 class Corpus:
-    """One split as a stream of token ids, and the places in it where a block may start."""
+    """One split as a stream of token ids, with the positions where a block may start."""
 
     stream: np.ndarray  # uint16 (tokens,)
     starts: np.ndarray  # int64, ascending
 
 
 def text_files(folder: Path, split: str) -> list[Path]:
-    """The parquet files of a split in order, `train-*.parquet` or `validation.parquet`: columns `text` and `source`."""
+    """The sorted parquet files of a split, such as `train-*.parquet`, with the columns `text` and `source`."""
     files = sorted([*folder.glob(f"{split}.parquet"), *folder.glob(f"{split}-*.parquet")])
     if not files:
         raise UserError(
-            f"no {split}.parquet or {split}-*.parquet in {folder}. "
-            "Give --text-dir a folder of parquet files with the columns text (a paragraph) and source (its document)."
+            f"no {split}.parquet or {split}-*.parquet in {folder}; expected in --text-dir parquet files with the "
+            "columns text (a paragraph) and source (its document)"
         )
     return files
 
 
 def sha256(path: Path) -> str:
-    """The checksum by which a record names a text file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def documents(files: list[Path]) -> Iterator[list[str]]:
-    """The paragraphs of one document at a time; rows of a document are consecutive."""
+    """Yields the paragraphs of each document, whose rows must be consecutive."""
     current, paragraphs = None, []
     for file in files:
         table = parquet.read_table(file, columns=["text", "source"])
@@ -71,10 +65,10 @@ def documents(files: list[Path]) -> Iterator[list[str]]:
 
 
 def train_word_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Lower-case BPE over whole words and single punctuation marks, with RoBERTa's special tokens.
+    """Lower-case BPE over words and punctuation marks, with RoBERTa's special tokens.
 
-    Treebank-spaced text ("it 's n't -lrb- bad -rrb-", as in SST-2) and running text give the same tokens: spaces carry
-    nothing, n't and 's are words of their own in both, and the treebank's quotes and brackets become plain ones.
+    Text with treebank spacing ("it 's n't -lrb- bad -rrb-", as in SST-2) and plain text give the same tokens: spaces
+    are dropped, n't and 's are separate words, and the quotes and brackets of the treebank become plain ones.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", continuing_subword_prefix="##"))
     tokenizer.normalizer = normalizers.Sequence(
@@ -95,7 +89,7 @@ def train_word_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        limit_alphabet=72,  # ASCII letters, digits and marks; anything else is <unk>
+        limit_alphabet=72,  # ASCII letters, digits and punctuation; anything else is <unk>
         special_tokens=list(MASKED_SPECIALS),
         continuing_subword_prefix="##",
         show_progress=False,
@@ -108,7 +102,7 @@ def train_word_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def train_byte_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Cased byte-level BPE as in GPT-2: lossless, `<|endoftext|>` (id 0) begins and ends documents."""
+    """Lossless byte-level BPE like that of GPT-2. `<|endoftext|>` (id 0) starts and ends documents."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -124,20 +118,20 @@ def train_byte_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def encode_masked(files: list[Path], tokenizer: Tokenizer) -> Corpus:
-    """All paragraphs, each followed by `</s>`; a block may start at any sentence."""
+    """All paragraphs, each followed by `</s>`. A block may start at any sentence."""
     marks = [tokenizer.token_to_id(mark) for mark in ".!?"]
-    closers = np.array([EOS, *(mark for mark in marks if mark is not None)], dtype=np.uint16)
+    ends = np.array([EOS, *(mark for mark in marks if mark is not None)], dtype=np.uint16)
     pieces = []
     for paragraphs in documents(files):
         encodings = tokenizer.encode_batch_fast(paragraphs, add_special_tokens=False)
         pieces.extend(np.array([*encoding.ids, EOS], dtype=np.uint16) for encoding in encodings)
     stream = np.concatenate(pieces)
-    starts = np.flatnonzero(np.isin(stream[:-1], closers)) + 1
+    starts = np.flatnonzero(np.isin(stream[:-1], ends)) + 1
     return Corpus(stream, np.concatenate([[0], starts]))
 
 
 def encode_causal(files: list[Path], tokenizer: Tokenizer) -> Corpus:
-    """Paragraphs as lines, each document followed by `<|endoftext|>`; a block may start at any paragraph."""
+    """Paragraphs as lines, with `<|endoftext|>` after each document. A block may start at any paragraph."""
     pieces, starts, length = [], [], 0
     for paragraphs in documents(files):
         lines = [f"{paragraph}\n" for paragraph in paragraphs]
@@ -151,45 +145,43 @@ def encode_causal(files: list[Path], tokenizer: Tokenizer) -> Corpus:
 
 
 def cached(path: Path, make: Callable[[], Corpus]) -> Corpus:
-    """A corpus kept as two .npy files next to `path`, made once; `make` is called without arguments."""
+    """Loads a corpus from two .npy files next to `path`, which `make` creates the first time."""
     stream_file, starts_file = path.with_suffix(".stream.npy"), path.with_suffix(".starts.npy")
     if not starts_file.exists():
         corpus = make()
-        for file, array in (
-            (stream_file, corpus.stream),
-            (starts_file, corpus.starts),
-        ):  # starts last: it marks both as whole
-            aside = file.with_suffix(".new.npy")
-            np.save(aside, array, allow_pickle=False)
-            aside.replace(file)
+        # The starts come last: if their file exists, both files are complete.
+        for file, array in ((stream_file, corpus.stream), (starts_file, corpus.starts)):
+            partial = file.with_suffix(".new.npy")
+            np.save(partial, array, allow_pickle=False)
+            partial.replace(file)
         log.info("%s: %d tokens, %d starts", path.name, len(corpus.stream), len(corpus.starts))
     return Corpus(np.load(stream_file), np.load(starts_file))
 
 
 def blocks(corpus: Corpus, rows: int, length: int, step: int) -> torch.Tensor:
-    """The token blocks of a step, int64 (rows, length). They depend on the step alone: a resumed run needs no reader.
+    """The token blocks of a step, int64 (rows, length). They depend on the step only, so a resumed run gets the same.
 
-    The rows lie evenly over the stream, and their common offset walks by the golden ratio (a Weyl sequence), so any
-    number of steps covers the corpus about evenly; each place is then moved on to the next permitted start.
+    The rows are evenly spaced over the stream. The golden ratio shifts them from step to step (a Weyl sequence), so
+    that any number of steps covers the corpus about evenly. Each row then moves to the next permitted start.
     """
-    room = len(corpus.stream) - length
-    if room < 1:
+    last_start = len(corpus.stream) - length
+    if last_start < 1:
         raise UserError(
-            f"the text is too short: {len(corpus.stream)} tokens, but one block takes {length}. Give more text."
+            f"the text is too short: it has {len(corpus.stream)} tokens, but one block needs {length}; add more text"
         )
-    places = (np.arange(rows) + (step * GOLDEN_RATIO) % 1.0) / rows * room
-    begin = corpus.starts[np.minimum(np.searchsorted(corpus.starts, places), len(corpus.starts) - 1)]
-    begin = np.minimum(begin, room)
-    return torch.from_numpy(corpus.stream[begin[:, None] + np.arange(length)].astype(np.int64))
+    positions = (np.arange(rows) + (step * GOLDEN_RATIO) % 1.0) / rows * last_start
+    starts = corpus.starts[np.minimum(np.searchsorted(corpus.starts, positions), len(corpus.starts) - 1)]
+    starts = np.minimum(starts, last_start)
+    return torch.from_numpy(corpus.stream[starts[:, None] + np.arange(length)].astype(np.int64))
 
 
 def cooccurrence_embeddings(stream: np.ndarray, vocab_size: int, size: int, seed: int, window: int = 5) -> torch.Tensor:
-    """Word vectors from counts, float32 (vocab_size, size), every row of length 1.
+    """Word vectors from co-occurrence counts, float32 (vocab_size, size), with rows of norm 1.
 
-    Positive pointwise mutual information in a window of `window` tokens each side, nearer tokens weighing more, context
-    probabilities raised to 0.75, factorised by a randomised truncated SVD, U * S^0.5: Levy & Goldberg, "Neural Word
-    Embedding as Implicit Matrix Factorization" (NIPS 2014), eq. 8 to 10, with the smoothing of Levy, Goldberg & Dagan
-    (TACL 2015).
+    Positive pointwise mutual information within `window` tokens on each side, where nearer tokens weigh more and
+    context probabilities are raised to 0.75, factorized as U * S^0.5 by a randomized truncated SVD: Levy & Goldberg,
+    "Neural Word Embedding as Implicit Matrix Factorization" (NIPS 2014), eq. 8 to 10, with the smoothing of Levy,
+    Goldberg & Dagan (TACL 2015).
     """
     tokens = stream.astype(np.int64)
     counts = np.zeros(vocab_size * vocab_size, dtype=np.float32)
@@ -207,7 +199,7 @@ def cooccurrence_embeddings(stream: np.ndarray, vocab_size: int, size: int, seed
     )
     left, values, _ = randomized_svd(ppmi, n_components=size, n_iter=4, random_state=seed)  # pyright: ignore[reportArgumentType]
     vectors = torch.from_numpy(np.ascontiguousarray(left * np.sqrt(values), dtype=np.float32))
-    # Tokens that never occur have a zero row: give them a direction of their own.
+    # Tokens that never occur have a zero row. Give them a random direction.
     missing = vectors.norm(dim=1) < 1e-6
     noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
     vectors = torch.where(missing[:, None], noise, vectors)

@@ -1,6 +1,6 @@
-"""What the embedded bases know, to look at: `python -m tools.tiny.evidence [--json] [--output FILE]`.
+"""Samples of what the embedded bases predict: `python -m tools.tiny.evidence [--json] [--output FILE]`.
 
-The held-out losses are read from the records beside the weights; fills and continuations are made anew.
+The losses come from the records in the folders of the bases. The predictions are computed anew.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FIELDS = ("parameters", "corpus_tokens", "trained_tokens", "minutes", "held_out_
 
 
 def fills(folder: Path, count: int = 5) -> list[dict[str, Any]]:
-    """The likeliest words of each masked sentence with their probabilities."""
+    """The most probable words for each masked sentence, with their probabilities."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForMaskedLM.from_pretrained(folder)
     rows = []
@@ -47,30 +47,30 @@ def fills(folder: Path, count: int = 5) -> list[dict[str, Any]]:
             logits = model(**batch).logits[batch["input_ids"] == tokenizer.mask_token_id][0]
         best = logits.softmax(dim=-1).topk(count)
         words = tokenizer.convert_ids_to_tokens(best.indices.tolist())
-        chances = [round(chance, 3) for chance in best.values.tolist()]
-        rows.append({"sentence": sentence, "fills": dict(zip(words, chances, strict=True))})
+        probabilities = [round(value, 3) for value in best.values.tolist()]
+        rows.append({"sentence": sentence, "fills": dict(zip(words, probabilities, strict=True))})
     return rows
 
 
 def continuations(folder: Path, new_tokens: int = 40, seed: int = 0) -> list[dict[str, str]]:
-    """Each prompt, as the beginning of a document, continued greedily and by sampling (top-p 0.9, temperature 0.8)."""
+    """Continues each prompt as the start of a document, greedily and by sampling (top-p 0.9, temperature 0.8)."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = GPT2LMHeadModel.from_pretrained(folder)
     rows = []
     for prompt in PROMPTS:
         batch = tokenizer(tokenizer.bos_token + prompt, return_tensors="pt")
         torch.manual_seed(seed)
-        ways = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "top_p": 0.9, "temperature": 0.8}}
+        decodings = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "top_p": 0.9, "temperature": 0.8}}
         row = {"prompt": prompt}
-        for name, options in ways.items():
-            made = model.generate(**batch, max_new_tokens=new_tokens, pad_token_id=0, **options)  # pyright: ignore[reportAttributeAccessIssue]
-            row[name] = tokenizer.decode(made[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for name, options in decodings.items():
+            ids = model.generate(**batch, max_new_tokens=new_tokens, pad_token_id=0, **options)  # pyright: ignore[reportAttributeAccessIssue]
+            row[name] = tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         rows.append(row)
     return rows
 
 
 def evidence() -> dict[str, Any]:
-    """For each embedded base its record's main numbers and what it says."""
+    """The main numbers of the record of each base, and its predictions."""
     result: dict[str, Any] = {}
     for name, show in (("tiny-roberta", fills), ("tiny-gpt2", continuations)):
         record = json.loads((BASES / name / "pretraining.json").read_text())
@@ -83,9 +83,10 @@ def evidence() -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes the evidence to standard output, as JSON or as plain lines, and to a file if one is named."""
-    parser = argparse.ArgumentParser(prog="python -m tools.tiny.evidence", description="What the embedded bases know.")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of indented lines")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.tiny.evidence", description="Shows what the embedded bases predict."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON on one line instead of indented")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     options = parser.parse_args(arguments)
     result = evidence()

@@ -1,19 +1,20 @@
 """Pretrains the embedded bases on a CPU: `python -m tools.tiny.pretrain --model NAME --text-dir DIR --work-dir DIR`.
 
-What makes a few ten million tokens enough for a network of five million parameters:
+These choices make about 20 million tokens enough for a network of five million parameters:
 
-- word embeddings start as the corpus' own PPMI vectors and the output bias as the log unigram probabilities, so no step
-  is spent on word frequencies or on what a word's usual company says;
-- the hidden matrices are trained by Muon (https://kellerjordan.github.io/posts/muon/), the rest by AdamW;
-- the vocabulary is scored at masked positions only (30 % of them, falling to 15 %, after Wettig et al., EACL 2023);
-- `<s>` has to predict all words of its block (bag-of-words prediction: Ma et al., "Drop your Decoder", SIGIR 2024).
-  Masked language modelling alone gives that position nothing to do, yet a classification head reads no other.
+- Word embeddings start as PPMI vectors of the corpus, and the output bias as log unigram probabilities. So no step is
+  spent on learning word frequencies and common neighbors.
+- Muon (https://kellerjordan.github.io/posts/muon/) trains the hidden matrices, and AdamW the rest.
+- Only masked positions are scored (30 % of them, falling to 15 %, after Wettig et al., EACL 2023).
+- `<s>` must predict all words of its block (bag-of-words prediction: Ma et al., "Drop your Decoder", SIGIR 2024).
+  Masked language modeling alone does not train that position, but a classification head reads only that one.
 
-A step's text, masks and length depend on the seed and the step alone, and the learning rate is constant until the final
-decay. So a run that was stopped and resumed, or given another --tokens before its decay began, equals one that was not.
+The text, masks and length of a step depend only on the seed and the step, and the learning rate is constant until the
+final decay. So a run that is stopped and resumed, or that gets another --tokens before its decay starts, equals an
+uninterrupted one.
 
-On a machine that others use as well, set OMP_WAIT_POLICY=PASSIVE: waiting threads that spin keep the scheduler from
-moving the late one to their core (measured with one other job on 2 cores: 1,600 tokens a second become 5,800).
+On a machine with other load, set OMP_WAIT_POLICY=PASSIVE. Otherwise waiting threads spin, and the scheduler cannot move
+the late thread to their core (on 2 cores with one other job, 1,600 tokens per second become 5,800).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ BASES = Path(__file__).parents[2] / "lora_hf" / "models" / "bases"
 
 @dataclass
 class Progress:
-    """What a checkpoint keeps besides tensors."""
+    """The part of a checkpoint that is not tensors."""
 
     step: int = 0
     seconds: float = 0.0
@@ -58,78 +59,76 @@ class Progress:
 
 
 class MaskedObjective:
-    """Masked language modelling for RoBERTa, plus the words of the block predicted at `<s>`."""
+    """Masked language modeling for RoBERTa, plus bag-of-words prediction at `<s>`."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
     def blocks(self, corpus: Corpus, rows: int, length: int, step: int) -> torch.Tensor:
-        """Token ids (rows, length), special tokens included."""
-        inner = text.blocks(corpus, rows, length - 2, step)
-        return torch.cat([torch.full((rows, 1), BOS), inner, torch.full((rows, 1), EOS)], dim=1)
+        """Token ids `(rows, length)`, including special tokens."""
+        words = text.blocks(corpus, rows, length - 2, step)
+        return torch.cat([torch.full((rows, 1), BOS), words, torch.full((rows, 1), EOS)], dim=1)
 
     def losses(self, model: PreTrainedModel, ids: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The masked loss and the `<s>` loss of a training step, nats per token."""
-        draw = torch.Generator().manual_seed(self.recipe.seed + step)
-        return self.masked_losses(model, ids, self.recipe.mask_rate(step), draw)
+        """The masked loss and the `<s>` loss of a training step, in nats per token."""
+        generator = torch.Generator().manual_seed(self.recipe.seed + step)
+        return self.masked_losses(model, ids, self.recipe.mask_rate(step), generator)
 
     def held_out_loss(self, model: PreTrainedModel, ids: torch.Tensor, batch: int) -> torch.Tensor:
-        """The masked loss with 15 % of the tokens chosen, always the same ones."""
+        """The masked loss with 15 % of the tokens chosen, the same ones every time."""
         return self.masked_losses(model, ids, 0.15, torch.Generator().manual_seed(batch))[0]
 
     def masked_losses(
-        self, model: PreTrainedModel, ids: torch.Tensor, rate: float, draw: torch.Generator
+        self, model: PreTrainedModel, ids: torch.Tensor, rate: float, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The masked loss with a share `rate` of the tokens chosen, and the `<s>` loss."""
-        chance = torch.rand(ids.shape, generator=draw)
-        chosen = (chance < rate) & (ids > MASK)  # special tokens stay
-        # Of the chosen tokens 80 % are hidden, 10 % replaced, 10 % kept (Devlin et al. 2019, section 3.1).
-        others = torch.randint(MASK + 1, self.recipe.vocab_size, ids.shape, generator=draw)
-        shown = torch.where(chosen & (chance < 0.9 * rate), others, ids)
-        shown = torch.where(chosen & (chance < 0.8 * rate), MASK, shown)
+        """The masked loss on a share `rate` of the tokens, and the `<s>` loss."""
+        draws = torch.rand(ids.shape, generator=generator)
+        chosen = (draws < rate) & (ids > MASK)  # never special tokens
+        # Of the chosen tokens, 80 % are masked, 10 % replaced and 10 % kept (Devlin et al. 2019, section 3.1).
+        others = torch.randint(MASK + 1, self.recipe.vocab_size, ids.shape, generator=generator)
+        inputs = torch.where(chosen & (draws < 0.9 * rate), others, ids)
+        inputs = torch.where(chosen & (draws < 0.8 * rate), MASK, inputs)
         head = model.get_submodule("lm_head")
-        hidden = model.base_model(shown).last_hidden_state
+        hidden = model.base_model(inputs).last_hidden_state
         masked = cross_entropy(head(hidden[chosen]).float(), ids[chosen])
         words = log_softmax(head(hidden[:, 0]).float(), dim=-1)
         return masked, -words.gather(1, ids[:, 1:-1]).mean()
 
 
 class CausalObjective:
-    """Next-token prediction for GPT-2, on text and on a few repeated passages.
+    """Next-token prediction for GPT-2, on text and on repeated passages.
 
-    Copying what stands further up (induction: Olsson et al. 2022) is what a text made from a table needs most, and
-    plain text teaches it late. So a share of the rows repeats its own beginning, each with a period of its own. The
-    last tokens are plain text again: a network that has just seen repeats falls into them when it writes.
+    Generating text from a table requires copying from the context (induction: Olsson et al. 2022), which plain text
+    teaches late. So a share of the rows repeats its own start, with a random period. The last tokens are plain text
+    again, because a network that has just seen repeats also generates them.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
     def blocks(self, corpus: Corpus, rows: int, length: int, step: int) -> torch.Tensor:
-        """Token ids (rows, length + 1): `<|endoftext|>`, then text."""
+        """Token ids `(rows, length + 1)`: `<|endoftext|>`, then text."""
         return torch.cat([torch.zeros(rows, 1, dtype=torch.long), text.blocks(corpus, rows, length, step)], dim=1)
 
     def losses(self, model: PreTrainedModel, ids: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of a training step in nats per token; the second loss, which only masked models have, is zero."""
-        draw = torch.Generator().manual_seed(self.recipe.seed + step)
+        """The loss of a training step in nats per token, and zero in place of the `<s>` loss."""
+        generator = torch.Generator().manual_seed(self.recipe.seed + step)
         rows, length = ids.shape
-        period = torch.randint(4, length // 2, (rows, 1), generator=draw)
+        period = torch.randint(4, length // 2, (rows, 1), generator=generator)
         share = self.recipe.repeat_share if step < self.recipe.decay_end else 0.0
-        repeats = torch.rand(rows, 1, generator=draw) < share
-        place = torch.arange(length).expand(rows, length)
-        return self.held_out_loss(model, ids.gather(1, torch.where(repeats, place % period, place)), step), torch.zeros(
-            ()
-        )
+        repeats = torch.rand(rows, 1, generator=generator) < share
+        positions = torch.arange(length).expand(rows, length)
+        ids = ids.gather(1, torch.where(repeats, positions % period, positions))
+        return self.held_out_loss(model, ids, step), torch.zeros(())
 
     def held_out_loss(self, model: PreTrainedModel, ids: torch.Tensor, batch: int) -> torch.Tensor:
-        """The loss in nats per token of the text as it stands."""
+        """The loss on the unchanged text, in nats per token."""
         hidden = model.base_model(ids[:, :-1], use_cache=False).last_hidden_state
         logits = model.get_submodule("lm_head")(hidden).float()
         return cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def make_objective(recipe: Recipe) -> MaskedObjective | CausalObjective:
-    """What a recipe's network is trained to predict."""
     return MaskedObjective(recipe) if recipe.kind == "masked" else CausalObjective(recipe)
 
 
@@ -147,24 +146,24 @@ def make_optimizers(model: PreTrainedModel, recipe: Recipe) -> dict[str, torch.o
 def save_checkpoint(
     folder: Path, model: PreTrainedModel, optimizers: dict[str, torch.optim.Optimizer], progress: Progress
 ) -> None:
-    """Written aside and renamed, so that a run killed at any moment leaves a whole checkpoint."""
+    """Writes a new folder and renames it, so that a run killed at any moment leaves a complete checkpoint."""
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     for name, optimizer in optimizers.items():
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{name}.{index}.{key}": value for key, value in state.items()}
-    aside, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file(tensors, aside / "state.safetensors")
-    (aside / "progress.json").write_text(json.dumps(asdict(progress)))
+    new, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    save_file(tensors, new / "state.safetensors")
+    (new / "progress.json").write_text(json.dumps(asdict(progress)))
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.replace(old)
-    aside.replace(folder)
+    new.replace(folder)
 
 
 def load_checkpoint(folder: Path, model: PreTrainedModel, optimizers: dict[str, torch.optim.Optimizer]) -> Progress:
-    """Puts a checkpoint's tensors in place and returns where it stood; a fresh start if there is none."""
+    """Loads a checkpoint and returns its progress; without one, returns a new progress."""
     if not folder.exists():
         folder = folder.with_name("checkpoint.old")  # killed between the two renames
     if not folder.exists():
@@ -177,23 +176,23 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizers: dict[str, 
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             if key.startswith(f"{name}."):
-                _, index, slot = key.split(".")
-                state.setdefault(int(index), {})[slot] = tensor
+                _, index, state_name = key.split(".")
+                state.setdefault(int(index), {})[state_name] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return Progress(**json.loads((folder / "progress.json").read_text()))
 
 
-def attend(model: PreTrainedModel, length: int) -> None:
-    """Short blocks take the plain attention: up to 128 tokens it beats SDPA's bf16 backward on a CPU by 10 to 25 %."""
+def choose_attention(model: PreTrainedModel, length: int) -> None:
+    """Uses eager attention for blocks of up to 128 tokens, where it is 10 to 25 % faster than SDPA in bf16 on a CPU."""
     model.config._attn_implementation = "eager" if length <= 128 else "sdpa"
 
 
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, recipe: Recipe, validation: Corpus, batches: int) -> float:
-    """Mean loss on validation blocks, nats per predicted token: masked at 15 % with fixed masks, or causal."""
+    """Mean loss on validation blocks in nats per predicted token: causal, or masked at 15 % with fixed masks."""
     objective = make_objective(recipe)
     length = min(128, recipe.positions) if recipe.kind == "masked" else recipe.positions
-    attend(model, length)
+    choose_attention(model, length)
     losses = []
     for batch in range(batches):
         ids = objective.blocks(validation, max(1, recipe.batch_tokens // length), length, batch)
@@ -208,7 +207,7 @@ def train(
     resume: bool = False,
     stop_step: int | None = None,
 ) -> tuple[PreTrainedModel, Progress]:
-    """Trains to the recipe's end, or to `stop_step` (then a checkpoint is left to resume from)."""
+    """Trains to the end of the recipe, or to `stop_step`, which leaves a checkpoint to resume from."""
     training, validation = corpora
     checkpoint = work_dir / "checkpoint"
     model = make_model(recipe, training.stream)
@@ -216,21 +215,21 @@ def train(
     progress = load_checkpoint(checkpoint, model, optimizers) if resume else Progress()
     objective = make_objective(recipe)
     lengths, shares = zip(*recipe.lengths, strict=True)
-    begun, sums = time.perf_counter() - progress.seconds, np.zeros(2)
+    start, sums = time.perf_counter() - progress.seconds, np.zeros(2)
     end = min(recipe.steps, stop_step or recipe.steps)
     while progress.step < end:
         step = progress.step
         length = int(np.random.default_rng([recipe.seed, step]).choice(lengths, p=shares))
         ids = objective.blocks(training, recipe.batch_tokens // length, length, step)
-        attend(model, length)
+        choose_attention(model, length)
         with torch.autocast("cpu", torch.bfloat16):
-            main, sentence = objective.losses(model, ids, step)
-        (main + recipe.sentence_weight * sentence).backward()
+            loss, sentence_loss = objective.losses(model, ids, step)
+        (loss + recipe.sentence_weight * sentence_loss).backward()
         for optimizer, rate in zip(optimizers.values(), (recipe.matrix_lr, recipe.vector_lr), strict=True):
             optimizer.param_groups[0]["lr"] = rate * recipe.learning_rate_scale(step)
             optimizer.step()
             optimizer.zero_grad()
-        sums += (main.item(), sentence.item())
+        sums += (loss.item(), sentence_loss.item())
         progress.step += 1
         if progress.step % recipe.check_steps == 0 or progress.step == end:
             since = progress.step - (progress.history[-1]["step"] if progress.history else 0)
@@ -242,7 +241,7 @@ def train(
                 "held_out_loss": round(held_out_loss(model, recipe, validation, batches=8), 4),
             }
             progress.history.append(row)
-            progress.seconds = time.perf_counter() - begun
+            progress.seconds = time.perf_counter() - start
             sums[:] = 0
             save_checkpoint(checkpoint, model, optimizers, progress)
             log.info("%s, %.1f minutes", row, progress.seconds / 60)
@@ -250,7 +249,7 @@ def train(
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output: Path, record: dict[str, Any]) -> None:
-    """A Hugging Face folder with fp16 weights that loads in fp32 by itself, and the record beside them."""
+    """Writes a Hugging Face folder with the record. Its fp16 weights load in fp32 by default."""
     output.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -258,14 +257,14 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output: P
         "config.json": {"dtype": "float32"},
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
     }
-    for name, changes in edits.items():  # dtype as stored would make "auto" loading compute in fp16
+    for name, changes in edits.items():  # with the stored dtype, dtype="auto" would compute in fp16
         file = output / name
         file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=2, sort_keys=True) + "\n")
     (output / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def pretrain(name: str, recipe: Recipe, text_dir: Path, work_dir: Path, output: Path, resume: bool) -> dict[str, Any]:
-    """The whole run: text to tokenizer, tokens, training and the exported folder. Returns its record."""
+    """Trains the tokenizer and the model, exports the folder, and returns the record."""
     work_dir.mkdir(parents=True, exist_ok=True)
     files = {split: text.text_files(text_dir, split) for split in ("train", "validation")}
     tokenizer = make_tokenizer(recipe, files["train"], work_dir)
@@ -299,16 +298,18 @@ def pretrain(name: str, recipe: Recipe, text_dir: Path, work_dir: Path, output: 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Reads the command line, pretrains, and writes the record to standard output."""
     parser = argparse.ArgumentParser(prog="python -m tools.tiny.pretrain", description="Pretrains an embedded base.")
     parser.add_argument("--model", choices=sorted(RECIPES), required=True)
     parser.add_argument(
-        "--text-dir", type=Path, required=True, help="train-*.parquet and validation.parquet: text, source"
+        "--text-dir",
+        type=Path,
+        required=True,
+        help="folder of train-*.parquet and validation.parquet",
     )
-    parser.add_argument("--work-dir", type=Path, required=True, help="for the tokenized text and the checkpoint")
-    parser.add_argument("--output", type=Path, help="the exported folder (default: the embedded base itself)")
-    parser.add_argument("--tokens", type=int, help="train on this many tokens instead of the recipe's")
-    parser.add_argument("--resume", action="store_true", help="go on from the work folder's checkpoint")
+    parser.add_argument("--work-dir", type=Path, required=True, help="folder for the tokenized text and the checkpoint")
+    parser.add_argument("--output", type=Path, help="folder of the exported base; default: that of the embedded base")
+    parser.add_argument("--tokens", type=int, help="tokens to train on; default: those of the recipe")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the work folder")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
     recipe = RECIPES[options.model]

@@ -1,4 +1,4 @@
-"""The recipes of the embedded bases, and what each begins with: its tokenizer and its network at step 0."""
+"""The recipes of the embedded bases, with their tokenizers and untrained networks."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from tools.tiny import corpus as text
 from tools.tiny.corpus import BOS, EOS, PAD
 
 EMBEDDING_RMS = 0.04
-# Networks this small underfit whatever they are tuned on, so the exported configs name no dropout: LoRA on 20,000
-# sentences of SST-2 ended at a training loss of 0.50 without it and at 0.56 with the usual 0.1.
+# Networks this small underfit, so the exported configs have no dropout: LoRA on 20,000 sentences of SST-2 reached a
+# training loss of 0.50 without dropout, and 0.56 with the usual 0.1.
 DROPOUT = 0.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a run depends on besides its text."""
+    """Everything that determines a run, except the text."""
 
     kind: str  # "masked" or "causal"
     vocab_size: int
     hidden_size: int
     layers: int
     heads: int
-    positions: int  # the longest input, special tokens included
-    tokens: int  # to be trained on, repeats counted
+    positions: int  # the longest input, including special tokens
+    tokens: int  # to train on, including repeats
     batch_tokens: int
     lengths: tuple[tuple[int, float], ...]  # (block length, share of the steps)
     matrix_lr: float  # Muon
     vector_lr: float  # AdamW: embeddings, norms, biases
-    position_rms: float  # at step 0, below the words, whose vectors already mean something
-    wave_positions: bool  # positions begin as sines and cosines, so that what is learned at one place holds at all
+    position_rms: float  # at step 0; below that of the words, whose vectors already carry meaning
+    wave_positions: bool  # positions start as sines and cosines, so that what one position learns holds for all
     warmup_steps: int = 100
-    decay_share: float = 0.5  # of the tokens, at the end, over which the learning rates fall to zero
-    mask_rates: tuple[float, float] = (0.3, 0.15)  # until the decay, and at its end
+    decay_share: float = 0.5  # final share of the tokens, over which the learning rates fall to zero
+    mask_rates: tuple[float, float] = (0.3, 0.15)  # before the decay, and at its end
     sentence_weight: float = 0.2  # of the <s> loss
-    repeat_share: float = 0.0  # of the causal rows, repeating their own beginning, until the decay is over
-    plain_tokens: int = 0  # trained on after the decay, without repeats and at a fifth of the rates, again falling
-    check_steps: int = 250  # between held-out losses, and checkpoints
+    repeat_share: float = 0.0  # of the causal rows, which repeat their own start, until the decay ends
+    plain_tokens: int = 0  # after the decay, without repeats, at a fifth of the learning rates, which fall again
+    check_steps: int = 250  # between two held-out losses and checkpoints
     seed: int = 20261121
 
     @property
@@ -61,12 +61,12 @@ class Recipe:
         return (self.tokens + self.plain_tokens) // self.batch_tokens
 
     def decayed(self, step: int) -> float:
-        """How much of the decay is over at a step: 0 before it, 1 at its end and after."""
-        begin = self.decay_end * (1 - self.decay_share)
-        return min(1.0, max(0.0, (step - begin) / (self.decay_end - begin)))
+        """The progress of the decay at a step: 0 before it, 1 at its end and after."""
+        start = self.decay_end * (1 - self.decay_share)
+        return min(1.0, max(0.0, (step - start) / (self.decay_end - start)))
 
     def learning_rate_scale(self, step: int) -> float:
-        """The factor of both learning rates: warm-up, constant, decay to zero; then a lower decay on plain text."""
+        """The factor of both learning rates: warm-up, constant, decay to zero, then a lower decay on plain text."""
         if step >= self.decay_end:
             return 0.2 * (self.steps - step) / max(1, self.steps - self.decay_end)
         return min((step + 1) / self.warmup_steps, 1.0 - self.decayed(step))
@@ -113,7 +113,7 @@ RECIPES = {
 
 
 def make_tokenizer(recipe: Recipe, files: list[Path], work_dir: Path) -> PreTrainedTokenizerFast:
-    """The base's tokenizer, trained once and kept in the work folder."""
+    """Loads the tokenizer from the work folder, or trains it and saves it there."""
     file = work_dir / "tokenizer.json"
     if not file.exists():
         train = text.train_word_tokenizer if recipe.kind == "masked" else text.train_byte_tokenizer
@@ -136,13 +136,13 @@ def make_tokenizer(recipe: Recipe, files: list[Path], work_dir: Path) -> PreTrai
 
 
 def waves(positions: int, size: int) -> torch.Tensor:
-    """Sinusoidal position vectors (positions, size), every second number a cosine: Vaswani et al. 2017, section 3.5."""
+    """Position vectors `(positions, size)` of alternating sines and cosines: Vaswani et al. 2017, section 3.5."""
     angles = torch.arange(positions)[:, None] / 10_000 ** (torch.arange(0, size, 2) / size)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
 def make_model(recipe: Recipe, stream: np.ndarray) -> PreTrainedModel:
-    """The network at step 0: words from co-occurrence counts, output bias from unigram counts, the rest at random."""
+    """The untrained network: words from co-occurrence counts, output bias from unigram counts, the rest random."""
     torch.manual_seed(recipe.seed)
     if recipe.kind == "masked":
         model = RobertaForMaskedLM(
