@@ -1,4 +1,4 @@
-"""The check that finds numbers without a record works itself."""
+"""`numbers_in_records` finds the numbers that no record explains, and no others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ lora-hf train --seed 55
 """
 
 
-def test_a_record_explains_its_numbers_in_every_rendering() -> None:
+def test_numbers_of_a_record_are_explained_in_every_rendering() -> None:
     assert unexplained(PAGE, [RECORD]) == []
 
 
@@ -33,5 +33,5 @@ def test_a_changed_digit_is_found(number: str) -> None:
     assert unexplained(PAGE.replace(number, changed, 1), [RECORD]) == [changed]
 
 
-def test_a_sum_without_a_record_is_found() -> None:
+def test_a_number_without_a_record_is_found() -> None:
     assert unexplained("2 runs and 3 tasks", [{"runs": 2}]) == ["3"]

@@ -17,25 +17,25 @@ PAGES = [*sorted(REPO.glob("README*.md")), *sorted((REPO / "docs").glob("**/*.md
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_table_of_the_pages_is_what_the_records_say(page: Path) -> None:
+def test_the_tables_of_a_page_match_the_records(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert fill(text, RESULTS) == text, "run: python -m tools.report"
 
 
 @pytest.fixture(scope="module")
 def records() -> list[Any]:
-    """Every record; of a suite what its tables make of its runs, of a measured speed what they make of its sides; and
-    how many cases of damaged input there are."""
-    found = {file: json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.rglob("*.json"))}
-    suites = [record for file, record in found.items() if file.parent.name == "suite"]
-    speeds = [record for file, record in found.items() if file.parent.name == "speed"]
+    """All records, with what the tables compute from the runs of a suite, from the sides of a speed benchmark, and from
+    the cases of damaged input."""
+    contents = {file: json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.rglob("*.json"))}
+    suites = [record for file, record in contents.items() if file.parent.name == "suite"]
+    speeds = [record for file, record in contents.items() if file.parent.name == "speed"]
     damaged = json.loads((RESULTS / "robustness" / "input.json").read_text(encoding="utf-8"))
     cases = [len(cases) for cases in damaged["cases"].values()]
-    return [*found.values(), *map(means_and_sums, suites), *map(full_against_lora, speeds), cases]
+    return [*contents.values(), *map(means_and_sums, suites), *map(full_over_lora, speeds), cases]
 
 
-def full_against_lora(record: dict[str, Any]) -> list[float]:
-    """How many times as much full fine-tuning multiplies as LoRA, how many times as long it takes, and their ratio."""
+def full_over_lora(record: dict[str, Any]) -> list[float]:
+    """Full fine-tuning relative to LoRA: the ratio of the FLOPs, of the times, and of these two ratios."""
     sides = record["sides"]
     if "full" not in sides:
         return []
@@ -48,7 +48,7 @@ def full_against_lora(record: dict[str, Any]) -> list[float]:
 
 
 def means_and_sums(suite: dict[str, Any]) -> list[Any]:
-    """By task and configuration the means over the seeds, their sums over the tasks, and the ratios of these."""
+    """For each configuration the means over seeds by task, their sums over tasks, and the ratios of these sums."""
     runs: dict[str, dict[str, list[dict[str, float]]]] = {}
     for run in suite["runs"]:
         numbers = {
@@ -69,14 +69,14 @@ def means_and_sums(suite: dict[str, Any]) -> list[Any]:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if MARKER.search(page.read_text(encoding="utf-8"))], ids=lambda page: page.name
 )
-def test_every_number_of_a_page_of_results_stands_in_a_record(page: Path, records: list[Any]) -> None:
-    """Those of the sentences too; the tables are held to their own records by the test above."""
+def test_every_number_of_a_results_page_comes_from_a_record(page: Path, records: list[Any]) -> None:
+    """Including the numbers in the text. The test above checks the tables."""
     text = page.read_text(encoding="utf-8")
     assert not unexplained(text, records)
     assert unexplained(f"{text}\nIt is 314,159.26 times as fast.", records) == ["314,159.26"]
 
 
-def test_a_table_goes_between_its_markers_and_nowhere_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_table_is_rendered_between_its_markers_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(TABLES, "one", lambda results: f"| 1 | {results.name} |")
     text = "before\n<!-- table: one -->\nold\n<!-- end -->\nafter\n"
     filled = fill(text, tmp_path / "results")
@@ -88,12 +88,12 @@ def test_a_table_goes_between_its_markers_and_nowhere_else(monkeypatch: pytest.M
     assert fill_pages(tmp_path) == []
 
 
-def test_an_unknown_table_and_missing_records_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no table 'nothing'; there are: "):
+def test_unknown_tables_and_missing_records_are_reported(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'nothing'.*sst2"):
         fill("<!-- table: nothing -->\n<!-- end -->", tmp_path)
     with pytest.raises(DataError, match="sst2: no records"):
         fill("<!-- table: sst2 -->\n<!-- end -->", tmp_path)
 
 
-def test_the_results_pages_have_tables_at_all() -> None:
+def test_the_results_page_has_tables() -> None:
     assert MARKER.search((REPO / "docs" / "results.md").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The tables of robustness, from records written by hand."""
+"""The robustness tables, from records written by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_damaged_input_is_counted_by_kind(tmp_path: Path) -> None:
     ]
 
 
-def test_malformed_requests_are_counted_by_operation_and_by_answer(tmp_path: Path) -> None:
+def test_malformed_requests_are_counted_by_operation_and_by_response(tmp_path: Path) -> None:
     record = {
         "operations": {"POST /v1/classify": {"requests": 1203, "malformed": 1200, "accepted": 3}},
         "totals": {"requests": 1205, "malformed": 1200, "accepted": 3, "failed": 2},
@@ -60,7 +60,7 @@ def test_each_kill_has_a_row(tmp_path: Path) -> None:
     ]
 
 
-def test_a_missing_record_names_the_command_and_a_damaged_one_is_an_error(tmp_path: Path) -> None:
+def test_without_a_record_the_command_is_shown_and_a_damaged_record_is_an_error(tmp_path: Path) -> None:
     assert damaged(tmp_path) == (
         "Not recorded yet: run `python -m tests.support.robustness --output docs/results/robustness/input.json`."
     )

@@ -1,4 +1,4 @@
-"""The tables of measured servers, from a record written by hand."""
+"""The server benchmark tables, from a record written by hand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
-def test_one_client_comes_first(results: Path) -> None:
+def test_the_row_of_one_client_comes_first(results: Path) -> None:
     name = "[tiny-roberta (random weights) in bf16, 8 adapters](results/serving/a.json)"
     assert cells(serving(results)) == [
         [name, "1", "1,234", "61.2", "15.0", "40.3", "0", "0", "1"],
@@ -45,7 +45,7 @@ def test_one_client_comes_first(results: Path) -> None:
     ]
 
 
-def test_replacements_and_restart(results: Path) -> None:
+def test_replacements_and_restart_have_a_row(results: Path) -> None:
     name = "[tiny-roberta (random weights) in bf16](results/serving/a.json)"
     assert cells(restarts(results)) == [[name, "50", "3", "21", "5.5", "4.2", "6"]]
 
