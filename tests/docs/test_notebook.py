@@ -29,7 +29,7 @@ nbformat.write(notebook, sys.argv[2])
 
 
 def run(notebook: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the notebook in `folder` and writes it there with its new outputs, as `fresh.ipynb`."""
+    """Runs the notebook in `folder`, and writes it there with its new outputs as `fresh.ipynb`."""
     command = [sys.executable, "-c", RUN, str(notebook), "fresh.ipynb"]
     paths = {"PYTHONPATH": str(REPO), "IPYTHONDIR": str(folder / "ipython")}
     return subprocess.run(command, cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True)
@@ -66,7 +66,7 @@ def test_the_notebook_runs_and_its_stored_outputs_are_current(path: Path, tmp_pa
     assert trained > max(majority, untrained) + 0.15, "the notebook must show a model that has learned"
 
 
-def test_a_cell_that_fails_is_seen(tmp_path: Path) -> None:
+def test_a_failing_cell_is_detected(tmp_path: Path) -> None:
     broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print('one')\n1 / 0")])
     nbformat.write(broken, tmp_path / "broken.ipynb")
     done = run(tmp_path / "broken.ipynb", tmp_path)

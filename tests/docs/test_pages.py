@@ -104,7 +104,7 @@ def test_links_work(page: Path) -> None:
         ("http://example.org", "expected https://"),
     ],
 )
-def test_a_wrong_link_is_found(target: str, problem: str) -> None:
+def test_wrong_links_are_found(target: str, problem: str) -> None:
     found = problem_with_link(DOCS / "adapters.md", target)
     assert found.startswith(problem) if problem else not found
 
@@ -118,7 +118,7 @@ def test_a_wrong_link_is_found(target: str, problem: str) -> None:
         ("a_b & c", "a_b--c"),
     ],
 )
-def test_anchors_are_those_of_github(heading: str, anchor: str) -> None:
+def test_anchors_match_those_of_github(heading: str, anchor: str) -> None:
     page = DOCS / "page.md"
     assert anchors(page, f"# {heading}\n") == {anchor}
     assert anchors(page, f"# {heading}\n## {heading}\n") == {anchor, f"{anchor}-1"}

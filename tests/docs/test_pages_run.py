@@ -32,7 +32,7 @@ STAND_INS = {
     **{HUB_IDS[name]: "tiny-roberta" for name in ("roberta-base", "roberta-large")},
     **{HUB_IDS[name]: "tiny-gpt2" for name in ("gpt2", "gpt2-medium", "gpt2-large")},
 }
-COMMIT = "0" * 40  # of every stand-in
+COMMIT = "0" * 40  # of each stand-in
 PAGES_THAT_RUN = [
     page
     for page in PAGES
@@ -88,7 +88,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[War
 
 @pytest.fixture
 def checkout(tmp_path: Path, shared: Path) -> Path:
-    """What a reader has: a clone with scripts, configs and docs, and the folder `../shared`."""
+    """What a reader has: a clone with scripts, configs and docs, next to the folder `shared`."""
     (tmp_path / "shared").symlink_to(shared)
     folder = tmp_path / "lora_hf"
     folder.mkdir()
@@ -143,8 +143,7 @@ def _stop_server(checkout: Path) -> None:
         os.kill(int((checkout / "server.pid").read_text()), signal.SIGTERM)
 
 
-def test_a_block_that_fails_is_seen(warm: Warm, checkout: Path) -> None:
-    """Otherwise every page would pass."""
+def test_a_failing_block_is_detected(warm: Warm, checkout: Path) -> None:
     for text, code in (
         ("python scripts/eval.py --adapter nowhere", 2),
         ("lora-hf eval --adapter nowhere | cat", 2),

@@ -1,4 +1,4 @@
-"""`make docs` builds the site without warnings, with every page in both languages, and loads nothing from elsewhere."""
+"""`make docs` builds the site without warnings, with every page in both languages and no external resources."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.support.pages import REPO
 for package in ("mkdocs", "mkdocs_static_i18n", "mkdocstrings"):
     pytest.importorskip(package, reason="the extra docs is not installed")
 
-# What a browser loads by itself, unlike a link that a person follows.
+# What a browser loads by itself, unlike links that a reader follows.
 LOADED = re.compile(
     r"<(?:script|img|iframe|source|video)[^>]*\ssrc=[\"']?([^\"' >]+)|<link[^>]*\shref=[\"']?([^\"' >]+)"
 )
-ELSEWHERE = re.compile(r"^(?:https?:)?//")
+EXTERNAL = re.compile(r"^(?:https?:)?//")
 IMPORTED = re.compile(r"@import[^;]*?//[^;]*|url\(\s*[\"']?(?:https?:)?//[^)]*\)")
 
 
@@ -48,7 +48,7 @@ def test_every_page_is_in_both_languages(site: Path) -> None:
         assert 'lang="vi"' in page(site, f"vi/{name}"), name
 
 
-def test_links_of_the_readme_stay_in_the_site(site: Path) -> None:
+def test_links_of_the_readme_point_into_the_site(site: Path) -> None:
     home = page(site, "")
     assert not re.findall(r'(?:href|src)="(?:docs/|[A-Z]+\.md)[^"]*"', home)
     for target in ("adapters/", "contributing/", "files/LICENSE"):
@@ -66,17 +66,17 @@ def test_the_reference_has_every_public_name(site: Path) -> None:
     assert "lora_alpha" in page(site, "reference/core.config.schema")
 
 
-def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
+def test_no_external_resource_is_loaded(site: Path) -> None:
     found = []
     for file in site.rglob("*.html"):
         loaded = [one or other for one, other in LOADED.findall(file.read_text(encoding="utf-8"))]
-        found += [f"{file.relative_to(site)}: {target}" for target in loaded if ELSEWHERE.match(target)]
+        found += [f"{file.relative_to(site)}: {target}" for target in loaded if EXTERNAL.match(target)]
     for file in site.rglob("*.css"):
         found += [f"{file.relative_to(site)}: {hit}" for hit in IMPORTED.findall(file.read_text(encoding="utf-8"))]
     assert not found
 
 
-def test_what_a_browser_loads_is_found() -> None:
+def test_loaded_resources_are_found() -> None:
     html = (
         '<script src="https://a.example/b.js"></script><link rel=x href=//c.example/d.css><a href="https://e.example">'
     )

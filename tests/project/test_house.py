@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source: what each file may import and do, and what the pages promise."""
+"""Rules for the source code: what each file may import and do, and that the commands on the pages exist."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPO = Path(__file__).parents[2]
 PACKAGE = REPO / "lora_hf"
 LONGEST_FILE = 400
 
-# A package imports only from those before it; the files of one package may import each other, without cycles.
+# A package imports only from itself and those before it. There are no import cycles.
 PACKAGES = ("core", "lora", "data", "models", "adapters", "training", "inference", "experiments", "serving", "cli")
 
 
@@ -29,8 +29,8 @@ def source_files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def name_of(file: Path) -> str:
-    """`lora_hf/data/tasks/glue.py` is `lora_hf.data.tasks.glue`; a folder's `__init__.py` is the folder."""
+def module_name(file: Path) -> str:
+    """The module of a file, such as `lora_hf.data.tasks.glue`. An `__init__.py` is the module of its folder."""
     parts = list(file.relative_to(REPO).with_suffix("").parts)
     if parts[-1] == "__init__" and len(parts) > 1:
         parts.pop()
@@ -41,12 +41,12 @@ def package_of(module: str) -> str:
     return module.split(".")[1]
 
 
-MODULES = {name_of(file): file for file in source_files()}
+MODULES = {module_name(file): file for file in source_files()}
 TREES = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in MODULES.items()}
 
 
 def imports_of(module: str) -> Iterator[tuple[str, int]]:
-    """Every module of the package that `module` imports, at any depth of its code, with the line."""
+    """Every module of the package that `module` imports, also inside functions, with the line."""
     is_folder = MODULES[module].name == "__init__.py"
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
@@ -66,13 +66,13 @@ def imports_of(module: str) -> Iterator[tuple[str, int]]:
 
 
 def calls_of(module: str) -> Iterator[tuple[str, int]]:
-    """The dotted name of every plain call in `module`, with the line."""
+    """The dotted name of every call in `module`, with the line."""
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node.lineno
 
 
-def test_the_package_holds_its_packages_and_nothing_else() -> None:
+def test_the_package_contains_its_packages_and_nothing_else() -> None:
     found = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
     assert found == {*PACKAGES, "__init__.py", "py.typed"}
 
@@ -84,8 +84,8 @@ def test_imports_only_from_packages_before_it(module: str) -> None:
         where = f"{MODULES[module].relative_to(REPO)}:{line}"
         assert imported != "lora_hf", f"{where} imports the public names: import the file that defines them"
         assert PACKAGES.index(package_of(imported)) <= own, (
-            f"{where} imports {imported}: {package_of(module)} stands before {package_of(imported)} in PACKAGES. Pass "
-            "the value in, or move the code down"
+            f"{where} imports {imported}, but {package_of(module)} comes before {package_of(imported)} in PACKAGES. "
+            "Pass the value as an argument, or move the code"
         )
 
 
@@ -94,10 +94,10 @@ def test_no_import_cycles() -> None:
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        pytest.fail(f"these files import each other in a circle: {' <- '.join(error.args[1])}")
+        pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
 
 
-def test_every_import_of_the_package_exists() -> None:
+def test_every_imported_module_exists() -> None:
     missing = [
         f"{module}:{line} {name}" for module in MODULES for name, line in imports_of(module) if name not in MODULES
     ]
@@ -114,7 +114,7 @@ def test_only_the_command_line_prints(module: str) -> None:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_nothing_is_pickled(module: str) -> None:
     if module == "lora_hf.adapters.convert.checkpoint":
-        return  # see the next test
+        return  # the next test checks it
     pickling = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
@@ -122,7 +122,7 @@ def test_nothing_is_pickled(module: str) -> None:
         elif isinstance(node, ast.ImportFrom):
             found = {(node.module or "").split(".")[0]} & pickling
             if [alias.name for alias in node.names] == ["UnpicklingError"]:
-                continue  # what torch raises where a pickle asks for more than tensors
+                continue  # torch raises it for pickles of anything but tensors
             if node.module == "torch":
                 found |= {alias.name for alias in node.names} & {"load", "save"}
         else:
@@ -134,7 +134,7 @@ def test_nothing_is_pickled(module: str) -> None:
     assert not calls, f"{MODULES[module].relative_to(REPO)} calls {calls}: use safetensors"
 
 
-def test_the_one_room_that_reads_pickles_reads_only_tensors() -> None:
+def test_the_one_module_that_reads_pickles_reads_only_tensors() -> None:
     tree = TREES["lora_hf.adapters.convert.checkpoint"]
     loads = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]
     assert loads
@@ -147,8 +147,8 @@ def test_the_one_room_that_reads_pickles_reads_only_tensors() -> None:
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_nothing_that_is_read_is_run(module: str) -> None:
-    """Neither as Python, nor as YAML with tags, nor by a shell, nor as the code that comes with a model."""
+def test_no_input_is_executed(module: str) -> None:
+    """Neither as Python, YAML tags or shell commands, nor as the code of a model."""
     running = {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.full_load", "yaml.unsafe_load"}
     found = [f"{call}, line {line}" for call, line in calls_of(module) if call in running]
     for node in ast.walk(TREES[module]):
@@ -160,14 +160,14 @@ def test_nothing_that_is_read_is_run(module: str) -> None:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_files_stay_short(module: str) -> None:
     lines = len(MODULES[module].read_text(encoding="utf-8").splitlines())
-    assert lines <= LONGEST_FILE, f"{MODULES[module].relative_to(REPO)} has {lines} lines: it wants a second room"
+    assert lines <= LONGEST_FILE, f"{MODULES[module].relative_to(REPO)} has {lines} lines: split it"
 
 
-def test_no_file_is_a_drawer() -> None:
-    drawers = [
+def test_no_file_has_a_generic_name() -> None:
+    generic = [
         str(file.relative_to(REPO)) for file in source_files() if file.stem in ("utils", "helpers", "common", "misc")
     ]
-    assert not drawers, "a file is named after what it does"
+    assert not generic, "name a file after what it does"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_import_is_light(module: str) -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'evaluate', 'accelerate', 'matplotlib', 'sklearn', 'scipy'}"
     code = f"import sys, {module}; sys.exit(', '.join(sorted({heavy} & set(sys.modules))) or 0)"
     result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"import {module} brings in {result.stderr.strip()}: import it where it is used"
+    assert result.returncode == 0, f"import {module} also imports {result.stderr.strip()}: import it inside a function"
 
 
 def recipes() -> list[str]:
@@ -189,43 +189,43 @@ def test_there_are_recipes() -> None:
 
 
 @pytest.mark.parametrize("recipe", recipes())
-def test_recipe_loads(recipe: str) -> None:
+def test_a_recipe_loads(recipe: str) -> None:
     load_config(REPO / "configs" / recipe)
 
 
 def commands_of(page: Path) -> list[list[str]]:
-    """The words of every command in the page's bash blocks, also of those that are not run."""
+    """The words of every command in the bash blocks of a page, also of blocks that are not run."""
     texts = (block.text for block in blocks(page) if block.language == "bash")
     lines = "\n".join(texts).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_page_commands_exist(page: Path) -> None:
+def test_the_commands_of_a_page_exist(page: Path) -> None:
     targets = re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     for words in commands_of(page):
-        said = f"{page.name}: {' '.join(words)}"
+        command = f"{page.name}: {' '.join(words)}"
         if words[0] == "make" and len(words) > 1:
-            assert words[1] in targets, f"{said}: the Makefile has {targets}"
+            assert words[1] in targets, f"{command}: the Makefile has {targets}"
         for word in words:
             if word.startswith("scripts/"):
-                assert (REPO / word).is_file(), f"{said}: there is no {word}"
+                assert (REPO / word).is_file(), f"{command}: there is no {word}"
         if "--config" in words:
             rest = words[words.index("--config") + 1 :]
             if f'Path("{rest[0]}").write_text(' in page.read_text(encoding="utf-8"):
-                continue  # a reader has it by then, from a block of the page
+                continue  # a block of the page has created it
             read = read_sweep if "scripts/sweep.py" in words else load_config
             read(rest[0], [word for word in rest[1:] if re.match(r"[a-z_]+\.[a-z_.]+=", word)])
 
 
-def test_readme_says_how_to_start() -> None:
+def test_the_readme_shows_the_first_commands() -> None:
     commands = commands_of(REPO / "README.md")
     assert ["make", "demo"] in commands
     assert ["make", "test"] in commands
 
 
-def kept_files() -> list[Path]:
-    """What git keeps or would keep."""
+def tracked_files() -> list[Path]:
+    """Files that are tracked by git, or new and not ignored."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -233,17 +233,17 @@ def kept_files() -> list[Path]:
     return [file for name in result.stdout.split("\0") if name and (file := REPO / name).is_file()]
 
 
-def test_no_file_names_a_place_on_one_machine() -> None:
+def test_no_file_contains_an_absolute_path_of_a_machine() -> None:
     roots = ["home", "root", "work", "Users", "tmp"]
-    place = re.compile(rf"(?<![\w.~-])/(?:{'|'.join(roots)})/")
+    path = re.compile(rf"(?<![\w.~-])/(?:{'|'.join(roots)})/")
     found = []
-    for file in kept_files():
+    for file in tracked_files():
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
-            continue  # weights and pictures
+            continue  # weights and images
         in_tests = file.is_relative_to(REPO / "tests")
         for number, line in enumerate(lines, start=1):
-            if any(not (in_tests and hit.group() == "/tmp/") for hit in place.finditer(line)):
+            if any(not (in_tests and hit.group() == "/tmp/") for hit in path.finditer(line)):
                 found.append(f"{file.relative_to(REPO)}:{number}: {line.strip()[:100]}")
     assert not found

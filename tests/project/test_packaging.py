@@ -1,4 +1,4 @@
-"""pyproject.toml, requirements.lock and the installed package say the same."""
+"""pyproject.toml, requirements.lock and the installed package agree."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOCK_LINES = [
 
 
 def locked() -> dict[str, list[Requirement]]:
-    """The pins of each package: one, or one for each range of Python versions."""
+    """The pins of each package: one, or one per range of Python versions."""
     pins: dict[str, list[Requirement]] = defaultdict(list)
     for line in LOCK_LINES:
         requirement = Requirement(line)
@@ -43,9 +43,9 @@ def locked() -> dict[str, list[Requirement]]:
 
 
 @pytest.mark.parametrize("requirement", THIRD_PARTY, ids=str)
-def test_has_one_lower_bound_that_the_lock_respects(requirement: Requirement) -> None:
+def test_a_requirement_has_one_lower_bound_and_the_lock_satisfies_it(requirement: Requirement) -> None:
     bounds = [each for each in requirement.specifier if each.operator == ">="]
-    assert len(bounds) == 1, f"{requirement} needs exactly one `>=`: the oldest version that CI installs"
+    assert len(bounds) == 1, f"{requirement}: expected exactly one `>=`, with the oldest version that CI installs"
     pins = locked()[canonicalize_name(requirement.name)]
     assert pins, f"{requirement.name} is not in requirements.lock: run `make lock`"
     for pin in pins:
@@ -54,34 +54,34 @@ def test_has_one_lower_bound_that_the_lock_respects(requirement: Requirement) ->
 
 
 @pytest.mark.parametrize("line", LOCK_LINES)
-def test_lock_line_is_one_exact_public_version(line: str) -> None:
+def test_a_line_of_the_lock_is_one_exact_public_version(line: str) -> None:
     assert re.fullmatch(r"[a-z0-9][a-z0-9-]*==[0-9][0-9a-z.]*( ; .+)?", line), (
         "expected name==version, with no local +tag"
     )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_a_page_installs_what_there_is_as_the_messages_say(page: Path) -> None:
+def test_a_page_installs_existing_extras_with_the_command_of_the_messages(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert "lora-hf[" not in text, "no package index has lora-hf: expected what errors.how_to_install says"
+    assert "lora-hf[" not in text, "lora-hf is on no package index: expected the command of errors.how_to_install"
     for extras in re.findall(r"\.\[([\w,]+)\]", text):
         assert how_to_install(*extras.split(",")) in text
         assert set(extras.split(",")) <= set(EXTRAS)
 
 
-def test_every_python_gets_at_most_one_version_of_a_package() -> None:
+def test_each_python_version_gets_at_most_one_version_of_a_package() -> None:
     for python in ("3.10", "3.11", "3.12", "3.13"):
-        here = {"python_version": python, "python_full_version": f"{python}.5", "sys_platform": "linux"}
+        environment = {"python_version": python, "python_full_version": f"{python}.5", "sys_platform": "linux"}
         for name, pins in locked().items():
-            fitting = [str(pin) for pin in pins if pin.marker is None or pin.marker.evaluate(here)]
-            assert len(fitting) <= 1, f"Python {python} would be asked for {fitting} of {name}"
+            matching = [str(pin) for pin in pins if pin.marker is None or pin.marker.evaluate(environment)]
+            assert len(matching) <= 1, f"Python {python} would install {matching} of {name}"
 
 
-def test_installed_version_is_the_project_version() -> None:
+def test_the_installed_version_is_the_project_version() -> None:
     assert importlib.metadata.version(PROJECT["name"]) == PROJECT["version"], "run `make setup`"
 
 
-def test_console_script_exists() -> None:
+def test_the_console_script_exists() -> None:
     module, function = PROJECT["scripts"]["lora-hf"].split(":")
     source = (REPO / Path(*module.split("."))).with_suffix(".py").read_text(encoding="utf-8")
     assert re.search(rf"^def {function}\(", source, flags=re.MULTILINE)

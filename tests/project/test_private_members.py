@@ -1,6 +1,6 @@
-"""The private members of transformers and accelerate that lora_hf depends on: all of them, each with its reason.
+"""All private members of transformers and accelerate that lora_hf uses, each with a reason.
 
-A new transformers may change any of them without notice; these tests then say which. CI runs them on the newest one.
+A new version may change any of them without notice. Then these tests name it. CI runs them with the newest versions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TRAINER_METHODS = {
     "_load_best_model": (["self"], "the best checkpoint holds the adapter alone"),
 }
 CONFIG_ATTRIBUTES = {"_attn_implementation": "whether a model's attention was chosen by the user"}
-# Underscored names that are our own, or documented hooks of torch.
+# Our own names with an underscore, and documented hooks of torch.
 OURS = {"_apply", "_replace", "_asdict", "_fields", "_build_data_dir", "_info", "_compute", "_buffers", "_parameters"}
 
 
@@ -42,7 +42,7 @@ def test_the_config_still_has_the_attribute(name: str) -> None:
 
 
 def overridden(tree: ast.Module) -> set[str]:
-    """The Trainer's private methods that classes of a file override."""
+    """The private methods of the Trainer that the classes of a file override."""
     methods = {
         node.name
         for kind in ast.walk(tree)
@@ -62,8 +62,8 @@ def test_no_other_private_method_of_the_trainer_is_overridden() -> None:
     assert found == dict.fromkeys(TRAINER_METHODS, "training/trainer.py")
 
 
-def test_nothing_private_of_another_object_is_used() -> None:
-    """`x._name` where x is neither self nor cls: a private member of somebody else."""
+def test_no_other_private_member_is_used() -> None:
+    """In `x._name`, x must be self or cls, or `_name` must be ours."""
     found = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
