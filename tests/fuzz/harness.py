@@ -1,7 +1,7 @@
-"""One input of the fuzzer: bytes that become an adapter folder, which is refused in one message or loaded as it says.
+"""Runs one input of the fuzzer: bytes that become an adapter folder, which must be rejected or loaded correctly.
 
-An input is five parts between NUL bytes, so that what a mutation changes stays readable to what comes after it: the
-kind of base, adapter_config.json, the header that lora_hf adds, the table of tensors, and their bytes.
+An input has five parts between NUL bytes, so that mutations of one part leave the others readable: the kind of base,
+adapter_config.json, the header that lora_hf adds, the table of tensors, and their bytes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ SHAPE = {
 LAYERS = {"roberta": "num_hidden_layers", "gpt2": "n_layer"}
 LABELS = {"roberta": 2, "gpt2": None}
 
-# What the first inputs hold, by name: the base and its LoRA.
-FIRST: dict[str, tuple[str, dict[str, Any]]] = {
+# The adapters of the seed inputs: the base and its LoRA.
+SEEDS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("roberta", {"targets": ("q",)}),
     "ranks": ("roberta", {"targets": ("q", "v"), "rank_pattern": {"v": 2}, "use_rslora": True}),
     "dora": ("roberta", {"targets": ("q",), "use_dora": True}),
@@ -45,19 +45,19 @@ FIRST: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Harness:
-    """The bases, as small as they can be, and a folder to put an input into."""
+    """Tiny bases, and a folder for the input."""
 
     def __init__(self) -> None:
-        self.bases: dict[str, Any] = {kind: micro(kind) for kind in SHAPE}
+        self.bases: dict[str, Any] = {kind: tiny_base(kind) for kind in SHAPE}
         self.fingerprints = {kind: fingerprint(base) for kind, base in self.bases.items()}
-        self.place = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory()
 
     def close(self) -> None:
-        self.place.cleanup()
+        self.folder.cleanup()
 
-    def attempt(self, data: bytes) -> str:
-        """`refused` or `used`; whatever is neither raises."""
-        folder = Path(self.place.name)
+    def run(self, data: bytes) -> str:
+        """The outcome, `refused` or `used`. Any other outcome raises."""
+        folder = Path(self.folder.name)
         kind = unpack(data, folder)
         with suppress(UserError):
             find_saved_model(folder)
@@ -73,54 +73,54 @@ class Harness:
             assert fingerprint(self.bases[kind]) == self.fingerprints[kind], "the base was changed"
 
     def _check(self, model: Any, folder: Path) -> None:
-        """What was loaded is what the file holds."""
+        """Checks that the loaded tensors are those of the file."""
         file = read_adapter(folder)
         if start_of(file)[0]:
-            return  # saved as a pair over the pair it started from
+            return  # saved relative to its initial weights
         again = read_adapter(save_adapter(model, folder / "again")).tensors
         for key, tensor in again.items():
-            assert torch.equal(tensor, file.tensors[key].float()), f"{key} is not what the file holds"
+            assert torch.equal(tensor, file.tensors[key].float()), f"{key} differs from the file"
 
 
-def micro(kind: str) -> Any:
-    """A base of one layer and width 4."""
+def tiny_base(kind: str) -> Any:
+    """A base with one layer of width 4."""
     return small_model(kind, LABELS[kind], vocab_size=6, **{LAYERS[kind]: 1}, **SHAPE[kind])
 
 
 def unpack(data: bytes, folder: Path) -> str:
     """Writes the two files of an input; returns the kind of its base."""
     parts = data.split(b"\0", PARTS - 1)
-    kind, config, about, table, values = parts + [b""] * (PARTS - len(parts))
+    kind, config, metadata, table, values = parts + [b""] * (PARTS - len(parts))
     try:
         header = json.loads(table)
-        if about:
-            header["__metadata__"] = {HEADER: about.decode("utf-8", "replace")}
+        if metadata:
+            header["__metadata__"] = {HEADER: metadata.decode("utf-8", "replace")}
         table = json.dumps(header).encode()
         table += b" " * (-len(table) % 8)
     except (ValueError, TypeError, RecursionError):
-        pass  # as it stands
+        pass  # keep the invalid table
     (folder / CONFIG_FILE).write_bytes(config)
     (folder / WEIGHTS_FILE).write_bytes(len(table).to_bytes(8, "little") + table + values)
     return "gpt2" if kind == b"gpt2" else "roberta"
 
 
 def pack(kind: str, folder: Path) -> bytes:
-    """The input that `unpack` makes an adapter folder from."""
+    """The input from which `unpack` writes this adapter folder."""
     weights = (folder / WEIGHTS_FILE).read_bytes()
     end = 8 + int.from_bytes(weights[:8], "little")
     header = json.loads(weights[8:end])
-    about = header.pop("__metadata__")[HEADER]
+    metadata = header.pop("__metadata__")[HEADER]
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    parts = [kind, json.dumps(config), about, json.dumps(header)]
+    parts = [kind, json.dumps(config), metadata, json.dumps(header)]
     return b"\0".join([*(part.encode() for part in parts), weights[end:]])
 
 
-def first_inputs() -> dict[str, bytes]:
-    """What the corpus began with: a good adapter of each form."""
-    found = {}
-    for name, (kind, lora) in FIRST.items():
-        model = inject(micro(kind), LoraConfig(**{"r": 1, "lora_alpha": 1, **lora}))
+def seed_inputs() -> dict[str, bytes]:
+    """A valid adapter of each kind, from which fuzzing starts."""
+    inputs = {}
+    for name, (kind, lora) in SEEDS.items():
+        model = inject(tiny_base(kind), LoraConfig(**{"r": 1, "lora_alpha": 1, **lora}))
         stir(model)
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = pack(kind, save_adapter(model, folder, task="rule-sentiment"))
-    return found
+            inputs[name] = pack(kind, save_adapter(model, folder, task="rule-sentiment"))
+    return inputs

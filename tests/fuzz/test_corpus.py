@@ -1,13 +1,15 @@
-"""What the fuzzer has found so far, again: each input is refused in one message, or loaded as it says."""
+"""Runs the inputs that the fuzzer has found: each is still rejected, or loaded correctly."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.fuzz.__main__ import CORPUS, LONGEST
-from tests.fuzz.harness import FIRST, Harness, first_inputs
+from lora_hf.adapters import save_load
+from tests.fuzz.__main__ import CORPUS, MAX_BYTES
+from tests.fuzz.harness import SEEDS, Harness, seed_inputs
 
 INPUTS = sorted(CORPUS.iterdir())
 
@@ -20,31 +22,30 @@ def harness() -> Iterator[Harness]:
 
 
 @pytest.mark.parametrize("file", INPUTS, ids=lambda file: file.name)
-def test_an_input_ends_as_its_name_says(file: object, harness: Harness) -> None:
-    data = file.read_bytes()  # type: ignore[attr-defined]
-    assert len(data) <= LONGEST
-    assert harness.attempt(data) == file.name.partition("-")[0]  # type: ignore[attr-defined]
+def test_the_outcome_of_an_input_is_that_in_its_name(file: Path, harness: Harness) -> None:
+    data = file.read_bytes()
+    assert len(data) <= MAX_BYTES
+    assert harness.run(data) == file.name.partition("-")[0]
 
 
-def test_the_corpus_holds_both_ends() -> None:
-    ends = {file.name.partition("-")[0] for file in INPUTS}
-    assert ends == {"refused", "used"}
+def test_the_corpus_has_both_outcomes() -> None:
+    outcomes = {file.name.partition("-")[0] for file in INPUTS}
+    assert outcomes == {"refused", "used"}
 
 
-@pytest.mark.parametrize("name", FIRST)
-def test_a_good_adapter_of_each_form_is_used(name: str, harness: Harness) -> None:
-    data = first_inputs()[name]
-    assert harness.attempt(data) == "used"
-    assert harness.attempt(data.replace(b'"r": ', b'"r": -', 1)) == "refused"
+@pytest.mark.parametrize("name", SEEDS)
+def test_valid_adapters_are_used_and_negative_ranks_refused(name: str, harness: Harness) -> None:
+    data = seed_inputs()[name]
+    assert harness.run(data) == "used"
+    assert harness.run(data.replace(b'"r": ', b'"r": -', 1)) == "refused"
 
 
-def test_a_load_that_is_not_what_the_file_holds_is_found(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_hf.adapters import save_load as adapters
+def test_wrongly_loaded_tensors_are_detected(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = save_load.from_peft
 
-    def wrong(layer: object, name: str, tensors: dict, path: str) -> None:
-        loaded(layer, name, {key: 2 * tensor for key, tensor in tensors.items()}, path)
+    def load_doubled(layer: object, name: str, tensors: dict, path: str) -> None:
+        original(layer, name, {key: 2 * tensor for key, tensor in tensors.items()}, path)
 
-    loaded = adapters.from_peft
-    monkeypatch.setattr(adapters, "from_peft", wrong)
-    with pytest.raises(AssertionError, match="is not what the file holds"):
-        harness.attempt(first_inputs()["plain"])
+    monkeypatch.setattr(save_load, "from_peft", load_doubled)
+    with pytest.raises(AssertionError, match="differs from the file"):
+        harness.run(seed_inputs()["plain"])
