@@ -1,4 +1,4 @@
-"""A run folder as training leaves it, without the time that training takes."""
+"""Run folders like those that training writes, but without training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TASK = get_task("rule-sentiment")
 
 
 def run_folder(folder: Path, base: str = "tiny-roberta", seed: int = 7) -> Path:
-    """The adapter of a run in `folder`, with config and record, on a `base` that need not be one of the package."""
+    """Writes a run folder with config and record, and returns the folder of its adapter. `base` may be any folder."""
     config = RunConfig(
         ModelConfig(name=base, precision="fp32"),
         TaskConfig(TASK.name, data_dir=str(folder / "data"), max_length=64),

@@ -1,7 +1,7 @@
-"""Runs of two processes, one after the other in one start of torchrun, for `tests/training/test_distributed.py`.
+"""All runs with two processes of `tests/training/test_distributed.py`, in one start of torchrun.
 
-`torchrun --nproc-per-node 2 -m tests.support.distributed_runs FOLDER` leaves a run folder each, and what each process saw in
-`seen-<process>.json`.
+`torchrun --nproc-per-node 2 -m tests.support.distributed_runs FOLDER` writes one folder per run, and what each process
+observes to `seen-<rank>.json`.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from lora_hf.training.run import train
 from lora_hf.training.trainer import AdapterTrainer
 from tests.support.kills import small_config, small_rows
 
-# No run's rows divide by a batch, and no development rows by the batches of two processes.
+# Numbers of rows that the batches do not divide evenly, neither in one process nor in two.
 TRAIN, DEVELOPMENT = 54, 37
-NONE_LEFT = 36  # training rows that leave the second process none in the last batch
-WITH_FSDP = Version(accelerate.__version__) >= Version("1.15")  # before, not all of FSDP2 was there
-SGD = {"optim": "sgd", "logging_steps": 1}  # Adam divides by a gradient's size: rounding near zero decides a step
+NONE_LEFT = 36  # training rows, with which the second process has none in the last batch
+WITH_FSDP = Version(accelerate.__version__) >= Version("1.15")  # older versions lack parts of FSDP2
+SGD = {"optim": "sgd", "logging_steps": 1}  # Adam normalizes gradients, so that rounding near zero changes a step
 
 
 def classify(folder: Path, name: str, processes: int = 1, **train: Any) -> RunConfig:
-    """Classification with head, gradient checkpointing and accumulation; 16 rows a step however many processes."""
+    """Classification with gradient checkpointing and accumulation, 16 rows per step for any number of processes."""
     sections = small_config(folder).to_dict()
     sections["lora"] |= {"lora_dropout": 0.0}
     sections["train"] |= {
@@ -59,12 +59,12 @@ def classify(folder: Path, name: str, processes: int = 1, **train: Any) -> RunCo
 
 
 def by_length(folder: Path, name: str, processes: int = 1) -> RunConfig:
-    """Rows of like length together, for one epoch."""
+    """One epoch with rows grouped by length."""
     return classify(folder, name, processes, epochs=1, hf={**SGD, "train_sampling_strategy": "group_by_length"})
 
 
 def generate(folder: Path, name: str, processes: int = 1, precision: str = "fp32") -> RunConfig:
-    """A language model on rows grouped by prompt, of which batches compute each prompt once."""
+    """A language model on rows grouped by prompt, where a batch computes each prompt once."""
     sections = classify(folder, name, processes, group_by_prompt=True, label_smoothing=0.1, hf=SGD).to_dict()
     sections["model"] |= {"name": "tiny-gpt2", "precision": precision}
     sections["task"] |= {"name": "rule-restaurants", "max_length": 256}
@@ -79,73 +79,73 @@ def rows_of(task: str, train_rows: int = TRAIN) -> dict[str, Dataset]:
     return {split: part.select(range(counts[split])) for split, part in rows.items()}
 
 
-def stop_at(step: int, process: int) -> TrainerCallback:
-    """One process hears of a SIGTERM within a step."""
+def stop_at(step: int, stopped_rank: int) -> TrainerCallback:
+    """Sends a SIGTERM to one process within a step."""
 
     class Stopper(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == step - 1 and rank() == process:
+            if state.global_step == step - 1 and rank() == stopped_rank:
                 signal.raise_signal(signal.SIGTERM)
 
     return Stopper()
 
 
-def said(do: Callable[[], Any], kind: type[BaseException]) -> str:
-    """What it raises."""
+def error_of(function: Callable[[], Any], kind: type[BaseException]) -> str:
+    """The message of the error that the function raises."""
     try:
-        do()
+        function()
     except kind as error:
         return str(error)
     return "nothing"
 
 
 def main(folder: Path) -> dict[str, Any]:
-    """All runs; what this process saw of them."""
+    """Runs everything, and returns what this process observes."""
     init_processes()
     seen: dict[str, Any] = {"largest": all_reduce_max(rank() + 5), "from_one": run_on_rank(lambda: [rank()], chosen=1)}
 
     def refused() -> None:
         raise ConfigError(f"process {rank()} refuses")
 
-    seen["refused"] = said(lambda: run_on_rank(refused), UserError)
+    seen["refused"] = error_of(lambda: run_on_rank(refused), UserError)
     classifier = train(classify(folder, "classify", 2), rows=rows_of("rule-sentiment"))
     seen["classify"] = {"metrics": classifier.record.metrics, "folder": str(classifier.folder)}
-    seen["again"] = said(lambda: train(classify(folder, "classify", 2), rows=rows_of("rule-sentiment")), UserError)
+    seen["again"] = error_of(lambda: train(classify(folder, "classify", 2), rows=rows_of("rule-sentiment")), UserError)
     train(by_length(folder, "by_length", 2), rows=rows_of("rule-sentiment", NONE_LEFT))
     trainer.own_rows = lambda rows, batch_size, *_: (batch_size, 1.0)
     train(by_length(folder, "filled_up", 2), rows=rows_of("rule-sentiment", NONE_LEFT))
     trainer.own_rows = own_rows
     train(generate(folder, "generate", 2), rows=rows_of("rule-restaurants"))
     train(generate(folder, "generate_bf16", 2, "bf16"), rows=rows_of("rule-restaurants"))
-    seen["joint"] = said(lambda: train_together([classify(folder, "a", 2), classify(folder, "b", 2)]), ConfigError)
+    seen["joint"] = error_of(lambda: train_together([classify(folder, "a", 2), classify(folder, "b", 2)]), ConfigError)
 
-    # With dropout: a run that is stopped and gone on with ends as the one that never was.
-    kept, masks = fused.dropout_mask, []
+    # With dropout: a run that is stopped and resumed equals an uninterrupted one.
+    original, masks = fused.dropout_mask, []
 
-    def noted(*arguments: Any) -> torch.Tensor:
-        masks.append(kept(*arguments))
+    def record_mask(*arguments: Any) -> torch.Tensor:
+        masks.append(original(*arguments))
         return masks[-1]
 
-    fused.dropout_mask = noted
+    fused.dropout_mask = record_mask
     train(small_config(folder / "whole", batch_size=4), rows=small_rows())
-    fused.dropout_mask = kept
+    fused.dropout_mask = original
     seen["mask"] = masks[0][0].tolist()
     stopped = small_config(folder / "stopped", batch_size=4)
-    seen["stopped"] = said(lambda: train(stopped, rows=small_rows(), callbacks=[stop_at(5, 1)]), Interrupted)
+    seen["stopped"] = error_of(lambda: train(stopped, rows=small_rows(), callbacks=[stop_at(5, 1)]), Interrupted)
     train(stopped, resume="auto", rows=small_rows())
 
-    computed, calls = AdapterTrainer.compute_loss, 0
+    compute_loss, calls = AdapterTrainer.compute_loss, 0
 
-    def broken(self: AdapterTrainer, *arguments: Any, **named: Any) -> Any:
+    def nan_on_rank_1(self: AdapterTrainer, *arguments: Any, **named: Any) -> Any:
         nonlocal calls
-        loss = computed(self, *arguments, **named)
+        loss = compute_loss(self, *arguments, **named)
         calls += 1
         return loss * float("nan") if rank() == 1 and calls == 4 else loss
 
-    AdapterTrainer.compute_loss = broken
+    AdapterTrainer.compute_loss = nan_on_rank_1
     config = small_config(folder / "nan", batch_size=4)
-    seen["no number"] = said(lambda: train(config, rows=small_rows()), TrainingError)
-    AdapterTrainer.compute_loss = computed
+    seen["no number"] = error_of(lambda: train(config, rows=small_rows()), TrainingError)
+    AdapterTrainer.compute_loss = compute_loss
 
     if WITH_FSDP:
         seen |= fsdp(folder)
@@ -153,40 +153,40 @@ def main(folder: Path) -> dict[str, Any]:
 
 
 def fsdp(folder: Path) -> dict[str, Any]:
-    """A run whose base is sharded."""
+    """Runs with a sharded base."""
     seen: dict[str, Any] = {}
-    with_fsdp()
+    enable_fsdp_on_cpu()
 
-    class Counted(TrainerCallback):
+    class CountSharded(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             parameters = list(kwargs["model"].parameters())
             seen["sharded"] = [isinstance(each, DTensor) for each in parameters if not each.requires_grad]
             seen["not whole"] = [isinstance(each, DTensor) for each in parameters if each.requires_grad]
 
-    train(by_length(folder, "fsdp", 2), rows=rows_of("rule-sentiment", NONE_LEFT), callbacks=[Counted()])
-    seen["refused full"] = said(
+    train(by_length(folder, "fsdp", 2), rows=rows_of("rule-sentiment", NONE_LEFT), callbacks=[CountSharded()])
+    seen["refused full"] = error_of(
         lambda: train(classify(folder, "full", 2, method="full"), rows=rows_of("rule-sentiment")), ConfigError
     )
     return seen
 
 
-def with_fsdp() -> None:
-    """Accelerate prepares FSDP on accelerators alone, though torch has it on the CPU too: here it hears that it may."""
-    made = Accelerator.__init__
+def enable_fsdp_on_cpu() -> None:
+    """Accelerate enables FSDP on accelerators only, although torch supports it on CPUs."""
+    original = Accelerator.__init__
 
-    def told(self: Accelerator, *arguments: Any, **named: Any) -> None:
-        made(self, *arguments, **named)
+    def init(self: Accelerator, *arguments: Any, **named: Any) -> None:
+        original(self, *arguments, **named)
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.state.distributed_type = DistributedType.FSDP
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
         )
 
-    Accelerator.__init__ = told
+    Accelerator.__init__ = init
 
 
 if __name__ == "__main__":
-    place_of_runs = Path(sys.argv[1])
-    found = main(place_of_runs)
-    (place_of_runs / f"seen-{rank()}.json").write_text(json.dumps(found), encoding="utf-8")
+    root = Path(sys.argv[1])
+    seen = main(root)
+    (root / f"seen-{rank()}.json").write_text(json.dumps(seen), encoding="utf-8")
     destroy_processes()

@@ -1,6 +1,6 @@
-"""A small stand-in of the hub on loopback: repositories, large files, commits, downloads with ETag and Range.
+"""A small fake of the Hugging Face hub on loopback: repositories, large files, commits, downloads with ETag and Range.
 
-It answers as https://huggingface.co does where `huggingface_hub` looks, and breaks connections where a test says so.
+For the requests of `huggingface_hub` it answers like https://huggingface.co. Tests can make it break connections.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import yaml
 REPO = Path(__file__).parents[2]
 TOKEN, USER = "hf_aTokenThatMayWrite", "someone"
 WEIGHTS = "adapter_model.safetensors"
+Response = tuple[int, dict[str, str], bytes]  # status, headers, content
 
 
 @dataclass
 class Repository:
-    """`commits` are (sha, files by path), the last is `main`; the hub makes the first."""
+    """`commits` are pairs of sha and files by path. The hub makes the first, and the last is `main`."""
 
     private: bool = False
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
@@ -39,7 +40,7 @@ class Repository:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """What people put into `main`."""
+        """The files that users have committed to `main`."""
         return {path: content for path, content in self.commits[-1][1].items() if path != ".gitattributes"}
 
     def commit(self, changes: dict[str, bytes | None]) -> str:
@@ -51,7 +52,7 @@ class Repository:
 
 
 class Hub:
-    """The server; `breaks` says for a request how many bytes of its answer are sent before the connection is cut."""
+    """The server. For a request, `breaks` gives the number of bytes to send before cutting the connection, or None."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -68,15 +69,15 @@ class Hub:
         self.server.server_close()
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
-        """Of a process that takes this for the hub, with its own cache in `home`."""
-        kept = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
-        kept |= {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-        return kept | ({"HF_TOKEN": token} if token else {})
+        """The environment of a process that uses this hub, with its cache in `home`."""
+        values = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+        values |= {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        return values | ({"HF_TOKEN": token} if token else {})
 
     def ask(
         self, home: Path, *words: str | Path, code: int = 0, token: str | None = TOKEN, offline: bool = False
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a script, such as `push --adapter ...`, or with `-c` Python, against this hub."""
+        """Runs a script such as `push --adapter ...`, or Python code with `-c`, against this hub."""
         start = "-c" if words[0] == "-c" else str(REPO / "scripts" / f"{words[0]}.py")
         environment = self.environment(home, token) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
         done = subprocess.run(
@@ -116,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
 
-    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815 - what http.server calls them
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815 - the names of http.server
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -128,33 +129,33 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def _route(self, request: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def _route(self, request: str, body: bytes) -> Response:
         sent = self.headers.get("Authorization")
-        known = sent == f"Bearer {TOKEN}"
-        if sent and not known and not request.startswith("PUT"):
-            return refused(401, message="Invalid credentials in Authorization header")
+        authorized = sent == f"Bearer {TOKEN}"
+        if sent and not authorized and not request.startswith("PUT"):
+            return error(401, message="Invalid credentials in Authorization header")
         if request == "HEAD /":
-            return plain({})
+            return ok({})
         if request == "GET /api/whoami-v2":
-            return plain({"type": "user", "name": USER})
+            return ok({"type": "user", "name": USER})
         if request == "POST /api/repos/create":
-            return self._create(json.loads(body), known)
+            return self._create(json.loads(body), authorized)
         if request == "POST /api/validate-yaml":
             return self._validate(json.loads(body)["content"])
         if found := re.fullmatch(r"PUT /large/(\w+)", request):
             assert hashlib.sha256(body).hexdigest() == found[1]
             self.hub.large[found[1]] = body
-            return plain({})
+            return ok({})
         found = re.fullmatch(
             r"(\w+) (?:/api/models)?/([^/]+/[^/]+?)(?:\.git)?(?:/(info|preupload|commit|revision|tree|resolve)/(.*))?",
             request,
         )
         repository = self.hub.repositories.get(found[2]) if found else None
-        if found is None or repository is None or (repository.private and not known):
-            return refused(404, "RepoNotFound", "Repository not found")
+        if found is None or repository is None or (repository.private and not authorized):
+            return error(404, "RepoNotFound", "Repository not found")
         method, name, verb, rest = found.groups()
-        if method in ("POST", "PUT") and not (known and name.startswith(f"{USER}/")):
-            return refused(403, message="Forbidden: you must have write access")
+        if method in ("POST", "PUT") and not (authorized and name.startswith(f"{USER}/")):
+            return error(403, message="Forbidden: you must have write access")
         if verb == "preupload":
             files = [
                 {
@@ -164,45 +165,42 @@ class Handler(BaseHTTPRequestHandler):
                 }
                 for file in json.loads(body)["files"]
             ]
-            return plain({"files": files})
+            return ok({"files": files})
         if verb == "info":
             objects = [
                 {**entry, "actions": {"upload": {"href": f"{self.hub.endpoint}/large/{entry['oid']}"}}}
                 for entry in json.loads(body)["objects"]
             ]
-            return plain({"objects": objects, "transfer": "basic"})
+            return ok({"objects": objects, "transfer": "basic"})
         if verb == "commit":
             return self._commit(name, repository, body)
         return self._read(name, repository, verb or "revision", rest or "main")
 
-    def _create(self, asked: dict[str, Any], known: bool) -> tuple[int, dict[str, str], bytes]:
-        if not known:
-            return refused(401, message="Invalid username or password.")
-        if asked["organization"] != USER:
-            return refused(403, message=f"You don't have the rights to create a model under {asked['organization']}")
-        name = f"{USER}/{asked['name']}"
+    def _create(self, options: dict[str, Any], authorized: bool) -> Response:
+        if not authorized:
+            return error(401, message="Invalid username or password.")
+        if options["organization"] != USER:
+            return error(403, message=f"You don't have the rights to create a model under {options['organization']}")
+        name = f"{USER}/{options['name']}"
         if name in self.hub.repositories:
-            return (
-                409,
-                {},
-                json.dumps({"error": "You already created it", "url": f"{self.hub.endpoint}/{name}"}).encode(),
-            )
-        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+            message = {"error": "You already created it", "url": f"{self.hub.endpoint}/{name}"}
+            return 409, {}, json.dumps(message).encode()
+        private = options.get("visibility") == "private" or bool(options.get("private"))
         self.hub.repositories[name] = Repository(private)
-        return plain({"url": f"{self.hub.endpoint}/{name}"})
+        return ok({"url": f"{self.hub.endpoint}/{name}"})
 
-    def _validate(self, card: str) -> tuple[int, dict[str, str], bytes]:
+    def _validate(self, card: str) -> Response:
         data = yaml.safe_load(card.split("---\n")[1])
         errors = [] if isinstance(data, dict) and "library_name" in data else [{"message": "no metadata"}]
         bases = data.get("base_model")
         if bases is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", bases):
             errors.append({"message": '"base_model" with value that is not a valid id'})
-        status, headers, _ = plain({})
+        status, headers, _ = ok({})
         return (400 if errors else status), headers, json.dumps({"errors": errors, "warnings": []}).encode()
 
-    def _commit(self, name: str, repository: Repository, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def _commit(self, name: str, repository: Repository, body: bytes) -> Response:
         if self.hub.breaks(f"{self.command} {self.path}") is not None:
-            return plain({})  # cut off before it is done
+            return ok({})  # the connection breaks before the commit
         changes: dict[str, bytes | None] = {}
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
@@ -213,26 +211,26 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 changes[value["path"]] = None
         sha = repository.commit(changes)
-        return plain({"commitUrl": f"{self.hub.endpoint}/{name}/commit/{sha}", "commitOid": sha})
+        return ok({"commitUrl": f"{self.hub.endpoint}/{name}/commit/{sha}", "commitOid": sha})
 
-    def _read(self, name: str, repository: Repository, verb: str, rest: str) -> tuple[int, dict[str, str], bytes]:
+    def _read(self, name: str, repository: Repository, verb: str, rest: str) -> Response:
         revision, _, file = rest.partition("/")
         commits = dict(repository.commits)
         sha = repository.commits[-1][0] if revision == "main" else revision
         if sha not in commits:
-            return refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files = commits[sha]
         if verb == "revision":
             siblings = [{"rfilename": path} for path in files]
-            return plain({"id": name, "modelId": name, "sha": sha, "private": repository.private, "siblings": siblings})
+            return ok({"id": name, "modelId": name, "sha": sha, "private": repository.private, "siblings": siblings})
         if verb == "tree":
             entries = [
                 {"type": "file", "path": path, "size": len(content), "oid": etag(content)}
                 for path, content in files.items()
             ]
-            return plain(entries)
+            return ok(entries)
         if file not in files:
-            return refused(404, "EntryNotFound", "Entry not found")
+            return error(404, "EntryNotFound", "Entry not found")
         content = files[file]
         headers = {"ETag": f'"{etag(content)}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
@@ -247,10 +245,10 @@ def etag(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:40]
 
 
-def plain(value: Any) -> tuple[int, dict[str, str], bytes]:
+def ok(value: Any) -> Response:
     return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
 
 
-def refused(status: int, code: str = "", message: str = "") -> tuple[int, dict[str, str], bytes]:
+def error(status: int, code: str = "", message: str = "") -> Response:
     headers = {"Content-Type": "application/json", "X-Error-Message": message}
     return status, headers | ({"X-Error-Code": code} if code else {}), json.dumps({"error": message}).encode()

@@ -1,7 +1,7 @@
-"""Kills runs at random moments and compares what they end with to the run that was never stopped.
+"""Kills runs at random moments, resumes them, and compares the results with an uninterrupted run.
 
-`python -m tests.support.kills --kills 20 --output kills.json`. Every run is a process of its own, killed by
-SIGKILL and gone on with by `resume="auto"`; the base, the data and the recipe are embedded in the package.
+`python -m tests.support.kills --kills 20 --output kills.json` writes the record. Each run is a process that is killed
+by SIGKILL and resumed with `resume="auto"`. The base, the data and the recipe are embedded in the package.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from lora_hf.training.checkpoints import MANIFEST_FILE, STATE_FILE, checkpoints_
 from lora_hf.training.run import Run, train
 
 ROWS = {"train": 64, "validation": 20}
-# A checkpoint every other step, so that kills fall between them, inside epochs and into the writing of one.
+# A checkpoint every other step, so that kills hit between checkpoints, within epochs and while one is written.
 EVERY = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
-STARTED = 60.0  # seconds in which a run has to begin
+START_TIMEOUT = 60.0  # seconds
 
 
 def small_config(folder: Path, **train: Any) -> RunConfig:
-    """A run of a few seconds with dropout, so that a generator that was not restored shows."""
+    """A run of a few seconds, with dropout, so that a random generator that is not restored changes the result."""
     return RunConfig.from_dict(
         {
             "model": {"name": "tiny-roberta", "precision": "fp32"},
@@ -60,38 +60,40 @@ def _task_rows() -> Mapping[str, Dataset]:
     return task.load(None, task.splits)
 
 
-def differences(whole: Run, folder: Path) -> list[str]:
-    """What a run folder has otherwise than the run that was never stopped; times and places aside.
+def differences(uninterrupted: Run, folder: Path) -> list[str]:
+    """The parts of a run folder that differ from those of an uninterrupted run, apart from times and paths.
 
-    Compared to the last bit: the adapter, the last checkpoint's weights, optimiser, schedule and generators, the
-    metrics, the predictions and everything that was logged.
+    Bit for bit: the adapter, the weights, optimizer, schedule and generators of the last checkpoint, the metrics, the
+    predictions and the log.
     """
-    last = checkpoints_in(whole.folder / "checkpoints")[0]
-    kept = [*whole.weights.iterdir(), *whole.folder.glob("predictions-*.jsonl"), *last.iterdir()]
-    paths = [path.relative_to(whole.folder) for path in sorted(kept) if path.name not in (STATE_FILE, MANIFEST_FILE)]
+    last = checkpoints_in(uninterrupted.folder / "checkpoints")[0]
+    files = [*uninterrupted.weights.iterdir(), *uninterrupted.folder.glob("predictions-*.jsonl"), *last.iterdir()]
+    paths = [
+        path.relative_to(uninterrupted.folder) for path in sorted(files) if path.name not in (STATE_FILE, MANIFEST_FILE)
+    ]
     found = [
         str(path)
         for path in paths
-        if not (folder / path).is_file() or not _equal(_content(folder / path), _content(whole.folder / path))
+        if not (folder / path).is_file() or not _equal(_content(folder / path), _content(uninterrupted.folder / path))
     ]
     record = RunRecord.load(folder / "record.json")
-    if record.metrics != whole.record.metrics:
+    if record.metrics != uninterrupted.record.metrics:
         found.append("metrics")
-    if record.best != whole.record.best:
+    if record.best != uninterrupted.record.best:
         found.append("best")
-    if _untimed(record) != _untimed(whole.record):
+    if _untimed(record) != _untimed(uninterrupted.record):
         found.append("history")
     return found
 
 
 def _content(file: Path) -> Any:
-    """What a file says: safetensors and torch write equal values in bytes that need not be equal."""
+    """The content of a file, because safetensors and torch may write equal values as different bytes."""
     if file.suffix == ".safetensors":
         return load_file(file)
     if file.suffix in (".pt", ".pth"):
         with safe_globals():
             content = torch.load(file, weights_only=True)
-        # Python's own generator is not compared: importing `rich` draws from it, and nothing in training does.
+        # Not the generator of Python: importing `rich` draws from it, and training does not.
         return {key: value for key, value in content.items() if key != "python"}
     return file.read_bytes()
 
@@ -109,20 +111,20 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _untimed(record: RunRecord) -> list[dict[str, float]]:
-    timed = ("_runtime", "_per_second", "train_loss")  # the last is the mean over this process's steps
+    timed = ("_runtime", "_per_second", "train_loss")  # the last is a mean over the steps of this process only
     return [{key: value for key, value in entry.items() if not key.endswith(timed)} for entry in record.history]
 
 
 def kill_once(config: RunConfig, rows: Mapping[str, Dataset], when: Callable[[Path], bool]) -> dict[str, Any]:
-    """Starts the run, kills it once `when(run folder)` is true, and says where it was."""
+    """Starts the run, kills it once `when(run folder)` is true, and returns its progress."""
     folder = Path(config.output.dir) / str(config.output.name)
-    # A fork has torch loaded: the run begins at once.
+    # A fork has loaded torch already, so the run starts at once.
     process = multiprocessing.get_context("fork").Process(target=_train, args=(config, rows, None))
     process.start()
-    began = time.monotonic()
+    start = time.monotonic()
     while process.is_alive() and not when(folder):
         time.sleep(0.001)
-        if time.monotonic() - began > STARTED and not (folder / RUN_CONFIG_FILE).exists():
+        if time.monotonic() - start > START_TIMEOUT and not (folder / RUN_CONFIG_FILE).exists():
             break
     process.kill()
     process.join()
@@ -131,7 +133,7 @@ def kill_once(config: RunConfig, rows: Mapping[str, Dataset], when: Callable[[Pa
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     return {
         "killed": process.exitcode == -9 and not (folder / RECORD_FILE).exists(),
-        "seconds": time.monotonic() - began,
+        "seconds": time.monotonic() - start,
         "logged_steps": len({json.loads(line)["step"] for line in lines if line.endswith("}")}),
         "checkpoint": checkpoint.name if checkpoint else None,
         "while_writing": any(not (each / MANIFEST_FILE).exists() for each in checkpoints_in(folder / "checkpoints")),
@@ -139,7 +141,7 @@ def kill_once(config: RunConfig, rows: Mapping[str, Dataset], when: Callable[[Pa
 
 
 def finish(config: RunConfig, rows: Mapping[str, Dataset], resume: str | None = "auto") -> Run:
-    """A run to its end in a process of its own."""
+    """Runs to the end in a process of its own."""
     process = multiprocessing.get_context("fork").Process(target=_train, args=(config, rows, resume))
     process.start()
     process.join()
@@ -154,19 +156,19 @@ def _train(config: RunConfig, rows: Mapping[str, Dataset], resume: str | None) -
 
 
 def random_kills(count: int, folder: Path, seed: int = 0) -> dict[str, Any]:
-    """Kills `count` runs, each at a random moment between its first file and its end, and compares them all."""
+    """Kills `count` runs, each at a random moment, resumes them and compares the results."""
     rows, draws = small_rows(), random.Random(seed)
-    began = time.monotonic()
-    whole = finish(small_config(folder / "whole"), rows, None)
-    length = time.monotonic() - began
+    start = time.monotonic()
+    uninterrupted = finish(small_config(folder / "whole"), rows, None)
+    length = time.monotonic() - start
     kills = []
     while len(kills) < count:
         config = small_config(folder / f"kill-{draws.random()}")
         end = time.monotonic() + draws.uniform(0.05, 1.0) * length
-        where = kill_once(config, rows, lambda _, end=end: time.monotonic() >= end)
-        if not where.pop("killed"):
-            continue  # this one was faster
-        kills.append(where | {"differences": differences(whole, finish(config, rows).folder)})
+        kill = kill_once(config, rows, lambda _, end=end: time.monotonic() >= end)
+        if not kill.pop("killed"):
+            continue  # the run ended before
+        kills.append(kill | {"differences": differences(uninterrupted, finish(config, rows).folder)})
     return {
         "kind": "random kills",
         "run_seconds": length,
@@ -181,7 +183,7 @@ def random_kills(count: int, folder: Path, seed: int = 0) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Kills and writes the record; fails where a run ended otherwise."""
+    """Writes the record. Returns 1 if a resumed run differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -190,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         record = random_kills(options.kills, Path(folder), options.seed)
     options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"{record['exact']} of {options.kills} resumed to the last bit")
+    print(f"{record['exact']} of {options.kills} resumed bit for bit")
     return int(record["exact"] != options.kills)
 
 

@@ -1,4 +1,4 @@
-"""Small models of every architecture in the role table: real transformers classes with random weights."""
+"""Small models of every architecture in `lora.architectures`: classes of transformers with random weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def small_model(kind: str, num_labels: int | None = None, seed: int = 0, **more: Any) -> PreTrainedModel:
-    """A model of `kind` in eval mode; a causal LM without `num_labels`, a classifier with it."""
+    """A model of `kind` in eval mode: a classifier with `num_labels`, otherwise a causal LM."""
     torch.manual_seed(seed)
     values = {"vocab_size": 100, "pad_token_id": 1, **SHAPES[kind], **more}
     if num_labels is None:
@@ -48,12 +48,12 @@ def small_model(kind: str, num_labels: int | None = None, seed: int = 0, **more:
 
 
 def token_ids(rows: int = 3, length: int = 7) -> torch.Tensor:
-    """`(rows, length)` ids that no special token takes."""
+    """Token ids `(rows, length)` without special tokens."""
     return torch.randint(5, 100, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 def stir(model: PreTrainedModel, seed: int = 7, std: float = 0.5) -> None:
-    """Gives every LoRA B random values: at B = 0 an adapter changes nothing, and a test of it would prove nothing."""
+    """Gives every LoRA B random values. With B = 0 an adapter changes nothing, and a test would prove nothing."""
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(model).values():
         for weights in layer.adapters.values():

@@ -1,4 +1,4 @@
-"""A suite's record with round numbers, so that every cell of its tables can be worked out by hand."""
+"""Records of suites with round numbers, so that every cell of their tables can be computed by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ METRICS = {"cola": "matthews_correlation", "stsb": "pearson"}
 
 
 def made_run(task: str, configuration: str, seed: int, value: float, **changed: Any) -> dict[str, Any]:
-    """A finished run: 100 s at 4 threads, 50 MB, a file of 1 MB."""
+    """A finished run: 100 s with 4 threads, 50 MB of memory, a file of 1 MB."""
     return {
         "task": task,
         "configuration": configuration,
@@ -32,7 +32,7 @@ def made_run(task: str, configuration: str, seed: int, value: float, **changed: 
 
 
 def made_record(runs: list[dict[str, Any]], **changed: Any) -> SuiteRecord:
-    """The record of these runs on a base of 10 MB; nothing of it was published."""
+    """The record of these runs on a base of 10 MB, without published scores."""
     names = dict.fromkeys(run["configuration"] for run in runs)
     values: dict[str, Any] = {
         "base": {"name": "tiny-roberta", "bytes": 10_000_000},
@@ -47,7 +47,7 @@ def made_record(runs: list[dict[str, Any]], **changed: Any) -> SuiteRecord:
 
 
 def two_methods() -> SuiteRecord:
-    """RTE with two seeds and SST-2 with one, by LoRA and in full."""
+    """RTE with two seeds and SST-2 with one, each with LoRA and full fine-tuning."""
     full = {
         "method": "full",
         "files": {"model": 20_000_000},
