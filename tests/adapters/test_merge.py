@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
+from lora_hf.adapters import merge as merge_module
 from lora_hf.adapters.merge import merge_adapter, plain_model
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import load_adapter, save_adapter
-from lora_hf.adapters.save_load import merge as merging
 from lora_hf.core.config.schema import LoraConfig, ModelConfig
 from lora_hf.core.errors import AdapterError, ConfigError, DataError
 from lora_hf.core.records import MERGE_FILE, MergeRecord
@@ -131,7 +131,7 @@ def test_the_folder_is_a_plain_classifier(classifier: Path, dtype: Any, toleranc
     assert answer[0]["label"] in ("negative", "positive")
     assert MergeRecord.load(tmp_path / "merged" / MERGE_FILE) == record
     assert (record.dtype, record.base, record.probe) == (dtype, "tiny-roberta", {"drawn": 8, "real": 8, "seed": 0})
-    assert 0 < record.drift["relative"] <= record.drift["tolerance"] == merging.TOLERANCES[dtype]
+    assert 0 < record.drift["relative"] <= record.drift["tolerance"] == merge_module.TOLERANCES[dtype]
     saved = find_saved_model(tmp_path / "merged")
     assert (saved.whole, saved.task.name, saved.model.precision) == (True, "rule-sentiment", dtype)
 
@@ -194,10 +194,10 @@ def test_the_merged_head_is_that_of_the_active_adapter() -> None:
 def test_a_drift_above_the_tolerance_writes_nothing(
     classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(merging.TOLERANCES, "bf16", 1e-4)
+    monkeypatch.setitem(merge_module.TOLERANCES, "bf16", 1e-4)
     with pytest.raises(AdapterError, match=r"not written: merged in bf16 .* Merge with --dtype fp32"):
         merge_adapter(find_saved_model(classifier), tmp_path / "merged", "bf16")
-    monkeypatch.setattr(merging, "merge", lambda model: model)  # a merge that forgets the adapter
+    monkeypatch.setattr(merge_module, "merge", lambda model: model)  # a merge that forgets the adapter
     with pytest.raises(AdapterError, match="not written: merged in fp32"):
         merge_adapter(find_saved_model(classifier), tmp_path / "merged")
     assert not list(tmp_path.iterdir())

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from lora_hf.adapters import push as push_module
 from lora_hf.adapters.push import push_adapter
-from lora_hf.adapters.save_load import push as hub_room
 from lora_hf.core.config.loader import load_config
 from lora_hf.core.errors import AdapterError, HubError
 from lora_hf.core.records import RECORD_FILE, RunRecord
@@ -38,7 +38,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_dry_run_shows_the_files_and_the_card_and_touches_no_network(
     adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_room, "hub_is_reachable", lambda: pytest.fail("a dry run asks nobody"))
+    monkeypatch.setattr(push_module, "hub_is_reachable", lambda: pytest.fail("a dry run asks nobody"))
     push = push_adapter(adapter, NAME, dry_run=True)
     assert sorted(push.files) == FILES
     assert push.files[WEIGHTS] == (adapter / WEIGHTS).stat().st_size

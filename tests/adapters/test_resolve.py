@@ -57,7 +57,7 @@ def weights_request(hub: Hub) -> str:
 
 def pulled(hub: Hub, home: Path, offline: bool = False) -> Path:
     """Where another process put the adapter."""
-    code = "import sys; from lora_hf.adapters.resolve import local_adapter; print(local_adapter(sys.argv[1]))"
+    code = "import sys; from lora_hf.adapters.resolve import fetch_adapter; print(fetch_adapter(sys.argv[1]))"
     return Path(hub.ask(home, "-c", code, NAME, offline=offline).stdout.strip())
 
 
@@ -143,11 +143,11 @@ def test_a_download_that_breaks_once_becomes_whole(hub: Hub, tmp_path: Path) -> 
     code = """
 import sys
 from lora_hf.core.errors import HubError
-from lora_hf.adapters.resolve import local_adapter
+from lora_hf.adapters.resolve import fetch_adapter
 try:
-    print(local_adapter(sys.argv[1]))
+    print(fetch_adapter(sys.argv[1]))
 except HubError:
-    print(local_adapter(sys.argv[1]))
+    print(fetch_adapter(sys.argv[1]))
 """
     folder = Path(hub.ask(tmp_path / "home", "-c", code, NAME).stdout.strip())
     assert not left, "it was broken"

@@ -12,8 +12,8 @@ from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import HubError, ModelError
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora import precision
+from lora_hf.models import load as load_module
 from lora_hf.models.load import EMBEDDED, SHAPES, load_base, load_tokenizer
-from lora_hf.models.load import load as models
 from tests.support.small import small_model
 from tests.tolerances import PARITY_FP32
 
@@ -137,10 +137,12 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
 
 
 def test_short_names_are_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(load_module, "hub_is_reachable", lambda: True)
     asked: list[tuple[str, dict]] = []
     monkeypatch.setattr(
-        models.AutoTokenizer, "from_pretrained", lambda place, **more: asked.append((place, more)) or _StopError.now()
+        load_module.AutoTokenizer,
+        "from_pretrained",
+        lambda place, **more: asked.append((place, more)) or _StopError.now(),
     )
     with pytest.raises(_StopError):
         load_tokenizer(ModelConfig(name="roberta-base", revision="main"))
