@@ -33,7 +33,7 @@ class SavedLayer:
     times: int = 1
 
 
-def start_of(file: AdapterFile) -> tuple[str, bool]:
+def base_dependent_init(file: AdapterFile) -> tuple[str, bool]:
     """What A and B of the file started from, and whether the file says it: PEFT's pissa is computed from the base."""
     init = str(file.config.get("init_lora_weights", True)).lower()
     return (file.about.start, True) if file.about.start else (init if init in ("pissa", "olora") else "", False)
@@ -105,12 +105,12 @@ def read_layers(layers: Mapping[str, nn.Module], file: AdapterFile) -> list[Save
     for path in paths:
         r = _patterned(file, "rank_pattern", path, "r")
         alpha = _patterned(file, "alpha_pattern", path, "lora_alpha")
-        if isinstance(layers[path], nn.Embedding) and (file.config.get("use_dora") or start_of(file)[0]):
+        if isinstance(layers[path], nn.Embedding) and (file.config.get("use_dora") or base_dependent_init(file)[0]):
             raise AdapterError(f"{source}: {path}: an embedding takes neither use_dora nor init_lora_weights=pissa")
         out_features = linear_shape(layers[path])[1]
         slices = [(start, stop) for start, stop in file.about.slices.get(path, [[0, out_features]])]
         ordered = [0, *(edge for pair in slices for edge in pair), out_features]
-        times = len(slices) * (2 if start_of(file)[1] else 1)
+        times = len(slices) * (2 if base_dependent_init(file)[1] else 1)
         if r != int(r) or r < 1 or r % times or sorted(ordered) != ordered:
             raise AdapterError(
                 f"{source}: {path}: rank {r} and slices {slices} of {out_features} columns make no sense"

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_hf.adapters.format import WEIGHTS_FILE, AdapterFile, AdapterMetadata, read_adapter, write_adapter
 from lora_hf.adapters.peft_config import (
     SavedLayer,
+    base_dependent_init,
     blocks,
     factor_names,
     from_peft,
     peft_config,
     read_layers,
     shapes,
-    start_of,
     to_peft,
 )
 from lora_hf.adapters.resolve import SavedModel, fetch_adapter
@@ -136,7 +136,7 @@ def load_adapter(
     heads = _heads(model, file, own_head)
     places = _check(model, file, heads, own_head)
     alone = _free_biases(model, file, places)
-    start, doubled = start_of(file)
+    start, doubled = base_dependent_init(file)
     config = file.config
     biased = config.get("bias", "none") != "none"
     variant = Variant(bool(config.get("use_rslora")), bool(config.get("use_dora")), start, biased)
@@ -176,7 +176,7 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
         check_base(model, file.about.fingerprint, str(file.folder))
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
     expected: dict[str, tuple[int, ...]] = {}
-    said = (start_of(file), bool(file.config.get("use_rslora")))
+    said = (base_dependent_init(file), bool(file.config.get("use_rslora")))
     for path, layer in layers.items():
         weights = layer.adapters[name]
         expected |= {f"{PREFIX}{path}.{key}": tuple(value.shape) for key, value in to_peft(layer, name).items()}

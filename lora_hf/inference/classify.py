@@ -48,15 +48,15 @@ class Predictor:
     def logits(self, rows: dict[str, list], batch_size: int = 64, progress: Progress = iter) -> np.ndarray:
         """`(rows, num_labels)` logits in fp32, in the order of the rows; batches are made of rows of like length."""
         inputs = _inputs(self.task, rows, self.tokenizer, self.max_length)
-        return np.stack(answer_rows(self.model, self.tokenizer, inputs, batch_size, progress))
+        return np.stack(batched_logits(self.model, self.tokenizer, inputs, batch_size, progress))
 
     def predict(self, rows: dict[str, list], batch_size: int = 64, progress: Progress = iter) -> list[dict[str, Any]]:
         """For each row its label and the probability of each label; for a regression its score."""
-        return [described(self.task, row) for row in self.logits(rows, batch_size, progress)]
+        return [format_prediction(self.task, row) for row in self.logits(rows, batch_size, progress)]
 
 
 @dataclass
-class MixedPredictor:
+class MultiAdapterPredictor:
     """Several adapters on one base; rows of different adapters are answered in the same batches."""
 
     model: PreTrainedModel
@@ -64,7 +64,7 @@ class MixedPredictor:
     saved: dict[str, SavedModel]
 
     @classmethod
-    def load(cls, saved: Mapping[str, SavedModel], precision: str | None = None) -> MixedPredictor:
+    def load(cls, saved: Mapping[str, SavedModel], precision: str | None = None) -> MultiAdapterPredictor:
         """Loads the adapters, by their names, on the base that all of them were trained on.
 
         Raises:
@@ -105,7 +105,7 @@ class MixedPredictor:
             limit = min(each.max_length, self.tokenizer.model_max_length)
             for place, row in zip(chosen, _inputs(each.task, columns, self.tokenizer, limit), strict=True):
                 inputs[place] = row
-        answers = answer_rows(self.model, self.tokenizer, inputs, batch_size, progress, names)
+        answers = batched_logits(self.model, self.tokenizer, inputs, batch_size, progress, names)
         widths = [self.saved[name].task.num_labels for name in names]
         return [row[:width] for row, width in zip(answers, widths, strict=True)]
 
@@ -114,10 +114,10 @@ class MixedPredictor:
     ) -> list[dict[str, Any]]:
         """For each row its label and the probability of each label; for a regression its score."""
         logits = self.logits(rows, batch_size, progress)
-        return [described(self.saved[name].task, row) for (name, _), row in zip(rows, logits, strict=True)]
+        return [format_prediction(self.saved[name].task, row) for (name, _), row in zip(rows, logits, strict=True)]
 
 
-def described(task: Task, logits: np.ndarray) -> dict[str, Any]:
+def format_prediction(task: Task, logits: np.ndarray) -> dict[str, Any]:
     """What `(num_labels,)` logits say: the label and the probability of each; for a regression the score."""
     if task.problem_type == "regression":
         return {"score": round(float(logits[0]), 4)}
@@ -140,7 +140,7 @@ def _inputs(
 
 
 @flush_denormals()
-def answer_rows(
+def batched_logits(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: Sequence[dict[str, list[int]]],

@@ -42,7 +42,7 @@ Progress = Any  # a callable that wraps an iterable and takes its length as `tot
 
 
 @dataclass(frozen=True)
-class Generated:
+class GeneratedText:
     """A text and its score: the log-probability of its tokens and its end, over their number ** length_penalty."""
 
     text: str
@@ -76,7 +76,7 @@ class Generator:
         positions = getattr(model.config, "max_position_embeddings", saved.max_length)
         return cls(model, tokenizer, saved.task, positions)  # type: ignore[arg-type]
 
-    def generate(self, contexts: Sequence[str], decoding: GenerateConfig) -> Iterator[Generated]:
+    def generate(self, contexts: Sequence[str], decoding: GenerateConfig) -> Iterator[GeneratedText]:
         """A text for each context, in order, as its batch is done; a text does not depend on its batch.
 
         Raises:
@@ -93,7 +93,7 @@ class Generator:
         prompts: Sequence[list[int]],
         decoding: GenerateConfig,
         stopping: Sequence[StoppingCriteria] = (),
-    ) -> Iterator[Generated]:
+    ) -> Iterator[GeneratedText]:
         """A text for each encoded prompt, all in one batch; `stopping` are asked after each token, beside the end."""
         batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.model.device)
         width = batch["input_ids"].shape[1]
@@ -115,7 +115,7 @@ class Generator:
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for text, score in zip(texts, scores.tolist(), strict=True):
             # One text a line, whatever the model wrote.
-            yield Generated(" ".join(text.split()), round(score, 4))
+            yield GeneratedText(" ".join(text.split()), round(score, 4))
 
     def _lengths(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(rows,)`: the tokens of each text up to and with its end."""
@@ -222,7 +222,7 @@ def evaluate_texts(
     return records, scores
 
 
-def _write_outputs(path: Path, task: str, examples: Sequence[Example], made: Sequence[Generated]) -> None:
+def _write_outputs(path: Path, task: str, examples: Sequence[Example], made: Sequence[GeneratedText]) -> None:
     """One JSON object an input: what was asked, what people wrote, and what the model wrote."""
     aside = path.with_name(f"{path.name}.part")
     with aside.open("w", encoding="utf-8") as file:
@@ -233,7 +233,7 @@ def _write_outputs(path: Path, task: str, examples: Sequence[Example], made: Seq
     aside.replace(path)
 
 
-def write_texts(path: Path, prompts: Sequence[str], texts: Iterator[Generated]) -> list[Generated]:
+def write_texts(path: Path, prompts: Sequence[str], texts: Iterator[GeneratedText]) -> list[GeneratedText]:
     """Writes each text as it is made, and gives all of them back.
 
     `path` gets a text a line in the order of the prompts, the `.jsonl` of the same name prompt, text and score. Until
