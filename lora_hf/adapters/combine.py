@@ -362,16 +362,16 @@ def _check_same_places(layers: Mapping[str, LoraLinear], weights: Mapping[str, f
 
 def _check_together(folders: Sequence[Path]) -> None:
     """Raises AdapterError, before anything is loaded, for adapters of different bases or with different labels."""
-    (first, about), *others = [(folder, read_adapter_config(folder)[1]) for folder in folders]
+    (first, metadata), *others = [(folder, read_adapter_config(folder)[1]) for folder in folders]
     for folder, other in others:
-        if _other_base(about, other):
+        if _other_base(metadata, other):
             raise AdapterError(
-                f"{first} and {folder} were trained on different bases, {about.base} and {other.base}, whose weights "
+                f"{first} and {folder} were trained on different bases, {metadata.base} and {other.base}, whose weights "
                 "differ; combine adapters of one base"
             )
-        if (about.num_labels, about.labels) != (other.num_labels, other.labels):
+        if (metadata.num_labels, metadata.labels) != (other.num_labels, other.labels):
             raise AdapterError(
-                f"{first} and {folder} were trained for different labels: {', '.join(about.labels) or 'none'}, and "
+                f"{first} and {folder} were trained for different labels: {', '.join(metadata.labels) or 'none'}, and "
                 f"{', '.join(other.labels) or 'none'}; their heads cannot be combined"
             )
 
@@ -384,6 +384,6 @@ def _other_base(one: AdapterMetadata, other: AdapterMetadata) -> bool:
 
 def _adapter(folder: Path) -> SavedModel:
     saved = find_saved_model(folder)
-    if saved.whole:
+    if saved.is_full_model:
         raise AdapterError(f"{folder}: a whole model; expected an adapter folder")
     return saved

@@ -173,11 +173,11 @@ class AdapterFile:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
-    about: AdapterMetadata
+    metadata: AdapterMetadata
 
 
 def write_adapter(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], about: AdapterMetadata
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], metadata: AdapterMetadata
 ) -> None:
     """Writes both files aside and renames them: a run that dies here leaves whole files, the old or the new."""
     from safetensors.torch import save_file
@@ -185,7 +185,7 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     weights_aside, config_aside = folder / f"{WEIGHTS_FILE}.part", folder / f"{CONFIG_FILE}.part"
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(plain, weights_aside, metadata={"format": "pt", HEADER: json.dumps(asdict(about))})
+    save_file(plain, weights_aside, metadata={"format": "pt", HEADER: json.dumps(asdict(metadata))})
     config_aside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     weights_aside.replace(folder / WEIGHTS_FILE)
     config_aside.replace(folder / CONFIG_FILE)
@@ -207,7 +207,7 @@ def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMeta
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS_FILE, framework="np") as file:  # checks that every tensor lies in the file
             header = file.metadata() or {}
-        about = _about(json.loads(header[HEADER])) if HEADER in header else AdapterMetadata()
+        metadata = _about(json.loads(header[HEADER])) if HEADER in header else AdapterMetadata()
     except (ValueError, TypeError, AttributeError, RecursionError, SafetensorError, OSError) as error:
         raise AdapterError(
             f"{folder}: damaged adapter: {error}. Copy it again from where it came, or train it again"
@@ -230,7 +230,7 @@ def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMeta
             f"{folder}/{CONFIG_FILE}: init_lora_weights={init!r}: this adapter belongs to a base that PEFT "
             "changed and did not save. Save it in PEFT with path_initial_model_for_weight_conversion"
         )
-    return config, about
+    return config, metadata
 
 
 def _there(folder: Path) -> str:
@@ -269,7 +269,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    config, about = read_adapter_config(folder)
+    config, metadata = read_adapter_config(folder)
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except SafetensorError as error:  # a kind of number that torch packs otherwise
@@ -282,7 +282,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
             )
         if not tensor.isfinite().all():
             raise AdapterError(f"{folder}/{WEIGHTS_FILE}: {key} holds NaN or infinity; the adapter is unusable")
-    return AdapterFile(folder, config, tensors, about)
+    return AdapterFile(folder, config, tensors, metadata)
 
 
 def _about(header: Any) -> AdapterMetadata:
@@ -290,7 +290,7 @@ def _about(header: Any) -> AdapterMetadata:
     for key, (wanted, fits) in HEADER_FIELDS.items():
         if key in header and not fits(header[key]):
             raise ValueError(f"{key}: expected {wanted}, found {header[key]!r:.100}")
-    about = AdapterMetadata(**header)
-    if about.num_labels is not None and len(about.labels) != about.num_labels:
-        raise ValueError(f"labels: expected {about.num_labels} names, found {about.labels}")
-    return replace(about, labels=tuple(about.labels))
+    metadata = AdapterMetadata(**header)
+    if metadata.num_labels is not None and len(metadata.labels) != metadata.num_labels:
+        raise ValueError(f"labels: expected {metadata.num_labels} names, found {metadata.labels}")
+    return replace(metadata, labels=tuple(metadata.labels))

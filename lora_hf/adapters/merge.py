@@ -53,7 +53,7 @@ def merge_adapter(saved: SavedModel, output: Path, dtype: Dtype = "fp32", overwr
         ConfigError: the output is in the way (see `folders.check_output`) or cannot be written.
         ModelError, HubError: the base cannot be loaded.
     """
-    if saved.whole:
+    if saved.is_full_model:
         raise AdapterError(f"{saved.folder}: a whole model; there is no adapter to merge")
     with atomic_folder(output, MERGE_FILE, overwrite) as folder:
         started = time.perf_counter()

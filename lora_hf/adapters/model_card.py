@@ -30,7 +30,7 @@ class Facts:
     """
 
     config: Mapping[str, Any]
-    about: AdapterMetadata
+    metadata: AdapterMetadata
     run: RunConfig | None = None
     record: RunRecord | None = None
     scores: Sequence[ScoreRecord] = ()
@@ -38,7 +38,7 @@ class Facts:
     @property
     def base(self) -> str:
         """The name of the base, as the adapter gives it."""
-        return self.about.base or self.config.get("base_model_name_or_path") or ""
+        return self.metadata.base or self.config.get("base_model_name_or_path") or ""
 
     @property
     def hub_base(self) -> str | None:
@@ -50,9 +50,9 @@ class Facts:
     @property
     def task(self) -> Task | None:
         """The task, where the adapter names one of ours or the config of its run describes it."""
-        if self.run is not None and self.run.task.kind is not None and self.run.task.name == self.about.task:
+        if self.run is not None and self.run.task.kind is not None and self.run.task.name == self.metadata.task:
             return task_of(self.run.task)
-        return get_task(self.about.task) if self.about.task in task_names() else None
+        return get_task(self.metadata.task) if self.metadata.task in task_names() else None
 
     @property
     def measured(self) -> list[tuple[str, str, str, float]]:
@@ -125,15 +125,17 @@ def _summary(facts: Facts) -> str:
         shown = f"`{base_name(facts.base)}`, a base from a local folder that is not known on the hub,"
     if facts.run is not None and facts.run.model.init == "random":
         shown += f" with random weights drawn from seed {facts.run.train.seed}"
-    task = f" for the task `{facts.about.task}`" if facts.about.task else ""
+    task = f" for the task `{facts.metadata.task}`" if facts.metadata.task else ""
     strength = f"r={facts.config.get('r')}, lora_alpha={facts.config.get('lora_alpha')}"
     lines = [f"A LoRA adapter ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685)) on {shown}{task}: {strength}."]
-    if facts.about.labels:
-        lines.append(f"Labels, in the order of the logits: {', '.join(f'`{label}`' for label in facts.about.labels)}.")
-    if facts.about.fingerprint:
+    if facts.metadata.labels:
+        lines.append(
+            f"Labels, in the order of the logits: {', '.join(f'`{label}`' for label in facts.metadata.labels)}."
+        )
+    if facts.metadata.fingerprint:
         lines.append(
             f"lora_hf refuses it on other base weights than the ones it was trained on, which were held in "
-            f"{facts.about.fingerprint['dtype']} (sha256 `{facts.about.fingerprint['sha256'][:12]}`); the same "
+            f"{facts.metadata.fingerprint['dtype']} (sha256 `{facts.metadata.fingerprint['sha256'][:12]}`); the same "
             "weights in another precision are taken."
         )
     return "\n".join(lines)
@@ -200,7 +202,7 @@ def _usage(repo_id: str, facts: Facts) -> str:
         ("transformers, which needs peft installed for it", "", f'model.load_adapter("{repo_id}")'),
     ]
     parts = [f"With {name}:\n\n```python\n{_code(facts, imported, load)}\n```" for name, imported, load in blocks]
-    if facts.about.task:
+    if facts.metadata.task:
         verb = "predict --text TEXT" if facts.config.get("task_type") == "SEQ_CLS" else "generate --input FILE"
         parts.append(f"From the command line, with lora_hf: `lora-hf {verb} --adapter {repo_id}`.")
     return "\n\n".join(parts)
@@ -215,9 +217,9 @@ def _code(facts: Facts, imported: str, load: str) -> str:
         lines = [imported, "from lora_hf.models.load import EMBEDDED_FOLDER", f"from transformers import {kind}"]
         base = f'EMBEDDED_FOLDER / "{facts.base}"'
     options = ['dtype="float32"']
-    if facts.about.num_labels:
-        options.append(f"num_labels={facts.about.num_labels}")
-    if facts.hub_base and facts.about.revision:
-        options.append(f'revision="{facts.about.revision}"')
+    if facts.metadata.num_labels:
+        options.append(f"num_labels={facts.metadata.num_labels}")
+    if facts.hub_base and facts.metadata.revision:
+        options.append(f'revision="{facts.metadata.revision}"')
     call = f"model = {kind}.from_pretrained({base}, {', '.join(options)})"
     return "\n".join([*filter(None, lines), "", call, load, "model.eval()"])

@@ -36,11 +36,11 @@ class SavedLayer:
 def base_dependent_init(file: AdapterFile) -> tuple[str, bool]:
     """What A and B of the file started from, and whether the file says it: PEFT's pissa is computed from the base."""
     init = str(file.config.get("init_lora_weights", True)).lower()
-    return (file.about.start, True) if file.about.start else (init if init in ("pissa", "olora") else "", False)
+    return (file.metadata.start, True) if file.metadata.start else (init if init in ("pissa", "olora") else "", False)
 
 
 def peft_config(
-    model: PreTrainedModel, places: list[SavedLayer], heads: list[str], about: AdapterMetadata
+    model: PreTrainedModel, places: list[SavedLayer], heads: list[str], metadata: AdapterMetadata
 ) -> dict[str, Any]:
     """What PEFT's LoraConfig needs; ranks and alphas that are not the common ones go into its patterns."""
     common = Counter((place.r, place.lora_alpha) for place in places).most_common(1)
@@ -49,8 +49,8 @@ def peft_config(
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
-        "base_model_name_or_path": about.base,
-        "revision": about.revision,
+        "base_model_name_or_path": metadata.base,
+        "revision": metadata.revision,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
@@ -108,7 +108,7 @@ def read_layers(layers: Mapping[str, nn.Module], file: AdapterFile) -> list[Save
         if isinstance(layers[path], nn.Embedding) and (file.config.get("use_dora") or base_dependent_init(file)[0]):
             raise AdapterError(f"{source}: {path}: an embedding takes neither use_dora nor init_lora_weights=pissa")
         out_features = linear_shape(layers[path])[1]
-        slices = [(start, stop) for start, stop in file.about.slices.get(path, [[0, out_features]])]
+        slices = [(start, stop) for start, stop in file.metadata.slices.get(path, [[0, out_features]])]
         ordered = [0, *(edge for pair in slices for edge in pair), out_features]
         times = len(slices) * (2 if base_dependent_init(file)[1] else 1)
         if r != int(r) or r < 1 or r % times or sorted(ordered) != ordered:

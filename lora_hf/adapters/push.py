@@ -75,13 +75,13 @@ def _check_repo_id(repo_id: str) -> None:
 
 def _adapter(folder: Path) -> tuple[Facts, dict[str, bytes]]:
     """What is known of the adapter, and its two files as they are sent."""
-    config, about = read_adapter_config(folder)
-    facts = Facts(config, about)
+    config, metadata = read_adapter_config(folder)
+    facts = Facts(config, metadata)
     run, above = run_config(folder), folder.resolve().parent
     if run is not None and run.model.name == facts.base:
         facts = replace(facts, run=_without_paths(run))
     record = RunRecord.load(above / RECORD_FILE) if (above / RECORD_FILE).is_file() else None
-    if record is not None and (record.task, record.model) == (about.task, facts.base):  # else it is of another run
+    if record is not None and (record.task, record.model) == (metadata.task, facts.base):  # else it is of another run
         scores = [ScoreRecord.load(file) for file in sorted(above.glob("scores-*.json"))]
         facts = replace(facts, record=record, scores=[each for each in scores if each.adapted])
     if not is_local(facts.base):
@@ -92,7 +92,7 @@ def _adapter(folder: Path) -> tuple[Facts, dict[str, bytes]]:
             Path(aside),
             {**config, "base_model_name_or_path": public},
             read_adapter(folder).tensors,
-            replace(about, base=public),
+            replace(metadata, base=public),
         )
         return facts, {name: (Path(aside) / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
 

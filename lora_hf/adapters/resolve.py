@@ -20,10 +20,10 @@ from lora_hf.models.model_ids import is_hub_id
 
 @dataclass(frozen=True)
 class SavedModel:
-    """An adapter with the base it needs, or (`whole`) a model of which every parameter was trained."""
+    """An adapter with the base it needs, or (`is_full_model`) a model of which every parameter was trained."""
 
     folder: Path
-    whole: bool
+    is_full_model: bool
     task: Task
     model: ModelConfig
     seed: int = 0
@@ -31,7 +31,7 @@ class SavedModel:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 
     @property
-    def run(self) -> Path | None:
+    def run_folder(self) -> Path | None:
         """The folder of the run that these weights are the result of, where they lie in it."""
         made = any((self.folder / name).is_file() for name in (MERGE_FILE, COMBINE_FILE))
         run = self.folder.resolve().parent
@@ -59,19 +59,19 @@ def find_saved_model(folder: str | Path, revision: str | None = None) -> SavedMo
         merged = (folder / MERGE_FILE).is_file()
         whole = ModelConfig(name=str(folder), precision=run.model.precision if merged else "auto")
         return SavedModel(folder, True, task_of(run.task), whole, 0, run.task.max_length, run.generate)
-    config, about = read_adapter_config(folder)
-    base = about.base or config.get("base_model_name_or_path")
-    if not base or not about.task:
-        missing = " and ".join(word for word, known in (("base", base), ("task", about.task)) if not known)
+    config, metadata = read_adapter_config(folder)
+    base = metadata.base or config.get("base_model_name_or_path")
+    if not base or not metadata.task:
+        missing = " and ".join(word for word, known in (("base", base), ("task", metadata.task)) if not known)
         raise AdapterError(
             f"{folder / WEIGHTS_FILE}: does not say which {missing} it was trained for; PEFT records no task. "
             'Save it with lora_hf.save_adapter(model, folder, task="sst2"), or whichever task it is for, or load it in '
             "Python with lora_hf.load_adapter(model, folder)"
         )
-    task = _task_called(about.task, run, folder)
-    if task.label_names and task.label_names != about.labels:
+    task = _task_called(metadata.task, run, folder)
+    if task.label_names and task.label_names != metadata.labels:
         raise AdapterError(
-            f"{folder} was trained for the labels {', '.join(about.labels)}; task {task.name} has "
+            f"{folder} was trained for the labels {', '.join(metadata.labels)}; task {task.name} has "
             f"{', '.join(task.label_names)}"
         )
     if run is None or run.model.name != base:

@@ -89,7 +89,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     config = model.config
     switch = adapter_state(model)
     labels, problem_type = get_labels(model) if name == switch.shared else switch.labels.get(name, get_labels(model))
-    about = AdapterMetadata(
+    metadata = AdapterMetadata(
         base=model.name_or_path or "",
         revision=getattr(config, "_commit_hash", None),
         task=task,
@@ -107,7 +107,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         "bias": "all" if alone else "lora_only" if any(weights.bias is not None for weights in all_weights) else "none",
         "use_dora": any(isinstance(weights, DoraWeights) for weights in all_weights),
     }
-    write_adapter(Path(folder), peft_config(model, places, list(heads), about) | variant, tensors, about)
+    write_adapter(Path(folder), peft_config(model, places, list(heads), metadata) | variant, tensors, metadata)
     return Path(folder)
 
 
@@ -172,8 +172,8 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
     Raises:
         AdapterError: the file adapts other places, or with another rank, than adapter `name` does.
     """
-    if file.about.fingerprint:
-        check_base(model, file.about.fingerprint, str(file.folder))
+    if file.metadata.fingerprint:
+        check_base(model, file.metadata.fingerprint, str(file.folder))
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
     expected: dict[str, tuple[int, ...]] = {}
     said = (base_dependent_init(file), bool(file.config.get("use_rslora")))
@@ -237,9 +237,9 @@ def _heads(model: PreTrainedModel, file: AdapterFile, own_head: bool) -> dict[st
 
 def _labels(switch: AdapterState, file: AdapterFile, heads: Mapping[str, nn.Module]) -> Labels:
     """The adapter's labels: what its file says, else the base's, else as transformers names them."""
-    about, base = file.about, switch.labels[None]
-    if about.num_labels is not None:
-        return about.labels, about.problem_type
+    metadata, base = file.metadata, switch.labels[None]
+    if metadata.num_labels is not None:
+        return metadata.labels, metadata.problem_type
     count = [len(value) for value in list(heads.values())[-1].state_dict().values()][-1]
     return base if len(base[0]) == count else (tuple(f"LABEL_{index}" for index in range(count)), None)
 
@@ -248,7 +248,7 @@ def _check(
     model: PreTrainedModel, file: AdapterFile, heads: Mapping[str, nn.Module], own_head: bool
 ) -> list[SavedLayer]:
     """The places that the file adapts, once everything in it is known to fit the model."""
-    about = file.about
+    metadata = file.metadata
     if not own_head:
         _check_labels(model, file)
     layers = adaptable_modules(model)
@@ -267,25 +267,25 @@ def _check(
         b = file.tensors[f"{PREFIX}{place.path}.{factor_names(layers[place.path])[1]}"]
         if sum(int(block.count_nonzero()) for block in blocks(b, place.slices)) != int(b.count_nonzero()):
             raise AdapterError(f"{file.folder}: {place.path}.lora_B is not zero outside its slices {place.slices}")
-    if about.fingerprint:
-        check_base(model, about.fingerprint, str(file.folder))
+    if metadata.fingerprint:
+        check_base(model, metadata.fingerprint, str(file.folder))
     return places
 
 
 def _check_labels(model: PreTrainedModel, file: AdapterFile) -> None:
-    about = file.about
-    if not head_paths(model) or about.num_labels is None:
+    metadata = file.metadata
+    if not head_paths(model) or metadata.num_labels is None:
         return
     names, _ = adapter_state(model).labels[None]
-    if about.num_labels != len(names):
+    if metadata.num_labels != len(names):
         raise AdapterError(
-            f"{file.folder} was trained for num_labels={about.num_labels} ({', '.join(about.labels)}); this model has "
-            f"num_labels={len(names)}. Load the base with num_labels={about.num_labels}, or the adapter with "
+            f"{file.folder} was trained for num_labels={metadata.num_labels} ({', '.join(metadata.labels)}); this model has "
+            f"num_labels={len(names)}. Load the base with num_labels={metadata.num_labels}, or the adapter with "
             "own_head=True"
         )
-    if _named(names) and _named(about.labels) and names != tuple(about.labels):
+    if _named(names) and _named(metadata.labels) and names != tuple(metadata.labels):
         raise AdapterError(
-            f"{file.folder} was trained for the labels {', '.join(about.labels)}; this model has {', '.join(names)}"
+            f"{file.folder} was trained for the labels {', '.join(metadata.labels)}; this model has {', '.join(names)}"
         )
 
 
@@ -340,7 +340,7 @@ def load_saved_model(
     config = replace(saved.model, precision="fp32" if dynamic else precision)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(config)
     model = load_base(config, saved.task, saved.seed)
-    if adapted and not saved.whole:
+    if adapted and not saved.is_full_model:
         load_adapter(model, saved.folder)
     model.eval()
     if dynamic:

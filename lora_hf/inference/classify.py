@@ -73,7 +73,7 @@ class MultiAdapterPredictor:
         """
         (first, base), *others = saved.items()
         for name, other in saved.items():
-            if other.whole or other.task.model_kind != "sequence-classification":
+            if other.is_full_model or other.task.model_kind != "sequence-classification":
                 raise AdapterError(f"{name}={other.folder}: expected an adapter that classifies; answer with it alone")
         for name, other in others:
             if replace(other.model, precision=base.model.precision) != base.model:

@@ -85,10 +85,10 @@ class Generator:
         prompts = self.task.prompts(contexts, self.tokenizer, self.max_length - decoding.max_new_tokens)
         torch.manual_seed(decoding.seed)
         starts = range(0, len(prompts), decoding.batch_size)
-        return (text for at in starts for text in self.write(prompts[at : at + decoding.batch_size], decoding))
+        return (text for at in starts for text in self.generate_batch(prompts[at : at + decoding.batch_size], decoding))
 
     @torch.inference_mode()
-    def write(
+    def generate_batch(
         self,
         prompts: Sequence[list[int]],
         decoding: GenerateConfig,
@@ -190,7 +190,7 @@ def evaluate_texts(
     Returns:
         The records written, and the scores by split and subset.
     """
-    run = saved.run
+    run = saved.run_folder
     records: list[Path] = []
     scores: dict[str, dict[str, Scores]] = {}
     for split, part in rows.items():

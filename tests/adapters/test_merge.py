@@ -133,7 +133,7 @@ def test_the_folder_is_a_plain_classifier(classifier: Path, dtype: Any, toleranc
     assert (record.dtype, record.base, record.probe) == (dtype, "tiny-roberta", {"drawn": 8, "real": 8, "seed": 0})
     assert 0 < record.drift["relative"] <= record.drift["tolerance"] == merge_module.TOLERANCES[dtype]
     saved = find_saved_model(tmp_path / "merged")
-    assert (saved.whole, saved.task.name, saved.model.precision) == (True, "rule-sentiment", dtype)
+    assert (saved.is_full_model, saved.task.name, saved.model.precision) == (True, "rule-sentiment", dtype)
 
 
 def test_the_weights_are_the_sum_rounded_once(writer: Path, tmp_path: Path) -> None:

@@ -158,9 +158,9 @@ def reconfigure(folder: Path, **values: Any) -> None:
 def reheader(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         header = dict(file.metadata())
-    about = json.loads(header[HEADER])
-    change(about)
-    save_file(load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, metadata=header | {HEADER: json.dumps(about)})
+    metadata = json.loads(header[HEADER])
+    change(metadata)
+    save_file(load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, metadata=header | {HEADER: json.dumps(metadata)})
 
 
 def truncate(folder: Path) -> None:

@@ -326,7 +326,7 @@ def test_an_adapter_finds_its_base_in_either_form(kind: str, scheme: str, tmp_pa
         stir(model)
         save_adapter(model, tmp_path / name, task="sst2")
     files = {name: read_adapter(tmp_path / name) for name in models}
-    assert files["plain"].about == files["packed"].about
+    assert files["plain"].metadata == files["packed"].metadata
     assert files["plain"].config == files["packed"].config
     assert all(torch.equal(files["plain"].tensors[key], tensor) for key, tensor in files["packed"].tensors.items())
     for name, model in models.items():
@@ -335,7 +335,7 @@ def test_an_adapter_finds_its_base_in_either_form(kind: str, scheme: str, tmp_pa
             fresh = copy.deepcopy(other)
             assert torch.equal(load_adapter(fresh, tmp_path / folder)(ids).logits, model(ids).logits)
             save_adapter(merge(fresh), tmp_path / "again")
-            assert read_adapter(tmp_path / "again").about.fingerprint == files["plain"].about.fingerprint
+            assert read_adapter(tmp_path / "again").metadata.fingerprint == files["plain"].metadata.fingerprint
     with pytest.raises(AdapterError, match="was trained on another base"):
         load_adapter(quantise(small_model(kind, 3, seed=5), scheme), tmp_path / "plain")
     load_adapter(quantise(small_model(kind, 3).to(torch.bfloat16), scheme), tmp_path / "plain")

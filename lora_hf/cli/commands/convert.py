@@ -94,11 +94,11 @@ def _to_loralib(options: argparse.Namespace) -> dict[str, Any]:
     from lora_hf.adapters.save_load import PREFIX, load_adapter
 
     file = read_adapter(options.adapter)
-    name = options.model or file.about.base or file.config.get("base_model_name_or_path")
+    name = options.model or file.metadata.base or file.config.get("base_model_name_or_path")
     if not name:
         raise ConfigError(f"{options.adapter} does not name its base: expected --model NAME")
     width = num_labels({key.removeprefix(PREFIX): tensor for key, tensor in file.tensors.items()})
-    model = load_adapter(_base(name, options.task or file.about.task, width), options.adapter)
+    model = load_adapter(_base(name, options.task or file.metadata.task, width), options.adapter)
     save_loralib(model, options.output)
     return {"output": str(options.output), "layers": _builds(model)}
 
