@@ -209,7 +209,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a header of nonsense": (lambda f: reheader(f, lambda a: a.update(slices={"x": [["a", 2]]})), "damaged adapter"),
     "slices beyond the layer": (
         lambda f: reheader(f, lambda a: a["slices"].update({QUERY.removeprefix("base_model.model."): [[0, 99]]})),
-        "make no sense",
+        "found the slices [(0, 99)] and rank 4",
     ),
 }
 

@@ -118,8 +118,12 @@ def test_the_embedded_base_loads_for_a_task() -> None:
     [
         ("tiny-robert", ModelError, "tiny-robert: no such model or folder (did you mean 'tiny-roberta'?)"),
         ("./nowhere", ModelError, "./nowhere: no such folder; expected a Hugging Face model folder or a hub id"),
-        ("roberta-base", HubError, "roberta-base: the hub is out of reach and this model is not in the local cache"),
-        ("someone/something", HubError, "someone/something: the hub is out of reach"),
+        (
+            "roberta-base",
+            HubError,
+            "(HF_HUB_OFFLINE, HF_DATASETS_OFFLINE), and the local cache does not hold this model. Set model.name",
+        ),
+        ("someone/something", HubError, "someone/something: the hub (https://huggingface.co) is out of reach"),
     ],
 )
 def test_a_model_that_is_not_there_is_named(name: str, error: type, message: str) -> None:
