@@ -88,7 +88,9 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     classifies = bool(head_paths(model))
     config = model.config
     switch = adapter_state(model)
-    labels, problem_type = get_labels(model) if name == switch.shared else switch.labels.get(name, get_labels(model))
+    labels, problem_type = (
+        get_labels(model) if name == switch.active_adapter else switch.labels.get(name, get_labels(model))
+    )
     about = AdapterMetadata(
         base=model.name_or_path or "",
         revision=getattr(config, "_commit_hash", None),

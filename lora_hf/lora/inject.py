@@ -194,9 +194,9 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     if switch.merged:
         unmerge(model)
     if switch.labels:
-        switch.labels[switch.shared] = get_labels(model)  # somebody may have named them meanwhile
+        switch.labels[switch.active_adapter] = get_labels(model)  # somebody may have named them meanwhile
         set_labels(model, switch.labels.get(name, switch.labels[None]))
-    switch.shared = name
+    switch.active_adapter = name
     return model
 
 

@@ -226,11 +226,11 @@ class LoraLinear(AdaptedModule):
         Raises:
             AdapterError: another adapter than the one to run is merged into the base.
         """
-        active, mixture = self.active, self.switch.mixture
+        active, mixture = self.active, self.switch.routing
         if self.merged is not None:
             if active != self.merged:
                 raise AdapterError(
-                    f"adapter {self.merged!r} is merged into the base, which {self.switch.choice!r} needs as it was; "
+                    f"adapter {self.merged!r} is merged into the base, which {self.switch.current!r} needs as it was; "
                     "unmerge it first"
                 )
             return self.base_layer(x)

@@ -52,7 +52,7 @@ class ModulesToSaveWrapper(nn.Module):
 
         In a mixture each row has its own head's, in fp32; rows with fewer labels than others end in -inf.
         """
-        mixture = self.switch.mixture
+        mixture = self.switch.routing
         return self._one(self.active, *inputs, **named) if mixture is None else self._mixed(mixture, *inputs, **named)
 
     def _mixed(self, mixture: BatchRouting, hidden: torch.Tensor, **named: Any) -> torch.Tensor:

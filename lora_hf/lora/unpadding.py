@@ -150,7 +150,7 @@ def _layout(base: PreTrainedModel, named: dict[str, Any], mixture: BatchRouting 
 
 def _mixture(base: PreTrainedModel) -> BatchRouting | None:
     switch = getattr(base, STATE_ATTRIBUTE, None)
-    return None if switch is None else switch.mixture
+    return None if switch is None else switch.routing
 
 
 def _by_adapter(
