@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.layers import LoraLinear, LoraWeights
-from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.quantization import Packed, QuantisedLinear
 from lora_hf.lora.variants.biases import Bias
 
@@ -75,10 +74,10 @@ def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The parameters of the base model by their names in the plain model, sorted; as they were before any merge."""
     tensors: dict[str, torch.Tensor] = {}
     for path, module in model.base_model.named_modules():
-        if isinstance(module, (LoraWeights, ModulesToSaveWrapper, Bias)):
+        if isinstance(module, (LoraWeights, Bias)) or ".heads." in path:
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
-            tensors[name.replace(".base_layer.", ".")] = parameter
+            tensors[name.replace(".base_layer.", ".").replace(".base_head.", ".")] = parameter
     for path, module in model.base_model.named_modules():
         if isinstance(module, LoraLinear) and module.unmerged_weight is not None:
             tensors[f"{path}.weight"] = module.unmerged_weight

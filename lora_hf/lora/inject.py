@@ -133,7 +133,7 @@ def add_weights(
 def eject(model: PreTrainedModel) -> PreTrainedModel:
     """Gives the plain model back: its own projections and head, or, after `merge`, the merged ones.
 
-    What `inject` froze stays frozen.
+    What `inject` froze stays frozen, except the head.
     """
     layers = lora_layers(model)
     merged = any(layer.merged for layer in layers.values())
@@ -141,7 +141,8 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(path, layer.base_layer)
     unwrap_biases(model, keep=merged)
     for path, head in adapter_heads(model).items():
-        model.set_submodule(path, head.heads[head.active] if merged and head.active else head.base_head)
+        chosen = head.heads[head.active] if merged and head.active else head.base_head
+        model.set_submodule(path, chosen.requires_grad_(True))
     if hasattr(model.base_model, STATE_ATTRIBUTE):
         delattr(model.base_model, STATE_ATTRIBUTE)
     return model
@@ -278,8 +279,10 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     """Counts the parameters, those that tied modules share once; trained biases belong to LoRA."""
     places = [*lora_layers(model).values(), *biased_modules(model).values()]
     weights = [place.adapters[place.active] for place in places if place.active]
-    heads = [head.heads[head.active] for head in adapter_heads(model).values() if head.active]
+    wrappers = [head for head in adapter_heads(model).values() if head.active]
+    heads = [head.heads[head.active] for head in wrappers]
     idle = [place[name] for place, active in adapter_slots(model) for name in place if name != active]
+    idle += [head.base_head for head in wrappers]
     total = _count(model)
     return ParameterCounts(
         total=total - sum(map(_count, idle)),
@@ -322,7 +325,7 @@ def _lora_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
         for key in place
         if key != active
         for value in place[key].parameters()
-    }
+    } | {value for head in adapter_heads(model).values() for value in head.base_head.parameters()}
     return {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -14,19 +14,15 @@ from lora_hf.lora.precision import keep_dtype
 
 
 class ModulesToSaveWrapper(nn.Module):
-    """A task head with a trained copy per adapter, in fp32; without an active adapter it is the base's own head.
+    """A task head with a trained copy per adapter, as PEFT's class of that name.
 
-    The base's head is not a registered submodule: it is neither trained, saved nor counted while an adapter's copy
-    stands in for it. It still follows the model from device to device.
+    The copies are fp32 whatever the base's precision. The base's own head is frozen and runs if no adapter is active.
     """
-
-    base_head: Any
-    heads: Any  # nn.ModuleDict, by the adapter's name
 
     def __init__(self, base_head: nn.Module, switch: AdapterState) -> None:
         super().__init__()
-        self.__dict__["base_head"] = base_head
-        self.heads = nn.ModuleDict()
+        self.base_head: Any = base_head.requires_grad_(False)
+        self.heads: Any = nn.ModuleDict()  # by the adapter's name
         self.switch = switch
         self.training = base_head.training
 
@@ -34,13 +30,10 @@ class ModulesToSaveWrapper(nn.Module):
         """Adds the head of adapter `name`; without `head`, a copy of the base's own."""
         self.heads[name] = (copy.deepcopy(self.base_head) if head is None else head).float().requires_grad_(True)
 
-    def train(self, mode: bool = True) -> ModulesToSaveWrapper:
-        self.base_head.train(mode)
-        return super().train(mode)
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ModulesToSaveWrapper:
         self.base_head._apply(fn, recurse)
-        return super()._apply(keep_dtype(fn), recurse)
+        self.heads._apply(keep_dtype(fn), recurse)
+        return self
 
     @property
     def active(self) -> str | None:

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from lora_hf.core.config.schema import ROLES, LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError, ModelError
 from lora_hf.lora.architectures import ARCHITECTURES
+from lora_hf.lora.fingerprint import fingerprint
 from lora_hf.lora.inject import (
     count_parameters,
     eject,
@@ -18,7 +19,7 @@ from lora_hf.lora.inject import (
     merge,
     set_adapter,
 )
-from lora_hf.lora.target_modules import Site, plan
+from lora_hf.lora.target_modules import Site, plan, projections
 from lora_hf.models.load import SHAPES as PUBLISHED
 from tests.support.small import SHAPES, small_model, stir, token_ids
 
@@ -100,7 +101,8 @@ def test_parameter_counts_of_the_published_shapes() -> None:
     assert count_parameters(roberta).total == 124_647_170
     counts = count_parameters(inject(roberta, LoraConfig(r=8, targets=("q", "v"))))
     assert (counts.lora, counts.trainable, counts.total) == (294_912, 887_042, 124_647_170 + 294_912)
-    assert sum(parameter.numel() for parameter in roberta.parameters()) == counts.total
+    own_head = sum(parameter.numel() for parameter in roberta.classifier.base_head.parameters())
+    assert sum(parameter.numel() for parameter in roberta.parameters()) == counts.total + own_head
     for name, lora in (("gpt2", 147_456), ("gpt2-medium", 393_216)):
         counts = count_parameters(inject(published(name, AutoModelForCausalLM), LoraConfig(r=4, targets=("q", "v"))))
         assert (counts.lora, counts.trainable, counts.head) == (lora, lora, 0)
@@ -113,6 +115,29 @@ def test_a_second_adapter_leaves_the_counts_of_the_active_one_alone() -> None:
     set_adapter(model, "default")
     two = count_parameters(model)
     assert (two.total, two.lora, two.head) == (one.total, one.lora, one.head)
+
+
+def test_the_bare_base_has_the_counts_of_the_plain_model() -> None:
+    model = small_model("roberta", num_labels=2)
+    plain = count_parameters(model).total
+    set_adapter(inject(model, LoraConfig(r=2)), None)
+    counts = count_parameters(model)
+    assert (counts.total, counts.lora, counts.head) == (plain, 0, 0)
+
+
+def test_the_bases_own_head_is_neither_trained_nor_listed_nor_part_of_the_fingerprint() -> None:
+    model = small_model("roberta", num_labels=2)
+    before = fingerprint(model)
+    inject(model, LoraConfig(r=2))
+    assert fingerprint(model) == before
+    for bias in ("none", "lora_only", "all"):
+        mark_only_lora_as_trainable(model, bias)
+        assert not any(parameter.requires_grad for parameter in model.classifier.base_head.parameters())
+        assert not any("base_head" in name for name in lora_state_dict(model, bias))
+    assert not any("base_head" in path for path in projections(model))
+    head = model.classifier.base_head
+    assert eject(model).classifier is head
+    assert all(parameter.requires_grad for parameter in head.parameters())
 
 
 def test_each_adapter_answers_for_itself() -> None:

@@ -155,11 +155,16 @@ def test_lora_and_head_stay_fp32_and_exact_whatever_the_base_is_cast_to(cast) ->
     assert layer.adapters["default"].lora_A.grad.dtype == torch.float32
 
 
-def test_the_bases_own_head_is_kept_apart() -> None:
+def test_the_bases_own_head_is_frozen_and_runs_without_an_adapter() -> None:
     head = ModulesToSaveWrapper(nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5)), AdapterState())
     head.add("default")
-    assert sum(parameter.numel() for parameter in head.parameters()) == 10, "the base's head is not counted"
-    assert all(".0." in f".{name}" and name.startswith("heads.default") for name in head.state_dict())
+    assert {name for name, parameter in head.named_parameters() if parameter.requires_grad} == {
+        "heads.default.0.weight",
+        "heads.default.0.bias",
+    }
+    assert set(head.state_dict()) == {
+        f"{part}.0.{name}" for part in ("base_head", "heads.default") for name in ("weight", "bias")
+    }
     head.eval()
     x = torch.randn(3, 4)
     assert torch.equal(head(x), head.base_head(x)), "no adapter active: the base's own, in eval mode"
@@ -169,3 +174,4 @@ def test_the_bases_own_head_is_kept_apart() -> None:
     assert torch.equal(copy.deepcopy(head)(x), head(x))
     head.to(torch.float64)
     assert head.base_head[0].weight.dtype == torch.float64
+    assert head.heads["default"][0].weight.dtype == torch.float32
