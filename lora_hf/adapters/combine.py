@@ -113,7 +113,7 @@ def combine_adapters(
         added.lora_A.copy_(torch.cat([a for a, _ in new.factors]))
         added.lora_B.copy_(torch.cat([b for _, b in new.factors]))
     for head in adapter_heads(model).values():
-        head.add(name, _average(head.heads, weights))
+        head.add(name, _average(head.modules_to_save, weights))
     inject_head(model, name)
     return Combination(
         name,

@@ -70,7 +70,9 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         AdapterError: the model has no adapter of that name.
     """
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
-    heads = {path: head.heads[name] for path, head in adapter_heads(model).items() if name in head.heads}
+    heads = {
+        path: head.modules_to_save[name] for path, head in adapter_heads(model).items() if name in head.modules_to_save
+    }
     if not layers and not heads:
         raise AdapterError(f"no adapter {name!r} on this model; it has: {', '.join(adapter_names(model)) or 'none'}")
     tensors, places = {}, []
@@ -223,7 +225,7 @@ def _heads(model: PreTrainedModel, file: AdapterFile, own_head: bool) -> dict[st
     heads = {}
     for path in head_paths(model):
         head = model.get_submodule(path)
-        heads[path] = copy.deepcopy(head.base_head if isinstance(head, ModulesToSaveWrapper) else head)
+        heads[path] = copy.deepcopy(head.original_module if isinstance(head, ModulesToSaveWrapper) else head)
     if heads and own_head:
         path, wrapper = list(heads)[-1], nn.Sequential()
         wrapper.head = heads[path]
@@ -319,7 +321,7 @@ def _load_heads(model: PreTrainedModel, file: AdapterFile, name: str) -> None:
     tensors = _without_copies(model, file)
     for path, head in adapter_heads(model).items():
         start = f"{PREFIX}{path}."
-        head.heads[name].load_state_dict(
+        head.modules_to_save[name].load_state_dict(
             {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
         )
 

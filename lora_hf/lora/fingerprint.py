@@ -74,10 +74,10 @@ def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The parameters of the base model by their names in the plain model, sorted; as they were before any merge."""
     tensors: dict[str, torch.Tensor] = {}
     for path, module in model.base_model.named_modules():
-        if isinstance(module, (LoraWeights, Bias)) or ".heads." in path:
+        if isinstance(module, (LoraWeights, Bias)) or ".modules_to_save." in path:
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
-            tensors[name.replace(".base_layer.", ".").replace(".base_head.", ".")] = parameter
+            tensors[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = parameter
     for path, module in model.base_model.named_modules():
         if isinstance(module, LoraLinear) and module.unmerged_weight is not None:
             tensors[f"{path}.weight"] = module.unmerged_weight

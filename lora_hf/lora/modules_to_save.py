@@ -19,26 +19,28 @@ class ModulesToSaveWrapper(nn.Module):
     The copies are fp32 whatever the base's precision. The base's own head is frozen and runs if no adapter is active.
     """
 
-    def __init__(self, base_head: nn.Module, switch: AdapterState) -> None:
+    def __init__(self, original_module: nn.Module, switch: AdapterState) -> None:
         super().__init__()
-        self.base_head: Any = base_head.requires_grad_(False)
-        self.heads: Any = nn.ModuleDict()  # by the adapter's name
+        self.original_module: Any = original_module.requires_grad_(False)
+        self.modules_to_save: Any = nn.ModuleDict()  # by the adapter's name
         self.switch = switch
-        self.training = base_head.training
+        self.training = original_module.training
 
     def add(self, name: str, head: nn.Module | None = None) -> None:
         """Adds the head of adapter `name`; without `head`, a copy of the base's own."""
-        self.heads[name] = (copy.deepcopy(self.base_head) if head is None else head).float().requires_grad_(True)
+        self.modules_to_save[name] = (
+            (copy.deepcopy(self.original_module) if head is None else head).float().requires_grad_(True)
+        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ModulesToSaveWrapper:
-        self.base_head._apply(fn, recurse)
-        self.heads._apply(keep_dtype(fn), recurse)
+        self.original_module._apply(fn, recurse)
+        self.modules_to_save._apply(keep_dtype(fn), recurse)
         return self
 
     @property
     def active(self) -> str | None:
         """The adapter whose head this thread runs; None for the base's own, or in a mixture."""
-        return self.switch.active(self.heads)
+        return self.switch.active(self.modules_to_save)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the active head gives, floating-point inputs cast to its precision.
@@ -53,7 +55,9 @@ class ModulesToSaveWrapper(nn.Module):
         for name in (*mixture.names, None):
             rows = mixture.rows_of(name, len(hidden))
             if len(rows):
-                parts.append((rows, self._one(name if name in self.heads else None, hidden[rows], **named).float()))
+                parts.append(
+                    (rows, self._one(name if name in self.modules_to_save else None, hidden[rows], **named).float())
+                )
         width = max(part.shape[-1] for _, part in parts)
         whole = parts[0][1].new_full((len(hidden), *parts[0][1].shape[1:-1], width), -torch.inf)
         for rows, part in parts:
@@ -61,7 +65,7 @@ class ModulesToSaveWrapper(nn.Module):
         return whole
 
     def _one(self, name: str | None, *inputs: Any, **named: Any) -> Any:
-        head = self.base_head if name is None else self.heads[name]
+        head = self.original_module if name is None else self.modules_to_save[name]
         dtype = next(head.parameters()).dtype
 
         def cast(value: Any) -> Any:

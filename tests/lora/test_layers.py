@@ -142,10 +142,10 @@ def test_lora_and_head_stay_fp32_and_exact_whatever_the_base_is_cast_to(cast) ->
     head = ModulesToSaveWrapper(nn.Linear(10, 2), AdapterState())
     head.add("default")
     model = nn.ModuleDict({"layer": layer, "head": head})
-    before = [parameter.clone() for parameter in (*layer.adapters.parameters(), *head.heads.parameters())]
+    before = [parameter.clone() for parameter in (*layer.adapters.parameters(), *head.modules_to_save.parameters())]
     cast(model)
     assert layer.weight.dtype in (torch.float16, torch.bfloat16)
-    after = [*layer.adapters.parameters(), *head.heads.parameters()]
+    after = [*layer.adapters.parameters(), *head.modules_to_save.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     x = torch.randn(3, 10).to(layer.weight.dtype)
     assert layer(x).dtype == layer.weight.dtype
@@ -159,19 +159,19 @@ def test_the_bases_own_head_is_frozen_and_runs_without_an_adapter() -> None:
     head = ModulesToSaveWrapper(nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5)), AdapterState())
     head.add("default")
     assert {name for name, parameter in head.named_parameters() if parameter.requires_grad} == {
-        "heads.default.0.weight",
-        "heads.default.0.bias",
+        "modules_to_save.default.0.weight",
+        "modules_to_save.default.0.bias",
     }
     assert set(head.state_dict()) == {
-        f"{part}.0.{name}" for part in ("base_head", "heads.default") for name in ("weight", "bias")
+        f"{part}.0.{name}" for part in ("original_module", "modules_to_save.default") for name in ("weight", "bias")
     }
     head.eval()
     x = torch.randn(3, 4)
-    assert torch.equal(head(x), head.base_head(x)), "no adapter active: the base's own, in eval mode"
+    assert torch.equal(head(x), head.original_module(x)), "no adapter active: the base's own, in eval mode"
     head.switch.active_adapter = "default"
-    nn.init.zeros_(head.heads["default"][0].weight)
-    assert not torch.equal(head(x), head.base_head(x))
+    nn.init.zeros_(head.modules_to_save["default"][0].weight)
+    assert not torch.equal(head(x), head.original_module(x))
     assert torch.equal(copy.deepcopy(head)(x), head(x))
     head.to(torch.float64)
-    assert head.base_head[0].weight.dtype == torch.float64
-    assert head.heads["default"][0].weight.dtype == torch.float32
+    assert head.original_module[0].weight.dtype == torch.float64
+    assert head.modules_to_save["default"][0].weight.dtype == torch.float32
