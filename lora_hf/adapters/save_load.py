@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_hf.adapters.format import WEIGHTS_FILE, AdapterFile, AdapterMetadata, read_adapter, write_adapter
 from lora_hf.adapters.peft_config import (
     SavedLayer,
-    blocks,
     factor_names,
     from_peft,
     peft_config,
@@ -47,6 +46,7 @@ from lora_hf.lora.inject import (
     set_adapter,
 )
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
+from lora_hf.lora.slices import diagonal_blocks
 from lora_hf.lora.target_modules import adaptable_modules, head_paths
 from lora_hf.lora.variants.biases import (
     add_biases,
@@ -269,7 +269,7 @@ def _check(
     compare(expected, _without_copies(model, file), f"{file.folder}/{WEIGHTS_FILE}")
     for place in places:
         b = file.tensors[f"{PREFIX}{place.path}.{factor_names(layers[place.path])[1]}"]
-        if sum(int(block.count_nonzero()) for block in blocks(b, place.slices)) != int(b.count_nonzero()):
+        if sum(int(block.count_nonzero()) for block in diagonal_blocks(b, place.slices)) != int(b.count_nonzero()):
             raise AdapterError(f"{file.folder}: {place.path}.lora_B is not zero outside its slices {place.slices}")
     if about.fingerprint:
         check_base(model, about.fingerprint, str(file.folder))
