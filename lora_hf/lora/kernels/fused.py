@@ -166,9 +166,8 @@ class _LoraLinear(torch.autograd.Function):
         for places, scaling, slices, keep in groups:
             own = [next(pairs) for _ in slices]
             down = _joined([a.to(x.dtype) for a, _ in own], 0)
-            up = _joined(
-                [block_diagonal(b.to(x.dtype), at, len(y.T)) for at, (_, b) in zip(slices, own, strict=True)], 1
-            )
+            ups = [block_diagonal(b.to(x.dtype), at, y.shape[1]) for at, (_, b) in zip(slices, own, strict=True)]
+            up = _joined(ups, 1)
             seen = rows[places] if keep is None else rows[places] * keep
             # The scaling goes where the numbers are fewest, on (tokens, r).
             projected = (seen @ down.T).mul_(scaling)
