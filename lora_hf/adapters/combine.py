@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_hf.adapters.format import AdapterMetadata, read_adapter_config
-from lora_hf.adapters.peft_config import factor_keys, slice_blocks, to_peft
+from lora_hf.adapters.peft_config import factor_keys, to_peft
 from lora_hf.adapters.resolve import find_saved_model, run_sections
 from lora_hf.adapters.save_load import load_adapter, load_saved_model, save_adapter
 from lora_hf.core.atomic_io import atomic_folder
@@ -24,6 +24,7 @@ from lora_hf.core.records import COMBINE_FILE, CombineRecord
 from lora_hf.lora.inject import adapter_heads, adapter_names, add_weights, check_new_name, inject_head, lora_layers
 from lora_hf.lora.kernels.combination import Factors, Svd, drop, elect, shorten, sum_of_factors, svd_of_factors, trim
 from lora_hf.lora.layers import LoraLinear, LoraWeights
+from lora_hf.lora.slices import diagonal_blocks
 from lora_hf.lora.variants.biases import standalone_biases
 
 Method = Literal["linear", "svd", "ties", "dare"]
@@ -144,7 +145,7 @@ def combine_adapters(
         added.lora_A.copy_(torch.cat([a for a, _ in new.factors]))
         added.lora_B.copy_(torch.cat([b for _, b in new.factors]))
     for head in adapter_heads(model).values():
-        head.add(name, _average(head.heads, weights))
+        head.add(name, _average(head.modules_to_save, weights))
     inject_head(model, name)
     return Combination(
         name,
@@ -269,7 +270,7 @@ def _factors(source: _Source, name: str, weight: float) -> list[Factors]:
     b = weight * weights.scaling * b
     if weights.slices != source.slices:
         return [(a, b)]
-    return list(zip(a.split(_saved_rank(weights)), slice_blocks(b, source.slices), strict=True))
+    return list(zip(a.split(_saved_rank(weights)), diagonal_blocks(b, source.slices), strict=True))
 
 
 def _threshold(sources: Sequence[_Source], name: str, density: float) -> torch.Tensor:

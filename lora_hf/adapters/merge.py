@@ -88,7 +88,7 @@ def merge_adapter(saved: SavedModel, output: Path, dtype: Dtype = "fp32", overwr
 
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:
     """The model without LoRA layers: the active adapter merged into the base, and its head in place of the base's."""
-    heads = {path: head.heads[head.active] for path, head in adapter_heads(model).items() if head.active}
+    heads = {path: head.modules_to_save[head.active] for path, head in adapter_heads(model).items() if head.active}
     eject(merge(model))
     for path, head in heads.items():  # eject restores the base's head if the adapter has no LoRA layer
         model.set_submodule(path, head)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from lora_hf.adapters.format import CONFIG_FILE, AdapterFile, AdapterMetadata
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.layers import LoraLinear, LoraWeights, linear_shape
+from lora_hf.lora.slices import block_diagonal, diagonal_blocks
 from lora_hf.lora.target_modules import in_layers
 from lora_hf.lora.variants.dora import DoraWeights
 
@@ -193,11 +194,7 @@ def to_peft(layer: LoraLinear, name: str) -> dict[str, torch.Tensor]:
     """
     weights = layer.adapters[name]
     a, stacked = weights.saved_factors()
-    r, row = stacked.shape[1], 0
-    b = stacked.new_zeros(layer.out_features, len(weights.slices) * r)
-    for index, (start, stop) in enumerate(weights.slices):
-        b[start:stop, index * r : (index + 1) * r] = stacked[row : row + stop - start]
-        row += stop - start
+    b = block_diagonal(stacked, weights.slices, layer.out_features)
     tensors = dict(zip(factor_keys(layer), (a, b), strict=True))
     if isinstance(weights, DoraWeights):
         tensors["lora_magnitude_vector"] = weights.magnitudes(layer.original_weight())
@@ -211,7 +208,7 @@ def from_peft(layer: LoraLinear, name: str, tensors: Mapping[str, torch.Tensor],
     """Copies into adapter `name` what `to_peft` returned, from tensors whose names begin with `prefix` and a dot."""
     weights = layer.adapters[name]
     a, b = (tensors[f"{prefix}.{key}"].float() for key in factor_keys(layer))
-    stacked = torch.cat(slice_blocks(b, weights.slices))
+    stacked = torch.cat(diagonal_blocks(b, weights.slices))
     if stacked.shape == weights.lora_B.shape:
         weights.lora_A.copy_(a)
         weights.lora_B.copy_(stacked)
@@ -221,9 +218,3 @@ def from_peft(layer: LoraLinear, name: str, tensors: Mapping[str, torch.Tensor],
         weights.load_magnitudes(tensors[f"{prefix}.lora_magnitude_vector"].float())
     if weights.bias is not None:
         weights.bias.copy_(tensors[f"{prefix}.base_layer.bias"])
-
-
-def slice_blocks(b: torch.Tensor, slices: list[tuple[int, int]]) -> list[torch.Tensor]:
-    """The B `(width, r)` of each slice, from its block of a file's B `(out, n * r)`."""
-    r = b.shape[1] // len(slices)
-    return [b[start:stop, index * r : (index + 1) * r] for index, (start, stop) in enumerate(slices)]

@@ -26,7 +26,6 @@ from lora_hf.adapters.peft_config import (
     from_peft,
     peft_config,
     read_layers,
-    slice_blocks,
     to_peft,
 )
 from lora_hf.adapters.resolve import SavedModel, fetch_adapter
@@ -47,6 +46,7 @@ from lora_hf.lora.inject import (
     set_adapter,
 )
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
+from lora_hf.lora.slices import diagonal_blocks
 from lora_hf.lora.target_modules import adaptable_modules, head_paths
 from lora_hf.lora.variants.biases import (
     add_biases,
@@ -71,7 +71,9 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         AdapterError: the model has no adapter of that name.
     """
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
-    heads = {path: head.heads[name] for path, head in adapter_heads(model).items() if name in head.heads}
+    heads = {
+        path: head.modules_to_save[name] for path, head in adapter_heads(model).items() if name in head.modules_to_save
+    }
     if not layers and not heads:
         raise AdapterError(f"no adapter {name!r} on this model; it has: {', '.join(adapter_names(model)) or 'none'}")
     tensors: dict[str, torch.Tensor] = {}
@@ -85,7 +87,9 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     saved_layers = [SavedLayer.from_weights(path, layer.adapters[name]) for path, layer in layers.items()]
     has_head = bool(head_paths(model))
     switch = adapter_state(model)
-    labels, problem_type = get_labels(model) if name == switch.shared else switch.labels.get(name, get_labels(model))
+    labels, problem_type = (
+        get_labels(model) if name == switch.active_adapter else switch.labels.get(name, get_labels(model))
+    )
     metadata = AdapterMetadata(
         base=model.name_or_path or "",
         revision=getattr(model.config, "_commit_hash", None),
@@ -260,7 +264,7 @@ def _new_heads(model: PreTrainedModel, file: AdapterFile, own_head: bool) -> dic
     heads = {}
     for path in head_paths(model):
         head = model.get_submodule(path)
-        heads[path] = copy.deepcopy(head.base_head if isinstance(head, ModulesToSaveWrapper) else head)
+        heads[path] = copy.deepcopy(head.original_module if isinstance(head, ModulesToSaveWrapper) else head)
     if heads and own_head:
         path = list(heads)[-1]
         wrapper = nn.ModuleDict({"head": heads[path]})  # so that a head that is itself the output layer has a parent
@@ -278,7 +282,7 @@ def _load_heads(model: PreTrainedModel, file: AdapterFile, name: str) -> None:
     tensors = _without_copies(model, file)
     for path, head in adapter_heads(model).items():
         prefix = f"{PREFIX}{path}."
-        head.heads[name].load_state_dict(
+        head.modules_to_save[name].load_state_dict(
             {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         )
 
@@ -316,7 +320,7 @@ def _check_fit(
     check_shapes(shapes, _without_copies(model, file), f"{file.folder}/{WEIGHTS_FILE}")
     for layer in layers:
         b = file.tensors[f"{PREFIX}{layer.path}.{factor_keys(modules[layer.path])[1]}"]
-        if sum(int(block.count_nonzero()) for block in slice_blocks(b, layer.slices)) != int(b.count_nonzero()):
+        if sum(int(block.count_nonzero()) for block in diagonal_blocks(b, layer.slices)) != int(b.count_nonzero()):
             raise AdapterError(f"{file.folder}: {layer.path}.lora_B is not zero outside its slices {layer.slices}")
     if file.metadata.fingerprint:
         check_base(model, file.metadata.fingerprint, str(file.folder))

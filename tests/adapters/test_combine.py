@@ -39,7 +39,7 @@ def adapted(kind: str = "roberta", num_labels: int | None = None, **adapters: di
     stir(model)
     torch.manual_seed(2)
     for head in adapter_heads(model).values():
-        for parameter in head.heads.parameters():
+        for parameter in head.modules_to_save.parameters():
             nn.init.normal_(parameter)
     return model
 
@@ -219,7 +219,7 @@ def test_heads_are_averaged_with_the_weights_over_their_sum(method: Any) -> None
     density = 0.5 if method in ("ties", "dare") else None
     combine_adapters(model, weights, "mix", method, density=density)
     (head,) = adapter_heads(model).values()
-    states = {name: head.heads[name].state_dict() for name in ("a", "b", "mix")}
+    states = {name: head.modules_to_save[name].state_dict() for name in ("a", "b", "mix")}
     for key, value in states["mix"].items():
         assert torch.allclose(value, 1.5 * states["a"][key] - 0.5 * states["b"][key], atol=PARITY_FP32)
     with pytest.raises(ConfigError, match="expected a sum other than 0, because heads are divided by it"):

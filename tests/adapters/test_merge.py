@@ -99,7 +99,7 @@ def saved_adapter(folder: Path, kind: str, std: float = 0.05, lora: bool = True)
     stir(model, std=std)
     torch.manual_seed(4)
     for head in adapter_heads(model).values():
-        for parameter in head.heads.parameters():
+        for parameter in head.modules_to_save.parameters():
             nn.init.normal_(parameter, std=0.1)
     return save_adapter(model, folder, task=task)
 
@@ -183,7 +183,7 @@ def test_the_merged_head_is_that_of_the_active_adapter() -> None:
     for name in ("one", "two"):
         inject(model, LoraConfig(targets=("q",)), name)
     stir(model)
-    for parameter in adapter_heads(model)["classifier"].heads["one"].parameters():
+    for parameter in adapter_heads(model)["classifier"].modules_to_save["one"].parameters():
         nn.init.normal_(parameter)
     expected = set_adapter(model, "one")(token_ids()).logits
     assert torch.allclose(plain_model(model)(token_ids()).logits, expected, atol=MERGE_FP32)

@@ -33,7 +33,7 @@ def trained(kind: str = "roberta", num_labels: int | None = 3, **lora: Any) -> n
     inject(model, LoraConfig(**{"r": 4, "targets": ("all",), **lora}))
     stir(model)
     for name, parameter in model.named_parameters():
-        if ".heads." in name:
+        if ".modules_to_save." in name:
             nn.init.normal_(parameter)
     return model
 
@@ -121,7 +121,7 @@ def test_labels_and_problem_type_travel_with_the_adapter(tmp_path: Path) -> None
 
 def test_a_head_without_lora_travels_too(tmp_path: Path) -> None:
     model, ids = inject_head(small_model("roberta", 3)), token_ids()
-    nn.init.normal_(model.classifier.heads["default"].out_proj.weight)
+    nn.init.normal_(model.classifier.modules_to_save["default"].out_proj.weight)
     save_adapter(model, tmp_path)
     assert torch.equal(load_adapter(small_model("roberta", 3), tmp_path)(ids).logits, model(ids).logits)
 

@@ -114,7 +114,7 @@ def adapted(scheme: str, transposed: bool, slices: list[tuple[int, int]], bias: 
     layer = LoraLinear(QuantisedLinear(plain.requires_grad_(False), scheme), AdapterState())
     layer.adapters["default"] = LoraWeights(10, slices, r=3, lora_alpha=5)
     nn.init.normal_(layer.adapters["default"].lora_B)
-    layer.switch.shared = "default"
+    layer.switch.active_adapter = "default"
     return layer
 
 
@@ -226,7 +226,7 @@ def test_merging_another_adapter_takes_the_first_one_out(scheme: str) -> None:
     nn.init.normal_(layer.adapters["other"].lora_B)
     before = layer.weight
     layer.merge()
-    layer.switch.shared = "other"
+    layer.switch.active_adapter = "other"
     layer.merge()
     expected = pack(before + layer.delta_weight("other").detach(), scheme)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in layer.base_layer.packed().items())

@@ -94,7 +94,7 @@ def pairs(ours: nn.Module, theirs: nn.Module) -> dict[str, tuple[nn.Parameter, n
     found = {}
     for name, parameter in ours.named_parameters():
         if parameter.requires_grad:
-            other = "base_model.model." + name.replace(".heads.default", ".modules_to_save.default")
+            other = "base_model.model." + name
             for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
                 other = other.replace(f".adapters.default.{part}", f".{part}.default.weight")
             if other not in named and ".lora_" in other:

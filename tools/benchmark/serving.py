@@ -172,7 +172,7 @@ def _save(config: RunConfig, root: Path, adapters: int) -> list[Path]:
             for weights in layer.adapters.values():
                 weights.lora_B.normal_(0, STD, generator=generator)
         for head in adapter_heads(model).values():
-            for parameter in head.heads.parameters():
+            for parameter in head.modules_to_save.parameters():
                 parameter.normal_(0, STD, generator=generator)
     for name in names:
         save_adapter(model, root / name, name, task.name)

@@ -85,7 +85,7 @@ def load_loralib(
     for path, head in adapter_heads(model).items():
         state = {key.removeprefix(f"{path}."): tensors[key] for key in tensors if key.startswith(f"{path}.")}
         if state:
-            head.heads[name].load_state_dict(state)
+            head.modules_to_save[name].load_state_dict(state)
     return set_adapter(model, name)
 
 
@@ -100,8 +100,8 @@ def loralib_state_dict(model: PreTrainedModel, name: str = "default") -> dict[st
         weights = layers[path].adapters[name]
         tensors |= {f"{path}.lora_A": weights.lora_A.detach(), f"{path}.lora_B": weights.lora_B.detach()}
     for path, head in adapter_heads(model).items():
-        if name in head.heads:
-            tensors |= {f"{path}.{key}": value for key, value in head.heads[name].state_dict().items()}
+        if name in head.modules_to_save:
+            tensors |= {f"{path}.{key}": value for key, value in head.modules_to_save[name].state_dict().items()}
     return tensors
 
 
@@ -224,7 +224,7 @@ def _expected_shapes(
     heads = {}
     for path in head_paths(model):
         head = model.get_submodule(path)
-        plain: nn.Module = head.base_head if isinstance(head, ModulesToSaveWrapper) else head
+        plain: nn.Module = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
         heads |= {f"{path}.{key}": tuple(value.shape) for key, value in plain.state_dict().items()}
     return shapes if partial and not heads.keys() & tensors.keys() else shapes | heads
 

@@ -65,7 +65,7 @@ def gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model(ids).logits.pow(2).mean().backward()
     names = {
-        name.replace(".adapters.default", "").replace(".heads.default", ""): parameter
+        name.replace(".adapters.default", "").replace(".modules_to_save.default", ""): parameter
         for name, parameter in model.named_parameters()
     }
     return {name: parameter.grad for name, parameter in names.items() if parameter.requires_grad}
@@ -100,7 +100,7 @@ def test_a_loralib_model_takes_the_state_dict_and_answers_alike(case: str, tmp_p
     ours, ids = inject(small_model(kind, num_labels), LoraConfig(r=2, lora_alpha=ALPHA, targets=targets)), token_ids()
     stir(ours)
     for name, parameter in ours.named_parameters():
-        if ".heads." in name:
+        if ".modules_to_save." in name:
             nn.init.normal_(parameter, std=0.3)
     save_loralib(ours, tmp_path / "lora.bin")
     assert [file.name for file in tmp_path.iterdir()] == ["lora.bin"]
