@@ -22,7 +22,7 @@ from lora_hf.core.errors import AdapterError, ConfigError, did_you_mean
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import COMBINE_FILE, CombineRecord
 from lora_hf.lora.inject import adapter_heads, adapter_names, add_weights, check_new_name, inject_head, lora_layers
-from lora_hf.lora.kernels.combination import Factors, Svd, drop, elect, shorten, sum_of_factors, svd_of_factors, trim
+from lora_hf.lora.kernels.combination import Factors, drop, elect, shorten, sum_of_factors, svd_of_factors, trim
 from lora_hf.lora.layers import LoraLinear, LoraWeights
 from lora_hf.lora.slices import diagonal_blocks
 from lora_hf.lora.variants.biases import standalone_biases
@@ -134,12 +134,14 @@ def combine_adapters(
             raise ConfigError(
                 f"rank: {source.path} has {source.max_rank} as its smaller side; expected at most that, found {rank}"
             )
+    thresholds = {}
     if method == "ties":
-        combined = _ties(sources, weights, density or 1.0, rank)
-    elif method == "dare":
-        combined = _dare(sources, density or 1.0, rank, torch.Generator().manual_seed(seed))
-    else:
-        combined = {source.path: _sum(source, method, rank) for source in sources}
+        _check_same_columns(sources, weights)
+        thresholds = {name: _threshold(sources, name, density or 1.0) for name in weights}
+    generator = torch.Generator().manual_seed(seed)
+    combined = {
+        source.path: _combine(source, method, rank, density or 1.0, thresholds, generator) for source in sources
+    }
     for path, new in combined.items():
         added = add_weights(model, path, name, new.slices, new.rank, lora_alpha=new.rank)  # B includes the scaling
         added.lora_A.copy_(torch.cat([a for a, _ in new.factors]))
@@ -208,46 +210,31 @@ def combine_saved(
     return record
 
 
-def _sum(source: _Source, method: Method, rank: int | None) -> _CombinedLayer:
-    factors = [_factors(source, name, weight) for name, weight in source.weights.items()]
-    sums = [sum_of_factors(slice_factors) for slice_factors in zip(*factors, strict=True)]
-    if method == "linear":
-        return _CombinedLayer(source.slices, sums)
-    return _truncate(source, [svd_of_factors(a, b) for a, b in sums], rank)
-
-
-def _ties(
-    sources: Sequence[_Source], weights: Mapping[str, float], density: float, rank: int | None
-) -> dict[str, _CombinedLayer]:
-    _check_same_columns(sources, weights)
-    thresholds = {name: _threshold(sources, name, density) for name in weights}
-    combined = {}
-    for source in sources:
-        deltas = ((name, weight, source.layer.delta_weight(name)) for name, weight in weights.items())
-        trimmed = [weight * trim(delta, thresholds[name]) for name, weight, delta in deltas]
-        combined[source.path] = _factorize(source, elect(trimmed), rank)
-    return combined
-
-
-def _dare(
-    sources: Sequence[_Source], density: float, rank: int | None, generator: torch.Generator
-) -> dict[str, _CombinedLayer]:
-    combined = {}
-    for source in sources:
-        deltas = ((weight, source.layer.delta_weight(name)) for name, weight in source.weights.items())
-        dropped = [weight * drop(delta, density, generator) for weight, delta in deltas]
-        combined[source.path] = _factorize(source, torch.stack(dropped).sum(0), rank)
-    return combined
-
-
-def _factorize(source: _Source, delta: torch.Tensor, rank: int | None) -> _CombinedLayer:
-    parts = (delta[start:stop] for start, stop in source.slices)
-    return _truncate(source, [tuple(torch.linalg.svd(part, full_matrices=False)) for part in parts], rank)
-
-
-def _truncate(source: _Source, svds: Sequence[Svd], rank: int | None) -> _CombinedLayer:
-    parts = [shorten(svd, min(rank or source.default_rank, source.max_rank)) for svd in svds]
-    factors, lost, total = zip(*parts, strict=True)
+def _combine(
+    source: _Source,
+    method: Method,
+    rank: int | None,
+    density: float,
+    thresholds: Mapping[str, torch.Tensor],
+    generator: torch.Generator,
+) -> _CombinedLayer:
+    weights, delta_weight = source.weights.items(), source.layer.delta_weight
+    if method in ("linear", "svd"):
+        adapters = [_factors(source, name, weight) for name, weight in weights]
+        sums = [sum_of_factors(slice_factors) for slice_factors in zip(*adapters, strict=True)]
+        if method == "linear":
+            return _CombinedLayer(source.slices, sums)
+        svds = [svd_of_factors(a, b) for a, b in sums]
+    else:
+        if method == "ties":
+            delta = elect([weight * trim(delta_weight(name), thresholds[name]) for name, weight in weights])
+        else:
+            dropped = [weight * drop(delta_weight(name), density, generator) for name, weight in weights]
+            delta = torch.stack(dropped).sum(0)
+        parts = [delta[start:stop] for start, stop in source.slices]
+        svds = [tuple(torch.linalg.svd(part, full_matrices=False)) for part in parts]
+    shortened = [shorten(svd, min(rank or source.default_rank, source.max_rank)) for svd in svds]
+    factors, lost, total = zip(*shortened, strict=True)
     return _CombinedLayer(source.slices, list(factors), sum(lost), sum(total))
 
 
