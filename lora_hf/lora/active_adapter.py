@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -113,51 +114,56 @@ def segments_of(numbers: torch.Tensor, adapters: int) -> Segments:
     return Segments(len(numbers), order, tuple(counts.cumsum(0).tolist()))
 
 
+Choice = str | BatchRouting | None  # an adapter, one for each row of a batch, or the bare base
+
+
 class AdapterState:
-    """The choice that all LoRA layers and heads of one model share.
+    """Which adapters a model has and which one runs; all LoRA layers and heads of the model share one state.
+
+    `set_adapter` chooses for everyone (`active_adapter`). `use_adapter` and `mix_adapters` choose for the current
+    context alone (a thread or an asyncio task), see `override`. Copies and pickles keep the first, not the second.
 
     Attributes:
-        names: the adapters on the model, in the order they came.
-        labels: of the head of each adapter, and under None of the base's own.
-        merged: whether a layer may hold an adapter in its base weight.
+        active_adapter: the adapter that `set_adapter` chose, or None for the bare base.
+        names: the adapters on the model, in the order they were added.
+        labels: the labels of each adapter's head; under None those of the base's own head.
+        merged: whether any layer may hold an adapter in its base weight.
     """
 
     def __init__(self) -> None:
-        self.shared: str | None = None
+        self.active_adapter: str | None = None
         self.names: dict[str, None] = {}
         self.labels: dict[str | None, Labels] = {}
         self.merged = False
-        self._own = threading.local()
 
     @property
-    def choice(self) -> str | BatchRouting | None:
-        """What this thread runs."""
-        return getattr(self._own, "choice", self.shared)
+    def current(self) -> Choice:
+        """What runs in this context."""
+        return _overrides.get().get(self, self.active_adapter)
 
     @property
-    def mixture(self) -> BatchRouting | None:
-        """The mixture that this thread runs, if it runs one."""
-        choice = self.choice
-        return choice if isinstance(choice, BatchRouting) else None
+    def routing(self) -> BatchRouting | None:
+        """The adapters of the rows of a batch, if this context runs more than one."""
+        current = self.current
+        return current if isinstance(current, BatchRouting) else None
 
     def active(self, adapters: Container[str]) -> str | None:
-        """The one of `adapters` that this thread runs; None where it runs another, none or a mixture."""
-        choice = self.choice
-        return choice if isinstance(choice, str) and choice in adapters else None
+        """The one of `adapters` that runs in this context; None if another one, none or a mix runs."""
+        current = self.current
+        return current if isinstance(current, str) and current in adapters else None
 
     @contextmanager
-    def own(self, choice: str | BatchRouting | None) -> Iterator[None]:
-        """Makes this thread run `choice` inside, whatever others run."""
-        before = vars(self._own).copy()
-        self._own.choice = choice
+    def override(self, choice: Choice) -> Iterator[None]:
+        """Runs `choice` in this context, whatever `active_adapter` is; other contexts do not see it."""
+        before = _overrides.get()
+        _overrides.set(MappingProxyType({**before, self: choice}))
         try:
             yield
         finally:
-            vars(self._own).clear()
-            vars(self._own).update(before)
+            others = {state: other for state, other in _overrides.get().items() if state is not self}
+            outer = {self: before[self]} if self in before else {}
+            _overrides.set(MappingProxyType(others | outer))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterState:
-        copied = memo[id(self)] = AdapterState()
-        copied.shared, copied.merged = self.shared, self.merged
-        copied.names, copied.labels = dict(self.names), dict(self.labels)
-        return copied
+
+# Not an attribute of the state: a copied or pickled model must not carry along what one thread has chosen.
+_overrides: ContextVar[Mapping[AdapterState, Choice]] = ContextVar("lora_hf_adapters", default=MappingProxyType({}))

@@ -100,13 +100,13 @@ def inject_head(
         module = model.get_submodule(path)
         if not isinstance(module, ModulesToSaveWrapper):
             model.set_submodule(path, module := ModulesToSaveWrapper(module, switch))
-        if name not in module.heads:
+        if name not in module.modules_to_save:
             module.add(name, heads[path] if heads else None)
             switch.labels.setdefault(name, get_labels(model))
     set_adapter(model, name)
     mark_only_lora_as_trainable(model)
     for head in adapter_heads(model).values():
-        head.heads[name].requires_grad_(True)
+        head.modules_to_save[name].requires_grad_(True)
     return model
 
 
@@ -133,7 +133,7 @@ def add_weights(
 def eject(model: PreTrainedModel) -> PreTrainedModel:
     """Gives the plain model back: its own projections and head, or, after `merge`, the merged ones.
 
-    What `inject` froze stays frozen.
+    What `inject` froze stays frozen, except the head.
     """
     layers = lora_layers(model)
     merged = any(layer.merged for layer in layers.values())
@@ -141,7 +141,8 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(path, layer.base_layer)
     unwrap_biases(model, keep=merged)
     for path, head in adapter_heads(model).items():
-        model.set_submodule(path, head.heads[head.active] if merged and head.active else head.base_head)
+        chosen = head.modules_to_save[head.active] if merged and head.active else head.original_module
+        model.set_submodule(path, chosen.requires_grad_(True))
     if hasattr(model.base_model, STATE_ATTRIBUTE):
         delattr(model.base_model, STATE_ATTRIBUTE)
     return model
@@ -194,9 +195,9 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     if switch.merged:
         unmerge(model)
     if switch.labels:
-        switch.labels[switch.shared] = get_labels(model)  # somebody may have named them meanwhile
+        switch.labels[switch.active_adapter] = get_labels(model)  # somebody may have named them meanwhile
         set_labels(model, switch.labels.get(name, switch.labels[None]))
-    switch.shared = name
+    switch.active_adapter = name
     return model
 
 
@@ -278,8 +279,10 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     """Counts the parameters, those that tied modules share once; trained biases belong to LoRA."""
     places = [*lora_layers(model).values(), *biased_modules(model).values()]
     weights = [place.adapters[place.active] for place in places if place.active]
-    heads = [head.heads[head.active] for head in adapter_heads(model).values() if head.active]
+    wrappers = [head for head in adapter_heads(model).values() if head.active]
+    heads = [head.modules_to_save[head.active] for head in wrappers]
     idle = [place[name] for place, active in adapter_slots(model) for name in place if name != active]
+    idle += [head.original_module for head in wrappers]
     total = _count(model)
     return ParameterCounts(
         total=total - sum(map(_count, idle)),
@@ -301,7 +304,7 @@ def adapter_slots(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, str | None]
     for place in [*lora_layers(model).values(), *biased_modules(model).values()]:
         yield place.adapters, place.active
     for head in adapter_heads(model).values():
-        yield head.heads, head.active
+        yield head.modules_to_save, head.active
 
 
 def _lora_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
@@ -322,7 +325,7 @@ def _lora_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
         for key in place
         if key != active
         for value in place[key].parameters()
-    }
+    } | {value for head in adapter_heads(model).values() for value in head.original_module.parameters()}
     return {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)

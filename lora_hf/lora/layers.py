@@ -14,11 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import AdapterState, BatchRouting
-from lora_hf.lora.kernels.fused import Part, Weight, block_placed, can_fuse, lora_linear, lora_linear_parts
+from lora_hf.lora.kernels.fused import Part, Weight, can_fuse, lora_linear, lora_linear_parts
 from lora_hf.lora.kernels.grouped import Stack, add_grouped
 from lora_hf.lora.kernels.reference import add_lora
 from lora_hf.lora.precision import keep_dtype
 from lora_hf.lora.quantization import Packed, QuantisedLinear, unpack
+from lora_hf.lora.slices import block_diagonal, split_slices
 
 TRANSPOSED = (Conv1D, nn.Embedding)  # whose weight is (in, out)
 
@@ -116,11 +117,9 @@ class LoraWeights(nn.Module):
             original: gives the base weight, fp32 `(out, in)`, to the variants whose change depends on it.
         """
         a, b = self.factors()
-        r, row = b.shape[1], 0
         delta = a.new_zeros(out_features, a.shape[1])
-        for index, (start, stop) in enumerate(self.slices):
-            delta[start:stop] = b[row : row + stop - start] @ a[index * r : (index + 1) * r] * self.scaling
-            row += stop - start
+        for columns, slice_a, slice_b in split_slices(a, b, self.slices):
+            delta[columns] = slice_b @ slice_a * self.scaling
         return delta
 
     def extra_repr(self) -> str:
@@ -147,7 +146,7 @@ def stack_weights(weights: Sequence[LoraWeights | None], out_features: int, dtyp
             continue
         a, b = each.factors()
         missing = rank - a.shape[0]
-        up = block_placed(b, tuple(each.slices), out_features) * each.scaling
+        up = block_diagonal(b, each.slices, out_features) * each.scaling
         downs.append(nn.functional.pad(a, (0, 0, 0, missing)))
         ups.append(nn.functional.pad(up, (0, missing)))
     down, up = torch.stack(downs).to(dtype), torch.stack(ups).to(dtype)
@@ -226,11 +225,11 @@ class LoraLinear(AdaptedModule):
         Raises:
             AdapterError: another adapter than the one to run is merged into the base.
         """
-        active, mixture = self.active, self.switch.mixture
+        active, mixture = self.active, self.switch.routing
         if self.merged is not None:
             if active != self.merged:
                 raise AdapterError(
-                    f"adapter {self.merged!r} is merged into the base, which {self.switch.choice!r} needs as it was; "
+                    f"adapter {self.merged!r} is merged into the base, which {self.switch.current!r} needs as it was; "
                     "unmerge it first"
                 )
             return self.base_layer(x)

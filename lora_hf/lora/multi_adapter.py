@@ -22,7 +22,7 @@ def use_adapter(model: PreTrainedModel, name: str | None) -> Iterator[PreTrained
     """
     switch = adapter_state(model)
     check_adapter_exists(switch, name)
-    with switch.own(name):
+    with switch.override(name):
         yield model
 
 
@@ -57,7 +57,7 @@ def mix_adapters(
         raise AdapterError("a mixture needs a name for each row of the batch, found no rows")
     for name in dict.fromkeys((*rows, *among)):
         check_adapter_exists(switch, name)
-    with switch.own(BatchRouting(rows, stacks, among, masked)):
+    with switch.override(BatchRouting(rows, stacks, among, masked)):
         yield model
 
 
@@ -71,8 +71,8 @@ def unload_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """
     switch = adapter_state(model)
     check_adapter_exists(switch, name)
-    if switch.shared == name or switch.merged:
-        set_adapter(model, None if switch.shared == name else switch.shared)
+    if switch.active_adapter == name or switch.merged:
+        set_adapter(model, None if switch.active_adapter == name else switch.active_adapter)
     for place, _ in adapter_slots(model):
         if name in place:
             del place[name]

@@ -85,6 +85,8 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every projection and nn.Embedding by its path; one inside a LoRA layer by the path of that layer."""
     layers: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
+        if ".original_module" in path:  # what a `ModulesToSaveWrapper` keeps for the bare base is not adapted
+            continue
         if isinstance(module, LoraLinear):
             layers[path] = module.base_layer
         elif isinstance(module, BiasedModule):

@@ -33,28 +33,37 @@ def enable_unpadding(model: PreTrainedModel) -> str | None:
     """Makes the model run without padding; doing it again changes nothing.
 
     Returns:
-        None, or, where the model is left as it was, why it cannot run so.
+        None, or why this model cannot run without padding. It is unchanged then.
     """
-    reason = _unfit(model)
-    if reason is None and model.config._attn_implementation != ATTENTION:
+    reason = _unsupported(model)
+    base: Any = model.base_model
+    if reason is None and _before not in base._forward_pre_hooks.values():
+        _register_attention()
         model.set_attn_implementation(ATTENTION)
-        base: Any = model.base_model
+        if model.config._attn_implementation != ATTENTION:
+            return f"transformers cannot change the attention of {type(model).__name__}"
         base.register_forward_pre_hook(_before, with_kwargs=True)
         base.register_forward_hook(_after, with_kwargs=True)
     return reason
 
 
-def _unfit(model: PreTrainedModel) -> str | None:
+def _unsupported(model: PreTrainedModel) -> str | None:
     kind = model.config.model_type
     if kind not in ARCHITECTURES:
         return f"model type {kind!r} has no entry in the role table"
     if not ARCHITECTURES[kind].plain_attention:
-        return f"{kind} brings an attention of its own"
+        return f"{kind} has an attention of its own"
     if model.config._attn_implementation not in ("sdpa", "eager", ATTENTION):
-        return f"attention {model.config._attn_implementation!r} was chosen for it"
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        return f"this transformers' {kind} takes no position_ids"
+        return f"its attention is {model.config._attn_implementation!r}; expected sdpa or eager"
+    if "position_ids" not in _parameters(type(model.base_model)):
+        return f"{kind} takes no position_ids in this version of transformers"
     return None
+
+
+@functools.cache
+def _register_attention() -> None:
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 @dataclass
@@ -83,6 +92,7 @@ class _Layout:
 
 
 def _before(base: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    _register_attention()  # a model that another process pickled brings its hooks, but not the registration
     parameters = _parameters(type(base))
     named = dict(zip(parameters, inputs, strict=False)) | named
     mixture = _mixture(base)
@@ -150,7 +160,7 @@ def _layout(base: PreTrainedModel, named: dict[str, Any], mixture: BatchRouting 
 
 def _mixture(base: PreTrainedModel) -> BatchRouting | None:
     switch = getattr(base, STATE_ATTRIBUTE, None)
-    return None if switch is None else switch.mixture
+    return None if switch is None else switch.routing
 
 
 def _by_adapter(
@@ -221,7 +231,3 @@ def _attention(
         )  # type: ignore[return-value]
     causal = bool(getattr(module, "is_causal", False))
     return attend_rows(query[0], key[0], value[0], layout.rows, scaling, causal, dropout)[None], None
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lora_hf.core.errors import AdapterError
-from lora_hf.inference.classify import described
+from lora_hf.inference.classify import format_prediction
 from lora_hf.serving.requests import Classified, Classify
 from lora_hf.serving.worker import Worker
 
@@ -52,5 +52,5 @@ def _finish(request: Classify) -> None:
     if not all(np.isfinite(row).all() for row in logits):
         request.fail(AdapterError(f"{version.name} (version {version.digest}) gave a logit that is no finite number"))
         return
-    answers = [described(version.saved.task, row) for row in logits]
+    answers = [format_prediction(version.saved.task, row) for row in logits]
     request.finish(Classified(version.name, version.digest, answers, logits))

@@ -102,7 +102,7 @@ class Engine:
                 "a letter or a digit"
             )
         saved = find_saved_model(place, revision)
-        if saved.whole:
+        if saved.is_full_model:
             raise AdapterError(f"{place}: a whole model; expected an adapter, which shares its base with others")
         with self._loading:
             version = Version(name, f"version_{next(self._numbers)}", digest_of(saved.folder), saved)

@@ -75,7 +75,7 @@ class Classified:
 
 @dataclass(frozen=True)
 class Written:
-    """A text and its score, as `generation.Generated`. Without an adapter, `version` is that of the bare base: None."""
+    """A text and its score, as `GeneratedText`. Without an adapter, `version` is that of the bare base: None."""
 
     adapter: str
     version: str | None

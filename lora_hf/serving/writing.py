@@ -52,7 +52,7 @@ class Writer(Worker):
         with RANDOM if decoding.do_sample else nullcontext(), self._adapted([request.slot for request in requests]):
             if decoding.do_sample:
                 torch.manual_seed(decoding.seed)
-            texts = list(generator.write(prompts, decoding, [watch]))
+            texts = list(generator.generate_batch(prompts, decoding, [watch]))
         tokens = sum(map(len, prompts))
         for request, made in zip(requests, texts, strict=True):
             version = None if request.bare else request.version.digest

@@ -71,7 +71,7 @@ def test_a_pickled_base_is_refused_and_not_run(proof: Path, tmp_path: Path) -> N
     (tmp_path / "base" / "model.safetensors").unlink()
     torch.save({"roberta.embeddings.word_embeddings.weight": Malicious(proof)}, tmp_path / "base" / "pytorch_model.bin")
     with pytest.raises(
-        ModelError, match=r"base: refused: its pickled weights ask for more than tensors\. Nothing of them was run"
+        ModelError, match=r"base: refused: its pickled weights ask for more than tensors\. None of its code was run"
     ):
         load_base(ModelConfig(name=str(tmp_path / "base"), precision="fp32"), TASK)
 

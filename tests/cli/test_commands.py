@@ -97,7 +97,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "missing model folder": (["model.name=./nowhere"], "./nowhere: no such folder"),
     "hub out of reach": (
         ["model.name=roberta-base"],
-        "the hub is out of reach and this model is not in the local cache",
+        "and the local cache does not hold this model",
     ),
     "role this model lacks": (["lora.targets=[ffn_gate]"], "roberta has no role 'ffn_gate'"),
     "rank above the layer": (["lora.r=100000"], "expected a rank of at most"),

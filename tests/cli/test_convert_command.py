@@ -133,9 +133,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "text": (
         ["--from", "loralib", "{text}", *GOOD[3:]],
-        "expected a file that torch.save wrote, found one that begins",
+        "expected a file of torch.save, found one that begins",
     ),
-    "code": (["--from", "loralib", "{code}", *GOOD[3:]], "refused: it asks for print. Nothing of it was run"),
+    "code": (["--from", "loralib", "{code}", *GOOD[3:]], "refused: it asks for print. None of its code was run"),
     "no head": (["--from", "loralib", "{headless}", *GOOD[3:]], "expected --task NAME"),
     "no head for the task": (
         ["--from", "loralib", "{headless}", *GOOD[3:], "--task", "sst2"],

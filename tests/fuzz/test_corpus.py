@@ -39,12 +39,12 @@ def test_a_good_adapter_of_each_form_is_used(name: str, harness: Harness) -> Non
 
 
 def test_a_load_that_is_not_what_the_file_holds_is_found(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_hf.adapters import save_load as adapters
+    from lora_hf.adapters import save_load
 
     def wrong(layer: object, name: str, tensors: dict, path: str) -> None:
         loaded(layer, name, {key: 2 * tensor for key, tensor in tensors.items()}, path)
 
-    loaded = adapters.from_peft
-    monkeypatch.setattr(adapters, "from_peft", wrong)
+    loaded = save_load.from_peft
+    monkeypatch.setattr(save_load, "from_peft", wrong)
     with pytest.raises(AssertionError, match="is not what the file holds"):
         harness.attempt(first_inputs()["plain"])

@@ -28,6 +28,6 @@ def save_random(folder: Path, task: str = "rule-sentiment", seed: int = 7, **lor
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".heads." in name:
+            if ".modules_to_save." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return save_adapter(model, folder, task=task)

@@ -91,14 +91,15 @@ def _to_loralib(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--output {options.output}: expected a file in a folder that exists")
     from lora_hf.adapters.convert.loralib import num_labels, save_loralib
     from lora_hf.adapters.format import read_adapter
-    from lora_hf.adapters.save_load import PREFIX, load_adapter
+    from lora_hf.adapters.peft_config import PREFIX
+    from lora_hf.adapters.save_load import load_adapter
 
     file = read_adapter(options.adapter)
-    name = options.model or file.about.base or file.config.get("base_model_name_or_path")
+    name = options.model or file.metadata.base or file.config.get("base_model_name_or_path")
     if not name:
         raise ConfigError(f"{options.adapter} does not name its base: expected --model NAME")
     width = num_labels({key.removeprefix(PREFIX): tensor for key, tensor in file.tensors.items()})
-    model = load_adapter(_base(name, options.task or file.about.task, width), options.adapter)
+    model = load_adapter(_base(name, options.task or file.metadata.task, width), options.adapter)
     save_loralib(model, options.output)
     return {"output": str(options.output), "layers": _builds(model)}
 

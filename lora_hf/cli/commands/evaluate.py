@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.adapters.resolve import find_saved_model
 
     saved = find_saved_model(options.adapter, options.revision)
-    if options.without_adapter and saved.whole:
+    if options.without_adapter and saved.is_full_model:
         raise ConfigError(f"--without-adapter: {options.adapter} is a whole model, which has no base beside it")
     splits = saved.task.evaluation_splits if options.split in (None, "validation") else (options.split,)
     rows = saved.task.load(options.data_dir, splits)

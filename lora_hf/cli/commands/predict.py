@@ -87,9 +87,9 @@ def _mixed(options: argparse.Namespace, adapters: dict[str, str]) -> list[dict[s
         raise ConfigError("--text goes to one adapter; give several an --input file whose rows name theirs")
     saved = {name: find_saved_model(adapter, options.revision) for name, adapter in adapters.items()}
     rows = read_mixed_rows(options.input, {name: each.task.text_columns for name, each in saved.items()})
-    from lora_hf.inference.classify import MixedPredictor
+    from lora_hf.inference.classify import MultiAdapterPredictor
 
-    answers = MixedPredictor.load(saved, options.precision).predict(rows, progress=progress)
+    answers = MultiAdapterPredictor.load(saved, options.precision).predict(rows, progress=progress)
     return [{"adapter": name, **row, **answer} for (name, row), answer in zip(rows, answers, strict=True)]
 
 

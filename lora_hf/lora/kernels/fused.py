@@ -17,6 +17,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from lora_hf.lora.slices import block_diagonal, diagonal_blocks
+
 STEPS = 2**16  # in which a dropout is counted
 MASKED = 128  # columns of A that parts may share: small beside a projection's, and beside the calls that it spares
 
@@ -164,7 +166,8 @@ class _LoraLinear(torch.autograd.Function):
         for places, scaling, slices, keep in groups:
             own = [next(pairs) for _ in slices]
             down = _joined([a.to(x.dtype) for a, _ in own], 0)
-            up = _joined([block_placed(b.to(x.dtype), at, len(y.T)) for at, (_, b) in zip(slices, own, strict=True)], 1)
+            ups = [block_diagonal(b.to(x.dtype), at, y.shape[1]) for at, (_, b) in zip(slices, own, strict=True)]
+            up = _joined(ups, 1)
             seen = rows[places] if keep is None else rows[places] * keep
             # The scaling goes where the numbers are fewest, on (tokens, r).
             projected = (seen @ down.T).mul_(scaling)
@@ -203,7 +206,7 @@ class _LoraLinear(torch.autograd.Function):
             if any(asked[1 : 2 * len(slices) : 2]):
                 # The transposed product: with so few columns it is twice as fast.
                 whole = (projected.T @ own).split(widths)
-                dB = [_blocks(part.T, its) for part, its in zip(whole, slices, strict=True)]
+                dB = [_joined(diagonal_blocks(part.T, its), 0) for part, its in zip(whole, slices, strict=True)]
             for factor in (factor for pair in zip(dA, dB, strict=True) for factor in pair):
                 dtype = dtypes[len(of_factors) - at]
                 of_factors.append(None if factor is None else factor.to(dtype, memory_format=torch.contiguous_format))
@@ -212,23 +215,3 @@ class _LoraLinear(torch.autograd.Function):
 
 def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def block_placed(lora_B: torch.Tensor, slices: tuple[tuple[int, int], ...], out: int) -> torch.Tensor:
-    """`(out, n * r)`: the B of each slice in its own rows and columns, zeros elsewhere: one product for all."""
-    if slices == ((0, out),):
-        return lora_B
-    r, row = lora_B.shape[1], 0
-    whole = lora_B.new_zeros(out, len(slices) * r)
-    for index, (start, stop) in enumerate(slices):
-        whole[start:stop, index * r : (index + 1) * r] = lora_B[row : row + stop - start]
-        row += stop - start
-    return whole
-
-
-def _blocks(whole: torch.Tensor, slices: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """The blocks of `block_placed` from their places, stacked as `lora_B` is."""
-    if slices == ((0, whole.shape[0]),):
-        return whole
-    r = whole.shape[1] // len(slices)
-    return torch.cat([whole[start:stop, i * r : (i + 1) * r] for i, (start, stop) in enumerate(slices)])

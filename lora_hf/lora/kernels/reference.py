@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import linear
 
+from lora_hf.lora.slices import split_rows
+
 
 def add_lora(
     base_output: torch.Tensor,
@@ -32,11 +34,8 @@ def add_lora(
         `(..., out)`, in the precision of `base_output`.
     """
     projected = linear(x, lora_A.to(x.dtype)) * scaling
-    r, row, outputs = lora_B.shape[1], 0, []
-    for index, (start, stop) in enumerate(slices):
-        block = lora_B[row : row + stop - start].to(x.dtype)
-        outputs.append(linear(projected[..., index * r : (index + 1) * r], block))
-        row += stop - start
+    parts = zip(projected.split(lora_B.shape[1], dim=-1), split_rows(lora_B, slices), strict=True)
+    outputs = [linear(part, b.to(x.dtype)) for part, b in parts]
     if slices == [(0, base_output.shape[-1])]:
         return base_output + outputs[0]
     y = base_output.clone()

@@ -47,7 +47,7 @@ class BiasedModule(AdaptedModule):
         return self.base_layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y, mixture, active = self.base_layer(x), self.switch.mixture, self.active
+        y, mixture, active = self.base_layer(x), self.switch.routing, self.active
         if mixture is None:
             return y if active is None else y + self._step(active, y)
         return mixture.apply(y, x, lambda name, _, rows: rows + self._step(name, rows), self.adapters)

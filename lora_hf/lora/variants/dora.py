@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.lora.layers import LoraWeights
+from lora_hf.lora.slices import split_slices
 
 TINY = torch.finfo(torch.float32).tiny  # a row of zeros has a norm to divide by
 
@@ -40,12 +41,10 @@ class DoraWeights(LoraWeights):
     def norms(self, weight: torch.Tensor) -> torch.Tensor:
         """`||W + scaling * B A||` of each adapted output column of `weight`, `(out, in)`: fp32 `(sum of widths,)`."""
         a, b = self.factors()
-        r, row, norms = b.shape[1], 0, []
-        for index, (start, stop) in enumerate(self.slices):
-            block = b[row : row + stop - start]
-            turned = torch.addmm(weight[start:stop].float(), block, a[index * r : (index + 1) * r], alpha=self.scaling)
-            norms.append(torch.linalg.vector_norm(turned, dim=1))
-            row += stop - start
+        norms = []
+        for columns, slice_a, slice_b in split_slices(a, b, self.slices):
+            adapted = torch.addmm(weight[columns].float(), slice_b, slice_a, alpha=self.scaling)
+            norms.append(torch.linalg.vector_norm(adapted, dim=1))
         return torch.cat(norms).clamp_min(TINY)
 
     def adapt(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ def adapted(dtype: torch.dtype = torch.float32) -> LoraLinear:
     torch.manual_seed(0)
     layer = LoraLinear(torch.nn.Embedding(20, 6, padding_idx=1).to(dtype).requires_grad_(False), AdapterState())
     layer.adapters["default"] = EmbeddingWeights(layer, r=3, lora_alpha=5)
-    layer.switch.shared = "default"
+    layer.switch.active_adapter = "default"
     return layer
 
 

@@ -57,12 +57,12 @@ def test_mixed_and_apart_give_the_same_answers(monkeypatch: pytest.MonkeyPatch) 
     rows = _rows(CONFIG, 24)
     found: dict[str, list[Any]] = {"mixed": [], "apart": []}
     for side, answers in found.items():
-        original = answering.answer_rows
+        original = answering.batched_logits
 
         def keep(*args: Any, answers: list[Any] = answers, original: Any = original) -> Any:
             answers.extend(original(*args))
 
-        monkeypatch.setattr(answering, "answer_rows", keep)
+        monkeypatch.setattr(answering, "batched_logits", keep)
         answer, _ = answering.build(Work(side, CONFIG.to_dict(), rows, 1, 0.0))
         answer()
         monkeypatch.undo()
