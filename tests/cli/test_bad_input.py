@@ -1,4 +1,4 @@
-"""Every damaged adapter, config and data file of `tests/support/robustness.py` ends in one message, or is used as meant."""
+"""Every damaged input of `tests/support/damaged_inputs.py` is refused with one message, or the damage is harmless."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from lora_hf.adapters.format import CONFIG_FILE
 from lora_hf.cli.main import main as cli
 from tests.support.adapters_on_disk import run_folder
-from tests.support.malformed import well
-from tests.support.robustness import Adapters, Configs, Data, outcomes
+from tests.support.damaged_inputs import Adapters, Configs, Data, outcomes
+from tests.support.malformed_requests import passed
 
 RECORDS = Path(__file__).parents[2] / "docs" / "results" / "robustness"
 MEMORY = 1_000_000_000  # bytes that no case may take
@@ -86,7 +86,7 @@ def test_a_thousand_malformed_requests_broke_no_server() -> None:
     """The suite sends fewer itself (`test_malformed`)."""
     record = json.loads((RECORDS / "http.json").read_text(encoding="utf-8"))
     assert record["totals"]["malformed"] >= 1000
-    assert well(record)
+    assert passed(record)
     assert not record["git"]["changed"]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.served import serving
-from tests.support.served_adapters import PROMPTS, save_random
+from tests.support.random_adapters import PROMPTS, save_random
+from tests.support.server_process import serving
 
 TOKEN = "a-token-of-this-test"
 
@@ -58,7 +58,7 @@ def test_a_request_in_flight_is_answered_after_sigterm(folders: dict[str, Path])
         (["--adapter", "a=x", "--token-file", "nowhere"], "cannot be read"),
         (["--adapter", "a=x", "--port", "70000"], "expected 0 to 65535"),
         (["--adapter", "a=x", "--max-batch", "0"], "max_batch: expected a number above 0"),
-        (["--adapter", "a=someone/x", "--host", "192.0.2.1"], "cannot be listened to"),
+        (["--adapter", "a=someone/x", "--host", "192.0.2.1"], "cannot listen"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_served(

@@ -67,21 +67,19 @@ def run(options: argparse.Namespace) -> None:
 
     given = ("max_queue", "max_batch", "max_inputs", "max_characters", "max_new_tokens", "deadline")
     limits = Limits(**{name: getattr(options, name) for name in given if getattr(options, name) is not None})
-    for place in adapters.values():
-        if not is_hub_id(place):  # which is asked for while the server says that it is not ready
-            find_saved_model(place)
-    from lora_hf.serving.listening import listen
+    for adapter in adapters.values():
+        if not is_hub_id(adapter):  # the server downloads those while it reports that it is not ready
+            find_saved_model(adapter)
+    from lora_hf.serving.server import listen, serve
 
-    with listen(options.host, options.port) as listening:
+    with listen(options.host, options.port) as listener:
         from lora_hf.serving.app import ServerState
         from lora_hf.serving.engine import Engine
         from lora_hf.serving.metrics import Metrics
-        from lora_hf.serving.server import serve
 
         metrics = Metrics()
         engine = Engine(limits, options.precision, metrics)
-        door = ServerState(token, folder)
-        serve(engine, adapters, metrics, door, listening, options.grace, options.playground)
+        serve(engine, adapters, metrics, ServerState(token, folder), listener, options.grace, options.playground)
 
 
 def _token(file: Path | None) -> str | None:
