@@ -89,6 +89,17 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, ensure_ascii=False))
 
 
+def print_rows(options: argparse.Namespace, key: str, rows: list[dict[str, Any]], lines: Iterable[str]) -> None:
+    """Prints a verb's results as `lines` or as JSON, or only their number if they were written to `options.output`."""
+    if options.output is not None:
+        print(f"wrote {len(rows)} {key} to {options.output}", file=sys.stderr)
+    if options.json:
+        print_json({key: rows} if options.output is None else {"output": str(options.output), "rows": len(rows)})
+    elif options.output is None:
+        for line in lines:
+            print(line)
+
+
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     """Writes one JSON object per line.
 

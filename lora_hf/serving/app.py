@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +82,16 @@ def build_app(
     metrics.watch(engine.waiting, lambda: len(engine.adapters()))
     ClassifyBody, GenerateBody = bodies(engine.limits)
 
-    async def classify(body: Any, receive: Any) -> Any:
-        return await _classify(engine, body, receive)
-
     app.add_middleware(
         FastPathMiddleware,
         path=CLASSIFY,
         model=ClassifyBody,
-        answer=classify,
-        error_response=lambda error: _error_response(error, state),
+        answer=partial(_classify, engine),
+        error_response=partial(_error_response, state),
     )
-    app.add_middleware(
-        AccessMiddleware,
-        token=state.token,
-        max_bytes=engine.limits.max_bytes,
-        metrics=metrics,
-        own_login=PATH if playground else None,
-    )
+    login = PATH if playground else None
+    max_bytes = engine.limits.max_bytes
+    app.add_middleware(AccessMiddleware, token=state.token, max_bytes=max_bytes, metrics=metrics, own_login=login)
     _add_error_handlers(app, state)
     _add_inference(app, engine, ClassifyBody, GenerateBody)
     _add_adapters(app, engine, state)
@@ -287,7 +281,7 @@ def _add_health(app: FastAPI, state: ServerState, metrics: Metrics) -> None:
 def _add_error_handlers(app: FastAPI, state: ServerState) -> None:
     @app.exception_handler(UserError)
     async def user_error(_: Request, error: UserError) -> Response:
-        return _error_response(error, state)
+        return _error_response(state, error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Request, error: RequestValidationError) -> Response:
@@ -315,7 +309,7 @@ def _add_error_handlers(app: FastAPI, state: ServerState) -> None:
         return _failure(500, "internal", INTERNAL_ERROR)
 
 
-def _error_response(error: UserError, state: ServerState) -> Response:
+def _error_response(state: ServerState, error: UserError) -> Response:
     if not isinstance(error, RefusalError):
         return _failure(500, "broken_adapter", str(error))
     if isinstance(error, UnknownAdapterError) and not state.ready:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hmac
 import os
 from collections.abc import Callable, Sequence
@@ -91,13 +92,28 @@ def _text_inputs(tab: str) -> list[Any]:
 
 
 def _answer_outputs(label: str, name: str) -> tuple[Any, Any]:
-    """The outputs of `_show`: probabilities, and a generated text or regression score."""
+    """The outputs of an answer: probabilities, and a generated text or regression score."""
     import gradio
 
     return (
         gradio.Label(label=label, visible=False, elem_id=f"{name}-label"),
         gradio.Textbox(label=label, lines=4, interactive=False, elem_id=f"{name}-answer"),
     )
+
+
+def _show_errors(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """Shows the engine's errors on the page."""
+
+    @functools.wraps(callback)
+    def wrapper(*arguments: Any) -> Any:
+        import gradio
+
+        try:
+            return callback(*arguments)
+        except UserError as error:
+            raise gradio.Error(str(error), title="Not answered", duration=None) from None
+
+    return wrapper
 
 
 class Callbacks:
@@ -116,19 +132,16 @@ class Callbacks:
         choices = (names, names, [*names, *bare], names)
         return [gradio.Dropdown(choices=each, value=each[0] if each else None) for each in choices]
 
-    def ask(self, adapter: str | None, text: str, second: str) -> Any:
-        return _shown_on_page(lambda: self._show(adapter, text, second))
+    @_show_errors
+    def ask(self, adapter: str | None, text: str, second: str) -> tuple[Any, ...]:
+        return self._answer(adapter, text, second)
 
-    def compare(self, one: str | None, other: str | None, text: str, second: str) -> Any:
+    @_show_errors
+    def compare(self, one: str | None, other: str | None, text: str, second: str) -> tuple[Any, ...]:
         bare = other == BARE
-        return _shown_on_page(
-            lambda: (*self._show(one, text, second), *self._show(one if bare else other, text, second, bare))
-        )
+        return *self._answer(one, text, second), *self._answer(one if bare else other, text, second, bare)
 
-    def ask_file(self, adapter: str | None, file: str | None) -> Any:
-        return _shown_on_page(lambda: self._answer_file(adapter, file))
-
-    def _show(self, adapter: str | None, text: str, second: str, bare: bool = False) -> tuple[Any, Any]:
+    def _answer(self, adapter: str | None, text: str, second: str, bare: bool = False) -> tuple[Any, Any]:
         """The updates of the two outputs of an answer, one of which is hidden."""
         import gradio
 
@@ -143,7 +156,8 @@ class Callbacks:
             return gradio.Label(visible=False), gradio.Textbox(value=f"{answer['score']:.3f}", visible=True)
         return gradio.Label(value=answer["probabilities"], visible=True), gradio.Textbox(visible=False)
 
-    def _answer_file(self, adapter: str | None, file: str | None) -> dict[str, Any]:
+    @_show_errors
+    def ask_file(self, adapter: str | None, file: str | None) -> dict[str, Any]:
         if file is None:
             raise BadInputError("choose a file with one text per line")
         version = self._version(adapter)
@@ -169,16 +183,6 @@ class Callbacks:
             if version.name == adapter:
                 return version
         raise RefusalError(f"{adapter!r} is no longer served; reload the page" if adapter else "choose an adapter")
-
-
-def _shown_on_page(answer: Callable[[], Any]) -> Any:
-    """Shows the engine's errors on the page."""
-    import gradio
-
-    try:
-        return answer()
-    except UserError as error:
-        raise gradio.Error(str(error), title="Not answered", duration=None) from None
 
 
 def _read_lines(file: Path) -> list[list[str]]:

