@@ -25,7 +25,7 @@ def change(data: bytes, most: int, seed: int) -> bytes:
     """Another value in one of the three parts that are JSON, or libFuzzer's own change."""
     import atheris
 
-    from tests.support.robustness import HOSTILE
+    from tests.support.damaged_inputs import HOSTILE
 
     draws = random.Random(seed)
     parts = data.split(b"\0", 4)

@@ -40,7 +40,7 @@ MISTAKES = [
     ([*TRAIN, "model.name=tiny-bert"], "tiny-bert: no such model or folder (did you mean 'tiny-roberta'?)"),
     ([*TRAIN, "model.name=./nowhere"], "./nowhere: no such folder"),
     (["serve", "--adapter", "a=nowhere"], "nowhere: not an adapter folder"),
-    (["serve", "--adapter", "a=someone/x", "--port", "PORT"], "in use; choose another with --port N, or 0 for a free"),
+    (["serve", "--adapter", "a=someone/x", "--port", "PORT"], "--port 0 for a free one"),
 ]
 # All in one process, which has read torch's libraries in none of them.
 ALL = """

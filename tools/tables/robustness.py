@@ -11,7 +11,7 @@ from typing import Any
 from lora_hf.core.formatting import table
 from lora_hf.core.records import read_plain
 
-MAKERS = {"input.json": "robustness", "http.json": "malformed", "kills.json": "kills"}  # modules of tests.support
+MAKERS = {"input.json": "damaged_inputs", "http.json": "malformed_requests", "kills.json": "kills"}
 NOT_MADE = {
     name: f"Not recorded yet: run `python -m tests.support.{maker} --output docs/results/robustness/{name}`."
     for name, maker in MAKERS.items()
