@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -19,14 +19,26 @@ def check_output_folder(folder: Path, mark: str, overwrite: bool = False) -> Non
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir():
-        raise ConfigError(f"--output {folder}: expected a folder, found a file; choose another")
+        raise ConfigError(f"output {folder}: expected a folder, found a file; choose another")
     ours = (folder / mark).is_file()
     if overwrite and ours:
         return
     if overwrite:
-        raise ConfigError(f"--output {folder}: holds no {mark}, so --overwrite leaves it alone; choose another folder")
-    hint = ", or replace it with --overwrite" if ours else ""
-    raise ConfigError(f"--output {folder}: exists and is not empty; choose another folder{hint}")
+        raise ConfigError(f"output {folder}: holds no {mark}, so overwrite does not replace it; choose another folder")
+    hint = ", or pass overwrite=True to replace it" if ours else ""
+    raise ConfigError(f"output {folder}: exists and is not empty; choose another folder{hint}")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`: renamed onto `path` at a clean end, removed after an error."""
+    tmp = path.with_name(f"{path.name}.part")
+    try:
+        yield tmp
+        tmp.replace(path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -42,7 +54,7 @@ def atomic_folder(folder: Path, mark: str, overwrite: bool = False) -> Iterator[
         folder.parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise ConfigError(f"--output {folder}: cannot be written: {error.strerror}") from error
+        raise ConfigError(f"output {folder}: cannot be written: {error.strerror}") from error
     aside = room / "new"
     try:
         aside.mkdir()  # in a room of its own: mkdtemp lets nobody else read what it makes

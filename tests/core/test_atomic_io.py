@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_hf.core.atomic_io import atomic_folder, check_output_folder
+from lora_hf.core.atomic_io import atomic_folder, atomic_path, check_output_folder
 from lora_hf.core.errors import ConfigError
 
 MARK = "mark.json"
@@ -51,8 +51,8 @@ def test_what_is_in_the_way_is_told_and_left_alone(tmp_path: Path) -> None:
     for place, overwrite, message in (
         (file, True, "expected a folder, found a file"),
         (foreign, False, "exists and is not empty; choose another folder$"),
-        (foreign, True, "holds no mark.json, so --overwrite leaves it alone"),
-        (ours, False, "or replace it with --overwrite"),
+        (foreign, True, "holds no mark.json, so overwrite does not replace it"),
+        (ours, False, "or pass overwrite=True to replace it"),
         (file / "below", False, "cannot be written: File exists"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -60,3 +60,22 @@ def test_what_is_in_the_way_is_told_and_left_alone(tmp_path: Path) -> None:
     assert (foreign / "thesis.txt").read_text() == file.read_text() == "x"
     assert (ours / MARK).read_text() == "1"
     check_output_folder(ours, MARK, overwrite=True)
+
+
+def write(file: Path, text: str, fails: bool = False) -> None:
+    with atomic_path(file) as tmp:
+        assert tmp.parent == file.parent
+        tmp.write_text(text)
+        if fails:
+            raise ZeroDivisionError
+
+
+def test_a_path_is_replaced_at_a_clean_end_only(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    write(file, "1")
+    with pytest.raises(ZeroDivisionError):
+        write(file, "half", fails=True)
+    assert file.read_text() == "1"
+    write(file, "2")
+    assert file.read_text() == "2"
+    assert list(tmp_path.iterdir()) == [file], "nothing is left beside it"
