@@ -16,7 +16,7 @@ from typing import Any
 from lora_hf.core.config.schema import ROLES
 from lora_hf.core.errors import DataError
 from lora_hf.core.formatting import minutes, percent, table
-from lora_hf.core.records import RunRecord, ScoreRecord, SweepRecord, describe, read_plain, record_files
+from lora_hf.core.records import RunRecord, ScoreRecord, SweepRecord, describe_run, read_json_record, record_files
 from lora_hf.experiments.suite import tables as suite_tables
 from lora_hf.lora.architectures import ARCHITECTURES, Projection
 from tools.tables import robustness as robustness_tables
@@ -66,7 +66,7 @@ def _sst2(results: Path) -> str:
         train, counts = record.config["train"], record.parameters
         rows.append(
             [
-                describe(record),
+                describe_run(record),
                 percent(record.metrics["validation"]["accuracy"]),
                 f"{counts['trainable']:,}",
                 percent(counts["trainable"] / counts["total"]),
@@ -86,7 +86,7 @@ def _e2e(results: Path) -> str:
     rows = []
     for name, file, perplexity, training in (
         (f"{run.model}, not trained", "scores-base.json", "-", "-"),
-        (describe(run), "scores-lora.json", f"{run.metrics['validation']['perplexity']:.2f}", _link(run)),
+        (describe_run(run), "scores-lora.json", f"{run.metrics['validation']['perplexity']:.2f}", _link(run)),
     ):
         scored = ScoreRecord.load(results / "e2e" / file)
         scores = ["null" if value is None else f"{value:.4f}" for value in scored.metrics["all"].values()]
@@ -148,7 +148,7 @@ def _typed(value: Any) -> str:
 
 
 def _evidence(results: Path) -> dict[str, Any]:
-    return read_plain(results / "tiny-bases.json")
+    return read_json_record(results / "tiny-bases.json")
 
 
 def _bases(results: Path) -> str:

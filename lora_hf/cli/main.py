@@ -121,13 +121,13 @@ def _bare_config(words: list[str], parser: argparse.ArgumentParser) -> str:
 
 def _as_override(option: str, words: list[str]) -> str:
     """What to write for `--lr 1e-3`, where a key of the config is called so."""
-    from lora_hf.core.config.hints import keys_called
+    from lora_hf.core.config.hints import find_keys
     from lora_hf.core.config.schema import known_keys
 
     name, _, value = option.partition("=")
     value = value or next(iter(words[words.index(option) + 1 :]), "VALUE")
     section, dot, key = name.removeprefix("--").replace("-", "_").rpartition(".")
-    meant = [full for full in keys_called(key, known_keys()) if full.startswith(section + dot)]
+    meant = [full for full in find_keys(key, known_keys()) if full.startswith(section + dot)]
     return f"; did you mean {' or '.join(f'{full}={value}' for full in meant)}?" if meant else ""
 
 

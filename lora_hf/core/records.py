@@ -220,7 +220,7 @@ def record_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_plain(file: Path) -> dict[str, Any]:
+def read_json_record(file: Path) -> dict[str, Any]:
     """A record that has no class: what a benchmark or a program of the tests has measured.
 
     Raises:
@@ -232,7 +232,7 @@ def read_plain(file: Path) -> dict[str, Any]:
         raise DataError(f"{file}: not readable: {error}") from error
 
 
-def describe(record: RunRecord) -> str:
+def describe_run(record: RunRecord) -> str:
     """A run in a few words: which base, which method, and for LoRA which rank and targets."""
     return f"{describe_base(record)}, {describe_method(record)}"
 

@@ -66,7 +66,7 @@ def number_prompts(labels: Iterable[Sequence[int]], input_ids: Iterable[Sequence
     return found
 
 
-def own_rows(rows: int, batch_size: int, processes: int, place: int) -> tuple[int, float]:
+def last_batch_share(rows: int, batch_size: int, processes: int, place: int) -> tuple[int, float]:
     """Of the last batch of an epoch: how many of a process's rows are not there twice, and what its mean loss counts.
 
     All processes get batches of one size, and where the rows do not suffice they begin again at the first ones. The

@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lora_hf.adapters.save_load import restore_adapter, save_adapter
 from lora_hf.core.errors import TrainingError
-from lora_hf.data.sampling import EpochSampler, PromptSampler, own_rows
+from lora_hf.data.sampling import EpochSampler, PromptSampler, last_batch_share
 from lora_hf.lora.chunked_loss import IGNORE_INDEX, enable_chunked_loss
 from lora_hf.lora.inject import lora_layers
 from lora_hf.lora.unpadding import enable_unpadding
@@ -151,7 +151,9 @@ class RunTrainer(Trainer):
         if arguments.world_size == 1 or not (plain and last):
             return batch
         rows: Any = self.train_dataset
-        own, share = own_rows(len(rows), arguments.train_batch_size, arguments.world_size, arguments.process_index)
+        own, share = last_batch_share(
+            len(rows), arguments.train_batch_size, arguments.world_size, arguments.process_index
+        )
         if self.model_accepts_loss_kwargs:  # the loss is a sum over labels, divided by their number in all processes
             batch["labels"][own:] = IGNORE_INDEX
             return batch

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf.core.formatting import table
-from lora_hf.core.records import read_plain
+from lora_hf.core.records import read_json_record
 
 MAKERS = {"input.json": "robustness", "http.json": "malformed", "kills.json": "kills"}
 NOT_MADE = {
@@ -91,4 +91,4 @@ def kills(results: Path) -> str:
 
 def _read(results: Path, name: str) -> dict[str, Any] | None:
     file = results / "robustness" / name
-    return read_plain(file) if file.exists() else None
+    return read_json_record(file) if file.exists() else None

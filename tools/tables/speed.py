@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf.core.formatting import percent, table
-from lora_hf.core.records import read_plain, record_files
+from lora_hf.core.records import read_json_record, record_files
 
 PEERS = {"peft-default": "PEFT as it comes", "peft-best": "PEFT at its best", "loralib": "loralib"}
 
@@ -191,7 +191,7 @@ def answers_in(results: Path) -> str:
 
 
 def _records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    return [(file, read_plain(file)) for file in record_files(folder)]
+    return [(file, read_json_record(file)) for file in record_files(folder)]
 
 
 def _work(record: dict[str, Any]) -> str:

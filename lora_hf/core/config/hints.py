@@ -83,7 +83,7 @@ ROLE_ALIASES = {
 }
 
 
-def keys_called(word: str, known: Mapping[str, Collection[str]]) -> list[str]:
+def find_keys(word: str, known: Mapping[str, Collection[str]]) -> list[str]:
     """The keys, as `section.key`, that `word` means here, in transformers or in peft.
 
     Args:
@@ -95,7 +95,7 @@ def keys_called(word: str, known: Mapping[str, Collection[str]]) -> list[str]:
 
 def hint_for_key(section: str, key: str, known: Mapping[str, Collection[str]]) -> str:
     """A suggestion for an unknown key of a section: our name for the same thing, else the nearest name."""
-    meant = keys_called(key, known)
+    meant = find_keys(key, known)
     here = [full.partition(".")[2] for full in meant if full.startswith(f"{section}.")]
     if meant:
         return f" (did you mean {' or '.join(map(repr, here or meant))}?)"

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lora_hf.core.config.hints import keys_called
+from lora_hf.core.config.hints import find_keys
 from lora_hf.core.config.schema import RunConfig, known_keys
 from lora_hf.core.config.values import kind_of
 from lora_hf.core.errors import ConfigError, did_you_mean
@@ -59,7 +59,7 @@ def set_value(sections: dict[str, Any], key: str, value: Any, said: str) -> None
     """
     steps = key.split(".")
     if len(steps) < 2 or not all(steps):
-        meant = [f"{full}{said.removeprefix(key)}" for full in keys_called(key, known_keys())]
+        meant = [f"{full}{said.removeprefix(key)}" for full in find_keys(key, known_keys())]
         raise ConfigError(f"{said!r}: {FORM} {' or '.join(meant) or 'lora.r=16'}")
     level = sections
     for step in steps[:-1]:

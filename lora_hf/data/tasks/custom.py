@@ -75,7 +75,7 @@ def custom_task(config: TaskConfig) -> Task:
     )
 
 
-def described(task: Task) -> dict[str, Any]:
+def task_section(task: Task) -> dict[str, Any]:
     """The keys of a config's `task` section that make this task again: for one of ours its name alone."""
     if not isinstance(task.source, CustomFiles):
         return {"name": task.name}

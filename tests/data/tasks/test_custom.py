@@ -15,7 +15,7 @@ from pyarrow import parquet
 from lora_hf.core.config.schema import ModelConfig, TaskConfig
 from lora_hf.core.errors import ConfigError
 from lora_hf.data.tasks.base import TextClassification
-from lora_hf.data.tasks.custom import described
+from lora_hf.data.tasks.custom import task_section
 from lora_hf.data.tasks.generation import TextGeneration
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE
@@ -180,7 +180,7 @@ def test_configs_that_are_not_whole(change: dict[str, Any], told: str) -> None:
 
 
 def test_what_describes_a_task_makes_it_again() -> None:
-    again = TaskConfig(**described(task_of(replace(TEAMS, data_dir="elsewhere", max_length=8))))
+    again = TaskConfig(**task_section(task_of(replace(TEAMS, data_dir="elsewhere", max_length=8))))
     assert again == replace(TEAMS, data_dir=None)
     assert task_of(again) == task_of(TEAMS)
-    assert described(task_of(TaskConfig("sst2"))) == {"name": "sst2"}
+    assert task_section(task_of(TaskConfig("sst2"))) == {"name": "sst2"}
