@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from lora_hf.core.config.fields import kind_of
 from lora_hf.core.config.hints import find_keys
 from lora_hf.core.config.schema import RunConfig, known_keys
-from lora_hf.core.config.values import kind_of
 from lora_hf.core.errors import ConfigError, did_you_mean
 
 FORM = "expected an override of the form section.key=value, such as"

@@ -12,8 +12,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lora_hf.core.config.fields import Section, bounded, build_section
 from lora_hf.core.config.hints import OWN_KEYS, ROLE_ALIASES, hint_for_key
-from lora_hf.core.config.values import Section, bounded, build_section
 from lora_hf.core.errors import ConfigError, did_you_mean
 
 ROLES = ("q", "k", "v", "o", "ffn_up", "ffn_gate", "ffn_down")
