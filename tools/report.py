@@ -174,14 +174,14 @@ def _fills(results: Path) -> str:
         [row["sentence"].replace("<mask>", "**[?]**"), ", ".join(f"{word} {p:.2f}" for word, p in row["fills"].items())]
         for row in _evidence(results)["tiny-roberta"]["fills"]
     ]
-    return table(["sentence", "the five likeliest words"], rows, words=2)
+    return table(["sentence", "the five likeliest words"], rows, text_columns=2)
 
 
 def _continuations(results: Path) -> str:
     rows = _evidence(results)["tiny-gpt2"]["continuations"]
     head = ["prompt", "likeliest continuation", "sampled (top-p 0.9, temperature 0.8)"]
     return table(
-        head, [[" ".join(row[key].split()) for key in ("prompt", "greedy", "sampled")] for row in rows], words=3
+        head, [[" ".join(row[key].split()) for key in ("prompt", "greedy", "sampled")] for row in rows], text_columns=3
     )
 
 
@@ -196,7 +196,7 @@ def _roles(_: Path) -> str:
 
     rows = [[f"`{role}`", *(place(each.projections.get(role)) for each in ARCHITECTURES.values())] for role in ROLES]
     rows.append(["the head", *(", ".join(f"`{name}`" for name in each.head) for each in ARCHITECTURES.values())])
-    return table(["role", *ARCHITECTURES], rows, words=1 + len(ARCHITECTURES))
+    return table(["role", *ARCHITECTURES], rows, text_columns=1 + len(ARCHITECTURES))
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

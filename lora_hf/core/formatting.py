@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table; the first columns hold `words`, the others numbers."""
-    lines = [" | ".join(head), " | ".join("---" if index < words else "---:" for index in range(len(head)))]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table; the first `text_columns` columns hold text, the others numbers."""
+    lines = [" | ".join(head), " | ".join("---" if index < text_columns else "---:" for index in range(len(head)))]
     return "\n".join(f"| {line} |" for line in [*lines, *(" | ".join(row) for row in rows)])
 
 

@@ -86,7 +86,7 @@ def kills(results: Path) -> str:
         for number, kill in enumerate(record["kills"], start=1)
     ]
     head = ["kill", "after, s", "went on from", "while a checkpoint was written", "different in the end"]
-    return table(head, rows, words=5)
+    return table(head, rows, text_columns=5)
 
 
 def _read(results: Path, name: str) -> dict[str, Any] | None:

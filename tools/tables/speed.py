@@ -31,7 +31,7 @@ def speed(results: Path) -> str:
                 ]
             )
     head = ["work (record)", "side", "examples/s", "tokens/s", "share of peak, %", "lora is faster, x"]
-    return table([*head, "memory above base, MB", "lora needs, x"], rows, words=2)
+    return table([*head, "memory above base, MB", "lora needs, x"], rows, text_columns=2)
 
 
 def equal_work(results: Path) -> str:
@@ -102,7 +102,7 @@ def answering(results: Path) -> str:
                     _spread(ratio, 2) if ratio else "1",
                 ]
             )
-    return table(["work (record)", "side", "rows/s", "mixed is faster, x"], rows, words=2)
+    return table(["work (record)", "side", "rows/s", "mixed is faster, x"], rows, text_columns=2)
 
 
 def switching(results: Path) -> str:
