@@ -1,4 +1,4 @@
-"""The values of a config: a field with its range, and what is wrong with a value."""
+"""The fields of a config section: their ranges, and the checks of their values."""
 
 from __future__ import annotations
 
@@ -6,130 +6,134 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable
-from dataclasses import field
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from lora_hf.core.errors import ConfigError, did_you_mean
 
 
 def bounded(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
-    """A field with its range: `low <= value <= high`, and `value > above`."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
+    """Returns a dataclass field whose value must satisfy `low <= value <= high` and `value > above`."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above})
 
 
 class Section:
-    """Checks its own values when built, so that a config made in Python is held to the same rules as a file."""
+    """Base class of config sections: checks its values when it is created, from a file or in Python alike.
+
+    The metadata of a field may hold a `check`: a function that returns what is wrong with a value, or "".
+    """
 
     def __post_init__(self) -> None:
-        kinds = typing.get_type_hints(type(self))
-        problems = []
-        for entry in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, problem = _checked(getattr(self, entry.name), kinds[entry.name], entry.metadata)
-            if problem:
-                problems.append(f"{entry.name}: {problem}")
-            else:
-                object.__setattr__(self, entry.name, value)
+        values, problems = _convert_fields(type(self), vars(self))
         if problems:
             raise ConfigError("; ".join(problems))
+        for key, value in values.items():
+            object.__setattr__(self, key, value)  # sections are frozen
 
 
 def build_section(
-    kind: type, values: Any, hint: Callable[[str, Iterable[str]], str] = did_you_mean
+    section: type, values: Any, hint_for_key: Callable[[str], str] | None = None
 ) -> tuple[Any, list[str]]:
-    """One section from its mapping, with the problems found; the section is None where there are any.
+    """Builds a section from a mapping and lists the problems with it; with problems the section is None.
 
     Args:
-        hint: what to add about an unknown key, given it and the known ones.
+        hint_for_key: returns what to add to the message about an unknown key; by default the nearest known key.
     """
     if not isinstance(values, dict):
-        return None, [f"*: expected keys and values, found {kind_of(values)}"]
-    known = {entry.name: entry for entry in dataclasses.fields(kind)}
-    kinds = typing.get_type_hints(kind)
-    problems = []
+        return None, [f"*: expected keys and values, found {describe_value(values)}"]
+    known = [entry.name for entry in dataclasses.fields(section)]
+    problems = [
+        f"{key}: unknown key{hint_for_key(str(key)) if hint_for_key else did_you_mean(str(key), known)}"
+        for key in values
+        if key not in known
+    ]
+    values, invalid = _convert_fields(section, {key: value for key, value in values.items() if key in known})
+    problems += invalid
+    return (None if problems else section(**values)), problems
+
+
+def _convert_fields(section: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    rules = {entry.name: entry.metadata for entry in dataclasses.fields(section)}
+    return _convert_all(values, typing.get_type_hints(section), rules)
+
+
+def _convert_all(
+    values: Mapping[str, Any], kinds: Mapping[str, Any], rules: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the values in the types of their keys, and `key: problem` for each invalid one."""
+    converted, problems = {}, []
     for key, value in values.items():
-        if key not in known:
-            problems.append(f"{key}: unknown key{hint(str(key), known)}")
-            continue
-        _, problem = _checked(value, kinds[key], known[key].metadata)
+        check = rules[key].get("check")
+        try:
+            converted[key] = _convert(value, kinds[key], rules[key])
+            problem = check(converted[key]) if check else ""
+        except ValueError as error:
+            problem = str(error)
         if problem:
             problems.append(f"{key}: {problem}")
-    return (None if problems else kind(**values)), problems
+    return converted, problems
 
 
-def _checked(value: Any, kind: Any, rules: typing.Mapping[str, Any]) -> tuple[Any, str]:
-    """The value in its field's type, and what is wrong with it (an empty string where nothing is)."""
-    value, problem = _typed(value, kind, rules)
-    if not problem and "check" in rules:
-        problem = rules["check"](value)
-    return value, problem
-
-
-def _typed(value: Any, kind: Any, bounds: typing.Mapping[str, Any]) -> tuple[Any, str]:
+def _convert(value: Any, kind: Any, rules: Mapping[str, Any]) -> Any:
+    """Returns the value in the type `kind`; a ValueError says what was expected and what was found."""
     # `Literal[...] | None` is a Union of typing, `str | None` one of types.
-    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
-    options = typing.get_args(kind) if union else (kind,)
+    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     if value is None and types.NoneType in options:
-        return None, ""
-    kind = next(option for option in options if option is not types.NoneType)
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        words = typing.get_args(kind)
-        near = did_you_mean(str(value), words)
-        return value, "" if value in words else f"expected one of {', '.join(words)}, found {value!r}{near}"
-    if origin is tuple:
-        item = typing.get_args(kind)[0]
-        noun, nouns = ("a word", "words") if item is str else ("a whole number", "whole numbers")
-        value = [value] if type(value) is item else value
-        good = isinstance(value, (list, tuple)) and all(type(entry) is item for entry in value)
-        return (tuple(value), "") if good else (value, f"expected {noun} or a list of {nouns}, found {kind_of(value)}")
-    if origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            return value, f"expected keys and values, found {kind_of(value)}"
-        inner = typing.get_args(kind)[1]
-        if inner is Any:
-            return value, ""
-        typed = {key: _typed(entry, inner, bounds) for key, entry in value.items()}
-        problems = [f"{key}: {problem}" for key, (_, problem) in typed.items() if problem]
-        return {key: entry for key, (entry, _) in typed.items()}, "; ".join(problems)
-    if kind is float:
-        return _number(_as_float(value), value, "a number", bounds)
-    if kind is int:
-        whole = value if isinstance(value, int) and not isinstance(value, bool) else None
-        return _number(whole, value, "a whole number", bounds)
-    expected = {str: "text", bool: "true or false"}[kind]
-    return value, "" if isinstance(value, kind) else f"expected {expected}, found {kind_of(value)}"
-
-
-def _as_float(value: Any) -> float | None:
-    # PyYAML reads 5e-4 as text (YAML 1.1 wants 5.0e-4), and everybody writes 5e-4.
-    try:
-        return None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
         return None
+    kind = next(option for option in options if option is not types.NoneType)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        near = did_you_mean(str(value), arguments)
+        raise ValueError(f"expected one of {', '.join(arguments)}, found {value!r}{near}")
+    if origin is tuple:
+        items = [value] if type(value) is arguments[0] else value
+        if isinstance(items, (list, tuple)) and all(type(item) is arguments[0] for item in items):
+            return tuple(items)
+        expected = "a word or a list of words" if arguments[0] is str else "a whole number or a list of whole numbers"
+    elif origin is dict:
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return value if arguments[1] is Any else _convert_dict(value, arguments[1], rules)
+        expected = "keys and values"
+    elif kind in (int, float):
+        return _convert_number(value, kind, rules)
+    else:
+        if isinstance(value, kind):
+            return value
+        expected = "true or false" if kind is bool else "text"
+    raise ValueError(f"expected {expected}, found {describe_value(value)}")
 
 
-def _number(number: Any, value: Any, noun: str, bounds: typing.Mapping[str, Any]) -> tuple[Any, str]:
-    low, high, above = bounds.get("low"), bounds.get("high"), bounds.get("above")
-    wanted = noun
-    if above is not None:
-        wanted += f" > {above}"
-    if low is not None:
-        wanted += f" >= {low}"
-    if high is not None:
-        wanted += f" and <= {high}"
-    if number is None:
-        return value, f"expected {wanted}, found {kind_of(value)}"
-    inside = (
-        math.isfinite(number)
-        and (low is None or number >= low)
-        and (high is None or number <= high)
-        and (above is None or number > above)
-    )
-    return number, "" if inside else f"expected {wanted}, found {value}"
+def _convert_dict(values: dict[str, Any], kind: Any, rules: Mapping[str, Any]) -> dict[str, Any]:
+    bounds = {name: rule for name, rule in rules.items() if name != "check"}  # the check is one of the whole dict
+    converted, problems = _convert_all(values, dict.fromkeys(values, kind), dict.fromkeys(values, bounds))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return converted
 
 
-def kind_of(value: Any) -> str:
-    """A value in a message: what it is, or itself."""
-    words = {dict: "keys and values", list: "a list", type(None): "nothing", bool: f"{str(value).lower()}"}
-    return words.get(type(value), repr(value))
+def _convert_number(value: Any, kind: type, rules: Mapping[str, Any]) -> float:
+    low, high, above = rules.get("low"), rules.get("high"), rules.get("above")
+    expected = "a number" if kind is float else "a whole number"
+    expected += f" > {above}" if above is not None else ""
+    expected += f" >= {low}" if low is not None else ""
+    expected += f" and <= {high}" if high is not None else ""
+    number = None if isinstance(value, bool) else value
+    if kind is float:
+        try:
+            number = float(number)  # PyYAML reads 5e-4 as text: YAML 1.1 wants 5.0e-4
+        except (TypeError, ValueError):
+            number = None
+    if not isinstance(number, kind):
+        raise ValueError(f"expected {expected}, found {describe_value(value)}")
+    inside = (low is None or number >= low) and (high is None or number <= high) and (above is None or number > above)
+    if not inside or (kind is float and not math.isfinite(number)):
+        raise ValueError(f"expected {expected}, found {value}")
+    return number
+
+
+def describe_value(value: Any) -> str:
+    """Returns how a message shows a value: its kind, or the value itself."""
+    descriptions = {dict: "keys and values", list: "a list", type(None): "nothing", bool: str(value).lower()}
+    return descriptions.get(type(value), repr(value))
