@@ -94,6 +94,11 @@ def test_a_wrong_value(override: str, expected: str, found: str) -> None:
     assert message.endswith(f"expected {expected}, found {found}")
 
 
+@pytest.mark.parametrize("key", ["lora.lora_alpha", "train.lr"])
+def test_a_whole_number_beyond_floats_is_a_wrong_value(key: str) -> None:
+    assert f"{key}: expected a number > 0, found 999" in problem("glue_mnli.yaml", f"{key}={'9' * 400}")
+
+
 def test_a_trainer_argument_with_its_own_key_points_there() -> None:
     assert "train.hf: learning_rate: set train.lr instead" in problem("glue_mnli.yaml", "train.hf.learning_rate=1e-3")
 

@@ -123,7 +123,7 @@ def _convert_number(value: Any, kind: type, rules: Mapping[str, Any]) -> float:
     if kind is float:
         try:
             number = float(number)  # PyYAML reads 5e-4 as text: YAML 1.1 wants 5.0e-4
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = None
     if not isinstance(number, kind):
         raise ValueError(f"expected {expected}, found {describe_value(value)}")
