@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lora_hf.lora.chunked_loss import IGNORE_INDEX
+from lora_hf.core.labels import IGNORE_INDEX
 
 
 class EpochSampler(torch.utils.data.Sampler):

@@ -22,8 +22,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lora_hf.adapters.save_load import restore_adapter, save_adapter
 from lora_hf.core.errors import TrainingError
+from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.sampling import EpochSampler, PromptSampler, last_batch_share
-from lora_hf.lora.chunked_loss import IGNORE_INDEX, enable_chunked_loss
+from lora_hf.lora.chunked_loss import enable_chunked_loss
 from lora_hf.lora.inject import lora_layers
 from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.lora.variants.embedding import EmbeddingWeights
@@ -360,7 +361,7 @@ def completion_loss(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: tor
     logits = logits[:, :-1].float()
     targets = labels[:, 1:]
     losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    return torch.stack([losses.sum(1), (targets != -100).sum(1).float()], dim=1)
+    return torch.stack([losses.sum(1), (targets != IGNORE_INDEX).sum(1).float()], dim=1)
 
 
 def cuda_peak() -> int:

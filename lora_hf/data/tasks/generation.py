@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import DataError, ModelError, TrainingError
+from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.tasks.base import ModelKind, Task
 from lora_hf.data.tasks.sources import check_columns, check_text
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
-
-IGNORE_INDEX = -100  # the label of a token without loss
 
 _log = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from lora_hf.core.errors import DataError, HubError, ModelError, TrainingError
+from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.synthetic import RESTAURANT_ROWS
-from lora_hf.data.tasks.generation import IGNORE_INDEX, TextGeneration
+from lora_hf.data.tasks.generation import TextGeneration
 from lora_hf.data.tasks.nlg import NLG
 from lora_hf.data.tasks.registry import get_task, task_names
 from tests.support.splits import load, message, write, write_text
