@@ -76,7 +76,7 @@ def test_a_java_that_dies_is_told_and_not_taken_for_a_score(folder: Path) -> Non
     words = ["--task", "e2e_nlg", "--predictions", "../out.txt", "--references", "../refs.txt", "--json"]
     result = json.loads(score(folder, *words, path=folder / "bin").stdout)
     assert [name for name, value in result["scores"].items() if value is None] == ["METEOR", "ROUGE_L", "CIDEr"]
-    assert "stopped before it had answered, with exit code 3; it said: no runtime here." in result["missing"]["CIDEr"]
+    assert "failed with exit code 3: no runtime here." in result["missing"]["CIDEr"]
 
 
 def test_torch_is_not_loaded(folder: Path) -> None:

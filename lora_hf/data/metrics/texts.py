@@ -101,10 +101,13 @@ def _triple_scorers(
 
 
 def _run(scorers: dict[str, Callable[[], float]], tools: dict[str, str]) -> TextScores:
-    scores = TextScores({}, tools, {})
-    for name, scorer in scorers.items():
+    reasons: dict[str, str] = {}
+
+    def score(name: str) -> float | None:
         try:
-            scores.values[name] = scorer()
+            return scorers[name]()
         except ScorerError as error:
-            scores.values[name], scores.reasons[name] = None, str(error)
-    return scores
+            reasons[name] = str(error)
+            return None
+
+    return TextScores({name: score(name) for name in scorers}, tools, reasons)
