@@ -93,9 +93,9 @@ def test_torch_is_not_loaded(folder: Path) -> None:
     ("task", "predictions", "message"),
     [
         ("e2e", b"a\nb\n", "no text metric for the task 'e2e' (did you mean 'e2e_nlg'?)"),
-        ("e2e_nlg", b"a\n", "expected a prediction a line for each of 2 groups of references, found 1 lines"),
+        ("e2e_nlg", b"a\n", "expected a prediction for each of 2 groups of references, found 1 lines"),
         ("e2e_nlg", b"a\n\n", "bad.txt, line 2: empty; expected a prediction"),
-        ("e2e_nlg", b"a\nb\xff\n", "bad.txt: not UTF-8 at byte 3"),
+        ("e2e_nlg", b"a\nb\xff\n", "bad.txt, line 2: not UTF-8"),
         ("e2e_nlg", None, "bad.txt: cannot be read"),
     ],
 )
