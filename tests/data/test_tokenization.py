@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import datasets
 import pytest
 from datasets import Dataset
 
+from lora_hf.core.child_process import package_environment
 from lora_hf.core.config.schema import ModelConfig
 from lora_hf.data import tokenization as encoding
 from lora_hf.data.tasks.registry import get_task
@@ -51,6 +54,18 @@ def test_other_rows_lengths_and_tokenizers_are_other_tokens(cache: Path, tokeniz
     tokenizer.add_tokens(["soup"])
     encoding.encode(TASK, rows(), tokenizer, 64)
     assert len(list(cache.glob("*.arrow"))) == 4
+
+
+@pytest.mark.parametrize("name", ["sst2", "web_nlg"])
+def test_the_key_is_the_same_in_every_process(name: str) -> None:
+    code = f"from lora_hf.data.tasks.registry import get_task; print(get_task({name!r}))"
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=package_environment() | {"PYTHONHASHSEED": seed}, capture_output=True
+        ).stdout
+        for seed in "12"
+    }
+    assert len(printed) == 1, "the key is made of the task's repr"
 
 
 def test_a_damaged_file_is_made_anew(cache: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from lora_hf.core.errors import DataError, TrainingError
@@ -28,7 +28,7 @@ class Task(ABC):
     """
 
     name: str
-    source: Source
+    source: Source = field(repr=False)  # the key of cached tokens holds the rows, and the repr of the rest
     model_kind: ModelKind
     text_columns: tuple[str, ...]
     best_metric: str

@@ -95,7 +95,7 @@ class WebNlg(TriplesToText):
 
     text_columns: tuple[str, ...] = ("category", "modified_triple_set", "lex_comment", "lex_text")
     subsets: tuple[str, ...] = ("seen", "unseen")
-    seen_categories: frozenset[str]
+    seen_categories: tuple[str, ...]
 
     def _example(self, *values: Any) -> Example:
         category, written, comments, texts = values
@@ -220,10 +220,8 @@ NLG = (
     WebNlg(
         name="web_nlg",
         metric="web_nlg",
-        seen_categories=frozenset(
-            ("Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument", "SportsTeam",
-             "University", "WrittenWork")
-        ),
+        seen_categories=("Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument",
+                         "SportsTeam", "University", "WrittenWork"),
         source=LocalOrHub(
             folder="web_nlg",
             hub_id="webnlg-challenge/web_nlg",
