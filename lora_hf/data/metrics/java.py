@@ -34,15 +34,13 @@ def tokenize_ptb(texts: Sequence[str], time_limit: float = TIME_LIMIT) -> list[s
     """
     command = _command(_PTB_JAR, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
     stdin = "".join(f"{_one_line(text)}\n" for text in texts)
-    with tempfile.TemporaryDirectory(prefix="lora-hf-") as folder:
-        process = _start(command, folder, subprocess.PIPE)
+    with tempfile.TemporaryDirectory(prefix="lora-hf-") as folder, _start(command, folder, subprocess.PIPE) as process:
         try:
             stdout, stderr = process.communicate(stdin, time_limit)
         except subprocess.TimeoutExpired as error:
             raise _timeout("the PTB tokenizer", time_limit) from error
         finally:
             process.kill()
-            process.communicate()
     lines = stdout.split("\n")[:-1]
     if process.returncode != 0 or len(lines) != len(texts):
         raise _failure("the PTB tokenizer", process.returncode, stderr)

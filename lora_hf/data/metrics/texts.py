@@ -19,15 +19,7 @@ METRIC_NAMES: dict[str, tuple[str, ...]] = {
     "web_nlg": ("BLEU", "METEOR", "TER"),
 }
 
-_E2E_TOOLS = {
-    "BLEU": "mteval-v13a",
-    "NIST": "mteval-v13a",
-    "METEOR": "METEOR 1.5 on PTB tokens",
-    "ROUGE_L": "pycocoevalcap on PTB tokens",
-    "CIDEr": "pycocoevalcap on PTB tokens",
-}
-_TOKENIZED_TOOLS = {"BLEU": "multi-bleu.perl -lc", "METEOR": "METEOR 1.5", "TER": "tercom"}
-_RAW_TOOLS = {"BLEU": "multi-bleu-detok.perl -lc", "METEOR": "METEOR 1.5", "TER": "tercom -N"}
+Scorers = dict[str, tuple[str, Callable[[], float]]]  # by metric: the official script, and a function for its score
 
 
 @dataclass(frozen=True)
@@ -67,9 +59,20 @@ def score_texts(
     groups = [[reference for reference in group if reference.strip()] for group in references]
     if [] in groups:
         raise DataError(f"{task}: prediction {groups.index([]) + 1} has no reference; add at least one")
-    if task == "e2e_nlg":
-        return _run(_e2e_scorers(predictions, groups), _E2E_TOOLS)
-    return _run(_triple_scorers(predictions, groups, tokenized), _TOKENIZED_TOOLS if tokenized else _RAW_TOOLS)
+    scorers = (
+        _e2e_scorers(predictions, groups) if task == "e2e_nlg" else _triple_scorers(predictions, groups, tokenized)
+    )
+    reasons: dict[str, str] = {}
+
+    def score(name: str) -> float | None:
+        try:
+            return scorers[name][1]()
+        except ScorerError as error:
+            reasons[name] = str(error)
+            return None
+
+    tools = {name: tool for name, (tool, _) in scorers.items()}
+    return TextScores({name: score(name) for name in scorers}, tools, reasons)
 
 
 def check_task(task: str) -> None:
@@ -79,35 +82,21 @@ def check_task(task: str) -> None:
         raise ConfigError(f"no text metric for the task {task!r}{nearest}; known: {', '.join(METRIC_NAMES)}")
 
 
-def _e2e_scorers(predictions: Sequence[str], references: list[list[str]]) -> dict[str, Callable[[], float]]:
+def _e2e_scorers(predictions: Sequence[str], references: list[list[str]]) -> Scorers:
     tokens = cache(lambda: captioning.caption_tokens(predictions, references))
     return {
-        "BLEU": lambda: translation.mteval_bleu(predictions, references),
-        "NIST": lambda: translation.mteval_nist(predictions, references),
-        "METEOR": lambda: captioning.meteor(*tokens()),
-        "ROUGE_L": lambda: captioning.rouge_l(*tokens()),
-        "CIDEr": lambda: captioning.cider(*tokens()),
+        "BLEU": ("mteval-v13a", lambda: translation.mteval_bleu(predictions, references)),
+        "NIST": ("mteval-v13a", lambda: translation.mteval_nist(predictions, references)),
+        "METEOR": ("METEOR 1.5 on PTB tokens", lambda: captioning.meteor(*tokens())),
+        "ROUGE_L": ("pycocoevalcap on PTB tokens", lambda: captioning.rouge_l(*tokens())),
+        "CIDEr": ("pycocoevalcap on PTB tokens", lambda: captioning.cider(*tokens())),
     }
 
 
-def _triple_scorers(
-    predictions: Sequence[str], references: list[list[str]], tokenized: bool
-) -> dict[str, Callable[[], float]]:
+def _triple_scorers(predictions: Sequence[str], references: list[list[str]], tokenized: bool) -> Scorers:
+    bleu, ter = ("multi-bleu.perl -lc", "tercom") if tokenized else ("multi-bleu-detok.perl -lc", "tercom -N")
     return {
-        "BLEU": lambda: translation.multi_bleu(predictions, references, tokenized),
-        "METEOR": lambda: captioning.meteor(predictions, references),
-        "TER": lambda: translation.ter(predictions, references, tokenized),
+        "BLEU": (bleu, lambda: translation.multi_bleu(predictions, references, tokenized)),
+        "METEOR": ("METEOR 1.5", lambda: captioning.meteor(predictions, references)),
+        "TER": (ter, lambda: translation.ter(predictions, references, tokenized)),
     }
-
-
-def _run(scorers: dict[str, Callable[[], float]], tools: dict[str, str]) -> TextScores:
-    reasons: dict[str, str] = {}
-
-    def score(name: str) -> float | None:
-        try:
-            return scorers[name]()
-        except ScorerError as error:
-            reasons[name] = str(error)
-            return None
-
-    return TextScores({name: score(name) for name in scorers}, tools, reasons)

@@ -240,15 +240,12 @@ def test_a_long_row_loses_the_first_of_its_input_and_never_its_end(
     assert encoded["input_ids"] == [whole[-shortest:]]
     assert encoded["labels"] == [[IGNORE_INDEX, IGNORE_INDEX, *answer]]
     assert caplog.messages == [
-        f"e2e_nlg: 1 of 1 rows are longer than {shortest} tokens and lost the first of their input; see task.max_length"
+        f"e2e_nlg: truncated the inputs of 1 of 1 rows, which are longer than {shortest} tokens; see task.max_length"
     ]
     with pytest.raises(DataError) as error:
         task.encode(ROW, tokenizer, shortest - 1)
-    assert str(error.value) == (
-        f"e2e_nlg: a reference of {len(answer)} tokens, its end included, leaves no room for the input within "
-        f"{shortest - 1} (task.max_length, or the model's own limit): 'A fine pub.'. Set a greater task.max_length, or "
-        "leave the row out."
-    )
+    assert f"a reference of {len(answer)} tokens" in str(error.value)
+    assert f"within {shortest - 1} tokens (task.max_length" in str(error.value)
 
 
 def test_a_prompt_longer_than_the_model_reads(tokenizer: Any) -> None:
@@ -305,7 +302,7 @@ def test_the_same_input_on_distant_rows_is_one_group() -> None:
 
 def test_perplexity_is_over_tokens_not_rows() -> None:
     assert nlg_task("dart").score(np.array([[6.0, 2.0], [2.0, 6.0]]), [0, 0]) == {"perplexity": math.e}
-    with pytest.raises(TrainingError, match="dart: the likelihood of 1 of 2 rows is not finite, the first is row 1 "):
+    with pytest.raises(TrainingError, match="dart: the likelihoods of 1 of 2 rows are not finite, the first is row 1 "):
         nlg_task("dart").score(np.array([[1.0, 2.0], [np.nan, 6.0]]), [0, 0])
 
 
@@ -567,7 +564,7 @@ def test_rows_without_a_text_are_left_out_and_counted(tmp_path: Path, caplog: py
     with caplog.at_level(logging.WARNING):
         groups = nlg_task("e2e_nlg").groups(load("e2e_nlg", tmp_path))
     assert [group.context for group in groups] == ["name : A"]
-    assert caplog.messages == [f"{path}: left out 1 of 2 rows, which have no reference text"]
+    assert caplog.messages == [f"{path}: left out 1 of 2 rows without a reference text"]
 
 
 WRONG_FILES = {
@@ -588,7 +585,7 @@ WRONG_FILES = {
         'mr,ref\nname[A],"A.\n',
         " cannot be read as CSV: line 2: unexpected end",
     ),
-    "csv bytes": ("e2e_nlg", "trainset.csv", b"mr,ref\nname[A],caf\xe9\n", " is not UTF-8: byte 0xe9 in line 2."),
+    "csv bytes": ("e2e_nlg", "trainset.csv", b"mr,ref\nname[A],caf\xe9\n", ", line 2: not UTF-8: found the byte 0xe9"),
     "no json": ("dart", "dart-v1.1.1-full-train.json", "[{", " cannot be read as JSON: "),
     "json form": ("dart", "dart-v1.1.1-full-train.json", "{}", ": expected a list of entries, each with 'tripleset'"),
     "json key": (
