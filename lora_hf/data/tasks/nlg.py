@@ -173,17 +173,10 @@ def _usable(texts: Sequence[str | None]) -> tuple[str, ...]:
 _CONVERTED = "refs/convert/parquet"  # the main branches hold loading scripts, which datasets 4 does not run
 
 
-def _e2e_files(stem: str) -> tuple[str, ...]:
-    return (f"e2e-dataset/{stem}.csv", f"e2e_nlg/{stem}.csv", f"{stem}.csv")
-
-
-def _dart_files(stem: str) -> tuple[str, ...]:
-    file = f"dart-v1.1.1-full-{stem}.json"
-    return (f"dart/{file}", f"dart/data/v1.1.1/{file}", file)
-
-
-def _web_nlg_files(path: str) -> tuple[str, ...]:
-    return (f"webnlg_challenge_2017/{path}", f"web_nlg/{path}")
+def _files(train: str, validation: str, test: str, *folders: str) -> dict[str, tuple[str, ...]]:
+    """Returns the paths to try for each split: its file in each of the folders."""
+    names = {"train": train, "validation": validation, "test": test}
+    return {split: tuple(f"{folder}{name}" for folder in folders) for split, name in names.items()}
 
 
 NLG = (
@@ -195,11 +188,7 @@ NLG = (
             hub_id="tuetschek/e2e_nlg",
             hub_revision=_CONVERTED,
             raw_files=CommaSeparated(
-                files={
-                    "train": _e2e_files("trainset"),
-                    "validation": _e2e_files("devset"),
-                    "test": _e2e_files("testset_w_refs"),
-                },
+                files=_files("trainset.csv", "devset.csv", "testset_w_refs.csv", "e2e-dataset/", "e2e_nlg/", ""),
                 columns={"meaning_representation": "mr", "human_reference": "ref"},
             ),
         ),
@@ -213,7 +202,10 @@ NLG = (
             hub_revision=_CONVERTED,
             adapt=dart_rows,
             raw_files=DartJson(
-                {"train": _dart_files("train"), "validation": _dart_files("dev"), "test": _dart_files("test")}
+                _files(
+                    *(f"dart-v1.1.1-full-{part}.json" for part in ("train", "dev", "test")),
+                    "dart/", "dart/data/v1.1.1/", "",
+                )
             ),
         ),
     ),
@@ -229,11 +221,7 @@ NLG = (
             hub_folder="webnlg_challenge_2017",
             adapt=web_nlg_rows,
             raw_files=WebNlgXml(
-                {
-                    "train": _web_nlg_files("train"),
-                    "validation": _web_nlg_files("dev"),
-                    "test": _web_nlg_files("test/testdata_with_lex.xml"),
-                }
+                _files("train", "dev", "test/testdata_with_lex.xml", "webnlg_challenge_2017/", "web_nlg/")
             ),
         ),
     ),
