@@ -20,7 +20,7 @@ from lora_hf.data.readers import read_csv, read_json_lines, read_parquet, to_dat
 from lora_hf.data.tasks.base import Task, TextClassification
 from lora_hf.data.tasks.generation import Example, TextGeneration
 from lora_hf.data.tasks.row_checks import check_columns, check_text
-from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE, named_folder
+from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE, find_data_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -123,17 +123,14 @@ class CustomFiles:
         return self._with_labels(rows, texts, label, path), str(path)
 
     def _file(self, split: str, data_dir: str | None) -> Path:
-        folder, setting = named_folder(data_dir)
         name = self.config.name
         how_to = (
             f"Set task.data_dir=DIR or {DATA_DIR_VARIABLE}=DIR to a folder with {split}.csv, {split}.jsonl or "
             f"{split}.parquet, in DIR itself or in DIR/{name}."
         )
-        if not folder:
+        root, setting = find_data_folder(data_dir, how_to)
+        if root is None:
             raise DataError(f"{name}: no data folder is set. {how_to}")
-        root = Path(folder).expanduser()
-        if not root.is_dir():
-            raise DataError(f"{setting}={folder} is not a folder. {how_to}")
         candidates = [root / subfolder / f"{split}{suffix}" for subfolder in (name, "") for suffix in READERS]
         files = [path for path in candidates if path.is_file()]
         if not files:

@@ -55,11 +55,20 @@ class Embedded:
         return Dataset.from_list(self.rows(split)), f"the {split!r} rows made by {self.rows.__name__}"
 
 
-def named_folder(data_dir: str | None) -> tuple[str | None, str]:
-    """Returns the configured data folder, if any, and the name of its setting."""
-    if data_dir:
-        return data_dir, "task.data_dir"
-    return os.environ.get(DATA_DIR_VARIABLE) or None, DATA_DIR_VARIABLE
+def find_data_folder(data_dir: str | None, how_to_set_up: str) -> tuple[Path | None, str]:
+    """Returns the configured data folder, if any, and the name of its setting.
+
+    Raises:
+        DataError: it is not a folder; the message ends with `how_to_set_up`.
+    """
+    setting = "task.data_dir" if data_dir else DATA_DIR_VARIABLE
+    folder = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+    if not folder:
+        return None, setting
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{setting}={folder} is not a folder. {how_to_set_up}")
+    return root, setting
 
 
 @dataclass(frozen=True)
@@ -91,12 +100,9 @@ class LocalOrHub:
         """
         if PurePosixPath(split).name != split:
             raise DataError(f"{split!r}: expected the name of a split, without a path")
-        name, setting = named_folder(data_dir)
-        if not name:
+        root, setting = find_data_folder(data_dir, self._how_to_set_up(split))
+        if root is None:
             return self._adapt(self._from_hub(split)), f"{self._hub_name()} on the hub, split {split!r}"
-        root = Path(name).expanduser()
-        if not root.is_dir():
-            raise DataError(f"{setting}={name} is not a folder. {self._how_to_set_up(split)}")
         parquet_paths, raw_paths = self._parquet_paths(split), self._raw_paths(split)
         for path in parquet_paths:
             if (root / path).is_file():
