@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
 from lora_hf.core.errors import DataError, HubError
-from lora_hf.core.hub_access import hub_is_reachable
+from lora_hf.core.hub_access import explain_hub_error, hub_is_reachable, hub_unreachable
 from lora_hf.data.readers import read_parquet
 
 if TYPE_CHECKING:
@@ -152,29 +152,25 @@ class LocalOrHub:
     def _from_hub(self, split: str) -> Dataset:
         from datasets import config, load_dataset
         from datasets.packaged_modules.cache.cache import Cache
-        from huggingface_hub import constants
 
-        wanted = self._hub_name()
+        requested = f"{self._hub_name()}, split {split!r}"
         if not hub_is_reachable():
-            # `load_dataset` looks into its cache as well, but only after asking the hub for 20 seconds and more.
+            # `load_dataset` reads its cache as well, but only after 20 seconds of requests to the hub.
             try:
                 name = PurePosixPath(self.hub_id).name
-                cached = Cache(
+                cache = Cache(
                     None, name, self.hub_config, "auto", "auto", repo_id=self.hub_id, data_dir=self.hub_folder
                 )
-                return cached.as_dataset(split=split)  # pyright: ignore[reportReturnType]: one split, one Dataset
+                return cache.as_dataset(split=split)  # pyright: ignore[reportReturnType]: one split, one Dataset
             except (ValueError, OSError) as error:
                 raise HubError(
-                    f"{wanted}, split {split!r}: the hub ({constants.ENDPOINT}) is out of reach or switched off "
-                    f"(HF_HUB_OFFLINE, HF_DATASETS_OFFLINE), and the local cache ({config.HF_DATASETS_CACHE}) "
-                    f"does not hold it. {self._how_to_set_up(split)}"
+                    f"{requested}: {hub_unreachable()}, and the local cache ({config.HF_DATASETS_CACHE}) does not hold "
+                    f"it. {self._how_to_set_up(split)}"
                 ) from error
         try:
             return load_dataset(  # pyright: ignore[reportReturnType]
                 self.hub_id, self.hub_config, data_dir=self.hub_folder, split=split, revision=self.hub_revision
             )
-        except Exception as error:  # datasets, fsspec and the http client each raise their own kinds here
-            raise HubError(
-                f"{wanted}, split {split!r}: the hub ({constants.ENDPOINT}) did not give it; "
-                f"{type(error).__name__}: {error}. Try again, or work offline. {self._how_to_set_up(split)}"
-            ) from error
+        except Exception as error:  # datasets, fsspec and the HTTP client each raise their own errors
+            reason = explain_hub_error(error, self.hub_revision)
+            raise HubError(f"{requested}: {reason}. {self._how_to_set_up(split)}") from error
