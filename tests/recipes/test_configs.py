@@ -159,7 +159,7 @@ def test_repository_recipe_has_the_scripts_values(name: str) -> None:
     kind = {BASE: "roberta_base", LARGE: "roberta_large", XXL: "deberta_v2_xxlarge"}[model]
     text = "\n".join(header(recipe(name)))
     assert f"microsoft/LoRA, examples/NLU/{kind}_{config.task.name}.sh" in text
-    assert f"{gpus} GPUs x batch {printed} = {gpus * printed} rows a step" in text
+    assert f"{gpus} GPUs x batch {printed} = {gpus * printed} rows per step" in text
 
 
 @pytest.mark.parametrize("file", GLUE_RECIPES, ids=lambda file: file.stem)
