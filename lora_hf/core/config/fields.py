@@ -119,7 +119,7 @@ def _convert_number(value: Any, kind: type, rules: Mapping[str, Any]) -> float:
     expected += f" > {above}" if above is not None else ""
     expected += f" >= {low}" if low is not None else ""
     expected += f" and <= {high}" if high is not None else ""
-    number = None if isinstance(value, bool) else value
+    number: Any = None if isinstance(value, bool) else value
     if kind is float:
         try:
             number = float(number)  # PyYAML reads 5e-4 as text: YAML 1.1 wants 5.0e-4
