@@ -52,7 +52,7 @@ def test_json_lines(tmp_path: Path) -> None:
     assert columns(TEAMS, tmp_path) == ROWS
 
 
-def test_a_parquet_file_whose_classes_have_names_of_their_own(tmp_path: Path) -> None:
+def test_a_parquet_file_with_named_classes(tmp_path: Path) -> None:
     """The ids of the file mean its own names, whatever their order in the config."""
     features = Features(subject=Value("string"), body=Value("string"), team=ClassLabel(names=["network", "billing"]))
     rows = Dataset.from_dict({**{name: ROWS[name] for name in ("subject", "body")}, "team": [1, 0]}, features=features)
@@ -124,22 +124,22 @@ WRONG: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize(("text", "told"), WRONG.values(), ids=WRONG.keys())
-def test_wrong_files(tmp_path: Path, text: str, told: str) -> None:
+@pytest.mark.parametrize(("text", "expected"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_files(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "train.csv").write_text(text)
-    said = message(TEAMS, tmp_path)
-    assert said.startswith(f"{tmp_path}/train.csv")
-    assert told in said
+    found = message(TEAMS, tmp_path)
+    assert found.startswith(f"{tmp_path}/train.csv")
+    assert expected in found
 
 
 def test_wrong_lines(tmp_path: Path) -> None:
-    for line, told in (
+    for line, expected in (
         ("{", "line 2: not a JSON object"),
         ("[]", "line 2: expected an object"),
         ('{"prompt": 3, "completion": "b"}', "'prompt' has values of several types"),
     ):
         (tmp_path / "train.jsonl").write_text(f'{{"prompt": "a", "completion": "b"}}\n{line}\n')
-        assert told in message(ANSWERS, tmp_path)
+        assert expected in message(ANSWERS, tmp_path)
     (tmp_path / "train.jsonl").write_text('{"prompt": 3, "completion": "b"}\n')
     assert "column 'prompt' should hold text (string), found int64" in message(ANSWERS, tmp_path)
 
@@ -172,11 +172,11 @@ INCOMPLETE: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "told"), INCOMPLETE.values(), ids=INCOMPLETE.keys())
-def test_incomplete_configs(change: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("change", "expected"), INCOMPLETE.values(), ids=INCOMPLETE.keys())
+def test_incomplete_configs(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         task_of(replace(TEAMS, **change))
-    assert told in str(error.value)
+    assert expected in str(error.value)
 
 
 def test_the_section_of_a_task_makes_the_same_task() -> None:

@@ -343,10 +343,10 @@ XML = """<?xml version="1.0" encoding="UTF-8"?>
 """
 
 
-@pytest.mark.parametrize("place", ["e2e-dataset/", "e2e_nlg/", ""])
-def test_e2e_csv(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["e2e-dataset/", "e2e_nlg/", ""])
+def test_e2e_csv(folder: str, tmp_path: Path) -> None:
     for file in ("trainset", "devset", "testset_w_refs"):
-        write_text(tmp_path / f"{place}{file}.csv", CSV)
+        write_text(tmp_path / f"{folder}{file}.csv", CSV)
     for split in ("train", "validation", "test"):
         rows = load("e2e_nlg", tmp_path, split)
         assert rows[:] == E2E_ROWS
@@ -367,12 +367,12 @@ def test_e2e_csv_rows_are_the_parquet_rows(tmp_path: Path, data_dir: Path) -> No
     assert load("e2e_nlg", tmp_path)[:] == rows[:]
 
 
-@pytest.mark.parametrize("place", ["dart/", "dart/data/v1.1.1/", ""])
-def test_dart_json(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["dart/", "dart/data/v1.1.1/", ""])
+def test_dart_json(folder: str, tmp_path: Path) -> None:
     for part in ("train", "dev", "test"):
         second = {"tripleset": [["A", "B c", "d"], ["d", "E", "f"]], "subtree_was_extended": True}
         second["annotations"] = [{"source": "x", "text": text} for text in ("One.", None, "  ", "Two.")]
-        write_text(tmp_path / f"{place}dart-v1.1.1-full-{part}.json", json.dumps([ENTRY, second]))
+        write_text(tmp_path / f"{folder}dart-v1.1.1-full-{part}.json", json.dumps([ENTRY, second]))
     for split in ("train", "validation", "test"):
         groups = nlg_task("dart").groups(load("dart", tmp_path, split))
         assert [(group.context, group.references) for group in groups] == [
@@ -381,9 +381,9 @@ def test_dart_json(place: str, tmp_path: Path) -> None:
         ]
 
 
-@pytest.mark.parametrize("place", ["webnlg_challenge_2017", "web_nlg"])
-def test_web_nlg_xml(place: str, tmp_path: Path) -> None:
-    root = tmp_path / place
+@pytest.mark.parametrize("folder", ["webnlg_challenge_2017", "web_nlg"])
+def test_web_nlg_xml(folder: str, tmp_path: Path) -> None:
+    root = tmp_path / folder
     write_text(root / "train/2triples/2triples_City_train.xml", XML.format(category="City", subject="Y"))
     write_text(root / "train/1triples/1triple_Food_train.xml", XML.format(category="Food", subject="X"))
     write_text(root / "dev/1triples/1triple_Food_dev.xml", XML.format(category="Food", subject="Z"))
@@ -452,8 +452,8 @@ def test_the_hub_is_asked_for_its_converted_branch(
     here = load(name, data_dir, "validation")
     calls = []
 
-    def load_dataset(*place: str | None, **options: str | None) -> Any:
-        calls.append((*place, options.pop("data_dir")))
+    def load_dataset(*arguments: str | None, **options: str | None) -> Any:
+        calls.append((*arguments, options.pop("data_dir")))
         assert options == {"split": "validation", "revision": "refs/convert/parquet"}
         return here
 
