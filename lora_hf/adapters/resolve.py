@@ -13,7 +13,7 @@ from lora_hf.core.errors import AdapterError, HubError
 from lora_hf.core.hub_access import explain_hub_error, hub_is_reachable, hub_unreachable
 from lora_hf.core.records import COMBINE_FILE, MERGE_FILE, RECORD_FILE, RUN_CONFIG_FILE, CombineRecord, MergeRecord
 from lora_hf.data.tasks.base import Task
-from lora_hf.data.tasks.custom import described
+from lora_hf.data.tasks.custom import task_section
 from lora_hf.data.tasks.registry import get_task, task_names, task_of
 from lora_hf.models.model_ids import is_hub_id
 
@@ -104,7 +104,7 @@ def run_sections(saved: SavedModel) -> dict[str, Any]:
     """The sections of a run's config that inference needs. A merge or combination stores them in its record."""
     return {
         "model": asdict(saved.model),
-        "task": described(saved.task) | {"max_length": saved.max_length},
+        "task": task_section(saved.task) | {"max_length": saved.max_length},
         "train": {"seed": saved.seed},
         "generate": asdict(saved.generate),
     }

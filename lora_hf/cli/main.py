@@ -143,13 +143,13 @@ def _config_without_flag(words: list[str], parser: argparse.ArgumentParser) -> s
 
 def _suggest_override(option: str, words: list[str]) -> str:
     """A hint to write `train.lr=1e-3` for `--lr 1e-3`, if a config key has this name."""
-    from lora_hf.core.config.hints import keys_called
+    from lora_hf.core.config.hints import find_keys
     from lora_hf.core.config.schema import known_keys
 
     name, _, value = option.partition("=")
     value = value or next(iter(words[words.index(option) + 1 :]), "VALUE")
     section, dot, key = name.removeprefix("--").replace("-", "_").rpartition(".")
-    keys = [full for full in keys_called(key, known_keys()) if full.startswith(section + dot)]
+    keys = [full for full in find_keys(key, known_keys()) if full.startswith(section + dot)]
     return f"; did you mean {' or '.join(f'{full}={value}' for full in keys)}?" if keys else ""
 
 

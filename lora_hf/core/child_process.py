@@ -1,4 +1,4 @@
-"""Processes that run this very package."""
+"""Child processes that import this package."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def package_environment() -> dict[str, str]:
-    """The environment for a child process that must import this copy of the package, installed or not."""
+    """Returns an environment in which a child process imports this copy of the package, installed or not."""
     paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from lora_hf.core.errors import TrainingError
+from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.lora.kernels.cross_entropy import token_losses
-
-IGNORE_INDEX = -100  # the label of a token without loss
 
 
 @dataclass

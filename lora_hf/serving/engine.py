@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_hf.adapters.resolve import SavedModel, find_saved_model
 from lora_hf.adapters.save_load import load_saved_model
+from lora_hf.core.config.fields import build_section
 from lora_hf.core.config.schema import GenerateConfig
-from lora_hf.core.config.values import build_section
 from lora_hf.core.errors import AdapterError, DataError, did_you_mean
 from lora_hf.data.tasks.generation import TextGeneration
 from lora_hf.lora.unpadding import enable_unpadding

@@ -84,7 +84,7 @@ def test_the_command_answers_each_row_under_the_adapter_it_names(
     [
         (["x={a}", "{b}"], {}, "NAME=DIR"),
         (["x={a}", "x={b}"], {}, "NAME=DIR"),
-        (["x={a}", "y={b}"], {"adapter": "z"}, "no adapter 'z' was given; there is x, y"),
+        (["x={a}", "y={b}"], {"adapter": "z"}, "no adapter 'z' was given; expected one of x, y"),
         (["x={a}", "y={b}"], {"sentence": "no adapter named"}, "'adapter'"),
     ],
 )

@@ -34,6 +34,7 @@ from lora_hf.data.input_files import read_rows
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.inject import eject
 from lora_hf.models.load import load_base
+from lora_hf.training.validation import _check_training_arguments
 from tests.support.adapters_on_disk import TASK, run_folder
 
 Case = tuple[str, Callable[[Path], Any]]  # a name, and a function that damages the good input in a folder
@@ -283,6 +284,8 @@ class Configs:
 
     def use(self, folder: Path) -> Any:
         config = load_config(folder / "recipe.yaml")
+        if config.train.hf:
+            _check_training_arguments(config.train.hf)
         assert type(config).from_dict(config.to_dict()) == config
         get_task(config.task.name)
         return config

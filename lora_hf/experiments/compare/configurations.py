@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_hf.core.records import describe, describe_base, describe_method
+from lora_hf.core.records import describe_base, describe_method, describe_run
 from lora_hf.experiments.compare.runs import FinishedRun
 
 Aspects = dict[str, dict[str, Any]]  # machine, data and recipe, each as words and values
@@ -153,7 +153,7 @@ def _differences(aspects: Aspects, usual: Aspects) -> dict[str, str]:
 def _labels(found: Sequence[Configuration]) -> list[str]:
     """In a few words, without the base where all have the same; configurations that read alike say how they differ."""
     one_base = len({describe_base(each.runs[0].record) for each in found}) == 1
-    tell = describe_method if one_base else describe
+    tell = describe_method if one_base else describe_run
     labels = [tell(each.runs[0].record) for each in found]
     details = [_flat({"settings": _settings(each.runs[0]), "aspects": each.aspects}) for each in found]
     told = []

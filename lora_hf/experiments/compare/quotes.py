@@ -82,5 +82,5 @@ def written_section(found: dict[str, Any]) -> str:
         rows.append([plain(row["input"]), references + more, *(plain(output) for output in row["outputs"])])
     said = f"{_against(found['between'])}. {found['same']} of {found['inputs']} texts are the same"
     said += "; the first that are not:" if rows else "."
-    body = table(["input", "references", *names], rows, words=4) if rows else ""
+    body = table(["input", "references", *names], rows, text_columns=4) if rows else ""
     return f"### Texts, {plain(found['name'])}\n\n{said}\n\n{body}".rstrip()

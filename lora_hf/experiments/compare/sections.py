@@ -136,7 +136,7 @@ def _main_table(record: ComparisonRecord, task: dict[str, Any]) -> str:
     constant = task["majority"].get(task["split"], {}).get(task["metric"])
     if constant is not None:
         lines.append(["-", "always the same answer", "-", f"{constant:.3f}", *["-"] * (len(head) - 4)])
-    return table(head, lines, words=2)
+    return table(head, lines, text_columns=2)
 
 
 def _ranked(
@@ -213,7 +213,9 @@ def _all_scores(record: ComparisonRecord, task: dict[str, Any]) -> str:
         for metric, value in metrics.items()
     ]
     head = ["", "split", "metric", "mean", "least to greatest", f"{_confidence(record)} interval"]
-    return f"### All scores\n\n{table(head, rows, words=3)}\n\nThe rows without a letter: always the same answer."
+    return (
+        f"### All scores\n\n{table(head, rows, text_columns=3)}\n\nThe rows without a letter: always the same answer."
+    )
 
 
 def _warnings(task: dict[str, Any]) -> list[str]:
@@ -285,7 +287,9 @@ def _text_scores(task: dict[str, Any]) -> str:
         for scores in row["text_scores"]
         for values in scores["metrics"].values()
     )
-    return "### Scores of the texts\n\n" + table(["", "seed", "split", "inputs of", "inputs", *names], found, words=4)
+    return "### Scores of the texts\n\n" + table(
+        ["", "seed", "split", "inputs of", "inputs", *names], found, text_columns=4
+    )
 
 
 def _records(record: ComparisonRecord) -> str:
@@ -293,4 +297,4 @@ def _records(record: ComparisonRecord) -> str:
     for run in record.runs:
         said = [run["task"], run["configuration"], plain(run["folder"]), run["started"]]
         rows.append([*said, str(run["seed"]), f"{run['score']:.4f}"])
-    return "## Records\n\n" + table(["task", "", "folder", "started", "seed", "score"], rows, words=4)
+    return "## Records\n\n" + table(["task", "", "folder", "started", "seed", "score"], rows, text_columns=4)

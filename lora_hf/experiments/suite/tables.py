@@ -37,7 +37,7 @@ def scores(record: SuiteRecord) -> str:
         if average is not None:
             rows.append(["**GLUE average**", name, f"**{percent(average)}**", "-", "-", "-", "-"])
     head = ["task, metric", "configuration", "mean, %", "lowest to highest", "seeds", "one answer, %"]
-    return table([*head, "against published"], rows, words=2)
+    return table([*head, "against published"], rows, text_columns=2)
 
 
 def resources(record: SuiteRecord) -> str:
@@ -58,7 +58,7 @@ def resources(record: SuiteRecord) -> str:
             ]
         )
     head = ["task", "configuration", "training rows", "trained parameters", "training", "whole run", "examples/s"]
-    return table([*head, "peak memory, MB", "file, MB"], rows, words=2)
+    return table([*head, "peak memory, MB", "file, MB"], rows, text_columns=2)
 
 
 def storage(record: SuiteRecord) -> str:
@@ -101,7 +101,7 @@ def texts(record: SuiteRecord) -> str:
                 values = [found[metric] for found in of_runs if found.get(metric) is not None]
                 cells.append(f"{statistics.fmean(values):.4f}" if len(values) == len(of_runs) else "-")
             rows.append([task if subset == "all" else f"{task}, {subset}", name, *cells])
-    return table(["task", "configuration", *metrics], rows, words=2)
+    return table(["task", "configuration", *metrics], rows, text_columns=2)
 
 
 def choice(record: SuiteRecord) -> str:

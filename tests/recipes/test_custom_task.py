@@ -1,4 +1,4 @@
-"""A person's own data through every verb: train, eval, predict, merge, combine, compare, push."""
+"""A custom task through every verb: train, eval, predict, merge, combine, compare, push."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def answer(capsys: pytest.CaptureFixture[str], verb: str, *words: object) -> Any
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_scores_and_answers(trained: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_and_predictions(trained: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     record = RunRecord.load(trained["runs"] / "first" / "record.json")
     assert set(record.metrics["validation"]) == {"accuracy", "macro_f1", "matthews_correlation"}
     assert record.best["metric"] == "eval_validation_macro_f1"
@@ -52,7 +52,7 @@ def test_scores_and_answers(trained: dict[str, Any], capsys: pytest.CaptureFixtu
     assert list(row["probabilities"]) == ["positive", "negative"]
 
 
-def test_an_adapter_elsewhere_needs_its_config(
+def test_a_copied_adapter_needs_its_config(
     trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "copy"
@@ -63,7 +63,7 @@ def test_an_adapter_elsewhere_needs_its_config(
     assert answer(capsys, "predict", "--adapter", copy, "--text", "A fine film.")["predictions"]
 
 
-def test_what_is_made_of_it_knows_the_task(
+def test_merged_and_combined_adapters_know_the_task(
     trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     merged, mix = tmp_path / "merged", tmp_path / "mix"
@@ -104,7 +104,7 @@ def test_runs_by_another_metric_are_left_out(
     assert "accuracy" not in task["metric"]
 
 
-def test_texts_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_custom_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": f"Greet person {number}.", "completion": f"Hello, person {number}."} for number in range(40)]
     for split, part in (("train", rows), ("validation", rows[:8])):
         (tmp_path / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in part))
