@@ -24,8 +24,9 @@ def load_pyplot() -> Any:
     return pyplot
 
 
-def save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=DPI)
+def save(figure: Any, path: Path, **options: Any) -> Path:
+    """Writes the figure, with options of `savefig`, and closes it."""
+    figure.savefig(path, dpi=DPI, **options)
     load_pyplot().close(figure)
     return path
 
