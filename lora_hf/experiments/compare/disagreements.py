@@ -54,7 +54,7 @@ def find_disagreements(found: Sequence[Configuration], data_dir: str | None) -> 
         kinds = {"furthest apart": np.argsort(-np.abs(first - second), kind="stable")[:SHOWN].tolist()}
     texts, reason = _texts(run, [row for rows in kinds.values() for row in rows], data_dir)
 
-    def answer(value: float) -> str | float:
+    def answer(value: Any) -> str | float:
         return names[int(value)] if names else float(value)
 
     rows = {
@@ -93,23 +93,22 @@ def find_different_texts(found: Sequence[Configuration]) -> list[dict[str, Any]]
     """The texts of the two best configurations, for each split with generated texts of both."""
     shown = []
     for name in dict.fromkeys(texts.name for each in found for run in each.runs for texts in run.texts):
-        pairs = [
-            (each, each.runs[0], scored.texts) for each in found for scored in each.runs[0].texts if scored.name == name
-        ][:2]
-        if len(pairs) < 2 or [text.input for text in pairs[0][2]] != [text.input for text in pairs[1][2]]:
+        pairs = [(each, scored.texts) for each in found for scored in each.runs[0].texts if scored.name == name][:2]
+        inputs = [[text["input"] for text in texts] for _, texts in pairs]
+        if len(pairs) < 2 or inputs[0] != inputs[1]:
             continue
-        texts = list(zip(pairs[0][2], pairs[1][2], strict=True))
-        different = [(first, second) for first, second in texts if first.output != second.output]
+        texts = list(zip(pairs[0][1], pairs[1][1], strict=True))
+        different = [(first, second) for first, second in texts if first["output"] != second["output"]]
         rows = [
             {
-                "input": first.input,
-                "references": first.references[:REFERENCES_SHOWN],
-                "more_references": max(0, len(first.references) - REFERENCES_SHOWN),
-                "outputs": [first.output, second.output],
+                "input": first["input"],
+                "references": first["references"][:REFERENCES_SHOWN],
+                "more_references": max(0, len(first["references"]) - REFERENCES_SHOWN),
+                "outputs": [first["output"], second["output"]],
             }
             for first, second in different[:SHOWN]
         ]
-        between = [_side(each, run) for each, run, _ in pairs]
+        between = [_side(each, each.runs[0]) for each, _ in pairs]
         counts = {"inputs": len(texts), "same": len(texts) - len(different)}
         shown.append({"name": name, "between": between, **counts, "rows": rows})
     return shown

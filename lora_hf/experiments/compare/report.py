@@ -291,8 +291,8 @@ def _text_scores(task: dict[str, Any]) -> str:
             for subset, values in scores["metrics"].items():
                 names = names or list(values)
                 cells = ["null" if value is None else f"{value:.4f}" for value in values.values()]
-                place = [str(scores["seed"]), escape(scores["name"]), escape(subset), str(scores["inputs"])]
-                rows.append([row["key"], *place, *cells])
+                labels = [str(scores["seed"]), escape(scores["name"]), escape(subset), str(scores["inputs"])]
+                rows.append([row["key"], *labels, *cells])
     head = ["", "seed", "split", "subset", "inputs", *names]
     return f"### Scores of the generated texts\n\n{table(head, rows, words=4)}" if rows else ""
 

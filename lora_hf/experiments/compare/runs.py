@@ -35,21 +35,12 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class GeneratedText:
-    """The text that a run generated for one input, with the references."""
-
-    input: str
-    references: list[str]
-    output: str
-
-
-@dataclass(frozen=True)
 class ScoredTexts:
     """Generated texts with their scores; `name` is the split, marked if the bare base generated them."""
 
     name: str
     record: ScoreRecord
-    texts: list[GeneratedText]
+    texts: list[dict[str, Any]]  # input, references, output
 
 
 @dataclass(frozen=True)
@@ -270,10 +261,9 @@ def _read_texts(path: Path) -> ScoredTexts:
     record = ScoreRecord.load(path)
     name = path.stem.removeprefix("scores-")
     outputs = path.with_name(f"outputs-{name}.jsonl")
-    try:
-        texts = [GeneratedText(row["input"], row["references"], row["output"]) for row in _read_lines(outputs)]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{outputs}: not a file of outputs: {type(error).__name__}: {error}") from error
+    texts = _read_lines(outputs)
+    if not all(isinstance(text, dict) and {"input", "references", "output"} <= text.keys() for text in texts):
+        raise DataError(f"{outputs}: expected input, references and output in each line")
     if len(texts) != record.inputs:
         raise DataError(f"{outputs}: expected {record.inputs} texts, found {len(texts)}: the file is incomplete")
     return ScoredTexts(name, record, texts)

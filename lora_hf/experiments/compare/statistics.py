@@ -1,8 +1,8 @@
-"""How sure a score is, and whether two runs differ: bootstrap over the rows of a split, McNemar's test, Holm.
+"""Uncertainty of scores and tests of differences: bootstrap over the rows of a split, McNemar's test, Holm.
 
-All runs are scored on the same resampled rows, so the difference of two of them is a paired one. Rows that are alike in
-their label and in the answers of all runs are drawn together: how often each of these patterns comes is multinomial,
-which is the bootstrap over rows exactly, in a fraction of its work.
+All runs are scored on the same resampled rows, so differences between runs are paired. Rows with the same label and
+the same predictions of all runs form a pattern. The number of times that a pattern is drawn is multinomial; drawing
+these numbers is exactly the bootstrap over rows, and much faster.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 RESAMPLES = 10_000
 SEED = 0
 CONFIDENCE = 0.95
-CHUNK = 500  # resamples at once: with the 1,500 rows of STS-B 6 MB
-NEARLY_CONSTANT = 1e-12  # a variance, as a share of the mean square
+CHUNK = 500  # resamples at a time: 6 MB for the 1,500 rows of STS-B
+NEARLY_CONSTANT = 1e-12  # variance relative to the mean square
 
 Weighted = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """How many rows only the first run got right, how many only the second, and the two-sided p of the difference."""
+    """The number of rows that only one of two runs predicts right, and the two-sided p-value."""
 
     only_first: int
     only_second: int
@@ -31,7 +31,7 @@ class McNemar:
 
 
 def scores(names: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """The metrics of `(rows,)` predictions, equal to `metrics.glue.GlueMetric`'s without its imports."""
+    """The metrics of `(rows,)` predictions; equal to `data.metrics.glue.GlueMetric`, without its imports."""
     once = np.ones((1, len(labels)))
     return {name: float(METRICS[name](labels, predictions, once)[0]) for name in names}
 
@@ -43,28 +43,28 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> dict[str, np.ndarray]:
-    """The metrics of every run over the same resampled rows.
+    """The metrics of every run on the same resampled rows.
 
     Args:
-        names: of metrics in `METRICS`.
-        labels: (rows,), class ids or scores.
-        predictions: (runs, rows).
+        names: keys of `METRICS`.
+        labels: `(rows,)`, class ids or scores.
+        predictions: `(runs, rows)`.
 
     Returns:
-        By metric an array (resamples, runs).
+        By metric: `(resamples, runs)`.
 
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapters 6 and 13.
     """
     patterns, counts = np.unique(np.vstack([labels, predictions]).astype(np.float64), axis=1, return_counts=True)
-    draw, rows = np.random.default_rng(seed), len(labels)
-    found = {name: np.empty((resamples, len(predictions))) for name in names}
+    generator, rows = np.random.default_rng(seed), len(labels)
+    values = {name: np.empty((resamples, len(predictions))) for name in names}
     for start in range(0, resamples, CHUNK):
         size = min(CHUNK, resamples - start)
-        weights = draw.multinomial(rows, counts / rows, size=size).astype(np.float64)
-        for run, answers in enumerate(patterns[1:]):
+        weights = generator.multinomial(rows, counts / rows, size=size).astype(np.float64)
+        for run, predicted in enumerate(patterns[1:]):
             for name in names:
-                found[name][start : start + size, run] = METRICS[name](patterns[0], answers, weights)
-    return found
+                values[name][start : start + size, run] = METRICS[name](patterns[0], predicted, weights)
+    return values
 
 
 def interval(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -74,19 +74,19 @@ def interval(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float,
 
 
 def bootstrap_p(differences: np.ndarray) -> float:
-    """Two-sided p of a difference of zero: the least level at which the percentile interval leaves zero out.
+    """Two-sided p-value of a difference: the lowest level at which the percentile interval excludes zero.
 
-    Never 0: the sample that was seen counts as one more resample (Davison and Hinkley 1997, section 4.2).
+    Never 0: the original sample counts as one more resample (Davison and Hinkley 1997, section 4.2).
     """
     below, above = int((differences <= 0).sum()), int((differences >= 0).sum())
     return min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1))
 
 
 def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> McNemar:
-    """McNemar's exact test of two runs on the same rows: under no difference either is the one that is right by a coin.
+    """McNemar's exact test: if two runs are equally good, each is equally likely to be the only one that is right.
 
     Args:
-        first_right: (rows,) of bool; `second_right` the same.
+        first_right: `(rows,)` of bool, as `second_right`.
 
     Source: McNemar 1947, Psychometrika 12; for classifiers Dietterich 1998, Neural Computation 10, section 3.1.
     """
@@ -99,18 +99,18 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> McNemar:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected for their number, in their order: the chance of any false finding stays at the level.
+    """The p-values in their order, corrected for multiple tests: controls the family-wise error rate.
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6.
     """
     corrected, largest = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         corrected[index] = largest
     return corrected
 
 
-# Each takes labels (rows,), predictions (rows,) and how often each row counts (resamples, rows); gives (resamples,).
+# Metrics of `(rows,)` labels and predictions with `(resamples, rows)` weights; each returns `(resamples,)`.
 
 
 def _accuracy(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -123,20 +123,20 @@ def _f1(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> np.
 
 
 def _macro_f1(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The mean F1 of the classes that a resample predicts or holds."""
+    """The mean F1 of the classes among the labels or predictions of a resample."""
     classes = np.union1d(labels, predictions)
-    truth, said = labels[:, None] == classes, predictions[:, None] == classes
-    both = weights @ truth + weights @ said
-    return _over(2 * (weights @ (truth & said)), both).sum(1) / (both > 0).sum(1)
+    truth, predicted = labels[:, None] == classes, predictions[:, None] == classes
+    both = weights @ truth + weights @ predicted
+    return _over(2 * (weights @ (truth & predicted)), both).sum(1) / (both > 0).sum(1)
 
 
 def _matthews(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Gorodkin 2004, equation 8: the correlation of the two, as indicator vectors of the classes."""
     total, right = weights.sum(1), weights @ (labels == predictions)
     classes = np.union1d(labels, predictions)
-    truth, said = (weights @ (side[:, None] == classes) for side in (labels, predictions))
-    square = (total**2 - (truth**2).sum(1)) * (total**2 - (said**2).sum(1))
-    return _over(right * total - (truth * said).sum(1), np.sqrt(square))
+    truth, predicted = (weights @ (side[:, None] == classes) for side in (labels, predictions))
+    square = (total**2 - (truth**2).sum(1)) * (total**2 - (predicted**2).sum(1))
+    return _over(right * total - (truth * predicted).sum(1), np.sqrt(square))
 
 
 def _pearson(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -152,7 +152,7 @@ def _spearman(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) 
 
 
 def _correlation(means: np.ndarray) -> np.ndarray:
-    """Pearson's, from the means (resamples, 5) of x, y, xx, yy and xy; 0 where x or y is constant."""
+    """Pearson's correlation from the `(resamples, 5)` means of x, y, xx, yy and xy; 0 if x or y is constant."""
     x, y, xx, yy, xy = means.T
     variances = [np.where(square - mean**2 > NEARLY_CONSTANT * square, square - mean**2, 0.0)
                  for mean, square in ((x, xx), (y, yy))]  # fmt: skip
@@ -160,7 +160,7 @@ def _correlation(means: np.ndarray) -> np.ndarray:
 
 
 def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """`(resamples, rows)`: each row's rank in each resample, the mean one among equal values, less the mean of all."""
+    """The centered rank of each row in each resample, `(resamples, rows)`; equal values share their mean rank."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     first = np.searchsorted(ordered, ordered, side="left")

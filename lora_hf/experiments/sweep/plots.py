@@ -90,5 +90,5 @@ def _distribution(dimension: Range | Choice) -> BaseDistribution:
     if isinstance(dimension, Choice):
         return CategoricalDistribution(dimension.texts)
     low, high = dimension.bounds()
-    kind = IntDistribution if dimension.whole else FloatDistribution
+    kind = IntDistribution if dimension.is_int else FloatDistribution
     return kind(low, high, log=dimension.scale != "linear")

@@ -49,7 +49,7 @@ class Range:
     low: float
     high: float
     scale: Scale
-    whole: bool
+    is_int: bool
 
     def __str__(self) -> str:
         return f"{self.key}={self.low}..{self.high}" + ("" if self.scale == "linear" else f":{self.scale}")
@@ -67,7 +67,7 @@ class Range:
     def draw(self, trial: Trial) -> None:
         if self.scale == "log2":
             trial.suggest_int(self.parameter, *self.exponents)
-        elif self.whole:
+        elif self.is_int:
             trial.suggest_int(self.parameter, int(self.low), int(self.high), log=self.scale == "log")
         else:
             trial.suggest_float(self.parameter, self.low, self.high, log=self.scale == "log")
@@ -77,7 +77,7 @@ class Range:
         if self.scale != "log2":
             return drawn[self.parameter]
         power = 2.0 ** drawn[self.parameter]
-        return int(power) if self.whole else power
+        return int(power) if self.is_int else power
 
     def bounds(self) -> list[Any]:
         """The values to check against the config: the lowest and the highest."""
@@ -262,9 +262,9 @@ def _parse_range(key: str, low_text: str, high_text: str, scale: str | None) -> 
     kind, ints = _number_type(key), isinstance(low, int) and isinstance(high, int)
     if kind is int and not ints:
         raise ConfigError(f"expected whole numbers, found {low_text} and {high_text}")
-    whole = kind is int or (kind is None and ints)
-    number = int if whole else float
-    found = Range(key, number(low), number(high), scale or "linear", whole)  # type: ignore[arg-type]
+    is_int = kind is int or (kind is None and ints)
+    number = int if is_int else float
+    found = Range(key, number(low), number(high), scale or "linear", is_int)  # type: ignore[arg-type]
     if scale == "log2" and not found.exponents[0] < found.exponents[1]:
         raise ConfigError("expected at least two powers of two between low and high")
     return found

@@ -62,7 +62,7 @@ def check_study(name: str, trials: int) -> None:
     if trials < 1:
         raise ConfigError(f"trials: expected a whole number >= 1, found {trials}")
     if name in ("", ".", "..") or Path(name).name != name:
-        raise ConfigError(f"study {name!r}: expected the name of a folder, without slashes")
+        raise ConfigError(f"study {name!r}: expected a name for a folder, without slashes")
 
 
 def parse_url(storage: str) -> URL:

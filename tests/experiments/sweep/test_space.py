@@ -50,9 +50,9 @@ def test_every_form_of_a_word() -> None:
         ],
     )
     assert space.dimensions == (
-        Range("lora.r", 4, 64, "log2", whole=True),
-        Range("train.lr", 1e-5, 1e-3, "log", whole=False),
-        Range("train.epochs", 1.0, 3.0, "linear", whole=False),
+        Range("lora.r", 4, 64, "log2", is_int=True),
+        Range("train.lr", 1e-5, 1e-3, "log", is_int=False),
+        Range("train.epochs", 1.0, 3.0, "linear", is_int=False),
         Choice("lora.targets", ("[q, v]", "all")),
         Choice("train.batch_size", ("8", "16")),
     )

@@ -186,7 +186,7 @@ def test_what_is_wrong_with_every_trial_stops_the_sweep(tmp_path: Path, rows: di
 
 @pytest.mark.parametrize("name", ["a/b", "..", ""])
 def test_a_study_is_named_as_a_folder(name: str, tmp_path: Path, rows: dict[str, Dataset]) -> None:
-    with pytest.raises(ConfigError, match="expected the name of a folder"):
+    with pytest.raises(ConfigError, match="expected a name for a folder"):
         run(tmp_path, rows, *SPACE, name=name)
 
 
