@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     if options.price_per_hour is not None and not 0 <= options.price_per_hour < float("inf"):
         raise ConfigError(f"--price-per-hour: expected a number >= 0, found {options.price_per_hour:g}")
     from lora_hf.experiments.compare.comparison import CompareOptions, compare
-    from lora_hf.experiments.compare.output import check_report_folder, write_report
+    from lora_hf.experiments.compare.report import check_report_folder, write_report
 
     check_report_folder(options.output)
     settings = CompareOptions(options.quality, options.price_per_hour, options.currency, options.data_dir)
