@@ -205,6 +205,13 @@ class Optimizations:
     scores_labels_only: bool
     padded_because: str | None
 
+    def training_arguments(self, label_smoothing: float = 0.0) -> dict[str, Any]:
+        """What the Trainer has to do itself, as its arguments."""
+        return {
+            "label_smoothing_factor": 0.0 if self.scores_labels_only else label_smoothing,
+            "train_sampling_strategy": "group_by_length" if self.padded_because else "random",
+        }
+
 
 def enable_optimizations(model: PreTrainedModel, label_smoothing: float = 0.0) -> Optimizations:
     """Makes the model skip padding, and logits at positions without a label, where its type allows it."""

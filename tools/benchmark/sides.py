@@ -121,7 +121,9 @@ def _head(setup: Setup) -> Trainer:
 
 def our_trainer(setup: Setup, model: PreTrainedModel) -> Trainer:
     """How `lora_hf.training.run` trains `model` by default."""
-    trainer: Any = setup.trainer(model, AdapterTrainer, logging_nan_inf_filter=False, **enable_optimizations(model))
+    optimizations = enable_optimizations(model)
+    arguments = optimizations.training_arguments()
+    trainer: Any = setup.trainer(model, AdapterTrainer, logging_nan_inf_filter=False, **arguments)
     trainer.model_accepts_loss_kwargs = setup.task.model_kind == "causal-lm"
     if setup.config.train.group_by_prompt:
         trainer.prompts = number_prompts(setup.rows["labels"], setup.rows["input_ids"])

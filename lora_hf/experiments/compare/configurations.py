@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_hf.core.records import describe_base, describe_method
+from lora_hf.core.records import describe_base, describe_method, describe_run
 from lora_hf.experiments.compare.runs import FinishedRun
 
 Aspects = dict[str, dict[str, Any]]  # machine, data and recipe, each as names and values

@@ -16,6 +16,7 @@ from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.experiments.suite.published import FROM_MNLI, MEDIUM, ROBERTA, published_recipe
 from lora_hf.models.model_ids import base_name
+from lora_hf.training.run_dir import config_differences
 
 RECIPE = "recipe"  # name of the configuration that uses the published recipe of each task
 FIXED = ("model.name", "task.name", "task.data_dir", "train.seed", "train.start_from")  # keys that the suite sets
