@@ -145,7 +145,7 @@ def _results(facts: Facts, record: RunRecord) -> str:
         majority = record.majority.get(split, {}).get(metric) if subset == "all" else None
         name = split if subset == "all" else f"{split}, {subset}"
         rows.append((name, metric, f"{value:.4f}", "" if majority is None else f"{majority:.4f}"))
-    parts = [table(("split", "metric", "value", "always one answer"), rows, text_columns=2)]
+    parts = [table(("split", "metric", "value", "majority class"), rows, text_columns=2)]
     best = record.best
     checkpoint = f", of the checkpoint at step {best['step']}, chosen by {best['metric']}" if "step" in best else ""
     parts.append(f"One run, seed {record.seed}{checkpoint}.")

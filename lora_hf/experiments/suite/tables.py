@@ -87,7 +87,7 @@ def storage(record: SuiteRecord) -> str:
                 f"{full / together:.1f}x" if full and together else "-",
             ]
         )
-    head = ["configuration", "tasks", "one base, MB", "all adapters, MB", "together, MB", "full models, MB", "smaller"]
+    head = ["configuration", "tasks", "one base, MB", "all adapters, MB", "total, MB", "full models, MB", "smaller"]
     return table(head, rows)
 
 
