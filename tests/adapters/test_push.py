@@ -127,7 +127,7 @@ REFUSALS = {
     ),
     "name of somebody else": ("somebody-else/x", TOKEN, "this token may not write there (403); choose a repository"),
     "repository of somebody else": ("somebody-else/theirs", TOKEN, "this token may not write there (403)"),
-    "public, to be private": (f"{USER}/public", TOKEN, "exists and is public: private=True does not hide it"),
+    "public, to be private": (f"{USER}/public", TOKEN, "exists and is public"),
 }
 
 

@@ -96,7 +96,7 @@ def test_torch_is_not_imported(folder: Path) -> None:
         ("e2e", b"a\nb\n", "'e2e' (did you mean 'e2e_nlg'?)"),
         ("e2e_nlg", b"a\n", "found 1"),
         ("e2e_nlg", b"a\n\n", "bad.txt, line 2: "),
-        ("e2e_nlg", b"a\nb\xff\n", "UTF-8 at byte 3"),
+        ("e2e_nlg", b"a\nb\xff\n", "bad.txt, line 2: not UTF-8"),
         ("e2e_nlg", None, "bad.txt: "),
     ],
 )
