@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
@@ -62,9 +62,9 @@ def check_base(model: PreTrainedModel, recorded: dict[str, Any], adapter: str) -
         )
 
 
-def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The parameters of the base model by their names in the plain model, sorted; as they were before any merge."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path, module in model.base_model.named_modules():
         if isinstance(module, (LoraWeights, Bias)) or ".modules_to_save." in path:
             continue
@@ -78,7 +78,7 @@ def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return dict(sorted((tensors | _packed_tensors(model)).items()))
 
 
-def _packed_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def _packed_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors of quantized weights by their names in the plain model, sorted; as they were before any merge."""
     packed: dict[str, Packed] = {}
     for path, module in model.base_model.named_modules():
@@ -90,7 +90,7 @@ def _packed_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return dict(sorted(named.items()))
 
 
-def _once(model: nn.Module, compute: Callable[[dict[str, torch.Tensor]], Any], tensors: dict[str, torch.Tensor]) -> Any:
+def _once(model: nn.Module, compute: Callable[[dict[str, Tensor]], Any], tensors: dict[str, Tensor]) -> Any:
     """`compute(tensors)`, or its last result for this model if no tensor has changed since."""
     results, state = _computed.setdefault(model, {}), _state(tensors)
     if compute not in results or results[compute][0] != state:
@@ -98,7 +98,7 @@ def _once(model: nn.Module, compute: Callable[[dict[str, torch.Tensor]], Any], t
     return results[compute][1]
 
 
-def _state(tensors: Mapping[str, torch.Tensor]) -> list[tuple[Any, ...]]:
+def _state(tensors: Mapping[str, Tensor]) -> list[tuple[Any, ...]]:
     """What changes when a tensor does.
 
     The version counter alone would miss writes through `tensor.data` and another tensor at the same address, so a
@@ -110,7 +110,7 @@ def _state(tensors: Mapping[str, torch.Tensor]) -> list[tuple[Any, ...]]:
     ]
 
 
-def _checksum(tensor: torch.Tensor) -> int:
+def _checksum(tensor: Tensor) -> int:
     data = tensor.detach().reshape(-1).view(torch.uint8)
     if data.storage_offset() % 8:
         data = data.clone()
@@ -118,7 +118,7 @@ def _checksum(tensor: torch.Tensor) -> int:
     return int(data[:whole].view(torch.int64).sum() + data[whole:].sum())
 
 
-def _fingerprint(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _fingerprint(tensors: dict[str, Tensor]) -> dict[str, Any]:
     samples: list[float] = []
     for tensor in tensors.values():
         flat = tensor.detach().reshape(-1)
@@ -130,7 +130,7 @@ def _fingerprint(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {"sha256": _digest(tensors), "dtype": dtype, "tensors": len(tensors), "samples": packed}
 
 
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
+def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())

@@ -25,7 +25,7 @@ def adapted(base: str, slices: list[tuple[int, int]], dropout: float = 0.0) -> L
     layer = LoraLinear(BASES[base]().requires_grad_(False), AdapterState())
     weights = DoraWeights(layer.original_weight(), slices, r=3, lora_alpha=5, lora_dropout=dropout)
     layer.adapters["default"] = weights
-    layer.switch.active_adapter = "default"
+    layer.adapter_state.active_adapter = "default"
     return layer.eval()
 
 
@@ -114,5 +114,5 @@ def test_a_row_of_zeros_and_a_plain_adapter_beside_it() -> None:
     layer.adapters["dora"] = DoraWeights(layer.original_weight(), [(0, 18)], r=2, lora_alpha=2)
     layer.adapters["plain"] = LoraWeights(10, [(0, 18)], 2, 2)
     x = torch.randn(4, 10)
-    for layer.switch.active_adapter in ("dora", "plain"):
+    for layer.adapter_state.active_adapter in ("dora", "plain"):
         assert torch.equal(layer(x), base(x))
