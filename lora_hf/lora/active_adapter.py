@@ -85,13 +85,17 @@ class BatchRouting:
     ) -> Tensor:
         """`y` with the items of each of `adapters` replaced by `change(name, their x, their y)`."""
         inputs, outputs, segments = self.items(x, y)
-        changed, start = outputs.clone(), 0
-        for name, end in zip(self.names, segments.ends, strict=True):
-            if name in adapters and end > start:
-                items = slice(start, end) if segments.order is None else segments.order[start:end]
-                changed[items] = change(name, inputs[items], outputs[items])
-            start = end
+        changed = outputs.clone()
+        for name, start, end in self.spans(segments, adapters):
+            items = slice(start, end) if segments.order is None else segments.order[start:end]
+            changed[items] = change(name, inputs[items], outputs[items])
         return changed.view_as(y)
+
+    def spans(self, segments: Segments, adapters: Container[str]) -> Iterator[tuple[str, int, int]]:
+        """The range `(name, start, end)` of sorted items of each of `adapters` that has any."""
+        for name, start, end in zip(self.names, (0, *segments.ends), segments.ends, strict=False):
+            if name in adapters and end > start:
+                yield name, start, end
 
     def _index(self, name: str | None) -> int:
         return len(self.names) if name is None else self.names.index(name)

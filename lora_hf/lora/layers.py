@@ -18,7 +18,7 @@ from lora_hf.lora.kernels.fused import Part, Weight, can_fuse, lora_linear, lora
 from lora_hf.lora.kernels.grouped import Stack, add_grouped
 from lora_hf.lora.kernels.reference import add_lora
 from lora_hf.lora.precision import keep_dtype
-from lora_hf.lora.quantization import Packed, QuantisedLinear, unpack
+from lora_hf.lora.quantization import Packed, QuantisedLinear
 from lora_hf.lora.slices import Slices, block_diagonal, split_slices
 
 TRANSPOSED = (Conv1D, nn.Embedding)  # whose weight is (in, out)
@@ -180,6 +180,14 @@ class AdaptedModule(nn.Module):
         """The adapter that runs in this module and context; None if it has none of that name, or for a mix."""
         return self.adapter_state.active(self.adapters)
 
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.base_layer, "bias", None)
+
 
 class LoraLinear(AdaptedModule):
     """`y = base_layer(x) + (lora_alpha / r) * dropout(x) A^T B^T` with the A and B of the active adapter.
@@ -207,10 +215,6 @@ class LoraLinear(AdaptedModule):
     @property
     def device(self) -> torch.device:
         return next(chain(self.base_layer.parameters(), self.base_layer.buffers())).device
-
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.base_layer, "bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`, in the precision of the base layer.
@@ -253,14 +257,12 @@ class LoraLinear(AdaptedModule):
         inputs, _, segments = routing.items(x, x)
         if segments.order is not None:
             return None
-        inner, start, parts = inputs.shape[1:-1].numel(), 0, []
-        for name, end in zip(routing.names, segments.ends, strict=True):
-            if name in self.adapters and end > start:
-                weights = self.adapters[name]
-                dropout = weights.lora_dropout if weights.training else 0.0
-                low_rank = (*weights.factors(), weights.scaling, weights.slices)
-                parts.append(Part(start * inner, end * inner, *low_rank, dropout))
-            start = end
+        inner, parts = inputs.shape[1:-1].numel(), []
+        for name, start, end in routing.spans(segments, self.adapters):
+            weights = self.adapters[name]
+            dropout = weights.lora_dropout if weights.training else 0.0
+            low_rank = (*weights.factors(), weights.scaling, weights.slices)
+            parts.append(Part(start * inner, end * inner, *low_rank, dropout))
         return parts
 
     def _stack(self, routing: BatchRouting, dtype: torch.dtype) -> Stack:
@@ -280,8 +282,7 @@ class LoraLinear(AdaptedModule):
     def original_weight(self) -> Tensor:
         """The base weight as it was before any merge: fp32 `(out, in)`."""
         if self.unmerged_packed is not None:
-            shape = (self.out_features, self.in_features)
-            return unpack(self.unmerged_packed, self.base_layer.scheme, shape, torch.float32)
+            return self.base_layer.unpacker(self.unmerged_packed)(torch.float32)
         weight = self.weight if self.unmerged_weight is None else self.unmerged_weight
         return (weight.T if isinstance(self.base_layer, TRANSPOSED) else weight).detach().float()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -62,11 +62,7 @@ def keep_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return move
 
 
-def _seconds(dtype: torch.dtype, tries: int = 5) -> float:
+def _seconds(dtype: torch.dtype) -> float:
     x, weight = torch.ones(256, SIZE, dtype=dtype), torch.ones(SIZE, SIZE, dtype=dtype)
-    best = float("inf")
-    for _ in range(tries):  # the first is a warm-up; the fastest is the least disturbed
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        best = min(best, time.perf_counter() - start)
-    return best
+    # The first is a warm-up; the fastest is the least disturbed.
+    return min(timeit.repeat(lambda: torch.nn.functional.linear(x, weight), number=1, repeat=5))

@@ -64,9 +64,10 @@ class QuantisedLinear(nn.Module):
         """`(out, in)`, also where the layer was a Conv1D."""
         return self.unpacker()(dtype)
 
-    def unpacker(self) -> Callable[[torch.dtype], Tensor]:
-        """`dequantise` of the current weight, even if it is called after a merge."""
-        return partial(unpack, self.packed(), self.scheme, (self.out_features, self.in_features))
+    def unpacker(self, packed: Packed | None = None) -> Callable[[torch.dtype], Tensor]:
+        """`dequantise` of the current weight, even if it is called after a merge, or of another that was packed."""
+        packed = self.packed() if packed is None else packed
+        return partial(unpack, packed, self.scheme, (self.out_features, self.in_features))
 
     def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A frozen layer of the original kind with the dequantized weight."""

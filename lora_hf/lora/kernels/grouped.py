@@ -50,7 +50,8 @@ def add_grouped(base_output: Tensor, x: Tensor, stack: Stack, order: Tensor | No
     rows = adapted.reshape(stop * inner, x.shape[-1])
     row_ends = tuple(end * inner for end in ends)
     if torch.is_grad_enabled():
-        added = _wide(rows, stack, row_ends).view(stop, *base_output.shape[1:])
+        added = _project_wide(rows, stack, row_ends) @ stack.lora_B.flatten(0, 1)
+        added = added.view(stop, *base_output.shape[1:])
         if items is not None:
             return base_output.index_add(0, items, added)
         return torch.cat([base_output[:stop] + added, base_output[stop:]])
@@ -75,10 +76,6 @@ def _add(outputs: Tensor, rows: Tensor, stack: Stack, ends: tuple[int, ...]) -> 
         for number, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
             if end > start:
                 outputs[start:end].addmm_(rows[start:end] @ stack.lora_A[:, number], stack.lora_B[number])
-
-
-def _wide(rows: Tensor, stack: Stack, ends: tuple[int, ...]) -> Tensor:
-    return _project_wide(rows, stack, ends) @ stack.lora_B.flatten(0, 1)
 
 
 def _project_wide(rows: Tensor, stack: Stack, ends: tuple[int, ...]) -> Tensor:

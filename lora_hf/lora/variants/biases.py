@@ -38,14 +38,6 @@ class Bias(nn.Module):
 class BiasedModule(AdaptedModule):
     """A module with a trained `Bias` per adapter; without an active adapter it is the module itself."""
 
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor:
-        return self.base_layer.bias
-
     def forward(self, x: Tensor) -> Tensor:
         y, routing, active = self.base_layer(x), self.adapter_state.routing, self.active
         if routing is not None:

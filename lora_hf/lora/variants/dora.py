@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.lora.layers import LoraWeights
-from lora_hf.lora.slices import Slices, split_slices
+from lora_hf.lora.slices import split_slices
 
 TINY = torch.finfo(torch.float32).tiny  # the norm of a row of zeros, which is divided by
 
@@ -25,16 +25,8 @@ class DoraWeights(LoraWeights):
     It starts as the norms of `weight`, fp32 `(out, in)`, so the adapter changes nothing at first.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        slices: Slices,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-    ) -> None:
-        super().__init__(weight.shape[1], slices, r, lora_alpha, lora_dropout, weight.device, use_rslora)
+    def __init__(self, weight: Tensor, *plain: Any) -> None:
+        super().__init__(*plain)
         self.lora_magnitude_vector = nn.Parameter(self.norms(weight))
 
     @torch.no_grad()

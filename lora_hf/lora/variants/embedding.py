@@ -19,9 +19,9 @@ class EmbeddingWeights(LoraWeights):
     Each token's column of A is looked up; that of the padding token gets no gradient. There is no dropout, as in PEFT.
     """
 
-    def __init__(self, layer: LoraLinear, r: int, lora_alpha: float, use_rslora: bool = False) -> None:
-        out = layer.out_features
-        super().__init__(layer.in_features, [(0, out)], r, lora_alpha, 0.0, layer.weight.device, use_rslora)
+    def __init__(self, *plain: Any) -> None:
+        super().__init__(*plain)
+        self.lora_dropout = 0.0
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
 

@@ -37,9 +37,9 @@ def new_weights(
     """Fresh A and B for one projection."""
     plain = (layer.in_features, slices, r, lora_alpha, lora_dropout, layer.device, variant.use_rslora)
     if isinstance(layer.base_layer, nn.Embedding):
-        weights = EmbeddingWeights(layer, r, lora_alpha, variant.use_rslora)
+        weights = EmbeddingWeights(*plain)
     elif variant.use_dora:
-        weights = DoraWeights(layer.original_weight(), slices, r, lora_alpha, lora_dropout, variant.use_rslora)
+        weights = DoraWeights(layer.original_weight(), *plain)
     else:
         weights = DecomposedWeights(variant.start, *plain) if variant.start else LoraWeights(*plain)
     bias = layer.bias if layer.unmerged_bias is None else layer.unmerged_bias

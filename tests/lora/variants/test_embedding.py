@@ -19,7 +19,7 @@ from tests.tolerances import MERGE_FP32, PARITY_FP32
 def adapted(dtype: torch.dtype = torch.float32) -> LoraLinear:
     torch.manual_seed(0)
     layer = LoraLinear(torch.nn.Embedding(20, 6, padding_idx=1).to(dtype).requires_grad_(False), AdapterState())
-    layer.adapters["default"] = EmbeddingWeights(layer, r=3, lora_alpha=5)
+    layer.adapters["default"] = EmbeddingWeights(20, [(0, 6)], 3, 5)
     layer.adapter_state.active_adapter = "default"
     return layer
 
