@@ -185,7 +185,7 @@ class AdaptedModule(nn.Module):
         return self.base_layer.weight
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Any:
         return getattr(self.base_layer, "bias", None)
 
 
@@ -261,8 +261,8 @@ class LoraLinear(AdaptedModule):
         for name, start, end in routing.spans(segments, self.adapters):
             weights = self.adapters[name]
             dropout = weights.lora_dropout if weights.training else 0.0
-            low_rank = (*weights.factors(), weights.scaling, weights.slices)
-            parts.append(Part(start * inner, end * inner, *low_rank, dropout))
+            a, b = weights.factors()
+            parts.append(Part(start * inner, end * inner, a, b, weights.scaling, weights.slices, dropout))
         return parts
 
     def _stack(self, routing: BatchRouting, dtype: torch.dtype) -> Stack:

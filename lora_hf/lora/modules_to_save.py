@@ -28,8 +28,8 @@ class ModulesToSaveWrapper(nn.Module):
 
     def add(self, name: str, head: nn.Module | None = None) -> None:
         """Adds the head of adapter `name`; without `head`, a copy of the base's own."""
-        head = copy.deepcopy(self.original_module) if head is None else head
-        self.modules_to_save[name] = head.float().requires_grad_(True)
+        own: nn.Module = copy.deepcopy(self.original_module) if head is None else head
+        self.modules_to_save[name] = own.float().requires_grad_(True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ModulesToSaveWrapper:
         self.original_module._apply(fn, recurse)
