@@ -130,9 +130,8 @@ class _GroupedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float,
-        is_causal: bool,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, is_causal: bool
+    ) -> Tensor:
         tokens, heads, size = query.shape
         output = query.new_empty(tokens * heads + 1, size)
         saved: list[Tensor | None] = []
@@ -201,9 +200,8 @@ def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale:
 
 
 def _attend_row_by_row(
-    query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, is_causal: bool,
-    dropout: float,
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, is_causal: bool, dropout: float
+) -> Tensor:
     """torch's own attention of each row: the only one that drops attention weights."""
     outputs = []
     by_row = (tensor.transpose(0, 1).split(list(rows.lengths), 1) for tensor in (query, key, value))

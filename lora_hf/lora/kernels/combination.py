@@ -54,5 +54,5 @@ def elect(deltas: Sequence[Tensor]) -> Tensor:
 
 def drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Keeps each entry with probability `density`, divided by it, so the mean is `delta` (DARE, arXiv 2311.03099)."""
-    kept = torch.rand(delta.shape, generator=generator) < density  # on the CPU: the same draw on every machine
-    return delta * kept.to(delta.device) / density
+    mask = torch.rand(delta.shape, generator=generator) < density  # on the CPU: the same draw on every machine
+    return delta * mask.to(delta.device) / density
