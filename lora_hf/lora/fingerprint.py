@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
@@ -49,36 +49,34 @@ def store_fingerprint(model: PreTrainedModel, before: dict[str, Any]) -> None:
 
 def check_base(model: PreTrainedModel, recorded: dict[str, Any], adapter: str) -> None:
     """Raises AdapterError if the model's base weights are not the recorded ones."""
-    found = fingerprint(model)
-    if found["dtype"] == recorded["dtype"]:
-        same = found["sha256"] == recorded["sha256"]
+    current = fingerprint(model)
+    if current["dtype"] == recorded["dtype"]:
+        same = current["sha256"] == recorded["sha256"]
     else:
-        same = found["tensors"] == recorded["tensors"] and _close(found["samples"], recorded["samples"])
+        same = current["tensors"] == recorded["tensors"] and _close(current["samples"], recorded["samples"])
     if not same:
         raise AdapterError(
             f"{adapter} was trained on another base: expected weights {recorded['sha256'][:12]} "
-            f"({recorded['tensors']} tensors, {recorded['dtype']}), found {found['sha256'][:12]} "
-            f"({found['tensors']} tensors, {found['dtype']}). Load the base model that its adapter_config.json names"
+            f"({recorded['tensors']} tensors, {recorded['dtype']}), found {current['sha256'][:12]} "
+            f"({current['tensors']} tensors, {current['dtype']}). Load the base that its adapter_config.json names"
         )
 
 
-def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The parameters of the base model by their names in the plain model, sorted; as they were before any merge."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors = _packed_tensors(model)
     for path, module in model.base_model.named_modules():
+        if isinstance(module, LoraLinear):  # before its `base_layer` comes
+            unmerged = {"weight": module.unmerged_weight, "bias": module.unmerged_bias}
+            tensors |= {f"{path}.{name}": tensor for name, tensor in unmerged.items() if tensor is not None}
         if isinstance(module, (LoraWeights, Bias)) or ".modules_to_save." in path:
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
-            tensors[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = parameter
-    for path, module in model.base_model.named_modules():
-        if isinstance(module, LoraLinear) and module.unmerged_weight is not None:
-            tensors[f"{path}.weight"] = module.unmerged_weight
-        if isinstance(module, LoraLinear) and module.unmerged_bias is not None:
-            tensors[f"{path}.bias"] = module.unmerged_bias
-    return dict(sorted((tensors | _packed_tensors(model)).items()))
+            tensors.setdefault(name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter)
+    return dict(sorted(tensors.items()))
 
 
-def _packed_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def _packed_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors of quantized weights by their names in the plain model, sorted; as they were before any merge."""
     packed: dict[str, Packed] = {}
     for path, module in model.base_model.named_modules():
@@ -90,7 +88,7 @@ def _packed_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return dict(sorted(named.items()))
 
 
-def _once(model: nn.Module, compute: Callable[[dict[str, torch.Tensor]], Any], tensors: dict[str, torch.Tensor]) -> Any:
+def _once(model: nn.Module, compute: Callable[[dict[str, Tensor]], Any], tensors: dict[str, Tensor]) -> Any:
     """`compute(tensors)`, or its last result for this model if no tensor has changed since."""
     results, state = _computed.setdefault(model, {}), _state(tensors)
     if compute not in results or results[compute][0] != state:
@@ -98,7 +96,7 @@ def _once(model: nn.Module, compute: Callable[[dict[str, torch.Tensor]], Any], t
     return results[compute][1]
 
 
-def _state(tensors: Mapping[str, torch.Tensor]) -> list[tuple[Any, ...]]:
+def _state(tensors: Mapping[str, Tensor]) -> list[tuple[Any, ...]]:
     """What changes when a tensor does.
 
     The version counter alone would miss writes through `tensor.data` and another tensor at the same address, so a
@@ -110,15 +108,15 @@ def _state(tensors: Mapping[str, torch.Tensor]) -> list[tuple[Any, ...]]:
     ]
 
 
-def _checksum(tensor: torch.Tensor) -> int:
+def _checksum(tensor: Tensor) -> int:
     data = tensor.detach().reshape(-1).view(torch.uint8)
     if data.storage_offset() % 8:
         data = data.clone()
-    whole = len(data) // 8 * 8
-    return int(data[:whole].view(torch.int64).sum() + data[whole:].sum())
+    aligned = len(data) // 8 * 8
+    return int(data[:aligned].view(torch.int64).sum() + data[aligned:].sum())
 
 
-def _fingerprint(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _fingerprint(tensors: dict[str, Tensor]) -> dict[str, Any]:
     samples: list[float] = []
     for tensor in tensors.values():
         flat = tensor.detach().reshape(-1)
@@ -130,7 +128,7 @@ def _fingerprint(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {"sha256": _digest(tensors), "dtype": dtype, "tensors": len(tensors), "samples": packed}
 
 
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
+def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())
@@ -138,11 +136,11 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _close(found: str, recorded: str) -> bool:
-    if len(found) != len(recorded):
+def _close(samples: str, recorded: str) -> bool:
+    if len(samples) != len(recorded):
         return False
     a, b = (
         torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8).view(torch.bfloat16).float()
-        for text in (found, recorded)
+        for text in (samples, recorded)
     )
     return torch.allclose(a, b, rtol=RELATIVE, atol=ABSOLUTE)

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
+from torch import Tensor
 
 Slices = Sequence[tuple[int, int]]
 
 
-def split_slices(
-    lora_A: torch.Tensor, lora_B: torch.Tensor, slices: Slices
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+def split_slices(lora_A: Tensor, lora_B: Tensor, slices: Slices) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For each slice its columns of the output, its A `(r, in)` and its B `(width, r)`, as views."""
     columns = [slice(start, stop) for start, stop in slices]
     return zip(columns, lora_A.split(lora_B.shape[1]), split_rows(lora_B, slices), strict=True)
 
 
-def split_rows(stacked: torch.Tensor, slices: Slices) -> tuple[torch.Tensor, ...]:
+def split_rows(stacked: Tensor, slices: Slices) -> tuple[Tensor, ...]:
     """The rows of each slice in what is stacked as `lora_B` is."""
     return stacked.split([stop - start for start, stop in slices])
 
 
-def block_diagonal(lora_B: torch.Tensor, slices: Slices, out_features: int) -> torch.Tensor:
+def block_diagonal(lora_B: Tensor, slices: Slices, out_features: int) -> Tensor:
     """`(out, n * r)`: the B of each slice in its own rows and columns, zeros elsewhere.
 
     With it, `block_diagonal(lora_B) @ lora_A` is the product of all slices at once. For the whole output it is
@@ -41,7 +39,7 @@ def block_diagonal(lora_B: torch.Tensor, slices: Slices, out_features: int) -> t
     return placed
 
 
-def diagonal_blocks(placed: torch.Tensor, slices: Slices) -> list[torch.Tensor]:
+def diagonal_blocks(placed: Tensor, slices: Slices) -> list[Tensor]:
     """The inverse of `block_diagonal`: the B `(width, r)` of each slice, as views; concatenated they are `lora_B`."""
     parts = placed.split(placed.shape[1] // len(slices), dim=1)
     return [part[start:stop] for (start, stop), part in zip(slices, parts, strict=True)]

@@ -28,7 +28,7 @@ def adapted(layout: str, r: int = 3, dropout: float = 0.0, dtype: torch.dtype = 
     layer = LoraLinear(make().to(dtype).requires_grad_(False), AdapterState())
     layer.adapters["default"] = LoraWeights(10, slices, r, lora_alpha=5, lora_dropout=dropout)
     nn.init.normal_(layer.adapters["default"].lora_B)
-    layer.switch.active_adapter = "default"
+    layer.adapter_state.active_adapter = "default"
     return layer.eval()
 
 
@@ -96,7 +96,7 @@ def test_merging_another_adapter_takes_the_first_one_out() -> None:
     nn.init.normal_(layer.adapters["other"].lora_B)
     before = layer.weight.clone()
     layer.merge()
-    layer.switch.active_adapter = "other"
+    layer.adapter_state.active_adapter = "other"
     layer.merge()
     assert torch.allclose(layer.weight, before + layer.adapters["other"].delta_weight(18), atol=MERGE_FP32)
     layer.unmerge()
@@ -149,7 +149,7 @@ def test_lora_and_head_stay_fp32_and_exact_whatever_the_base_is_cast_to(cast) ->
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     x = torch.randn(3, 10).to(layer.weight.dtype)
     assert layer(x).dtype == layer.weight.dtype
-    head.switch.active_adapter = "default"
+    head.adapter_state.active_adapter = "default"
     assert head(x).dtype == torch.float32
     layer(x).float().sum().backward()
     assert layer.adapters["default"].lora_A.grad.dtype == torch.float32
@@ -168,7 +168,7 @@ def test_the_bases_own_head_is_frozen_and_runs_without_an_adapter() -> None:
     head.eval()
     x = torch.randn(3, 4)
     assert torch.equal(head(x), head.original_module(x)), "no adapter active: the base's own, in eval mode"
-    head.switch.active_adapter = "default"
+    head.adapter_state.active_adapter = "default"
     nn.init.zeros_(head.modules_to_save["default"][0].weight)
     assert not torch.equal(head(x), head.original_module(x))
     assert torch.equal(copy.deepcopy(head)(x), head(x))
