@@ -110,6 +110,9 @@ FLAT_RSS = 25e6
 """Bytes that a process may grow between the third trial of a sweep and the sixth, for caches and fragments of the heap.
 Three models kept alive would add 30 MB in weights alone."""
 
+METRIC_VALUE = 1e-12
+"""A metric against scikit-learn or scipy in float64, which take their sums in another order."""
+
 OFFICIAL_SCORE = 1e-6
 """The comparison's metrics against the official ones: those of STS-B round their inputs to float32 first."""
 

@@ -16,7 +16,7 @@ from typing import Any
 from lora_hf.core.config.schema import ROLES
 from lora_hf.core.errors import DataError
 from lora_hf.core.formatting import minutes, percent, table
-from lora_hf.core.records import RunRecord, ScoreRecord, SweepRecord, describe, read_plain, record_files
+from lora_hf.core.records import RunRecord, ScoreRecord, SweepRecord, describe_run, read_json_record, record_files
 from lora_hf.experiments.suite import tables as suite_tables
 from lora_hf.lora.architectures import ARCHITECTURES, Projection
 from tools.tables import robustness as robustness_tables
@@ -66,7 +66,7 @@ def _sst2(results: Path) -> str:
         train, counts = record.config["train"], record.parameters
         rows.append(
             [
-                describe(record),
+                describe_run(record),
                 percent(record.metrics["validation"]["accuracy"]),
                 f"{counts['trainable']:,}",
                 percent(counts["trainable"] / counts["total"]),
@@ -96,7 +96,7 @@ def _e2e(results: Path) -> str:
     rows = []
     for name, file, perplexity, training in (
         (f"{run.model}, no adapter", "scores-base.json", "-", "-"),
-        (describe(run), "scores-lora.json", f"{run.metrics['validation']['perplexity']:.2f}", _link(run)),
+        (describe_run(run), "scores-lora.json", f"{run.metrics['validation']['perplexity']:.2f}", _link(run)),
     ):
         scored = ScoreRecord.load(results / "e2e" / file)
         scores = ["null" if value is None else f"{value:.4f}" for value in scored.metrics["all"].values()]
@@ -156,7 +156,7 @@ def _typed(value: Any) -> str:
 
 
 def _evidence(results: Path) -> dict[str, Any]:
-    return read_plain(results / "tiny-bases.json")
+    return read_json_record(results / "tiny-bases.json")
 
 
 def _bases(results: Path) -> str:
@@ -182,14 +182,14 @@ def _fills(results: Path) -> str:
         [row["sentence"].replace("<mask>", "**[?]**"), ", ".join(f"{word} {p:.2f}" for word, p in row["fills"].items())]
         for row in _evidence(results)["tiny-roberta"]["fills"]
     ]
-    return table(["sentence", "top five predictions"], rows, words=2)
+    return table(["sentence", "top five predictions"], rows, text_columns=2)
 
 
 def _continuations(results: Path) -> str:
     rows = _evidence(results)["tiny-gpt2"]["continuations"]
     head = ["prompt", "greedy continuation", "sampled (top-p 0.9, temperature 0.8)"]
     return table(
-        head, [[" ".join(row[key].split()) for key in ("prompt", "greedy", "sampled")] for row in rows], words=3
+        head, [[" ".join(row[key].split()) for key in ("prompt", "greedy", "sampled")] for row in rows], text_columns=3
     )
 
 
@@ -202,7 +202,7 @@ def _roles(_: Path) -> str:
 
     rows = [[f"`{role}`", *(path(each.projections.get(role)) for each in ARCHITECTURES.values())] for role in ROLES]
     rows.append(["head", *(", ".join(f"`{name}`" for name in each.head) for each in ARCHITECTURES.values())])
-    return table(["role", *ARCHITECTURES], rows, words=1 + len(ARCHITECTURES))
+    return table(["role", *ARCHITECTURES], rows, text_columns=1 + len(ARCHITECTURES))
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

@@ -1,1 +1,1 @@
-"""An adapter on disk and on the hub: saving, strict loading, merging, combining, converting and pushing."""
+"""Adapters on disk and on the hub, in PEFT's format. Saves, loads, merges, combines, converts and uploads them."""

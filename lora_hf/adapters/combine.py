@@ -1,4 +1,4 @@
-"""Several adapters of one model made into one: their weighted sum, exactly or at a smaller rank, TIES, and DARE."""
+"""Combines several adapters of one model into one: weighted sum (exact or of a smaller rank), TIES and DARE."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_hf.adapters.format import AdapterMetadata, read_adapter_config
-from lora_hf.adapters.peft_config import factor_names, to_peft
-from lora_hf.adapters.resolve import SavedModel, config_of, find_saved_model
+from lora_hf.adapters.peft_config import factor_keys, to_peft
+from lora_hf.adapters.resolve import find_saved_model, run_sections
 from lora_hf.adapters.save_load import load_adapter, load_saved_model, save_adapter
 from lora_hf.core.atomic_io import atomic_folder
 from lora_hf.core.errors import AdapterError, ConfigError, did_you_mean
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import COMBINE_FILE, CombineRecord
 from lora_hf.lora.inject import adapter_heads, adapter_names, add_weights, check_new_name, inject_head, lora_layers
-from lora_hf.lora.kernels.combination import Factors, Svd, drop, elect, shorten, sum_of_factors, svd_of_factors, trim
+from lora_hf.lora.kernels.combination import Factors, drop, elect, shorten, sum_of_factors, svd_of_factors, trim
 from lora_hf.lora.layers import LoraLinear, LoraWeights
+from lora_hf.lora.slices import diagonal_blocks
 from lora_hf.lora.variants.biases import standalone_biases
 
 Method = Literal["linear", "svd", "ties", "dare"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
-# What A and B may miss of `delta_weight`, relative to its norm: float32 loses about 1e-7, a variant that is more than
-# B A (such as one with a magnitude) differs in the first digits.
-PLAIN = 1e-4
+# How far `scaling * B A` may be from `delta_weight`, relative to its norm. float32 loses about 1e-7; a variant that
+# adds more than B A, such as DoRA, differs in the first digits.
+PLAIN_LORA_RTOL = 1e-4
 
 Slices = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Combination:
-    """What `combine_adapters` made: by path the rank, of each slice, and what that rank leaves out of the combination.
+    """The result of `combine_adapters`: by module path the rank of each slice, and the error of truncating to it.
 
-    An error is relative, in the Frobenius norm: 0 is exact. `error` is the same over all paths together.
+    Errors are relative, in the Frobenius norm; 0 is exact. `error` is that of all modules together.
     """
 
     name: str
@@ -51,8 +52,35 @@ class Combination:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A and B of the new adapter for each slice of a projection, and the squared norms left out and of all."""
+class _Source:
+    """A module with the adapters to combine there, by name with their weights, and the slices of the new adapter."""
+
+    path: str
+    layer: LoraLinear
+    weights: dict[str, float]
+    slices: Slices
+
+    @classmethod
+    def of(cls, path: str, layer: LoraLinear, weights: Mapping[str, float]) -> _Source:
+        """Keeps the slices if all adapters have the same; else the whole output is one slice."""
+        weights = {name: weight for name, weight in weights.items() if name in layer.adapters}
+        first, *others = (layer.adapters[name].slices for name in weights)
+        same = all(slices == first for slices in others)
+        return cls(path, layer, weights, first if same else [(0, layer.out_features)])
+
+    @property
+    def max_rank(self) -> int:
+        return min(self.layer.in_features, *(stop - start for start, stop in self.slices))
+
+    @property
+    def default_rank(self) -> int:
+        adapters: list[LoraWeights] = [self.layer.adapters[name] for name in self.weights]
+        return max(_saved_rank(each) * (1 if each.slices == self.slices else len(each.slices)) for each in adapters)
+
+
+@dataclass(frozen=True)
+class _CombinedLayer:
+    """The new A and B of each slice of a module, and the squared norms: what truncation lost, and the total."""
 
     slices: Slices
     factors: list[Factors]
@@ -74,53 +102,59 @@ def combine_adapters(
     density: float | None = None,
     seed: int = 0,
 ) -> Combination:
-    """Makes adapter `name` of the model's adapters, each with its weight, which may be negative, and activates it.
+    """Adds adapter `name`, a weighted combination of the model's adapters, and activates it. Weights may be negative.
 
-    With `delta_i` what adapter i adds to a base weight (its scaling included) and `w_i` its weight:
+    With `delta_i` the update that adapter i adds to a base weight (with its scaling) and `w_i` its weight:
 
     - `linear`: `sum_i w_i delta_i`, exact for any mix of ranks, scalings, slices and targets; the ranks add up.
     - `svd`: the nearest matrices of `rank` to that sum, slice by slice.
     - `ties`: trim, elect, merge (TIES, arXiv 2306.01708, section 3.2), then as `svd`. Of each adapter the share
-      `density` of its entries that is largest by magnitude stays, over all projections together; at each entry the sign
-      of the weighted sum wins, and the weighted entries of that sign are averaged. With all weights lambda that is the
-      paper's `lambda tau_m`.
+      `density` of entries with the largest magnitude stays, counted over all modules together; at each entry the sign
+      of the weighted sum wins, and the weighted entries of that sign are averaged. If all weights are lambda, this is
+      the paper's `lambda tau_m`.
     - `dare`: drop and rescale (DARE, arXiv 2311.03099, section 3.1), then as `svd`. An entry of `delta_i` stays with
-      probability `density`, divided by it, before the weighted sum; `seed` draws.
+      probability `density`, divided by it, before the weighted sum; the generator is seeded with `seed`.
 
-    A head has no base that it is added to: the heads are averaged, with the weights over their sum, in every method.
+    A head is no update of a base, so every method averages the heads, with the weights divided by their sum.
 
     Args:
-        rank: of each slice, for all but `linear`; without it the largest that the adapters have there.
+        rank: of each slice, for all methods but `linear`; by default the largest rank that the adapters have there.
         density: for `ties` and `dare`, above 0 and at most 1.
 
     Raises:
-        AdapterError: no adapter of a name; `name` is taken; `ties` on adapters that do not adapt the same columns;
-            `linear` or `svd` on a variant that adds more than `scaling * B A`; trained biases. Nothing is added then.
-        ConfigError: an argument that makes no sense, or a rank above the smaller side of a projection.
+        AdapterError: no adapter of a name; `name` is taken; `ties` on adapters that adapt different columns; `linear`
+            or `svd` on a variant that adds more than `scaling * B A`; trained biases. The model is unchanged.
+        ConfigError: an invalid argument, or a rank above the smaller side of a module.
     """
     _check(model, weights, name, method, rank, density)
     layers = {path: layer for path, layer in lora_layers(model).items() if weights.keys() & set(layer.adapters)}
-    for path, layer in layers.items():
-        _check_rank(rank, path, layer, _slices(layer, weights))
-    if method in ("linear", "svd"):
-        made = {path: _sum(path, layer, weights, method, rank) for path, layer in layers.items()}
-    elif method == "ties":
-        made = _ties(layers, weights, density or 1.0, rank)
-    else:
-        made = _dare(layers, weights, density or 1.0, rank, torch.Generator().manual_seed(seed))
-    for path, new in made.items():
-        added = add_weights(model, path, name, new.slices, new.rank, lora_alpha=new.rank)  # the scaling is in B
+    sources = [_Source.of(path, layer, weights) for path, layer in layers.items()]
+    for source in sources:
+        if rank is not None and rank > source.max_rank:
+            raise ConfigError(
+                f"rank: {source.path} has {source.max_rank} as its smaller side; expected at most that, found {rank}"
+            )
+    thresholds = {}
+    if method == "ties":
+        _check_same_columns(sources, weights)
+        thresholds = {name: _threshold(sources, name, density or 1.0) for name in weights}
+    generator = torch.Generator().manual_seed(seed)
+    combined = {
+        source.path: _combine(source, method, rank, density or 1.0, thresholds, generator) for source in sources
+    }
+    for path, new in combined.items():
+        added = add_weights(model, path, name, new.slices, new.rank, lora_alpha=new.rank)  # B includes the scaling
         added.lora_A.copy_(torch.cat([a for a, _ in new.factors]))
         added.lora_B.copy_(torch.cat([b for _, b in new.factors]))
     for head in adapter_heads(model).values():
-        head.add(name, _average(head.heads, weights))
+        head.add(name, _average(head.modules_to_save, weights))
     inject_head(model, name)
     return Combination(
         name,
         method,
-        {path: new.rank for path, new in made.items()},
-        {path: _relative([new]) for path, new in made.items()},
-        _relative(list(made.values())),
+        {path: new.rank for path, new in combined.items()},
+        {path: _relative_error([new]) for path, new in combined.items()},
+        _relative_error(list(combined.values())),
     )
 
 
@@ -133,38 +167,41 @@ def combine_saved(
     seed: int = 0,
     overwrite: bool = False,
 ) -> CombineRecord:
-    """`combine_adapters` on folders, each with its weight: writes the new adapter and the record of it to `output`.
+    """`combine_adapters` for adapter folders, each with its weight. Writes the new adapter and its record to `output`.
 
-    Base, tokens and decoding are those of the first adapter, and its task is the new one's.
+    The new adapter has the base, the tokenizer, the decoding settings and the task of the first one.
 
     Raises:
         AdapterError: a folder is no readable adapter; the adapters were trained on different bases or for different
             labels; or as `combine_adapters`.
-        ConfigError: as `combine_adapters`; also an output that is in the way (see `folders.check_output`).
+        ConfigError: as `combine_adapters`; also if `output` exists (see `check_output_folder`).
         ModelError, HubError: the base cannot be loaded.
     """
     _check_method(len(adapters), method, rank, density)
-    saved = [_adapter(folder) for folder, _ in adapters]
-    _check_together([one.folder for one in saved])
-    names = {f"adapter_{index}": weight for index, (_, weight) in enumerate(adapters)}
+    saved = [find_saved_model(folder) for folder, _ in adapters]
+    for one in saved:
+        if one.is_full_model:
+            raise AdapterError(f"{one.folder}: a full model; expected an adapter folder")
+    _check_compatible([one.folder for one in saved])
+    weights = {f"adapter_{index}": weight for index, (_, weight) in enumerate(adapters)}
     first = saved[0]
     with atomic_folder(output, COMBINE_FILE, overwrite) as folder:
         model, _ = load_saved_model(first, "fp32", adapted=False)
-        for name, one in zip(names, saved, strict=True):
+        for name, one in zip(weights, saved, strict=True):
             load_adapter(model, one.folder, name)
-        made = combine_adapters(model, names, "combined", method, rank, density, seed)
+        combination = combine_adapters(model, weights, "combined", method, rank, density, seed)
         save_adapter(model, folder, "combined", task=first.task.name)
         record = CombineRecord(
             task=first.task.name,
             base=first.model.name,
-            adapters=[{"folder": str(place), "weight": weight} for place, weight in adapters],
+            adapters=[{"folder": str(source), "weight": weight} for source, weight in adapters],
             method=method,
             density=density,
             seed=seed,
-            config=config_of(first),
-            ranks=made.ranks,
-            errors=made.errors,
-            error=made.error,
+            config=run_sections(first),
+            ranks=combination.ranks,
+            errors=combination.errors,
+            error=combination.error,
             versions=versions(),
             git=git_state(),
             machine=machine(),
@@ -173,112 +210,65 @@ def combine_saved(
     return record
 
 
-def _sum(path: str, layer: LoraLinear, weights: Mapping[str, float], method: Method, rank: int | None) -> _Made:
-    slices = _slices(layer, weights)
-    each = [_factors(path, layer, name, weight, slices) for name, weight in _here(layer, weights)]
-    sums = [sum_of_factors(of_slice) for of_slice in zip(*each, strict=True)]
-    if method == "linear":
-        return _Made(slices, sums)
-    return _shortened(layer, slices, weights, [svd_of_factors(a, b) for a, b in sums], rank)
-
-
-def _ties(
-    layers: Mapping[str, LoraLinear], weights: Mapping[str, float], density: float, rank: int | None
-) -> dict[str, _Made]:
-    _check_same_places(layers, weights)
-    thresholds = {name: _threshold(layers, name, density) for name in weights}
-    made = {}
-    for path, layer in layers.items():
-        trimmed = [weight * trim(layer.delta_weight(name), thresholds[name]) for name, weight in weights.items()]
-        made[path] = _made_of(layer, weights, elect(trimmed), rank)
-    return made
-
-
-def _dare(
-    layers: Mapping[str, LoraLinear],
-    weights: Mapping[str, float],
-    density: float,
+def _combine(
+    source: _Source,
+    method: Method,
     rank: int | None,
+    density: float,
+    thresholds: Mapping[str, torch.Tensor],
     generator: torch.Generator,
-) -> dict[str, _Made]:
-    made = {}
-    for path, layer in layers.items():
-        dropped = [
-            weight * drop(layer.delta_weight(name), density, generator) for name, weight in _here(layer, weights)
-        ]
-        made[path] = _made_of(layer, weights, torch.stack(dropped).sum(0), rank)
-    return made
+) -> _CombinedLayer:
+    weights, delta_weight = source.weights.items(), source.layer.delta_weight
+    if method in ("linear", "svd"):
+        adapters = [_factors(source, name, weight) for name, weight in weights]
+        sums = [sum_of_factors(slice_factors) for slice_factors in zip(*adapters, strict=True)]
+        if method == "linear":
+            return _CombinedLayer(source.slices, sums)
+        svds = [svd_of_factors(a, b) for a, b in sums]
+    else:
+        if method == "ties":
+            delta = elect([weight * trim(delta_weight(name), thresholds[name]) for name, weight in weights])
+        else:
+            dropped = [weight * drop(delta_weight(name), density, generator) for name, weight in weights]
+            delta = torch.stack(dropped).sum(0)
+        parts = [delta[start:stop] for start, stop in source.slices]
+        svds = [tuple(torch.linalg.svd(part, full_matrices=False)) for part in parts]
+    shortened = [shorten(svd, min(rank or source.default_rank, source.max_rank)) for svd in svds]
+    factors, lost, total = zip(*shortened, strict=True)
+    return _CombinedLayer(source.slices, list(factors), sum(lost), sum(total))
 
 
-def _made_of(layer: LoraLinear, weights: Mapping[str, float], delta: torch.Tensor, rank: int | None) -> _Made:
-    slices = _slices(layer, weights)
-    svds: list[Svd] = [tuple(torch.linalg.svd(delta[start:stop], full_matrices=False)) for start, stop in slices]
-    return _shortened(layer, slices, weights, svds, rank)
-
-
-def _shortened(
-    layer: LoraLinear, slices: Slices, weights: Mapping[str, float], svds: Sequence[Svd], rank: int | None
-) -> _Made:
-    widest = max(_rank(layer.adapters[name], slices) for name, _ in _here(layer, weights))
-    parts = [shorten(svd, min(rank or widest, _highest(layer, slices))) for svd in svds]
-    factors = [factors for factors, _, _ in parts]
-    return _Made(slices, factors, sum(lost for _, lost, _ in parts), sum(total for _, _, total in parts))
-
-
-def _here(layer: LoraLinear, weights: Mapping[str, float]) -> list[tuple[str, float]]:
-    return [(name, weight) for name, weight in weights.items() if name in layer.adapters]
-
-
-def _slices(layer: LoraLinear, weights: Mapping[str, float]) -> Slices:
-    """The slices that all of the adapters have here; where they have not the same, the whole output as one."""
-    first, *others = (layer.adapters[name].slices for name, _ in _here(layer, weights))
-    return first if all(slices == first for slices in others) else [(0, layer.out_features)]
-
-
-def _rank(weights: LoraWeights, slices: Slices) -> int:
-    rank = _width(weights)
-    return rank if weights.slices == slices else rank * len(weights.slices)
-
-
-def _width(weights: LoraWeights) -> int:
-    """The rank of each slice as a file holds it."""
+def _saved_rank(weights: LoraWeights) -> int:
+    """The rank of each slice in a file."""
     return weights.saved_factors()[1].shape[1]
 
 
-def _highest(layer: LoraLinear, slices: Slices) -> int:
-    return min(layer.in_features, *(stop - start for start, stop in slices))
-
-
-def _factors(path: str, layer: LoraLinear, name: str, weight: float, slices: Slices) -> list[Factors]:
-    """A and `weight * scaling * B` of each slice, or of the whole output where the adapter has other slices."""
-    weights: LoraWeights = layer.adapters[name]
+def _factors(source: _Source, name: str, weight: float) -> list[Factors]:
+    """A and `weight * scaling * B` of each slice, or of the whole output if the adapter has other slices."""
+    layer, weights = source.layer, source.layer.adapters[name]
     tensors = to_peft(layer, name)
-    a, b = (tensors[key] for key in factor_names(layer))
-    r = _width(weights)
+    a, b = (tensors[key] for key in factor_keys(layer))
     delta = layer.delta_weight(name)
-    if (weights.scaling * (b @ a) - delta).norm() > PLAIN * delta.norm():
+    if (weights.scaling * (b @ a) - delta).norm() > PLAIN_LORA_RTOL * delta.norm():
         raise AdapterError(
-            f"adapter {name!r} is a variant of LoRA: at {path} it adds more than scaling * B A. Use method dare with "
-            "density 1: it sums any deltas and brings the sum to a rank"
+            f"adapter {name!r} is a variant of LoRA: at {source.path} it adds more than scaling * B A. Use method dare "
+            "with density 1, which sums any updates and truncates the sum to a rank"
         )
     b = weight * weights.scaling * b
-    if weights.slices != slices:
+    if weights.slices != source.slices:
         return [(a, b)]
-    return [
-        (rows, b[start:stop, index * r : (index + 1) * r])
-        for index, (rows, (start, stop)) in enumerate(zip(a.split(r), slices, strict=True))
-    ]
+    return list(zip(a.split(_saved_rank(weights)), diagonal_blocks(b, source.slices), strict=True))
 
 
-def _threshold(layers: Mapping[str, LoraLinear], name: str, density: float) -> torch.Tensor:
-    """The magnitude that the share `density` of the adapter's entries reaches, of the columns that it adapts."""
+def _threshold(sources: Sequence[_Source], name: str, density: float) -> torch.Tensor:
+    """The magnitude that the largest share `density` of the adapter's entries reaches, within the adapted columns."""
     parts = []
-    for layer in layers.values():
-        delta = layer.delta_weight(name)
-        parts += [delta[start:stop].abs().flatten() for start, stop in layer.adapters[name].slices]
+    for source in sources:
+        delta = source.layer.delta_weight(name)
+        parts += [delta[start:stop].abs().flatten() for start, stop in source.slices]
     magnitudes = torch.cat(parts)
-    kept = max(1, round(density * len(magnitudes)))
-    return magnitudes.kthvalue(len(magnitudes) - kept + 1).values
+    count = max(1, round(density * len(magnitudes)))
+    return magnitudes.kthvalue(len(magnitudes) - count + 1).values
 
 
 def _average(heads: nn.ModuleDict, weights: Mapping[str, float]) -> nn.Module:
@@ -288,9 +278,9 @@ def _average(heads: nn.ModuleDict, weights: Mapping[str, float]) -> nn.Module:
     return average
 
 
-def _relative(made: Sequence[_Made]) -> float:
-    total = sum(new.total for new in made)
-    return math.sqrt(sum(new.lost for new in made) / total) if total else 0.0
+def _relative_error(layers: Sequence[_CombinedLayer]) -> float:
+    total = sum(layer.total for layer in layers)
+    return math.sqrt(sum(layer.lost for layer in layers) / total) if total else 0.0
 
 
 def _check(
@@ -305,85 +295,71 @@ def _check(
     _check_method(len(weights), method, rank, density)
     for adapter, weight in weights.items():
         if adapter not in known:
-            near = did_you_mean(adapter, known)
-            raise AdapterError(f"no adapter {adapter!r} on this model{near}; it has: {', '.join(known) or 'none'}")
+            hint = did_you_mean(adapter, known)
+            raise AdapterError(f"no adapter {adapter!r} on this model{hint}; it has: {', '.join(known) or 'none'}")
         if not math.isfinite(weight):
             raise ConfigError(f"weight of {adapter}: expected a number, found {weight}")
-        if any(bias is not None for bias in _biases(model, adapter)):
+        layers = [layer for layer in lora_layers(model).values() if adapter in layer.adapters]
+        biased = any(layer.adapters[adapter].bias is not None for layer in layers)
+        if biased or standalone_biases(model, adapter, ""):
             raise AdapterError(
-                f"adapter {adapter!r} trains biases, which are no delta that could be summed; combine adapters of "
-                "lora.bias=none"
+                f"adapter {adapter!r} trains biases, which cannot be combined; combine adapters with lora.bias=none"
             )
     check_new_name(model, name)
     if adapter_heads(model) and abs(sum(weights.values())) < 1e-6:
-        raise ConfigError(f"weights: their sum is {sum(weights.values()):g}; heads are averaged over it, choose others")
-
-
-def _biases(model: PreTrainedModel, name: str) -> list[nn.Parameter | None]:
-    beside = [layer.adapters[name].bias for layer in lora_layers(model).values() if name in layer.adapters]
-    return [*beside, *standalone_biases(model, name, "").values()]
+        raise ConfigError(
+            f"weights: expected a sum other than 0, because heads are divided by it, found {sum(weights.values()):g}"
+        )
 
 
 def _check_method(count: int, method: str, rank: int | None, density: float | None) -> None:
     if not count:
-        raise ConfigError("weights: expected an adapter and its weight, found nothing")
+        raise ConfigError("weights: expected at least one adapter with its weight, found nothing")
     if method not in METHODS:
-        near = did_you_mean(method, METHODS)
-        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, found {method!r}{near}")
+        hint = did_you_mean(method, METHODS)
+        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, found {method!r}{hint}")
     if rank is not None and method == "linear":
-        raise ConfigError("rank: method linear keeps every rank to be exact; use svd for a smaller one")
+        raise ConfigError("rank: method linear is exact and adds the ranks up; use svd for a smaller rank")
     if rank is not None and rank < 1:
         raise ConfigError(f"rank: expected a whole number >= 1, found {rank}")
     if density is not None and method not in ("ties", "dare"):
-        raise ConfigError(f"density: method {method} drops nothing; leave it out")
+        raise ConfigError(f"density: method {method} does not use it; leave it out")
     if method in ("ties", "dare") and not (density and 0 < density <= 1):
+        found = "nothing" if density is None else density
         raise ConfigError(
-            f"density: method {method} expects the share to keep, above 0 and at most 1, "
-            f"found {'nothing' if density is None else density}"
+            f"density: method {method} expects the share of entries to keep, above 0 and at most 1, found {found}"
         )
 
 
-def _check_rank(rank: int | None, path: str, layer: LoraLinear, slices: Slices) -> None:
-    highest = _highest(layer, slices)
-    if rank is not None and rank > highest:
-        raise ConfigError(f"rank: {path} has {highest} as its smaller side; expected at most that, found {rank}")
-
-
-def _check_same_places(layers: Mapping[str, LoraLinear], weights: Mapping[str, float]) -> None:
-    for path, layer in layers.items():
-        slices = {name: layer.adapters[name].slices if name in layer.adapters else [] for name in weights}
-        if any(found != next(iter(slices.values())) for found in slices.values()):
-            listed = ", ".join(f"{name}: {found or 'none'}" for name, found in slices.items())
+def _check_same_columns(sources: Sequence[_Source], weights: Mapping[str, float]) -> None:
+    for source in sources:
+        adapters = source.layer.adapters
+        slices = {name: adapters[name].slices if name in adapters else [] for name in weights}
+        if any(each != source.slices for each in slices.values()):
+            listed = ", ".join(f"{name}: {each or 'none'}" for name, each in slices.items())
             raise AdapterError(
-                f"method ties elects among all adapters, and at {path} they adapt different columns ({listed}); "
-                "combine adapters of the same targets, or use linear, svd or dare"
+                f"method ties compares all adapters entry by entry, but at {source.path} they adapt different columns "
+                f"({listed}); combine adapters with the same targets, or use linear, svd or dare"
             )
 
 
-def _check_together(folders: Sequence[Path]) -> None:
-    """Raises AdapterError, before anything is loaded, for adapters of different bases or with different labels."""
-    (first, about), *others = [(folder, read_adapter_config(folder)[1]) for folder in folders]
+def _check_compatible(folders: Sequence[Path]) -> None:
+    """Raises AdapterError for adapters of different bases or labels, before any model is loaded."""
+    (first, metadata), *others = [(folder, read_adapter_config(folder)[1]) for folder in folders]
     for folder, other in others:
-        if _other_base(about, other):
+        if _has_other_base(metadata, other):
             raise AdapterError(
-                f"{first} and {folder} were trained on different bases, {about.base} and {other.base}, whose weights "
-                "differ; combine adapters of one base"
+                f"{first} and {folder} were trained on different bases, {metadata.base} and {other.base}, whose "
+                "weights differ; combine adapters of one base"
             )
-        if (about.num_labels, about.labels) != (other.num_labels, other.labels):
+        if (metadata.num_labels, metadata.labels) != (other.num_labels, other.labels):
             raise AdapterError(
-                f"{first} and {folder} were trained for different labels: {', '.join(about.labels) or 'none'}, and "
+                f"{first} and {folder} were trained for different labels: {', '.join(metadata.labels) or 'none'}, and "
                 f"{', '.join(other.labels) or 'none'}; their heads cannot be combined"
             )
 
 
-def _other_base(one: AdapterMetadata, other: AdapterMetadata) -> bool:
-    """Whether the fingerprints say so; of bases held in different precisions only loading can tell."""
+def _has_other_base(one: AdapterMetadata, other: AdapterMetadata) -> bool:
+    """Whether the fingerprints prove it. If the bases have different dtypes, only loading can tell."""
     a, b = one.fingerprint, other.fingerprint
     return bool(a and b and a["dtype"] == b["dtype"] and a["sha256"] != b["sha256"])
-
-
-def _adapter(folder: Path) -> SavedModel:
-    saved = find_saved_model(folder)
-    if saved.whole:
-        raise AdapterError(f"{folder}: a whole model; expected an adapter folder")
-    return saved

@@ -1,8 +1,8 @@
-"""The files of an adapter folder, for themselves: written whole, read strictly, nothing pickled.
+"""The two files of an adapter folder: written atomically, checked on reading, never pickled.
 
-`adapter_config.json` and `adapter_model.safetensors` are what `peft` writes and reads. The header of the safetensors
-file also says what PEFT has no place for: the fingerprint of the base, the label names, the task, and which columns of
-a fused projection belong to which A and B.
+`peft` reads and writes the same `adapter_config.json` and `adapter_model.safetensors`. The header of the safetensors
+file also holds what PEFT does not record: the fingerprint of the base, the label names, the task, and which columns of
+a fused projection each A and B belong to.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 HEADER = "lora_hf"
+FLOAT32_MAX = 3.4e38
 
-# Fields of PEFT's LoraConfig that change what the adapter computes, with the value that means "not used".
+# Fields of PEFT's LoraConfig that change what the adapter computes, each with the value that leaves the feature off.
 UNSUPPORTED = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -45,115 +47,108 @@ UNSUPPORTED = {
     "velora_config": None,
 }
 
-# Values of PEFT's init_lora_weights that leave the base as it is, beside true and false.
-STARTS = ("gaussian", "eva", "olora", "orthogonal", "pissa", "true", "false", "none")
+# Names in PEFT's init_lora_weights that keep the base weights, or change them in a way that can be computed again.
+KNOWN_INITS = ("gaussian", "eva", "olora", "orthogonal", "pissa", "true", "false", "none")
 
-# Values of PEFT's init_lora_weights under which PEFT trains on a changed base that nobody can compute again.
-CHANGES_BASE = ("pissa_niter", "corda", "loftq", "lora_ga")
+# Names under which PEFT trains on a changed base that cannot be computed again.
+LOST_BASE_INITS = ("pissa_niter", "corda", "loftq", "lora_ga")
 
-
-def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
+Check = Callable[[Any], bool]
 
 
-def _is_switch(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _is_name(value: Any) -> bool:
+def _is_str(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_hexadecimal(value: Any) -> bool:
+def _is_hex(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]*", value) is not None
 
 
-def _is_fingerprint(value: Any) -> bool:
-    checks = {"sha256": _is_hexadecimal, "dtype": _is_name, "tensors": _is_rank, "samples": _is_hexadecimal}
-    known = isinstance(value, dict) and all(key in value and fits(value[key]) for key, fits in checks.items())
-    return known or value == {}
-
-
-def _is_start(value: Any) -> bool:
-    return isinstance(value, str) and (value == "" or value.startswith(("pissa", "olora")))
-
-
-def _is_pairs(value: Any) -> bool:
-    """Whether it is `[[0, 4], [8, 12]]`, or the like."""
-    return (
-        isinstance(value, list)
-        and value != []
-        and all(isinstance(pair, list) and [type(edge) for edge in pair] == [int, int] for pair in value)
-    )
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _is_alpha(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < FLOAT32_MAX
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+    return _is_number(value) and 0 < value < FLOAT32_MAX
 
 
 def _is_init(value: Any) -> bool:
-    return _is_switch(value) or (isinstance(value, str) and value.lower().startswith((*STARTS, *CHANGES_BASE)))
+    names = (*KNOWN_INITS, *LOST_BASE_INITS)
+    return value is None or isinstance(value, bool) or (isinstance(value, str) and value.lower().startswith(names))
 
 
-def _is_pattern(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(fits, value.values())))
+def _is_fingerprint(value: Any) -> bool:
+    checks = {"sha256": _is_hex, "dtype": _is_str, "tensors": _is_rank, "samples": _is_hex}
+    return isinstance(value, dict) and (not value or all(key in value and checks[key](value[key]) for key in checks))
 
 
-FLOAT32_MAX = 3.4e38
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and [type(edge) for edge in value] == [int, int]
 
-# What a field that lora_hf reads may hold, in words and as a check.
-FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "alpha_pattern": ("names with numbers > 0", lambda value: _is_pattern(value, _is_alpha)),
-    "base_model_name_or_path": ("a name", _is_text),
+
+def _list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _dict_of(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+# The fields of adapter_config.json that lora_hf reads: the expected value in words, and its check.
+CONFIG_FIELDS: dict[str, tuple[str, Check]] = {
+    "alpha_pattern": ("names with numbers > 0", _optional(_dict_of(_is_alpha))),
+    "base_model_name_or_path": ("a name", _optional(_is_str)),
     "bias": ("one of none, all, lora_only", lambda value: value in ("none", "all", "lora_only")),
-    "fan_in_fan_out": ("true or false", _is_switch),
-    "inference_mode": ("true or false", _is_switch),
-    "init_lora_weights": (f"true, false or one of {', '.join(STARTS[:5])}", _is_init),
+    "fan_in_fan_out": ("true or false", _optional(_is_bool)),
+    "inference_mode": ("true or false", _optional(_is_bool)),
+    "init_lora_weights": (f"true, false or one of {', '.join(KNOWN_INITS[:5])}", _is_init),
     "lora_alpha": ("a number > 0", _is_alpha),
-    "lora_dropout": ("a number >= 0 and < 1", _is_share),
-    "modules_to_save": (
-        "a list of names",
-        lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
-    ),
+    "lora_dropout": ("a number >= 0 and < 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "modules_to_save": ("a list of names", _optional(_list_of(_is_str))),
     "r": ("a whole number >= 1", _is_rank),
-    "rank_pattern": ("names with whole numbers >= 1", lambda value: _is_pattern(value, _is_rank)),
-    "revision": ("a name", _is_text),
-    "task_type": ("a name", _is_text),
-    "use_dora": ("true or false", _is_switch),
-    "use_rslora": ("true or false", _is_switch),
+    "rank_pattern": ("names with whole numbers >= 1", _optional(_dict_of(_is_rank))),
+    "revision": ("a name", _optional(_is_str)),
+    "task_type": ("a name", _optional(_is_str)),
+    "use_dora": ("true or false", _optional(_is_bool)),
+    "use_rslora": ("true or false", _optional(_is_bool)),
 }
 
-# The same of the header.
-HEADER_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "base": ("a name", _is_name),
-    "revision": ("a name", _is_text),
-    "task": ("a name", _is_text),
-    "problem_type": ("a name", _is_text),
-    "labels": ("a list of names", lambda value: isinstance(value, list) and all(map(_is_name, value))),
-    "num_labels": ("a whole number >= 1", lambda value: value is None or _is_rank(value)),
+# The same for the fields of `AdapterMetadata`.
+HEADER_FIELDS: dict[str, tuple[str, Check]] = {
+    "base": ("a name", _is_str),
+    "revision": ("a name", _optional(_is_str)),
+    "task": ("a name", _optional(_is_str)),
+    "problem_type": ("a name", _optional(_is_str)),
+    "labels": ("a list of names", _list_of(_is_str)),
+    "num_labels": ("a whole number >= 1", _optional(_is_rank)),
     "fingerprint": ("sha256, dtype, tensors and samples", _is_fingerprint),
-    "slices": (
-        "pairs of columns by path",
-        lambda value: isinstance(value, dict) and all(map(_is_pairs, value.values())),
-    ),
+    "slices": ("pairs of columns by path", _dict_of(lambda value: value != [] and _list_of(_is_pair)(value))),
     "start": (
         "pissa, olora or nothing",
-        _is_start,
+        lambda value: isinstance(value, str) and (value == "" or value.startswith(("pissa", "olora"))),
     ),
 }
 
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """What the header of the weights says beyond PEFT's config; all of it is empty for a file that PEFT wrote."""
+    """The header of the weights file: what PEFT's config has no field for. Every field is empty in a file of PEFT.
+
+    `slices` gives, by module path, the output columns that are adapted, as `[start, stop]` pairs. `start` is `pissa` or
+    `olora` if A and B hold the trained factors next to the negated initial ones, so that the base stays unchanged.
+    """
 
     base: str = ""
     revision: str | None = None
@@ -163,134 +158,125 @@ class AdapterMetadata:
     num_labels: int | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
     slices: dict[str, list[list[int]]] = field(default_factory=dict)
-    start: str = ""  # where A and B are a trained pair over the pair it started from: `pissa`, `olora`, ...
+    start: str = ""
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter folder, read and checked for itself, not yet for a model."""
+    """The content of an adapter folder. It is valid in itself; whether it fits a model is not checked yet."""
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
-    about: AdapterMetadata
+    metadata: AdapterMetadata
 
 
 def write_adapter(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], about: AdapterMetadata
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], metadata: AdapterMetadata
 ) -> None:
-    """Writes both files aside and renames them: a run that dies here leaves whole files, the old or the new."""
+    """Writes both files atomically: a process that dies here leaves complete files, old or new."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    weights_aside, config_aside = folder / f"{WEIGHTS_FILE}.part", folder / f"{CONFIG_FILE}.part"
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(plain, weights_aside, metadata={"format": "pt", HEADER: json.dumps(asdict(about))})
-    config_aside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights_aside.replace(folder / WEIGHTS_FILE)
-    config_aside.replace(folder / CONFIG_FILE)
+    with atomic_path(folder / CONFIG_FILE) as config_tmp, atomic_path(folder / WEIGHTS_FILE) as weights_tmp:
+        save_file(plain, weights_tmp, metadata={"format": "pt", HEADER: json.dumps(asdict(metadata))})
+        config_tmp.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMetadata]:
-    """The config and the header of an adapter, checked for themselves; torch is not needed, so it takes milliseconds.
+    """Reads and checks the config and the header of an adapter. Takes milliseconds, because it needs no torch.
 
     Raises:
-        AdapterError: a file is missing or damaged, or the method is not the LoRA that lora_hf knows.
+        AdapterError: a file is missing or damaged, or the adapter uses a method that lora_hf does not support.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise AdapterError(
-                f"{folder}: not an adapter folder: expected {name}, found {_there(folder)}{suggest_adapter(folder)}"
+                f"{folder}: not an adapter folder: expected {name}, found {_contents(folder)}{suggest_adapter(folder)}"
             )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        with safe_open(folder / WEIGHTS_FILE, framework="np") as file:  # checks that every tensor lies in the file
+        with safe_open(folder / WEIGHTS_FILE, framework="np") as file:  # checks that the file holds every tensor
             header = file.metadata() or {}
-        about = _about(json.loads(header[HEADER])) if HEADER in header else AdapterMetadata()
+        metadata = _parse_metadata(json.loads(header[HEADER])) if HEADER in header else AdapterMetadata()
     except (ValueError, TypeError, AttributeError, RecursionError, SafetensorError, OSError) as error:
-        raise AdapterError(
-            f"{folder}: damaged adapter: {error}. Copy it again from where it came, or train it again"
-        ) from error
+        raise AdapterError(f"{folder}: damaged adapter: {error}. Copy it again, or train it again") from error
+    source = folder / CONFIG_FILE
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise AdapterError(
-            f"{folder}/{CONFIG_FILE}: expected peft_type LORA, found {kind!r}; lora_hf loads LoRA adapters"
-        )
-    used = [key for key, neutral in UNSUPPORTED.items() if config.get(key, neutral) not in (neutral, None, [])]
+        method = config.get("peft_type") if isinstance(config, dict) else config
+        raise AdapterError(f"{source}: expected peft_type LORA, found {method!r}; lora_hf loads only LoRA adapters")
+    used = [key for key, off in UNSUPPORTED.items() if config.get(key, off) not in (off, None, [])]
     if used:
-        values = ", ".join(f"{key}={config[key]!r}" for key in used)
-        raise AdapterError(f"{folder}/{CONFIG_FILE}: {values} not supported")
-    for key, (wanted, fits) in FIELDS.items():
-        if key in config and not fits(config[key]):
-            raise AdapterError(f"{folder}/{CONFIG_FILE}: {key}: expected {wanted}, found {config[key]!r:.100}")
+        raise AdapterError(f"{source}: {', '.join(f'{key}={config[key]!r}' for key in used)} not supported")
+    for key, (expected, is_valid) in CONFIG_FIELDS.items():
+        if key in config and not is_valid(config[key]):
+            raise AdapterError(f"{source}: {key}: expected {expected}, found {config[key]!r:.100}")
     init = str(config.get("init_lora_weights", True)).lower()
-    if init.startswith(CHANGES_BASE) or (config.get("use_dora") and init in ("pissa", "olora")):
+    if init.startswith(LOST_BASE_INITS) or (config.get("use_dora") and init in ("pissa", "olora")):
         raise AdapterError(
-            f"{folder}/{CONFIG_FILE}: init_lora_weights={init!r}: this adapter belongs to a base that PEFT "
-            "changed and did not save. Save it in PEFT with path_initial_model_for_weight_conversion"
+            f"{source}: init_lora_weights={init!r}: this adapter belongs to a base that PEFT changed and did not save. "
+            "Save the adapter in PEFT with path_initial_model_for_weight_conversion"
         )
-    return config, about
+    return config, metadata
 
 
-def _there(folder: Path) -> str:
+def read_adapter(folder: str | Path) -> AdapterFile:
+    """Reads and checks an adapter folder with its tensors.
+
+    Raises:
+        AdapterError: as `read_adapter_config`; also a tensor of integers or of fewer than 16 bits, NaN or infinity.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    config, metadata = read_adapter_config(folder)
+    source = folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(source)
+    except SafetensorError as error:  # a dtype that torch has no counterpart for
+        raise AdapterError(f"{source}: cannot be read: {error}") from error
+    for key, tensor in tensors.items():
+        if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise AdapterError(f"{source}: {key}: expected floats of 16 bits or more, found {tensor.dtype}")
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{source}: {key} holds NaN or infinity; the adapter is unusable")
+    return AdapterFile(folder, config, tensors, metadata)
+
+
+def suggest_adapter(folder: Path) -> str:
+    """Returns `` (did you mean 'outputs/sst2/adapter'?)``: the adapter in a run folder, or in one of a similar name."""
+    if (folder / "adapter" / CONFIG_FILE).is_file():
+        return f" (did you mean {str(folder / 'adapter')!r}?)"
+    if folder.exists():
+        return ""
+    parent = next(parent for parent in folder.parents if parent.is_dir())
+    first, *rest = folder.relative_to(parent).parts
+    adapters = {}
+    with contextlib.suppress(OSError):  # a folder without read permission
+        for sibling in parent.iterdir():
+            for adapter in (sibling.joinpath(*rest), sibling.joinpath(*rest, "adapter")):
+                if (adapter / CONFIG_FILE).is_file():
+                    adapters.setdefault(sibling.name, adapter)
+    close = difflib.get_close_matches(first, adapters, n=1)
+    return f" (did you mean {str(adapters[close[0]])!r}?)" if close else ""
+
+
+def _contents(folder: Path) -> str:
     if not folder.is_dir():
         return "a file" if folder.exists() else "no such folder"
     names = sorted(file.name for file in folder.iterdir())
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
 
 
-def suggest_adapter(folder: Path) -> str:
-    """Returns `` (did you mean 'outputs/sst2/adapter'?)`` for the adapter in a run folder, or in one of a near name."""
-    if (folder / "adapter" / CONFIG_FILE).is_file():
-        return f" (did you mean {str(folder / 'adapter')!r}?)"
-    if folder.exists():
-        return ""
-    above = next(parent for parent in folder.parents if parent.is_dir())
-    first, *rest = folder.relative_to(above).parts
-    near = {}
-    with contextlib.suppress(OSError):  # a folder that may not be read
-        for beside in above.iterdir():
-            for adapter in (beside.joinpath(*rest), beside.joinpath(*rest, "adapter")):
-                if (adapter / CONFIG_FILE).is_file():
-                    near.setdefault(beside.name, adapter)
-    close = difflib.get_close_matches(first, near, n=1)
-    return f" (did you mean {str(near[close[0]])!r}?)" if close else ""
-
-
-def read_adapter(folder: str | Path) -> AdapterFile:
-    """An adapter folder with its tensors.
-
-    Raises:
-        AdapterError: as `read_adapter_config`; also a tensor of whole numbers or of fewer than 16 bits, or with a value
-            that is no number.
-    """
-    import torch
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    config, about = read_adapter_config(folder)
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except SafetensorError as error:  # a kind of number that torch packs otherwise
-        raise AdapterError(f"{folder}/{WEIGHTS_FILE}: cannot be read: {error}") from error
-    for key, tensor in tensors.items():
-        if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise AdapterError(
-                f"{folder}/{WEIGHTS_FILE}: {key}: expected floating point numbers of 16 bits or more, found "
-                f"{tensor.dtype}"
-            )
-        if not tensor.isfinite().all():
-            raise AdapterError(f"{folder}/{WEIGHTS_FILE}: {key} holds NaN or infinity; the adapter is unusable")
-    return AdapterFile(folder, config, tensors, about)
-
-
-def _about(header: Any) -> AdapterMetadata:
-    """Raises TypeError, AttributeError or ValueError where the header is not what `save_adapter` writes."""
-    for key, (wanted, fits) in HEADER_FIELDS.items():
-        if key in header and not fits(header[key]):
-            raise ValueError(f"{key}: expected {wanted}, found {header[key]!r:.100}")
-    about = AdapterMetadata(**header)
-    if about.num_labels is not None and len(about.labels) != about.num_labels:
-        raise ValueError(f"labels: expected {about.num_labels} names, found {about.labels}")
-    return replace(about, labels=tuple(about.labels))
+def _parse_metadata(header: Any) -> AdapterMetadata:
+    """Raises TypeError, AttributeError or ValueError if the header is not what `save_adapter` writes."""
+    for key, (expected, is_valid) in HEADER_FIELDS.items():
+        if key in header and not is_valid(header[key]):
+            raise ValueError(f"{key}: expected {expected}, found {header[key]!r:.100}")
+    metadata = AdapterMetadata(**header)
+    if metadata.num_labels is not None and len(metadata.labels) != metadata.num_labels:
+        raise ValueError(f"labels: expected {metadata.num_labels} names, found {metadata.labels}")
+    return replace(metadata, labels=tuple(metadata.labels))

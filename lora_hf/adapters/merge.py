@@ -1,4 +1,4 @@
-"""An adapter merged into its base and written as a plain Hugging Face folder, with proof that it answers the same."""
+"""Merges an adapter into its base, writes a plain Hugging Face folder, and checks that its outputs are the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_hf.adapters.resolve import SavedModel, config_of
+from lora_hf.adapters.resolve import SavedModel, run_sections
 from lora_hf.adapters.save_load import load_saved_model
 from lora_hf.core.atomic_io import atomic_folder
 from lora_hf.core.config.schema import ModelConfig
@@ -25,59 +25,57 @@ from lora_hf.models.load import DTYPES, dequantise, load_base
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
-# How far a logit may move, as a share of the largest one (of 1, where that is smaller). In fp32 the same sums come in
-# another order; in bf16 each weight is rounded by up to 2^-9 of itself and in fp16 by 2^-12, and a model adds that up.
+# The allowed drift of a logit, relative to the largest one (or to 1, if that is larger). In fp32 the same sums are
+# computed in another order. bf16 rounds each weight by up to 2^-9 of itself and fp16 by 2^-12, and a model accumulates
+# these errors.
 TOLERANCES: dict[Dtype, float] = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 4e-3}
 
 ADVICE: dict[Dtype, str] = {
     "fp32": "The adapter is too large for its base: train it with a lower learning rate or lora_alpha",
-    "bf16": "Merge with --dtype fp32",
-    "fp16": "Merge with --dtype fp32, or bf16 where it is weights beyond the range of fp16",
+    "bf16": "Merge in fp32",
+    "fp16": "Merge in fp32, or in bf16 if weights are beyond the range of fp16",
 }
 
-PROBE_ROWS, PROBE_LENGTH, PROBE_SEED = 8, 32, 0  # rows of each kind, tokens of a drawn one
+PROBE_ROWS, PROBE_LENGTH, PROBE_SEED = 8, 32, 0  # rows of each kind, tokens of a random row
 
 
 def merge_adapter(saved: SavedModel, output: Path, dtype: Dtype = "fp32", overwrite: bool = False) -> MergeRecord:
-    """Writes the model with its adapter merged to `output`: weights, config, tokenizer, and the record of the merge.
+    """Writes the merged model to `output`: weights, config, tokenizer and the record of the merge.
 
-    The base is read in fp32 whatever the run computed in (a quantised one as it was packed, and unpacked for good), the
-    adapter added in fp32, the sum rounded once to `dtype`. A
-    probe (token ids drawn from a fixed seed and, where the task comes with the package, rows of it) goes through the
-    adapter beside its base and through the written folder, read again; both compute in fp32, so that what they differ
-    by is what merging did to the weights.
+    The base is loaded in fp32 (a quantized base in its packed form, then unpacked), the adapter is added in fp32, and
+    the sum is rounded once to `dtype`. A probe then runs through the adapter on its base and through the written
+    folder, both in fp32, so that their difference shows what merging did to the weights. The probe consists of random
+    token ids from a fixed seed and, for a task whose data come with the package, of rows of the task.
 
     Raises:
-        AdapterError: `saved` is a whole model; the adapter does not fit its base; or the probe's logits moved by more
-            than `TOLERANCES` allow. Nothing is written then.
-        ConfigError: the output is in the way (see `folders.check_output`) or cannot be written.
+        AdapterError: `saved` is a full model; the adapter does not fit its base; or the logits of the probe drift by
+            more than `TOLERANCES` allows. Nothing is written.
+        ConfigError: `output` exists (see `check_output_folder`) or cannot be written.
         ModelError, HubError: the base cannot be loaded.
     """
-    if saved.whole:
-        raise AdapterError(f"{saved.folder}: a whole model; there is no adapter to merge")
+    if saved.is_full_model:
+        raise AdapterError(f"{saved.folder}: a full model; there is no adapter to merge")
     with atomic_folder(output, MERGE_FILE, overwrite) as folder:
         started = time.perf_counter()
-        # The dropout of a run is its own; the merged model keeps that of its base.
+        # Dropout is a setting of the training run; the merged model keeps the one of its base.
         saved = replace(saved, model=replace(saved.model, dropout=None))
         model, tokenizer = load_saved_model(saved, "fp32")
-        drawn, rows = draw_probe(model, tokenizer), real_rows(saved.task, tokenizer, saved.max_length)
-        before = logits(model, [*drawn, *rows])
+        random_rows, task_rows = draw_probe(model, tokenizer), embedded_rows(saved.task, tokenizer, saved.max_length)
+        before = logits(model, [*random_rows, *task_rows])
         merged = plain_model(dequantise(model)).to(DTYPES[dtype])  # type: ignore[arg-type]
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         written = time.perf_counter()
-        again = load_base(ModelConfig(name=str(folder), precision="fp32"), saved.task).eval()
-        after = logits(again.to(model.device), [*drawn, *rows])  # type: ignore[arg-type]
-        drift = _drift(before, after, dtype, output)
-        config = config_of(replace(saved, model=replace(saved.model, precision=dtype, quantised=None)))
+        reloaded = load_base(ModelConfig(name=str(folder), precision="fp32"), saved.task).eval()
+        after = logits(reloaded.to(model.device), [*random_rows, *task_rows])  # type: ignore[arg-type]
         record = MergeRecord(
             task=saved.task.name,
             base=saved.model.name,
             adapter=str(saved.folder),
             dtype=dtype,
-            config=config,
-            drift=drift,
-            probe={"drawn": len(drawn), "real": len(rows), "seed": PROBE_SEED},
+            config=run_sections(replace(saved, model=replace(saved.model, precision=dtype, quantised=None))),
+            drift=_drift(before, after, dtype, output),
+            probe={"drawn": len(random_rows), "real": len(task_rows), "seed": PROBE_SEED},
             files={"model": folder_size(folder)},
             timings={"merge": written - started, "probe": time.perf_counter() - written},
             versions=versions(),
@@ -89,16 +87,16 @@ def merge_adapter(saved: SavedModel, output: Path, dtype: Dtype = "fp32", overwr
 
 
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without LoRA layers: the active adapter merged into the base, its head in place of the base's own."""
-    heads = {path: head.heads[head.active] for path, head in adapter_heads(model).items() if head.active}
+    """The model without LoRA layers: the active adapter merged into the base, and its head in place of the base's."""
+    heads = {path: head.modules_to_save[head.active] for path, head in adapter_heads(model).items() if head.active}
     eject(merge(model))
-    for path, head in heads.items():  # eject leaves the head of an adapter that has no LoRA layer
+    for path, head in heads.items():  # eject restores the base's head if the adapter has no LoRA layer
         model.set_submodule(path, head)
     return model
 
 
 def draw_probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
-    """`PROBE_ROWS` rows of token ids `(1, PROBE_LENGTH)`, none of them special; shorter where the model reads less."""
+    """`PROBE_ROWS` random rows of token ids `(1, PROBE_LENGTH)`, shorter if the model is; without special tokens."""
     special = set(tokenizer.all_special_ids)
     ids = torch.tensor([token for token in range(model.config.vocab_size) if token not in special])
     length = min(PROBE_LENGTH, tokenizer.model_max_length)
@@ -106,8 +104,8 @@ def draw_probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return list(ids[torch.randint(len(ids), (PROBE_ROWS, 1, length), generator=generator)])
 
 
-def real_rows(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[torch.Tensor]:
-    """The token ids `(1, tokens)` of the first rows of a task that comes with the package; none of another task."""
+def embedded_rows(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[torch.Tensor]:
+    """The token ids `(1, tokens)` of the first rows of a task whose data come with the package; else nothing."""
     if not isinstance(task.source, Embedded):
         return []
     split = task.evaluation_splits[0]
@@ -117,7 +115,7 @@ def real_rows(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
 @torch.inference_mode()
 def logits(model: PreTrainedModel, probe: Sequence[torch.Tensor]) -> torch.Tensor:
-    """All logits of the probe, one row after the other, in fp32 on the CPU."""
+    """The logits of all rows, flattened into one fp32 tensor on the CPU."""
     rows = [model(input_ids=ids.to(model.device)).logits for ids in probe]
     return torch.cat([row.float().flatten().cpu() for row in rows])
 
@@ -125,10 +123,10 @@ def logits(model: PreTrainedModel, probe: Sequence[torch.Tensor]) -> torch.Tenso
 def _drift(before: torch.Tensor, after: torch.Tensor, dtype: Dtype, output: Path) -> dict[str, float]:
     moved, largest = float((after - before).abs().max()), float(before.abs().max())
     relative, tolerance = moved / max(1.0, largest), TOLERANCES[dtype]
-    if not relative <= tolerance:  # NaN, where a weight is beyond fp16, is no drift that could be told
+    if not relative <= tolerance:  # also true for NaN, which a weight beyond the range of fp16 produces
         raise AdapterError(
-            f"--output {output}: not written: merged in {dtype} the model answers otherwise than the adapter beside "
-            f"its base: a logit moved by {moved:.3g}, the largest being {largest:.3g}; expected a relative drift of "
-            f"at most {tolerance:g}, found {relative:.3g}. {ADVICE[dtype]}"
+            f"output {output}: not written: merging in {dtype} changed the outputs by more than the tolerance: a logit "
+            f"moved by {moved:.3g}, the largest being {largest:.3g}; expected a relative drift of at most "
+            f"{tolerance:g}, found {relative:.3g}. {ADVICE[dtype]}"
         )
     return {"max_abs": moved, "largest_logit": largest, "relative": relative, "tolerance": tolerance}

@@ -1,6 +1,6 @@
-"""The model card of an adapter: what its files and the record of its run say, and what is not known.
+"""The model card of an adapter: what its files and the record of its run say, and what is unknown.
 
-Every number is read from a record, and nothing of the machine goes in: a local folder is called by its base name.
+Every number is read from a record. Nothing identifies the machine: a local folder appears with its base name only.
 """
 
 from __future__ import annotations
@@ -19,44 +19,43 @@ from lora_hf.data.tasks.sources import Embedded, LocalOrHub
 from lora_hf.models.model_ids import EMBEDDED, HUB_IDS, base_name, is_local
 
 _PIPELINES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
-_RECIPE = ("task.max_length", "model.precision", "model.dropout", "lora.", "train.")  # what of a config is one
+_RECIPE = ("task.max_length", "model.precision", "model.dropout", "lora.", "train.")  # the settings that the card lists
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about an adapter: its two files always, its run where the folder above it holds one.
+    """The sources of a card: the two files of the adapter, and its run if the folder above holds one.
 
-    `config` is the adapter_config.json, `run` the resolved config of the run, without a path of this machine.
+    `config` is the content of adapter_config.json, `run` the resolved config of the run without local paths.
     """
 
     config: Mapping[str, Any]
-    about: AdapterMetadata
+    metadata: AdapterMetadata
     run: RunConfig | None = None
     record: RunRecord | None = None
     scores: Sequence[ScoreRecord] = ()
 
     @property
     def base(self) -> str:
-        """The name of the base, as the adapter gives it."""
-        return self.about.base or self.config.get("base_model_name_or_path") or ""
+        return self.metadata.base or self.config.get("base_model_name_or_path") or ""
 
     @property
     def hub_base(self) -> str | None:
-        """The base's hub id; None for a local folder and for a base of this package, which are not on the hub."""
+        """The hub id of the base; None for a local folder and for an embedded base, which are not on the hub."""
         if not self.base or self.base in EMBEDDED or is_local(self.base):
             return None
         return HUB_IDS.get(self.base, self.base)
 
     @property
     def task(self) -> Task | None:
-        """The task, where the adapter names one of ours or the config of its run describes it."""
-        if self.run is not None and self.run.task.kind is not None and self.run.task.name == self.about.task:
+        """The task, if it is a built-in one or the config of the run describes it."""
+        if self.run is not None and self.run.task.kind is not None and self.run.task.name == self.metadata.task:
             return task_of(self.run.task)
-        return get_task(self.about.task) if self.about.task in task_names() else None
+        return get_task(self.metadata.task) if self.metadata.task in task_names() else None
 
     @property
-    def measured(self) -> list[tuple[str, str, str, float]]:
-        """Split, subset, metric and value of every score of the adapter, those of the record first."""
+    def score_rows(self) -> list[tuple[str, str, str, float]]:
+        """Split, subset, metric and value of every score, those of the run record first."""
         metrics = self.record.metrics if self.record else {}
         rows = [(split, "all", name, value) for split, scores in metrics.items() for name, value in scores.items()]
         for record in self.scores:
@@ -66,13 +65,13 @@ class Facts:
 
 
 def model_card(repo_id: str, facts: Facts) -> str:
-    """The README.md of repository `repo_id`: YAML that the hub reads, then the same for people."""
+    """The README.md of repository `repo_id`: the YAML header that the hub reads, then Markdown."""
     name = repo_id.split("/")[1]
-    parts = [f"---\n{_metadata(name, facts)}\n---", f"# {name}", _summary(facts)]
+    parts = [f"---\n{_yaml_header(name, facts)}\n---", f"# {name}", _summary(facts)]
     if facts.record is None:
         parts.append(
-            "**Not known:** no record of a run came with this adapter. Its data, its scores, its hyper-parameters "
-            "beyond those above, and the versions it was trained with are not stated here."
+            "**Not known:** no record of a run came with this adapter. Its data, scores, library versions and "
+            "hyperparameters beyond those above are not stated here."
         )
     else:
         parts += ["## Results", _results(facts, facts.record), "## Data", _data(facts, facts.record)]
@@ -83,7 +82,7 @@ def model_card(repo_id: str, facts: Facts) -> str:
     return "\n\n".join([*parts, "## Use", _usage(repo_id, facts)]) + "\n"
 
 
-def _metadata(name: str, facts: Facts) -> str:
+def _yaml_header(name: str, facts: Facts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     task, pipeline = facts.task, _PIPELINES.get(facts.config.get("task_type") or "")
@@ -100,7 +99,7 @@ def _metadata(name: str, facts: Facts) -> str:
             metric_name=metric if subset == "all" else f"{metric}, {subset}",
             metric_value=value,
         )
-        for split, subset, metric, value in facts.measured
+        for split, subset, metric, value in facts.score_rows
         if task is not None
     ]
     data = ModelCardData(
@@ -110,7 +109,7 @@ def _metadata(name: str, facts: Facts) -> str:
         datasets=[dataset] if dataset and facts.record else None,
         pipeline_tag=pipeline,
         tags=["lora", "lora-hf", *([task.name] if task else [])],
-        metrics=list(dict.fromkeys(metric.lower() for _, _, metric, _ in facts.measured)) or None,
+        metrics=list(dict.fromkeys(metric.lower() for _, _, metric, _ in facts.score_rows)) or None,
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -118,40 +117,41 @@ def _metadata(name: str, facts: Facts) -> str:
 
 
 def _summary(facts: Facts) -> str:
-    shown = f"[`{facts.hub_base}`](https://huggingface.co/{facts.hub_base})" if facts.hub_base else "a base"
+    base = f"[`{facts.hub_base}`](https://huggingface.co/{facts.hub_base})" if facts.hub_base else "a base"
     if facts.base in EMBEDDED:
-        shown = f"`{facts.base}`, a small base that comes with lora_hf,"
+        base = f"`{facts.base}`, a small base that comes with lora_hf,"
     elif facts.base and not facts.hub_base:
-        shown = f"`{base_name(facts.base)}`, a base from a local folder that is not known on the hub,"
+        base = f"`{base_name(facts.base)}`, a base from a local folder that is not known on the hub,"
     if facts.run is not None and facts.run.model.init == "random":
-        shown += f" with random weights drawn from seed {facts.run.train.seed}"
-    task = f" for the task `{facts.about.task}`" if facts.about.task else ""
-    strength = f"r={facts.config.get('r')}, lora_alpha={facts.config.get('lora_alpha')}"
-    lines = [f"A LoRA adapter ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685)) on {shown}{task}: {strength}."]
-    if facts.about.labels:
-        lines.append(f"Labels, in the order of the logits: {', '.join(f'`{label}`' for label in facts.about.labels)}.")
-    if facts.about.fingerprint:
+        base += f" with random weights drawn from seed {facts.run.train.seed}"
+    metadata = facts.metadata
+    task = f" for the task `{metadata.task}`" if metadata.task else ""
+    rank = f"r={facts.config.get('r')}, lora_alpha={facts.config.get('lora_alpha')}"
+    lines = [f"A LoRA adapter ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685)) on {base}{task}: {rank}."]
+    if metadata.labels:
+        lines.append(f"Labels, in the order of the logits: {', '.join(f'`{label}`' for label in metadata.labels)}.")
+    if metadata.fingerprint:
         lines.append(
-            f"lora_hf refuses it on other base weights than the ones it was trained on, which were held in "
-            f"{facts.about.fingerprint['dtype']} (sha256 `{facts.about.fingerprint['sha256'][:12]}`); the same "
-            "weights in another precision are taken."
+            f"The weights of the base had the dtype {metadata.fingerprint['dtype']} and the sha256 "
+            f"`{metadata.fingerprint['sha256'][:12]}`. lora_hf loads the adapter on the same weights in any precision, "
+            "and refuses other weights."
         )
     return "\n".join(lines)
 
 
 def _results(facts: Facts, record: RunRecord) -> str:
     rows = []
-    for split, subset, metric, value in facts.measured:
+    for split, subset, metric, value in facts.score_rows:
         majority = record.majority.get(split, {}).get(metric) if subset == "all" else None
-        where = split if subset == "all" else f"{split}, {subset}"
-        rows.append((where, metric, f"{value:.4f}", "" if majority is None else f"{majority:.4f}"))
-    parts = [table(("split", "metric", "value", "always one answer"), rows, words=2)]
+        name = split if subset == "all" else f"{split}, {subset}"
+        rows.append((name, metric, f"{value:.4f}", "" if majority is None else f"{majority:.4f}"))
+    parts = [table(("split", "metric", "value", "majority class"), rows, text_columns=2)]
     best = record.best
-    chosen = f", of the checkpoint at step {best['step']}, chosen by {best['metric']}" if "step" in best else ""
-    parts.append(f"One run, seed {record.seed}{chosen}.")
+    checkpoint = f", of the checkpoint at step {best['step']}, chosen by {best['metric']}" if "step" in best else ""
+    parts.append(f"One run, seed {record.seed}{checkpoint}.")
     for scores in facts.scores:
         decoding = ", ".join(f"{key} {value}" for key, value in scores.decoding.items() if key != "batch_size")
-        parts.append(f"Texts of {scores.split} ({scores.inputs:,} inputs) were generated with {decoding}.")
+        parts.append(f"The texts of {scores.split} ({scores.inputs:,} inputs) were generated with {decoding}.")
     return "\n\n".join([*parts, *(f"**Note:** {warning}" for warning in record.warnings)])
 
 
@@ -159,9 +159,9 @@ def _data(facts: Facts, record: RunRecord) -> str:
     source = facts.task.source if facts.task else None
     rows = ", ".join(f"{count:,} {split}" for split, count in record.rows.items())
     if isinstance(source, LocalOrHub):
-        of = f" (`{source.hub_config}`)" if source.hub_config else ""
-        return f"[`{source.hub_id}`](https://huggingface.co/datasets/{source.hub_id}){of}: {rows} rows."
-    origin = "made by rule in lora_hf" if isinstance(source, Embedded) else "data of its author's own"
+        subset = f" (`{source.hub_config}`)" if source.hub_config else ""
+        return f"[`{source.hub_id}`](https://huggingface.co/datasets/{source.hub_id}){subset}: {rows} rows."
+    origin = "generated by rules in lora_hf" if isinstance(source, Embedded) else "the author's own data"
     return f"Task `{record.task}`, {origin}: {rows} rows."
 
 
@@ -172,7 +172,9 @@ def _recipe(run: RunConfig) -> str:
         for key, value in settings.items()
         if key.startswith(_RECIPE) and value not in (None, {}, "")
     ]
-    return f"{table(('setting', 'value'), rows, words=2)}\n\n`config.yaml` in this repository holds all of it."
+    return (
+        f"{table(('setting', 'value'), rows, text_columns=2)}\n\n`config.yaml` in this repository holds all settings."
+    )
 
 
 def _parameters(record: RunRecord) -> str:
@@ -193,14 +195,14 @@ def _versions(record: RunRecord) -> str:
 
 def _usage(repo_id: str, facts: Facts) -> str:
     if facts.run is not None and facts.run.model.init == "random":
-        return f"Only lora_hf draws the same random base again: `lora-hf eval --adapter {repo_id}`."
+        return f"Only lora_hf can draw the same random base again: `lora-hf eval --adapter {repo_id}`."
     blocks = [
         ("lora_hf", "from lora_hf import load_adapter", f'load_adapter(model, "{repo_id}")'),
         ("peft", "from peft import PeftModel", f'model = PeftModel.from_pretrained(model, "{repo_id}")'),
-        ("transformers, which needs peft installed for it", "", f'model.load_adapter("{repo_id}")'),
+        ("transformers, which needs peft for this", "", f'model.load_adapter("{repo_id}")'),
     ]
     parts = [f"With {name}:\n\n```python\n{_code(facts, imported, load)}\n```" for name, imported, load in blocks]
-    if facts.about.task:
+    if facts.metadata.task:
         verb = "predict --text TEXT" if facts.config.get("task_type") == "SEQ_CLS" else "generate --input FILE"
         parts.append(f"From the command line, with lora_hf: `lora-hf {verb} --adapter {repo_id}`.")
     return "\n\n".join(parts)
@@ -208,16 +210,16 @@ def _usage(repo_id: str, facts: Facts) -> str:
 
 def _code(facts: Facts, imported: str, load: str) -> str:
     classifies = facts.config.get("task_type") == "SEQ_CLS"
-    kind = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
-    lines = [imported, f"from transformers import {kind}"]
+    auto_class = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    lines = [imported, f"from transformers import {auto_class}"]
     base = f'"{facts.hub_base}"' if facts.hub_base else f'"path/to/{base_name(facts.base) or "the-base"}"'
     if facts.base in EMBEDDED:
-        lines = [imported, "from lora_hf.models.load import EMBEDDED_FOLDER", f"from transformers import {kind}"]
+        lines.insert(1, "from lora_hf.models.load import EMBEDDED_FOLDER")
         base = f'EMBEDDED_FOLDER / "{facts.base}"'
     options = ['dtype="float32"']
-    if facts.about.num_labels:
-        options.append(f"num_labels={facts.about.num_labels}")
-    if facts.hub_base and facts.about.revision:
-        options.append(f'revision="{facts.about.revision}"')
-    call = f"model = {kind}.from_pretrained({base}, {', '.join(options)})"
+    if facts.metadata.num_labels:
+        options.append(f"num_labels={facts.metadata.num_labels}")
+    if facts.hub_base and facts.metadata.revision:
+        options.append(f'revision="{facts.metadata.revision}"')
+    call = f"model = {auto_class}.from_pretrained({base}, {', '.join(options)})"
     return "\n".join([*filter(None, lines), "", call, load, "model.eval()"])

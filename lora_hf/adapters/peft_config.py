@@ -1,7 +1,12 @@
-"""The places that an adapter adapts, and the words by which PEFT's adapter_config.json names them."""
+"""PEFT's config and tensor names, in both directions: which modules an adapter file adapts, with which rank and alpha.
+
+PEFT knows no slices of a fused projection. A file holds them as one standard LoRA of a larger rank: the A of all slices
+stacked, and B block-placed, with zeros outside the blocks.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -14,141 +19,183 @@ from transformers import PreTrainedModel
 
 from lora_hf.adapters.format import CONFIG_FILE, AdapterFile, AdapterMetadata
 from lora_hf.core.errors import AdapterError
-from lora_hf.lora.layers import LoraLinear, linear_shape
+from lora_hf.lora.layers import LoraLinear, LoraWeights, linear_shape
+from lora_hf.lora.slices import block_diagonal, diagonal_blocks
 from lora_hf.lora.target_modules import in_layers
 from lora_hf.lora.variants.dora import DoraWeights
+
+PREFIX = "base_model.model."  # PEFT puts this before every module path
 
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """A and B at one projection as the file holds them: `slices` share the rank `r` of the file evenly.
+    """A and B of one module in a file, with the `r` and `lora_alpha` of the file.
 
-    `times` is how often the rank of the adapter that is its: once for each slice, and twice where a start is kept.
+    `r` is `rank_multiplier` times the rank of the adapter: once for each slice, and twice that if the file holds the
+    initial factors too (see `base_dependent_init`).
     """
 
     path: str
     slices: list[tuple[int, int]]
     r: int
     lora_alpha: float
-    times: int = 1
+    rank_multiplier: int = 1
+
+    @classmethod
+    def from_weights(cls, path: str, weights: LoraWeights) -> SavedLayer:
+        r = weights.saved_factors()[0].shape[0]
+        multiplier = r // weights.r
+        alpha = weights.lora_alpha * _alpha_multiplier(multiplier, weights.use_rslora)
+        return cls(path, weights.slices, r, alpha, multiplier)
+
+    def adapter_rank_and_alpha(self, use_rslora: bool) -> tuple[int, float]:
+        alpha = self.lora_alpha / _alpha_multiplier(self.rank_multiplier, use_rslora)
+        return self.r // self.rank_multiplier, alpha
 
 
-def start_of(file: AdapterFile) -> tuple[str, bool]:
-    """What A and B of the file started from, and whether the file says it: PEFT's pissa is computed from the base."""
+def _alpha_multiplier(rank_multiplier: int, use_rslora: bool) -> float:
+    """The factor of alpha that keeps the scaling, `alpha / r` or `alpha / sqrt(r)`, where the rank is multiplied."""
+    return math.sqrt(rank_multiplier) if use_rslora else rank_multiplier
+
+
+def base_dependent_init(file: AdapterFile) -> tuple[str, bool]:
+    """The initialization that depends on the base (`pissa`, `olora` or ``), and whether the file holds its factors.
+
+    PEFT's own files do not: the initial factors are computed from the base and subtracted from it on loading.
+    """
     init = str(file.config.get("init_lora_weights", True)).lower()
-    return (file.about.start, True) if file.about.start else (init if init in ("pissa", "olora") else "", False)
+    saved = file.metadata.start
+    return (saved, True) if saved else (init if init in ("pissa", "olora") else "", False)
 
 
 def peft_config(
-    model: PreTrainedModel, places: list[SavedLayer], heads: list[str], about: AdapterMetadata
+    model: PreTrainedModel, layers: list[SavedLayer], head_paths: list[str], metadata: AdapterMetadata
 ) -> dict[str, Any]:
-    """What PEFT's LoraConfig needs; ranks and alphas that are not the common ones go into its patterns."""
-    common = Counter((place.r, place.lora_alpha) for place in places).most_common(1)
+    """The fields of PEFT's LoraConfig. Ranks and alphas that differ from the most common ones go into its patterns."""
+    common = Counter((layer.r, layer.lora_alpha) for layer in layers).most_common(1)
     r, alpha = common[0][0] if common else (1, 1.0)
-    odd = [place for place in places if (place.r, place.lora_alpha) != (r, alpha)]
+    others = [layer for layer in layers if (layer.r, layer.lora_alpha) != (r, alpha)]
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
-        "base_model_name_or_path": about.base,
-        "revision": about.revision,
+        "task_type": "SEQ_CLS" if head_paths else "CAUSAL_LM",
+        "base_model_name_or_path": metadata.base,
+        "revision": metadata.revision,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
-        "target_modules": _regex([place.path for place in places]),
-        "modules_to_save": heads or None,
+        "target_modules": _path_regex([layer.path for layer in layers]),
+        "modules_to_save": head_paths or None,
         "fan_in_fan_out": model.config.model_type == "gpt2",
         "init_lora_weights": True,
-        "rank_pattern": {re.escape(place.path): place.r for place in odd},
-        "alpha_pattern": {re.escape(place.path): place.lora_alpha for place in odd},
+        "rank_pattern": {re.escape(layer.path): layer.r for layer in others},
+        "alpha_pattern": {re.escape(layer.path): layer.lora_alpha for layer in others},
     }
 
 
-def _regex(paths: list[str]) -> str:
-    """One anchored expression that matches exactly these paths: `a\\.(?:0|1)\\.b|a\\.(?:0|1)\\.c`."""
-    numbers: dict[str, list[str]] = {}
+def _path_regex(paths: list[str]) -> str:
+    """An anchored expression that matches exactly these paths: `a\\.(?:0|1)\\.b|a\\.(?:0|1)\\.c`."""
+    numbers: dict[tuple[str, ...], list[str]] = {}
     for path in paths:
-        layer = re.search(r"\.(\d+)\.", path)
-        key = (
-            re.escape(path)
-            if layer is None
-            else re.escape(path[: layer.start()]) + "\n" + re.escape(path[layer.end() :])
-        )
-        numbers.setdefault(key, []).append(layer[1] if layer else "")
-    return "|".join(key.replace("\n", rf"\.(?:{'|'.join(layers)})\.") for key, layers in numbers.items())
+        before, *rest = re.split(r"\.(\d+)\.", path, maxsplit=1)
+        key = (re.escape(before), *(re.escape(after) for after in rest[1:]))
+        numbers.setdefault(key, []).extend(rest[:1])
+    return "|".join(rf"\.(?:{'|'.join(layers)})\.".join(key) for key, layers in numbers.items())
 
 
-def read_layers(layers: Mapping[str, nn.Module], file: AdapterFile) -> list[SavedLayer]:
-    """The places that the file names, in the order of the model's modules.
+def read_layers(modules: Mapping[str, nn.Module], file: AdapterFile) -> list[SavedLayer]:
+    """The modules that the file adapts, in the order of `modules`, the adaptable ones of the model by path.
 
     Raises:
-        AdapterError: names that match nothing, ranks or slices that make no sense.
+        AdapterError: `target_modules` matches nothing, or a rank or slices are impossible.
     """
+    source = f"{file.folder}/{CONFIG_FILE}"
+    init, holds_init = base_dependent_init(file)
+    layers = []
+    for path in _target_paths(modules, file):
+        if isinstance(modules[path], nn.Embedding) and (file.config.get("use_dora") or init):
+            raise AdapterError(
+                f"{source}: {path}: an embedding supports neither use_dora nor init_lora_weights=pissa or olora"
+            )
+        r = _pattern_value(file, "rank_pattern", path, "r")
+        alpha = _pattern_value(file, "alpha_pattern", path, "lora_alpha")
+        out_features = linear_shape(modules[path])[1]
+        slices = [(start, stop) for start, stop in file.metadata.slices.get(path, [[0, out_features]])]
+        edges = [0, *(edge for pair in slices for edge in pair), out_features]
+        multiplier = len(slices) * (2 if holds_init else 1)
+        if r != int(r) or r < 1 or r % multiplier or sorted(edges) != edges:
+            raise AdapterError(
+                f"{source}: {path}: expected ascending slices of its {out_features} columns and a rank divisible by "
+                f"{multiplier}, found the slices {slices} and rank {r}"
+            )
+        layers.append(SavedLayer(path, slices, int(r), alpha, multiplier))
+    return layers
+
+
+def _target_paths(modules: Mapping[str, nn.Module], file: AdapterFile) -> list[str]:
     targets, source = file.config.get("target_modules"), f"{file.folder}/{CONFIG_FILE}"
     if isinstance(targets, str):
         try:
             expression = re.compile(targets)
         except re.error as error:
             raise AdapterError(f"{source}: target_modules is not a regular expression: {error}") from error
-        paths = [path for path in layers if targets and expression.fullmatch(path)]
+        paths = [path for path in modules if targets and expression.fullmatch(path)]
     elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        chosen = file.config.get("layers_to_transform")
-        paths = [
-            path
-            for path in layers
-            if path in targets or (any(path.endswith(f".{t}") for t in targets) and in_layers(path, chosen))
-        ]
+        numbers = file.config.get("layers_to_transform")
+        endings = tuple(f".{target}" for target in targets)
+        paths = [path for path in modules if path in targets or (path.endswith(endings) and in_layers(path, numbers))]
     else:
         raise AdapterError(f"{source}: target_modules: expected an expression or a list of names, found {targets!r}")
     if targets and not paths:
         raise AdapterError(f"{source}: target_modules {targets!r} matches no projection of this model")
-    places = []
-    for path in paths:
-        r = _patterned(file, "rank_pattern", path, "r")
-        alpha = _patterned(file, "alpha_pattern", path, "lora_alpha")
-        if isinstance(layers[path], nn.Embedding) and (file.config.get("use_dora") or start_of(file)[0]):
-            raise AdapterError(f"{source}: {path}: an embedding takes neither use_dora nor init_lora_weights=pissa")
-        out_features = linear_shape(layers[path])[1]
-        slices = [(start, stop) for start, stop in file.about.slices.get(path, [[0, out_features]])]
-        ordered = [0, *(edge for pair in slices for edge in pair), out_features]
-        times = len(slices) * (2 if start_of(file)[1] else 1)
-        if r != int(r) or r < 1 or r % times or sorted(ordered) != ordered:
-            raise AdapterError(
-                f"{source}: {path}: rank {r} and slices {slices} of {out_features} columns make no sense"
-            )
-        places.append(SavedLayer(path, slices, int(r), alpha, times))
-    return places
+    return paths
 
 
-def _patterned(file: AdapterFile, pattern: str, path: str, default: str) -> float:
+def _pattern_value(file: AdapterFile, pattern: str, path: str, default: str) -> float:
     """PEFT's rule: the first pattern that matches the end of the path, else the common value."""
-    value = file.config.get(default)
+    value, source = file.config.get(default), f"{file.folder}/{CONFIG_FILE}"
     for key, special in (file.config.get(pattern) or {}).items():
         try:
             matches = re.match(rf"(.*\.)?({key})$", path)
         except re.error as error:
-            source = f"{file.folder}/{CONFIG_FILE}"
             raise AdapterError(f"{source}: {pattern}: {key!r} is not a regular expression: {error}") from error
         if matches:
             value = special
             break
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise AdapterError(f"{file.folder}/{CONFIG_FILE}: {default}: expected a number, found {value!r}")
+        raise AdapterError(f"{source}: {default}: expected a number, found {value!r}")
     return value
 
 
-def to_peft(layer: LoraLinear, name: str) -> dict[str, torch.Tensor]:
-    """A `(n r, in)` and B `(out, n r)` of one standard LoRA that equals the slices: B block-placed, zero elsewhere.
+def factor_keys(layer: nn.Module) -> tuple[str, str]:
+    """The names of A and B in a file, relative to the path of the module, adapted or plain."""
+    plain = layer.base_layer if isinstance(layer, LoraLinear) else layer
+    if isinstance(plain, nn.Embedding):
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"
 
-    Beside them DoRA's magnitudes and the trained bias, `(out,)` each, where the adapter has them.
+
+def expected_shapes(plain: nn.Module, r: int, use_dora: bool, bias: bool) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that a file with rank `r` must hold for a module, by their names relative to it."""
+    in_features, out_features = linear_shape(plain)
+    a, b = factor_keys(plain)
+    shapes: dict[str, tuple[int, ...]] = {a: (r, in_features), b: (out_features, r)}
+    if use_dora:
+        shapes["lora_magnitude_vector"] = (out_features,)
+    if bias and getattr(plain, "bias", None) is not None:
+        shapes["base_layer.bias"] = (out_features,)
+    return shapes
+
+
+def to_peft(layer: LoraLinear, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of adapter `name` at one module as a file holds them, by their names relative to the module.
+
+    A `(n * r, in)` and B `(out, n * r)` for n slices, and, where the adapter has them, DoRA's magnitudes and the
+    trained bias, `(out,)` each.
     """
     weights = layer.adapters[name]
     a, stacked = weights.saved_factors()
-    r, row = stacked.shape[1], 0
-    b = stacked.new_zeros(layer.out_features, len(weights.slices) * r)
-    for index, (start, stop) in enumerate(weights.slices):
-        b[start:stop, index * r : (index + 1) * r] = stacked[row : row + stop - start]
-        row += stop - start
-    tensors = dict(zip(factor_names(layer), (a, b), strict=True))
+    b = block_diagonal(stacked, weights.slices, layer.out_features)
+    tensors = dict(zip(factor_keys(layer), (a, b), strict=True))
     if isinstance(weights, DoraWeights):
         tensors["lora_magnitude_vector"] = weights.magnitudes(layer.original_weight())
     if weights.bias is not None:
@@ -156,45 +203,18 @@ def to_peft(layer: LoraLinear, name: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def shapes(plain: nn.Module, r: int, use_dora: bool, bias: bool) -> dict[str, tuple[int, ...]]:
-    """What a file must hold for a projection with rank `r` in the file."""
-    in_features, out_features = linear_shape(plain)
-    found: dict[str, tuple[int, ...]] = dict(
-        zip(factor_names(plain), ((r, in_features), (out_features, r)), strict=True)
-    )
-    if use_dora:
-        found["lora_magnitude_vector"] = (out_features,)
-    if bias and getattr(plain, "bias", None) is not None:
-        found["base_layer.bias"] = (out_features,)
-    return found
-
-
-def factor_names(layer: nn.Module) -> tuple[str, str]:
-    """What a file calls A and B of a projection, wrapped or plain."""
-    plain = layer.base_layer if isinstance(layer, LoraLinear) else layer
-    if isinstance(plain, nn.Embedding):
-        return "lora_embedding_A", "lora_embedding_B"
-    return "lora_A.weight", "lora_B.weight"
-
-
 @torch.no_grad()
-def from_peft(layer: LoraLinear, name: str, tensors: Mapping[str, torch.Tensor], path: str) -> None:
-    """Takes what `to_peft` gave, from the tensors of a file in which it lies under `path`."""
+def from_peft(layer: LoraLinear, name: str, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
+    """Copies into adapter `name` what `to_peft` returned, from tensors whose names begin with `prefix` and a dot."""
     weights = layer.adapters[name]
-    a, b = (tensors[f"{path}.{key}"].float() for key in factor_names(layer))
-    stacked = torch.cat(blocks(b, weights.slices))
+    a, b = (tensors[f"{prefix}.{key}"].float() for key in factor_keys(layer))
+    stacked = torch.cat(diagonal_blocks(b, weights.slices))
     if stacked.shape == weights.lora_B.shape:
         weights.lora_A.copy_(a)
         weights.lora_B.copy_(stacked)
     else:
         weights.load_factors(a, stacked)
     if isinstance(weights, DoraWeights):
-        weights.load_magnitudes(tensors[f"{path}.lora_magnitude_vector"].float())
+        weights.load_magnitudes(tensors[f"{prefix}.lora_magnitude_vector"].float())
     if weights.bias is not None:
-        weights.bias.copy_(tensors[f"{path}.base_layer.bias"])
-
-
-def blocks(b: torch.Tensor, slices: list[tuple[int, int]]) -> list[torch.Tensor]:
-    """The B of each slice, from its rows and columns of the whole one."""
-    r = b.shape[1] // len(slices)
-    return [b[start:stop, index * r : (index + 1) * r] for index, (start, stop) in enumerate(slices)]
+        weights.bias.copy_(tensors[f"{prefix}.base_layer.bias"])

@@ -1,7 +1,7 @@
-"""The command line: `lora-hf <verb>`, or `python scripts/<verb>.py`.
+"""Fine-tune Hugging Face models with LoRA: train, evaluate, serve and share adapters.
 
-Results go to standard output, progress and logs to standard error. Exit 0: done; 2: the user's mistake, told in one
-message; 130 and 143: stopped by Ctrl-C or SIGTERM; 1: a bug, with its traceback. Of several processes one speaks.
+Results go to standard output, progress and logs to standard error. Exit codes: 0 for success, 2 for an invalid command,
+config or input (with one message), 130 and 143 after Ctrl-C and SIGTERM, 1 for a bug (with a traceback).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lora_hf.cli.commands import (
@@ -34,127 +34,151 @@ from lora_hf.cli.commands import (
 from lora_hf.core.errors import Interrupted, UserError, did_you_mean
 from lora_hf.training.distributed import claim_error_report, rank, require_single_process
 
-VERBS = (
-    train,
-    sweep,
-    evaluate,
-    predict,
-    generate,
-    score,
-    merge,
-    combine,
-    convert,
-    compare,
-    push,
-    serve,
-    benchmark,
-    info,
-    demo,
-)
+# Each has HELP, `add_arguments` and `run`.
+VERBS = {
+    "train": train,
+    "sweep": sweep,
+    "eval": evaluate,
+    "predict": predict,
+    "generate": generate,
+    "score": score,
+    "merge": merge,
+    "combine": combine,
+    "convert": convert,
+    "compare": compare,
+    "push": push,
+    "serve": serve,
+    "benchmark": benchmark,
+    "info": info,
+    "demo": demo,
+}
+NOT_OPTIONS = {"verb", "run", "what", "file", "runs", "overrides", "source", "target"}  # other names in a namespace
 
 
 def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int:
-    """Runs one verb; `scripts/<verb>.py` names it, otherwise it is the first argument."""
+    """Runs one verb, the first argument unless `verb` names it, and returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = _parse(words if verb is None else [verb, *words], verb)
+    options = _parse(words if verb is None else [verb, *words], verb)
 
     def run() -> None:
-        if parsed.verb != "train":
-            require_single_process(parsed.verb)
-        parsed.run(parsed)
+        if options.verb != "train":
+            require_single_process(options.verb)
+        options.run(options)
 
-    return exit_code_of(run, parsed.verb)
+    return exit_code_of(run, options.verb, vars(options).keys() - NOT_OPTIONS)
 
 
-def exit_code_of(run: Callable[[], None], verb: str) -> int:
-    """Runs a command with logs on standard error; its exit code, once a user's mistake has been printed."""
+def exit_code_of(run: Callable[[], None], verb: str, options: Iterable[str] = ()) -> int:
+    """Runs a command with logs on standard error, prints its error, and returns its exit code.
+
+    Args:
+        options: names of the command's options, which its errors then call by their flags.
+    """
     _log_to_standard_error()
     try:
         run()
     except UserError as error:
-        return _end(f"error: {error}", 2)
+        message, code = f"error: {with_flags(str(error), options)}", 2
     except Interrupted as stop:
-        # Sweeps and benchmarks know what they have finished and take no --resume; the demo knows nothing.
-        again = f"start it again{' from the beginning' if verb == 'demo' else ''} with the same command"
-        return _end(f"stopped by {stop if verb == 'train' else f'{stop.kind.name}: {again}'}", stop.code)
+        # Sweeps and benchmarks skip what is finished and have no --resume; the demo starts anew.
+        hint = f"run the same command again{' to start over' if verb == 'demo' else ' to continue'}"
+        reason = str(stop) if verb == "train" else f"{stop.kind.name}: {hint}"
+        message, code = f"stopped by {with_flags(reason, options)}", stop.code
     except KeyboardInterrupt:
-        return _end("interrupted", 130)
+        message, code = "interrupted", 130
     except Exception:
         if claim_error_report():
             raise
         return 1
-    return 0
-
-
-def _end(message: str, code: int) -> int:
+    else:
+        return 0
     if claim_error_report():
         print(message, file=sys.stderr)
     return code
 
 
+def with_flags(message: str, options: Iterable[str]) -> str:
+    """Writes parameter names in an error of the library as command-line flags.
+
+    `output DIR: ...` becomes `--output DIR: ...`, `overwrite=True` becomes `--overwrite`, and `resume=auto` becomes
+    `--resume auto`, if those are options of the command.
+    """
+    names = "|".join(map(re.escape, options)) or "(?!)"
+
+    def flag(match: re.Match[str]) -> str:
+        return f"--{match[1].replace('_', '-')}"
+
+    message = re.sub(rf"\A({names})(?=:| \S+: )", flag, message)
+    message = re.sub(rf"(?<![\w.:-])({names})=True\b", flag, message)
+    return re.sub(rf"(?<![\w.:-])({names})=(?=\S)", lambda match: f"{flag(match)} ", message)
+
+
 def _parse(words: list[str], verb: str | None) -> argparse.Namespace:
-    """The options; overrides (`key=value`) may stand anywhere among them, which argparse alone does not allow."""
+    """The parsed options. Overrides (`key=value`) may come anywhere among them, which argparse alone does not allow."""
     parser, verbs = _parsers(verb)
     if not words:
-        parser.print_help(sys.stderr)  # and no success: a program that forgot the verb must not go on
+        parser.print_help(sys.stderr)
         parser.exit(2)
     if not words[0].startswith("-") and words[0] not in verbs:
-        parser.error(f"no verb {words[0]!r}{did_you_mean(words[0], verbs)}; expected {', '.join(verbs)}")
-    if words[0] in verbs and (file := _bare_config(words[1:], verbs[words[0]])):
+        parser.error(f"unknown verb {words[0]!r}{did_you_mean(words[0], verbs)}; expected one of {', '.join(verbs)}")
+    if words[0] in verbs and (file := _config_without_flag(words[1:], verbs[words[0]])):
         verbs[words[0]].error(f"--config is required: did you mean --config {file}?")
     parsed, rest = parser.parse_known_args(words)
-    strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides")]
-    if strange:
-        hint = _as_override(strange[0], words) if hasattr(parsed, "overrides") else ""
-        verbs[parsed.verb].error(f"unrecognized arguments: {' '.join(strange)}{hint}")
+    has_overrides = hasattr(parsed, "overrides")
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word or not has_overrides]
+    if unknown:
+        hint = _suggest_override(unknown[0], words) if has_overrides else ""
+        verbs[parsed.verb].error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     return parsed
 
 
-def _bare_config(words: list[str], parser: argparse.ArgumentParser) -> str:
-    """The file that was given without the `--config` that the verb needs; an empty string where there is none."""
+def _config_without_flag(words: list[str], parser: argparse.ArgumentParser) -> str:
+    """A YAML file given without the `--config` that the verb requires, or an empty string."""
     if "--config" not in parser.format_usage().split() or any(word.startswith("--c") for word in words):
         return ""
     return next((word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word), "")
 
 
-def _as_override(option: str, words: list[str]) -> str:
-    """What to write for `--lr 1e-3`, where a key of the config is called so."""
-    from lora_hf.core.config.hints import keys_called
+def _suggest_override(option: str, words: list[str]) -> str:
+    """A hint to write `train.lr=1e-3` for `--lr 1e-3`, if a config key has this name."""
+    from lora_hf.core.config.hints import find_keys
     from lora_hf.core.config.schema import known_keys
 
     name, _, value = option.partition("=")
     value = value or next(iter(words[words.index(option) + 1 :]), "VALUE")
     section, dot, key = name.removeprefix("--").replace("-", "_").rpartition(".")
-    meant = [full for full in keys_called(key, known_keys()) if full.startswith(section + dot)]
-    return f"; did you mean {' or '.join(f'{full}={value}' for full in meant)}?" if meant else ""
+    keys = [full for full in find_keys(key, known_keys()) if full.startswith(section + dot)]
+    return f"; did you mean {' or '.join(f'{full}={value}' for full in keys)}?" if keys else ""
 
 
-class _OfScript(argparse.ArgumentParser):
-    """The parser of a verb that a script names: it calls itself `python scripts/train.py`."""
+class _ScriptParser(argparse.ArgumentParser):
+    """The parser of a verb run as a script, so that its usage says `python scripts/train.py`."""
 
     def __init__(self, *, prog: str, **options: Any) -> None:
         super().__init__(prog=re.sub(r"^python scripts (\S+)$", r"python scripts/\1.py", prog), **options)
 
 
 def _parsers(verb: str | None) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the whole line, and that of each verb."""
+    """The parser of the whole command line, and those of the verbs."""
     parser = argparse.ArgumentParser(prog="lora-hf" if verb is None else "python scripts", description=__doc__)
-    verbs = parser.add_subparsers(
-        dest="verb", required=True, metavar="VERB", parser_class=argparse.ArgumentParser if verb is None else _OfScript
-    )
-    for command in VERBS:
-        command.add(verbs)
+    parser_class = argparse.ArgumentParser if verb is None else _ScriptParser
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=parser_class)
+    for name, command in VERBS.items():
+        description = f"{command.HELP[0].upper()}{command.HELP[1:]}."
+        verb_parser = verbs.add_parser(name, help=command.HELP, description=description)
+        verb_parser.set_defaults(run=command.run)
+        command.add_arguments(verb_parser)
     return parser, verbs.choices
 
 
 def _log_to_standard_error() -> None:
-    """Our own messages on standard error; the libraries speak up only where something is wrong."""
+    """Shows our own messages, and warnings of the libraries."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
-    # What all processes have to say, the first one says.
+    # Processes log the same messages; only the first one shows them.
     logging.getLogger("lora_hf").setLevel(logging.ERROR if rank() else logging.INFO)
-    # On import it regrets a kernel for inference that is not used here.
+    # On import it warns about an inference kernel that is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

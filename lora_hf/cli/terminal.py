@@ -1,4 +1,4 @@
-"""What the verbs say on standard output, and the bars they show on standard error."""
+"""Options that several verbs share, their output, and progress on standard error."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from lora_hf.core.errors import ConfigError
 
-PAUSE = 30.0  # seconds between two lines of progress
+PROGRESS_INTERVAL = 30.0  # seconds between two lines of progress
 
 
 def progress(items: Any, total: int | None = None) -> Any:
-    """The items behind a progress bar; where standard error is no terminal a line on it now and then."""
+    """The items behind a progress bar on standard error; with occasional lines instead if that is not a terminal."""
     if not sys.stderr.isatty():
         return _with_lines(items, len(items) if total is None else total)
     from tqdm.auto import tqdm
@@ -27,31 +27,81 @@ def progress(items: Any, total: int | None = None) -> Any:
 def _with_lines(items: Iterable[Any], total: int) -> Iterator[Any]:
     from lora_hf.core.formatting import minutes
 
-    began = said = time.monotonic()
+    start = last_line = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if done and now - said >= PAUSE:
-            said = now
-            print(f"{done:,} of {total:,}: {minutes((now - began) / done * (total - done))} left", file=sys.stderr)
+        if done and now - last_line >= PROGRESS_INTERVAL:
+            last_line = now
+            print(f"{done:,} of {total:,}: {minutes((now - start) / done * (total - done))} left", file=sys.stderr)
         yield item
 
 
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter", required=True, metavar="DIR", help="outputs/<run>/adapter, or USER/NAME on the hub"
+    )
+    add_revision(parser)
+
+
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of USER/NAME")
+
+
 def add_precision(parser: argparse.ArgumentParser) -> None:
-    """The option for the precision of a classifier that answers."""
     parser.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16", "int8"],
-        help="to compute in, default: that of the run; int8: merged and quantised, on the CPU",
+        help="of a classifier; default: that of the run; int8 merges the adapter and quantizes, on the CPU",
     )
 
 
-def shown(value: float | None) -> str:
-    """A score with four decimals; null where there is none."""
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="folder with the data; default: $LORA_HF_DATA_DIR, otherwise the hub"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of standard output")
+
+
+def parse_named_adapters(arguments: list[str]) -> dict[str, str]:
+    """Maps the name of each NAME=DIR argument to its folder or hub id.
+
+    Raises:
+        ConfigError: an argument without a name, or two with the same name.
+    """
+    adapters: dict[str, str] = {}
+    for argument in arguments:
+        name, _, adapter = argument.partition("=")
+        if not (name and adapter) or name in adapters:
+            raise ConfigError(f"--adapter {argument}: expected NAME=DIR with a unique name")
+        adapters[name] = adapter
+    return adapters
+
+
+def format_score(value: float | None) -> str:
     return "null" if value is None else f"{value:.4f}"
 
 
+def print_json(value: dict[str, Any]) -> None:
+    """Prints a JSON object on one line."""
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def print_rows(options: argparse.Namespace, key: str, rows: list[dict[str, Any]], lines: Iterable[str]) -> None:
+    """Prints a verb's results as `lines` or as JSON, or only their number if they were written to `options.output`."""
+    if options.output is not None:
+        print(f"wrote {len(rows)} {key} to {options.output}", file=sys.stderr)
+    if options.json:
+        print_json({key: rows} if options.output is None else {"output": str(options.output), "rows": len(rows)})
+    elif options.output is None:
+        for line in lines:
+            print(line)
+
+
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Writes a JSON object a line.
+    """Writes one JSON object per line.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -63,40 +113,11 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def check_record(path: Path | None) -> None:
-    """Raises ConfigError, before anything is measured, where the folder of a record is not there."""
+    """Raises ConfigError if a record cannot go to `path`; call it before measuring."""
     if path and not path.parent.is_dir():
-        raise ConfigError(f"--output {path}: there is no folder {path.parent}")
+        raise ConfigError(f"--output {path}: the folder {path.parent} does not exist")
 
 
 def write_record(path: Path | None, record: dict[str, Any]) -> None:
-    """What was measured, where a file was asked for."""
     if path:
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on one line."""
-    print(json.dumps(value, ensure_ascii=False))
-
-
-def add_adapter(parser: argparse.ArgumentParser) -> None:
-    """Adds `--adapter`, a folder or a hub id, and `--revision` of the latter."""
-    parser.add_argument(
-        "--adapter", required=True, metavar="DIR", help="outputs/<run>/adapter, or USER/NAME on the hub"
-    )
-    parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit of USER/NAME")
-
-
-def named_adapters(words: list[str]) -> dict[str, str]:
-    """The folders or hub ids of words like NAME=DIR, by name.
-
-    Raises:
-        ConfigError: a word without a name, or with one that another has.
-    """
-    adapters: dict[str, str] = {}
-    for word in words:
-        name, equals, adapter = word.partition("=")
-        if not (name and equals and adapter) or name in adapters:
-            raise ConfigError(f"--adapter {word}: expected a name of its own for each: NAME=DIR")
-        adapters[name] = adapter
-    return adapters

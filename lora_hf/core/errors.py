@@ -1,7 +1,7 @@
-"""The mistakes a person can make, each told in one message: what, expected, found, and the next step.
+"""Errors that the user can fix. Each has one message: what is wrong, what was expected, what was found, the next step.
 
-The command line turns a `UserError` into its message on standard error and exit code 2. Anything else that
-escapes is a bug in lora_hf and keeps its traceback.
+The command line prints the message of a `UserError` and exits with code 2. Any other exception is a bug in lora_hf
+and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend; the message says how."""
+    """The user can fix it, and the message says how."""
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be run: unknown key, wrong type, out of range."""
+    """An invalid setting: an unknown key, a wrong type, a value out of range, settings that exclude each other."""
 
 
 class DataError(UserError):
@@ -28,19 +28,19 @@ class ModelError(UserError):
 
 
 class AdapterError(UserError):
-    """An adapter folder that is damaged or does not belong to this model."""
+    """An adapter that is damaged or belongs to another model."""
 
 
 class HubError(UserError):
-    """The hub could not be reached, or refused."""
+    """The hub is unreachable, or refused the request."""
 
 
 class TrainingError(UserError):
-    """A run that would not train, or stopped training: nothing to train, no gradient, a loss that is not a number."""
+    """A run that does not train: no trainable parameters, no gradients, a loss that is not finite."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that the signal `kind` ended, Ctrl-C or SIGTERM; `code` is what a shell expects then."""
+    """A run ended by the signal `kind` (Ctrl-C or SIGTERM); `code` is the exit code a shell expects."""
 
     def __init__(self, kind: signal.Signals, message: str) -> None:
         super().__init__(f"{kind.name}: {message}")
@@ -48,11 +48,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 def how_to_install(*extras: str) -> str:
-    """The command that installs extras of lora_hf, in a clone of it: no package index has it."""
+    """Returns the command that installs extras of lora_hf from a clone: the package is not on PyPI."""
     return f"python -m pip install -e '.[{','.join(extras)}]'"
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:
-    """Returns `` (did you mean 'x'?)`` for the nearest of `known`, or an empty string where nothing is near."""
+    """Returns `` (did you mean 'x'?)`` for the nearest of `known`, or an empty string if none is near."""
     near = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
-    return f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""

@@ -1,21 +1,19 @@
-"""Numbers and tables as the pages show them."""
+"""Markdown tables, percentages and durations as reports and progress lines show them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table; the first columns hold `words`, the others numbers."""
-    lines = [" | ".join(head), " | ".join("---" if index < words else "---:" for index in range(len(head)))]
-    return "\n".join(f"| {line} |" for line in [*lines, *(" | ".join(row) for row in rows)])
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """Returns a Markdown table whose columns after the first `text_columns` are right-aligned numbers."""
+    rule = ["---" if index < text_columns else "---:" for index in range(len(header))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
-def percent(value: float) -> str:
-    """A share as a number of percent."""
-    return f"{100 * value:.1f}"
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
 
 
 def minutes(seconds: float) -> str:
-    """A duration."""
     return f"{seconds / 60:.1f} min"

@@ -1,1 +1,1 @@
-"""Tasks and their rows: where they are read from, how they become model inputs, and how outputs are scored."""
+"""Tasks: where their rows come from, how rows become model inputs, and how predictions are scored."""

@@ -1,4 +1,4 @@
-"""Which rows come together in a batch, in which order, and which of them belong to which process."""
+"""The order of training rows, and how the last batch of an epoch is shared between processes."""
 
 from __future__ import annotations
 
@@ -7,76 +7,77 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lora_hf.lora.chunked_loss import IGNORE_INDEX
+from lora_hf.core.labels import IGNORE_INDEX
 
 
-class EpochSampler(torch.utils.data.Sampler):
-    """Another sampler of rows, with an order for each epoch that depends on the seed alone.
+class _SeededSampler(torch.utils.data.Sampler):
+    """A sampler whose order depends on the seed and the epoch alone, so that a resumed epoch keeps its order."""
 
-    The Trainer draws the order of `group_by_length` from the generator of everything else: a run that goes on in the
-    middle of an epoch would get another.
-    """
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
+    def __init__(self, seed: int) -> None:
+        self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Every epoch has its own order."""
         self.epoch = epoch
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed + self.epoch)
+
+
+class EpochSampler(_SeededSampler):
+    """Wraps the sampler of `group_by_length`, for which the Trainer draws from the global generator."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        super().__init__(seed)
+        self.sampler = sampler
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:
-        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        self.sampler.generator = self._generator()
         return iter(self.sampler)
 
 
-class PromptSampler(torch.utils.data.Sampler):
-    """Rows in random order, those of one prompt together and among themselves in random order too.
+class PromptSampler(_SeededSampler):
+    """Random order of prompts, with all rows of a prompt one after the other in random order.
 
-    In a batch of such rows a causal model computes the prompt once (`kernels/prefixes.py`).
+    In a batch of such rows a causal model computes the prompt once (`lora.kernels.prefixes`).
     """
 
     def __init__(self, prompts: list[int], seed: int) -> None:
+        super().__init__(seed)
         self.prompts = torch.tensor(prompts)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Every epoch has its own order."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = self._generator()
         rows = torch.randperm(len(self.prompts), generator=generator)
-        places = torch.randperm(int(self.prompts.max()) + 1, generator=generator)[self.prompts[rows]]
-        return iter(rows[places.argsort(stable=True)].tolist())
+        positions = torch.randperm(int(self.prompts.max()) + 1, generator=generator)[self.prompts[rows]]
+        return iter(rows[positions.argsort(stable=True)].tolist())
 
 
 def number_prompts(labels: Iterable[Sequence[int]], input_ids: Iterable[Sequence[int]]) -> list[int]:
-    """For each row the number of its prompt: the tokens in front of its first label."""
+    """Returns the number of each row's prompt: equal for rows whose tokens before the first label are equal."""
     numbers: dict[tuple[int, ...], int] = {}
-    found = []
-    for row, ids in zip(labels, input_ids, strict=True):
-        length = next((place for place, label in enumerate(row) if label != IGNORE_INDEX), len(row))
-        found.append(numbers.setdefault(tuple(ids[:length]), len(numbers)))
-    return found
+    prompts = []
+    for row_labels, ids in zip(labels, input_ids, strict=True):
+        length = next((index for index, label in enumerate(row_labels) if label != IGNORE_INDEX), len(row_labels))
+        prompts.append(numbers.setdefault(tuple(ids[:length]), len(numbers)))
+    return prompts
 
 
-def own_rows(rows: int, batch_size: int, processes: int, place: int) -> tuple[int, float]:
-    """Of the last batch of an epoch: how many of a process's rows are not there twice, and what its mean loss counts.
+def last_batch_share(rows: int, batch_size: int, world_size: int, rank: int) -> tuple[int, float]:
+    """Returns how many rows of a process's last batch are its own, and the weight of its mean loss.
 
-    All processes get batches of one size, and where the rows do not suffice they begin again at the first ones. The
-    mean over processes of their mean losses, each times what it counts, is the mean over the rows.
+    All processes get batches of the same size; missing rows are filled up with the first rows of the training set. The
+    mean over the processes of weight times mean loss is the mean over the rows.
 
     Args:
-        rows: of the training set.
-        batch_size: of each process.
-        place: the number of the process; the rows are dealt out in order.
+        rows: of the training set, dealt out in order of rank.
+        batch_size: per process.
     """
-    last = rows % (batch_size * processes) or batch_size * processes
-    own = min(max(last - place * batch_size, 0), batch_size)
-    return own, own * processes / last
+    last = rows % (batch_size * world_size) or batch_size * world_size
+    own = min(max(last - rank * batch_size, 0), batch_size)
+    return own, own * world_size / last

@@ -1,8 +1,8 @@
-"""Data made by rule, for a machine without the hub: nothing here was written by a person about a real thing.
+"""Synthetic data for machines without the hub.
 
-`rule_sentiment` is short opinions with a label that follows from the words and the grammar, `rule_restaurants` is
-meaning representations in the form of the E2E data set (Novikova et al. 2017, arXiv 1706.09254) with sentences that
-say them. The same rows come out every time, on every Python.
+`rule_sentiment` makes short opinions whose label follows from words and grammar; `rule_restaurants` makes meaning
+representations in the form of E2E (Novikova et al. 2017, arXiv 1706.09254) with sentences that express them. The rows
+are the same every time, on every Python.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ _NOUNS = (
     "coat", "chair", "lamp", "clock", "knife", "radio", "camera", "box", "bag", "toy",
 )  # fmt: skip
 
-# Positive and negative words in use; the held-out ones are met in validation only, where a pretrained base, having
-# read them elsewhere, can know which way they point.
+# By label. Validation alone has the held-out ones: a pretrained base can know their sentiment.
 _ADJECTIVES = {
     1: ("good", "wonderful", "beautiful", "excellent", "lovely", "charming",
         "delightful", "perfect", "clever", "pleasant", "splendid", "fine"),
@@ -40,7 +39,7 @@ _VERBS = {
     0: ("hated", "disliked", "regretted", "cursed", "despised"),
 }
 
-# Sentence frames by kind; {noun}, and a word of the label's sense (`same`) or of the other (`other`).
+# Sentence frames by kind; `same` has the sentiment of the label, `other` the opposite one.
 _PLAIN = (
     "The {noun} was {very}{same}.",
     "I found the {noun} {very}{same}.",
@@ -73,11 +72,11 @@ _INTENSIFIERS = ("", "", "very ", "really ", "quite ", "so ")
 
 
 def rule_sentiment(split: str, seed: int = 0) -> list[dict]:
-    """Returns the rows {sentence, label, idx} of `split`, "train" (2,000) or "validation" (500); half of each label.
+    """Returns the rows {sentence, label, idx} of `split`, "train" (2,000) or "validation" (500), half of each label.
 
-    A third of the sentences cannot be read word by word: a sixth say the opposite of their only opinion word ("not at
-    all dull"), a sixth hold both senses and mean the last ("dull at first, but in the end charming"). No frame meets a
-    noun in validation that it met in train, and half of validation's adjectives never occur in train.
+    Single words do not solve a third of the sentences: a sixth mean the opposite of their only opinion word ("not at
+    all dull"), a sixth have words of both sentiments and mean the last ("dull at first, but in the end charming").
+    Validation has no pair of frame and noun of train, and half of its adjectives never occur in train.
 
     Raises:
         DataError: another split.
@@ -86,7 +85,7 @@ def rule_sentiment(split: str, seed: int = 0) -> list[dict]:
     rng = random.Random(f"rule_sentiment {split} {seed}")
     rows, seen = [], set()
     while len(rows) < SENTIMENT_ROWS[split]:
-        # The label alternates, and the kind changes once both labels have had it: every kind is balanced too.
+        # The label alternates, and each kind comes twice in a row, so that every kind has half of each label.
         label = len(rows) % 2
         frames = (_PLAIN, _PLAIN, _PLAIN, _PLAIN, _NEGATED, _CONTRASTED)[len(rows) // 2 % 6]
         sentence = _opinion(rng, frames, label, split)
@@ -99,7 +98,7 @@ def rule_sentiment(split: str, seed: int = 0) -> list[dict]:
 
 def _opinion(rng: random.Random, frames: Sequence[str], label: int, split: str) -> str:
     frame = rng.randrange(len(frames))
-    # Every fifth noun of a frame is validation's, another fifth for the next frame.
+    # Validation has every fifth noun, others for each frame.
     nouns = [noun for index, noun in enumerate(_NOUNS) if ((index + frame) % 5 == 0) == (split == "validation")]
     same, same2 = rng.sample(_adjectives(rng, label, split), 2)
     sentence = frames[frame].format(
@@ -136,10 +135,10 @@ _SLOTS = {
 }
 
 _OPENINGS = (
-    "{name} is a {food}{eat}{place}.",
-    "There is a {food}{eat} called {name}{place}.",
-    "{name}, a {food}{eat}, can be found{place}.",
-    "If you want a {food}{eat}, try {name}{place}.",
+    "{name} is a {food}{eat}{location}.",
+    "There is a {food}{eat} called {name}{location}.",
+    "{name}, a {food}{eat}, can be found{location}.",
+    "If you want a {food}{eat}, try {name}{location}.",
 )
 _PRICES = ("has {} prices", "offers {} prices")
 _AMOUNTS = ("costs {}", "asks {} for a meal")
@@ -153,32 +152,32 @@ _FAMILY = {
 def rule_restaurants(split: str, seed: int = 0) -> list[dict[str, str]]:
     """Returns the rows {meaning_representation, human_reference}: 2,000 of "train", 200 of "validation" and of "test".
 
-    A meaning representation is repeated on neighbouring rows, once for each of its references: 2 in train, 5 in the
-    others. None is shared between splits, and a reference says all of its slots. The names are invented.
+    A meaning representation is repeated on consecutive rows, once for each of its references: 2 in train, 5 in the
+    others. Splits share none, and each reference expresses all of its slots. The names are invented.
 
     Raises:
         DataError: another split.
     """
     _check_split(split, RESTAURANT_ROWS)
     meanings: set[str] = set()
-    for made in RESTAURANT_ROWS:  # all splits up to this one: a meaning belongs to the first that draws it
-        rng = random.Random(f"rule_restaurants {made} {seed}")
+    for current in RESTAURANT_ROWS:  # all splits up to `split`: a meaning belongs to the first that draws it
+        rng = random.Random(f"rule_restaurants {current} {seed}")
         rows: list[dict[str, str]] = []
-        while len(rows) < RESTAURANT_ROWS[made]:
+        while len(rows) < RESTAURANT_ROWS[current]:
             slots = _restaurant(rng)
             meaning = ", ".join(f"{slot}[{value}]" for slot, value in slots.items())
             if meaning in meanings:
                 continue
             meanings.add(meaning)
-            references = _different(functools.partial(_reference, rng, slots), _REFERENCES_EACH[made])
+            references = _distinct(functools.partial(_reference, rng, slots), _REFERENCES_EACH[current])
             rows += [{"meaning_representation": meaning, "human_reference": reference} for reference in references]
-        if made == split:
+        if current == split:
             return rows
     raise AssertionError("unreachable: the split was checked")
 
 
 def _restaurant(rng: random.Random) -> dict[str, str]:
-    """Draws a name, a kind of place, and three to six other slots: fewer could not be said in five ways."""
+    """Draws a name, an eatType, and three to six other slots: with fewer there are not five different references."""
     optional = [slot for slot in _SLOTS if slot != "eatType"]
     chosen = {"eatType", *rng.sample(optional, rng.randint(3, len(optional)))}
     name = f"The {rng.choice(_FIRST_NAMES)} {rng.choice(_LAST_NAMES)}"
@@ -188,10 +187,10 @@ def _restaurant(rng: random.Random) -> dict[str, str]:
 def _reference(rng: random.Random, slots: dict[str, str]) -> str:
     in_area = f" in the {slots['area']} area" if "area" in slots else ""
     near = f" near {slots['near']}" if "near" in slots else ""
-    place = in_area + near if rng.random() < 0.5 else near + in_area
-    openings = _OPENINGS if place else tuple(frame for frame in _OPENINGS if "found" not in frame)
+    location = in_area + near if rng.random() < 0.5 else near + in_area
+    openings = _OPENINGS if location else tuple(frame for frame in _OPENINGS if "found" not in frame)
     food = f"{slots['food']} " if "food" in slots else ""
-    opening = rng.choice(openings).format(name=slots["name"], food=food, eat=slots["eatType"], place=place)
+    opening = rng.choice(openings).format(name=slots["name"], food=food, eat=slots["eatType"], location=location)
 
     facts = []
     if price := slots.get("priceRange"):
@@ -211,19 +210,19 @@ def _sentences(rng: random.Random, facts: list[str]) -> list[str]:
     return [f"{subject} {fact}." for fact in facts]
 
 
-def _different(make: Callable[[], str], count: int) -> list[str]:
-    """`count` different results of `make`, in the order of their first appearance."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[make()] = None
-    return list(found)
+def _distinct(draw: Callable[[], str], count: int) -> list[str]:
+    """Returns `count` distinct results of `draw`, in the order of their first appearance."""
+    results: dict[str, None] = {}
+    while len(results) < count:
+        results[draw()] = None
+    return list(results)
 
 
 # --- both --------------------------------------------------------------------------------------------------------
 
 
 def _with_articles(sentence: str) -> str:
-    """Turns "a" into "an" before a vowel's letter; no word in use has a silent h or a "u" said as "you"."""
+    """Replaces "a" by "an" before a vowel letter, which is right for all words above."""
     words = sentence.split(" ")
     for index, following in enumerate(words[1:]):
         if words[index] == "a" and following[0] in "aeiouAEIOU":
@@ -233,4 +232,4 @@ def _with_articles(sentence: str) -> str:
 
 def _check_split(split: str, known: dict[str, int]) -> None:
     if split not in known:
-        raise DataError(f"the rule-made data have no split {split!r}; there are: {', '.join(known)}")
+        raise DataError(f"the synthetic data have no split {split!r}; there are: {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""A task's rows as model inputs, tokenised once and kept in the cache of `datasets`."""
+"""A task's rows as model inputs, tokenized once and cached on disk."""
 
 from __future__ import annotations
 
@@ -17,38 +17,41 @@ from lora_hf.data.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
-KEPT_FROM = 2000  # rows; fewer are tokenised again in less time than it takes to look for them
+MIN_CACHED_ROWS = 2000  # tokenizing fewer takes less time than computing their key
 
 
 def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """The rows of a split as model inputs, unpadded, nothing else kept.
+    """Returns the rows of a split as unpadded model inputs, without other columns.
 
-    The tokens of many rows are kept under `$HF_DATASETS_CACHE/lora_hf`, which may be deleted at any time. They are
-    found again by all that they depend on: the rows themselves, the tokenizer, the length, the code of the tasks.
+    Many rows are cached under `$HF_DATASETS_CACHE/lora_hf`, which may be deleted at any time. Their key depends on
+    everything that the tokens do: the rows, the tokenizer, the length, and the code of the tasks.
     """
     limit = min(max_length, tokenizer.model_max_length)
-    options: dict[str, Any] = {"batched": True, "remove_columns": rows.column_names}
 
-    def tokens(batch: dict[str, list]) -> dict[str, list]:
-        return task.encode(batch, tokenizer, limit)
+    def encode_rows(**options: Any) -> Dataset:
+        def encode_batch(batch: dict[str, list]) -> dict[str, list]:
+            return task.encode(batch, tokenizer, limit)
+
+        return rows.map(encode_batch, batched=True, remove_columns=rows.column_names, **options)
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     disable_progress_bar()
     try:
-        if len(rows) < KEPT_FROM or backend is None:
-            return rows.map(tokens, **options)
+        if len(rows) < MIN_CACHED_ROWS or backend is None:
+            return encode_rows()
         key = _key(task, rows, tokenizer, backend.to_str(), limit)
         file = Path(config.HF_DATASETS_CACHE) / "lora_hf" / f"{task.name}-{key[:32]}.arrow"
+        cache: dict[str, Any] = {"cache_file_name": str(file), "new_fingerprint": key[:16]}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            return rows.map(tokens, **options, cache_file_name=str(file), new_fingerprint=key[:16])
+            return encode_rows(**cache)
         except pa.ArrowInvalid:
-            logger.warning("%s is damaged: tokenising anew", file)
+            logger.warning("%s is damaged: tokenizing the rows again", file)
             file.unlink()
-            return rows.map(tokens, **options, cache_file_name=str(file), new_fingerprint=key[:16])
+            return encode_rows(**cache)
         except OSError as error:
-            logger.warning("tokens are not kept: %s: %s", file.parent, error.strerror)
-            return rows.map(tokens, **options)
+            logger.warning("the tokens are not cached: %s: %s", file.parent, error.strerror)
+            return encode_rows()
     finally:
         enable_progress_bar()
 
@@ -58,11 +61,11 @@ def _key(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, backend:
     buffer = pa.BufferOutputStream()
     with pa.ipc.new_stream(buffer, table.schema.remove_metadata()) as stream:
         stream.write_table(table.replace_schema_metadata().combine_chunks())
-    found = hashlib.sha256(buffer.getvalue())
-    # What earlier calls asked of the tokenizer stays in its state, and is asked anew in each.
+    key = hashlib.sha256(buffer.getvalue())
+    # Every call sets truncation and padding anew, so the state that earlier calls left behind does not matter.
     state = json.loads(backend) | {"truncation": None, "padding": None}
-    words = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.padding_side, limit, repr(task), state]
-    found.update(json.dumps(words, sort_keys=True, default=str).encode())
+    values = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.padding_side, limit, repr(task), state]
+    key.update(json.dumps(values, sort_keys=True, default=str).encode())
     for source in sorted((Path(__file__).parent / "tasks").glob("*.py")):
-        found.update(source.read_bytes())
-    return found.hexdigest()
+        key.update(source.read_bytes())
+    return key.hexdigest()

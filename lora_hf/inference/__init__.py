@@ -1,1 +1,1 @@
-"""Classify texts and generate text with a trained run, from Python and from files."""
+"""Inference with trained weights: class probabilities and generated texts. Used from Python and by the CLI."""

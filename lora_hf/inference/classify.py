@@ -1,4 +1,4 @@
-"""What a trained run answers: scores over a split, and predictions for texts."""
+"""Classifies rows with trained weights: logits, predictions and the metrics of a split."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ from lora_hf.lora.precision import flush_denormals
 from lora_hf.lora.unpadding import enable_unpadding
 
 Progress = Any  # a callable that wraps an iterable, such as tqdm
-Scores = dict[str, dict[str, float]]  # by split, then by metric
 
 
 @dataclass
 class Predictor:
-    """A model ready to answer, with the task it was trained for. `max_length` is in tokens."""
+    """A model ready for inference, and the task it was trained for. `max_length` is in tokens."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -36,7 +35,7 @@ class Predictor:
 
     @classmethod
     def load(cls, saved: SavedModel, precision: str | None = None) -> Predictor:
-        """Loads the adapter on its base, or the whole model; `precision` as `load_saved_model`, without it that of the run.
+        """Loads an adapter on its base, or a full model, as `load_saved_model`; by default in the run's precision.
 
         Raises:
             AdapterError, ModelError, HubError: as `load_saved_model`.
@@ -46,35 +45,35 @@ class Predictor:
         return cls(model, tokenizer, saved.task, min(saved.max_length, tokenizer.model_max_length))
 
     def logits(self, rows: dict[str, list], batch_size: int = 64, progress: Progress = iter) -> np.ndarray:
-        """`(rows, num_labels)` logits in fp32, in the order of the rows; batches are made of rows of like length."""
-        inputs = _inputs(self.task, rows, self.tokenizer, self.max_length)
-        return np.stack(answer_rows(self.model, self.tokenizer, inputs, batch_size, progress))
+        """The fp32 logits `(rows, num_labels)`, in the order of the rows. A batch holds rows of similar length."""
+        inputs = _encode(self.task, rows, self.tokenizer, self.max_length)
+        return np.stack(batched_logits(self.model, self.tokenizer, inputs, batch_size, progress))
 
     def predict(self, rows: dict[str, list], batch_size: int = 64, progress: Progress = iter) -> list[dict[str, Any]]:
-        """For each row its label and the probability of each label; for a regression its score."""
-        return [described(self.task, row) for row in self.logits(rows, batch_size, progress)]
+        """The `format_prediction` of each row."""
+        return [format_prediction(self.task, row) for row in self.logits(rows, batch_size, progress)]
 
 
 @dataclass
-class MixedPredictor:
-    """Several adapters on one base; rows of different adapters are answered in the same batches."""
+class MultiAdapterPredictor:
+    """Several adapters on one base. A batch may mix rows of different adapters."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     saved: dict[str, SavedModel]
 
     @classmethod
-    def load(cls, saved: Mapping[str, SavedModel], precision: str | None = None) -> MixedPredictor:
-        """Loads the adapters, by their names, on the base that all of them were trained on.
+    def load(cls, saved: Mapping[str, SavedModel], precision: str | None = None) -> MultiAdapterPredictor:
+        """Loads the adapters, by name, on the base that all of them were trained on.
 
         Raises:
-            AdapterError: they have different bases, or one is a whole model or writes texts; and as `load_saved_model`.
+            AdapterError: different bases, a full model, or an adapter that generates text; and as `load_saved_model`.
             ModelError, HubError: as `load_saved_model`.
         """
         (first, base), *others = saved.items()
         for name, other in saved.items():
-            if other.whole or other.task.model_kind != "sequence-classification":
-                raise AdapterError(f"{name}={other.folder}: expected an adapter that classifies; answer with it alone")
+            if other.is_full_model or other.task.model_kind != "sequence-classification":
+                raise AdapterError(f"{name}={other.folder}: expected an adapter for classification; run it alone")
         for name, other in others:
             if replace(other.model, precision=base.model.precision) != base.model:
                 raise AdapterError(
@@ -91,7 +90,7 @@ class MixedPredictor:
     def logits(
         self, rows: Sequence[tuple[str, Mapping[str, str]]], batch_size: int = 64, progress: Progress = iter
     ) -> list[np.ndarray]:
-        """`(num_labels,)` logits in fp32 of each row, which is the name of an adapter and its task's columns.
+        """The fp32 logits `(num_labels,)` of each row. A row is the name of an adapter and the columns of its task.
 
         Raises:
             AdapterError: an adapter that is not loaded.
@@ -100,47 +99,46 @@ class MixedPredictor:
         inputs: list[dict[str, list[int]]] = [{} for _ in rows]
         for name in dict.fromkeys(names):
             check_adapter_exists(adapter_state(self.model), name)
-            each, chosen = self.saved[name], [place for place, other in enumerate(names) if other == name]
-            columns = {key: [rows[place][1][key] for place in chosen] for key in each.task.text_columns}
-            limit = min(each.max_length, self.tokenizer.model_max_length)
-            for place, row in zip(chosen, _inputs(each.task, columns, self.tokenizer, limit), strict=True):
-                inputs[place] = row
-        answers = answer_rows(self.model, self.tokenizer, inputs, batch_size, progress, names)
+            saved, indices = self.saved[name], [index for index, other in enumerate(names) if other == name]
+            columns = {key: [rows[index][1][key] for index in indices] for key in saved.task.text_columns}
+            max_length = min(saved.max_length, self.tokenizer.model_max_length)
+            for index, row in zip(indices, _encode(saved.task, columns, self.tokenizer, max_length), strict=True):
+                inputs[index] = row
+        logits = batched_logits(self.model, self.tokenizer, inputs, batch_size, progress, names)
         widths = [self.saved[name].task.num_labels for name in names]
-        return [row[:width] for row, width in zip(answers, widths, strict=True)]
+        return [row[:width] for row, width in zip(logits, widths, strict=True)]
 
     def predict(
         self, rows: Sequence[tuple[str, Mapping[str, str]]], batch_size: int = 64, progress: Progress = iter
     ) -> list[dict[str, Any]]:
-        """For each row its label and the probability of each label; for a regression its score."""
+        """The `format_prediction` of each row."""
         logits = self.logits(rows, batch_size, progress)
-        return [described(self.saved[name].task, row) for (name, _), row in zip(rows, logits, strict=True)]
+        return [format_prediction(self.saved[name].task, row) for (name, _), row in zip(rows, logits, strict=True)]
 
 
-def described(task: Task, logits: np.ndarray) -> dict[str, Any]:
-    """What `(num_labels,)` logits say: the label and the probability of each; for a regression the score."""
+def format_prediction(task: Task, logits: np.ndarray) -> dict[str, Any]:
+    """The label and the probability of each label, from logits `(num_labels,)`; the score for a regression."""
     if task.problem_type == "regression":
         return {"score": round(float(logits[0]), 4)}
-    shifted = np.exp(logits - logits.max())
+    exponentials = np.exp(logits - logits.max())
+    probabilities = zip(task.label_names, exponentials / exponentials.sum(), strict=True)
     return {
         "label": task.label_names[int(logits.argmax())],
-        "probabilities": {
-            name: round(float(p), 4) for name, p in zip(task.label_names, shifted / shifted.sum(), strict=True)
-        },
+        "probabilities": {name: round(float(probability), 4) for name, probability in probabilities},
     }
 
 
-def _inputs(
-    task: Task, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, limit: int
+def _encode(
+    task: Task, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict[str, list[int]]]:
-    """The model's inputs of each row, unpadded."""
-    encoded = task.encode(rows, tokenizer, limit)
+    """The model inputs of each row, without padding."""
+    encoded = task.encode(rows, tokenizer, max_length)
     encoded.pop("labels", None)
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
 
 @flush_denormals()
-def answer_rows(
+def batched_logits(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: Sequence[dict[str, list[int]]],
@@ -148,32 +146,35 @@ def answer_rows(
     progress: Progress,
     adapters: Sequence[str] | None = None,
 ) -> list[np.ndarray]:
-    """The logits of each row in order, from batches of rows of like length; with `adapters` each row's own."""
+    """The logits of each row, in the order of `inputs`. A batch holds rows of similar length.
+
+    Args:
+        adapters: the adapter of each row; by default the active one.
+    """
     order: list[int] = np.argsort([-len(row["input_ids"]) for row in inputs], kind="stable").tolist()
-    answers: list[Any] = [None] * len(order)
+    results: list[Any] = [None] * len(order)
     stacks: dict[Any, Any] = {}
     with torch.inference_mode():
         for start in progress(range(0, len(order), batch_size)):
-            chosen = order[start : start + batch_size]
-            batch = tokenizer.pad([inputs[row] for row in chosen], return_tensors="pt").to(model.device)
-            with mix_adapters(model, [adapters[row] for row in chosen], stacks) if adapters else nullcontext():
+            indices = order[start : start + batch_size]
+            batch = tokenizer.pad([inputs[index] for index in indices], return_tensors="pt").to(model.device)
+            with mix_adapters(model, [adapters[index] for index in indices], stacks) if adapters else nullcontext():
                 logits = model(**batch).logits
-            for row, values in zip(chosen, logits.float().cpu().numpy(), strict=True):
-                answers[row] = values
-    return answers
+            for index, row in zip(indices, logits.float().cpu().numpy(), strict=True):
+                results[index] = row
+    return results
 
 
 def evaluate(
-    predictor: Predictor, rows: Mapping[str, Dataset], progress: Progress = iter
+    predictor: Predictor, splits: Mapping[str, Dataset], progress: Progress = iter
 ) -> dict[str, dict[str, float]]:
-    """The task's metrics by split.
+    """The metrics of the task, by split and name.
 
     Raises:
         DataError: the labels of a split are hidden.
     """
-    task = predictor.task
-    scores = {}
-    for split, part in rows.items():
-        columns = {column: list(part[column]) for column in task.text_columns}
-        scores[split] = task.score(predictor.logits(columns, progress=progress), np.asarray(part["label"]))
-    return scores
+    task, metrics = predictor.task, {}
+    for split, rows in splits.items():
+        columns = {column: list(rows[column]) for column in task.text_columns}
+        metrics[split] = task.score(predictor.logits(columns, progress=progress), np.asarray(rows["label"]))
+    return metrics

@@ -1,4 +1,4 @@
-"""Texts from a trained run: greedy, beam search or sampling, in batches, in the order of the prompts."""
+"""Generates texts with trained weights, by greedy search, beam search or sampling, and scores them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from transformers import (
 
 from lora_hf.adapters.resolve import SavedModel
 from lora_hf.adapters.save_load import load_saved_model
+from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import ConfigError
 from lora_hf.core.provenance import git_state, machine, versions
@@ -42,8 +43,8 @@ Progress = Any  # a callable that wraps an iterable and takes its length as `tot
 
 
 @dataclass(frozen=True)
-class Generated:
-    """A text and its score: the log-probability of its tokens and its end, over their number ** length_penalty."""
+class GeneratedText:
+    """A text and its score: the log-probability of its tokens, end included, over `number ** length_penalty`."""
 
     text: str
     score: float
@@ -51,7 +52,7 @@ class Generated:
 
 @dataclass
 class Generator:
-    """A model ready to write, with the task it was trained for."""
+    """A model ready for generation, and the task it was trained for. `max_length` is in tokens, prompt included."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -60,80 +61,78 @@ class Generator:
 
     @classmethod
     def load(cls, saved: SavedModel, adapted: bool = True) -> Generator:
-        """Loads the adapter merged into its base, or the whole model; the bare base where `adapted` is False.
+        """Loads an adapter merged into its base, or a full model; with `adapted=False` the base alone.
 
-        In fp32 whatever the run computed in: a beam search turns on small differences, and in bf16 a row's would depend
-        on what else is in its batch.
+        The precision is always fp32: beam search depends on small differences, and in bf16 the text of a row would
+        depend on the other rows of its batch.
 
         Raises:
             AdapterError, ModelError, HubError: as `load_saved_model`.
         """
         model, tokenizer = load_saved_model(saved, "fp32", adapted)
-        # A prompt ends where its text begins: shorter ones of a batch are padded in front.
-        tokenizer.padding_side = "left"
-        # In fp32 nothing is won by a packed base, and merging into it would round the adapter away.
-        merge(dequantise(model))
+        tokenizer.padding_side = "left"  # the text continues at the end of the prompt
+        merge(dequantise(model))  # merging into a quantized base would round the adapter away
         positions = getattr(model.config, "max_position_embeddings", saved.max_length)
         return cls(model, tokenizer, saved.task, positions)  # type: ignore[arg-type]
 
-    def generate(self, contexts: Sequence[str], decoding: GenerateConfig) -> Iterator[Generated]:
-        """A text for each context, in order, as its batch is done; a text does not depend on its batch.
+    def generate(self, contexts: Sequence[str], decoding: GenerateConfig) -> Iterator[GeneratedText]:
+        """Yields a text for each context, in order, batch by batch. A text does not depend on its batch.
 
         Raises:
-            DataError: at once, where a context leaves no room for `max_new_tokens` in the model's positions.
+            DataError: a context leaves no space for `max_new_tokens`. It is raised before anything is generated.
         """
         prompts = self.task.prompts(contexts, self.tokenizer, self.max_length - decoding.max_new_tokens)
         torch.manual_seed(decoding.seed)
-        starts = range(0, len(prompts), decoding.batch_size)
-        return (text for at in starts for text in self.write(prompts[at : at + decoding.batch_size], decoding))
+        size = decoding.batch_size
+        batches = (prompts[start : start + size] for start in range(0, len(prompts), size))
+        return (text for batch in batches for text in self.generate_batch(batch, decoding))
 
     @torch.inference_mode()
-    def write(
+    def generate_batch(
         self,
         prompts: Sequence[list[int]],
         decoding: GenerateConfig,
         stopping: Sequence[StoppingCriteria] = (),
-    ) -> Iterator[Generated]:
-        """A text for each encoded prompt, all in one batch; `stopping` are asked after each token, beside the end."""
+    ) -> Iterator[GeneratedText]:
+        """Yields a text for each encoded prompt, generated in one batch.
+
+        Args:
+            stopping: criteria to stop at, in addition to the end-of-text token and `max_new_tokens`.
+        """
         batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.model.device)
         width = batch["input_ids"].shape[1]
+        size = decoding.no_repeat_ngram_size
         with flush_denormals():
-            made: Any = self.model.generate(  # type: ignore[operator]
+            output: Any = self.model.generate(  # type: ignore[operator]
                 **batch,
-                generation_config=self._settings(decoding),
-                logits_processor=LogitsProcessorList(_processors(decoding, width)),
+                generation_config=self._generation_config(decoding),
+                logits_processor=LogitsProcessorList([NoRepeatedNGram(size, width)] if size else []),
                 stopping_criteria=StoppingCriteriaList(stopping),
             )
-        tokens = made.sequences[:, width:]
-        lengths = self._lengths(tokens)
+        tokens = output.sequences[:, width:]
         if decoding.num_beams > 1:
-            scores = made.sequences_scores
+            scores = output.sequences_scores
         else:
-            steps = self.model.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)  # type: ignore[operator]
+            steps = self.model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)  # type: ignore[operator]
+            lengths = self._lengths(tokens)
             inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
             scores = steps.where(inside, 0.0).sum(1) / lengths**decoding.length_penalty
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for text, score in zip(texts, scores.tolist(), strict=True):
-            # One text a line, whatever the model wrote.
-            yield Generated(" ".join(text.split()), round(score, 4))
+            yield GeneratedText(" ".join(text.split()), round(score, 4))  # one line, whatever the model wrote
 
     def _lengths(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(rows,)`: the tokens of each text up to and with its end."""
+        """The number of tokens of each row `(batch,)`, end-of-text token included."""
         end: Any = self.tokenizer.eos_token_id
         ended = tokens.eq(end).cumsum(1)
         return ((ended == 0).sum(1) + 1).clamp(max=tokens.shape[1])
 
-    def _settings(self, decoding: GenerateConfig) -> GenerationConfig:
-        values = asdict(decoding)
-        for name in ("seed", "batch_size", "no_repeat_ngram_size"):
-            del values[name]
-        if not decoding.do_sample:
-            for name in ("temperature", "top_p", "top_k"):
-                del values[name]
-        if decoding.num_beams == 1:
-            del values["length_penalty"]
+    def _generation_config(self, decoding: GenerateConfig) -> GenerationConfig:
+        unused = {"seed", "batch_size", "no_repeat_ngram_size"}
+        unused |= set() if decoding.do_sample else {"temperature", "top_p", "top_k"}
+        unused |= {"length_penalty"} if decoding.num_beams == 1 else set()
         return GenerationConfig(
-            **values,
+            **{name: value for name, value in asdict(decoding).items() if name not in unused},
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
             return_dict_in_generate=True,
@@ -142,68 +141,64 @@ class Generator:
 
 
 class NoRepeatedNGram(LogitsProcessor):
-    """Bans n-grams that the text already has, as the LoRA paper's decoder does.
+    """Bans n-grams that the generated text already contains, as the decoder of the LoRA paper does.
 
-    transformers' own ban counts the prompt and the padding too: `customer rating : 5 out of 5` in the prompt would
-    forbid the text to say `5 out of 5`.
+    transformers' own processor also counts the prompt and the padding: `customer rating : 5 out of 5` in the prompt
+    would keep the text from saying `5 out of 5`.
     """
 
     def __init__(self, size: int, width: int) -> None:
-        self.ban, self.width = NoRepeatNGramLogitsProcessor(size), width
+        self.processor, self.width = NoRepeatNGramLogitsProcessor(size), width
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return self.ban(input_ids[:, self.width :], scores)  # type: ignore[arg-type]
+        return self.processor(input_ids[:, self.width :], scores)  # type: ignore[arg-type]
 
 
-def _processors(decoding: GenerateConfig, width: int) -> list[LogitsProcessor]:
-    size = decoding.no_repeat_ngram_size
-    return [NoRepeatedNGram(size, width)] if size else []
+def score_subsets(task: TextGeneration, examples: Sequence[Example], texts: Sequence[str]) -> dict[str, Scores]:
+    """The task's official scores over all examples, and over each of its subsets.
 
-
-def score_texts(task: TextGeneration, examples: Sequence[Example], texts: Sequence[str]) -> dict[str, Scores]:
-    """The task's official scores over all examples, and over each of its subsets; None where a scorer cannot run.
-
-    The reasons for a None are logged.
+    The score of a scorer that cannot run is None; the reason is logged.
     """
     parts: dict[str, list[int]] = {"all": list(range(len(examples)))}
     for subset in task.subsets:
         parts[subset] = [index for index, example in enumerate(examples) if example.subset == subset]
     scores = {}
-    for part, chosen in parts.items():
-        if chosen:
+    for part, indices in parts.items():
+        if indices:
             metric = NlgMetric(task.metric)
-            references = [list(examples[index].references) for index in chosen]
-            scores[part] = metric.compute(predictions=[texts[index] for index in chosen], references=references) or {}
+            references = [list(examples[index].references) for index in indices]
+            scores[part] = metric.compute(predictions=[texts[index] for index in indices], references=references) or {}
     for name, reason in metric.reasons.items():
         logger.warning("%s: %s", name, reason)
     return scores
 
 
 def evaluate_texts(
-    generator: Generator, saved: SavedModel, rows: Mapping[str, Dataset], adapted: bool, progress: Progress
+    generator: Generator, saved: SavedModel, splits: Mapping[str, Dataset], adapted: bool, progress: Progress
 ) -> tuple[list[Path], dict[str, dict[str, Scores]]]:
-    """Writes and scores a text for each input of each split, with the decoding of the run.
+    """Generates and scores a text for each input of each split, with the decoding settings of the run.
 
-    In a run folder `predictions-<split>.txt` and `.jsonl` keep the texts, `outputs-<split>.jsonl` each with its input
-    and references, and `scores-<split>.json` the `ScoreRecord`; those of the bare base say so in their names.
+    In a run folder it writes the texts to `predictions-<split>.txt` and `.jsonl`, each text with its input and
+    references to `outputs-<split>.jsonl`, and the `ScoreRecord` to `scores-<split>.json`. For the base alone the names
+    contain `without-adapter`.
 
     Returns:
-        The records written, and the scores by split and subset.
+        The paths of the records, and the scores by split and subset.
     """
-    run = saved.run
+    run_folder = saved.run_folder
     records: list[Path] = []
     scores: dict[str, dict[str, Scores]] = {}
-    for split, part in rows.items():
-        examples = generator.task.groups(part)
+    for split, rows in splits.items():
+        examples = generator.task.groups(rows)
         contexts = [example.context for example in examples]
         started = time.perf_counter()
-        texts = progress(generator.generate(contexts, saved.generate), total=len(examples))
+        stream = progress(generator.generate(contexts, saved.generate), total=len(examples))
         name = f"{split}{'' if adapted else '-without-adapter'}"
-        made = write_texts(run / f"predictions-{name}.txt", contexts, texts) if run else list(texts)
-        written = time.perf_counter()
-        scores[split] = score_texts(generator.task, examples, [text.text for text in made])
-        if run:
-            _write_outputs(run / f"outputs-{name}.jsonl", generator.task.name, examples, made)
+        texts = write_texts(run_folder / f"predictions-{name}.txt", contexts, stream) if run_folder else list(stream)
+        generated = time.perf_counter()
+        scores[split] = score_subsets(generator.task, examples, [text.text for text in texts])
+        if run_folder:
+            _write_outputs(run_folder / f"outputs-{name}.jsonl", generator.task.name, examples, texts)
             record = ScoreRecord(
                 task=generator.task.name,
                 model=saved.model.name,
@@ -213,48 +208,50 @@ def evaluate_texts(
                 decoding=asdict(saved.generate),
                 metrics=scores[split],
                 precision=str(generator.model.dtype).removeprefix("torch."),
-                timings={"generate": written - started, "score": time.perf_counter() - written},
+                timings={"generate": generated - started, "score": time.perf_counter() - generated},
                 versions=versions(),
                 git=git_state(),
                 machine=machine(),
             )
-            records.append(record.write(run / f"scores-{name}.json"))
+            records.append(record.write(run_folder / f"scores-{name}.json"))
     return records, scores
 
 
-def _write_outputs(path: Path, task: str, examples: Sequence[Example], made: Sequence[Generated]) -> None:
-    """One JSON object an input: what was asked, what people wrote, and what the model wrote."""
-    aside = path.with_name(f"{path.name}.part")
-    with aside.open("w", encoding="utf-8") as file:
-        for example, text in zip(examples, made, strict=True):
+def _write_outputs(path: Path, task: str, examples: Sequence[Example], texts: Sequence[GeneratedText]) -> None:
+    """Writes one JSON object per input, with its references and the generated text."""
+    with atomic_path(path) as tmp, tmp.open("w", encoding="utf-8") as file:
+        for example, text in zip(examples, texts, strict=True):
             references = list(example.references)
             line = {"task": task, "input": example.context, "references": references, "output": text.text}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    aside.replace(path)
 
 
-def write_texts(path: Path, prompts: Sequence[str], texts: Iterator[Generated]) -> list[Generated]:
-    """Writes each text as it is made, and gives all of them back.
+def write_texts(path: Path, prompts: Sequence[str], texts: Iterator[GeneratedText]) -> list[GeneratedText]:
+    """Writes each text as soon as it is generated, and returns all of them.
 
-    `path` gets a text a line in the order of the prompts, the `.jsonl` of the same name prompt, text and score. Until
-    the last is made both are called `.part`: an interruption leaves there what it had, and older files as they were.
+    `path` gets one text per line, in the order of the prompts; the `.jsonl` file of the same name gets prompt, text and
+    score. Both files are named `.part` until the last text: an interruption keeps the texts so far there, and leaves
+    older files unchanged.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: the folder cannot be written to.
     """
-    plain, full = path.with_suffix(".txt") if path.suffix == ".jsonl" else path, path.with_suffix(".jsonl")
-    asides = [file.with_name(f"{file.name}.part") for file in (plain, full)]
-    made = []
+    files = (path.with_suffix(".txt") if path.suffix == ".jsonl" else path, path.with_suffix(".jsonl"))
+    partial_files = [file.with_name(f"{file.name}.part") for file in files]
+    written = []
     try:
-        with asides[0].open("w", encoding="utf-8") as lines, asides[1].open("w", encoding="utf-8") as rows:
-            for prompt, generated in zip(prompts, texts, strict=True):
-                lines.write(f"{generated.text}\n")
-                rows.write(json.dumps({"prompt": prompt, **asdict(generated)}, ensure_ascii=False) + "\n")
+        with (
+            partial_files[0].open("w", encoding="utf-8") as lines,
+            partial_files[1].open("w", encoding="utf-8") as rows,
+        ):
+            for prompt, text in zip(prompts, texts, strict=True):
+                lines.write(f"{text.text}\n")
+                rows.write(json.dumps({"prompt": prompt, **asdict(text)}, ensure_ascii=False) + "\n")
                 lines.flush()
                 rows.flush()
-                made.append(generated)
+                written.append(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
-    for aside, file in zip(asides, (plain, full), strict=True):
-        aside.replace(file)
-    return made
+    for partial, file in zip(partial_files, files, strict=True):
+        partial.replace(file)
+    return written

@@ -1,3 +1,3 @@
-"""The method: LoRA layers and their kernels, which modules of a model get one, and the model-wide operations on them.
+"""LoRA itself: its layers, variants and kernels, which modules of a model they adapt, and what a base needs for them.
 
-Start at `inject`; `layers` holds the maths and `architectures` the table of model types."""
+Start at `inject`; `layers` holds the formulas and `architectures` the table of model types."""

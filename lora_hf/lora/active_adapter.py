@@ -1,46 +1,45 @@
-"""Which adapter the layers of a model run: one for everybody, one for a thread, or one for each row of a batch."""
+"""Which adapter runs: one for everyone, one for a thread, or one for each row of a batch."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_hf.core.errors import AdapterError
 
-STATE_ATTRIBUTE = "lora_switch"  # the attribute of a base model that holds its Switch
-Labels = tuple[tuple[str, ...], str | None]  # the names of the labels, and the problem type
+STATE_ATTRIBUTE = "lora_adapter_state"  # the attribute of a base model that holds its AdapterState
+Labels = tuple[tuple[str, ...], str | None]  # the label names and the problem type
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The `count` places of a batch in order of their adapters.
+    """The items of a batch sorted by adapter; an item is a row, or a token if the model runs without padding.
 
-    `order` are the places adapter after adapter, those of the bare base last, or None where they already stand so;
-    `ends[i]` is how many places come before the end of adapter i.
+    Attributes:
+        count: the number of items.
+        order: the indices that sort them, items of the bare base last; None if they are sorted already.
+        ends: for each adapter the number of sorted items up to its end.
     """
 
     count: int
-    order: torch.Tensor | None
+    order: Tensor | None
     ends: tuple[int, ...]
 
 
 class BatchRouting:
-    """An adapter for each row of a batch; None is the bare base.
-
-    Args:
-        rows: the name of each row.
-        stacks: of an earlier mixture on the same model, whose weights have not changed since.
-        among: adapters that belong to the mixture whether a row names them or not.
-        masked: as `lora_linear_parts`, where gradients are taken.
+    """An adapter for each row of a batch; None is the bare base. The arguments are those of `mix_adapters`.
 
     Attributes:
-        names: the different names in alphabetical order, without None.
-        stacks: what each layer keeps of the weights of a set of adapters.
+        names: the adapters in alphabetical order.
+        tokens: the segments of the tokens while the model runs without padding.
+        stacks: the stacked weights that each layer caches for a set of adapters.
     """
 
     def __init__(
@@ -52,112 +51,113 @@ class BatchRouting:
     ) -> None:
         self.masked = masked
         self.names = tuple(sorted({name for name in (*rows, *among) if name is not None}))
-        numbers = {name: number for number, name in enumerate(self.names)}
-        self.rows = torch.tensor([len(self.names) if name is None else numbers[name] for name in rows])
-        self.tokens: Segments | None = None  # while a model runs without padding: of its tokens
+        self.tokens: Segments | None = None
         self.stacks = {} if stacks is None else stacks
+        # The bare base comes after all adapters.
+        self._adapter_of_row = torch.tensor([self._index(name) for name in rows])
         self._segments: dict[int, Segments] = {}
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def rows_of(self, name: str | None, count: int) -> torch.Tensor:
-        """The rows of one adapter among `count`, which is a multiple of the mixture's rows in a beam search."""
-        number = len(self.names) if name is None else self.names.index(name)
-        return (self._repeated(count) == number).nonzero()[:, 0]
+    def rows_of(self, name: str | None, count: int) -> Tensor:
+        """The indices of the rows of one adapter in a batch of `count` rows."""
+        return (self._repeated(count) == self._index(name)).nonzero()[:, 0]
 
     def segments(self, count: int) -> Segments:
-        """Of the rows of a batch: `count` of them, each repeated in a beam search."""
+        """The segments of a batch of `count` rows: in a beam search a multiple of the named rows."""
         if count not in self._segments:
-            self._segments[count] = segments_of(self._repeated(count), len(self.names))
+            indices = self._repeated(count)
+            ends = torch.bincount(indices, minlength=len(self.names) + 1)[:-1].cumsum(0)
+            is_sorted = bool((indices.diff() >= 0).all())
+            order = None if is_sorted else indices.argsort(stable=True)
+            self._segments[count] = Segments(count, order, tuple(ends.tolist()))
         return self._segments[count]
 
-    def places(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Segments]:
-        """Input and output of a layer with the mixture's places in front: rows, or tokens of rows without padding."""
+    def items(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Segments]:
+        """Input and output of a layer with items as their first dimension, and the segments of the items."""
         if self.tokens is not None and x.shape[:2] == (1, self.tokens.count):
             return x[0], y[0], self.tokens
         if self.tokens is not None and len(x) == 1:
-            # BERT's pooler, given the first of all tokens: what it makes of it is thrown away, and made anew by row.
+            # BERT's pooler reads the first of all tokens. Its output is discarded and computed again by row.
             return x, y, Segments(1, None, (0,) * len(self.names))
         return x, y, self.segments(len(x))
 
     def apply(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        change: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor],
-        adapters: Container[str],
-    ) -> torch.Tensor:
-        """`y` with the places of each of `adapters` replaced by `change(name, x there, y there)`."""
-        inputs, outputs, segments = self.places(x, y)
-        changed, start = outputs.clone(), 0
-        for name, end in zip(self.names, segments.ends, strict=True):
-            if name in adapters and end > start:
-                there = slice(start, end) if segments.order is None else segments.order[start:end]
-                changed[there] = change(name, inputs[there], outputs[there])
-            start = end
+        self, y: Tensor, x: Tensor, change: Callable[[str, Tensor, Tensor], Tensor], adapters: Container[str]
+    ) -> Tensor:
+        """`y` with the items of each of `adapters` replaced by `change(name, their x, their y)`."""
+        inputs, outputs, segments = self.items(x, y)
+        changed = outputs.clone()
+        for name, start, end in self.spans(segments, adapters):
+            items = slice(start, end) if segments.order is None else segments.order[start:end]
+            changed[items] = change(name, inputs[items], outputs[items])
         return changed.view_as(y)
 
-    def _repeated(self, count: int) -> torch.Tensor:
-        times, rest = divmod(count, len(self))
+    def spans(self, segments: Segments, adapters: Container[str]) -> Iterator[tuple[str, int, int]]:
+        """The range `(name, start, end)` of sorted items of each of `adapters` that has any."""
+        for name, start, end in zip(self.names, (0, *segments.ends), segments.ends, strict=False):
+            if name in adapters and end > start:
+                yield name, start, end
+
+    def _index(self, name: str | None) -> int:
+        return len(self.names) if name is None else self.names.index(name)
+
+    def _repeated(self, count: int) -> Tensor:
+        rows = len(self._adapter_of_row)
+        times, rest = divmod(count, rows)
         if rest or not times:
-            raise AdapterError(f"a mixture of {len(self)} rows met a batch of {count}; name the adapter of each row")
-        return self.rows.repeat_interleave(times)
+            raise AdapterError(f"mix_adapters names the adapters of {rows} rows; found a batch of {count} rows")
+        return self._adapter_of_row.repeat_interleave(times)
 
 
-def segments_of(numbers: torch.Tensor, adapters: int) -> Segments:
-    """The segments of places by the number of each one's adapter; `adapters` itself numbers the bare base."""
-    counts = torch.bincount(numbers, minlength=adapters + 1)[:adapters]
-    in_order = bool((numbers.diff() >= 0).all())
-    order = None if in_order else numbers.argsort(stable=True)
-    return Segments(len(numbers), order, tuple(counts.cumsum(0).tolist()))
+Choice = str | BatchRouting | None  # an adapter, one for each row of a batch, or the bare base
 
 
 class AdapterState:
-    """The choice that all LoRA layers and heads of one model share.
+    """Which adapters a model has and which one runs; all LoRA layers and heads of the model share one state.
+
+    `set_adapter` chooses for everyone (`active_adapter`). `use_adapter` and `mix_adapters` choose for the current
+    context alone (a thread or an asyncio task), see `override`. Copies and pickles keep the first, not the second.
 
     Attributes:
-        names: the adapters on the model, in the order they came.
-        labels: of the head of each adapter, and under None of the base's own.
-        merged: whether a layer may hold an adapter in its base weight.
+        active_adapter: the adapter that `set_adapter` chose, or None for the bare base.
+        names: the adapters on the model, in the order they were added.
+        labels: the labels of each adapter's head; under None those of the base's own head.
+        merged: whether any layer may hold an adapter in its base weight.
     """
 
     def __init__(self) -> None:
-        self.shared: str | None = None
+        self.active_adapter: str | None = None
         self.names: dict[str, None] = {}
         self.labels: dict[str | None, Labels] = {}
         self.merged = False
-        self._own = threading.local()
 
     @property
-    def choice(self) -> str | BatchRouting | None:
-        """What this thread runs."""
-        return getattr(self._own, "choice", self.shared)
+    def current(self) -> Choice:
+        """What runs in this context."""
+        return _overrides.get().get(self, self.active_adapter)
 
     @property
-    def mixture(self) -> BatchRouting | None:
-        """The mixture that this thread runs, if it runs one."""
-        choice = self.choice
-        return choice if isinstance(choice, BatchRouting) else None
+    def routing(self) -> BatchRouting | None:
+        """The adapters of the rows of a batch, if this context runs more than one."""
+        current = self.current
+        return current if isinstance(current, BatchRouting) else None
 
     def active(self, adapters: Container[str]) -> str | None:
-        """The one of `adapters` that this thread runs; None where it runs another, none or a mixture."""
-        choice = self.choice
-        return choice if isinstance(choice, str) and choice in adapters else None
+        """The one of `adapters` that runs in this context; None if another one, none or a mix runs."""
+        current = self.current
+        return current if isinstance(current, str) and current in adapters else None
 
     @contextmanager
-    def own(self, choice: str | BatchRouting | None) -> Iterator[None]:
-        """Makes this thread run `choice` inside, whatever others run."""
-        before = vars(self._own).copy()
-        self._own.choice = choice
+    def override(self, choice: Choice) -> Iterator[None]:
+        """Runs `choice` in this context, whatever `active_adapter` is; other contexts do not see it."""
+        before = _overrides.get()
+        _overrides.set(MappingProxyType({**before, self: choice}))
         try:
             yield
         finally:
-            vars(self._own).clear()
-            vars(self._own).update(before)
+            others = {state: other for state, other in _overrides.get().items() if state is not self}
+            outer = {self: before[self]} if self in before else {}
+            _overrides.set(MappingProxyType(others | outer))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterState:
-        copied = memo[id(self)] = AdapterState()
-        copied.shared, copied.merged = self.shared, self.merged
-        copied.names, copied.labels = dict(self.names), dict(self.labels)
-        return copied
+
+# Not an attribute of the state: a copied or pickled model must not carry along what one thread has chosen.
+_overrides: ContextVar[Mapping[AdapterState, Choice]] = ContextVar("lora_hf_adapters", default=MappingProxyType({}))

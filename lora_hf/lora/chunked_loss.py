@@ -1,8 +1,8 @@
-"""A causal model whose head is computed only where a token has a label.
+"""The loss of a causal language model, with logits only for the tokens that have a label.
 
-Two thirds of an E2E row have none, and with a vocabulary of 50,000 the logits of a batch are its largest tensor by far.
-After `score_labels_only(model)` a call with labels gives their loss and each row's share of it, and never holds more
-logits than a chunk of tokens; a call without labels, as in generation, is what it was.
+Two thirds of the tokens of an E2E row have none, and with a vocabulary of 50,000 the logits of a batch are by far its
+largest tensor. After `enable_chunked_loss(model)` a call with labels returns their loss and each row's share of it, and
+never holds more logits than a chunk of tokens; a call without labels, as in generation, is unchanged.
 """
 
 from __future__ import annotations
@@ -12,31 +12,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from lora_hf.core.errors import TrainingError
+from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.lora.kernels.cross_entropy import token_losses
-
-IGNORE_INDEX = -100  # the label of a token without loss
 
 
 @dataclass
 class CompletionOutput(ModelOutput):
-    """The loss in nats per labelled token, and `(rows, 2)`: each row's nll summed over its labels, and their number."""
+    """The loss in nats per labeled token, and `(rows, 2)`: the summed nll of each row and its number of labels."""
 
-    loss: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
+    loss: Tensor | None = None
+    rows: Tensor | None = None
 
 
 def enable_chunked_loss(model: PreTrainedModel, smoothing: float = 0.0) -> bool:
-    """Makes calls with labels skip all other logits; whether this model can be served so.
+    """Makes calls with labels skip all other logits.
 
-    Its head must be frozen: the loss gives the head's weight no gradient.
+    The head must be frozen: the loss gives its weight no gradient.
 
     Args:
-        smoothing: of the training loss (`kernels.cross_entropy.token_losses`); an evaluation's loss is the plain nll.
+        smoothing: that of the training loss (`kernels.cross_entropy.token_losses`); evaluation uses the plain nll.
+
+    Returns:
+        Whether this model supports it. If not, it is unchanged.
     """
     head = model.get_output_embeddings()
     if getattr(model.forward, "func", None) is _forward:
@@ -51,25 +53,28 @@ def enable_chunked_loss(model: PreTrainedModel, smoothing: float = 0.0) -> bool:
 
 def _forward(
     model: Any,
-    plain: Any,
+    plain_forward: Any,
     smoothing: float,
     *inputs: Any,
-    labels: torch.Tensor | None = None,
-    num_items_in_batch: torch.Tensor | int | None = None,
+    labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
     **named: Any,
 ) -> Any:
-    """`num_items_in_batch`: what the sum of losses is divided by, one number or one for each row."""
+    """`num_items_in_batch` divides the sum of the losses: one number, or one for each row."""
     if labels is None:
-        return plain(*inputs, **named)
+        return plain_forward(*inputs, **named)
     hidden = model.base_model(*inputs, **named)[0]
     targets = labels[:, 1:]
-    row, place = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+    row, position = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
     weight = model.get_output_embeddings().weight
     if weight.requires_grad:
-        raise TrainingError("the language model's head was frozen when its loss was set up, and is now to be trained")
-    losses, nll = token_losses(hidden[row, place], weight, targets[row, place], smoothing if model.training else 0.0)
+        raise TrainingError(
+            "the language model's head was frozen when its loss was set up, but requires gradients now; freeze it again"
+        )
+    smoothing = smoothing if model.training else 0.0
+    losses, nll = token_losses(hidden[row, position], weight, targets[row, position], smoothing)
     count = len(row) if num_items_in_batch is None else num_items_in_batch
-    if isinstance(count, torch.Tensor) and count.ndim:
+    if isinstance(count, Tensor) and count.ndim:
         count = count[row]
     sums = nll.new_zeros(len(labels), 2).index_add(0, row, torch.stack([nll, torch.ones_like(nll)], 1))
     return CompletionOutput(loss=(losses / count).sum(), rows=sums)

@@ -1,127 +1,146 @@
-"""Tells whether an adapter meets the base it was trained on: a hash for the same precision, samples for another.
+"""The fingerprint of a base model, which tells whether an adapter was trained on these weights.
 
-An adapter on other weights of the same shape loads without complaint and answers nonsense; this is what notices.
+An adapter on other weights of the same shape loads without an error and gives wrong answers. The fingerprint holds a
+hash, which compares bases of one precision, and samples, which compare bases of different precisions.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.layers import LoraLinear, LoraWeights
-from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.quantization import Packed, QuantisedLinear
 from lora_hf.lora.variants.biases import Bias
 
 SAMPLES = 4
-# A base held in another precision differs by one rounding: bf16 keeps 8 bits (2^-8 relative), fp16 has 2^-24 as its
-# smallest step. Other weights differ by about their own size.
+# A base in another precision differs by one rounding: bf16 keeps 8 bits (2^-8 relative), fp16 has 2^-24 as its smallest
+# step. Other weights differ by about their own size.
 RELATIVE, ABSOLUTE = 2.0**-7, 2.0**-23
-BEFORE = "before_quantising"  # the attribute of a model that holds its fingerprint from then
+STORED = "lora_hf_stored_fingerprint"  # the attribute of a model that `store_fingerprint` sets
+
+# What was computed from the tensors of each model, and their `_state` then. Copied and pickled models are not in it.
+_computed: WeakKeyDictionary[nn.Module, dict[Callable[..., Any], tuple[Any, Any]]] = WeakKeyDictionary()
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """Hash, precision and `SAMPLES` evenly spaced values of each tensor of the base model, without LoRA and head.
 
-    A base that was quantised has the fingerprint that it had before, as long as its packed weights are the ones then
-    made: adapters trained on either find the other.
+    The base is hashed again only if one of its tensors has changed. A quantized base has the fingerprint that
+    `store_fingerprint` stored, as long as its packed weights are the same, so that adapters fit both forms.
     """
-    before = getattr(model, BEFORE, None)
-    if before is not None and before["packed"] == _digest_packed(model):
-        return dict(before["fingerprint"])
-    digest = hashlib.sha256()
-    samples: dict[str, list[float]] = {}
-    tensors = base_tensors(model)
-    for name, tensor in tensors.items():
-        flat = tensor.detach().reshape(-1)
-        digest.update(name.encode())
-        digest.update(_bytes(flat))
-        places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-        samples[name] = flat[places.to(flat.device)].to(torch.float32).tolist()
-    first = next(iter(tensors.values()))
-    return {
-        "sha256": digest.hexdigest(),
-        "dtype": str(first.dtype).removeprefix("torch."),
-        "tensors": len(samples),
-        "samples": _packed(samples),
-    }
+    stored = getattr(model, STORED, None)
+    if stored is not None and stored["packed"] == _once(model, _digest, _packed_tensors(model)):
+        return dict(stored["fingerprint"])
+    return dict(_once(model, _fingerprint, base_tensors(model)))
 
 
 def store_fingerprint(model: PreTrainedModel, before: dict[str, Any]) -> None:
-    """Keeps the fingerprint that a model had before its weights were packed as they are now."""
-    setattr(model, BEFORE, {"fingerprint": before, "packed": _digest_packed(model)})
+    """Stores the fingerprint of the model from before its weights were packed or sharded."""
+    setattr(model, STORED, {"fingerprint": before, "packed": _once(model, _digest, _packed_tensors(model))})
 
 
 def check_base(model: PreTrainedModel, recorded: dict[str, Any], adapter: str) -> None:
-    """Raises AdapterError where the model's base weights are not the recorded ones."""
-    found = fingerprint(model)
-    if found["dtype"] == recorded["dtype"]:
-        same = found["sha256"] == recorded["sha256"]
+    """Raises AdapterError if the model's base weights are not the recorded ones."""
+    current = fingerprint(model)
+    if current["dtype"] == recorded["dtype"]:
+        same = current["sha256"] == recorded["sha256"]
     else:
-        same = found["tensors"] == recorded["tensors"] and _close(found["samples"], recorded["samples"])
+        same = current["tensors"] == recorded["tensors"] and _close(current["samples"], recorded["samples"])
     if not same:
         raise AdapterError(
             f"{adapter} was trained on another base: expected weights {recorded['sha256'][:12]} "
-            f"({recorded['tensors']} tensors, {recorded['dtype']}), found {found['sha256'][:12]} "
-            f"({found['tensors']} tensors, {found['dtype']}). Load the base model that its adapter_config.json names"
+            f"({recorded['tensors']} tensors, {recorded['dtype']}), found {current['sha256'][:12]} "
+            f"({current['tensors']} tensors, {current['dtype']}). Load the base that its adapter_config.json names"
         )
 
 
-def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The parameters of the base model by their names in the plain model, sorted; as they were before any merge."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors = _packed_tensors(model)
     for path, module in model.base_model.named_modules():
-        if isinstance(module, (LoraWeights, ModulesToSaveWrapper, Bias)):
+        if isinstance(module, LoraLinear):  # before its `base_layer` comes
+            unmerged = {"weight": module.unmerged_weight, "bias": module.unmerged_bias}
+            tensors |= {f"{path}.{name}": tensor for name, tensor in unmerged.items() if tensor is not None}
+        if isinstance(module, (LoraWeights, Bias)) or ".modules_to_save." in path:
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
-            tensors[name.replace(".base_layer.", ".")] = parameter
-    for path, module in model.base_model.named_modules():
-        if isinstance(module, LoraLinear) and module.unmerged_weight is not None:
-            tensors[f"{path}.weight"] = module.unmerged_weight
-        if isinstance(module, LoraLinear) and module.unmerged_bias is not None:
-            tensors[f"{path}.bias"] = module.unmerged_bias
-    return dict(sorted((tensors | _packed_tensors(model)).items()))
+            tensors.setdefault(name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter)
+    return dict(sorted(tensors.items()))
 
 
-def _packed_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What holds the quantised weights, by its name in the plain model; as before any merge."""
-    held: dict[str, Packed] = {}
+def _packed_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of quantized weights by their names in the plain model, sorted; as they were before any merge."""
+    packed: dict[str, Packed] = {}
     for path, module in model.base_model.named_modules():
         if isinstance(module, QuantisedLinear):
-            held[path.removesuffix(".base_layer")] = module.packed()
-    for path, module in model.base_model.named_modules():
-        if isinstance(module, LoraLinear) and module.unmerged_packed is not None:
-            held[path] = module.unmerged_packed
-    return {f"{path}.{name}": tensor for path, packed in held.items() for name, tensor in packed.items()}
+            packed.setdefault(path.removesuffix(".base_layer"), module.packed())
+        elif isinstance(module, LoraLinear) and module.unmerged_packed is not None:
+            packed[path] = module.unmerged_packed  # before its `base_layer` comes
+    named = {f"{path}.{name}": tensor for path, tensors in packed.items() for name, tensor in tensors.items()}
+    return dict(sorted(named.items()))
 
 
-def _digest_packed(model: PreTrainedModel) -> str:
+def _once(model: nn.Module, compute: Callable[[dict[str, Tensor]], Any], tensors: dict[str, Tensor]) -> Any:
+    """`compute(tensors)`, or its last result for this model if no tensor has changed since."""
+    results, state = _computed.setdefault(model, {}), _state(tensors)
+    if compute not in results or results[compute][0] != state:
+        results[compute] = (state, compute(tensors))
+    return results[compute][1]
+
+
+def _state(tensors: Mapping[str, Tensor]) -> list[tuple[Any, ...]]:
+    """What changes when a tensor does.
+
+    The version counter alone would miss writes through `tensor.data` and another tensor at the same address, so a
+    checksum is part of it. It reads the weights ten times faster than the hash does.
+    """
+    return [
+        (name, tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.dtype, _checksum(tensor))
+        for name, tensor in tensors.items()
+    ]
+
+
+def _checksum(tensor: Tensor) -> int:
+    data = tensor.detach().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    aligned = len(data) // 8 * 8
+    return int(data[:aligned].view(torch.int64).sum() + data[aligned:].sum())
+
+
+def _fingerprint(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    samples: list[float] = []
+    for tensor in tensors.values():
+        flat = tensor.detach().reshape(-1)
+        positions = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+        samples += flat[positions.to(flat.device)].to(torch.float32).tolist()
+    # As hexadecimal bf16, 800 tensors take 13 KB.
+    packed = torch.tensor(samples, dtype=torch.float32).to(torch.bfloat16).view(torch.uint8).numpy().tobytes().hex()
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    return {"sha256": _digest(tensors), "dtype": dtype, "tensors": len(tensors), "samples": packed}
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(_packed_tensors(model).items()):
+    for name, tensor in tensors.items():
         digest.update(name.encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data
-
-
-def _packed(samples: dict[str, list[float]]) -> str:
-    # bf16 as hexadecimal, in the order of the sorted names: 800 tensors take 13 KB.
-    values = torch.tensor([value for row in samples.values() for value in row], dtype=torch.float32)
-    return values.to(torch.bfloat16).view(torch.uint8).numpy().tobytes().hex()
-
-
-def _close(found: str, recorded: str) -> bool:
-    if len(found) != len(recorded):
+def _close(samples: str, recorded: str) -> bool:
+    if len(samples) != len(recorded):
         return False
     a, b = (
         torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8).view(torch.bfloat16).float()
-        for text in (found, recorded)
+        for text in (samples, recorded)
     )
     return torch.allclose(a, b, rtol=RELATIVE, atol=ABSOLUTE)

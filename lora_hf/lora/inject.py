@@ -1,7 +1,7 @@
-"""Finds the projections of a pretrained model, swaps them for LoRA layers, and takes them out again.
+"""Replaces the projections of a pretrained model by LoRA layers, and restores them.
 
-Every function changes the model in place and returns it, as `nn.Module.to` does. What is trainable, what is merged,
-which adapters there are: all of it is asked of the modules, there is no second book-keeping.
+Every function changes the model in place and returns it, as `nn.Module.to` does. The modules themselves hold what is
+trainable, what is merged and which adapters there are; there is no other record of it.
 """
 
 from __future__ import annotations
@@ -11,32 +11,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError, did_you_mean
 from lora_hf.lora.active_adapter import STATE_ATTRIBUTE, AdapterState, Labels
-from lora_hf.lora.layers import Drift, LoraLinear, LoraWeights
+from lora_hf.lora.layers import AdaptedModule, Drift, LoraLinear, LoraWeights
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.quantization import QuantisedLinear
-from lora_hf.lora.target_modules import (
-    Site,
-    adaptable_modules,
-    base_prefix,
-    comma_separated,
-    head_paths,
-    plan,
-    ranks_and_alphas,
-)
-from lora_hf.lora.variants.biases import (
-    add_biases,
-    biased_modules,
-    check_no_standalone_biases,
-    unadapted_biases,
-    unwrap_biases,
-)
+from lora_hf.lora.slices import Slices
+from lora_hf.lora.target_modules import Site, comma_separated, head_paths, plan, ranks_and_alphas
+from lora_hf.lora.variants.biases import add_biases, check_no_standalone_biases, unadapted_biases, unwrap_biases
 from lora_hf.lora.variants.embedding import check_not_tied
 from lora_hf.lora.variants.table import PLAIN, Variant, initialise, new_weights
 
@@ -47,7 +33,7 @@ Bias = Literal["none", "all", "lora_only"]
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters: of the model as it runs, of what is trained, and of the active adapter's two parts."""
+    """The parameters of the model as it runs, those that are trained, and the active adapter's two parts."""
 
     total: int
     trainable: int
@@ -56,7 +42,7 @@ class ParameterCounts:
 
 
 def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> PreTrainedModel:
-    """Swaps the planned projections for LoRA layers, gives the adapter its copy of the task head, freezes the rest.
+    """Replaces the planned projections by LoRA layers, copies the task head for the adapter and freezes the rest.
 
     Raises:
         ModelError, ConfigError: as `plan`; also a rank above the smaller side of a projection.
@@ -66,21 +52,20 @@ def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> P
 
 
 def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name: str = "default") -> PreTrainedModel:
-    """`inject` at sites that are already planned, by `plan` with the same `lora`."""
+    """`inject` at sites that `plan` has already found with the same `lora`."""
     start = "" if lora.init_lora_weights in ("default", "gaussian") else lora.init_lora_weights
     if (start or lora.use_dora) and any(site.layout == "embedding" for site in sites):
-        raise ConfigError(
-            "lora.targets: embeddings take neither lora.use_dora nor a start (pissa, olora); leave them out"
-        )
+        key = "lora.use_dora" if lora.use_dora else f"lora.init_lora_weights={start}"
+        raise ConfigError(f"lora.targets: {key} cannot adapt embeddings; leave out one of the two")
     if start and lora.use_dora:
         raise ConfigError(f"lora.use_dora: not together with lora.init_lora_weights={start}; choose one of them")
-    numbers = ranks_and_alphas(sites, adaptable_modules(model), lora, base_prefix(model))
+    ranks = ranks_and_alphas(model, sites, lora)
     check_new_name(model, name)
-    check_no_standalone_biases(model, numbers)
-    biases = unadapted_biases(model, numbers, head_paths(model)) if lora.bias == "all" else {}
+    check_no_standalone_biases(model, ranks)
+    biases = unadapted_biases(model, ranks, head_paths(model)) if lora.bias == "all" else {}
     variant = Variant(lora.use_rslora, lora.use_dora, start, lora.bias != "none")
-    for path, (columns, r, alpha) in numbers.items():
-        weights = add_weights(model, path, name, columns, r, alpha, lora.lora_dropout, variant)
+    for path, (slices, r, alpha) in ranks.items():
+        weights = add_weights(model, path, name, slices, r, alpha, lora.lora_dropout, variant)
         initialise(weights, model.get_submodule(path), lora.init_lora_weights)  # type: ignore[arg-type]
     add_biases(model, biases, name, adapter_state(model))
     return inject_head(model, name)
@@ -92,21 +77,21 @@ def inject_head(
     """Gives adapter `name` its own copy of the task head, makes it the active one and freezes everything else.
 
     Args:
-        heads: the adapter's own, by path; else copies of the base's.
+        heads: the adapter's own head modules by path; by default copies of the base's.
     """
-    switch = adapter_state(model)
-    switch.names.setdefault(name)
+    state = adapter_state(model)
+    state.names.setdefault(name)
     for path in head_paths(model):
         module = model.get_submodule(path)
         if not isinstance(module, ModulesToSaveWrapper):
-            model.set_submodule(path, module := ModulesToSaveWrapper(module, switch))
-        if name not in module.heads:
+            model.set_submodule(path, module := ModulesToSaveWrapper(module, state))
+        if name not in module.modules_to_save:
             module.add(name, heads[path] if heads else None)
-            switch.labels.setdefault(name, get_labels(model))
+            state.labels.setdefault(name, get_labels(model))
     set_adapter(model, name)
     mark_only_lora_as_trainable(model)
     for head in adapter_heads(model).values():
-        head.heads[name].requires_grad_(True)
+        head.modules_to_save[name].requires_grad_(True)
     return model
 
 
@@ -114,26 +99,26 @@ def add_weights(
     model: PreTrainedModel,
     path: str,
     name: str,
-    slices: list[tuple[int, int]],
+    slices: Slices,
     r: int,
     lora_alpha: float,
     lora_dropout: float = 0.0,
     variant: Variant = PLAIN,
 ) -> LoraWeights:
-    """Puts fresh A and B of adapter `name` at one projection, which becomes a LoRA layer if it is not one yet."""
-    module, switch = model.get_submodule(path), adapter_state(model)
+    """Adds fresh A and B of adapter `name` at one projection, which becomes a LoRA layer if it is not one yet."""
+    module, state = model.get_submodule(path), adapter_state(model)
     if not isinstance(module, LoraLinear):
-        model.set_submodule(path, module := LoraLinear(module, switch))
-    switch.names.setdefault(name)
+        model.set_submodule(path, module := LoraLinear(module, state))
+    state.names.setdefault(name)
     weights = new_weights(module, slices, r, lora_alpha, lora_dropout, variant)
     module.adapters[name] = weights.train(module.training)
     return weights
 
 
 def eject(model: PreTrainedModel) -> PreTrainedModel:
-    """Gives the plain model back: its own projections and head, or, after `merge`, the merged ones.
+    """Restores the plain model: with its own projections and head or, after `merge`, the merged ones.
 
-    What `inject` froze stays frozen.
+    The base stays frozen; the head is trainable again.
     """
     layers = lora_layers(model)
     merged = any(layer.merged for layer in layers.values())
@@ -141,7 +126,8 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(path, layer.base_layer)
     unwrap_biases(model, keep=merged)
     for path, head in adapter_heads(model).items():
-        model.set_submodule(path, head.heads[head.active] if merged and head.active else head.base_head)
+        plain = head.modules_to_save[head.active] if merged and head.active else head.original_module
+        model.set_submodule(path, plain.requires_grad_(True))
     if hasattr(model.base_model, STATE_ATTRIBUTE):
         delattr(model.base_model, STATE_ATTRIBUTE)
     return model
@@ -150,7 +136,7 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
 def merge(model: PreTrainedModel) -> PreTrainedModel:
     """Adds the active adapter to the base weights (in fp32, rounded once); doing it again changes nothing.
 
-    A quantised base rounds coarsely: what is lost goes to the log, and `merge_drift` tells it by module.
+    A quantized base rounds coarsely: a warning reports the error, and `merge_drift` returns it for each module.
 
     Raises:
         AdapterError: it adapts a weight that the input embeddings and the output head share, which would change both.
@@ -162,8 +148,8 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
     drifts = merge_drift(model).values()
     if drifts:
         logger.warning(
-            "merged into a quantised base: rounding moved the weights by up to %.2g of their size, which is up to %.2g "
-            "of the adapter's; dequantise(model) before merge keeps both, unmerge(model) takes it back",
+            "merged into a quantized base: rounding changed the weights by up to %.2g of their norm and of the "
+            "adapter's by up to %.2g; to avoid that, call unmerge(model), dequantise(model) and merge(model)",
             max(drift.of_weight for drift in drifts),
             max(drift.of_delta for drift in drifts),
         )
@@ -171,7 +157,7 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def merge_drift(model: nn.Module) -> dict[str, Drift]:
-    """What rounding took from each projection that is merged into a quantised weight, by its path."""
+    """The rounding error of each projection that is merged into a quantized weight, by its path."""
     return {path: layer.drift for path, layer in lora_layers(model).items() if layer.drift}
 
 
@@ -184,37 +170,37 @@ def unmerge(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
-    """Makes adapter `name` the active one, for all threads that have chosen none for themselves; None: the bare base.
+    """Makes adapter `name` the active one for everyone who has not chosen another; None is the bare base.
 
     Raises:
         AdapterError: the model has no adapter of that name.
     """
-    switch = adapter_state(model)
-    check_adapter_exists(switch, name)
-    if switch.merged:
+    state = adapter_state(model)
+    check_adapter_exists(state, name)
+    if state.merged:
         unmerge(model)
-    if switch.labels:
-        switch.labels[switch.shared] = get_labels(model)  # somebody may have named them meanwhile
-        set_labels(model, switch.labels.get(name, switch.labels[None]))
-    switch.shared = name
+    if state.labels:
+        state.labels[state.active_adapter] = get_labels(model)  # the user may have renamed them
+        set_labels(model, state.labels.get(name, state.labels[None]))
+    state.active_adapter = name
     return model
 
 
 def adapter_state(model: PreTrainedModel) -> AdapterState:
-    """The switch that all layers and heads of the model share; a plain model gets its own."""
+    """The state that all LoRA layers and heads of the model share; a plain model gets a new one."""
     base = model.base_model
     if not hasattr(base, STATE_ATTRIBUTE):
-        switch = AdapterState()
+        state = AdapterState()
         if head_paths(model):
-            switch.labels[None] = get_labels(model)
-        setattr(base, STATE_ATTRIBUTE, switch)
+            state.labels[None] = get_labels(model)
+        setattr(base, STATE_ATTRIBUTE, state)
     return getattr(base, STATE_ATTRIBUTE)
 
 
-def check_adapter_exists(switch: AdapterState, name: str | None) -> None:
-    """Raises AdapterError where the model has no adapter of that name; None is the bare base."""
-    if name is not None and name not in switch.names:
-        known = list(switch.names)
+def check_adapter_exists(state: AdapterState, name: str | None) -> None:
+    """Raises AdapterError if the model has no adapter of that name; None is the bare base."""
+    if name is not None and name not in state.names:
+        known = list(state.names)
         raise AdapterError(
             f"no adapter {name!r} on this model{did_you_mean(name, known)}; it has: {comma_separated(known)}"
         )
@@ -227,7 +213,7 @@ def get_labels(model: PreTrainedModel) -> Labels:
 
 
 def set_labels(model: PreTrainedModel, labels: Labels) -> None:
-    """Makes these the labels of the model: `id2label` and all that transformers derives from it."""
+    """Sets the labels of the model: `id2label` and everything that transformers derives from it."""
     names, problem_type = labels
     if get_labels(model) == labels:
         return
@@ -248,13 +234,22 @@ def adapter_heads(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     return {path: module for path, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
 
 
+def adapter_dicts(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, str | None]]:
+    """Each dict of a module's adapters by name (heads last), and which of them is active there."""
+    for module in model.modules():
+        if isinstance(module, AdaptedModule):
+            yield module.adapters, module.active
+    for head in adapter_heads(model).values():
+        yield head.modules_to_save, head.active
+
+
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of all adapters on the model, in the order they came."""
-    return list(dict.fromkeys(name for place, _ in adapter_slots(model) for name in place))
+    """The names of all adapters on the model."""
+    return list(dict.fromkeys(name for adapters, _ in adapter_dicts(model) for name in adapters))
 
 
 def check_new_name(model: nn.Module, name: str) -> None:
-    """Raises AdapterError where `name` is taken, or cannot name a submodule."""
+    """Raises AdapterError if `name` is taken, or cannot be the name of a submodule."""
     if name in adapter_names(model):
         raise AdapterError(f"the model already has an adapter named {name!r}; choose another name")
     if not name or "." in name or hasattr(nn.ModuleDict(), name):
@@ -262,29 +257,26 @@ def check_new_name(model: nn.Module, name: str) -> None:
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> nn.Module:
-    """Freezes all but the active adapters' A and B, and the biases asked for; as loralib, it freezes the head."""
+    """Freezes all but the active adapter's A and B and the biases that `bias` names; as loralib, also the head."""
     model.requires_grad_(False)
     for parameter in _lora_parameters(model, bias).values():
         parameter.requires_grad_(True)
     return model
 
 
-def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, torch.Tensor]:
-    """The active adapters' A and B, and the biases asked for, by their names in `model.state_dict()`; as loralib."""
+def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
+    """The active adapter's A and B and the biases that `bias` names, by their names in `model.state_dict()`."""
     return {name: parameter.detach() for name, parameter in _lora_parameters(model, bias).items()}
 
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
-    """Counts the parameters, those that tied modules share once; trained biases belong to LoRA."""
-    places = [*lora_layers(model).values(), *biased_modules(model).values()]
-    weights = [place.adapters[place.active] for place in places if place.active]
-    heads = [head.heads[head.active] for head in adapter_heads(model).values() if head.active]
-    idle = [place[name] for place, active in adapter_slots(model) for name in place if name != active]
-    total = _count(model)
+    """Counts the parameters, those of tied modules once; trained biases belong to LoRA."""
+    active = [adapters[name] for adapters, name in adapter_dicts(model) if name]
+    heads = [head.modules_to_save[head.active] for head in adapter_heads(model).values() if head.active]
     return ParameterCounts(
-        total=total - sum(map(_count, idle)),
+        total=_count(model) - sum(map(_count, _idle(model))),
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        lora=sum(map(_count, weights)),
+        lora=sum(map(_count, active)) - sum(map(_count, heads)),
         head=sum(map(_count, heads)),
     )
 
@@ -296,35 +288,23 @@ def _count(module: nn.Module) -> int:
     )
 
 
-def adapter_slots(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, str | None]]:
-    """Everything that holds adapters by their names, and which of them is active there."""
-    for place in [*lora_layers(model).values(), *biased_modules(model).values()]:
-        yield place.adapters, place.active
-    for head in adapter_heads(model).values():
-        yield head.heads, head.active
+def _idle(model: nn.Module) -> list[nn.Module]:
+    """The adapters and heads that do not run; the base's own head does if no adapter is active."""
+    idle = [adapters[name] for adapters, active in adapter_dicts(model) for name in adapters if name != active]
+    return idle + [head.original_module for head in adapter_heads(model).values() if head.active]
 
 
 def _lora_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
     if bias not in ("none", "all", "lora_only"):
         raise ConfigError(f"bias: expected one of none, all, lora_only, found {bias!r}")
-    layers = lora_layers(model)
-    chosen = {
-        parameter
-        for place in [*layers.values(), *biased_modules(model).values()]
-        if place.active
-        for parameter in place.adapters[place.active].parameters()
-    }
+    active = [module for module in model.modules() if isinstance(module, AdaptedModule) and module.active]
+    chosen = {parameter for module in active for parameter in module.adapters[module.active].parameters()}
     if bias == "lora_only":
-        chosen |= {layer.bias for layer in layers.values() if layer.active and layer.bias is not None}
-    idle = {
-        value
-        for place, active in adapter_slots(model)
-        for key in place
-        if key != active
-        for value in place[key].parameters()
-    }
+        chosen |= {layer.bias for layer in active if isinstance(layer, LoraLinear) and layer.bias is not None}
+    frozen = [*_idle(model), *(head.original_module for head in adapter_heads(model).values())]
+    excluded = {parameter for module in frozen for parameter in module.parameters()}
     return {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter in chosen or (bias == "all" and "bias" in name and parameter not in idle)
+        if parameter in chosen or (bias == "all" and "bias" in name and parameter not in excluded)
     }

@@ -1,4 +1,4 @@
-"""The module that stands in for a task head and holds a copy of it for each adapter."""
+"""The module that replaces a task head and holds a trained copy of it for each adapter."""
 
 from __future__ import annotations
 
@@ -7,71 +7,68 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_hf.lora.active_adapter import AdapterState, BatchRouting
 from lora_hf.lora.precision import keep_dtype
 
 
 class ModulesToSaveWrapper(nn.Module):
-    """A task head with a trained copy per adapter, in fp32; without an active adapter it is the base's own head.
+    """A task head with a trained copy per adapter, named and structured as in PEFT.
 
-    The base's head is not a registered submodule: it is neither trained, saved nor counted while an adapter's copy
-    stands in for it. It still follows the model from device to device.
+    The copies are fp32 whatever the base's precision. The base's own head is frozen and runs if no adapter is active.
     """
 
-    base_head: Any
-    heads: Any  # nn.ModuleDict, by the adapter's name
-
-    def __init__(self, base_head: nn.Module, switch: AdapterState) -> None:
+    def __init__(self, original_module: nn.Module, adapter_state: AdapterState) -> None:
         super().__init__()
-        self.__dict__["base_head"] = base_head
-        self.heads = nn.ModuleDict()
-        self.switch = switch
-        self.training = base_head.training
+        self.original_module: Any = original_module.requires_grad_(False)
+        self.modules_to_save: Any = nn.ModuleDict()  # by adapter name
+        self.adapter_state = adapter_state
+        self.training = original_module.training
 
     def add(self, name: str, head: nn.Module | None = None) -> None:
         """Adds the head of adapter `name`; without `head`, a copy of the base's own."""
-        self.heads[name] = (copy.deepcopy(self.base_head) if head is None else head).float().requires_grad_(True)
+        own: nn.Module = copy.deepcopy(self.original_module) if head is None else head
+        self.modules_to_save[name] = own.float().requires_grad_(True)
 
-    def train(self, mode: bool = True) -> ModulesToSaveWrapper:
-        self.base_head.train(mode)
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ModulesToSaveWrapper:
-        self.base_head._apply(fn, recurse)
-        return super()._apply(keep_dtype(fn), recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ModulesToSaveWrapper:
+        self.original_module._apply(fn, recurse)
+        self.modules_to_save._apply(keep_dtype(fn), recurse)
+        return self
 
     @property
     def active(self) -> str | None:
-        """The adapter whose head this thread runs; None for the base's own, or in a mixture."""
-        return self.switch.active(self.heads)
+        """The adapter whose head runs in this context; None for the base's own or a mix."""
+        return self.adapter_state.active(self.modules_to_save)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the active head gives, floating-point inputs cast to its precision.
+        """The output of the active head, with floating-point inputs cast to its precision.
 
-        In a mixture each row has its own head's, in fp32; rows with fewer labels than others end in -inf.
+        If each row has its own adapter, the output is fp32, and the rows of heads with fewer labels end in -inf.
         """
-        mixture = self.switch.mixture
-        return self._one(self.active, *inputs, **named) if mixture is None else self._mixed(mixture, *inputs, **named)
+        routing = self.adapter_state.routing
+        if routing is None:
+            return self._run(self.active, *inputs, **named)
+        return self._run_mixed(routing, *inputs, **named)
 
-    def _mixed(self, mixture: BatchRouting, hidden: torch.Tensor, **named: Any) -> torch.Tensor:
+    def _run_mixed(self, routing: BatchRouting, hidden: Tensor, **named: Any) -> Tensor:
         parts = []
-        for name in (*mixture.names, None):
-            rows = mixture.rows_of(name, len(hidden))
+        for name in (*routing.names, None):
+            rows = routing.rows_of(name, len(hidden))
             if len(rows):
-                parts.append((rows, self._one(name if name in self.heads else None, hidden[rows], **named).float()))
+                head = name if name in self.modules_to_save else None
+                parts.append((rows, self._run(head, hidden[rows], **named).float()))
         width = max(part.shape[-1] for _, part in parts)
-        whole = parts[0][1].new_full((len(hidden), *parts[0][1].shape[1:-1], width), -torch.inf)
+        logits = parts[0][1].new_full((len(hidden), *parts[0][1].shape[1:-1], width), -torch.inf)
         for rows, part in parts:
-            whole[rows, ..., : part.shape[-1]] = part
-        return whole
+            logits[rows, ..., : part.shape[-1]] = part
+        return logits
 
-    def _one(self, name: str | None, *inputs: Any, **named: Any) -> Any:
-        head = self.base_head if name is None else self.heads[name]
+    def _run(self, name: str | None, *inputs: Any, **named: Any) -> Any:
+        head = self.original_module if name is None else self.modules_to_save[name]
         dtype = next(head.parameters()).dtype
 
         def cast(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         return head(*map(cast, inputs), **{key: cast(value) for key, value in named.items()})

@@ -1,4 +1,4 @@
-"""Several adapters on one model: a thread's own choice, an adapter for each row of a batch, and letting go of one."""
+"""Several adapters on one model: one for the current context, one for each row of a batch, and removing one."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import BatchRouting
-from lora_hf.lora.inject import adapter_slots, adapter_state, check_adapter_exists, set_adapter
+from lora_hf.lora.inject import adapter_dicts, adapter_state, check_adapter_exists, set_adapter
 
 
 @contextmanager
 def use_adapter(model: PreTrainedModel, name: str | None) -> Iterator[PreTrainedModel]:
     """Inside, this thread runs adapter `name` (None: the bare base), whatever other threads run on the same model.
 
+    A new thread starts with the choice of `set_adapter`, not with that of the thread that starts it.
+
     Raises:
         AdapterError: the model has no adapter of that name, or another one is merged into it.
     """
-    switch = adapter_state(model)
-    check_adapter_exists(switch, name)
-    with switch.own(name):
+    state = adapter_state(model)
+    check_adapter_exists(state, name)
+    with state.override(name):
         yield model
 
 
@@ -34,48 +36,48 @@ def mix_adapters(
     among: Sequence[str] = (),
     masked: bool = False,
 ) -> Iterator[PreTrainedModel]:
-    """Inside, this thread runs each row of a batch under its own adapter: `rows` names them, None is the bare base.
+    """Inside, this thread runs each row of a batch with its own adapter.
 
-    Forward passes and `generate` (greedy, beams, sampling) take a batch of `len(rows)` rows. Logits of a classifier are
-    `(rows, most labels)`, -inf behind the last label of a row whose adapter has fewer. Weights must not change inside,
-    unless gradients are taken.
+    Forward passes and `generate` (greedy, beams, sampling) take a batch of `len(rows)` rows. The logits of a classifier
+    are `(rows, most labels)`, with -inf after the last label of a row whose adapter has fewer. Weights must not change
+    inside, unless gradients are taken.
 
     Args:
-        rows: the adapter of each row.
-        stacks: a dict, empty at first, that keeps what is made of the adapters' weights from one mixture to the next;
-            with a new one wherever a weight has changed since.
-        among: adapters to stack with those of the rows. Where different ones meet in each batch, naming all of them
-            each time has `stacks` made once.
-        masked: where gradients are taken, multiply each row by all plain adapters at once and mask what is not its own:
-            faster for many small ones. An infinite number in one of them then spoils the others too.
+        rows: the adapter of each row; None is the bare base.
+        stacks: a dict, empty at first, that caches the stacked weights of the adapters from one call to the next. Pass
+            a new one after a weight has changed.
+        among: adapters to stack together with those of the rows. If each batch has different ones, name all of them
+            each time, so that `stacks` holds one entry.
+        masked: where gradients are taken, multiply each row by all plain adapters at once and mask those of other rows.
+            That is faster for many small adapters, but an infinite number in one of them spoils the others too.
 
     Raises:
         AdapterError: no rows, an adapter that the model does not have, or one that is merged into the base.
     """
-    switch = adapter_state(model)
+    state = adapter_state(model)
     if not rows:
-        raise AdapterError("a mixture needs a name for each row of the batch, found no rows")
+        raise AdapterError("mix_adapters: expected the adapter of each row of the batch, found no rows")
     for name in dict.fromkeys((*rows, *among)):
-        check_adapter_exists(switch, name)
-    with switch.own(BatchRouting(rows, stacks, among, masked)):
+        check_adapter_exists(state, name)
+    with state.override(BatchRouting(rows, stacks, among, masked)):
         yield model
 
 
 def unload_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Takes adapter `name` and its head off the model; where it was the active one, the bare base is.
+    """Removes adapter `name` and its head from the model; if it was the active one, the bare base is active then.
 
     No other thread may be running it.
 
     Raises:
         AdapterError: the model has no adapter of that name.
     """
-    switch = adapter_state(model)
-    check_adapter_exists(switch, name)
-    if switch.shared == name or switch.merged:
-        set_adapter(model, None if switch.shared == name else switch.shared)
-    for place, _ in adapter_slots(model):
-        if name in place:
-            del place[name]
-    switch.labels.pop(name, None)
-    del switch.names[name]
+    state = adapter_state(model)
+    check_adapter_exists(state, name)
+    if name == state.active_adapter or state.merged:
+        set_adapter(model, None if name == state.active_adapter else state.active_adapter)
+    for adapters, _ in list(adapter_dicts(model)):
+        if name in adapters:
+            del adapters[name]
+    state.labels.pop(name, None)
+    del state.names[name]
     return model

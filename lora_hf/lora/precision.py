@@ -1,23 +1,24 @@
-"""In which precision weights are held, a frozen base's and what is trained; what `auto` means; what counts as zero."""
+"""The precision of weights: what `auto` means, what a cast leaves in fp32, and which numbers count as zero."""
 
 from __future__ import annotations
 
 import functools
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-SIZE = 768  # of the probe's matrices: a projection of roberta-base or gpt2
-FASTER = 1.2  # how much faster bf16 must be to be worth its rounding
+SIZE = 768  # of the matrices that are timed: a projection of roberta-base or gpt2
+FASTER = 1.2  # how many times faster bf16 must be to be worth its rounding
 
 
 def resolve_precision(precision: str) -> Precision:
-    """The precision itself; for `auto` bf16 where that is faster here, else fp32."""
+    """The precision itself; for `auto` bf16 if it is faster on this machine, else fp32."""
     if precision != "auto":
         return precision  # type: ignore[return-value]
     return "bf16" if bf16_gain() >= FASTER else "fp32"
@@ -25,11 +26,11 @@ def resolve_precision(precision: str) -> Precision:
 
 @contextmanager
 def flush_denormals() -> Iterator[None]:
-    """Numbers below fp32's smallest normal one, 1.2e-38, count as zero on the CPU until the end; also a decorator.
+    """Inside, numbers below fp32's smallest normal one, 1.2e-38, count as zero on the CPU; also a decorator.
 
     Attention that has settled on few tokens gives the others gradients of that size, and a processor takes a hundred
-    times longer to multiply them. The setting is that of the calling thread and of those which it starts from then on,
-    as torch starts its own at the first large operation.
+    times longer to multiply them. The setting is that of the calling thread and of the threads that it starts later, as
+    torch does at the first large operation.
     """
     before = (torch.tensor(1e-30, device="cpu") * 1e-10).item() == 0
     torch.set_flush_denormal(True)
@@ -42,31 +43,26 @@ def flush_denormals() -> Iterator[None]:
 @functools.cache
 @flush_denormals()
 def bf16_gain() -> float:
-    """How many times faster than fp32 this machine multiplies bf16 matrices; probed once, in milliseconds.
+    """How many times faster than fp32 this machine multiplies bf16 matrices; measured once, in milliseconds.
 
-    A GPU is asked, not timed: every one that has bf16 units is faster with them.
+    A GPU is not timed: every one with bf16 units is faster with them.
     """
     if torch.cuda.is_available():
         return 2.0 if torch.cuda.is_bf16_supported(including_emulation=False) else 0.0
-    seconds = {dtype: _seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return seconds[torch.float32] / seconds[torch.bfloat16]
+    return _seconds(torch.float32) / _seconds(torch.bfloat16)
 
 
-def keep_dtype(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`fn` of `Module.to`, `.half()`, ... without its cast: the tensor follows to the device and stays exact."""
+def keep_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` of `Module.to`, `.half()`, ... without its cast: the tensor moves to the device and stays exact."""
 
-    def move(tensor: torch.Tensor) -> torch.Tensor:
+    def move(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
         return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
     return move
 
 
-def _seconds(dtype: torch.dtype, tries: int = 5) -> float:
+def _seconds(dtype: torch.dtype) -> float:
     x, weight = torch.ones(256, SIZE, dtype=dtype), torch.ones(SIZE, SIZE, dtype=dtype)
-    best = float("inf")
-    for _ in range(tries):  # the first is warm-up; the fastest is the one nothing else disturbed
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        best = min(best, time.perf_counter() - start)
-    return best
+    # The first is a warm-up; the fastest is the least disturbed.
+    return min(timeit.repeat(lambda: torch.nn.functional.linear(x, weight), number=1, repeat=5))

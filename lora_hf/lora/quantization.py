@@ -1,8 +1,8 @@
-"""Frozen projections in 8 and in 4 bits: packed once, unpacked for each multiplication, nothing else kept.
+"""Frozen projections in 8 or 4 bits: packed once, and unpacked for each multiplication.
 
-`int8` keeps a scale for each output feature (LLM.int8(), arXiv 2208.07339, section 2.1, without its outliers) and needs
-torch alone. `nf4` is QLoRA's NormalFloat (arXiv 2305.14314, section 3): 64 weights share a scale, and the scales are
-held in 8 bits themselves; bitsandbytes packs and unpacks it, on the CPU as on a GPU.
+`int8` has a scale for each output feature (LLM.int8(), arXiv 2208.07339, section 2.1, without its outliers) and needs
+only torch. `nf4` is QLoRA's NormalFloat (arXiv 2305.14314, section 3): 64 weights share a scale, and the scales are
+quantized to 8 bits themselves; bitsandbytes packs and unpacks it, on the CPU as on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
@@ -26,18 +26,15 @@ INT8_LARGEST = 127
 NF4_BLOCK = 64  # weights that share a scale
 SCALES_BLOCK = 256  # scales that share a scale of their own
 
-Packed = dict[str, torch.Tensor]
+Packed = dict[str, Tensor]
 
 
 class QuantisedLinear(nn.Module):
-    """A frozen `nn.Linear` or `Conv1D` whose weight is packed; `(..., in)` to `(..., out)` in the precision of x.
+    """A frozen `nn.Linear` or `Conv1D` with a packed weight; `(..., in)` to `(..., out)` in the precision of x.
 
-    The weight is multiplied as `dequantise` gives it; the gradient reaches x through it, and never the weight itself.
-    With `dynamic` x is rounded to 8 bits too, each token by its own scale, and the product is one of integers: for
-    inference with int8 on a CPU, without gradients.
+    It multiplies the dequantized weight, which gets no gradient. With `dynamic` it also rounds x to 8 bits, with a
+    scale for each token, and multiplies integers: for inference with int8 on a CPU, without gradients.
     """
-
-    bias: torch.Tensor | None
 
     def __init__(self, layer: nn.Module, scheme: str, dynamic: bool = False) -> None:
         super().__init__()
@@ -47,32 +44,33 @@ class QuantisedLinear(nn.Module):
         self.scheme = scheme
         self.dynamic = dynamic
         self.training = layer.training
-        self.bias = layer.bias  # type: ignore[assignment]
+        self.bias: Any = layer.bias
         self.requantise(weight.detach().T if self.transposed else weight.detach())
 
     def packed(self) -> Packed:
-        """The tensors that hold the weight, by their names."""
+        """The tensors that represent the weight, by name."""
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
     def restore(self, packed: Packed) -> None:
-        """Puts tensors that `packed` gave back in place."""
+        """Restores tensors that `packed` returned."""
         for name, tensor in packed.items():
             self.register_buffer(name, tensor)
 
-    def requantise(self, weight: torch.Tensor) -> None:
-        """Holds another weight, `(out, in)`, from now on; the tensors of the one before are left as they are."""
+    def requantise(self, weight: Tensor) -> None:
+        """Replaces the weight by another, `(out, in)`; the tensors of the old one are not changed."""
         self.restore(pack(weight, self.scheme))
 
-    def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """`(out, in)`, also where the layer was a Conv1D."""
-        return self.unpacked()(dtype)
+        return self.unpacker()(dtype)
 
-    def unpacked(self) -> Callable[[torch.dtype], torch.Tensor]:
-        """`dequantise` of the weight held now, whatever is merged before it is called."""
-        return partial(unpack, self.packed(), self.scheme, (self.out_features, self.in_features))
+    def unpacker(self, packed: Packed | None = None) -> Callable[[torch.dtype], Tensor]:
+        """`dequantise` of the current weight, even if it is called after a merge, or of another that was packed."""
+        packed = self.packed() if packed is None else packed
+        return partial(unpack, packed, self.scheme, (self.out_features, self.in_features))
 
     def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A frozen layer of the kind it was made of, which holds the dequantised weight."""
+        """A frozen layer of the original kind with the dequantized weight."""
         with torch.device("meta"):
             if self.transposed:
                 layer: Any = Conv1D(self.out_features, self.in_features)
@@ -83,28 +81,28 @@ class QuantisedLinear(nn.Module):
         layer.bias = None if self.bias is None else nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
         return layer.train(self.training)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantisedLinear:
-        # A cast is meant for the bias: the scales stay exact, and only follow to the device.
-        def move(tensor: torch.Tensor) -> torch.Tensor:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
+        # Only the bias is cast; the scales move to the device and stay exact.
+        def move(tensor: Tensor) -> Tensor:
             return fn(tensor) if tensor is self.bias else tensor.to(fn(tensor).device)
 
         return super()._apply(move, recurse)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.dynamic and not torch.is_grad_enabled():
             return multiply_integers(x, self.packed(), bias)
-        return _MultiplyPacked.apply(x, self.unpacked(), bias)  # type: ignore[return-value]
+        return _MultiplyPacked.apply(x, self.unpacker(), bias)  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         kind = f"{self.scheme}, dynamic" if self.dynamic else self.scheme
         return f"{kind}, in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def pack(weight: torch.Tensor, scheme: str) -> Packed:
-    """The tensors that hold an `(out, in)` weight in a scheme's bits.
+def pack(weight: Tensor, scheme: str) -> Packed:
+    """The tensors that represent an `(out, in)` weight in a scheme.
 
     Raises:
         ConfigError: nf4 without bitsandbytes.
@@ -113,7 +111,7 @@ def pack(weight: torch.Tensor, scheme: str) -> Packed:
     if scheme == "int8":
         scales = weight.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny) / INT8_LARGEST
         return {"values": (weight / scales[:, None]).round_().to(torch.int8), "scales": scales}
-    # As one row: bitsandbytes' CPU kernel gives wrong weights where a row is no whole number of blocks.
+    # As one row: bitsandbytes' CPU kernel gives wrong weights if the length of a row is not a multiple of the block.
     values, state = _bitsandbytes().quantize_4bit(
         weight.reshape(-1), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=True
     )
@@ -126,8 +124,8 @@ def pack(weight: torch.Tensor, scheme: str) -> Packed:
     }
 
 
-def unpack(packed: Mapping[str, torch.Tensor], scheme: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """The `(out, in)` weight that `pack` made the tensors of, rounded to `dtype` at the end."""
+def unpack(packed: Mapping[str, Tensor], scheme: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The `(out, in)` weight that `pack` packed, rounded to `dtype` at the end."""
     if scheme == "int8":
         return (packed["values"] * packed["scales"][:, None]).to(dtype)
     library = _bitsandbytes()
@@ -144,42 +142,39 @@ def unpack(packed: Mapping[str, torch.Tensor], scheme: str, shape: tuple[int, in
     return library.dequantize_4bit(packed["values"], state).reshape(shape)
 
 
-def multiply_integers(x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
-    """`x W^T + bias` of an int8 weight, with x rounded to 8 bits by a scale a token; `(..., in)` to `(..., out)`."""
+def multiply_integers(x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    """`x W^T + bias` of an int8 weight, with x rounded to 8 bits for each token; `(..., in)` to `(..., out)`."""
     rows = x.reshape(-1, x.shape[-1]).float()
     scales = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(INT8_LARGEST)
-    # The one product of 8-bit integers that torch has; torchao's and bitsandbytes' go through it too.
+    # torch's only product of 8-bit integers; torchao and bitsandbytes use it too.
     product = torch._int_mm((rows / scales).round_().to(torch.int8), packed["values"].T)  # pyright: ignore[reportPrivateImportUsage]
     y = product.mul(scales).mul_(packed["scales"]).to(x.dtype)
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[-1])
 
 
 class _MultiplyPacked(torch.autograd.Function):
-    """`x W^T + bias` that keeps neither x nor W for the backward pass: W is unpacked again there."""
+    """`x W^T + bias` that saves neither x nor W for the backward pass, which unpacks W again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, dequantise: Callable[[torch.dtype], torch.Tensor], bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.dequantise = dequantise
-        return linear(x, dequantise(x.dtype), bias)
+    def forward(ctx: Any, x: Tensor, unpacker: Callable[[torch.dtype], Tensor], bias: Tensor | None) -> Tensor:
+        ctx.unpacker = unpacker
+        return linear(x, unpacker(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
-        dx = dy @ ctx.dequantise(dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = dy @ ctx.unpacker(dy.dtype) if ctx.needs_input_grad[0] else None
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias
 
 
 def _bitsandbytes() -> Any:
-    # On import it regrets a kernel for inference that is not used here.
+    # On import it warns about a missing inference kernel, which is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return importlib.import_module("bitsandbytes.functional")
     except ImportError as error:
         raise ConfigError(
-            f"nf4 needs bitsandbytes, which cannot be imported ({error}): {how_to_install('quantised')}, or take "
-            "int8, which needs nothing more"
+            f"nf4 needs bitsandbytes, which cannot be imported ({error}): {how_to_install('quantised')}, or use int8"
         ) from error

@@ -1,10 +1,10 @@
-"""Runs a base model on the tokens of a batch alone, and hands hidden states back in their usual shape.
+"""Runs a base model on the tokens of a batch without its padding.
 
-At batch 16 half of what GLUE's padded batches hold is padding. After `remove_padding(model)` the model is called as
-ever, with a padded batch and its attention mask. In front of the base model the rows are laid one after the
-other, its attention keeps to each row, and behind it the hidden states are put back to `(batch, length, hidden)`, zeros
-where the padding was. What rows of a causal model begin with alike is computed once (`kernels/prefixes.py`). Loss and
-gradients are those of the padded batch, to rounding.
+Half of the tokens in GLUE's padded batches of 16 are padding. After `enable_unpadding(model)` the model is called as
+before, with a padded batch and its attention mask. Before the base model the rows are concatenated, its attention stays
+within each row, and after it the hidden states return to `(batch, length, hidden)`, with zeros for padding. Prefixes
+that rows of a causal model share are computed once (`kernels/prefixes.py`). Loss and gradients are those of the padded
+batch, up to rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -33,71 +33,86 @@ def enable_unpadding(model: PreTrainedModel) -> str | None:
     """Makes the model run without padding; doing it again changes nothing.
 
     Returns:
-        None, or, where the model is left as it was, why it cannot run so.
+        None, or why this model cannot run without padding. It is unchanged then.
     """
-    reason = _unfit(model)
-    if reason is None and model.config._attn_implementation != ATTENTION:
+    reason = _unsupported(model)
+    base: Any = model.base_model
+    if reason is None and _before not in base._forward_pre_hooks.values():
+        _register_attention()
         model.set_attn_implementation(ATTENTION)
-        base: Any = model.base_model
+        if model.config._attn_implementation != ATTENTION:
+            return f"transformers cannot change the attention of {type(model).__name__}"
         base.register_forward_pre_hook(_before, with_kwargs=True)
         base.register_forward_hook(_after, with_kwargs=True)
     return reason
 
 
-def _unfit(model: PreTrainedModel) -> str | None:
+def _unsupported(model: PreTrainedModel) -> str | None:
     kind = model.config.model_type
     if kind not in ARCHITECTURES:
         return f"model type {kind!r} has no entry in the role table"
     if not ARCHITECTURES[kind].plain_attention:
-        return f"{kind} brings an attention of its own"
+        return f"{kind} has an attention of its own"
     if model.config._attn_implementation not in ("sdpa", "eager", ATTENTION):
-        return f"attention {model.config._attn_implementation!r} was chosen for it"
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        return f"this transformers' {kind} takes no position_ids"
+        return f"its attention is {model.config._attn_implementation!r}; expected sdpa or eager"
+    if "position_ids" not in _parameters(type(model.base_model)):
+        return f"{kind} takes no position_ids in this version of transformers"
     return None
+
+
+@functools.cache
+def _register_attention() -> None:
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 @dataclass
 class _Layout:
-    """The shape `(batch, length)` of a padded batch, the flat places of its tokens, and the rows that are computed.
+    """How the tokens of a padded batch are arranged for the base model.
 
-    `taken` are the places of the tokens that are computed, fewer than `places` where rows share a beginning, and at the
-    end some that nothing reads; `copies` has for each of `places` the number of its token among them, None: its own.
+    Attributes:
+        shape: `(batch, length)` of the padded batch.
+        tokens: the indices of all tokens in the flat padded batch.
+        computed: the indices of the tokens that are computed. They are fewer than `tokens` if rows share prefixes; some
+            at the end may be filling, which nothing reads.
+        copies: for each of `tokens` the position of its result among `computed`; None if it is the same position.
+        rows: the rows of `computed`.
     """
 
     shape: torch.Size
-    places: torch.Tensor
-    taken: torch.Tensor
-    copies: torch.Tensor | None
+    tokens: Tensor
+    computed: Tensor
+    copies: Tensor | None
     rows: Rows
 
-    def take(self, padded: torch.Tensor) -> torch.Tensor:
-        """`(1, tokens, ...)` from `(batch, length, ...)`."""
-        return padded.flatten(0, 1).index_select(0, self.taken)[None]
+    def unpad(self, padded: Tensor) -> Tensor:
+        """`(1, computed, ...)` from `(batch, length, ...)`."""
+        return padded.flatten(0, 1).index_select(0, self.computed)[None]
 
-    def put_back(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(batch, length, ...)` from `(1, tokens, ...)`, zeros where the padding is."""
-        padded = tokens.new_zeros(self.shape.numel(), *tokens.shape[2:])
-        found = tokens[0, : len(self.places)] if self.copies is None else tokens[0].index_select(0, self.copies)
-        return padded.index_copy(0, self.places, found).unflatten(0, self.shape)
+    def pad(self, computed: Tensor) -> Tensor:
+        """`(batch, length, ...)` from `(1, computed, ...)`, zeros where the padding is."""
+        padded = computed.new_zeros(self.shape.numel(), *computed.shape[2:])
+        states = computed[0, : len(self.tokens)] if self.copies is None else computed[0].index_select(0, self.copies)
+        return padded.index_copy(0, self.tokens, states).unflatten(0, self.shape)
 
 
 def _before(base: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    _register_attention()  # a model that another process pickled brings its hooks, but not the registration
     parameters = _parameters(type(base))
     named = dict(zip(parameters, inputs, strict=False)) | named
-    mixture = _mixture(base)
-    layout = _layout(base, named, mixture)
-    if mixture is not None:
-        mixture.tokens = None if layout is None else _token_segments(mixture, layout)
+    routing = _routing(base)
+    layout = _layout(base, named, routing)
+    if routing is not None:
+        routing.tokens = None if layout is None else _token_segments(routing, layout)
     if layout is None:
         return (), named
-    named["position_ids"] = layout.take(_positions(base, named))
+    named["position_ids"] = layout.unpad(_positions(base, named))
     for name in ("input_ids", "inputs_embeds", "token_type_ids"):
         if named.get(name) is not None:
-            named[name] = layout.take(named[name])
+            named[name] = layout.unpad(named[name])
     if "use_cache" in parameters:
         named["use_cache"] = False
-    # A mask of four dimensions is handed to the attention as it is, which does not look at it.
+    # transformers passes a mask of four dimensions on to the attention unchanged, which ignores it.
     named["attention_mask"] = named["attention_mask"].new_zeros(1, 1, 1, 1)
     return (), named | {"layout": layout}
 
@@ -106,10 +121,10 @@ def _after(base: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: An
     layout: _Layout | None = named.get("layout")
     if layout is None:
         return output
-    mixture = _mixture(base)
-    if mixture is not None:
-        mixture.tokens = None
-    padded = layout.put_back(output[0])
+    routing = _routing(base)
+    if routing is not None:
+        routing.tokens = None
+    padded = layout.pad(output[0])
     if isinstance(output, tuple):
         return (padded, *output[1:])
     output.last_hidden_state = padded
@@ -120,100 +135,102 @@ def _after(base: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: An
 
 @functools.cache
 def _parameters(kind: type) -> tuple[str, ...]:
-    """Of the forward of a class of models, in order."""
+    """The names of the parameters of a model class's forward, in order."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
-def _layout(base: PreTrainedModel, named: dict[str, Any], mixture: BatchRouting | None = None) -> _Layout | None:
-    """The layout of a batch; None without a mask, in generation, and where attentions or all states are asked for."""
+def _layout(base: PreTrainedModel, named: dict[str, Any], routing: BatchRouting | None = None) -> _Layout | None:
+    """The layout of a batch; None without a mask, in generation, and if attentions or all hidden states are wanted."""
     mask = named.get("attention_mask")
-    special = ("past_key_values", "encoder_hidden_states", "output_attentions", "output_hidden_states")
-    if mask is None or mask.ndim != 2 or any(named.get(name) for name in (*special, "use_cache")):
+    special = ("past_key_values", "encoder_hidden_states", "output_attentions", "output_hidden_states", "use_cache")
+    if mask is None or mask.ndim != 2 or any(named.get(name) for name in special):
         return None
     lengths = mask.sum(1).tolist()
     if min(lengths) == 0:
         return None
-    places = mask.flatten().nonzero()[:, 0]
-    taken, copies, sees = places, None, None
-    trees = _trees(base, named, places, lengths) if mixture is None else None
-    if mixture is not None:
-        lengths, taken, copies = _by_adapter(mixture, places, lengths)
-    if trees is not None:
+    tokens = mask.flatten().nonzero()[:, 0]
+    computed, copies, sees = tokens, None, None
+    if routing is not None:
+        lengths, computed, copies = _sort_by_adapter(routing, tokens, lengths)
+    elif (trees := _trees(base, named, tokens, lengths)) is not None:
         lengths, sees = trees.lengths, [*trees.sees]
-        taken, copies = places[trees.first.to(mask.device)], trees.copies.to(mask.device)
+        computed, copies = tokens[trees.first.to(mask.device)], trees.copies.to(mask.device)
     filling = _filling(sum(lengths)) if mask.device.type == "cpu" else 0
     if filling:
-        lengths, taken = [*lengths, filling], torch.cat([taken, taken[:1].expand(filling)])
+        lengths, computed = [*lengths, filling], torch.cat([computed, computed[:1].expand(filling)])
         sees = None if sees is None else [*sees, None]
-    return _Layout(mask.shape, places, taken, copies, Rows(lengths, mask.device, sees))
+    return _Layout(mask.shape, tokens, computed, copies, Rows(lengths, mask.device, sees))
 
 
-def _mixture(base: PreTrainedModel) -> BatchRouting | None:
-    switch = getattr(base, STATE_ATTRIBUTE, None)
-    return None if switch is None else switch.mixture
+def _routing(base: PreTrainedModel) -> BatchRouting | None:
+    state = getattr(base, STATE_ATTRIBUTE, None)
+    return None if state is None else state.routing
 
 
-def _by_adapter(
-    mixture: BatchRouting, places: torch.Tensor, lengths: list[int]
-) -> tuple[list[int], torch.Tensor, torch.Tensor | None]:
-    """Rows in the order of their adapters: their lengths, the places of their tokens, and where each token went."""
-    order = mixture.segments(len(lengths)).order
+def _sort_by_adapter(
+    routing: BatchRouting, tokens: Tensor, lengths: list[int]
+) -> tuple[list[int], Tensor, Tensor | None]:
+    """Lengths, `computed` and `copies` of a layout whose rows are sorted by adapter."""
+    order = routing.segments(len(lengths)).order
     if order is None:
-        return lengths, places, None
-    rows = torch.arange(len(places), device=places.device).split(lengths)
+        return lengths, tokens, None
+    positions = torch.arange(len(tokens), device=tokens.device)
+    rows = positions.split(lengths)
     chosen = torch.cat([rows[row] for row in order.tolist()])
-    copies = torch.empty_like(chosen)
-    copies[chosen] = torch.arange(len(chosen), device=chosen.device)
-    return [lengths[row] for row in order.tolist()], places[chosen], copies
+    return (
+        [lengths[row] for row in order.tolist()],
+        tokens[chosen],
+        torch.empty_like(chosen).scatter_(0, chosen, positions),
+    )
 
 
-def _token_segments(mixture: BatchRouting, layout: _Layout) -> Segments:
-    """The segments of the tokens of rows that stand in the order of their adapters; what fills up is the base's."""
-    ends, edges = mixture.segments(layout.shape[0]).ends, [0, *accumulate(layout.rows.lengths)]
+def _token_segments(routing: BatchRouting, layout: _Layout) -> Segments:
+    """The segments of the tokens of sorted rows; the filling belongs to the bare base."""
+    ends, edges = routing.segments(layout.shape[0]).ends, [0, *accumulate(layout.rows.lengths)]
     return Segments(edges[-1], None, tuple(edges[end] for end in ends))
 
 
-def _trees(base: PreTrainedModel, named: dict[str, Any], places: torch.Tensor, lengths: list[int]) -> Trees | None:
-    """The trees of a causal model's rows, where a token's id and place in its row are all that it depends on."""
+def _trees(base: PreTrainedModel, named: dict[str, Any], tokens: Tensor, lengths: list[int]) -> Trees | None:
+    """The trees of a causal model's rows, if nothing but its id and its position in the row tells a token apart."""
     other = ("inputs_embeds", "token_type_ids", "position_ids")
     if not ARCHITECTURES[base.config.model_type].causal or any(named.get(name) is not None for name in other):
         return None
     if bool((named["attention_mask"].diff(dim=1) > 0).any()):
-        return None  # padded on the left or within: rows that begin alike stand at different positions
-    ids = named["input_ids"].flatten()[places].split(lengths)
+        return None  # padded on the left or inside: equal prefixes have different positions
+    ids = named["input_ids"].flatten()[tokens].split(lengths)
     return share_prefixes([row.tolist() for row in ids], base.config.hidden_size)
 
 
 def _filling(tokens: int) -> int:
-    """How many tokens to add: on the CPU every new number of tokens makes oneDNN build and keep its kernels anew.
+    """How many tokens to add: on the CPU oneDNN builds and caches kernels for every new number of tokens.
 
-    Filled up to the next of 32 to 64 sizes in each doubling, sizes come again.
+    With 32 to 64 sizes in each doubling, sizes repeat.
     """
     return -tokens % max(8, 2 ** (tokens.bit_length() - 6))
 
 
-def _positions(base: PreTrainedModel, named: dict[str, Any]) -> torch.Tensor:
+def _positions(base: PreTrainedModel, named: dict[str, Any]) -> Tensor:
     """`(batch, length)`: each token's position in the padded batch, as the model itself would count it."""
     mask, given = named["attention_mask"], named.get("position_ids")
     if given is not None:
         return given.expand(mask.shape)
     if base.config.model_type == "roberta":
-        # RoBERTa counts from the padding token's number on, and counts tokens that are not padding.
+        # RoBERTa counts the tokens that are not padding, starting after the id of the padding token.
         return mask.long().cumsum(1) + base.config.pad_token_id
     return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
 
 
 def _attention(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     layout: _Layout | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """transformers' attention interface: q, k, v `(1, heads, tokens, head_dim)` to `(1, tokens, heads, head_dim)`."""
     if layout is None:
         return sdpa_attention_forward(
@@ -221,7 +238,3 @@ def _attention(
         )  # type: ignore[return-value]
     causal = bool(getattr(module, "is_causal", False))
     return attend_rows(query[0], key[0], value[0], layout.rows, scaling, causal, dropout)[None], None
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,1 +1,1 @@
-"""Base models and tokenizers: what a name means, how it is loaded, and the small bases that come with the package."""
+"""Base models and tokenizers. Loads them by hub id, folder or embedded name, and quantizes them."""

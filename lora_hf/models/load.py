@@ -1,7 +1,8 @@
-"""Base models and tokenizers: from the hub, a local folder, or the bases that come with the package."""
+"""Loads base models and tokenizers from the hub, a local folder or the package, and quantizes them."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import ConfigError, HubError, ModelError, did_you_mean
-from lora_hf.core.hub_access import hub_is_reachable
+from lora_hf.core.hub_access import explain_hub_error, hub_is_reachable, hub_unreachable, is_hub_error
 from lora_hf.data.tasks.base import Task
 from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
@@ -38,7 +39,7 @@ EMBEDDED_FOLDER = Path(__file__).parent / "bases"
 
 _ROBERTA = {"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
 _ROBERTA |= {"layer_norm_eps": 1e-5, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-# The published shapes, so that `init: random` needs no hub: what is not named is the model type's default.
+# The published shapes, so that `init: random` needs no hub. Other settings are the defaults of the model type.
 SHAPES: dict[str, dict[str, Any]] = {
     "roberta-base": _ROBERTA,
     "roberta-large": {
@@ -55,7 +56,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# What the model types call the probabilities of their dropouts.
+# The config attributes that hold dropout probabilities, over all model types.
 DROPOUTS = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
@@ -68,15 +69,15 @@ DROPOUTS = (
     "pooler_dropout",
 )
 
-Loaded = TypeVar("Loaded")
+T = TypeVar("T")
 
 
 def load_base(model: ModelConfig, task: Task, seed: int = 0) -> PreTrainedModel:
-    """The base model with a fresh head for the task, drawn from `seed`; with `init: random` all weights are.
+    """Loads the base model with a new head for the task, drawn from `seed`; `init: random` draws all weights.
 
     Raises:
-        ModelError: no such model, damaged files, or weights that lack part of the base.
-        HubError: it is only on the hub, and the hub is out of reach.
+        ModelError: no such model, damaged files, or files without some weights of the base.
+        HubError: the model is only on the hub, and the hub is out of reach.
         ConfigError: `model.quantised` needs a package that is not installed.
     """
     if task.model_kind != "sequence-classification":
@@ -90,7 +91,7 @@ def load_base(model: ModelConfig, task: Task, seed: int = 0) -> PreTrainedModel:
 
 @flush_denormals()
 def load_model(model: ModelConfig, head: dict[str, Any] | None, seed: int = 0) -> PreTrainedModel:
-    """`load_base` without a task: a classifier whose config says what `head` does, or else a causal language model.
+    """`load_base` without a task: a classifier with the config values in `head`, or a causal LM if it is None.
 
     Raises:
         ModelError, HubError: as `load_base`.
@@ -108,25 +109,25 @@ def load_model(model: ModelConfig, head: dict[str, Any] | None, seed: int = 0) -
 
 
 def quantise(model: PreTrainedModel, scheme: str, dynamic: bool = False) -> PreTrainedModel:
-    """Packs the projections of the base's layers, in place; embeddings, norms, pooler and head stay as they are.
+    """Quantizes the projections of the base's layers in place. Embeddings, norms, pooler and head keep their dtype.
 
-    The fingerprint stays that of the weights before, so that adapters find the base in either form.
+    The model keeps the fingerprint of its original weights, so that adapters accept the base in either form.
 
     Args:
         scheme: `int8` or `nf4`.
-        dynamic: with int8, round inputs to 8 bits too and multiply integers: for inference on a CPU, with no adapter
-            beside the projections.
+        dynamic: with `int8`, also quantize the inputs and multiply integers. This is for inference on a CPU, without
+            unmerged adapters.
 
     Raises:
         ConfigError: no such scheme, or its package is not installed.
-        ModelError: the model has adapters already, is quantised already, or has no projection to pack.
+        ModelError: the model has adapters, is already quantized, or has no projection to quantize.
     """
     if scheme not in SCHEMES or (dynamic and scheme != "int8"):
         known = "int8" if dynamic else ", ".join(SCHEMES)
         raise ConfigError(f"quantise: expected {known}, found {scheme!r}{did_you_mean(scheme, SCHEMES)}")
     if lora_layers(model) or quantised_layers(model):
         raise ModelError("quantise: expected a plain base, found adapters or packed weights; quantise before inject")
-    # A layer's path holds its number; subclasses of Linear belong to modules that read their weight themselves.
+    # Only numbered layers, and no subclasses of Linear: their modules read the weight directly.
     layers = {
         path: module
         for path, module in model.base_model.named_modules()
@@ -142,10 +143,10 @@ def quantise(model: PreTrainedModel, scheme: str, dynamic: bool = False) -> PreT
 
 
 def dequantise(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Unpacks every quantised projection, in place, adapted ones too; the other weights keep their precision.
+    """Converts every quantized projection, also adapted ones, to `dtype` in place. Other weights keep their dtype.
 
     Raises:
-        ModelError: an adapter is merged, which unmerge could then no longer take out.
+        ModelError: an adapter is merged; unmerge could not restore the quantized weights afterwards.
     """
     if any(layer.merged for layer in lora_layers(model).values()):
         raise ModelError("dequantise: an adapter is merged; call unmerge first, and merge again afterwards")
@@ -155,26 +156,26 @@ def dequantise(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Pr
 
 
 def quantised_layers(model: nn.Module) -> dict[str, QuantisedLinear]:
-    """Every packed projection by its path."""
+    """Every quantized projection by its module path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, QuantisedLinear)}
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or the one that `model.tokenizer` names.
+    """Loads the tokenizer that `model.tokenizer` names, by default the model's own.
 
     Raises:
         ModelError, HubError: as `load_base`.
     """
     name = model.tokenizer or model.name
     revision = model.revision if model.tokenizer is None else None
-    tokenizer = _from_place(name, revision, lambda place, **more: AutoTokenizer.from_pretrained(place, **more))
+    tokenizer = _from_pretrained(name, revision, AutoTokenizer.from_pretrained)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def _fuse_activations(base: PreTrainedModel) -> None:
-    """GPT-2's `gelu_new` is eight elementwise operations; torch's own kernel of the same formula is one."""
+    """Replaces GPT-2's `gelu_new`, eight elementwise operations, by torch's kernel for the same formula."""
     for module in base.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
@@ -182,76 +183,67 @@ def _fuse_activations(base: PreTrainedModel) -> None:
 
 
 def _config(model: ModelConfig, head: dict[str, Any]) -> PretrainedConfig:
-    # The published short name and the hub's own id name the same shape.
     short = next((short for short, full in HUB_IDS.items() if full == model.name), model.name)
     if model.init == "random" and short in SHAPES and not Path(model.name).is_dir():
         shape = dict(SHAPES[short])
         config = AutoConfig.for_model(shape.pop("model_type"), **shape, **head)
     else:
-        config = _from_place(
-            model.name, model.revision, lambda place, **more: AutoConfig.from_pretrained(place, **head, **more)
-        )
+        config = _from_pretrained(model.name, model.revision, functools.partial(AutoConfig.from_pretrained, **head))
     if model.dropout is not None:
         config.update({name: model.dropout for name in DROPOUTS if hasattr(config, name)})
     return config
 
 
 def _pretrained(auto: Any, model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    def load(place: str, **more: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-        # transformers reports the fresh head as missing, on several lines; what must not be missing is checked below.
-        verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        try:
-            return auto.from_pretrained(
-                place, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **more
-            )
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-            if bars:
-                transformers_logging.enable_progress_bar()
-
-    base, info = _from_place(model.name, model.revision, load)
+    load = functools.partial(
+        auto.from_pretrained, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    # transformers warns at length about the new head; the check below reports the weights that must not be missing.
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        base, info = _from_pretrained(model.name, model.revision, load)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
     architecture = ARCHITECTURES.get(base.config.model_type)
     heads = architecture.head if architecture else ("classifier", "score")
-    lost = sorted(key for key in info["missing_keys"] if key.split(".")[0] not in heads)
-    wrong = sorted(str(entry[0]) for entry in info["mismatched_keys"])
-    if lost or wrong:
+    missing = sorted(key for key in info["missing_keys"] if key.split(".")[0] not in heads)
+    mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    if missing or mismatched:
         raise ModelError(
             f"{model.name}: the weights do not fill this model with num_labels={config.num_labels}: "
-            f"{len(lost)} missing ({', '.join(lost[:3]) or '-'}), {len(wrong)} of another shape "
-            f"({', '.join(wrong[:3]) or '-'})"
+            f"{len(missing)} missing ({', '.join(missing[:3]) or '-'}), {len(mismatched)} of another shape "
+            f"({', '.join(mismatched[:3]) or '-'})"
         )
     return base
 
 
-def _from_place(name: str, revision: str | None, load: Callable[..., Loaded]) -> Loaded:
-    """Calls `load` with the place that `name` means, telling its failures in our words."""
-    place, more = _place(name, revision)
+def _from_pretrained(name: str, revision: str | None, load: Callable[..., T]) -> T:
+    """Calls `load`, a `from_pretrained`, with the folder or hub id that `name` refers to, and explains its errors."""
+    source, options = name, {}
+    if name in EMBEDDED:
+        source = str(EMBEDDED_FOLDER / name)
+    elif not Path(name).is_dir():
+        check_model_exists(name)
+        source = HUB_IDS.get(name, name)
+        options = {"revision": revision, "local_files_only": not hub_is_reachable()}
     try:
-        # Code that comes with a base is never run, and nobody is asked whether it should be.
-        return load(place, trust_remote_code=False, **more)
+        return load(source, trust_remote_code=False, **options)  # False: neither run a base's own code nor ask to
     except UnpicklingError as error:
         raise ModelError(
-            f"{name}: refused: its pickled weights ask for more than tensors. Nothing of them was run; expected "
+            f"{name}: refused: its pickled weights ask for more than tensors. None of its code was run; expected "
             "model.safetensors"
         ) from error
     except (OSError, ValueError, KeyError) as error:
-        if more.get("local_files_only"):
+        if options.get("local_files_only"):
             raise HubError(
-                f"{name}{suggest_model(name)}: the hub is out of reach and this model is not in the local cache. Give "
-                f"model.name a local folder, or one of the embedded bases ({', '.join(EMBEDDED)}), or set HF_ENDPOINT "
-                "to a mirror"
+                f"{name}{suggest_model(name)}: {hub_unreachable()}, and the local cache does not hold this model. Set "
+                f"model.name to a local folder or to an embedded base ({', '.join(EMBEDDED)}), or set HF_ENDPOINT to a "
+                "mirror"
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        text = explain_hub_error(error, revision) if is_hub_error(error) else str(error).strip()
+        reason = (text or type(error).__name__).splitlines()[0]
         raise ModelError(f"{name}: cannot be loaded: {reason}{suggest_model(name)}") from error
-
-
-def _place(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
-    if name in EMBEDDED:
-        return str(EMBEDDED_FOLDER / name), {}
-    if Path(name).is_dir():
-        return name, {}
-    check_model_exists(name)
-    hub = HUB_IDS.get(name, name)
-    return hub, {"revision": revision, "local_files_only": not hub_is_reachable()}

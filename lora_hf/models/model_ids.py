@@ -1,4 +1,4 @@
-"""What the name of a base or an adapter stands for: a place on the hub, a local folder, or a base of this package."""
+"""What the name of a base or an adapter refers to: an embedded base, a local folder, or a hub repository."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_hf.core.errors import ModelError, did_you_mean
 
 EMBEDDED = ("tiny-roberta", "tiny-gpt2")
 
-# The short names that everybody writes, and the hub's own for them.
+# The common short names, and the ids that the hub has moved them to.
 HUB_IDS = {
     "roberta-base": "FacebookAI/roberta-base",
     "roberta-large": "FacebookAI/roberta-large",
@@ -24,40 +24,40 @@ HUB_IDS = {
 
 
 def check_model_exists(name: str) -> None:
-    """Raises ModelError for a base that is nowhere: a path without a folder, or a misspelt base of this package.
+    """Raises ModelError for a path without a folder, or for a misspelled embedded base.
 
-    Any other name may be the hub's; its oldest models have no `/` in theirs.
+    Any other name may be a hub id, also without a `/`: the hub's oldest models have none.
     """
     if name in EMBEDDED or Path(name).is_dir():
         return
     if is_path(name):
         raise ModelError(f"{name}: no such folder; expected a Hugging Face model folder or a hub id")
-    near = difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.7)
-    if near and "/" not in name:
-        raise ModelError(f"{name}: no such model or folder (did you mean {near[0]!r}?)")
+    close = difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.7)
+    if close and "/" not in name:
+        raise ModelError(f"{name}: no such model or folder (did you mean {close[0]!r}?)")
 
 
 def suggest_model(name: str) -> str:
-    """Returns `` (did you mean 'roberta-base'?)`` for a name without `/` that is near a known one."""
+    """Returns `` (did you mean 'roberta-base'?)`` for a name without `/` that is similar to a known one."""
     known = (*EMBEDDED, *HUB_IDS)
     return "" if "/" in name or name in known else did_you_mean(name, known)
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is written as no hub id is: `./x`, `~/x`, an absolute path, or more than one folder."""
+    """Whether a name cannot be a hub id: `./x`, `~/x`, an absolute path, or more than one slash."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def is_local(name: str) -> bool:
-    """Whether a name means a folder of this machine; one that is there comes before the hub."""
+    """Whether a name refers to a local folder. An existing folder takes precedence over the hub."""
     return is_path(name) or Path(name).is_dir()
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form `user/name` and nothing of that name lies here."""
+    """Whether a name has the form `user/name` and no local file or folder has that name."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and not Path(name).exists()
 
 
 def base_name(path: str) -> str:
-    """The last part of a path: what of it may leave this machine."""
+    """The last part of a path. Only this part may appear in files that leave the machine."""
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]

@@ -1,1 +1,4 @@
-"""Many adapters on one base, answered together: the engine, and HTTP in front of it."""
+"""Many adapters on one base, answered in shared batches.
+
+`engine` is the Python interface; `server` puts HTTP and a web page in front of it.
+"""

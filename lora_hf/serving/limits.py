@@ -1,4 +1,4 @@
-"""What a server takes on, and how it refuses what is more."""
+"""The limits of a server, and the errors it refuses requests with."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from lora_hf.core.errors import ConfigError, UserError
 
 @dataclass(frozen=True)
 class Limits:
-    """The bounds of one server. Times are seconds.
+    """The limits of one server. Times are in seconds.
 
     Raises:
-        ConfigError: a bound that is not above zero, or more inputs than the queue can ever hold.
+        ConfigError: a limit is not positive, or one request may hold more inputs than the queue.
     """
 
-    max_queue: int = 1024  # rows that wait for one base
-    max_batch: int = 64  # rows of one batch
-    max_tokens: int = 16384  # of one batch of a classifier
-    max_inputs: int = 64  # of one request
-    max_characters: int = 10_000  # of one text
+    max_queue: int = 1024  # rows waiting for one base
+    max_batch: int = 64  # rows per batch
+    max_tokens: int = 16384  # per batch of a classifier
+    max_inputs: int = 64  # per request
+    max_characters: int = 10_000  # per text
     max_new_tokens: int = 256
     max_beams: int = 16
-    max_bytes: int = 2_000_000  # of the body of one request
-    deadline: float = 30.0  # of a request that asks for no shorter one
+    max_bytes: int = 2_000_000  # per request body
+    deadline: float = 30.0  # the longest that a request may ask for, and its default
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -31,45 +31,40 @@ class Limits:
                 raise ConfigError(f"{entry.name}: expected a number above 0, found {getattr(self, entry.name)}")
         if self.max_inputs > self.max_queue:
             raise ConfigError(
-                f"max_inputs {self.max_inputs} is above max_queue {self.max_queue}: such a request would never find "
-                "room; raise max_queue"
+                f"max_queue: expected at least max_inputs, {self.max_inputs}, found {self.max_queue}: a full request "
+                "would never fit; raise max_queue"
             )
 
 
 class RefusalError(UserError):
-    """A request that gets no answer; `code` is for programs, the message for people."""
+    """A request that gets no answer; `code` is for programs, the message for people, `status` for HTTP."""
 
-    code = "refused"
+    code, status = "refused", 400
+    retry_after = 1  # seconds; sent with status 503
 
 
 class UnknownAdapterError(RefusalError):
-    """No adapter of that name is served."""
-
-    code = "unknown_adapter"
+    code, status = "unknown_adapter", 404
 
 
 class WrongKindError(RefusalError):
-    """The adapter classifies and was asked to write, or the other way round."""
+    """A classifier was asked to generate, or a generator to classify."""
 
     code = "wrong_kind"
 
 
 class BadInputError(RefusalError):
-    """An input that is empty, of the wrong form, or that the task cannot read."""
-
-    code = "bad_input"
+    code, status = "bad_input", 422
 
 
 class TooLargeError(RefusalError):
     """More inputs, characters, tokens or beams than one request may have."""
 
-    code = "too_large"
+    code, status = "too_large", 413
 
 
 class QueueFullError(RefusalError):
-    """As much waits as may wait; `retry_after` seconds from now there should be room."""
-
-    code = "queue_full"
+    code, status = "queue_full", 503
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
@@ -77,12 +72,34 @@ class QueueFullError(RefusalError):
 
 
 class ClosingError(RefusalError):
-    """The engine answers what it has taken on, and takes on nothing more."""
+    """The engine answers the requests it has accepted and takes no new ones."""
 
-    code = "closing"
+    code, status = "closing", 503
 
 
 class DeadlinePassedError(RefusalError):
-    """The answer was not there in time."""
+    code, status = "deadline_passed", 504
 
-    code = "deadline_passed"
+    def __init__(self) -> None:
+        super().__init__("the deadline passed before the answer was ready; retry when the server is less busy")
+
+
+# The errors below come from HTTP alone.
+
+
+class NotReadyError(RefusalError):
+    code, status = "loading", 503
+
+
+class LoadingOffError(RefusalError):
+    code, status = "loading_off", 403
+
+
+class OutsideError(RefusalError):
+    """A folder that is not below the one that clients may load from."""
+
+    code, status = "outside", 403
+
+
+class BadAdapterError(RefusalError):
+    code, status = "bad_adapter", 422

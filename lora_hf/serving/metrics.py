@@ -1,4 +1,4 @@
-"""What a server tells Prometheus, in a registry of its own."""
+"""The server's Prometheus metrics, in their own registry."""
 
 from __future__ import annotations
 
@@ -17,53 +17,48 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics(Observer):
-    """Counts of requests and of the batches that answered them. No label holds what a client made up."""
+    """Counts requests and batches. No label ever holds a string that a client chose."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._requests = Counter("lora_hf_requests", "HTTP requests", ["route", "status"], registry=self.registry)
-        self._seconds = Histogram(
-            "lora_hf_request_seconds",
-            "From request to end of answer",
-            ["route"],
-            buckets=SECONDS,
-            registry=self.registry,
+        self.registry = registry = CollectorRegistry()
+        self._requests = Counter("lora_hf_requests", "HTTP requests", ["route", "status"], registry=registry)
+        self._request_seconds = Histogram(
+            "lora_hf_request_seconds", "Time to answer a request", ["route"], buckets=SECONDS, registry=registry
         )
-        self._batch = Histogram("lora_hf_batch_rows", "Rows of a batch", ["base"], buckets=ROWS, registry=self.registry)
-        self._work = Histogram(
-            "lora_hf_batch_seconds", "Time of a batch", ["base"], buckets=SECONDS, registry=self.registry
+        self._batch_rows = Histogram("lora_hf_batch_rows", "Rows per batch", ["base"], buckets=ROWS, registry=registry)
+        self._batch_seconds = Histogram(
+            "lora_hf_batch_seconds", "Time per batch", ["base"], buckets=SECONDS, registry=registry
         )
-        self._rows = Counter("lora_hf_rows", "Rows answered", ["adapter"], registry=self.registry)
-        self._tokens = Counter("lora_hf_tokens", "Tokens read and written", ["base"], registry=self.registry)
+        self._rows = Counter("lora_hf_rows", "Rows answered", ["adapter"], registry=registry)
+        self._tokens = Counter("lora_hf_tokens", "Tokens read and generated", ["base"], registry=registry)
 
     def watch(self, waiting: Callable[[], dict[str, int]], adapters: Callable[[], int]) -> None:
-        """Asks for the rows that wait, by base, and for the number of adapters, whenever it is asked itself."""
-        self.registry.register(_Now(waiting, adapters))
+        """Adds gauges for the waiting rows per base and the number of adapters, read at each scrape."""
+        self.registry.register(_Gauges(waiting, adapters))
 
-    def ran(self, base: str, rows: Sequence[Request], tokens: int, seconds: float) -> None:
+    def on_batch(self, base: str, rows: Sequence[Request], tokens: int, seconds: float) -> None:
         base = base_name(base)
-        self._batch.labels(base).observe(len(rows))
-        self._work.labels(base).observe(seconds)
+        self._batch_rows.labels(base).observe(len(rows))
+        self._batch_seconds.labels(base).observe(seconds)
         self._tokens.labels(base).inc(tokens)
         for row in rows:
             self._rows.labels(row.version.name).inc()
 
-    def answered(self, route: str, status: int, seconds: float) -> None:
-        """An HTTP request had its answer."""
+    def on_response(self, route: str, status: int, seconds: float) -> None:
         self._requests.labels(route, str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
+        self._request_seconds.labels(route).observe(seconds)
 
     def page(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
-class _Now(Collector):
+class _Gauges(Collector):
     def __init__(self, waiting: Callable[[], dict[str, int]], adapters: Callable[[], int]) -> None:
         self.waiting, self.adapters = waiting, adapters
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        queue = GaugeMetricFamily("lora_hf_queue_rows", "Rows that wait", labels=["base"])
+        queue = GaugeMetricFamily("lora_hf_queue_rows", "Rows waiting", labels=["base"])
         for base, rows in self.waiting().items():
             queue.add_metric([base_name(base)], rows)
         yield queue

@@ -1,4 +1,4 @@
-"""What goes through an engine: versions of adapters, requests for them, and their answers."""
+"""What goes through an engine: loaded adapter versions, requests for them, and their results."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from lora_hf.adapters.resolve import SavedModel
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import AdapterError
-from lora_hf.serving.limits import DeadlinePassedError, RefusalError
+from lora_hf.serving.limits import DeadlinePassedError
 
 if TYPE_CHECKING:
     import numpy as np
 
 
 @dataclass(eq=False)
-class Version:
-    """An adapter as it was loaded once. A request is answered by the version that it was accepted for, and by no other.
+class AdapterVersion:
+    """An adapter as loaded at one moment. The version that accepts a request answers it, even once it is replaced.
 
     Attributes:
-        name: what clients call the adapter.
-        slot: its name on the model, which no other version has.
-        digest: twelve hexadecimal digits of a hash of its two files: what an answer names as its version.
-        held: how many requests for it have no answer yet.
-        retired: whether it was replaced or removed; it leaves the model when nothing holds it.
+        name: the name clients use.
+        slot: its unique adapter name on the model.
+        digest: the first 12 hexadecimal digits of a hash of its two files; answers report it as their version.
+        pending: requests accepted but not yet answered.
+        retired: replaced or removed; the worker unloads it once nothing is pending.
     """
 
     name: str
     slot: str
     digest: str
     saved: SavedModel
-    held: int = 0
+    pending: int = 0
     retired: bool = False
 
     @property
@@ -47,25 +47,25 @@ class Version:
 
 
 def digest_of(folder: Path) -> str:
-    """Twelve hexadecimal digits of a hash of an adapter's two files.
+    """Returns the first 12 hexadecimal digits of a hash of an adapter's two files.
 
     Raises:
-        AdapterError: one cannot be read.
+        AdapterError: a file cannot be read.
     """
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         try:
             content = (folder / name).read_bytes()
         except OSError as error:
             raise AdapterError(f"{folder / name}: cannot be read: {error.strerror}") from error
-        found.update(f"{len(content)}:".encode())
-        found.update(content)
-    return found.hexdigest()[:12]
+        sha256.update(f"{len(content)}:".encode())
+        sha256.update(content)
+    return sha256.hexdigest()[:12]
 
 
 @dataclass(frozen=True)
-class Classified:
-    """The answers to the inputs of one request, in order: as `inference.described`; `logits` are `(num_labels,)`."""
+class ClassifyResult:
+    """For each input, in order, its answer, as of `Predictor.predict`, and its `(num_labels,)` logits."""
 
     adapter: str
     version: str
@@ -74,8 +74,8 @@ class Classified:
 
 
 @dataclass(frozen=True)
-class Written:
-    """A text and its score, as `generation.Generated`. Without an adapter, `version` is that of the bare base: None."""
+class GenerateResult:
+    """A text and its score, as `Generator.generate` yields them; `version` is None for the bare base."""
 
     adapter: str
     version: str | None
@@ -85,69 +85,58 @@ class Written:
 
 @dataclass(eq=False)
 class Request:
-    """Rows of one adapter that wait for their answer; `deadline` is a time of `time.monotonic`."""
+    """A request for one adapter; `deadline` is on the clock of `time.monotonic`."""
 
-    version: Version
+    version: AdapterVersion
     deadline: float
     future: Future = field(default_factory=Future)
 
     @property
     def slot(self) -> str | None:
-        """The adapter on the model that answers; None is the bare base."""
+        """The adapter slot on the model that answers; None for the bare base."""
         return self.version.slot
 
     @property
-    def rows(self) -> int:
-        """How many rows still wait."""
+    def waiting_rows(self) -> int:
         return 1
 
     @property
-    def given_up(self) -> bool:
-        """Whether nobody waits for the answer any more."""
+    def abandoned(self) -> bool:
+        """Whether nobody waits for the answer anymore."""
         return self.future.done() or time.monotonic() > self.deadline
 
-    def finish(self, answer: Any) -> None:
-        """Hands the answer over, unless the client has gone."""
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_result(answer)
+    def finish(self, result: Any) -> None:
+        with contextlib.suppress(InvalidStateError):  # the client is gone
+            self.future.set_result(result)
 
     def fail(self, error: BaseException) -> None:
-        """Hands an error over, unless the client has gone."""
         with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
 
     def expire(self) -> None:
-        """Says that the time is over."""
-        self.fail(late())
-
-
-def late() -> RefusalError:
-    """The error of a request whose time is over."""
-    return DeadlinePassedError(
-        "the deadline passed before the answer was there; try again when the server has less to do"
-    )
+        self.fail(DeadlinePassedError())
 
 
 @dataclass(eq=False)
-class Classify(Request):
-    """Encoded rows to classify; they may be split over batches."""
+class ClassifyRequest(Request):
+    """Tokenized rows to classify, possibly split across batches; the first `taken` rows have left the queue."""
 
     inputs: list[dict[str, list[int]]] = field(default_factory=list)
     taken: int = 0
     logits: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
-    def rows(self) -> int:
+    def waiting_rows(self) -> int:
         return len(self.inputs) - self.taken
 
 
 @dataclass(eq=False)
-class Write(Request):
-    """A prompt, encoded, to write a text for.
+class GenerateRequest(Request):
+    """A tokenized prompt to continue.
 
     Attributes:
-        bare: answered by the base without the adapter.
-        on_text: is given each piece of the text as it is written, in the engine's thread.
+        bare: generate with the base alone, without the adapter.
+        on_text: called with each new piece of text, in the engine's thread.
     """
 
     prompt: list[int] = field(default_factory=list)

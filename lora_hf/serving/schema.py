@@ -1,4 +1,4 @@
-"""The bodies of requests and answers, with the limits of one server in them: what OpenAPI shows."""
+"""The bodies of requests and responses, with one server's limits: what OpenAPI shows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Problem(BaseModel):
-    """Why there is no answer: `code` for programs, `message` for people."""
+    """Why the request failed: `code` is for programs, `message` for people."""
 
     code: str = Field(examples=["unknown_adapter"])
-    message: str = Field(examples=["no adapter 'sst3' is served (did you mean 'sst2'?); there is: rte, sst2"])
+    message: str = Field(examples=["no adapter 'sst3' (did you mean 'sst2'?); served: rte, sst2"])
 
 
 class Failure(BaseModel):
@@ -25,7 +25,7 @@ class Failure(BaseModel):
 
 
 class ClassifyAnswer(BaseModel):
-    """An answer for each input: `label` and `probabilities`, or for a regression its `score`."""
+    """One answer per input: `label` and `probabilities`, or a `score` for regression."""
 
     adapter: str = Field(examples=["sst2"])
     version: str = Field(description="a hash of the adapter's files", examples=["1058a1ae93b4"])
@@ -35,7 +35,7 @@ class ClassifyAnswer(BaseModel):
 
 
 class GenerateAnswer(BaseModel):
-    """A text, and the log-probability of its tokens over their number ** length_penalty."""
+    """A text, and the sum of its tokens' log-probabilities divided by their number ** length_penalty."""
 
     adapter: str = Field(examples=["e2e"])
     version: str | None = Field(description="a hash of the adapter's files; null for the bare base")
@@ -44,7 +44,7 @@ class GenerateAnswer(BaseModel):
 
 
 class Adapter(BaseModel):
-    """An adapter that is served, as it was loaded last."""
+    """A served adapter, as last loaded."""
 
     name: str = Field(examples=["sst2"])
     version: str = Field(examples=["1058a1ae93b4"])
@@ -52,32 +52,32 @@ class Adapter(BaseModel):
     task: str = Field(examples=["sst2"])
     kind: str = Field(examples=["sequence-classification"])
     labels: list[str] = Field(examples=[["negative", "positive"]])
-    reads: list[str] = Field(description="the texts of one input", examples=[["sentence"]])
+    reads: list[str] = Field(description="the texts in one input", examples=[["sentence"]])
 
 
 class Adapters(BaseModel):
-    """All that are served, by name."""
+    """All served adapters, sorted by name."""
 
     adapters: list[Adapter]
 
 
 class Load(BaseModel):
-    """Where the adapter lies."""
+    """The adapter to load."""
 
     model_config = STRICT
     folder: StrictStr = Field(
-        min_length=1, max_length=1000, description="below the folder of --allow-loading", examples=["sst2/adapter"]
+        min_length=1, max_length=1000, description="relative to the server's adapter folder", examples=["sst2/adapter"]
     )
 
 
 def bodies(limits: Limits) -> tuple[Any, Any]:
-    """The bodies of /v1/classify and /v1/generate, as pydantic models."""
-    name = Annotated[StrictStr, Field(min_length=1, max_length=64, description="as in /v1/adapters")]
+    """Returns the pydantic models for the bodies of /v1/classify and /v1/generate."""
+    name = Annotated[StrictStr, Field(min_length=1, max_length=64, description="as listed by /v1/adapters")]
     text = Annotated[StrictStr, Field(min_length=1, max_length=limits.max_characters)]
     pair = Annotated[list[text], Field(min_length=2, max_length=2)]  # type: ignore[valid-type]
-    inputs = Field(min_length=1, max_length=limits.max_inputs, description="texts, or pairs where the task reads two")
-    seconds = Field(None, gt=0, le=limits.deadline, description="to wait at most")
-    stream = Field(False, description="server-sent events: `text` for each piece, then `done`, or `error`")
+    inputs = Field(min_length=1, max_length=limits.max_inputs, description="texts, or pairs if the task reads two")
+    seconds = Field(None, gt=0, le=limits.deadline, description="how long to wait, in seconds")
+    stream = Field(False, description="send server-sent events: `text` for each piece, then `done` or `error`")
     classify: dict[str, Any] = {"adapter": "sst2", "inputs": ["a warm, funny film"]}
     generate: dict[str, Any] = {"adapter": "e2e", "prompt": "name[The Vaults], eatType[pub]", "num_beams": 4}
     fields: dict[str, Any] = {
@@ -109,5 +109,5 @@ def bodies(limits: Limits) -> tuple[Any, Any]:
 
 
 def _optional(kind: type, **bounds: float) -> tuple[Any, Any]:
-    """A number that the adapter's run decides where it is left out."""
+    """A number; if the request omits it, the adapter's run decides."""
     return (StrictInt if kind is int else float) | None, Field(None, **bounds)  # type: ignore[arg-type, operator]

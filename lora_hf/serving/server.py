@@ -1,34 +1,41 @@
-"""The application on a socket: it says that it is not ready while it loads, and ends without losing an answer."""
+"""The HTTP server: it reports that it is not ready while it loads, and stops without losing an answer.
+
+Importing this module does not import torch, so that `listen` can fail at once.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from fastapi import FastAPI
 
-from lora_hf.serving.app import ServerState, build_app
-from lora_hf.serving.engine import Engine
-from lora_hf.serving.metrics import Metrics
-from lora_hf.serving.playground import PATH
+from lora_hf.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from lora_hf.serving.app import ServerState
+    from lora_hf.serving.engine import Engine
+    from lora_hf.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-SWITCH_INTERVAL = 0.001  # seconds: Python's 5 ms make every answer wait for the thread that computes the next batch
+SWITCH_INTERVAL = 0.001  # seconds; at Python's default of 5 ms every answer waits for the thread of the next batch
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, but SIGTERM and SIGINT end it with success once what is in flight is answered."""
+    """On SIGTERM or SIGINT, exits with success once the requests in flight are answered."""
 
-    door: ServerState
+    state: ServerState
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -40,7 +47,7 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        self.door.draining = True
+        self.state.draining = True
         super().handle_exit(sig, frame)
 
 
@@ -48,33 +55,35 @@ def serve(
     engine: Engine,
     adapters: Mapping[str, str],
     metrics: Metrics,
-    door: ServerState,
-    listening: socket.socket,
+    state: ServerState,
+    listener: socket.socket,
     grace: float = 30.0,
     playground: bool = False,
 ) -> None:
     """Loads `adapters`, folders or hub ids by name, and serves them until SIGTERM or SIGINT.
 
     Args:
-        listening: from `listen`.
-        grace: seconds that requests in flight have to end in.
-        playground: put the page there as well.
+        listener: from `listen`.
+        grace: seconds for accepted requests to finish after the signal.
 
     Raises:
-        UserError: an adapter cannot be loaded; the server has ended by then.
+        UserError: an adapter cannot be loaded; the server has stopped by then.
     """
-    host, port = listening.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    from lora_hf.serving.app import build_app
+    from lora_hf.serving.playground import PATH
+
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     failures: list[BaseException] = []
 
     def load() -> None:
         try:
-            for name, place in adapters.items():
-                engine.load(name, place)
-            door.open = True
-            logger.info("ready: %d adapters on %s%s", len(adapters), address, PATH if playground else "")
-        except BaseException as error:  # noqa: BLE001 - it is raised again in the main thread
-            if not door.draining:
+            for name, adapter in adapters.items():
+                engine.load(name, adapter)
+            state.ready = True
+            logger.info("ready: %d adapters on %s%s", len(adapters), url, PATH if playground else "")
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+            if not state.draining:
                 failures.append(error)
             server.should_exit = True
 
@@ -84,19 +93,44 @@ def serve(
         yield
         await asyncio.to_thread(engine.close, grace)
 
-    app = build_app(engine, door, metrics, lifespan, playground)
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=max(1, round(grace)), server_header=False
+    app = build_app(engine, state, metrics, lifespan, playground)
+    timeout = max(1, round(grace))
+    server = _Server(
+        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=timeout, server_header=False)
     )
-    server = _Server(config)
-    server.door = door
+    server.state = state
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL)
-    logger.info("listening on %s, loading %d adapters", address, len(adapters))
+    logger.info("listening on %s, loading %d adapters", url, len(adapters))
     try:
-        server.run(sockets=[listening])
+        server.run(sockets=[listener])
     finally:
         sys.setswitchinterval(interval)
     if failures:
         raise failures[0]
-    logger.info("ended; nothing was left unanswered" if not server.force_exit else "ended at once, as asked")
+    logger.info(
+        "stopped at once, as requested" if server.force_exit else "stopped; every accepted request was answered"
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a listening socket; port 0 picks a free port.
+
+    Raises:
+        ConfigError: the address is not available.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns off Nagle's algorithm only where the protocol is given as TCP, which accepted sockets inherit. With
+    # Nagle's algorithm an answer in two packets takes 40 ms longer.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            reason += "; choose another port, or port=0 for a free one"
+        raise ConfigError(f"host={host} port={port}: cannot listen: {reason}") from error
+    return listener

@@ -1,4 +1,4 @@
-"""One base, and the one thread that runs it: requests wait here, and adapters come and go between two batches."""
+"""One base and the one thread that runs it. Requests queue here; adapters load and unload between batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -22,33 +22,27 @@ from lora_hf.lora.multi_adapter import mix_adapters, unload_adapter
 from lora_hf.lora.precision import flush_denormals
 from lora_hf.models.load import quantised_layers
 from lora_hf.serving.limits import ClosingError, Limits, QueueFullError
-from lora_hf.serving.requests import Request, Version, digest_of
+from lora_hf.serving.requests import AdapterVersion, Request, digest_of
 
 logger = logging.getLogger(__name__)
 
-# Where several ask at once, those just answered ask again while the next batch is made up: it waits until as many have
-# come as did lately, for at most this share of the last batch's time and this many seconds. Begun earlier it would gain
-# nothing, because Python runs one thread at a time: the model's stands still at each product while requests are read.
-GATHER_SHARE, GATHER = 0.5, 0.05
-RANDOM = threading.Lock()  # torch's own generator is one for all threads: whoever seeds it or draws from it holds this
-
-
-def _call(function: Callable[[], Any], done: Future) -> None:
-    try:
-        done.set_result(function())
-    except Exception as error:  # noqa: BLE001 - whoever waits for it is told
-        done.set_exception(error)
+# Clients that were just answered ask again while the next batch forms, so the thread waits until as many requests are
+# queued as were lately: for at most this share of the last batch's time and at most this many seconds. An earlier start
+# gains nothing: Python runs one thread at a time, so the model's thread would stall while requests are parsed.
+BATCH_WAIT_SHARE, MAX_BATCH_WAIT = 0.5, 0.05
+RNG_LOCK = threading.Lock()  # torch's global generator is shared by all threads: hold this to seed it or draw from it
+SHUTTING_DOWN = "the server is shutting down; retry on another one"
 
 
 class Observer:
-    """Is told what the engine does; this one forgets it."""
+    """Gets called for each batch; this one ignores it."""
 
-    def ran(self, base: str, rows: Sequence[Request], tokens: int, seconds: float) -> None:
-        """A batch was answered: its rows (a request once for each), and the tokens it read and wrote."""
+    def on_batch(self, base: str, rows: Sequence[Request], tokens: int, seconds: float) -> None:
+        """A batch of `rows` was answered (a request appears once per row); `tokens` counts those read and generated."""
 
 
 class Worker(ABC):
-    """The base's model belongs to `thread`; every other thread only leaves requests, and calls to make."""
+    """Only `thread` touches the base's model; other threads queue requests and calls for it."""
 
     kind: ClassVar[str]
 
@@ -56,132 +50,130 @@ class Worker(ABC):
         self, base: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: Limits, observer: Observer
     ) -> None:
         self.base, self.model, self.tokenizer, self.limits, self.observer = base, model, tokenizer, limits, observer
-        # Nothing else changes this base, so each adapter need not hash all of it anew to know it.
+        # Nothing else changes this base, so its hash is computed once and not for each adapter.
         store_fingerprint(model, fingerprint(model))
-        self.versions: list[Version] = []
-        self._changed = threading.Condition()
-        self._waiting: deque[Any] = deque()
+        self.versions: list[AdapterVersion] = []
+        self._changed = threading.Condition()  # guards what follows, up to `_stopping`
+        self._queue: deque[Any] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
-        self._rows = 0  # that wait
-        self._crowd = 0.0  # requests that waited at once, lately
-        self._enough = 1  # requests that wake the thread
-        self._seconds = 0.0  # of the last batch
-        self._rate = 0.0  # rows a second, lately
-        self._running = self._closed = self._ending = False
+        self._waiting_rows = 0
+        self._recent_requests = 0.0  # a decaying maximum of the queue's length
+        self._wake_at = 1  # queued requests that wake the thread
+        self._running = self._closed = self._stopping = False
+        self._batch_seconds = 0.0  # of the last batch
+        self._rows_per_second = 0.0  # moving average
         self._merged: str | None = None
         self._unmergeable: str | None = None
         self._stacks: dict[Any, Any] = {}
-        self._plain = True
+        self._all_plain = True  # whether every adapter is plain LoRA
         self.thread = threading.Thread(target=self._run, name=f"lora_hf {base}", daemon=True)
         self.thread.start()
 
-    # What other threads may call.
+    # Methods for other threads.
 
     @property
     def waiting(self) -> int:
         """How many rows wait."""
-        return self._rows
+        return self._waiting_rows
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits and nothing runs."""
         with self._changed:
-            return not self._waiting and not self._running and not self._calls
+            return not self._queue and not self._running and not self._calls
 
-    def hold(self, version: Version) -> None:
+    def acquire(self, version: AdapterVersion) -> None:
         """Keeps a version on the model until `release`."""
         with self._changed:
-            version.held += 1
+            version.pending += 1
 
-    def release(self, version: Version) -> None:
-        """Ends a `hold`."""
+    def release(self, version: AdapterVersion) -> None:
         with self._changed:
-            version.held -= 1
-            if version.retired and not version.held:
+            version.pending -= 1
+            if version.retired and not version.pending:
                 self._changed.notify()
 
-    def retire(self, version: Version) -> None:
-        """Lets a version go as soon as nothing holds it."""
+    def retire(self, version: AdapterVersion) -> None:
+        """Unloads a version as soon as it has no pending requests."""
         with self._changed:
             version.retired = True
             self._changed.notify()
 
     def submit(self, request: Any) -> None:
-        """Leaves a request.
+        """Queues a request.
 
         Raises:
-            QueueFullError: its rows would be more than may wait.
+            QueueFullError: its rows do not fit into the queue.
             ClosingError: the worker has been stopped.
         """
         with self._changed:
-            if self._ending:
-                raise ClosingError("the server is shutting down; ask another one")
-            if self._rows + request.rows > self.limits.max_queue:
-                self._sweep()
-            if self._rows + request.rows > self.limits.max_queue:
-                seconds = self._rows / self._rate if self._rate else 1.0
+            if self._stopping:
+                raise ClosingError(SHUTTING_DOWN)
+            if self._waiting_rows + request.waiting_rows > self.limits.max_queue:
+                self._drop_abandoned()
+            if self._waiting_rows + request.waiting_rows > self.limits.max_queue:
+                seconds = self._waiting_rows / self._rows_per_second if self._rows_per_second else 1.0
                 raise QueueFullError(
-                    f"{self._rows} rows wait already, and {self.limits.max_queue} may; try again later",
+                    f"the queue is full ({self._waiting_rows} of {self.limits.max_queue} rows); retry later",
                     retry_after=min(max(1, round(seconds)), 60),
                 )
-            self._waiting.append(request)
-            self._rows += request.rows
-            if len(self._waiting) >= self._enough:
+            self._queue.append(request)
+            self._waiting_rows += request.waiting_rows
+            if len(self._queue) >= self._wake_at:
                 self._changed.notify()
 
     def call(self, function: Callable[[], Any]) -> Future:
-        """Has the thread call `function` between two batches.
+        """Runs `function` on the thread between two batches.
 
         Raises:
             ClosingError: the worker has been stopped.
         """
-        done: Future = Future()
+        future: Future = Future()
         with self._changed:
-            if self._ending:
-                raise ClosingError("the server is shutting down")
-            self._calls.append((function, done))
+            if self._stopping:
+                raise ClosingError(SHUTTING_DOWN)
+            self._calls.append((function, future))
             self._changed.notify()
-        return done
+        return future
 
-    def load(self, version: Version) -> None:
-        """Puts a version on the model, where no request sees it yet.
+    def load(self, version: AdapterVersion) -> None:
+        """Loads a version onto the model, before any request can use it.
 
         Raises:
-            AdapterError: as `load_adapter`; also a folder that somebody is writing to. The model is unchanged then.
+            AdapterError: as `load_adapter`, or the folder changed while it was read. The model is unchanged then.
         """
         self.call(lambda: self._load(version)).result()
 
     def close(self) -> None:
-        """Ends the thread once its last version is gone: nothing that was accepted is lost."""
+        """Ends the thread once its last version is unloaded, with every accepted request answered."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def stop(self) -> None:
-        """Ends the thread after the batch that it is at; what waits is told so."""
+        """Ends the thread after the current batch; waiting requests fail with `ClosingError`."""
         with self._changed:
-            self._ending = True
+            self._stopping = True
             self._changed.notify()
 
-    # What a kind of base does its own way; `_take` has the lock.
+    # What each kind of base does its own way.
 
     @abstractmethod
-    def _take(self) -> list[tuple[Any, int]]:
-        """The rows of the next batch, each as its request and its place therein."""
+    def _next_batch(self) -> list[tuple[Any, int]]:
+        """Takes the next batch from the queue, as (request, row of the request) pairs; called with the lock held."""
 
     @abstractmethod
-    def _answer(self, batch: Sequence[tuple[Any, int]]) -> int:
-        """Answers them; returns the tokens that were read and written."""
+    def _run_batch(self, batch: Sequence[tuple[Any, int]]) -> int:
+        """Answers a batch and returns how many tokens it read and generated."""
 
-    def _adapted(self, slots: Sequence[str | None]) -> AbstractContextManager[Any]:
-        """The model with each row under its own adapter."""
+    def _adapters_of_rows(self, slots: Sequence[str | None]) -> AbstractContextManager[Any]:
+        """Runs each row of a batch under its own adapter."""
         if self._merged is not None:
             if all(slot == self._merged for slot in slots):
                 return nullcontext()
-            set_adapter(self.model, None)  # a row of the bare base: the next batch of the adapter merges it again
+            set_adapter(self.model, None)  # a row needs the bare base; `_merge_lone_adapter` merges again
             self._merged = None
-        if self._plain:
-            # One stack of all adapters, so that whichever meet in a batch it is made once.
+        if self._all_plain:
+            # Stacking all adapters, whichever this batch needs, means that the stack is built only once.
             return mix_adapters(self.model, slots, self._stacks, [version.slot for version in self.versions])
         return mix_adapters(self.model, slots)
 
@@ -192,65 +184,64 @@ class Worker(ABC):
         while True:
             with self._changed:
                 self._running = False
-                self._changed.wait_for(self._wanted)
+                self._changed.wait_for(self._has_work)
                 self._running = True
                 calls = list(self._calls)
                 self._calls.clear()
-            for function, done in calls:
-                _call(function, done)
-            self._let_go()
-            if self._ending or (not self.versions and self._closed):
+            for function, future in calls:
+                _complete(future, function)
+            self._unload_retired()
+            if self._stopping or (not self.versions and self._closed):
                 break
-            self._settle()
-            batch = self._gather()
+            self._merge_lone_adapter()
+            batch = self._collect_batch()
             if batch:
-                self._measured(batch)
+                self._run_and_record(batch)
         with self._changed:
-            left, calls = list(self._waiting), list(self._calls)
-            self._waiting.clear()
+            requests, calls = list(self._queue), list(self._calls)
+            self._queue.clear()
             self._calls.clear()
-            self._ending, self._rows, self._running = True, 0, False
-        for request in left:
-            request.fail(ClosingError("the server shut down before it came to this; ask another one"))
-        for _, done in calls:
-            done.set_exception(ClosingError("the server is shutting down"))
+            self._stopping, self._waiting_rows, self._running = True, 0, False
+        for request in requests:
+            request.fail(ClosingError("the server shut down before it reached this request; retry on another one"))
+        for _, future in calls:
+            future.set_exception(ClosingError(SHUTTING_DOWN))
 
-    def _wanted(self) -> bool:
-        over = self._ending or (self._closed and not self.versions)
-        return bool(over or self._calls or self._waiting or any(self._unheld()))
+    def _has_work(self) -> bool:
+        ending = self._stopping or (self._closed and not self.versions)
+        return bool(ending or self._calls or self._queue or self._unused_versions())
 
-    def _unheld(self) -> Iterator[Version]:
-        return (version for version in self.versions if version.retired and not version.held)
+    def _unused_versions(self) -> list[AdapterVersion]:
+        return [version for version in self.versions if version.retired and not version.pending]
 
-    def _load(self, version: Version) -> None:
-        with RANDOM:  # A is drawn before the file's is copied over it
+    def _load(self, version: AdapterVersion) -> None:
+        with RNG_LOCK:  # LoRA A is initialized at random before the file's values are copied over it
             load_adapter(self.model, version.saved.folder, version.slot, own_head=True)
         self._merged = None  # load_adapter activates what it loads, which unmerges
         self.model.eval()
         if digest_of(version.saved.folder) != version.digest:
             unload_adapter(self.model, version.slot)
-            raise AdapterError(f"{version.saved.folder} changed while it was read; load it again when it is complete")
+            raise AdapterError(f"{version.saved.folder}: changed while it was read; retry once it is complete")
         self.versions = [*self.versions, version]
-        self._renew()
+        self._reset_stacks()
 
-    def _let_go(self) -> None:
+    def _unload_retired(self) -> None:
         with self._changed:
-            going = list(self._unheld())
-            self.versions = [version for version in self.versions if version not in going]
-        for version in going:
+            unused = self._unused_versions()
+            self.versions = [version for version in self.versions if version not in unused]
+        for version in unused:
             unload_adapter(self.model, version.slot)
             self._merged = None if version.slot == self._merged else self._merged
-        if going:
-            self._renew()
+        if unused:
+            self._reset_stacks()
 
-    def _renew(self) -> None:
+    def _reset_stacks(self) -> None:
         self._stacks = {}
-        self._plain = all(
+        self._all_plain = all(
             weights.plain for layer in lora_layers(self.model).values() for weights in layer.adapters.values()
         )
 
-    def _settle(self) -> None:
-        """Merges the adapter that is alone on its base."""
+    def _merge_lone_adapter(self) -> None:
         if len(self.versions) != 1 or self._merged is not None or quantised_layers(self.model):
             return
         slot = self.versions[0].slot
@@ -260,51 +251,58 @@ class Worker(ABC):
         try:
             merge(self.model)
             self._merged = slot
-        except Exception as error:  # noqa: BLE001 - it can always be answered beside the base
-            logger.info("%s is answered beside its base: %s", self.versions[0].name, error)
+        except Exception as error:  # noqa: BLE001 - the adapter works unmerged as well
+            logger.info("%s is served unmerged: %s", self.versions[0].name, error)
             set_adapter(self.model, None)
             self._unmergeable = slot
 
-    def _gather(self) -> list[tuple[Any, int]]:
+    def _collect_batch(self) -> list[tuple[Any, int]]:
         with self._changed:
-            if 0 < len(self._waiting) < int(self._crowd):
-                patience = min(GATHER, GATHER_SHARE * self._seconds)
-                self._enough = int(self._crowd)
-                self._changed.wait_for(lambda: len(self._waiting) >= self._enough or self._ending, patience)
-                self._enough = 1
-            self._crowd = max(float(len(self._waiting)), 0.9 * self._crowd)
-            self._sweep()
-            batch = self._take()
-            self._rows -= len(batch)
+            if 0 < len(self._queue) < int(self._recent_requests):
+                self._wake_at = int(self._recent_requests)
+                timeout = min(MAX_BATCH_WAIT, BATCH_WAIT_SHARE * self._batch_seconds)
+                self._changed.wait_for(lambda: len(self._queue) >= self._wake_at or self._stopping, timeout)
+                self._wake_at = 1
+            self._recent_requests = max(float(len(self._queue)), 0.9 * self._recent_requests)
+            self._drop_abandoned()
+            batch = self._next_batch()
+            self._waiting_rows -= len(batch)
             return batch
 
-    def _sweep(self) -> None:
-        """Drops what nobody waits for any more, before it costs a batch."""
-        gone = [request for request in self._waiting if request.given_up]
-        if gone:
-            self._waiting = deque(request for request in self._waiting if not request.given_up)
-            self._rows = sum(request.rows for request in self._waiting)
-            for request in gone:
+    def _drop_abandoned(self) -> None:
+        abandoned = [request for request in self._queue if request.abandoned]
+        if abandoned:
+            self._queue = deque(request for request in self._queue if request not in abandoned)
+            self._waiting_rows = sum(request.waiting_rows for request in self._queue)
+            for request in abandoned:
                 request.expire()
 
-    def _measured(self, batch: list[tuple[Any, int]]) -> None:
-        begin = time.perf_counter()
-        tokens = self._attempt(batch)
-        seconds = time.perf_counter() - begin
-        self._seconds = seconds
+    def _run_and_record(self, batch: list[tuple[Any, int]]) -> None:
+        start = time.perf_counter()
+        tokens = self._run_isolating_failures(batch)
+        self._batch_seconds = seconds = time.perf_counter() - start
         rate = len(batch) / max(seconds, 1e-6)
-        self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
-        self.observer.ran(self.base, [request for request, _ in batch], tokens, seconds)
+        self._rows_per_second = 0.8 * self._rows_per_second + 0.2 * rate if self._rows_per_second else rate
+        self.observer.on_batch(self.base, [request for request, _ in batch], tokens, seconds)
 
-    def _attempt(self, batch: list[tuple[Any, int]]) -> int:
-        """Answers a batch; where that fails each request alone, so that one does not take the others with it."""
+    def _run_isolating_failures(self, batch: list[tuple[Any, int]]) -> int:
+        """Runs a batch; if that fails, runs each of its requests alone, so that only the faulty one fails."""
         try:
-            return self._answer(batch)
-        except Exception as error:  # the thread must outlive it, and whoever waits is told
-            requests = list({id(request): request for request, _ in batch}.values())
+            return self._run_batch(batch)
+        except Exception as error:  # the thread must survive, and the clients need an answer
+            requests = list(dict.fromkeys(request for request, _ in batch))
             if len(requests) > 1:
-                logger.warning("a batch of %d requests failed, each is tried alone: %r", len(requests), error)
-                return sum(self._attempt([row for row in batch if row[0] is request]) for request in requests)
-            logger.error("a request of %s failed", requests[0].version.name, exc_info=error)
+                logger.warning("a batch of %d requests failed; retrying each alone: %r", len(requests), error)
+                return sum(
+                    self._run_isolating_failures([row for row in batch if row[0] is request]) for request in requests
+                )
+            logger.error("a request for %s failed", requests[0].version.name, exc_info=error)
             requests[0].fail(error)
             return 0
+
+
+def _complete(future: Future, function: Callable[[], Any]) -> None:
+    try:
+        future.set_result(function())
+    except Exception as error:  # noqa: BLE001 - raised again by whoever waits for the future
+        future.set_exception(error)

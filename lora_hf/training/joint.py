@@ -28,9 +28,9 @@ from transformers import PreTrainedModel, Trainer
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import TrainingError, UserError
+from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.registry import task_of
-from lora_hf.lora.chunked_loss import IGNORE_INDEX
 from lora_hf.lora.inject import eject, set_adapter
 from lora_hf.lora.multi_adapter import mix_adapters
 from lora_hf.lora.precision import flush_denormals

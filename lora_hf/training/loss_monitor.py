@@ -38,8 +38,8 @@ class LossMonitor(TrainerCallback):
 
     def mean_since_last_log(self, step: int, accelerator: Accelerator) -> float:
         """The mean loss per optimizer step over all processes since the last call."""
-        total = accelerator.gather(self.sum.reshape(1)).mean().item()
-        mean = total / (step - self.logged_step)
+        sums: Any = accelerator.gather(self.sum.reshape(1))
+        mean = sums.mean().item() / (step - self.logged_step)
         self.sum.zero_()
         self.logged_step = step
         return mean

@@ -51,7 +51,7 @@ def _score_classifier(
     best = task.best_metric
     if scores[best] <= majority[best]:
         warnings.append(
-            f"{split}: {best} {scores[best]:.4f} is no better than one constant answer ({majority[best]:.4f}); train "
+            f"{split}: {best} {scores[best]:.4f} is no better than the majority class ({majority[best]:.4f}); train "
             "longer, or with another learning rate"
         )
     record.warnings += warnings
@@ -90,7 +90,7 @@ def draw_curves(record: RunRecord, path: Path) -> None:
             (line,) = right.plot(epochs, values, marker="o", label=label)
             majority = record.majority.get(split, {}).get(metric)
             if majority is not None:
-                right.axhline(majority, color=line.get_color(), linestyle=":", label=f"{label}, constant answer")
+                right.axhline(majority, color=line.get_color(), linestyle=":", label=f"{label}, majority class")
     left.set(xlabel="epoch", ylabel="loss", title="Loss")
     right.set(xlabel="epoch", title="Development scores")
     for axes in (left, right):

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lora_hf.adapters.save_load import restore_adapter, save_adapter
-from lora_hf.data.sampling import EpochSampler, PromptSampler, own_rows
-from lora_hf.lora.chunked_loss import IGNORE_INDEX, enable_chunked_loss
+from lora_hf.core.labels import IGNORE_INDEX
+from lora_hf.data.sampling import EpochSampler, PromptSampler, last_batch_share
+from lora_hf.lora.chunked_loss import enable_chunked_loss
 from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.training.checkpoints import STATE_FILE, best_checkpoint
 from lora_hf.training.distributed import average_gradients
@@ -85,7 +86,9 @@ class RunTrainer(Trainer):
         if arguments.world_size == 1 or not (plain and last):
             return batch
         rows: Any = self.train_dataset
-        own, share = own_rows(len(rows), arguments.train_batch_size, arguments.world_size, arguments.process_index)
+        own, share = last_batch_share(
+            len(rows), arguments.train_batch_size, arguments.world_size, arguments.process_index
+        )
         if self.model_accepts_loss_kwargs:  # the loss is a sum over labels, divided by their number in all processes
             batch["labels"][own:] = IGNORE_INDEX
             return batch
@@ -201,6 +204,13 @@ class Optimizations:
 
     scores_labels_only: bool
     padded_because: str | None
+
+    def training_arguments(self, label_smoothing: float = 0.0) -> dict[str, Any]:
+        """What the Trainer has to do itself, as its arguments."""
+        return {
+            "label_smoothing_factor": 0.0 if self.scores_labels_only else label_smoothing,
+            "train_sampling_strategy": "group_by_length" if self.padded_because else "random",
+        }
 
 
 def enable_optimizations(model: PreTrainedModel, label_smoothing: float = 0.0) -> Optimizations:

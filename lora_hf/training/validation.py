@@ -32,7 +32,9 @@ def check_run(config: RunConfig) -> None:
     if settings.group_by_prompt and task.model_kind != "causal-lm":
         raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave the key out")
     if settings.loraplus_lr_ratio is not None and settings.method != "lora":
-        raise ConfigError(f"train.loraplus_lr_ratio: train.method={settings.method} trains no lora_B; leave the key out")
+        raise ConfigError(
+            f"train.loraplus_lr_ratio: train.method={settings.method} trains no lora_B; leave the key out"
+        )
     if settings.start_from and settings.method == "lora":
         read_adapter_config(settings.start_from)
 
@@ -53,9 +55,7 @@ def _check_training_arguments(hf: Mapping[str, Any]) -> None:
 def check_together(configs: Sequence[RunConfig], resume: str | None) -> None:
     """Raises ConfigError, with all problems, where the runs cannot share one base (`training.joint`)."""
     if resume not in (None, "auto"):
-        raise ConfigError(
-            f"resume={resume}: a checkpoint belongs to one run, found {len(configs)} runs; expected auto"
-        )
+        raise ConfigError(f"resume={resume}: a checkpoint belongs to one run, found {len(configs)} runs; expected auto")
     problems = []
     if len(configs) < 2:
         problems.append(f"expected at least 2 runs, found {len(configs)}")

@@ -39,7 +39,7 @@ def adapted(kind: str = "roberta", num_labels: int | None = None, **adapters: di
     stir(model)
     torch.manual_seed(2)
     for head in adapter_heads(model).values():
-        for parameter in head.heads.parameters():
+        for parameter in head.modules_to_save.parameters():
             nn.init.normal_(parameter)
     return model
 
@@ -219,16 +219,16 @@ def test_heads_are_averaged_with_the_weights_over_their_sum(method: Any) -> None
     density = 0.5 if method in ("ties", "dare") else None
     combine_adapters(model, weights, "mix", method, density=density)
     (head,) = adapter_heads(model).values()
-    states = {name: head.heads[name].state_dict() for name in ("a", "b", "mix")}
+    states = {name: head.modules_to_save[name].state_dict() for name in ("a", "b", "mix")}
     for key, value in states["mix"].items():
         assert torch.allclose(value, 1.5 * states["a"][key] - 0.5 * states["b"][key], atol=PARITY_FP32)
-    with pytest.raises(ConfigError, match="their sum is 0; heads are averaged over it"):
+    with pytest.raises(ConfigError, match="expected a sum other than 0, because heads are divided by it"):
         combine_adapters(model, {"a": 1.0, "b": -1.0}, "other", method, density=density)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown name": ({"weights": {"a": 1, "bb": 1}}, "no adapter 'bb' on this model (did you mean 'b'?); it has: a, b"),
-    "no adapter": ({"weights": {}}, "expected an adapter and its weight, found nothing"),
+    "no adapter": ({"weights": {}}, "expected at least one adapter with its weight, found nothing"),
     "a weight that is no number": ({"weights": {"a": float("nan")}}, "weight of a: expected a number, found nan"),
     "a name that is taken": ({"name": "a"}, "already has an adapter named 'a'"),
     "unknown method": (
@@ -240,8 +240,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "has 32 as its smaller side; expected at most that, found 33",
     ),
     "rank of zero": ({"method": "svd", "rank": 0}, "rank: expected a whole number >= 1, found 0"),
-    "rank of linear": ({"rank": 3}, "method linear keeps every rank to be exact; use svd"),
-    "density of linear": ({"density": 0.5}, "method linear drops nothing"),
+    "rank of linear": ({"rank": 3}, "method linear is exact and adds the ranks up; use svd"),
+    "density of linear": ({"density": 0.5}, "method linear does not use it"),
     "no density": ({"method": "ties"}, "above 0 and at most 1, found nothing"),
     "density of zero": ({"method": "dare", "density": 0.0}, "above 0 and at most 1, found 0.0"),
     "density above one": ({"method": "ties", "density": 1.2}, "above 0 and at most 1, found 1.2"),
@@ -310,7 +310,7 @@ def test_folders_that_do_not_belong_together_are_refused(saved: Path) -> None:
         assert not (saved / "out").exists()
     (saved / "binary" / CONFIG_FILE).unlink()
     (saved / "binary" / "config.json").write_text("{}")
-    with pytest.raises(AdapterError, match="a whole model"):
+    with pytest.raises(AdapterError, match="a full model"):
         combine_saved([(saved / "binary", 0.5)], saved / "out")
 
 

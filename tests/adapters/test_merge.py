@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
+from lora_hf.adapters import merge as merge_module
 from lora_hf.adapters.merge import merge_adapter, plain_model
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import load_adapter, save_adapter
-from lora_hf.adapters.save_load import merge as merging
 from lora_hf.core.config.schema import LoraConfig, ModelConfig
 from lora_hf.core.errors import AdapterError, ConfigError, DataError
 from lora_hf.core.records import MERGE_FILE, MergeRecord
@@ -99,7 +99,7 @@ def saved_adapter(folder: Path, kind: str, std: float = 0.05, lora: bool = True)
     stir(model, std=std)
     torch.manual_seed(4)
     for head in adapter_heads(model).values():
-        for parameter in head.heads.parameters():
+        for parameter in head.modules_to_save.parameters():
             nn.init.normal_(parameter, std=0.1)
     return save_adapter(model, folder, task=task)
 
@@ -131,9 +131,9 @@ def test_the_folder_is_a_plain_classifier(classifier: Path, dtype: Any, toleranc
     assert answer[0]["label"] in ("negative", "positive")
     assert MergeRecord.load(tmp_path / "merged" / MERGE_FILE) == record
     assert (record.dtype, record.base, record.probe) == (dtype, "tiny-roberta", {"drawn": 8, "real": 8, "seed": 0})
-    assert 0 < record.drift["relative"] <= record.drift["tolerance"] == merging.TOLERANCES[dtype]
+    assert 0 < record.drift["relative"] <= record.drift["tolerance"] == merge_module.TOLERANCES[dtype]
     saved = find_saved_model(tmp_path / "merged")
-    assert (saved.whole, saved.task.name, saved.model.precision) == (True, "rule-sentiment", dtype)
+    assert (saved.is_full_model, saved.task.name, saved.model.precision) == (True, "rule-sentiment", dtype)
 
 
 def test_the_weights_are_the_sum_rounded_once(writer: Path, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_the_merged_head_is_that_of_the_active_adapter() -> None:
     for name in ("one", "two"):
         inject(model, LoraConfig(targets=("q",)), name)
     stir(model)
-    for parameter in adapter_heads(model)["classifier"].heads["one"].parameters():
+    for parameter in adapter_heads(model)["classifier"].modules_to_save["one"].parameters():
         nn.init.normal_(parameter)
     expected = set_adapter(model, "one")(token_ids()).logits
     assert torch.allclose(plain_model(model)(token_ids()).logits, expected, atol=MERGE_FP32)
@@ -194,25 +194,25 @@ def test_the_merged_head_is_that_of_the_active_adapter() -> None:
 def test_a_drift_above_the_tolerance_writes_nothing(
     classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(merging.TOLERANCES, "bf16", 1e-4)
-    with pytest.raises(AdapterError, match=r"not written: merged in bf16 .* Merge with --dtype fp32"):
+    monkeypatch.setitem(merge_module.TOLERANCES, "bf16", 1e-4)
+    with pytest.raises(AdapterError, match=r"not written: merging in bf16 .* Merge in fp32"):
         merge_adapter(find_saved_model(classifier), tmp_path / "merged", "bf16")
-    monkeypatch.setattr(merging, "merge", lambda model: model)  # a merge that forgets the adapter
-    with pytest.raises(AdapterError, match="not written: merged in fp32"):
+    monkeypatch.setattr(merge_module, "merge", lambda model: model)  # a merge that forgets the adapter
+    with pytest.raises(AdapterError, match="not written: merging in fp32"):
         merge_adapter(find_saved_model(classifier), tmp_path / "merged")
     assert not list(tmp_path.iterdir())
 
 
 def test_weights_beyond_fp16_are_refused(tmp_path: Path) -> None:
     folder = saved_adapter(tmp_path / "adapter", "gpt2", std=1e7)
-    with pytest.raises(AdapterError, match=r"merged in fp16 .* beyond the range of fp16"):
+    with pytest.raises(AdapterError, match=r"merging in fp16 .* beyond the range of fp16"):
         merge_adapter(find_saved_model(folder), tmp_path / "merged", "fp16")
     assert [place.name for place in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_merged_model_is_not_merged_again_nor_over_anything(classifier: Path, tmp_path: Path) -> None:
     merge_adapter(find_saved_model(classifier), tmp_path / "merged")
-    with pytest.raises(AdapterError, match="a whole model; there is no adapter to merge"):
+    with pytest.raises(AdapterError, match="a full model; there is no adapter to merge"):
         merge_adapter(find_saved_model(tmp_path / "merged"), tmp_path / "again")
     with pytest.raises(ConfigError, match="exists and is not empty"):
         merge_adapter(find_saved_model(classifier), tmp_path / "merged")

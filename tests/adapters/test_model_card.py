@@ -22,13 +22,13 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
     return Facts(*read_adapter_config(adapter), run_config(adapter), RunRecord.load(adapter.parent / RECORD_FILE))
 
 
-def metadata(card: str) -> Any:
+def card_data(card: str) -> Any:
     return ModelCard(card).data
 
 
 def test_the_card_says_what_the_record_says(facts: Facts) -> None:
     card = model_card(NAME, facts)
-    data = metadata(card)
+    data = card_data(card)
     assert (data.library_name, data.pipeline_tag, data.metrics) == ("peft", "text-classification", ["accuracy"])
     assert data.tags == ["lora", "lora-hf", "rule-sentiment"]
     (result,) = data.eval_results
@@ -51,8 +51,8 @@ def test_the_card_says_what_the_record_says(facts: Facts) -> None:
 
 @pytest.mark.parametrize(("name", "hub_id"), [("roberta-base", "FacebookAI/roberta-base"), ("a/b", "a/b")])
 def test_a_base_and_a_data_set_of_the_hub_are_linked(name: str, hub_id: str, facts: Facts) -> None:
-    card = model_card(NAME, replace(facts, about=replace(facts.about, base=name, task="sst2", revision="abc123")))
-    data = metadata(card)
+    card = model_card(NAME, replace(facts, metadata=replace(facts.metadata, base=name, task="sst2", revision="abc123")))
+    data = card_data(card)
     assert (data.base_model, data.datasets, data["base_model_relation"]) == (hub_id, ["nyu-mll/glue"], "adapter")
     assert data.eval_results[0].dataset_config == "sst2"
     assert f'from_pretrained("{hub_id}", dtype="float32", num_labels=2, revision="abc123")' in card
@@ -70,14 +70,14 @@ def test_the_scores_of_texts_are_told_with_how_they_were_written(facts: Facts) -
         precision="float32",
     )
     record = replace(facts.record, task="e2e_nlg", metrics={"validation": {"perplexity": 3.5}}, majority={})
-    about, config = AdapterMetadata(base="gpt2", task="e2e_nlg"), {**facts.config, "task_type": "CAUSAL_LM"}
-    card = model_card(NAME, Facts(config, about, facts.run, record, [scores]))
+    metadata, config = AdapterMetadata(base="gpt2", task="e2e_nlg"), {**facts.config, "task_type": "CAUSAL_LM"}
+    card = model_card(NAME, Facts(config, metadata, facts.run, record, [scores]))
     assert "| test | BLEU | 0.6694 |  |" in card
     assert "| test, seen | BLEU | 0.7001 |  |" in card
     assert "METEOR" not in card, "it was not measured"
-    assert "Texts of test (630 inputs) were generated with num_beams 10, length_penalty 0.9." in card
-    assert metadata(card).pipeline_tag == "text-generation"
-    values = {(each.dataset_split, each.metric_name): each.metric_value for each in metadata(card).eval_results}
+    assert "The texts of test (630 inputs) were generated with num_beams 10, length_penalty 0.9." in card
+    assert card_data(card).pipeline_tag == "text-generation"
+    values = {(each.dataset_split, each.metric_name): each.metric_value for each in card_data(card).eval_results}
     assert values == {("validation", "perplexity"): 3.5, ("test", "BLEU"): 0.6694, ("test", "BLEU, seen"): 0.7001}
 
 
@@ -93,17 +93,17 @@ def test_a_file_of_peft_alone_says_what_is_not_known(facts: Facts) -> None:
     assert "**Not known:** no record of a run came with this adapter." in card
     assert "## Results" not in card
     assert "`lora-hf" not in card, "the command line needs to know the task"
-    assert metadata(card).base_model == "openai-community/gpt2"
-    assert metadata(card).eval_results is None
+    assert card_data(card).base_model == "openai-community/gpt2"
+    assert card_data(card).eval_results is None
 
 
 def test_a_local_base_is_called_by_its_base_name(facts: Facts, tmp_path: Path) -> None:
     (tmp_path / "my-base").mkdir()
-    card = model_card(NAME, replace(facts, about=replace(facts.about, base=str(tmp_path / "my-base"))))
+    card = model_card(NAME, replace(facts, metadata=replace(facts.metadata, base=str(tmp_path / "my-base"))))
     assert str(tmp_path) not in card
     assert "`my-base`, a base from a local folder that is not known on the hub," in card
     assert 'from_pretrained("path/to/my-base"' in card
-    assert metadata(card).base_model is None
+    assert card_data(card).base_model is None
 
 
 def test_a_random_base_is_not_promised_to_other_libraries(facts: Facts) -> None:

@@ -33,7 +33,7 @@ def trained(kind: str = "roberta", num_labels: int | None = 3, **lora: Any) -> n
     inject(model, LoraConfig(**{"r": 4, "targets": ("all",), **lora}))
     stir(model)
     for name, parameter in model.named_parameters():
-        if ".heads." in name:
+        if ".modules_to_save." in name:
             nn.init.normal_(parameter)
     return model
 
@@ -121,7 +121,7 @@ def test_labels_and_problem_type_travel_with_the_adapter(tmp_path: Path) -> None
 
 def test_a_head_without_lora_travels_too(tmp_path: Path) -> None:
     model, ids = inject_head(small_model("roberta", 3)), token_ids()
-    nn.init.normal_(model.classifier.heads["default"].out_proj.weight)
+    nn.init.normal_(model.classifier.modules_to_save["default"].out_proj.weight)
     save_adapter(model, tmp_path)
     assert torch.equal(load_adapter(small_model("roberta", 3), tmp_path)(ids).logits, model(ids).logits)
 
@@ -158,9 +158,9 @@ def reconfigure(folder: Path, **values: Any) -> None:
 def reheader(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         header = dict(file.metadata())
-    about = json.loads(header[HEADER])
-    change(about)
-    save_file(load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, metadata=header | {HEADER: json.dumps(about)})
+    metadata = json.loads(header[HEADER])
+    change(metadata)
+    save_file(load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, metadata=header | {HEADER: json.dumps(metadata)})
 
 
 def truncate(folder: Path) -> None:
@@ -174,14 +174,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing tensor": (lambda f: rewrite(f, lambda t: t.pop(A)), f"missing: {A} (4, 32)"),
     "missing head": (lambda f: rewrite(f, lambda t: t.pop(HEAD)), f"missing: {HEAD} (3, 32)"),
     "extra tensor": (lambda f: rewrite(f, lambda t: t.update(stray=torch.ones(2))), "extra: stray (2,)"),
-    "renamed tensor": (lambda f: rewrite(f, lambda t: t.update({"x" + A: t.pop(A)})), f"extra: x{A} (4, 32)"),
     "wrong shape": (
         lambda f: rewrite(f, lambda t: t.update({B: torch.ones(31, 4)})),
         f"wrong shape: {B}: expected (32, 4), found (31, 4)",
-    ),
-    "transposed": (
-        lambda f: rewrite(f, lambda t: t.update({A: t[A].T.contiguous()})),
-        f"wrong shape: {A}: expected (4, 32), found (32, 4)",
     ),
     "not a number": (lambda f: rewrite(f, lambda t: t[B].fill_(float("nan"))), f"{B} holds NaN or infinity"),
     "truncated file": (truncate, "damaged adapter"),
@@ -209,7 +204,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a header of nonsense": (lambda f: reheader(f, lambda a: a.update(slices={"x": [["a", 2]]})), "damaged adapter"),
     "slices beyond the layer": (
         lambda f: reheader(f, lambda a: a["slices"].update({QUERY.removeprefix("base_model.model."): [[0, 99]]})),
-        "make no sense",
+        "found the slices [(0, 99)] and rank 4",
     ),
 }
 

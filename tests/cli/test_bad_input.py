@@ -1,4 +1,4 @@
-"""Every damaged adapter, config and data file of `tests/support/robustness.py` ends in one message, or is used as meant."""
+"""Every damaged input of `tests/support/damaged_inputs.py` is refused with one message, or the damage is harmless."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 
 from lora_hf.adapters.format import CONFIG_FILE
-from lora_hf.cli.main import main as cli
+from lora_hf.cli.main import main
 from tests.support.adapters_on_disk import run_folder
-from tests.support.malformed import well
-from tests.support.robustness import Adapters, Configs, Data, outcomes
+from tests.support.damaged_inputs import Adapters, Configs, Data, outcomes
+from tests.support.malformed_requests import passed
 
 RECORDS = Path(__file__).parents[2] / "docs" / "results" / "robustness"
 MEMORY = 1_000_000_000  # bytes that no case may take
 
-# What an adapter's field may hold beside what it held, by PEFT's own rules: anything else is refused.
-MEANT = {
+# How many other values each field of an adapter may have by PEFT's own rules: all others are refused.
+HARMLESS = {
     "task_type": 6,
-    "base_model_name_or_path": 6,  # the header of the weights says which base it was
+    "base_model_name_or_path": 6,  # the header of the weights names the base
     "revision": 6,
     "inference_mode": 3,
     "lora_alpha": 1,
@@ -34,28 +34,28 @@ MEANT = {
     "use_rslora": 3,
     "bias": 1,
     "use_dora": 2,
-    "adapter_config.json": 1,  # its last line break is gone
+    "adapter_config.json": 1,  # without its last line break
 }
 
 
-def check(found: list[dict[str, Any]], kind: str) -> list[str]:
-    """Holds the cases to their record, from which the page of results is made; returns those that were used."""
+def check(cases: list[dict[str, Any]], kind: str) -> list[str]:
+    """Compares the cases with their record, which the page of results shows; returns those that were used."""
     recorded = json.loads((RECORDS / "input.json").read_text(encoding="utf-8"))
-    assert {case["case"]: case["verdict"] for case in found} == {
+    assert {case["case"]: case["verdict"] for case in cases} == {
         case["case"]: case["verdict"] for case in recorded["cases"][kind]
     }
-    assert Counter(case["verdict"] for case in found) == recorded["counts"][kind]
-    assert [case for case in found if case["verdict"] == "escaped"] == []
-    assert [case["case"] for case in found if case["wrote"]] == []
-    assert [case["case"] for case in found if case["memory"] > MEMORY] == []
-    assert [case["case"] for case in found if case["verdict"] == "refused" and len(case["message"]) < 20] == []
-    return [case["case"] for case in found if case["verdict"] == "used"]
+    assert Counter(case["verdict"] for case in cases) == recorded["counts"][kind]
+    assert [case for case in cases if case["verdict"] == "escaped"] == []
+    assert [case["case"] for case in cases if case["wrote"]] == []
+    assert [case["case"] for case in cases if case["memory"] > MEMORY] == []
+    assert [case["case"] for case in cases if case["verdict"] == "refused" and len(case["message"]) < 20] == []
+    return [case["case"] for case in cases if case["verdict"] == "used"]
 
 
 def test_no_damaged_adapter_is_used(tmp_path: Path) -> None:
     used = check(outcomes(Adapters, tmp_path), Adapters.kind)
     fields = [case.split(": ")[0] for case in used]
-    assert {field: fields.count(field) for field in fields} == MEANT
+    assert {field: fields.count(field) for field in fields} == HARMLESS
 
 
 def test_no_damaged_config_is_used(tmp_path: Path) -> None:
@@ -71,22 +71,22 @@ def test_no_damaged_data_are_used(tmp_path: Path) -> None:
     assert set(check(outcomes(Data, tmp_path), Data.kind)) == {f"sentence {text}" for text in texts}
 
 
-def test_every_recorded_kill_was_gone_on_from_to_the_last_bit() -> None:
-    """The suite kills a few runs itself (`test_survival`); the record holds more, at random moments."""
+def test_every_recorded_kill_was_resumed_bit_for_bit() -> None:
+    """`test_survival` kills a few runs; the record holds more, killed at random moments."""
     if not (RECORDS / "kills.json").exists():
         pytest.skip("no kills are recorded: python -m tests.support.kills --output docs/results/robustness/kills.json")
     record = json.loads((RECORDS / "kills.json").read_text(encoding="utf-8"))
     assert len(record["kills"]) >= 20
     assert [kill["differences"] for kill in record["kills"]] == [[]] * record["exact"]
-    assert len({kill["checkpoint"] for kill in record["kills"]}) > 2, "they came at different moments"
+    assert len({kill["checkpoint"] for kill in record["kills"]}) > 2, "they were killed at different moments"
     assert not record["git"]["changed"]
 
 
 def test_a_thousand_malformed_requests_broke_no_server() -> None:
-    """The suite sends fewer itself (`test_malformed`)."""
+    """`test_malformed_requests` sends fewer."""
     record = json.loads((RECORDS / "http.json").read_text(encoding="utf-8"))
     assert record["totals"]["malformed"] >= 1000
-    assert well(record)
+    assert passed(record)
     assert not record["git"]["changed"]
 
 
@@ -94,18 +94,18 @@ def test_a_thousand_malformed_requests_broke_no_server() -> None:
     ("verb", "damage", "message"),
     [
         ("eval", '{"peft_type": "LORA", "r": NaN}', "r: expected a whole number >= 1, found nan"),
-        ("predict", "[" * 100_000, "damaged adapter: maximum recursion depth exceeded"),
+        ("predict", "[" * 100_000, "recursion depth"),
         ("merge", '{"peft_type": "LORA", "lora_alpha": -1}', "lora_alpha: expected a number > 0, found -1"),
     ],
 )
-def test_the_command_line_says_it_with_code_2(
+def test_the_command_line_exits_with_2(
     verb: str, damage: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = run_folder(tmp_path / "run")
     (adapter / CONFIG_FILE).write_text(damage)
     more = {"predict": ["--text", "a film"], "merge": ["--output", str(tmp_path / "merged")]}.get(verb, [])
-    assert cli.main([verb, "--adapter", str(adapter), *more]) == 2
-    said = capsys.readouterr()
-    assert message in said.err
-    assert said.out == ""
+    assert main([verb, "--adapter", str(adapter), *more]) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.out == ""
     assert not (tmp_path / "merged").exists()

@@ -1,4 +1,4 @@
-"""The demo, on its recipes with fewer epochs: it shows what its records say, and both adapted models have learned."""
+"""The demo with fewer epochs: it shows the values of its records, and both adapted models have learned."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_hf.cli.commands.demo import ASKED, RECIPE, WRITER_RECIPE
+from lora_hf.cli.commands.demo import CLASSIFIER_RECIPE, GENERATOR_RECIPE, PROMPTS, SENTENCES
 from lora_hf.core.config.loader import load_config
 from lora_hf.core.records import RunRecord
 from lora_hf.data.synthetic import rule_sentiment
 from lora_hf.data.tasks.registry import get_task
 from tests.support.command_lines import ask
 
-EPOCHS = {RECIPE: 1, WRITER_RECIPE: 0.25}
+EPOCHS = {CLASSIFIER_RECIPE: 1, GENERATOR_RECIPE: 0.25}
 
 
-def test_the_demo_ends_with_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_prints_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for recipe, epochs in EPOCHS.items():  # a recipe is looked for in the current folder first
         shorter = load_config(recipe, [f"train.epochs={epochs}"]).to_dict()
         (tmp_path / recipe).write_text(yaml.safe_dump(shorter), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    told = ask("demo", "--output", tmp_path)
-    shown = told.stdout
-    assert "three small trainings" in told.stderr.splitlines()[0]
-    for words in ("always the commonest class", "only its head trained", "LoRA and head trained"):
+    done = ask("demo", "--output", tmp_path)
+    shown = done.stdout
+    assert "two minutes" in done.stderr.splitlines()[0]
+    for words in ("most frequent class", "head trained", "LoRA and head trained"):
         assert words in shown
     head, lora, writer = (
         RunRecord.load(tmp_path / f"demo-{name}" / "record.json") for name in ("head", "lora", "writer")
     )
-    for record, recipe in ((head, RECIPE), (lora, RECIPE), (writer, WRITER_RECIPE)):
+    for record, recipe in ((head, CLASSIFIER_RECIPE), (lora, CLASSIFIER_RECIPE), (writer, GENERATOR_RECIPE)):
         assert record.config["train"]["epochs"] == EPOCHS[recipe]
     assert f"{lora.metrics['validation']['accuracy']:.3f}" in shown
     assert lora.metrics["validation"]["accuracy"] > head.metrics["validation"]["accuracy"] + 0.1 > 0.6
@@ -40,7 +40,7 @@ def test_the_demo_ends_with_its_table(tmp_path: Path, monkeypatch: pytest.Monkey
         row["sentence"]: get_task("rule-sentiment").label_names[row["label"]] for row in rule_sentiment("validation")
     }
     answers = re.findall(r"^  ['\"](.+)['\"]: (\w+) \([\d.]+\)(, wrong)?$", shown, re.MULTILINE)
-    assert len(answers) == ASKED
+    assert len(answers) == SENTENCES
     for sentence, label, wrong in answers:
         assert bool(wrong) == (label != right[sentence])
 
@@ -48,7 +48,7 @@ def test_the_demo_ends_with_its_table(tmp_path: Path, monkeypatch: pytest.Monkey
     assert f"{writer.parameters['trainable']:,} (" in shown
     starts = ("input    name\\[([^]]+)", "base     (.+)", "LoRA     (.+)")
     names, before, after = (re.findall(f"^  {start}", shown, re.MULTILINE) for start in starts)
-    assert len(names) == len(before) == len(after) == 3
+    assert len(names) == len(before) == len(after) == PROMPTS
     for name, base, adapted in zip(names, before, after, strict=True):
         assert name in adapted
         assert name not in base

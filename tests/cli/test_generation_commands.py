@@ -1,4 +1,4 @@
-"""The command lines of generation, on the embedded base and data."""
+"""`generate`, and `eval` of a generator, on the embedded base and data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     record = RunRecord.load(Path(last_json(done)["run"]) / "record.json")
     perplexity = record.metrics["validation"]["perplexity"]
     assert perplexity == pytest.approx(record.best["value"])
-    assert 1 < perplexity < math.exp(record.history[0]["loss"]), "it has learned something since the first steps"
+    assert 1 < perplexity < math.exp(record.history[0]["loss"]), "the loss must have fallen since the first steps"
     return Path(last_json(done)["weights"])
 
 
@@ -34,7 +34,7 @@ def test_generate_writes_texts_and_scores(writer: Path, tmp_path: Path) -> None:
     words = ["--input", tmp_path / "in.txt", "--output", tmp_path / "out.txt", "--num-beams", "3"]
     ask("generate", "--adapter", writer, *words)
     lines = (tmp_path / "out.txt").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == one["texts"][0]["text"], "the same text alone and in a batch"
+    assert lines[0] == one["texts"][0]["text"], "a text must not depend on its batch"
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["prompt"], row["text"]) for row in rows] == list(zip(prompts, lines, strict=True))
     sampled = ["--prompt", prompts[1], "--temperature", "1.2", "--top-p", "0.9", "--seed", "4"]
@@ -44,7 +44,7 @@ def test_generate_writes_texts_and_scores(writer: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("adapted", [True, False])
-def test_eval_scores_texts_and_leaves_a_record(writer: Path, adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_scores_texts_and_writes_a_record(writer: Path, adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [] if adapted else ["--without-adapter"]
     if not adapted:
         monkeypatch.setenv("PATH", "")
@@ -58,22 +58,22 @@ def test_eval_scores_texts_and_leaves_a_record(writer: Path, adapted: bool, monk
     assert (record.metrics["all"]["METEOR"] is None) == (java is None)
     lines = (writer.parent / f"predictions-{name}.txt").read_text(encoding="utf-8").splitlines()
     assert len(lines) == record.inputs
-    kept = (writer.parent / f"outputs-{name}.jsonl").read_text(encoding="utf-8")
-    outputs = [json.loads(line) for line in kept.splitlines()]
+    content = (writer.parent / f"outputs-{name}.jsonl").read_text(encoding="utf-8")
+    outputs = [json.loads(line) for line in content.splitlines()]
     assert [row["output"] for row in outputs] == lines
     assert outputs[0].keys() == {"task", "input", "references", "output"}
     assert all(row["references"] and "name : " in row["input"] for row in outputs)
     assert record.timings["generate"] > 0
 
 
-def test_mistakes_are_told_and_nothing_is_written(writer: Path, tmp_path: Path) -> None:
+def test_an_error_is_one_message_and_nothing_is_written(writer: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.txt"
     for words, message in (
         (["--prompt", "name[The Vaults], eatTipe[pub]"], "did you mean 'eatType'?"),
-        (["--prompt", "name[" + "The Vaults " * 300 + "]"], "the model reads at most"),
-        (["--input", tmp_path / "nowhere.txt"], "nowhere.txt: cannot be read"),
+        (["--prompt", "name[" + "The Vaults " * 300 + "]"], "at most"),
+        (["--input", tmp_path / "nowhere.txt"], "nowhere.txt: "),
     ):
         done = ask("generate", "--adapter", writer, *words, "--output", out, code=2)
         assert message in done.stderr
     assert not list(tmp_path.iterdir())
-    assert "writes texts; use generate instead" in ask("predict", "--adapter", writer, "--text", "x", code=2).stderr
+    assert "use generate instead" in ask("predict", "--adapter", writer, "--text", "x", code=2).stderr

@@ -1,4 +1,4 @@
-"""`scripts/score.py` as people call it: on files, with and without Java, and on files that cannot be scored."""
+"""`score` on files, with and without Java, and on files that cannot be scored."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def score(folder: Path, *words: str, code: int = 0, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the verb in an empty folder, with `path` alone as PATH where it is given."""
+    """Runs the verb in an empty folder, with PATH set to `path` if given."""
     done = subprocess.run(
         [sys.executable, str(REPO / "scripts" / "score.py"), *words],
         cwd=folder / "empty",
@@ -45,8 +45,8 @@ def score(folder: Path, *words: str, code: int = 0, path: Path | None = None) ->
 
 
 @needs_java
-def test_one_json_object_with_the_tool_of_each_value(folder: Path) -> None:
-    # With standard input closed, as under some schedulers: Java gets pipes of its own.
+def test_json_holds_the_scores_and_their_tools(folder: Path) -> None:
+    # Some schedulers close standard input; Java must not depend on it.
     script = f'exec "{sys.executable}" "{REPO}/scripts/score.py" "$@" <&-'
     words = ["--task", "e2e_nlg", "--predictions", folder / "out.txt", "--references", folder / "refs.txt", "--json"]
     done = subprocess.run(["sh", "-c", script, "sh", *words], cwd=folder / "empty", capture_output=True, text=True)
@@ -60,26 +60,27 @@ def test_one_json_object_with_the_tool_of_each_value(folder: Path) -> None:
     assert not list((folder / "empty").iterdir()), "nothing is written"
 
 
-def test_without_java_the_others_are_still_printed(folder: Path) -> None:
+def test_without_java_the_other_scores_are_printed(folder: Path) -> None:
     words = ["--task", "dart", "--predictions", "../out.txt", "--references", "../lex"]
     done = score(folder, *words, path=folder / "empty")
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["BLEU", "METEOR", "TER"]
     assert "null" in done.stdout.splitlines()[1]
     assert "multi-bleu.perl -lc" in done.stdout.splitlines()[0]
-    assert done.stderr.count("METEOR: needs Java 8 or newer, and there is no java on PATH: install it") == 1
+    assert done.stderr.count("METEOR: needs Java 8") == 1
 
 
-def test_a_java_that_dies_is_told_and_not_taken_for_a_score(folder: Path) -> None:
+def test_a_crash_of_java_is_reported(folder: Path) -> None:
     (folder / "bin").mkdir()
     (folder / "bin" / "java").write_text("#!/bin/sh\necho no runtime here >&2\nexit 3\n")
     (folder / "bin" / "java").chmod(0o755)
     words = ["--task", "e2e_nlg", "--predictions", "../out.txt", "--references", "../refs.txt", "--json"]
     result = json.loads(score(folder, *words, path=folder / "bin").stdout)
     assert [name for name, value in result["scores"].items() if value is None] == ["METEOR", "ROUGE_L", "CIDEr"]
-    assert "stopped before it had answered, with exit code 3; it said: no runtime here." in result["missing"]["CIDEr"]
+    assert "exit code 3" in result["missing"]["CIDEr"]
+    assert "no runtime here" in result["missing"]["CIDEr"]
 
 
-def test_torch_is_not_loaded(folder: Path) -> None:
+def test_torch_is_not_imported(folder: Path) -> None:
     code = "import sys; from lora_hf.cli.main import main; main(); assert not {'torch', 'evaluate'} & set(sys.modules)"
     words = ["--task", "dart", "--predictions", folder / "out.txt", "--references", folder / "refs.txt"]
     environment = os.environ | {"PATH": str(folder / "empty")}
@@ -92,14 +93,14 @@ def test_torch_is_not_loaded(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "predictions", "message"),
     [
-        ("e2e", b"a\nb\n", "no text metric for the task 'e2e' (did you mean 'e2e_nlg'?)"),
-        ("e2e_nlg", b"a\n", "expected a prediction a line for each of 2 groups of references, found 1 lines"),
-        ("e2e_nlg", b"a\n\n", "bad.txt, line 2: empty; expected a prediction"),
-        ("e2e_nlg", b"a\nb\xff\n", "bad.txt: not UTF-8 at byte 3"),
-        ("e2e_nlg", None, "bad.txt: cannot be read"),
+        ("e2e", b"a\nb\n", "'e2e' (did you mean 'e2e_nlg'?)"),
+        ("e2e_nlg", b"a\n", "found 1"),
+        ("e2e_nlg", b"a\n\n", "bad.txt, line 2: "),
+        ("e2e_nlg", b"a\nb\xff\n", "bad.txt, line 2: not UTF-8"),
+        ("e2e_nlg", None, "bad.txt: "),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_code_2(
+def test_an_error_is_one_message_and_exit_code_2(
     task: str, predictions: bytes | None, message: str, folder: Path
 ) -> None:
     if predictions is not None:

@@ -1,4 +1,4 @@
-"""`serve` as people run it: a process that is asked, told to end while it works, and started again."""
+"""`serve` in its own process, which gets SIGTERM while it answers, and its errors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.served import serving
-from tests.support.served_adapters import PROMPTS, save_random
+from lora_hf.cli.main import main
+from tests.support.random_adapters import PROMPTS, save_random
+from tests.support.server_process import serving
 
 TOKEN = "a-token-of-this-test"
 
@@ -29,7 +30,7 @@ def test_a_request_in_flight_is_answered_after_sigterm(folders: dict[str, Path])
             answer = client.post("/v1/classify", json={"adapter": "a", "inputs": ["a warm, funny film"]}).json()
             assert answer["answers"][0]["label"] in ("negative", "positive")
             body: dict[str, Any] = {"adapter": "w", "prompt": PROMPTS[1], "max_new_tokens": 60, "stream": True}
-            # A text of many tokens: sampled at a temperature at which the end is unlikely to be drawn.
+            # At this temperature the end token is unlikely to be sampled soon.
             body |= {"temperature": 50.0, "seed": 1}
             with client.stream("POST", "/v1/generate", json=body) as stream:
                 chunks = stream.iter_text()
@@ -38,7 +39,7 @@ def test_a_request_in_flight_is_answered_after_sigterm(folders: dict[str, Path])
                 whole = first + "".join(chunks)
         assert process.wait(60) == 0
         assert "event: text" in first
-        assert "event: done" not in first, "it was in flight when the signal came"
+        assert "event: done" not in first, "the request must be in flight at the signal"
         assert "event: done" in whole
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{address}/healthz")
@@ -51,21 +52,19 @@ def test_a_request_in_flight_is_answered_after_sigterm(folders: dict[str, Path])
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--adapter", "nowhere"], "a name of its own for each: NAME=DIR"),
-        (["--adapter", "a=1", "--adapter", "a=2"], "a name of its own for each"),
-        (["--adapter", "a=nowhere/at/all"], "not an adapter folder"),
+        (["--adapter", "nowhere"], "--adapter nowhere: expected NAME=DIR"),
+        (["--adapter", "a=1", "--adapter", "a=2"], "--adapter a=2: expected NAME=DIR with a unique name"),
+        (["--adapter", "a=nowhere/at/all"], "nowhere/at/all: "),
         (["--adapter", "a=x", "--allow-loading", "."], "needs a token"),
         (["--adapter", "a=x", "--token-file", "nowhere"], "cannot be read"),
-        (["--adapter", "a=x", "--port", "70000"], "expected 0 to 65535"),
-        (["--adapter", "a=x", "--max-batch", "0"], "max_batch: expected a number above 0"),
-        (["--adapter", "a=someone/x", "--host", "192.0.2.1"], "cannot be listened to"),
+        (["--adapter", "a=x", "--port", "70000"], "--port: expected 0 to 65535, found 70000"),
+        (["--adapter", "a=x", "--max-batch", "0"], "--max-batch: expected a number above 0"),
+        (["--adapter", "a=someone/x", "--host", "192.0.2.1"], "--host 192.0.2.1 --port 0: cannot listen"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_served(
+def test_errors_are_reported_before_serving(
     words: list[str], message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_hf.cli.main import main
-
     monkeypatch.delenv("LORA_HF_TOKEN", raising=False)
     assert main([*words, "--port", "0"] if "--port" not in words else words, verb="serve") == 2
     assert message in capsys.readouterr().err

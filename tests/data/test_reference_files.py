@@ -14,14 +14,14 @@ def references(tmp_path: Path) -> Path:
     return tmp_path / "refs.txt"
 
 
-def test_groups_are_parted_by_an_empty_line(references: Path, tmp_path: Path) -> None:
+def test_empty_lines_separate_groups(references: Path, tmp_path: Path) -> None:
     read = read_references([references])
     assert (read.groups, read.tokenized) == ([["one", "eins"], ["two"]], False)
     (tmp_path / "out.txt").write_text("uno\ndos\n")
     assert read_predictions(tmp_path / "out.txt", read) == ["uno", "dos"]
 
 
-def test_a_folder_of_lex_files_holds_a_reference_each(tmp_path: Path) -> None:
+def test_each_lex_file_of_a_folder_holds_one_reference_per_input(tmp_path: Path) -> None:
     (tmp_path / "gold-reference0.lex").write_text("a .\nb .\n")
     (tmp_path / "gold-reference1.lex").write_text("A .\n\n")
     read = read_references([tmp_path])
@@ -36,9 +36,9 @@ def test_the_real_files(data_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"uno\n", "expected a prediction a line for each of 2 groups of references, found 1 lines"),
+        (b"uno\n", "expected a prediction for each of 2 groups of references, found 1 lines"),
         (b"uno\n\ndos\n", "out.txt, line 2: empty; expected a prediction"),
-        (b"uno\nd\xffs\n", "out.txt: not UTF-8 at byte 5"),
+        (b"uno\nd\xffs\n", "out.txt, line 2: not UTF-8"),
         (b"", "out.txt: empty"),
         (None, "out.txt: cannot be read"),
     ],
@@ -53,7 +53,7 @@ def test_predictions_that_cannot_be_scored(
     assert message in str(error.value)
 
 
-def test_lex_files_of_another_length_are_refused(tmp_path: Path) -> None:
+def test_lex_files_of_different_lengths_are_refused(tmp_path: Path) -> None:
     (tmp_path / "gold-reference0.lex").write_text("a\nb\nc\n")
     (tmp_path / "gold-reference1.lex").write_text("a\n")
     with pytest.raises(DataError, match="expected 3 lines as in"):

@@ -1,4 +1,4 @@
-"""The rule-made data: the same every time, labelled by their own rule, and not solved by counting words."""
+"""The synthetic data: the same every time, labeled by their rule, and not solved by counting words."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def words(sentence: str) -> list[str]:
 
 
 def read(sentence: str) -> int:
-    """A second reading of the rule: the sense of the last opinion word, turned round by a negation."""
+    """The rule once more: the sentiment of the last opinion word, inverted by a negation."""
     senses = [int(word in POSITIVE) for word in words(sentence) if word in POSITIVE | NEGATIVE]
     return senses[-1] ^ bool(NEGATION.search(sentence))
 
@@ -70,7 +70,7 @@ def test_sentiment_is_balanced_and_follows_its_rule(split: str, count: int) -> N
         assert sum(row["label"] for row in hard) == pytest.approx(len(hard) / 2, abs=1)
 
 
-def test_validation_is_new() -> None:
+def test_validation_shares_no_frame_with_train() -> None:
     train, validation = rule_sentiment("train"), rule_sentiment("validation")
     assert not {frame(row["sentence"]) for row in train} & {frame(row["sentence"]) for row in validation}
     held_out = {*HELD_OUT_ADJECTIVES[0], *HELD_OUT_ADJECTIVES[1]}
@@ -96,7 +96,7 @@ def slots(meaning: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("split", "count", "each"), [("train", 2000, 2), ("validation", 200, 5), ("test", 200, 5)])
-def test_restaurants_say_every_slot(split: str, count: int, each: int) -> None:
+def test_restaurants_express_every_slot(split: str, count: int, each: int) -> None:
     rows = rule_restaurants(split)
     assert len(rows) == count
     groups = [rows[start : start + each] for start in range(0, count, each)]
@@ -126,5 +126,5 @@ def test_restaurants_share_no_meaning_between_splits() -> None:
 
 @pytest.mark.parametrize("make", [rule_sentiment, rule_restaurants])
 def test_unknown_split(make) -> None:
-    with pytest.raises(DataError, match="the rule-made data have no split 'dev'; there are: train, validation"):
+    with pytest.raises(DataError, match="the synthetic data have no split 'dev'; there are: train, validation"):
         make("dev")

@@ -1,8 +1,10 @@
-"""Tokens are kept, found again by all that they depend on, and made anew where the file is damaged."""
+"""Tokens are cached by all that they depend on, and made again if the file is damaged."""
 
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import datasets
 import pytest
 from datasets import Dataset
 
+from lora_hf.core.child_process import package_environment
 from lora_hf.core.config.schema import ModelConfig
-from lora_hf.data import tokenization as encoding
+from lora_hf.data import tokenization
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.models.load import load_tokenizer
 
@@ -26,7 +29,7 @@ def tokenizer() -> Any:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    monkeypatch.setattr(encoding, "KEPT_FROM", 3)
+    monkeypatch.setattr(tokenization, "MIN_CACHED_ROWS", 3)
     return tmp_path / "lora_hf"
 
 
@@ -35,43 +38,53 @@ def rows(label: int = 1) -> Dataset:
     return Dataset.from_dict({TASK.text_columns[0]: texts, "label": [0, label, 0]})
 
 
-def test_the_second_time_nothing_is_tokenised(cache: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = encoding.encode(TASK, rows(), tokenizer, 64)
-    tokenizer(["something"], padding=True, truncation=True, max_length=7)  # leaves its traces in the tokenizer
-    monkeypatch.setattr(type(TASK), "encode", lambda *_: pytest.fail("tokenised again"))
-    again = encoding.encode(TASK, rows(), tokenizer, 64)
+def test_the_second_time_nothing_is_tokenized(cache: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tokenization.encode(TASK, rows(), tokenizer, 64)
+    tokenizer(["something"], padding=True, truncation=True, max_length=7)  # changes the tokenizer's state
+    monkeypatch.setattr(type(TASK), "encode", lambda *_: pytest.fail("tokenized again"))
+    again = tokenization.encode(TASK, rows(), tokenizer, 64)
     assert again.to_list() == first.to_list()
     assert len(list(cache.glob("*.arrow"))) == 1
 
 
-def test_other_rows_lengths_and_tokenizers_are_other_tokens(cache: Path, tokenizer: Any) -> None:
-    labels = [encoding.encode(TASK, rows(label), tokenizer, 64)["labels"][:] for label in (1, 0)]
+def test_other_rows_lengths_and_tokenizers_have_other_keys(cache: Path, tokenizer: Any) -> None:
+    labels = [tokenization.encode(TASK, rows(label), tokenizer, 64)["labels"][:] for label in (1, 0)]
     assert labels == [[0, 1, 0], [0, 0, 0]]
-    assert max(map(len, encoding.encode(TASK, rows(), tokenizer, 4)["input_ids"])) == 4
+    assert max(map(len, tokenization.encode(TASK, rows(), tokenizer, 4)["input_ids"])) == 4
     tokenizer.add_tokens(["soup"])
-    encoding.encode(TASK, rows(), tokenizer, 64)
+    tokenization.encode(TASK, rows(), tokenizer, 64)
     assert len(list(cache.glob("*.arrow"))) == 4
 
 
-def test_a_damaged_file_is_made_anew(cache: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
-    first = encoding.encode(TASK, rows(), tokenizer, 64).to_list()
+@pytest.mark.parametrize("name", ["sst2", "web_nlg"])
+def test_the_key_is_the_same_in_every_process(name: str) -> None:
+    code = f"from lora_hf.data.tasks.registry import get_task; print(get_task({name!r}))"
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=package_environment() | {"PYTHONHASHSEED": seed}, capture_output=True
+        ).stdout
+        for seed in "12"
+    }
+    assert len(printed) == 1, "the key is made of the task's repr"
+
+
+def test_a_damaged_file_is_replaced(cache: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    first = tokenization.encode(TASK, rows(), tokenizer, 64).to_list()
     (file,) = cache.glob("*.arrow")
     file.write_bytes(file.read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
-        assert encoding.encode(TASK, rows(), tokenizer, 64).to_list() == first
+        assert tokenization.encode(TASK, rows(), tokenizer, 64).to_list() == first
     assert "damaged" in caplog.text
     assert len(file.read_bytes()) > 100
 
 
-def test_where_nothing_can_be_kept_the_run_goes_on(
-    cache: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    cache.write_text("a file stands where the folder should be", encoding="utf-8")
-    assert len(encoding.encode(TASK, rows(), tokenizer, 64)) == 3
-    assert "not kept" in caplog.text
+def test_a_run_goes_on_without_a_cache(cache: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    cache.write_text("a file in place of the folder", encoding="utf-8")
+    assert len(tokenization.encode(TASK, rows(), tokenizer, 64)) == 3
+    assert "not cached" in caplog.text
 
 
-def test_a_few_rows_are_not_worth_a_file(cache: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "KEPT_FROM", 4)
-    encoding.encode(TASK, rows(), tokenizer, 64)
+def test_few_rows_are_not_cached(cache: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "MIN_CACHED_ROWS", 4)
+    tokenization.encode(TASK, rows(), tokenizer, 64)
     assert not cache.exists()

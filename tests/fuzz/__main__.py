@@ -25,7 +25,7 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
     """Replaces or deletes a value in one of the three JSON parts, or mutates the bytes as libFuzzer does."""
     import atheris
 
-    from tests.support.robustness import HOSTILE
+    from tests.support.damaged_inputs import HOSTILE
 
     draws = random.Random(seed)
     parts = data.split(b"\0", 4)

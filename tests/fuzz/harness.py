@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lora_hf.adapters.format import CONFIG_FILE, HEADER, WEIGHTS_FILE, read_adapter
-from lora_hf.adapters.peft_config import start_of
+from lora_hf.adapters.peft_config import base_dependent_init
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
@@ -75,7 +75,7 @@ class Harness:
     def _check(self, model: Any, folder: Path) -> None:
         """Checks that the loaded tensors are those of the file."""
         file = read_adapter(folder)
-        if start_of(file)[0]:
+        if base_dependent_init(file)[0]:
             return  # saved relative to its initial weights
         again = read_adapter(save_adapter(model, folder / "again")).tensors
         for key, tensor in again.items():

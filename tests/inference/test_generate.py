@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import DataError
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.inference.generate import Generated, Generator, NoRepeatedNGram, write_texts
+from lora_hf.inference.generate import GeneratedText, Generator, NoRepeatedNGram, write_texts
 from lora_hf.training.trainer import completion_loss
 from tests.support.small_models import small_model
 from tests.tolerances import PARITY_FP32
@@ -104,7 +104,9 @@ def test_the_loss_of_a_completion_by_hand() -> None:
 
 
 def test_texts_and_scores_are_written_in_order(tmp_path: Path) -> None:
-    made = write_texts(tmp_path / "out.txt", ["a", "b"], iter([Generated("eins", -1.0), Generated("zwö", -2.0)]))
+    made = write_texts(
+        tmp_path / "out.txt", ["a", "b"], iter([GeneratedText("eins", -1.0), GeneratedText("zwö", -2.0)])
+    )
     assert [one.text for one in made] == ["eins", "zwö"]
     assert (tmp_path / "out.txt").read_text(encoding="utf-8") == "eins\nzwö\n"
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -115,8 +117,8 @@ def test_texts_and_scores_are_written_in_order(tmp_path: Path) -> None:
 def test_an_interruption_keeps_what_it_had_and_the_older_file(tmp_path: Path) -> None:
     (tmp_path / "out.txt").write_text("old\n")
 
-    def stopped() -> Iterator[Generated]:
-        yield Generated("first", -1.0)
+    def stopped() -> Iterator[GeneratedText]:
+        yield GeneratedText("first", -1.0)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from lora_hf.core.config.schema import ROLES, LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError, ModelError
 from lora_hf.lora.architectures import ARCHITECTURES
+from lora_hf.lora.fingerprint import fingerprint
 from lora_hf.lora.inject import (
     count_parameters,
     eject,
@@ -18,7 +19,7 @@ from lora_hf.lora.inject import (
     merge,
     set_adapter,
 )
-from lora_hf.lora.target_modules import Site, plan
+from lora_hf.lora.target_modules import Site, plan, projections
 from lora_hf.models.load import SHAPES as PUBLISHED
 from tests.support.small_models import SHAPES, small_model, stir, token_ids
 
@@ -76,7 +77,7 @@ def test_injected_everywhere_changes_the_output_and_ejects_to_the_plain_model(ki
     model.train()
     model(ids, labels=torch.tensor([0, 1, 2])).loss.backward()
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == ("lora_" in name or ".heads." in name), name
+        assert parameter.requires_grad == ("lora_" in name or ".modules_to_save." in name), name
         assert (parameter.grad is not None and bool(parameter.grad.any())) == parameter.requires_grad, name
     after = eject(model.eval()).state_dict()
     assert list(after) == list(before)
@@ -88,7 +89,7 @@ def test_eject_after_merge_keeps_the_merged_weights_and_the_trained_head() -> No
     model, ids = small_model("roberta", num_labels=2), token_ids()
     inject(model, LoraConfig(targets=("all",)))
     stir(model)
-    nn.init.normal_(model.classifier.heads["default"].out_proj.weight)
+    nn.init.normal_(model.classifier.modules_to_save["default"].out_proj.weight)
     adapted = model(ids).logits
     eject(merge(model))
     assert not lora_layers(model)
@@ -100,7 +101,8 @@ def test_parameter_counts_of_the_published_shapes() -> None:
     assert count_parameters(roberta).total == 124_647_170
     counts = count_parameters(inject(roberta, LoraConfig(r=8, targets=("q", "v"))))
     assert (counts.lora, counts.trainable, counts.total) == (294_912, 887_042, 124_647_170 + 294_912)
-    assert sum(parameter.numel() for parameter in roberta.parameters()) == counts.total
+    own_head = sum(parameter.numel() for parameter in roberta.classifier.original_module.parameters())
+    assert sum(parameter.numel() for parameter in roberta.parameters()) == counts.total + own_head
     for name, lora in (("gpt2", 147_456), ("gpt2-medium", 393_216)):
         counts = count_parameters(inject(published(name, AutoModelForCausalLM), LoraConfig(r=4, targets=("q", "v"))))
         assert (counts.lora, counts.trainable, counts.head) == (lora, lora, 0)
@@ -115,13 +117,36 @@ def test_a_second_adapter_leaves_the_counts_of_the_active_one_alone() -> None:
     assert (two.total, two.lora, two.head) == (one.total, one.lora, one.head)
 
 
+def test_the_bare_base_has_the_counts_of_the_plain_model() -> None:
+    model = small_model("roberta", num_labels=2)
+    plain = count_parameters(model).total
+    set_adapter(inject(model, LoraConfig(r=2)), None)
+    counts = count_parameters(model)
+    assert (counts.total, counts.lora, counts.head) == (plain, 0, 0)
+
+
+def test_the_bases_own_head_is_neither_trained_nor_listed_nor_part_of_the_fingerprint() -> None:
+    model = small_model("roberta", num_labels=2)
+    before = fingerprint(model)
+    inject(model, LoraConfig(r=2))
+    assert fingerprint(model) == before
+    for bias in ("none", "lora_only", "all"):
+        mark_only_lora_as_trainable(model, bias)
+        assert not any(parameter.requires_grad for parameter in model.classifier.original_module.parameters())
+        assert not any("original_module" in name for name in lora_state_dict(model, bias))
+    assert not any("original_module" in path for path in projections(model))
+    head = model.classifier.original_module
+    assert eject(model).classifier is head
+    assert all(parameter.requires_grad for parameter in head.parameters())
+
+
 def test_each_adapter_answers_for_itself() -> None:
     model, ids = small_model("roberta", num_labels=2), token_ids()
     plain = model(ids).logits
     inject(model, LoraConfig(r=2), name="a")
     inject(model, LoraConfig(r=4, targets=("ffn",)), name="b")
     stir(model)
-    nn.init.normal_(model.classifier.heads["b"].out_proj.weight)
+    nn.init.normal_(model.classifier.modules_to_save["b"].out_proj.weight)
     answers = {name: set_adapter(model, name)(ids).logits for name in ("a", "b")}
     assert not torch.allclose(answers["a"], answers["b"], atol=1e-3)
     assert torch.equal(set_adapter(model, "a")(ids).logits, answers["a"])

@@ -28,7 +28,7 @@ def adapted(layout: str, r: int = 3, dropout: float = 0.0, dtype: torch.dtype = 
     layer = LoraLinear(make().to(dtype).requires_grad_(False), AdapterState())
     layer.adapters["default"] = LoraWeights(10, slices, r, lora_alpha=5, lora_dropout=dropout)
     nn.init.normal_(layer.adapters["default"].lora_B)
-    layer.switch.shared = "default"
+    layer.adapter_state.active_adapter = "default"
     return layer.eval()
 
 
@@ -96,7 +96,7 @@ def test_merging_another_adapter_takes_the_first_one_out() -> None:
     nn.init.normal_(layer.adapters["other"].lora_B)
     before = layer.weight.clone()
     layer.merge()
-    layer.switch.shared = "other"
+    layer.adapter_state.active_adapter = "other"
     layer.merge()
     assert torch.allclose(layer.weight, before + layer.adapters["other"].delta_weight(18), atol=MERGE_FP32)
     layer.unmerge()
@@ -142,30 +142,36 @@ def test_lora_and_head_stay_fp32_and_exact_whatever_the_base_is_cast_to(cast) ->
     head = ModulesToSaveWrapper(nn.Linear(10, 2), AdapterState())
     head.add("default")
     model = nn.ModuleDict({"layer": layer, "head": head})
-    before = [parameter.clone() for parameter in (*layer.adapters.parameters(), *head.heads.parameters())]
+    before = [parameter.clone() for parameter in (*layer.adapters.parameters(), *head.modules_to_save.parameters())]
     cast(model)
     assert layer.weight.dtype in (torch.float16, torch.bfloat16)
-    after = [*layer.adapters.parameters(), *head.heads.parameters()]
+    after = [*layer.adapters.parameters(), *head.modules_to_save.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     x = torch.randn(3, 10).to(layer.weight.dtype)
     assert layer(x).dtype == layer.weight.dtype
-    head.switch.shared = "default"
+    head.adapter_state.active_adapter = "default"
     assert head(x).dtype == torch.float32
     layer(x).float().sum().backward()
     assert layer.adapters["default"].lora_A.grad.dtype == torch.float32
 
 
-def test_the_bases_own_head_is_kept_apart() -> None:
+def test_the_bases_own_head_is_frozen_and_runs_without_an_adapter() -> None:
     head = ModulesToSaveWrapper(nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5)), AdapterState())
     head.add("default")
-    assert sum(parameter.numel() for parameter in head.parameters()) == 10, "the base's head is not counted"
-    assert all(".0." in f".{name}" and name.startswith("heads.default") for name in head.state_dict())
+    assert {name for name, parameter in head.named_parameters() if parameter.requires_grad} == {
+        "modules_to_save.default.0.weight",
+        "modules_to_save.default.0.bias",
+    }
+    assert set(head.state_dict()) == {
+        f"{part}.0.{name}" for part in ("original_module", "modules_to_save.default") for name in ("weight", "bias")
+    }
     head.eval()
     x = torch.randn(3, 4)
-    assert torch.equal(head(x), head.base_head(x)), "no adapter active: the base's own, in eval mode"
-    head.switch.shared = "default"
-    nn.init.zeros_(head.heads["default"][0].weight)
-    assert not torch.equal(head(x), head.base_head(x))
+    assert torch.equal(head(x), head.original_module(x)), "no adapter active: the base's own, in eval mode"
+    head.adapter_state.active_adapter = "default"
+    nn.init.zeros_(head.modules_to_save["default"][0].weight)
+    assert not torch.equal(head(x), head.original_module(x))
     assert torch.equal(copy.deepcopy(head)(x), head(x))
     head.to(torch.float64)
-    assert head.base_head[0].weight.dtype == torch.float64
+    assert head.original_module[0].weight.dtype == torch.float64
+    assert head.modules_to_save["default"][0].weight.dtype == torch.float32

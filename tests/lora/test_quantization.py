@@ -114,7 +114,7 @@ def adapted(scheme: str, transposed: bool, slices: list[tuple[int, int]], bias: 
     layer = LoraLinear(QuantisedLinear(plain.requires_grad_(False), scheme), AdapterState())
     layer.adapters["default"] = LoraWeights(10, slices, r=3, lora_alpha=5)
     nn.init.normal_(layer.adapters["default"].lora_B)
-    layer.switch.shared = "default"
+    layer.adapter_state.active_adapter = "default"
     return layer
 
 
@@ -226,7 +226,7 @@ def test_merging_another_adapter_takes_the_first_one_out(scheme: str) -> None:
     nn.init.normal_(layer.adapters["other"].lora_B)
     before = layer.weight
     layer.merge()
-    layer.switch.shared = "other"
+    layer.adapter_state.active_adapter = "other"
     layer.merge()
     expected = pack(before + layer.delta_weight("other").detach(), scheme)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in layer.base_layer.packed().items())
@@ -307,7 +307,7 @@ def test_what_cannot_be_quantised() -> None:
 
 def test_without_bitsandbytes_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    with pytest.raises(ConfigError, match=r"python -m pip install -e '\.\[quantised\]', or take int8"):
+    with pytest.raises(ConfigError, match=r"python -m pip install -e '\.\[quantised\]'.*int8"):
         quantise(small_model("roberta", 3), "nf4")
 
 
@@ -326,7 +326,7 @@ def test_an_adapter_finds_its_base_in_either_form(kind: str, scheme: str, tmp_pa
         stir(model)
         save_adapter(model, tmp_path / name, task="sst2")
     files = {name: read_adapter(tmp_path / name) for name in models}
-    assert files["plain"].about == files["packed"].about
+    assert files["plain"].metadata == files["packed"].metadata
     assert files["plain"].config == files["packed"].config
     assert all(torch.equal(files["plain"].tensors[key], tensor) for key, tensor in files["packed"].tensors.items())
     for name, model in models.items():
@@ -335,7 +335,7 @@ def test_an_adapter_finds_its_base_in_either_form(kind: str, scheme: str, tmp_pa
             fresh = copy.deepcopy(other)
             assert torch.equal(load_adapter(fresh, tmp_path / folder)(ids).logits, model(ids).logits)
             save_adapter(merge(fresh), tmp_path / "again")
-            assert read_adapter(tmp_path / "again").about.fingerprint == files["plain"].about.fingerprint
+            assert read_adapter(tmp_path / "again").metadata.fingerprint == files["plain"].metadata.fingerprint
     with pytest.raises(AdapterError, match="was trained on another base"):
         load_adapter(quantise(small_model(kind, 3, seed=5), scheme), tmp_path / "plain")
     load_adapter(quantise(small_model(kind, 3).to(torch.bfloat16), scheme), tmp_path / "plain")
@@ -354,7 +354,7 @@ def test_a_base_that_an_adapter_was_merged_into_is_another_base(tmp_path: Path) 
 
 
 def test_a_config_that_would_train_packed_weights_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model.quantised: nf4 weights cannot be trained"):
+    with pytest.raises(ConfigError, match=r"model.quantised=nf4: train.method=full"):
         load_config("rule_sentiment.yaml", ["model.quantised=nf4", "train.method=full"])
     with pytest.raises(ConfigError, match=r"model.quantised: expected one of int8, nf4, found 'int4'"):
         load_config("rule_sentiment.yaml", ["model.quantised=int4"])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.lora.inject import inject
 from lora_hf.lora.kernels.attention import Rows, attend_rows
-from lora_hf.lora.unpadding import ATTENTION, _filling, enable_unpadding
+from lora_hf.lora.unpadding import ATTENTION, _filling, _register_attention, enable_unpadding
 from lora_hf.training.trainer import enable_optimizations
 from tests import tolerances
 from tests.support.small_models import small_model, stir, token_ids
@@ -131,14 +133,54 @@ def test_generation_is_left_alone() -> None:
     assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), before)
 
 
-def test_what_cannot_be_served_says_why_and_stays_as_it_was() -> None:
-    model = small_model("deberta-v2", 2)
-    implementation = model.config._attn_implementation
-    assert "attention of its own" in (enable_unpadding(model) or "")
-    assert model.config._attn_implementation == implementation
-    chosen = small_model("roberta", 2)
-    chosen.config._attn_implementation = "flex_attention"
-    assert "flex_attention" in (enable_unpadding(chosen) or "")
+def hooks_of(model: PreTrainedModel) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention", "reason"),
+    [
+        ("deberta-v2", None, "attention of its own"),
+        ("roberta", "flex_attention", "flex_attention"),
+        ("roberta", "fixed", "RobertaForSequenceClassification"),
+    ],
+)
+def test_an_unsupported_model_is_left_unchanged(
+    kind: str, attention: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(kind, 2)
+    if attention == "fixed":
+        monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda *_: False)
+    elif attention is not None:
+        model.config._attn_implementation = attention
+    before, hooks = model.config._attn_implementation, hooks_of(model)
+    assert reason in (enable_unpadding(model) or "")
+    assert (model.config._attn_implementation, hooks_of(model)) == (before, hooks)
+
+
+def test_the_attention_is_registered_when_it_is_first_needed() -> None:
+    """By `enable_unpadding`, or by the hooks of a model that another process pickled."""
+    AttentionInterface._global_mapping.pop(ATTENTION, None)
+    _register_attention.cache_clear()
+    model = small_model("roberta", 2)
+    padded = model(**batch()).logits
+    assert ATTENTION not in AttentionInterface()
+    assert enable_unpadding(model) is None
+    assert ATTENTION in AttentionInterface()
+    pickled = pickle.dumps(model)
+    AttentionInterface._global_mapping.pop(ATTENTION)
+    _register_attention.cache_clear()
+    free = pickle.loads(pickled)(**batch()).logits  # noqa: S301
+    torch.testing.assert_close(free, padded, atol=tolerances.PADDING_FREE_FP32, rtol=0)
+
+
+def test_another_model_of_the_same_config_gets_hooks_of_its_own() -> None:
+    first = small_model("roberta", 2)
+    before = hooks_of(first)
+    enable_unpadding(first)
+    second = type(first)(first.config)
+    assert enable_unpadding(second) is None
+    assert hooks_of(second) == hooks_of(first) == before + 2
 
 
 def test_the_way_of_attending_is_not_saved(tmp_path) -> None:

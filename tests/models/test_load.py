@@ -12,8 +12,8 @@ from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import HubError, ModelError
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora import precision
+from lora_hf.models import load as load_module
 from lora_hf.models.load import EMBEDDED, SHAPES, load_base, load_tokenizer
-from lora_hf.models.load import load as models
 from tests.support.small_models import small_model
 from tests.tolerances import PARITY_FP32
 
@@ -118,8 +118,12 @@ def test_the_embedded_base_loads_for_a_task() -> None:
     [
         ("tiny-robert", ModelError, "tiny-robert: no such model or folder (did you mean 'tiny-roberta'?)"),
         ("./nowhere", ModelError, "./nowhere: no such folder; expected a Hugging Face model folder or a hub id"),
-        ("roberta-base", HubError, "roberta-base: the hub is out of reach and this model is not in the local cache"),
-        ("someone/something", HubError, "someone/something: the hub is out of reach"),
+        (
+            "roberta-base",
+            HubError,
+            "(HF_HUB_OFFLINE, HF_DATASETS_OFFLINE), and the local cache does not hold this model. Set model.name",
+        ),
+        ("someone/something", HubError, "someone/something: the hub (https://huggingface.co) is out of reach"),
     ],
 )
 def test_a_model_that_is_not_there_is_named(name: str, error: type, message: str) -> None:
@@ -137,10 +141,12 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
 
 
 def test_short_names_are_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(load_module, "hub_is_reachable", lambda: True)
     asked: list[tuple[str, dict]] = []
     monkeypatch.setattr(
-        models.AutoTokenizer, "from_pretrained", lambda place, **more: asked.append((place, more)) or _StopError.now()
+        load_module.AutoTokenizer,
+        "from_pretrained",
+        lambda place, **more: asked.append((place, more)) or _StopError.now(),
     )
     with pytest.raises(_StopError):
         load_tokenizer(ModelConfig(name="roberta-base", revision="main"))

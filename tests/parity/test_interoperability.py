@@ -35,7 +35,7 @@ def adapted(model: PreTrainedModel, lora: LoraConfig, std: float = 0.5) -> PreTr
     stir(inject(model, lora), std=std)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
-        if ".heads." in name:
+        if ".modules_to_save." in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model.eval()
 

@@ -26,7 +26,7 @@ BIASES: list[Bias] = ["none", "all", "lora_only"]
 
 def their_name(name: str) -> str:
     """What loralib calls the parameter: its layer is the projection, it has one adapter, and no copy of a head."""
-    return name.replace(".base_layer", "").replace(".adapters.default", "").replace(".heads.default", "")
+    return name.replace(".base_layer", "").replace(".adapters.default", "").replace(".modules_to_save.default", "")
 
 
 def both(case: str, tmp_path: Path) -> tuple[nn.Module, nn.Module]:
@@ -85,7 +85,7 @@ def test_only_the_active_adapter_is_trained_and_saved() -> None:
     lora_hf.mark_only_lora_as_trainable(model, bias="all")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert not [name for name in [*trained, *lora_hf.lora_state_dict(model, bias="all")] if ".idle." in name]
-    assert "classifier.heads.active.dense.bias" in trained
+    assert "classifier.modules_to_save.active.dense.bias" in trained
     assert lora_hf.mark_only_lora_as_trainable(lora_hf.set_adapter(model, None)) is model
     assert not any(parameter.requires_grad for parameter in model.parameters())
 

@@ -44,7 +44,7 @@ def pairs(ours: nn.Module, theirs: nn.Module) -> dict[str, tuple[nn.Parameter, n
     found = {}
     for name, parameter in ours.named_parameters():
         if parameter.requires_grad:
-            peft_name = "base_model.model." + name.replace(".heads.default", ".modules_to_save.default")
+            peft_name = "base_model.model." + name
             for part in ("lora_A", "lora_B"):
                 peft_name = peft_name.replace(f".adapters.default.{part}", f".{part}.default.weight")
             found[name] = (parameter, named[peft_name])
@@ -111,7 +111,7 @@ def test_files_written_here_load_in_peft(kind: str, num_labels: int | None, lora
     model, ids = inject(small_model(kind, num_labels), lora), token_ids()
     stir(model)
     for name, parameter in model.named_parameters():
-        if ".heads." in name:
+        if ".modules_to_save." in name:
             nn.init.normal_(parameter, std=0.1)
     save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(small_model(kind, num_labels), str(tmp_path)).eval()

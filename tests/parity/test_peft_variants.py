@@ -94,7 +94,7 @@ def pairs(ours: nn.Module, theirs: nn.Module) -> dict[str, tuple[nn.Parameter, n
     found = {}
     for name, parameter in ours.named_parameters():
         if parameter.requires_grad:
-            other = "base_model.model." + name.replace(".heads.default", ".modules_to_save.default")
+            other = "base_model.model." + name
             for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
                 other = other.replace(f".adapters.default.{part}", f".{part}.default.weight")
             if other not in named and ".lora_" in other:
@@ -198,7 +198,7 @@ def test_what_is_not_supported_is_refused_and_not_left_out(tmp_path: Path) -> No
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             peft.get_peft_model(base_of("llama"), config).save_pretrained(str(tmp_path / str(index)))
-        with pytest.raises(AdapterError, match=r"model.embed_tokens: an embedding takes neither use_dora nor"):
+        with pytest.raises(AdapterError, match=r"model.embed_tokens: an embedding supports neither use_dora nor"):
             load_adapter(base_of("llama"), tmp_path / str(index))
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa_niter_4")
     peft.get_peft_model(base_of("llama"), config).save_pretrained(str(tmp_path / "random"))

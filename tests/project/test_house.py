@@ -171,7 +171,15 @@ def test_no_file_has_a_generic_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["lora_hf", "lora_hf.core.config.loader", "lora_hf.core.records", "lora_hf.cli.main"]
+    "module",
+    [
+        "lora_hf",
+        "lora_hf.adapters.resolve",
+        "lora_hf.core.config.loader",
+        "lora_hf.core.hub_access",
+        "lora_hf.core.records",
+        "lora_hf.cli.main",
+    ],
 )
 def test_import_is_light(module: str) -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'evaluate', 'accelerate', 'matplotlib', 'sklearn', 'scipy'}"

@@ -1,4 +1,4 @@
-"""Every recipe against what was published, typed here a second time, and the loader against what people mistype.
+"""Every recipe against the published values, which are typed here a second time.
 
 The paper is LoRA, arXiv 2106.09685, Tables 2, 3, 9, 10 and 11; the repository is microsoft/LoRA, examples/NLU/*.sh and
 examples/NLG/README.md.
@@ -7,21 +7,16 @@ examples/NLG/README.md.
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from lora_hf.core.config.hints import KEY_ALIASES, ROLE_ALIASES
 from lora_hf.core.config.loader import load_config
-from lora_hf.core.config.schema import LoraConfig, RunConfig
-from lora_hf.core.errors import ConfigError
+from lora_hf.core.config.schema import RunConfig
 from lora_hf.data.tasks.registry import task_names
 
 REPO = Path(__file__).parents[2]
-TARGETS = "q, k, v, o, ffn_up, ffn_gate, ffn_down, attention, ffn, all, embeddings, or a module path with dots"
-SCHEDULES = "linear, cosine, constant, constant_with_warmup"
 RECIPES = sorted((REPO / "configs").glob("*.yaml"))
 GLUE_RECIPES = sorted((REPO / "configs").glob("glue_*.yaml"))
 NLG_RECIPES = sorted(file for kind in ("e2e", "dart", "webnlg") for file in (REPO / "configs").glob(f"{kind}_*.yaml"))
@@ -107,28 +102,6 @@ def header(file: Path) -> list[str]:
     return lines[: next(index for index, line in enumerate(lines) if not line.startswith("#"))]
 
 
-def problem(path: Path | str, *overrides: str) -> str:
-    """What the loader says of a config that it must refuse."""
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    return str(caught.value)
-
-
-@pytest.fixture
-def broken(tmp_path: Path) -> Path:
-    """A copy of the MNLI recipe, for a test to break."""
-    return Path(shutil.copy(recipe("glue_mnli"), tmp_path / "mine.yaml"))
-
-
-def replace(file: Path, old: str, new: str) -> None:
-    text = file.read_text(encoding="utf-8")
-    assert text.count(old) == 1
-    file.write_text(text.replace(old, new), encoding="utf-8")
-
-
-# --- the recipes ---
-
-
 def test_the_glue_recipes_are_the_published_ones() -> None:
     assert {file.stem for file in GLUE_RECIPES} == {*PAPER, *REPOSITORY}
 
@@ -186,7 +159,7 @@ def test_repository_recipe_has_the_scripts_values(name: str) -> None:
     kind = {BASE: "roberta_base", LARGE: "roberta_large", XXL: "deberta_v2_xxlarge"}[model]
     text = "\n".join(header(recipe(name)))
     assert f"microsoft/LoRA, examples/NLU/{kind}_{config.task.name}.sh" in text
-    assert f"{gpus} GPUs x batch {printed} = {gpus * printed} rows a step" in text
+    assert f"{gpus} GPUs x batch {printed} = {gpus * printed} rows per step" in text
 
 
 @pytest.mark.parametrize("file", GLUE_RECIPES, ids=lambda file: file.stem)
@@ -260,255 +233,3 @@ def test_generation_repository_recipe_differs_where_its_header_says(name: str) -
     text = "\n".join(header(recipe(name)))
     assert "microsoft/LoRA, examples/NLG/README.md" in text
     assert "length penalty 0.8, seed 110, and Adam with epsilon 1e-6" in text
-
-
-# --- the loader ---
-
-
-def test_a_mistyped_key_is_named_with_its_near_name(broken: Path) -> None:
-    replace(broken, "lora_alpha: 8", "lora_alfa: 8")
-    assert problem(broken) == f"{broken}: 1 problem\n  lora.lora_alfa: unknown key (did you mean 'lora_alpha'?)"
-
-
-def test_a_value_out_of_range_says_the_range(broken: Path) -> None:
-    replace(broken, "lr: 5e-4", "lr: -1")
-    assert problem(broken) == f"{broken}: 1 problem\n  train.lr: expected a number > 0, found -1"
-
-
-def test_all_problems_are_told_in_one_message(broken: Path) -> None:
-    replace(broken, "lr: 5e-4", "lr: -1")
-    replace(broken, "  r: 8", "  rank: 8")
-    replace(broken, "schedule: linear", "schedule: liner")
-    replace(broken, "targets: [q, v]", "targets: [q, vv]")
-    replace(broken, "model:", "modl:")
-    assert problem(broken).splitlines() == [
-        f"{broken}: 5 problems",
-        "  modl: unknown section (did you mean 'model'?); expected model, task, lora, train, generate, output",
-        "  lora.rank: unknown key (did you mean 'r'?)",
-        f"  lora.targets: expected some of {TARGETS}, found 'vv' (did you mean 'v'?)",
-        "  train.lr: expected a number > 0, found -1",
-        f"  train.schedule: expected one of {SCHEDULES}, found 'liner' (did you mean 'linear'?)",
-    ]
-
-
-@pytest.mark.parametrize("text", ["5e-4", "5.0e-4", "0.0005", "'5e-4'"])
-def test_a_learning_rate_is_read_however_it_is_written(broken: Path, text: str) -> None:
-    replace(broken, "lr: 5e-4", f"lr: {text}")
-    assert load_config(broken).train.lr == 5e-4
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("lora.r=true", "lora.r: expected a whole number >= 1, found true"),
-        ("lora.r=8.0", "lora.r: expected a whole number >= 1, found 8.0"),
-        ("lora.r=0", "lora.r: expected a whole number >= 1, found 0"),
-        ("lora.lora_dropout=1", "lora.lora_dropout: expected a number >= 0 and <= 0.99, found 1"),
-        ("train.lr=false", "train.lr: expected a number > 0, found false"),
-        ("train.lr=fast", "train.lr: expected a number > 0, found 'fast'"),
-        ("train.lr=.nan", "train.lr: expected a number > 0, found nan"),
-        ("train.lr=.inf", "train.lr: expected a number > 0, found inf"),
-        ("train.lr=", "train.lr: expected a number > 0, found nothing"),
-        ("task.name=1", "task.name: expected text, found 1"),
-        ("output.overwrite=1", "output.overwrite: expected true or false, found 1"),
-        ("train.max_grad_norm=-1", "train.max_grad_norm: expected a number >= 0, found -1"),
-        ("train.label_smoothing=2", "train.label_smoothing: expected a number >= 0 and <= 1, found 2"),
-        ("model.dropout=1", "model.dropout: expected a number >= 0 and <= 0.99, found 1"),
-        ("generate.num_beams=0", "generate.num_beams: expected a whole number >= 1, found 0"),
-        ("generate.num_beam=4", "generate.num_beam: unknown key (did you mean 'num_beams'?)"),
-        ("generate.length_penalty=11", "generate.length_penalty: expected a number >= -10 and <= 10, found 11"),
-        ("generate.no_repeat_ngram_size=-1", "generate.no_repeat_ngram_size: expected a whole number >= 0, found -1"),
-        ("generate.max_new_tokens=0", "generate.max_new_tokens: expected a whole number >= 1, found 0"),
-        ("generate.do_sample=1", "generate.do_sample: expected true or false, found 1"),
-        ("generate.temperature=0", "generate.temperature: expected a number > 0, found 0"),
-        ("generate.top_p=0", "generate.top_p: expected a number > 0 and <= 1, found 0"),
-        ("generate.top_k=-1", "generate.top_k: expected a whole number >= 0, found -1"),
-        ("generate.seed=-1", "generate.seed: expected a whole number >= 0 and <= 4294967295, found -1"),
-        ("generate.batch_size=0", "generate.batch_size: expected a whole number >= 1, found 0"),
-        ("model.precision=int4", "model.precision: expected one of auto, fp32, bf16, fp16, found 'int4'"),
-        ("train.hf=fast", "train.hf: expected keys and values, found 'fast'"),
-        ("lora.targets=[]", f"lora.targets: expected some of {TARGETS}, found nothing"),
-    ],
-)
-def test_a_wrong_value_says_what_was_expected_and_found(override: str, message: str) -> None:
-    assert problem("glue_mnli.yaml", override) == f"glue_mnli.yaml: 1 problem\n  {message}"
-
-
-def test_an_unknown_section_is_named(broken: Path) -> None:
-    broken.write_text("optimiser:\n  lr: 1\n", encoding="utf-8")
-    assert problem(broken) == (
-        f"{broken}: 1 problem\n  optimiser: unknown section; expected model, task, lora, train, generate, output"
-    )
-
-
-def test_a_section_that_is_no_mapping_is_told(broken: Path) -> None:
-    broken.write_text("lora: [8, 16]\ntrain: fast\n", encoding="utf-8")
-    assert problem(broken).splitlines() == [
-        f"{broken}: 2 problems",
-        "  lora.*: expected keys and values, found a list",
-        "  train.*: expected keys and values, found 'fast'",
-    ]
-
-
-def test_an_unknown_trainer_argument_is_named_with_its_near_name() -> None:
-    assert problem("glue_mnli.yaml", "train.hf.label_smoothing=0.1") == (
-        "glue_mnli.yaml: 1 problem\n  train.hf: label_smoothing: not a field of transformers.TrainingArguments "
-        "(did you mean 'label_smoothing_factor'?)"
-    )
-
-
-@pytest.mark.parametrize(
-    ("argument", "key"), [("learning_rate", "train.lr"), ("label_smoothing_factor", "train.label_smoothing")]
-)
-def test_a_trainer_argument_with_its_own_key_points_there(argument: str, key: str) -> None:
-    assert problem("glue_mnli.yaml", f"train.hf.{argument}=1e-3") == (
-        f"glue_mnli.yaml: 1 problem\n  train.hf: {argument}: set {key} instead"
-    )
-
-
-def test_a_trainer_argument_without_its_own_key_is_kept() -> None:
-    assert load_config("glue_mnli.yaml", ["train.hf.adam_beta2=0.98"]).train.hf == {"adam_beta2": 0.98}
-
-
-def test_the_base_keeps_its_own_dropout_unless_a_config_says_otherwise() -> None:
-    assert load_config("glue_mnli.yaml").model.dropout is None
-    assert load_config("glue_mnli.yaml", ["model.dropout=0"]).model.dropout == 0
-    assert load_config("e2e_gpt2.yaml", ["model.dropout=null"]).model.dropout is None
-
-
-def test_overrides_win_over_the_file_and_the_last_over_the_first() -> None:
-    config = load_config("glue_mnli.yaml", ["lora.r=4", "train.lr=1e-3", "lora.r=16", "lora.targets=[q, k, v]"])
-    assert (config.lora.r, config.train.lr, config.lora.targets) == (16, 1e-3, ("q", "k", "v"))
-    assert config.train.epochs == 30
-    assert load_config("glue_mnli.yaml", ["lora.targets=attention"]).lora.targets == ("attention",)
-    assert load_config("glue_mnli.yaml", ["output.name=a=b"]).output.name == "a=b"
-
-
-@pytest.mark.parametrize("override", ["lora.r", "r=16", "=16", "lora.=16", ".r=16", "lora..r=16", ""])
-def test_a_malformed_override_says_the_form(override: str) -> None:
-    assert problem("glue_mnli.yaml", override) == (
-        f"{override!r}: expected an override of the form section.key=value, such as lora.r=16"
-    )
-
-
-@pytest.mark.parametrize(
-    ("override", "meant"),
-    [
-        ("epochs=3", "train.epochs=3"),
-        ("data_dir=x", "task.data_dir=x"),
-        ("learning_rate=1e-3", "train.lr=1e-3"),
-        ("seed=1", "train.seed=1 or generate.seed=1"),
-        ("nothing=1", "lora.r=16"),
-    ],
-)
-def test_a_bare_key_is_told_with_its_section(override: str, meant: str) -> None:
-    expected = f"{override!r}: expected an override of the form section.key=value, such as {meant}"
-    assert problem("glue_mnli.yaml", override) == expected
-
-
-@pytest.mark.parametrize(
-    ("key", "meant"),
-    [
-        ("train.num_train_epochs", "epochs"),
-        ("train.per_device_train_batch_size", "batch_size"),
-        ("train.per_device_eval_batch_size", "eval_batch_size"),
-        ("train.gradient_accumulation_steps", "gradient_accumulation"),
-        ("train.lr_scheduler_type", "schedule"),
-        ("train.gradient_checkpointing", "train.hf.gradient_checkpointing"),
-        ("train.max_seq_length", "task.max_length"),
-        ("train.output_dir", "output.dir"),
-        ("lora.alpha", "lora_alpha"),
-        ("lora.dropout", "lora_dropout"),
-        ("lora.target_modules", "targets"),
-        ("lora.lr", "train.lr"),
-        ("model.model_name_or_path", "name"),
-        ("generate.num_beam", "num_beams"),
-    ],
-)
-def test_a_key_by_another_name_is_told_by_ours(key: str, meant: str) -> None:
-    expected = f"glue_mnli.yaml: 1 problem\n  {key}: unknown key (did you mean {meant!r}?)"
-    assert problem("glue_mnli.yaml", f"{key}=1") == expected
-
-
-def test_a_module_of_peft_is_told_by_its_role() -> None:
-    assert problem("glue_mnli.yaml", "lora.targets=[query, c_attn]") == (
-        f"glue_mnli.yaml: 1 problem\n  lora.targets: expected some of {TARGETS}, "
-        "found 'query' (did you mean q?), 'c_attn' (did you mean q, k, v?)"
-    )
-    for meant in ROLE_ALIASES.values():
-        LoraConfig(targets=tuple(meant.split(", ")))
-
-
-def test_every_other_name_leads_to_a_key() -> None:
-    known = {f"{section}.{key}" for section, keys in RunConfig().to_dict().items() for key in keys}
-    assert set(KEY_ALIASES.values()) <= known
-
-
-def test_an_override_below_a_value_is_told() -> None:
-    assert problem("glue_mnli.yaml", "lora.r.x=1") == "'lora.r.x=1': r holds 8, not further keys"
-
-
-def test_an_override_that_is_no_yaml_is_told() -> None:
-    message = problem("glue_mnli.yaml", "lora.targets=[q")
-    assert message.startswith("'lora.targets=[q': the value is not valid YAML: ")
-
-
-def test_an_unknown_key_in_an_override_is_named_with_its_near_name() -> None:
-    assert problem("glue_mnli.yaml", "train.learning_rate=1e-3", "train.epoch=3") == (
-        "glue_mnli.yaml: 2 problems\n  train.learning_rate: unknown key (did you mean 'lr'?)\n"
-        "  train.epoch: unknown key (did you mean 'epochs'?)"
-    )
-
-
-def test_a_missing_file_is_told_with_the_nearest_recipe(tmp_path: Path) -> None:
-    assert problem("glue_sst.yaml") == (
-        "glue_sst.yaml: no such config file in the current folder and configs/ (did you mean 'glue_sst2.yaml'?)"
-    )
-    elsewhere = tmp_path / "glue_sst2.yaml"
-    assert problem(elsewhere) == f"{elsewhere}: no such config file in that place (did you mean 'glue_sst2.yaml'?)"
-
-
-def test_a_missing_file_near_no_recipe_lists_them_all() -> None:
-    message = problem("qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqq")
-    assert message.partition("; recipes: ")[2].split(", ") == [file.name for file in RECIPES]
-
-
-def test_a_bare_name_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert load_config("glue_cola.yaml") == load_config(recipe("glue_cola"))
-
-
-def test_the_current_folder_comes_before_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "glue_cola.yaml").write_text("lora: {r: 3}", encoding="utf-8")
-    assert load_config("glue_cola.yaml").lora.r == 3
-    (tmp_path / "glue_cola.yaml").write_text("lora: {r: 2}", encoding="utf-8")
-    assert load_config("glue_cola.yaml").lora.r == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [("- lora\n- train\n", "a list"), ("lora\n", "'lora'"), ("7\n", "7"), ("true\n", "true")],
-)
-def test_a_file_that_is_no_mapping_is_told(broken: Path, text: str, found: str) -> None:
-    broken.write_text(text, encoding="utf-8")
-    assert problem(broken) == f"{broken}: expected sections such as 'model:' and 'task:', found {found}"
-
-
-@pytest.mark.parametrize("content", [b"lora: [q, v\ntrain:\n", b"lora:\n\tr: 8\n", b"lora: \xff\xfe\n"])
-def test_a_file_that_is_no_yaml_is_told(broken: Path, content: bytes) -> None:
-    broken.write_bytes(content)
-    assert problem(broken).startswith(f"{broken}: not a readable YAML file: ")
-
-
-def test_an_empty_file_is_the_defaults(broken: Path) -> None:
-    broken.write_text("# nothing yet\ntrain:\n", encoding="utf-8")
-    assert load_config(broken) == RunConfig()
-
-
-def test_the_resolved_config_of_a_run_loads_as_it_is(tmp_path: Path) -> None:
-    for file in RECIPES:
-        resolved = tmp_path / file.name
-        resolved.write_text(yaml.safe_dump(load_config(file).to_dict(), sort_keys=False), encoding="utf-8")
-        assert load_config(resolved) == load_config(file)

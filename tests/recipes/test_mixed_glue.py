@@ -16,7 +16,7 @@ from lora_hf.cli.main import main
 from lora_hf.core.config.schema import LoraConfig, ModelConfig
 from lora_hf.core.errors import AdapterError
 from lora_hf.data.tasks.glue import GLUE
-from lora_hf.inference.classify import MixedPredictor, Predictor
+from lora_hf.inference.classify import MultiAdapterPredictor, Predictor
 from lora_hf.models.load import load_base
 from tests import tolerances
 from tests.support.small_models import stir
@@ -49,7 +49,7 @@ def test_scores_of_a_mixed_run_are_those_of_the_single_runs(adapters: dict[str, 
         rows += [(task.name, {key: columns[key][row] for key in columns}) for row in range(ROWS)]
     # Row by row another task, so that every batch holds all of them.
     order = [task * ROWS + row for row in range(ROWS) for task in range(len(GLUE))]
-    mixed = MixedPredictor.load(adapters, "fp32").logits([rows[place] for place in order])
+    mixed = MultiAdapterPredictor.load(adapters, "fp32").logits([rows[place] for place in order])
     for number, task in enumerate(GLUE):
         found = np.stack([logits for place, logits in zip(order, mixed, strict=True) if place // ROWS == number])
         np.testing.assert_allclose(found, alone[task.name], atol=tolerances.MIXED_FP32, rtol=0)
@@ -84,7 +84,7 @@ def test_the_command_answers_each_row_under_the_adapter_it_names(
     [
         (["x={a}", "{b}"], {}, "NAME=DIR"),
         (["x={a}", "x={b}"], {}, "NAME=DIR"),
-        (["x={a}", "y={b}"], {"adapter": "z"}, "no adapter 'z' was given; there is x, y"),
+        (["x={a}", "y={b}"], {"adapter": "z"}, "no adapter 'z' was given; expected one of x, y"),
         (["x={a}", "y={b}"], {"sentence": "no adapter named"}, "'adapter'"),
     ],
 )
@@ -107,4 +107,4 @@ def test_mistakes_with_several_adapters(
 def test_adapters_of_different_bases_do_not_mix(adapters: dict[str, SavedModel]) -> None:
     other = replace(adapters["rte"], model=ModelConfig(name="roberta-base"))
     with pytest.raises(AdapterError, match="adapters of one batch need one base"):
-        MixedPredictor.load({"sst2": adapters["sst2"], "rte": other})
+        MultiAdapterPredictor.load({"sst2": adapters["sst2"], "rte": other})

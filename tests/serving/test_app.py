@@ -1,4 +1,4 @@
-"""The HTTP interface in process: every answer, and every way to be refused."""
+"""The HTTP interface in process: every answer and every refusal."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from schemathesis.specs.openapi.checks import (
 
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.inference.classify import Predictor
-from lora_hf.serving.app import ServerState, _answered, build_app
+from lora_hf.serving.app import ServerState, _result, build_app
 from lora_hf.serving.engine import Engine
-from lora_hf.serving.gate import Gate
 from lora_hf.serving.limits import DeadlinePassedError, Limits
 from lora_hf.serving.metrics import Metrics
+from lora_hf.serving.middleware import AccessMiddleware
 from lora_hf.serving.requests import Request, digest_of
 from tests import tolerances
-from tests.support.served_adapters import PROMPTS, TEXTS, save_random
+from tests.support.random_adapters import PROMPTS, TEXTS, save_random
 
 TOKEN = "a-token-of-this-test"
 AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
@@ -57,23 +57,23 @@ def engine(folders: dict[str, Path]) -> Iterator[Engine]:
         yield engine
 
 
-def client_of(engine: Engine, door: ServerState) -> TestClient:
-    return TestClient(build_app(engine, door, engine._observer), raise_server_exceptions=False)  # type: ignore[arg-type]
+def client_of(engine: Engine, state: ServerState) -> TestClient:
+    return TestClient(build_app(engine, state, engine._observer), raise_server_exceptions=False)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def client(engine: Engine) -> Iterator[TestClient]:
-    with client_of(engine, ServerState(open=True)) as client:
+    with client_of(engine, ServerState(ready=True)) as client:
         yield client
 
 
 @pytest.fixture
 def guarded(engine: Engine, folders: dict[str, Path]) -> Iterator[TestClient]:
-    with client_of(engine, ServerState(TOKEN, folders["a"].parent, open=True)) as client:
+    with client_of(engine, ServerState(TOKEN, folders["a"].parent, ready=True)) as client:
         yield client
 
 
-def test_labels_and_probabilities_are_those_of_predict(client: TestClient, folders: dict[str, Path]) -> None:
+def test_classify_matches_predict(client: TestClient, folders: dict[str, Path]) -> None:
     found = client.post("/v1/classify", json={"adapter": "a", "inputs": list(TEXTS)})
     wanted = Predictor.load(find_saved_model(folders["a"]), "fp32").predict({"sentence": list(TEXTS)})
     assert found.status_code == 200
@@ -96,7 +96,7 @@ def test_pairs_and_regressions(client: TestClient, folders: dict[str, Path]) -> 
             assert [answer[key] for answer in found] == pytest.approx(wanted_scores, abs=tolerances.SERVED_PROBABILITY)
 
 
-def test_a_text_whole_and_streamed(client: TestClient, engine: Engine) -> None:
+def test_generate_whole_and_streamed(client: TestClient, engine: Engine) -> None:
     body = {"adapter": "w", "prompt": PROMPTS[1], "max_new_tokens": 20}
     whole = client.post("/v1/generate", json=body)
     assert whole.status_code == 200
@@ -155,12 +155,12 @@ def test_refusals(path: str, body: Any, status: int, code: str, message: str, cl
         (b"", {}, 422, "invalid_request"),
     ],
 )
-def test_bodies_that_are_none(content: bytes, headers: dict, status: int, code: str, client: TestClient) -> None:
+def test_invalid_bodies(content: bytes, headers: dict, status: int, code: str, client: TestClient) -> None:
     found = client.post(CLASSIFY, content=content, headers={"content-type": "application/json", **headers})
     assert (found.status_code, found.json()["error"]["code"]) == (status, code)
 
 
-def test_a_body_of_unknown_length_is_read_no_further_than_the_limit() -> None:
+def test_a_body_of_unknown_length_is_read_only_up_to_the_limit() -> None:
     read, sent = [], []
 
     async def receive() -> dict[str, Any]:
@@ -171,15 +171,15 @@ def test_a_body_of_unknown_length_is_read_no_further_than_the_limit() -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": CLASSIFY, "headers": []}
-    asyncio.run(Gate(None, None, 4000, Metrics())(scope, receive, send))
+    asyncio.run(AccessMiddleware(None, None, 4000, Metrics())(scope, receive, send))
     assert len(read) == 5
     assert sent[0]["status"] == 413
 
 
 def test_a_full_queue_and_a_passed_deadline(client: TestClient, engine: Engine) -> None:
-    there, go = threading.Event(), threading.Event()
-    engine._current["a"][1].worker.call(lambda: there.set() or go.wait())
-    assert there.wait(30)
+    blocked, resume = threading.Event(), threading.Event()
+    engine._current["a"][1].worker.call(lambda: blocked.set() or resume.wait())
+    assert blocked.wait(30)
     try:
         late = client.post(CLASSIFY, json={"adapter": "a", "inputs": ["x"], "deadline": 0.05})
         assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_passed")
@@ -189,28 +189,28 @@ def test_a_full_queue_and_a_passed_deadline(client: TestClient, engine: Engine) 
         assert int(full.headers["retry-after"]) >= 1
         assert 'lora_hf_queue_rows{base="tiny-roberta"} 8.0' in client.get("/metrics").text
     finally:
-        go.set()
+        resume.set()
     for request in waiting:
         request.future.result(30)
 
 
 def test_health_readiness_and_metrics(engine: Engine) -> None:
-    door = ServerState()
-    with client_of(Engine(LIMITS, observer=Metrics()), door) as client:
+    state = ServerState()
+    with client_of(Engine(LIMITS, observer=Metrics()), state) as client:
         assert client.get("/healthz").json() == {"status": "ok"}
         assert (client.get("/readyz").status_code, client.get("/readyz").json()["error"]["code"]) == (503, "loading")
         asked = client.post(CLASSIFY, json={"adapter": "a", "inputs": ["x"]})
         assert (asked.status_code, asked.json()["error"]["code"]) == (503, "loading")
-        door.open = True
+        state.ready = True
         assert client.get("/readyz").json() == {"status": "ready"}
-        door.draining = True
+        state.draining = True
         assert client.get("/readyz").json()["error"]["code"] == "closing"
         page = client.get("/metrics").text
         assert 'lora_hf_requests_total{route="/v1/classify",status="503"} 1.0' in page
         assert "lora_hf_adapters 0.0" in page
 
 
-def test_the_token_guards_everything(guarded: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_path_requires_the_token(guarded: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     paths = ["/v1/adapters", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/nowhere"]
     for headers in ({}, {"authorization": f"Bearer {TOKEN}x"}, {"authorization": TOKEN}, {"authorization": "Bearer é"}):
@@ -226,7 +226,7 @@ def test_the_token_guards_everything(guarded: TestClient, caplog: pytest.LogCapt
     assert "secret" not in ours
 
 
-def test_adapters_come_and_go(guarded: TestClient, folders: dict[str, Path]) -> None:
+def test_adapters_are_loaded_replaced_and_removed(guarded: TestClient, folders: dict[str, Path]) -> None:
     def put(name: str, folder: str) -> Any:
         return guarded.put(f"/v1/adapters/{name}", json={"folder": folder}, headers=AUTHORIZED)
 
@@ -247,7 +247,7 @@ def test_adapters_come_and_go(guarded: TestClient, folders: dict[str, Path]) -> 
     assert put("a b", "a").json()["error"]["code"] == "bad_adapter"
 
 
-def test_only_what_lies_below_the_folder_is_loaded(
+def test_only_folders_below_the_adapter_root_are_loaded(
     guarded: TestClient, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     root = folders["a"].parent
@@ -275,10 +275,10 @@ def test_only_what_lies_below_the_folder_is_loaded(
     assert (found.status_code, found.json()["error"]["code"]) == (422, "bad_adapter")
     assert str(root) not in found.text
     listed = {each["name"]: each for each in guarded.get("/v1/adapters", headers=AUTHORIZED).json()["adapters"]}
-    assert listed["a"]["version"] == digest_of(folders["a"]), "the old one is still served"
+    assert listed["a"]["version"] == digest_of(folders["a"]), "the old version is still served"
 
 
-def test_loading_is_off_unless_allowed(client: TestClient) -> None:
+def test_loading_is_off_by_default(client: TestClient) -> None:
     for found in (client.put("/v1/adapters/new", json={"folder": "a"}), client.delete("/v1/adapters/a")):
         assert (found.status_code, found.json()["error"]["code"]) == (403, "loading_off")
 
@@ -296,30 +296,32 @@ def test_loading_is_off_unless_allowed(client: TestClient) -> None:
         {"adapter": "a", "inputs": "a text"},
     ],
 )
-def test_both_ways_of_a_request_say_the_same(client: TestClient, body: Any) -> None:
-    """A content-type with a charset goes through the whole framework."""
+def test_the_fast_path_and_the_framework_answer_alike(client: TestClient, body: Any) -> None:
+    """A content-type with a charset goes through the framework."""
     kinds = ("application/json", "application/json; charset=utf-8")
-    quick, usual = (client.post(CLASSIFY, content=json.dumps(body), headers={"content-type": kind}) for kind in kinds)
-    assert (quick.status_code, quick.json()) == (usual.status_code, usual.json())
-    assert quick.headers["content-type"] == usual.headers["content-type"]
+    fast, framework = (
+        client.post(CLASSIFY, content=json.dumps(body), headers={"content-type": kind}) for kind in kinds
+    )
+    assert (fast.status_code, fast.json()) == (framework.status_code, framework.json())
+    assert fast.headers["content-type"] == framework.headers["content-type"]
 
 
-def test_a_client_that_goes_away_takes_its_request_along() -> None:
+def test_a_disconnect_cancels_the_request() -> None:
     async def gone() -> Any:
         return {"type": "http.disconnect"}
 
     request = Request(version=None, deadline=time.monotonic() + 60)  # type: ignore[arg-type]
     with pytest.raises(DeadlinePassedError):
-        asyncio.run(_answered(gone, request))
+        asyncio.run(_result(gone, request))
     assert request.future.cancelled()
 
 
-def test_the_front_door_leads_to_the_description(client: TestClient) -> None:
+def test_the_root_redirects_to_the_docs(client: TestClient) -> None:
     found = client.get("/", follow_redirects=False)
     assert (found.status_code, found.headers["location"]) == (307, "/docs")
 
 
-def test_the_description_loads_nothing_from_elsewhere(client: TestClient) -> None:
+def test_the_docs_load_nothing_from_other_hosts(client: TestClient) -> None:
     page = client.get("/docs").text
     files = re.findall(r"(?:src|href)=\"([^\"]*)\"", page)
     assert len(files) >= 3
@@ -328,29 +330,29 @@ def test_the_description_loads_nothing_from_elsewhere(client: TestClient) -> Non
         assert client.get(file).status_code == 200, file
 
 
-TAKING = (("POST", CLASSIFY), ("POST", GENERATE), ("PUT", "/v1/adapters/{name}"))  # a body
+WITH_BODY = (("POST", CLASSIFY), ("POST", GENERATE), ("PUT", "/v1/adapters/{name}"))
 OPERATIONS = (
-    *TAKING,
+    *WITH_BODY,
     ("DELETE", "/v1/adapters/{name}"),
     *(("GET", path) for path in ("/v1/adapters", "/healthz", "/readyz", "/metrics")),
 )
 MODES = [(*each, GenerationMode.POSITIVE) for each in OPERATIONS] + [
-    (*each, GenerationMode.NEGATIVE) for each in TAKING
+    (*each, GenerationMode.NEGATIVE) for each in WITH_BODY
 ]
 
 
 @pytest.fixture(scope="module")
 def schema(engine: Engine, folders: dict[str, Path]) -> Any:
-    """What schemathesis sends is made from the server's own description; adapters may be loaded, but there are none."""
+    """The server's own description, from which schemathesis makes requests; there are no adapters to load."""
     (folders["a"].parent / "nothing").mkdir()
-    app = build_app(engine, ServerState(folder=folders["a"].parent / "nothing", open=True), Metrics())
+    app = build_app(engine, ServerState(adapter_root=folders["a"].parent / "nothing", ready=True), Metrics())
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     assert {(o.ok().method.upper(), o.ok().path) for o in schema.get_all_operations()} == set(OPERATIONS)
     return schema
 
 
 @pytest.mark.parametrize(("method", "path", "mode"), MODES)
-def test_nothing_that_is_sent_breaks_it(method: str, path: str, mode: GenerationMode, schema: Any) -> None:
+def test_generated_requests_get_documented_responses(method: str, path: str, mode: GenerationMode, schema: Any) -> None:
     operation = schema[path][method]
     statuses = set()
 
@@ -358,7 +360,7 @@ def test_nothing_that_is_sent_breaks_it(method: str, path: str, mode: Generation
     @given(operation.as_strategy(generation_mode=mode))
     def check(case: Any) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("adapter"), str):
-            case.body["adapter"] = "w" if path == GENERATE else "a"  # else nearly all would end at an unknown name
+            case.body["adapter"] = "w" if path == GENERATE else "a"  # otherwise nearly all would end at an unknown name
             if isinstance(case.body.get("prompt"), str) and len(case.body["prompt"]) % 2:
                 case.body["prompt"] = PROMPTS[0]
         response = case.call()
@@ -367,8 +369,8 @@ def test_nothing_that_is_sent_breaks_it(method: str, path: str, mode: Generation
         statuses.add(response.status_code)
 
     check()
-    assert statuses, "at least one request must have been made"
+    assert statuses, "no request was made"
 
 
-def test_and_afterwards_it_answers_as_before(client: TestClient, folders: dict[str, Path]) -> None:
-    test_labels_and_probabilities_are_those_of_predict(client, folders)
+def test_answers_are_unchanged_afterwards(client: TestClient, folders: dict[str, Path]) -> None:
+    test_classify_matches_predict(client, folders)

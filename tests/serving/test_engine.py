@@ -1,4 +1,4 @@
-"""One base, many adapters, many threads: every answer is that of its adapter alone, and none is lost."""
+"""One base, many adapters, many threads: every answer matches its adapter alone, and none is lost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from lora_hf.serving.limits import (
 )
 from lora_hf.serving.requests import digest_of
 from tests import tolerances
-from tests.support.served_adapters import PROMPTS, TEXTS, save_random
+from tests.support.random_adapters import PROMPTS, TEXTS, save_random
 
 TASKS = {"a": "rule-sentiment", "b": "rule-sentiment", "pair": "rte", "w": "rule-restaurants", "x": "rule-restaurants"}
 
@@ -51,7 +51,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def expected(folders: dict[str, Path]) -> dict[str, np.ndarray]:
-    """The logits that `predict.py` has for TEXTS, by the digest of the adapter."""
+    """The logits of `Predictor` for TEXTS, by the digest of the adapter."""
     return {digest_of(folders[name]): offline(folders[name]) for name in ("a", "b")}
 
 
@@ -68,14 +68,14 @@ def served(folders: dict[str, Path], *names: str, **limits: Any) -> Engine:
 
 @contextmanager
 def paused(engine: Engine, name: str) -> Iterator[None]:
-    """The worker of an adapter's base does nothing inside."""
-    there, go = threading.Event(), threading.Event()
-    engine._current[name][1].worker.call(lambda: there.set() or go.wait())
-    assert there.wait(30)
+    """Blocks the worker of an adapter's base."""
+    blocked, resume = threading.Event(), threading.Event()
+    engine._current[name][1].worker.call(lambda: blocked.set() or resume.wait())
+    assert blocked.wait(30)
     try:
         yield
     finally:
-        go.set()
+        resume.set()
 
 
 def model_of(engine: Engine, name: str) -> Any:
@@ -85,15 +85,15 @@ def model_of(engine: Engine, name: str) -> Any:
 def change_tensors(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
     tensors = load_file(folder / WEIGHTS_FILE)
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-        about = file.metadata()
-    save_file({key: change(key, value) for key, value in tensors.items()}, folder / WEIGHTS_FILE, metadata=about)
+        metadata = file.metadata()
+    save_file({key: change(key, value) for key, value in tensors.items()}, folder / WEIGHTS_FILE, metadata=metadata)
 
 
-def close_to(found: Any, wanted: np.ndarray) -> bool:
-    return bool(np.abs(np.asarray(found) - wanted).max() < tolerances.MIXED_FP32)
+def close_to(logits: Any, expected: np.ndarray) -> bool:
+    return bool(np.abs(np.asarray(logits) - expected).max() < tolerances.MIXED_FP32)
 
 
-def test_rows_of_many_threads_and_adapters_are_each_their_own(
+def test_each_row_of_a_mixed_batch_gets_its_own_adapter(
     folders: dict[str, Path], expected: dict[str, np.ndarray]
 ) -> None:
     digests = {name: digest_of(folders[name]) for name in ("a", "b")}
@@ -116,10 +116,10 @@ def test_rows_of_many_threads_and_adapters_are_each_their_own(
             assert answer["probabilities"] == pytest.approx(wanted["probabilities"], abs=tolerances.SERVED_PROBABILITY)
 
 
-def test_requests_that_wait_share_batches(folders: dict[str, Path]) -> None:
+def test_waiting_requests_share_batches(folders: dict[str, Path]) -> None:
     batches: list[list[str]] = []
     with served(folders, "a", "b", max_batch=4) as engine:
-        engine._current["a"][1].worker.observer.ran = lambda base, rows, *_: batches.append(
+        engine._current["a"][1].worker.observer.on_batch = lambda base, rows, *_: batches.append(
             [each.version.name for each in rows]
         )
         with paused(engine, "a"):
@@ -133,27 +133,27 @@ def test_requests_that_wait_share_batches(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     "decoding", [{}, {"num_beams": 3, "length_penalty": 0.8}, {"temperature": 1.3, "top_k": 40, "seed": 5}]
 )
-def test_texts_are_those_of_generate(decoding: dict[str, Any], folders: dict[str, Path]) -> None:
+def test_texts_match_generate(decoding: dict[str, Any], folders: dict[str, Path]) -> None:
     with served(folders, "w", "x") as engine:
         with paused(engine, "w"):
             asked = [(name, prompt) for name in ("w", "x") for prompt in PROMPTS]
             requests = [
                 engine.submit_generate(name, prompt, {"max_new_tokens": 20, **decoding}) for name, prompt in asked
             ]
-        made = [request.future.result(60) for request in requests]
+        results = [request.future.result(60) for request in requests]
     settings = replace(GenerateConfig(max_new_tokens=20, batch_size=1, do_sample="seed" in decoding), **decoding)
     for name in ("w", "x"):
         saved = find_saved_model(folders[name])
         generator = Generator.load(saved)
         contexts = [generator.task.context(prompt) for prompt in PROMPTS]
         wanted = [next(generator.generate([context], settings)) for context in contexts]
-        found = [text for text, (asked_name, _) in zip(made, asked, strict=True) if asked_name == name]
-        assert [text.text for text in found] == [text.text for text in wanted]
-        assert [text.score for text in found] == pytest.approx([text.score for text in wanted], abs=2e-3)
-    assert len({text.text for text in made}) > 2, "one text for all would prove nothing"
+        texts = [text for text, (asked_name, _) in zip(results, asked, strict=True) if asked_name == name]
+        assert [text.text for text in texts] == [text.text for text in wanted]
+        assert [text.score for text in texts] == pytest.approx([text.score for text in wanted], abs=2e-3)
+    assert len({text.text for text in results}) > 2, "identical texts would prove nothing"
 
 
-def test_pieces_of_a_text_make_the_text(folders: dict[str, Path]) -> None:
+def test_streamed_pieces_join_to_the_text(folders: dict[str, Path]) -> None:
     with served(folders, "w", "x") as engine:
         pieces: dict[str, list[str]] = {"w": [], "x": []}
         with paused(engine, "w"):
@@ -167,7 +167,7 @@ def test_pieces_of_a_text_make_the_text(folders: dict[str, Path]) -> None:
         assert len(pieces["w"]) > 1
 
 
-def test_the_bare_base_writes_as_it_does_without_adapter(folders: dict[str, Path]) -> None:
+def test_bare_requests_match_the_base_without_adapter(folders: dict[str, Path]) -> None:
     generator = Generator.load(find_saved_model(folders["w"]), adapted=False)
     (wanted,) = generator.generate([generator.task.context(PROMPTS[0])], GenerateConfig(max_new_tokens=12))
     with served(folders, "w") as engine:
@@ -177,7 +177,7 @@ def test_the_bare_base_writes_as_it_does_without_adapter(folders: dict[str, Path
         assert engine.generate("w", PROMPTS[0], max_new_tokens=12) == adapted != bare
 
 
-def test_an_adapter_alone_is_merged_until_another_comes(
+def test_a_lone_adapter_is_merged_until_another_is_loaded(
     folders: dict[str, Path], expected: dict[str, np.ndarray]
 ) -> None:
     with served(folders, "a") as engine:
@@ -192,7 +192,7 @@ def test_an_adapter_alone_is_merged_until_another_comes(
             assert close_to(answer.logits, expected[answer.version])
 
 
-def test_an_adapter_that_cannot_be_merged_is_answered_beside_its_base(tmp_path: Path) -> None:
+def test_an_adapter_that_cannot_be_merged_is_served_unmerged(tmp_path: Path) -> None:
     tied = save_random(tmp_path / "tied", "rule-restaurants", targets=("embeddings",))
     change_tensors(tied, lambda key, value: torch.full_like(value, 0.3) if "embedding_A" in key else value)
     saved = find_saved_model(tied)
@@ -206,7 +206,7 @@ def test_an_adapter_that_cannot_be_merged_is_answered_beside_its_base(tmp_path: 
         assert engine.generate("tied", PROMPTS[0], max_new_tokens=12) == alone
 
 
-def test_each_answer_is_of_the_version_that_it_names_while_adapters_are_replaced(
+def test_each_answer_comes_from_the_version_it_names_during_replacement(
     folders: dict[str, Path], expected: dict[str, np.ndarray]
 ) -> None:
     stop, seen, wrong = threading.Event(), set(), []
@@ -237,12 +237,12 @@ def test_each_answer_is_of_the_version_that_it_names_while_adapters_are_replaced
             each.result(30)
         worker = engine._current["changing"][1].worker
         assert worker.call(lambda: None).result(30) is None
-        assert worker.call(lambda: len(worker.versions)).result(30) == 2, "what was replaced has left the model"
+        assert worker.call(lambda: len(worker.versions)).result(30) == 2, "replaced versions are unloaded"
     assert not wrong
     assert seen == set(expected)
 
 
-def test_a_damaged_replacement_leaves_the_old_one(
+def test_a_damaged_replacement_keeps_the_old_version(
     folders: dict[str, Path], expected: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     with served(folders, "a", "b") as engine:
@@ -250,9 +250,9 @@ def test_a_damaged_replacement_leaves_the_old_one(
         tensors = load_file(broken / WEIGHTS_FILE)
         tensors.popitem()
         save_file(tensors, broken / WEIGHTS_FILE, metadata={"format": "pt"})
-        for place in (broken, tmp_path / "nowhere"):
+        for folder in (broken, tmp_path / "nowhere"):
             with pytest.raises(AdapterError):
-                engine.load("a", place)
+                engine.load("a", folder)
         (broken / WEIGHTS_FILE).write_bytes((folders["b"] / WEIGHTS_FILE).read_bytes()[:-40])
         with pytest.raises(AdapterError, match="damaged"):
             engine.load("a", broken)
@@ -260,7 +260,7 @@ def test_a_damaged_replacement_leaves_the_old_one(
         assert len(engine.adapters()) == 2
 
 
-def test_what_was_accepted_is_answered_after_the_adapter_is_removed(
+def test_accepted_requests_are_answered_after_removal(
     folders: dict[str, Path], expected: dict[str, np.ndarray]
 ) -> None:
     with served(folders, "a", "w") as engine:
@@ -268,47 +268,47 @@ def test_what_was_accepted_is_answered_after_the_adapter_is_removed(
         with paused(engine, "a"):
             request = engine.submit_classify("a", TEXTS)
             engine.remove("a")
-            with pytest.raises(UnknownAdapterError, match="no adapter 'a' is served; there is: w"):
+            with pytest.raises(UnknownAdapterError, match=r"'a'.*: w"):
                 engine.classify("a", TEXTS)
         assert close_to(request.future.result(30).logits, expected[digest_of(folders["a"])])
         worker.thread.join(10)
-        assert not worker.thread.is_alive(), "a base without adapters is let go"
+        assert not worker.thread.is_alive(), "a base without adapters is freed"
         assert [version.name for version in engine.adapters()] == ["w"]
         engine.load("a", folders["a"])
         assert close_to(engine.classify("a", TEXTS).logits, expected[digest_of(folders["a"])])
 
 
-def test_a_full_queue_refuses_and_says_when(folders: dict[str, Path]) -> None:
+def test_a_full_queue_refuses_with_retry_after(folders: dict[str, Path]) -> None:
     with served(folders, "a", max_queue=4, max_inputs=4) as engine:
         engine.classify("a", TEXTS)
         with paused(engine, "a"):
             waiting = [engine.submit_classify("a", TEXTS[:3])]
-            with pytest.raises(QueueFullError, match="3 rows wait already, and 4 may") as refused:
+            with pytest.raises(QueueFullError, match="3 of 4 rows") as refused:
                 engine.submit_classify("a", TEXTS[:2])
             assert refused.value.retry_after >= 1
             waiting[0].future.cancel()
-            waiting = [engine.submit_classify("a", TEXTS[:2])]  # the cancelled one makes room
+            waiting = [engine.submit_classify("a", TEXTS[:2])]  # the cancelled one freed its slots
         assert len(waiting[0].future.result(30).answers) == 2
 
 
-def test_what_is_late_or_cancelled_costs_no_batch(folders: dict[str, Path]) -> None:
+def test_late_and_cancelled_requests_never_reach_a_batch(folders: dict[str, Path]) -> None:
     with served(folders, "a", deadline=20) as engine:
         batches: list[int] = []
-        engine._current["a"][1].worker.observer.ran = lambda base, rows, *_: batches.append(len(rows))
+        engine._current["a"][1].worker.observer.on_batch = lambda base, rows, *_: batches.append(len(rows))
         with paused(engine, "a"):
             late, cancelled = (engine.submit_classify("a", TEXTS[:1], seconds) for seconds in (0.01, 20))
             cancelled.future.cancel()
-            with pytest.raises(DeadlinePassedError, match="the deadline passed"):
+            with pytest.raises(DeadlinePassedError, match="deadline"):
                 engine.classify("a", TEXTS[:1], deadline=0.05)
             good = engine.submit_classify("a", TEXTS[:2], deadline=1000)
-            assert good.deadline < time.monotonic() + 21, "no longer than the server allows"
+            assert good.deadline < time.monotonic() + 21, "capped at the server's limit"
         assert len(good.future.result(30).answers) == 2
         with pytest.raises(DeadlinePassedError):
             late.future.result(30)
     assert batches == [2]
 
 
-def test_a_text_that_nobody_waits_for_is_not_written_to_its_end(folders: dict[str, Path]) -> None:
+def test_generation_stops_when_its_client_is_gone(folders: dict[str, Path]) -> None:
     with served(folders, "w", "x") as engine:
         steps: list[str] = []
         asked: Future = Future()
@@ -326,7 +326,7 @@ def test_a_text_that_nobody_waits_for_is_not_written_to_its_end(folders: dict[st
     assert len(steps) == 1
 
 
-def test_a_broken_adapter_does_not_take_others_with_it(
+def test_nonfinite_logits_fail_only_their_own_request(
     folders: dict[str, Path], expected: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     huge = save_random(tmp_path / "huge", seed=9)
@@ -337,11 +337,11 @@ def test_a_broken_adapter_does_not_take_others_with_it(
             requests = [engine.submit_classify(name, TEXTS) for name in ("a", "huge", "a")]
         for request in requests[::2]:
             assert close_to(request.future.result(30).logits, expected[digest_of(folders["a"])])
-        with pytest.raises(AdapterError, match="no finite number"):
+        with pytest.raises(AdapterError, match=r"huge.*not finite"):
             requests[1].future.result(30)
 
 
-def test_a_row_that_fails_in_the_model_fails_alone(
+def test_a_failing_row_fails_only_its_own_request(
     folders: dict[str, Path], expected: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with served(folders, "a", "b") as engine:
@@ -355,7 +355,7 @@ def test_a_row_that_fails_in_the_model_fails_alone(
         assert close_to(engine.classify("b", TEXTS).logits, expected[digest_of(folders["b"])])
 
 
-def test_closing_answers_what_was_accepted(folders: dict[str, Path], expected: dict[str, np.ndarray]) -> None:
+def test_close_answers_accepted_requests(folders: dict[str, Path], expected: dict[str, np.ndarray]) -> None:
     engine = served(folders, "a", "b", max_batch=1)
     with paused(engine, "a"):
         requests = [engine.submit_classify("a", TEXTS) for _ in range(3)]
@@ -367,12 +367,12 @@ def test_closing_answers_what_was_accepted(folders: dict[str, Path], expected: d
             refused()
 
 
-def test_closing_without_grace_tells_those_who_wait(folders: dict[str, Path]) -> None:
+def test_close_without_grace_fails_waiting_requests(folders: dict[str, Path]) -> None:
     engine = served(folders, "a")
     with paused(engine, "a"):
         request = engine.submit_classify("a", TEXTS)
         engine.close(grace=0)
-    with pytest.raises(ClosingError, match="before it came to this"):
+    with pytest.raises(ClosingError, match="shut down"):
         request.future.result(30)
 
 
@@ -382,29 +382,29 @@ def test_closing_without_grace_tells_those_who_wait(folders: dict[str, Path]) ->
         (lambda e: e.classify("aa", TEXTS), UnknownAdapterError, "did you mean 'a'"),
         (lambda e: e.classify("w", TEXTS), WrongKindError, "use generate instead"),
         (lambda e: e.generate("a", "x"), WrongKindError, "use classify instead"),
-        (lambda e: e.classify("a", []), BadInputError, "at least one"),
-        (lambda e: e.classify("a", "a text"), BadInputError, "a list of texts"),
+        (lambda e: e.classify("a", []), BadInputError, "list with at least one"),
+        (lambda e: e.classify("a", "a text"), BadInputError, "expected a list"),
         (lambda e: e.classify("a", ["fine", "  "]), BadInputError, r"inputs\[1\]: expected a text"),
         (lambda e: e.classify("a", [("one", "two")]), BadInputError, r"reads one text \(sentence\), found 2"),
         (lambda e: e.classify("pair", ["one"]), BadInputError, r"reads 2 texts \(sentence1, sentence2\), found 1"),
         (lambda e: e.classify("a", ["x"] * 65), TooLargeError, "at most 64, found 65"),
         (lambda e: e.classify("a", ["x" * 10_001]), TooLargeError, "at most 10000 characters"),
-        (lambda e: e.classify("a", ["\ud800"]), BadInputError, "half of a surrogate pair"),
+        (lambda e: e.classify("a", ["\ud800"]), BadInputError, "inputs.*character 0.*surrogate"),
         (lambda e: e.generate("w", "name[The Vaults], eatTipe[pub]"), BadInputError, "did you mean 'eatType'"),
-        (lambda e: e.generate("w", f"name[{'The Vaults ' * 300}]"), BadInputError, "the model reads at most"),
+        (lambda e: e.generate("w", f"name[{'The Vaults ' * 300}]"), BadInputError, "at most"),
         (lambda e: e.generate("w", PROMPTS[0], num_beams=17), TooLargeError, "num_beams: expected at most 16"),
         (lambda e: e.generate("w", PROMPTS[0], max_new_tokens=1000), TooLargeError, "max_new_tokens"),
         (lambda e: e.generate("w", PROMPTS[0], temperature=-1.0), BadInputError, "temperature"),
-        (lambda e: e.generate("w", PROMPTS[0], top_p=0.9, num_beams=2), BadInputError, "where a text is sampled"),
+        (lambda e: e.generate("w", PROMPTS[0], top_p=0.9, num_beams=2), BadInputError, "num_beams: .*found 2"),
         (lambda e: e.generate("w", PROMPTS[0], nun_beams=2), BadInputError, "did you mean 'num_beams'"),
         (lambda e: e.load("a/b", "x"), AdapterError, "cannot name an adapter"),
         (lambda e: e.remove("aa"), UnknownAdapterError, "did you mean"),
     ],
 )  # fmt: skip
-def test_refusals_say_what_was_expected(ask: Any, kind: type[RefusalError], message: str, refusing: Engine) -> None:
+def test_refusals_name_what_was_expected(ask: Any, kind: type[RefusalError], message: str, refusing: Engine) -> None:
     with pytest.raises(kind, match=message):
         ask(refusing)
-    assert all(version.held == 0 for version in refusing.adapters())
+    assert all(version.pending == 0 for version in refusing.adapters())
 
 
 @pytest.fixture(scope="module")
@@ -413,8 +413,8 @@ def refusing(folders: dict[str, Path]) -> Iterator[Engine]:
         yield engine
 
 
-def test_limits_must_make_sense() -> None:
+def test_limits_are_validated() -> None:
     with pytest.raises(ConfigError, match="max_batch: expected a number above 0, found 0"):
         Limits(max_batch=0)
-    with pytest.raises(ConfigError, match="raise max_queue"):
+    with pytest.raises(ConfigError, match="max_inputs, 64, found 10"):
         Limits(max_queue=10)

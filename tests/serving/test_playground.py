@@ -1,4 +1,4 @@
-"""The page, in a real browser and, for what it refuses, in process."""
+"""The page in a real browser, and its errors in process."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lora_hf.serving.app import ServerState, build_app
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.limits import Limits
 from lora_hf.serving.metrics import Metrics
-from lora_hf.serving.playground import BARE, PATH, USER, _asked, _compared, _of_file
+from lora_hf.serving.playground import BARE, PATH, USER, Callbacks
 from tests.support.browser import Browser, browser, free_port, missing
-from tests.support.served_adapters import PROMPTS, TEXTS, save_random
+from tests.support.random_adapters import PROMPTS, TEXTS, save_random
 
 TOKEN = "a-token-of-this-test"
 TASKS = {"a": "rule-sentiment", "pair": "rte", "score": "stsb", "writer": "rule-restaurants"}
@@ -38,8 +38,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def address(engine: Engine) -> Iterator[str]:
-    """The page on a socket, behind its login."""
-    app = build_app(engine, ServerState(TOKEN, open=True), Metrics(), playground=True)
+    """The URL of the page, behind its login."""
+    app = build_app(engine, ServerState(TOKEN, ready=True), Metrics(), playground=True)
     server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -51,7 +51,7 @@ def address(engine: Engine) -> Iterator[str]:
 
 
 def choose(page: Browser, box: str, name: str) -> None:
-    """Types the name over what stands there; the list below follows, and Enter takes what is left of it."""
+    """Replaces the text of a dropdown with the name and presses Enter."""
     page.click(f"{box} input")
     page.type(f"{box} input", f"{CONTROL}a{CONTROL}{name}")
     page.until("return document.querySelector(arguments[0])?.value === arguments[1]", f"{box} input", name)
@@ -69,10 +69,10 @@ def test_adapters_answer_in_a_browser(engine: Engine, address: str, tmp_path: Pa
         page.until("return document.querySelector('#ask-adapter input')?.value === 'a'")
         page.type("#ask-text textarea", TEXTS[0])
         page.click("#ask")
-        said = page.until(SHOWN, "#ask-label")
+        shown = page.until(SHOWN, "#ask-label")
         wanted = engine.classify("a", [TEXTS[0]]).answers[0]
-        assert wanted["label"] in said
-        assert f"{round(100 * max(wanted['probabilities'].values()))}%" in said
+        assert wanted["label"] in shown
+        assert f"{round(100 * max(wanted['probabilities'].values()))}%" in shown
         page.picture(pictures / "ask.png")
 
         page.click("button[role=tab]:nth-of-type(2)")
@@ -89,24 +89,24 @@ def test_adapters_answer_in_a_browser(engine: Engine, address: str, tmp_path: Pa
         rows = tmp_path / "texts.txt"
         rows.write_text("\n".join(TEXTS), encoding="utf-8")
         page.click("button[role=tab]:nth-of-type(3)")
-        page._of_session("POST", f"/element/{hidden(page, '#file input[type=file]')}/value", {"text": str(rows)})
+        page._session_request("POST", f"/element/{hidden(page, '#file input[type=file]')}/value", {"text": str(rows)})
         page.until("return document.querySelector('#file')?.textContent.includes('texts')")
         page.click("#file-ask")
-        said = page.until(
+        shown = page.until(
             f"const t = document.querySelector('#file-answers').innerText; return t.includes('{TEXTS[3]}') && t"
         )
         for answer in engine.classify("a", TEXTS).answers:
-            assert answer["label"] in said
+            assert answer["label"] in shown
         page.picture(pictures / "file.png")
 
 
 def hidden(page: Browser, css: str) -> str:
-    found = page._of_session("POST", "/elements", {"using": "css selector", "value": css})
+    found = page._session_request("POST", "/elements", {"using": "css selector", "value": css})
     return next(iter(found[0].values()))
 
 
-def test_the_token_guards_the_page_too(engine: Engine) -> None:
-    app = build_app(engine, ServerState(TOKEN, open=True), Metrics(), playground=True)
+def test_the_page_requires_the_token(engine: Engine) -> None:
+    app = build_app(engine, ServerState(TOKEN, ready=True), Metrics(), playground=True)
     with TestClient(app) as client:
         assert client.get("/v1/adapters").status_code == 401
         assert client.get(f"{PATH}-other").status_code == 401
@@ -114,61 +114,69 @@ def test_the_token_guards_the_page_too(engine: Engine) -> None:
         assert asked.status_code == 401
         assert client.post(f"{PATH}/login", data={"username": USER, "password": "wrong"}).status_code == 400
         assert client.post(f"{PATH}/login", data={"username": USER, "password": TOKEN}).status_code == 200
-    with TestClient(build_app(engine, ServerState(open=True), Metrics())) as client:
-        assert client.get(PATH).status_code == 404, "the page is there only where it was asked for"
+    with TestClient(build_app(engine, ServerState(ready=True), Metrics())) as client:
+        assert client.get(PATH).status_code == 404, "the page is off by default"
 
 
 def answered(parts: Any) -> list[Any]:
     return [part.value for part in parts]
 
 
-def test_each_kind_of_adapter_has_its_answer(engine: Engine) -> None:
-    ask = _asked(engine)
+def test_each_kind_of_adapter_shows_its_answer(engine: Engine) -> None:
+    ask = Callbacks(engine).ask
     label, text = ask("pair", "It rained.", "It was dry.")
     assert label.visible
     assert not text.visible
     _, score = ask("score", "A man walks.", "A man is walking.")
     (wanted,) = engine.classify("score", [["A man walks.", "A man is walking."]]).answers
     assert score.value == f"{wanted['score']:.3f}"
-    both = _compared(engine)("a", "a", TEXTS[1], "")
+    both = Callbacks(engine).compare("a", "a", TEXTS[1], "")
     assert both[0].value == both[2].value
 
 
+def test_only_the_second_adapter_may_be_the_bare_base(engine: Engine) -> None:
+    lists = Callbacks(engine).list_adapters()
+    assert [[label for label, _ in each.choices] for each in lists] == [
+        [*sorted(TASKS), *bare] for bare in ([], [], [BARE], [])
+    ]
+    assert {each.value for each in lists} == {"a"}
+
+
 @pytest.mark.parametrize(
-    ("adapter", "content", "said"),
+    ("adapter", "content", "message"),
     [
-        ("a", b"\n \n", "expected a text in each line"),
-        ("a", b"caf\xe9", "no UTF-8"),
+        ("a", b"\n \n", "one text per line"),
+        ("a", b"caf\xe9", "byte 3 is not UTF-8"),
         ("a", b"1\n2\n3\n4\n5", "at most 4 lines, found 5"),
         ("pair", b"only one", "reads 2 texts"),
-        ("gone", b"a text", "is not served any more"),
+        ("gone", b"a text", "'gone' is no longer served"),
         (None, b"a text", "choose an adapter"),
     ],
 )
-def test_what_a_file_cannot_be_is_said_on_the_page(
-    engine: Engine, adapter: str | None, content: bytes, said: str, tmp_path: Path
+def test_invalid_files_are_explained_on_the_page(
+    engine: Engine, adapter: str | None, content: bytes, message: str, tmp_path: Path
 ) -> None:
     import gradio
 
     file = tmp_path / "rows.txt"
     file.write_bytes(content)
     with pytest.raises(gradio.Error) as shown:
-        _of_file(engine)(adapter, str(file))
-    assert said in shown.value.message
+        Callbacks(engine).ask_file(adapter, str(file))
+    assert message in shown.value.message
 
 
 def test_a_file_of_pairs(engine: Engine, tmp_path: Path) -> None:
     file = tmp_path / "rows.tsv"
     file.write_text("It rained.\tIt was dry.\nA man walks.\tA man moves.\n", encoding="utf-8")
-    found = _of_file(engine)("pair", str(file))
+    found = Callbacks(engine).ask_file("pair", str(file))
     assert found["headers"] == ["sentence1", "sentence2", "label", "probability"]
     pairs = [["It rained.", "It was dry."], ["A man walks.", "A man moves."]]
     assert [row[:2] for row in found["data"]] == pairs
     assert [row[2] for row in found["data"]] == [each["label"] for each in engine.classify("pair", pairs).answers]
 
 
-def test_only_writers_can_be_compared_with_their_base(engine: Engine) -> None:
+def test_only_generators_can_be_compared_with_their_base(engine: Engine) -> None:
     import gradio
 
-    with pytest.raises(gradio.Error, match="has no head for it"):
-        _compared(engine)("a", BARE, TEXTS[0], "")
+    with pytest.raises(gradio.Error, match=r"a classifies, .* no trained head"):
+        Callbacks(engine).compare("a", BARE, TEXTS[0], "")

@@ -29,7 +29,7 @@ def run_folder(folder: Path, base: str = "tiny-roberta", seed: int = 7) -> Path:
     stir(model, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".heads." in name:
+            if ".modules_to_save." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.1)
     save_adapter(model, folder / "adapter", task=TASK.name)
     (folder / RUN_CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A real browser for tests: headless Chromium through its ChromeDriver, in the words of W3C WebDriver."""
+"""A real browser for tests: headless Chromium, driven through ChromeDriver by W3C WebDriver."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typing import Any
 import httpx
 
 ARGUMENTS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,1000", "--disable-dev-shm-usage"]
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element in every answer, says the standard
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element in responses, set by the standard
 WAIT = 30.0
 
 
 def missing() -> str:
-    """What is not installed; an empty string where a browser can be had."""
+    """The programs that are not installed; empty if the browser can start."""
     return ", ".join(name for name in ("chromium", "chromedriver") if shutil.which(name) is None)
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 class Browser:
@@ -35,16 +35,16 @@ class Browser:
         self.client = client
         options = {"binary": shutil.which("chromium"), "args": ARGUMENTS}
         wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
-        self.session = f"/session/{self._ask('POST', '/session', wanted)['sessionId']}"
+        self.session = f"/session/{self._request('POST', '/session', wanted)['sessionId']}"
 
     def open(self, url: str) -> None:
-        self._of_session("POST", "/url", {"url": url})
+        self._session_request("POST", "/url", {"url": url})
 
     def click(self, css: str) -> None:
-        self._of_session("POST", f"/element/{self.find(css)}/click", {})
+        self._session_request("POST", f"/element/{self.find(css)}/click", {})
 
     def type(self, css: str, text: str) -> None:
-        self._of_session("POST", f"/element/{self.find(css)}/value", {"text": text})
+        self._session_request("POST", f"/element/{self.find(css)}/value", {"text": text})
 
     def text(self, css: str) -> str:
         return str(self.run("return document.querySelector(arguments[0])?.innerText ?? ''", css))
@@ -53,33 +53,32 @@ class Browser:
         return str(self.run("return document.querySelector(arguments[0])?.value ?? ''", css))
 
     def run(self, script: str, *arguments: Any) -> Any:
-        return self._of_session("POST", "/execute/sync", {"script": script, "args": list(arguments)})
+        return self._session_request("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
     def find(self, css: str) -> str:
         until = time.monotonic() + WAIT
         while True:
-            found = self._of_session("POST", "/elements", {"using": "css selector", "value": css})
-            for each in found:
-                if self._of_session("GET", f"/element/{each[ELEMENT]}/displayed"):
-                    return each[ELEMENT]
+            for element in self._session_request("POST", "/elements", {"using": "css selector", "value": css}):
+                if self._session_request("GET", f"/element/{element[ELEMENT]}/displayed"):
+                    return element[ELEMENT]
             assert time.monotonic() < until, f"no {css} on the page: {self.text('body')[:500]}"
             time.sleep(0.1)
 
     def until(self, script: str, *arguments: Any) -> Any:
-        """What a script returns as soon as that is neither empty nor false."""
+        """Repeats a script until it returns a true value."""
         end = time.monotonic() + WAIT
-        while not (found := self.run(script, *arguments)):
-            assert time.monotonic() < end, f"never: {script}; the page says {self.text('body')[:500]}"
+        while not (value := self.run(script, *arguments)):
+            assert time.monotonic() < end, f"timed out: {script}; the page shows {self.text('body')[:500]}"
             time.sleep(0.1)
-        return found
+        return value
 
     def picture(self, file: Path) -> None:
-        file.write_bytes(base64.b64decode(self._of_session("GET", "/screenshot")))
+        file.write_bytes(base64.b64decode(self._session_request("GET", "/screenshot")))
 
-    def _of_session(self, method: str, path: str, body: Any = None) -> Any:
-        return self._ask(method, self.session + path, body)
+    def _session_request(self, method: str, path: str, body: Any = None) -> Any:
+        return self._request(method, self.session + path, body)
 
-    def _ask(self, method: str, path: str, body: Any = None) -> Any:
+    def _request(self, method: str, path: str, body: Any = None) -> Any:
         answer = self.client.request(method, path, json=body).json()["value"]
         assert not (isinstance(answer, dict) and "error" in answer), answer
         return answer
@@ -100,11 +99,11 @@ def browser() -> Iterator[Browser]:
                 except httpx.TransportError:
                     assert time.monotonic() < end, "chromedriver does not answer"
                 time.sleep(0.05)
-            found = Browser(client)
+            page = Browser(client)
             try:
-                yield found
+                yield page
             finally:
-                client.delete(found.session)
+                client.delete(page.session)
     finally:
         driver.kill()
         driver.wait()

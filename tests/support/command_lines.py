@@ -1,7 +1,6 @@
-"""Command lines as people type them, in a process of their own or in this one.
+"""Runs command lines in a new process (`run`) or in this one (`ask`).
 
-A process takes seconds to load torch. It is for what it alone can show: what stands on its two outputs, what it has
-loaded, and how it ends.
+A new process takes seconds to load torch. Use it only to test the two output streams, the imports, or how it ends.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ REPO = Path(__file__).parents[2]
 
 
 def run(verb: str, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """`python scripts/<verb>.py`, as it is."""
+    """Runs `python scripts/<verb>.py`."""
     done = subprocess.run(
         [sys.executable, str(REPO / "scripts" / f"{verb}.py"), *map(str, words)],
         capture_output=True,
@@ -33,7 +32,7 @@ def run(verb: str, *words: str | Path, code: int = 0) -> subprocess.CompletedPro
 
 
 def ask(verb: str, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """The same through `main` in this process; what is logged does not stand in its `stderr`."""
+    """Runs `main` in this process; its `stderr` does not contain log messages."""
     given, out, err = [*map(str, words)], io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(given, verb=verb)

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, Interrupted, TrainingError, UserError
-from lora_hf.data.sampling import own_rows
+from lora_hf.data.sampling import last_batch_share
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.kernels import fused
 from lora_hf.training import trainer
@@ -112,9 +112,9 @@ def main(folder: Path) -> dict[str, Any]:
     seen["classify"] = {"metrics": classifier.record.metrics, "folder": str(classifier.folder)}
     seen["again"] = error_of(lambda: train(classify(folder, "classify", 2), rows=rows_of("rule-sentiment")), UserError)
     train(by_length(folder, "by_length", 2), rows=rows_of("rule-sentiment", NONE_LEFT))
-    trainer.own_rows = lambda rows, batch_size, *_: (batch_size, 1.0)
+    trainer.last_batch_share = lambda rows, batch_size, *_: (batch_size, 1.0)
     train(by_length(folder, "filled_up", 2), rows=rows_of("rule-sentiment", NONE_LEFT))
-    trainer.own_rows = own_rows
+    trainer.last_batch_share = last_batch_share
     train(generate(folder, "generate", 2), rows=rows_of("rule-restaurants"))
     train(generate(folder, "generate_bf16", 2, "bf16"), rows=rows_of("rule-restaurants"))
     seen["joint"] = error_of(lambda: train_together([classify(folder, "a", 2), classify(folder, "b", 2)]), ConfigError)

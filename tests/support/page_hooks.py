@@ -40,7 +40,7 @@ def before_from_loralib(names: dict[str, Any]) -> None:
 
 def before_serving(names: dict[str, Any]) -> None:
     """The adapters that the page serves, untrained."""
-    from tests.support.served_adapters import save_random
+    from tests.support.random_adapters import save_random
 
     for task in ("sst2", "rte", "e2e_nlg"):
         save_random(Path("outputs", task.removesuffix("_nlg"), "adapter"), task)

@@ -62,12 +62,12 @@ def test_each_kill_has_a_row(tmp_path: Path) -> None:
 
 def test_without_a_record_the_command_is_shown_and_a_damaged_record_is_an_error(tmp_path: Path) -> None:
     assert damaged(tmp_path) == (
-        "Not recorded yet: run `python -m tests.support.robustness --output docs/results/robustness/input.json`."
+        "Not recorded yet: run `python -m tests.support.damaged_inputs --output docs/results/robustness/input.json`."
     )
     assert kills(tmp_path).endswith("run `python -m tests.support.kills --output docs/results/robustness/kills.json`.")
     assert malformed(tmp_path) == malformed_answers(tmp_path)
     assert malformed(tmp_path).endswith(
-        "run `python -m tests.support.malformed --output docs/results/robustness/http.json`."
+        "run `python -m tests.support.malformed_requests --output docs/results/robustness/http.json`."
     )
     (tmp_path / "robustness").mkdir()
     tables = {"input.json": damaged, "http.json": malformed, "kills.json": kills}

@@ -21,7 +21,7 @@ from lora_hf.cli.main import main
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError
 from lora_hf.core.records import RunRecord
-from lora_hf.data.sampling import own_rows
+from lora_hf.data.sampling import last_batch_share
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.training import distributed as processes
 from lora_hf.training.arguments import training_arguments
@@ -260,7 +260,7 @@ def test_verbs_that_are_not_shared_refuse(
     ],
 )
 def test_the_rows_of_the_last_batch_count_once(rows: int, expected: list[tuple[int, float]]) -> None:
-    assert [own_rows(rows, 8, 2, place) for place in range(2)] == [
+    assert [last_batch_share(rows, 8, 2, place) for place in range(2)] == [
         (own, pytest.approx(share)) for own, share in expected
     ]
 

@@ -173,7 +173,7 @@ def test_what_cannot_share_a_base_is_refused(changed: dict[str, Any], said: str,
 
 
 def test_one_run_random_bases_and_one_checkpoint_for_all_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="resume=.*a checkpoint belongs to one run, found 2"):
+    with pytest.raises(ConfigError, match=r"resume=.*a checkpoint belongs to one run, found 2"):
         train_together(differing(tmp_path)[:2], resume=str(tmp_path))
     with pytest.raises(ConfigError, match="at least 2 runs, found 1"):
         train_together([config(tmp_path, "first")])

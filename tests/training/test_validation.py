@@ -34,13 +34,13 @@ MISTAKES = [
     ([*TRAIN, "--resume", "nowhere"], "--resume nowhere: expected a checkpoint folder"),
     ([*TRAIN, "train.start_from=nowhere"], "nowhere: not an adapter folder"),
     ([*TRAIN, "--config", "rule_sentiment.yaml", "output.name=both"], "output.name: expected a different one for each"),
-    ([*SWEEP, "--trials", "0"], "--trials: expected a whole number >= 1, found 0"),
-    ([*SWEEP, "--trials", "1", "--study", "a/b"], "--study a/b: expected a name for a folder"),
-    ([*SWEEP, "--trials", "1", "--storage", "here"], "--storage: expected a URL"),
+    ([*SWEEP, "--trials", "0"], "trials: expected a whole number >= 1, found 0"),
+    ([*SWEEP, "--trials", "1", "--study", "a/b"], "study 'a/b': expected a name for a folder"),
+    ([*SWEEP, "--trials", "1", "--storage", "here"], "storage: expected a URL"),
     ([*TRAIN, "model.name=tiny-bert"], "tiny-bert: no such model or folder (did you mean 'tiny-roberta'?)"),
     ([*TRAIN, "model.name=./nowhere"], "./nowhere: no such folder"),
     (["serve", "--adapter", "a=nowhere"], "nowhere: not an adapter folder"),
-    (["serve", "--adapter", "a=someone/x", "--port", "PORT"], "in use; choose another with --port N, or 0 for a free"),
+    (["serve", "--adapter", "a=someone/x", "--port", "PORT"], "--port 0 for a free one"),
 ]
 # All in one process, which has read torch's libraries in none of them.
 ALL = """
@@ -92,7 +92,7 @@ def test_settings_that_do_not_go_together(words: list[str], kind: type[Exception
 def test_what_is_fine_passes() -> None:
     check_run(load_config("rule_sentiment.yaml", ["train.loraplus_lr_ratio=4"]))
     check_together([named("a"), named("b")], None)
-    with pytest.raises(ConfigError, match="resume=.*a checkpoint belongs to one run, found 2"):
+    with pytest.raises(ConfigError, match=r"resume=.*a checkpoint belongs to one run, found 2"):
         check_together([named("a"), named("b")], "checkpoint-1")
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from lora_hf.core.config.schema import LoraConfig
-from lora_hf.data.tasks.generation import IGNORE_INDEX
+from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.lora.target_modules import plan, projections
 
 SHAPES = ((768, 768), (768, 3072))  # (in, out): the projections of roberta-base and gpt2

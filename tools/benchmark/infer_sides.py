@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_hf.inference.classify import answer_rows
+from lora_hf.inference.classify import batched_logits
 from lora_hf.lora.inject import adapter_names, inject, lora_layers, merge, set_adapter
 from lora_hf.lora.unpadding import enable_unpadding
 from tools.benchmark.job import Job
@@ -60,7 +60,7 @@ def _mixed(setup: Setup, rows: Rows) -> Any:
     model, size = _model(setup, rows), setup.config.train.eval_batch_size
 
     def predict() -> None:
-        answer_rows(model, setup.tokenizer, rows.inputs, size, iter, rows.adapters)
+        batched_logits(model, setup.tokenizer, rows.inputs, size, iter, rows.adapters)
 
     def time_switches() -> dict[str, Any]:
         names = adapter_names(model)
@@ -80,7 +80,7 @@ def _apart(setup: Setup, rows: Rows) -> Any:
         for name in dict.fromkeys(rows.adapters):
             set_adapter(model, name)
             own = [row for row, other in zip(rows.inputs, rows.adapters, strict=True) if other == name]
-            answer_rows(model, setup.tokenizer, own, size, iter)
+            batched_logits(model, setup.tokenizer, own, size, iter)
 
     return predict, dict
 
@@ -88,7 +88,7 @@ def _apart(setup: Setup, rows: Rows) -> Any:
 def _merged(setup: Setup, rows: Rows) -> Any:
     """All rows through one merged model, as if there were only one task: the upper bound."""
     model, size = merge(_model(setup, rows)), setup.config.train.eval_batch_size
-    return lambda: answer_rows(model, setup.tokenizer, rows.inputs, size, iter), dict
+    return lambda: batched_logits(model, setup.tokenizer, rows.inputs, size, iter), dict
 
 
 def _peft(precision: Any, by_length: bool) -> Any:

@@ -30,7 +30,7 @@ from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.core.records import RUN_CONFIG_FILE
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.inference.classify import MixedPredictor, described
+from lora_hf.inference.classify import MultiAdapterPredictor, format_prediction
 from lora_hf.lora.inject import adapter_heads, inject, lora_layers
 from lora_hf.models.load import load_base
 from lora_hf.serving.requests import digest_of
@@ -174,7 +174,7 @@ def _save(config: RunConfig, root: Path, adapters: int) -> list[Path]:
             for weights in layer.adapters.values():
                 weights.lora_B.normal_(0, STD, generator=generator)
         for head in adapter_heads(model).values():
-            for parameter in head.heads.parameters():
+            for parameter in head.modules_to_save.parameters():
                 parameter.normal_(0, STD, generator=generator)
     for name in names:
         save_adapter(model, root / name, name, task.name)
@@ -184,11 +184,11 @@ def _save(config: RunConfig, root: Path, adapters: int) -> list[Path]:
 
 def _offline(folders: list[Path], texts: list[str], column: str, precision: str) -> dict[str, list[dict[str, Any]]]:
     saved = {folder.name: find_saved_model(folder) for folder in folders}
-    predictor = MixedPredictor.load(saved, precision)
+    predictor = MultiAdapterPredictor.load(saved, precision)
     expected = {}
     for folder in folders:
         logits = predictor.logits([(folder.name, {column: text}) for text in texts])
-        expected[digest_of(folder)] = [described(saved[folder.name].task, row) for row in logits]
+        expected[digest_of(folder)] = [format_prediction(saved[folder.name].task, row) for row in logits]
     return expected
 
 

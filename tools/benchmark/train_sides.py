@@ -121,9 +121,8 @@ def _head(setup: Setup) -> Trainer:
 
 def our_trainer(setup: Setup, model: PreTrainedModel) -> Trainer:
     """Trains `model` as `lora_hf.training.run` does by default."""
-    stays_padded = enable_optimizations(model).padded_because is not None
-    sampling = "group_by_length" if stays_padded else "random"
-    trainer: Any = setup.trainer(model, AdapterTrainer, logging_nan_inf_filter=False, train_sampling_strategy=sampling)
+    arguments = enable_optimizations(model).training_arguments()
+    trainer: Any = setup.trainer(model, AdapterTrainer, logging_nan_inf_filter=False, **arguments)
     trainer.model_accepts_loss_kwargs = setup.task.model_kind == "causal-lm"
     if setup.config.train.group_by_prompt:
         trainer.prompts = number_prompts(setup.rows["labels"], setup.rows["input_ids"])

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf.core.formatting import table
-from lora_hf.core.records import read_plain
+from lora_hf.core.records import read_json_record
 
-MAKERS = {"input.json": "robustness", "http.json": "malformed", "kills.json": "kills"}  # modules of tests.support
+MAKERS = {"input.json": "damaged_inputs", "http.json": "malformed_requests", "kills.json": "kills"}
 NOT_MADE = {
     name: f"Not recorded yet: run `python -m tests.support.{maker} --output docs/results/robustness/{name}`."
     for name, maker in MAKERS.items()
@@ -90,9 +90,9 @@ def kills(results: Path) -> str:
         for number, kill in enumerate(record["kills"], start=1)
     ]
     head = ["kill", "killed after, s", "resumed from", "during a checkpoint write", "differences at the end"]
-    return table(head, rows, words=5)
+    return table(head, rows, text_columns=5)
 
 
 def _read(results: Path, name: str) -> dict[str, Any] | None:
     file = results / "robustness" / name
-    return read_plain(file) if file.exists() else None
+    return read_json_record(file) if file.exists() else None

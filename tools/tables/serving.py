@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf.core.formatting import table
-from lora_hf.core.records import read_plain, record_files
+from lora_hf.core.records import read_json_record, record_files
 
 
 def serving(results: Path) -> str:
@@ -55,4 +55,4 @@ def _server(work: dict[str, Any]) -> str:
 
 
 def _records(results: Path) -> list[tuple[Path, dict[str, Any]]]:
-    return [(file, read_plain(file)) for file in record_files(results / "serving")]
+    return [(file, read_json_record(file)) for file in record_files(results / "serving")]

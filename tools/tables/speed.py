@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf.core.formatting import percent, table
-from lora_hf.core.records import read_plain, record_files
+from lora_hf.core.records import read_json_record, record_files
 
 PEERS = {"peft-default": "PEFT (defaults)", "peft-best": "PEFT (best settings)", "loralib": "loralib"}
 # Row labels of a profile, by the names in its record.
@@ -43,7 +43,7 @@ def speed(results: Path) -> str:
                 ]
             )
     head = ["workload (record)", "implementation", "examples/s", "tokens/s", "share of peak, %", "lora speedup"]
-    return table([*head, "memory above base, MB", "lora memory ratio"], rows, words=2)
+    return table([*head, "memory above base, MB", "lora memory ratio"], rows, text_columns=2)
 
 
 def equal_work(results: Path) -> str:
@@ -111,7 +111,7 @@ def answering(results: Path) -> str:
                     _spread(ratio, 2) if ratio else "1",
                 ]
             )
-    return table(["workload (record)", "mode", "rows/s", "speedup of mixed"], rows, words=2)
+    return table(["workload (record)", "mode", "rows/s", "speedup of mixed"], rows, text_columns=2)
 
 
 def switching(results: Path) -> str:
@@ -196,7 +196,7 @@ def answers_in(results: Path) -> str:
 
 
 def _records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    return [(file, read_plain(file)) for file in record_files(folder)]
+    return [(file, read_json_record(file)) for file in record_files(folder)]
 
 
 def _work(record: dict[str, Any]) -> str:

@@ -1,1 +1,1 @@
-"""From and to the files of other LoRA libraries."""
+"""Conversion from and to the files of other LoRA libraries. At present loralib."""

@@ -1,9 +1,9 @@
-"""Checkpoints of loralib (microsoft/LoRA): read onto a model of ours, and written for a model built with loralib.
+"""Checkpoints of loralib (microsoft/LoRA): loaded onto a lora_hf model, and written for a model built with loralib.
 
-A loralib checkpoint holds `<path>.lora_A` and `<path>.lora_B`, and beside them what the script saved, mostly the task
-head. It records neither `lora_alpha` nor which slices of a fused projection (`lora.MergedLinear`) are adapted, so both
-must be said. The values are the same here and there: `lora_A` is `(n * r, in)` and `lora_B` `(n * width, r)` for n
-adapted slices. Source: loralib 0.1.2, layers.py, `MergedLinear.merge_AB` and `zero_pad`.
+A loralib checkpoint holds `<path>.lora_A`, `<path>.lora_B` and whatever else the script saved, usually the task head.
+It records neither `lora_alpha` nor which slices of a fused projection (`lora.MergedLinear`) are adapted, so the caller
+passes both. The tensors are the same as here: for n adapted slices `lora_A` is `(n * r, in)` and `lora_B`
+`(n * width, r)`. Source: loralib 0.1.2, layers.py, `MergedLinear.merge_AB` and `zero_pad`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.adapters.convert.checkpoint import lora_paths, read_loralib, write_loralib
-from lora_hf.adapters.save_load import compare
+from lora_hf.adapters.save_load import check_shapes
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.inject import (
     adapter_heads,
@@ -37,7 +37,7 @@ from lora_hf.lora.target_modules import head_paths, projections
 
 @dataclass(frozen=True)
 class LoralibLayer:
-    """How a script for loralib builds one layer; without `enable_lora` it is a `lora.Linear`."""
+    """The constructor arguments of a loralib layer: `lora.MergedLinear`, or `lora.Linear` without `enable_lora`."""
 
     in_features: int
     out_features: int
@@ -61,20 +61,21 @@ def load_loralib(
     name: str = "default",
     partial: bool = False,
 ) -> PreTrainedModel:
-    """Puts a loralib checkpoint on a plain or already adapted model as adapter `name`, and makes it the active one.
+    """Adds a loralib checkpoint to a plain or already adapted model as adapter `name`, and activates it.
 
     Args:
-        lora_alpha: what the layers were built with.
-        enable_lora: what its `lora.MergedLinear` layers were built with, if it has any.
-        partial: takes a file without head, or that adapts some layers only; the head is then the model's own.
+        lora_alpha: the alpha of the loralib layers.
+        enable_lora: that of its `lora.MergedLinear` layers, if it has any.
+        partial: accept a file without a head, or with some of the layers only; the head is then a copy of the model's.
 
     Raises:
         AdapterError: the file is no readable loralib checkpoint or does not fit this model. The model is unchanged.
     """
     check_new_name(model, name)
-    tensors = _in_model(model, read_loralib(file))
-    layers = _layers(model, tensors, lora_alpha, enable_lora, str(file))
-    compare(_shapes(model, tensors, layers, partial), _without_base(model, tensors, str(file)), str(file))
+    tensors = _with_model_paths(model, read_loralib(file))
+    layers = _read_layers(model, tensors, lora_alpha, enable_lora, str(file))
+    adapter_tensors = _without_base(model, tensors, str(file))
+    check_shapes(_expected_shapes(model, tensors, layers, partial), adapter_tensors, str(file))
     for path, layer in layers.items():
         weights = add_weights(model, path, name, _slices(layer), layer.r, lora_alpha)
         with torch.no_grad():
@@ -82,14 +83,14 @@ def load_loralib(
             weights.lora_B.copy_(tensors[f"{path}.lora_B"])
     inject_head(model, name)
     for path, head in adapter_heads(model).items():
-        found = {key.removeprefix(f"{path}."): tensors[key] for key in tensors if key.startswith(f"{path}.")}
-        if found:
-            head.heads[name].load_state_dict(found)
+        state = {key.removeprefix(f"{path}."): tensors[key] for key in tensors if key.startswith(f"{path}.")}
+        if state:
+            head.modules_to_save[name].load_state_dict(state)
     return set_adapter(model, name)
 
 
 def loralib_state_dict(model: PreTrainedModel, name: str = "default") -> dict[str, torch.Tensor]:
-    """Adapter `name` and its head as a model with the layers of `loralib_layers` takes it with `strict=False`.
+    """Adapter `name` and its head, to be loaded with `strict=False` into a model with the layers of `loralib_layers`.
 
     Raises:
         AdapterError: as `loralib_layers`.
@@ -99,24 +100,24 @@ def loralib_state_dict(model: PreTrainedModel, name: str = "default") -> dict[st
         weights = layers[path].adapters[name]
         tensors |= {f"{path}.lora_A": weights.lora_A.detach(), f"{path}.lora_B": weights.lora_B.detach()}
     for path, head in adapter_heads(model).items():
-        if name in head.heads:
-            tensors |= {f"{path}.{key}": value for key, value in head.heads[name].state_dict().items()}
+        if name in head.modules_to_save:
+            tensors |= {f"{path}.{key}": value for key, value in head.modules_to_save[name].state_dict().items()}
     return tensors
 
 
 def loralib_layers(model: PreTrainedModel, name: str = "default") -> dict[str, LoralibLayer]:
-    """The loralib layers that compute what adapter `name` does, by their paths.
+    """The loralib layers that compute the same as adapter `name`, by module path.
 
     Raises:
-        AdapterError: no such adapter, or one that loralib has no layer for: a variant of LoRA, another scaling
-            than lora_alpha / r, slices that are not equal shares of their projection.
+        AdapterError: no such adapter, or one without a loralib counterpart: a variant of LoRA, a scaling other than
+            lora_alpha / r, or slices that are not equal shares of the projection.
     """
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
     if not layers:
         raise AdapterError(
             f"no adapter {name!r} with LoRA on this model; it has: {', '.join(adapter_names(model)) or 'none'}"
         )
-    return {path: _as_loralib(path, layer, name) for path, layer in layers.items()}
+    return {path: _to_loralib(path, layer, name) for path, layer in layers.items()}
 
 
 def save_loralib(model: PreTrainedModel, file: str | Path, name: str = "default") -> Path:
@@ -130,25 +131,25 @@ def save_loralib(model: PreTrainedModel, file: str | Path, name: str = "default"
 
 
 def num_labels(tensors: Mapping[str, torch.Tensor]) -> int | None:
-    """The width of the classification head among the tensors; None where there is none."""
+    """The number of labels of the classification head among the tensors, or None without such a head."""
     for key in ("classifier.out_proj.weight", "classifier.weight", "score.weight"):
         if key in tensors and tensors[key].dim() == 2:
             return tensors[key].shape[0]
     return None
 
 
-def _in_model(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors by their names in this model: those of a bare base model get `roberta.` or `transformer.` before."""
+def _with_model_paths(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors by their names in this model: that of a bare base model lacks `roberta.` or `transformer.`."""
     modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
 
-    def full(key: str) -> str:
+    def full_name(key: str) -> str:
         path = key.rpartition(".")[0]
         return prefix + key if path not in modules and prefix + path in modules else key
 
-    return {full(key): tensor for key, tensor in tensors.items()}
+    return {full_name(key): tensor for key, tensor in tensors.items()}
 
 
-def _layers(
+def _read_layers(
     model: PreTrainedModel,
     tensors: Mapping[str, torch.Tensor],
     lora_alpha: float,
@@ -156,24 +157,24 @@ def _layers(
     source: str,
 ) -> dict[str, LoralibLayer]:
     """The layers in the file, by their paths in this model."""
-    layers, there = projections(model), dict(model.named_modules())
-    found = {}
+    known, modules = projections(model), dict(model.named_modules())
+    layers = {}
     for path in lora_paths(tensors):
-        if path not in layers:
-            other = path in there and "; lora_hf has no counterpart of loralib's Embedding and Conv layers"
-            raise AdapterError(
-                f"{source}: {path}.lora_A: expected an nn.Linear or Conv1D of the model there, found "
-                f"{type(there[path]).__name__ if other else 'no such module'}{other or ''}"
-            )
-        found[path] = _layer(path, layers[path], tensors, lora_alpha, enable_lora, source)
-    if enable_lora and not any(layer.enable_lora for layer in found.values()):
+        if path not in known:
+            found = "no such module"
+            if path in modules:
+                kind = type(modules[path]).__name__
+                found = f"{kind}; lora_hf has no counterpart of loralib's Embedding and Conv layers"
+            raise AdapterError(f"{source}: {path}.lora_A: expected an nn.Linear or Conv1D of the model, found {found}")
+        layers[path] = _read_layer(path, known[path], tensors, lora_alpha, enable_lora, source)
+    if enable_lora and not any(layer.enable_lora for layer in layers.values()):
         raise AdapterError(
             f"{source}: enable_lora is given, but no layer in the file is a lora.MergedLinear: leave it out"
         )
-    return found
+    return layers
 
 
-def _layer(
+def _read_layer(
     path: str,
     projection: nn.Module,
     tensors: Mapping[str, torch.Tensor],
@@ -181,16 +182,15 @@ def _layer(
     enable_lora: Sequence[bool] | None,
     source: str,
 ) -> LoralibLayer:
-    """The layer that the shapes tell; `compare` says later where they do not fit it."""
+    """The layer that the shapes of A and B imply. `check_shapes` later reports shapes that contradict it."""
     in_features, out_features = linear_shape(projection)
-    transposed = isinstance(projection, Conv1D)
     missing = torch.empty(0, 0)
     a, b = (tensors.get(f"{path}.lora_{part}", missing) for part in "AB")
     shapes = f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}"
     r = (b.shape[1] or a.shape[0]) if a.dim() == b.dim() == 2 else 0
     if r == 0:
         raise AdapterError(f"{source}: {path}: expected two matrices of one rank, found {shapes}")
-    plain = LoralibLayer(in_features, out_features, r, lora_alpha, (), transposed)
+    plain = LoralibLayer(in_features, out_features, r, lora_alpha, (), isinstance(projection, Conv1D))
     if (a.shape[0], b.shape[0]) == (r, out_features) or a is missing or b is missing:
         return plain
     if enable_lora is not None:
@@ -199,24 +199,24 @@ def _layer(
                 f"{source}: {path}: expected an enable_lora with a True, of a length that divides {out_features}, "
                 f"found {list(enable_lora)}"
             )
-        return LoralibLayer(in_features, out_features, r, lora_alpha, tuple(enable_lora), transposed)
+        return replace(plain, enable_lora=tuple(enable_lora))
     count, rest = divmod(a.shape[0], r)
     width = b.shape[0] // count if count else 0
     if not rest and width and not b.shape[0] % count and not out_features % width:
         raise AdapterError(
-            f"{source}: {path}: {shapes} are those of a lora.MergedLinear that adapts "
-            f"{count} of {out_features // width} slices, and the file does not say which: give its enable_lora (the "
-            "paper's GPT-2 has [True, False, True]: q and v)"
+            f"{source}: {path}: {shapes} are those of a lora.MergedLinear that adapts {count} of "
+            f"{out_features // width} slices, but the file does not record which: pass its enable_lora (in the paper's "
+            "GPT-2 [True, False, True]: q and v)"
         )
     return plain
 
 
-def _shapes(
+def _expected_shapes(
     model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, LoralibLayer], partial: bool
 ) -> dict[str, tuple[int, ...]]:
-    """What the file must hold, so that nothing of the adapter is left to chance."""
+    """The shapes of all tensors that the file must hold."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, layer in (layers if partial else _whole(layers, projections(model))).items():
+    for path, layer in (layers if partial else _in_all_layers(layers, projections(model))).items():
         slices = _slices(layer)
         width = slices[0][1] - slices[0][0]
         shapes[f"{path}.lora_A"] = (len(slices) * layer.r, layer.in_features)
@@ -224,15 +224,15 @@ def _shapes(
     heads = {}
     for path in head_paths(model):
         head = model.get_submodule(path)
-        plain: nn.Module = head.base_head if isinstance(head, ModulesToSaveWrapper) else head
+        plain: nn.Module = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
         heads |= {f"{path}.{key}": tuple(value.shape) for key, value in plain.state_dict().items()}
     return shapes if partial and not heads.keys() & tensors.keys() else shapes | heads
 
 
-def _whole(layers: Mapping[str, LoralibLayer], all_paths: Iterable[str]) -> dict[str, LoralibLayer]:
-    """`layers` and the same projection in every other layer of the model.
+def _in_all_layers(layers: Mapping[str, LoralibLayer], all_paths: Iterable[str]) -> dict[str, LoralibLayer]:
+    """`layers`, extended to the same projection in every layer of the model.
 
-    A checkpoint of a model with fewer layers of the same width fits in all its shapes; this is what tells.
+    All shapes of a checkpoint fit a model with more layers of the same width; only the missing layers reveal it.
     """
     kinds = {_kind(path): layer for path, layer in layers.items()}
     return {path: layers.get(path) or kinds[_kind(path)] for path in all_paths if _kind(path) in kinds}
@@ -247,40 +247,39 @@ def _slices(layer: LoralibLayer) -> list[tuple[int, int]]:
     return [(i * width, (i + 1) * width) for i, enabled in enumerate(layer.enable_lora or (True,)) if enabled]
 
 
-def _as_loralib(path: str, layer: LoraLinear, name: str) -> LoralibLayer:
+def _to_loralib(path: str, layer: LoraLinear, name: str) -> LoralibLayer:
     weights = layer.adapters[name]
     if type(weights) is not LoraWeights or weights.scaling != weights.lora_alpha / weights.r:
         raise AdapterError(
             f"adapter {name!r}: {path} holds {type(weights).__name__}, scaled by {weights.scaling:g}: loralib "
-            "has only plain LoRA, scaled by lora_alpha / r"
+            "supports only plain LoRA, scaled by lora_alpha / r"
         )
-    whole, width = layer.out_features, weights.slices[0][1] - weights.slices[0][0]
-    known = LoralibLayer(
-        layer.in_features, whole, weights.r, weights.lora_alpha, (), isinstance(layer.base_layer, Conv1D)
-    )
-    if weights.slices == [(0, whole)]:
-        return known
-    enabled = tuple((start, start + width) in weights.slices for start in range(0, whole, width))
-    fused = replace(known, enable_lora=enabled)
-    if whole % width or _slices(fused) != weights.slices:
+    out_features, width = layer.out_features, weights.slices[0][1] - weights.slices[0][0]
+    transposed = isinstance(layer.base_layer, Conv1D)
+    plain = LoralibLayer(layer.in_features, out_features, weights.r, weights.lora_alpha, (), transposed)
+    if weights.slices == [(0, out_features)]:
+        return plain
+    enabled = tuple((start, start + width) in weights.slices for start in range(0, out_features, width))
+    fused = replace(plain, enable_lora=enabled)
+    if out_features % width or _slices(fused) != weights.slices:
         raise AdapterError(
-            f"adapter {name!r}: {path} adapts the columns {weights.slices} of {whole}: loralib's MergedLinear has only "
-            "equal shares, in their order"
+            f"adapter {name!r}: {path} adapts the columns {weights.slices} of {out_features}: loralib's MergedLinear "
+            "supports only equal shares in ascending order"
         )
     return fused
 
 
 def _without_base(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """`tensors` without the base's own, which a script may have saved along; AdapterError where they were trained."""
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    own = {name.replace(".base_layer.", "."): tensor for name, tensor in own.items()}
+    """`tensors` without copies of the base's own; raises AdapterError if one of them differs from the base."""
+    base = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    base = {name.replace(".base_layer.", "."): tensor for name, tensor in base.items()}
     heads = tuple(f"{path}." for path in head_paths(model))
-    beside = {key: tensor for key, tensor in tensors.items() if key in own and not key.startswith(heads)}
-    changed = [key for key, tensor in beside.items() if not torch.equal(own[key].to("cpu", tensor.dtype), tensor)]
+    copies = {key: tensor for key, tensor in tensors.items() if key in base and not key.startswith(heads)}
+    changed = [key for key, tensor in copies.items() if not torch.equal(base[key].to("cpu", tensor.dtype), tensor)]
     if changed:
         raise AdapterError(
-            f"{source}: {len(changed)} tensors of the base differ from this model ({', '.join(changed[:3])}): another "
-            "base, biases that were trained (an adapter holds A, B and the head), or saved after eval(), where loralib "
-            "merges"
+            f"{source}: {len(changed)} tensors of the base differ from this model ({', '.join(changed[:3])}). Either "
+            "the base is another one, or its biases were trained (an adapter holds A, B and the head), or the "
+            "checkpoint was saved after eval(), where loralib merges"
         )
-    return {key: tensor for key, tensor in tensors.items() if key not in beside}
+    return {key: tensor for key, tensor in tensors.items() if key not in copies}

@@ -1,1 +1,1 @@
-"""The verbs of the command line, a file each: `add` describes the verb, `run` does it."""
+"""The verbs of the command line, one module each: `HELP`, `add_arguments` and `run`."""

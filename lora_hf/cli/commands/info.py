@@ -1,4 +1,7 @@
-"""`info`: what lora_hf has here to work with, to be pasted into a report of a bug."""
+"""`info`: versions, hardware and settings, for a bug report.
+
+The output contains no token, no address, and no name of the machine or its user.
+"""
 
 from __future__ import annotations
 
@@ -6,65 +9,174 @@ import argparse
 import importlib.metadata
 import os
 import shutil
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packaging.requirements import Requirement
 
-from lora_hf.cli.terminal import print_json
+from lora_hf.cli.terminal import add_json, print_json
 from lora_hf.core.errors import how_to_install
 from lora_hf.core.provenance import cpuinfo, git_state, machine, version, versions
 from lora_hf.lora.architectures import ARCHITECTURES
 
-if TYPE_CHECKING:
-    from lora_hf.cli.commands.info import Environment
+HELP = "show versions, hardware and missing packages, for a bug report"
+DISTRIBUTION = "lora-hf"
+DEVELOPER_EXTRAS = ("dev", "docs", "test")  # no user misses these
+PEERS = ("loralib", "peft")
+# CPU instructions that speed up matrix products, by their names in Linux.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+INT8_FLAGS = ("avx512_vnni", "amx_int8")
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
-def add(verbs: Any) -> None:
-    """Describes the verb."""
-    parser = verbs.add_parser("info", help="versions, hardware and what is missing, for a report of a bug")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
-    parser.set_defaults(run=run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Looks, and tells."""
-    from lora_hf.cli.commands.info import look_around
-
-    found = look_around()
+    info = collect()
     if options.json:
-        print_json(found.to_dict())
+        print_json(info)
         return
-    for title, lines in _told(found).items():
+    for title, lines in _sections(info).items():
         print(title)
         for name, value in lines.items():
             print(f"  {name:18}{value}")
 
 
-def _told(found: Environment) -> dict[str, dict[str, str]]:
-    installed = {name: version for name, version in found.optional.items() if version is not None}
-    told = {
-        "versions": {**found.versions, **_commit(found.code)},
-        "optional packages": installed or {"none": ""},
-        "hardware": _hardware(found.machine),
-        "chosen here": _chosen(found.chosen, found.problem),
-        "places": _places_lines(found.places),
+def collect() -> dict[str, Any]:
+    """Collects everything, in the seconds that importing torch takes and without using the network.
+
+    Returns:
+        `versions` of required packages, `optional` ones by name (None: not installed), and those `missing` by extra;
+        `code`, `machine` (memory in bytes), `chosen` and `places`. If torch cannot be imported, `problem` says why, and
+        what only torch knows is left out.
+    """
+    optional, missing = _extras()
+    hardware: dict[str, Any] = machine() | {"usable_cores": _usable_cores(), "units": _cpu_flags()}
+    chosen: dict[str, Any] = {
+        "padding_free": [kind for kind, entry in ARCHITECTURES.items() if entry.plain_attention],
+        "padded": [kind for kind, entry in ARCHITECTURES.items() if not entry.plain_attention],
+        "nf4": optional.get("bitsandbytes") is not None,
+        "int8_units": [flag for flag in INT8_FLAGS if flag in hardware["units"]],
+        "java": shutil.which("java") is not None,
     }
-    if found.missing:
-        told["missing"] = {
-            extra: f"{', '.join(packages)}: {how_to_install(extra)}" for extra, packages in found.missing.items()
-        }
-    return told
+    problem = None
+    try:
+        hardware |= _torch_hardware()
+        chosen |= _auto_precision()
+    except Exception as error:  # noqa: BLE001 - a torch that cannot be imported is something to report
+        problem = f"{type(error).__name__}: {_hide_home(str(error))}"
+    return {
+        "versions": versions(),
+        "optional": optional,
+        "code": git_state(),
+        "machine": hardware,
+        "chosen": chosen,
+        "places": _sources(),
+        "missing": missing,
+        "problem": problem,
+    }
 
 
-def _commit(code: dict[str, Any]) -> dict[str, str]:
-    return {"commit": code["commit"][:12] + (", changed since" if code["changed"] else "")} if code else {}
+def _extras() -> tuple[dict[str, str | None], dict[str, list[str]]]:
+    """The version of each optional package, and for each extra the packages that are missing or too old."""
+    optional = {name: version(name) for name in PEERS}
+    missing: dict[str, list[str]] = {}
+    requirements = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or ()]
+    extras = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or ()
+    for extra in (each for each in extras if each not in DEVELOPER_EXTRAS):
+        for requirement in requirements:
+            marker, name = requirement.marker, requirement.name
+            if marker is None or not marker.evaluate({"extra": extra}) or marker.evaluate({"extra": ""}):
+                continue
+            if name == DISTRIBUTION:  # another extra, which is listed by itself
+                continue
+            installed = optional[name] = version(name)
+            if installed is None or not requirement.specifier.contains(installed, prereleases=True):
+                missing.setdefault(extra, []).append(f"{name}{requirement.specifier}")
+    return dict(sorted(optional.items())), missing
+
+
+def _usable_cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _cpu_flags() -> list[str]:
+    flags = cpuinfo("flags").split()
+    return [flag for flag in CPU_FLAGS if flag in flags]
+
+
+def _torch_hardware() -> dict[str, Any]:
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        capability = f"{gpu.major}.{gpu.minor}"
+        gpus.append({"name": gpu.name, "memory": gpu.total_memory, "compute_capability": capability})
+    return {"threads": torch.get_num_threads(), "cuda": torch.version.cuda, "gpus": gpus}
+
+
+def _auto_precision() -> dict[str, Any]:
+    from lora_hf.lora.precision import FASTER, bf16_gain, resolve_precision
+
+    return {"auto_precision": resolve_precision("auto"), "bf16_gain": bf16_gain(), "bf16_from": FASTER}
+
+
+def _sources() -> dict[str, Any]:
+    """Where data and models come from."""
+    data = os.environ.get("LORA_HF_DATA_DIR") or None
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return {
+        "data": data and _hide_home(data),
+        "data_is_there": bool(data) and Path(data).expanduser().is_dir(),
+        "cache": _hide_home(cache),
+        "offline": [name for name in OFFLINE if os.environ.get(name)],
+        "other_endpoint": bool(os.environ.get("HF_ENDPOINT")),
+        "proxy": any(os.environ.get(name) for name in PROXIES),
+    }
+
+
+def _hide_home(text: str) -> str:
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
+
+
+def _sections(info: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The lines to print, by section and name."""
+    code, places = info["code"], info["places"]
+    commit = {"commit": code["commit"][:12] + (", with local changes" if code["changed"] else "")} if code else {}
+    installed = {name: version for name, version in info["optional"].items() if version is not None}
+    sources = {
+        "data": "task.data_dir, otherwise the hub; LORA_HF_DATA_DIR is not set",
+        "models": f"{places['cache']}, then the hub",
+    }
+    if places["data"]:
+        sources["data"] = f"LORA_HF_DATA_DIR={places['data']}" + ("" if places["data_is_there"] else ": no such folder")
+    if places["offline"]:
+        sources["offline"] = f"{', '.join(places['offline'])}: the hub is not used"
+    if places["other_endpoint"]:
+        sources["endpoint"] = "HF_ENDPOINT replaces the hub"
+    if places["proxy"]:
+        sources["proxy"] = "set"
+    sections = {
+        "versions": {**info["versions"], **commit},
+        "optional packages": installed or {"none": ""},
+        "hardware": _hardware(info["machine"]),
+        "settings on this machine": _settings(info["chosen"], info["problem"]),
+        "data and models": sources,
+        "missing": {
+            extra: f"{', '.join(packages)}: {how_to_install(extra)}" for extra, packages in info["missing"].items()
+        },
+    }
+    return {title: lines for title, lines in sections.items() if lines}
 
 
 def _hardware(machine: dict[str, Any]) -> dict[str, str]:
-    cores = f"{machine['cores']}, {machine['usable_cores']} for this process"
-    told = {
+    cores = f"{machine['cores']}, {machine['usable_cores']} of them usable by this process"
+    lines = {
         "system": machine["system"],
         "processor": machine["processor"] or "unknown",
         "cores": cores + (f", {machine['threads']} threads" if "threads" in machine else ""),
@@ -72,160 +184,29 @@ def _hardware(machine: dict[str, Any]) -> dict[str, str]:
         "instructions": " ".join(machine["units"]) or "unknown",
     }
     for number, gpu in enumerate(machine.get("gpus", ())):
-        told[f"GPU {number}"] = f"{gpu['name']}, {_gigabytes(gpu['memory'])}, capability {gpu['compute_capability']}"
+        lines[f"GPU {number}"] = f"{gpu['name']}, {_gigabytes(gpu['memory'])}, capability {gpu['compute_capability']}"
     if not machine.get("gpus"):
-        told["GPU"] = "none that torch sees"
-    return told
+        lines["GPU"] = "none visible to torch"
+    return lines
 
 
-def _chosen(chosen: dict[str, Any], problem: str | None) -> dict[str, str]:
-    told = {"torch": f"cannot be imported: {problem}"} if problem else {}
+def _settings(chosen: dict[str, Any], problem: str | None) -> dict[str, str]:
+    lines = {"torch": f"cannot be imported: {problem}"} if problem else {}
     if "auto_precision" in chosen:
-        told["precision: auto"] = (
-            f"{chosen['auto_precision']}: bf16 is {chosen['bf16_gain']:.1f} times as fast as fp32 here, "
-            f"and taken from {chosen['bf16_from']:g} on"
+        lines["precision: auto"] = (
+            f"{chosen['auto_precision']}: bf16 runs {chosen['bf16_gain']:.1f} times as fast as fp32, and is used from "
+            f"{chosen['bf16_from']:g} times on"
         )
-    told["LoRA layers"] = "fused forward and backward, in plain torch; rows of many adapters grouped"
-    told["without padding"] = ", ".join(chosen["padding_free"])
+    lines["LoRA layers"] = "fused forward and backward, in plain torch; rows of many adapters grouped"
+    lines["without padding"] = ", ".join(chosen["padding_free"])
     if chosen["padded"]:
-        told["with padding"] = ", ".join(chosen["padded"])
+        lines["with padding"] = ", ".join(chosen["padded"])
     units = ", ".join(chosen["int8_units"])
-    told["quantised: int8"] = f"yes, by {units}" if units else "yes, without instructions for it"
-    told["quantised: nf4"] = "yes" if chosen["nf4"] else f"no: {how_to_install('quantised')}"
-    told["METEOR, CIDEr"] = "Java is there" if chosen["java"] else "no Java: see docs/generation_metrics.md"
-    return told
-
-
-def _places_lines(places: dict[str, Any]) -> dict[str, str]:
-    data = places["data"]
-    there = "" if places["data_is_there"] else ", which is not a folder"
-    told = {
-        "data": f"LORA_HF_DATA_DIR={data}{there}" if data else "the hub, or task.data_dir; LORA_HF_DATA_DIR is not set",
-        "models": f"{places['cache']}, then the hub",
-    }
-    if places["offline"]:
-        told["offline"] = f"{', '.join(places['offline'])}: the hub is not asked"
-    if places["other_endpoint"]:
-        told["endpoint"] = "HF_ENDPOINT names another than the hub"
-    if places["proxy"]:
-        told["proxy"] = "set"
-    return told
+    lines["quantized: int8"] = f"yes, with {units}" if units else "yes, but without CPU instructions for it"
+    lines["quantized: nf4"] = "yes" if chosen["nf4"] else f"no: {how_to_install('quantised')}"
+    lines["METEOR, CIDEr"] = "yes" if chosen["java"] else "no, Java is missing: see docs/generation_metrics.md"
+    return lines
 
 
 def _gigabytes(size: int | None) -> str:
     return f"{size / 1e9:.1f} GB" if size else "unknown"
-
-
-DISTRIBUTION = "lora-hf"
-FOR_DEVELOPERS = ("dev", "docs", "test")  # extras that nobody misses who uses lora_hf
-PEERS = ("loralib", "peft")
-# Instructions that a matrix product is faster with, as Linux names them.
-UNITS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-INTEGER_UNITS = ("avx512_vnni", "amx_int8")
-
-
-@dataclass(frozen=True)
-class Environment:
-    """`versions` are of what a run needs, `optional` of what else it may meet, None where that is not installed.
-
-    Memory is in bytes. `problem` says why torch cannot be imported; the machine and the choices then lack what only
-    torch knows.
-    """
-
-    versions: dict[str, str]
-    optional: dict[str, str | None]
-    code: dict[str, Any]
-    machine: dict[str, Any]
-    chosen: dict[str, Any]
-    places: dict[str, Any]
-    missing: dict[str, list[str]]  # by extra
-    problem: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
-
-def look_around() -> Environment:
-    """Everything, in the seconds that importing torch takes; the network is not touched."""
-    optional, missing = _extras()
-    hardware: dict[str, Any] = machine() | {"usable_cores": _usable_cores(), "units": _units()}
-    chosen: dict[str, Any] = {
-        "padding_free": [kind for kind, entry in ARCHITECTURES.items() if entry.plain_attention],
-        "padded": [kind for kind, entry in ARCHITECTURES.items() if not entry.plain_attention],
-        "nf4": optional.get("bitsandbytes") is not None,
-        "int8_units": [unit for unit in INTEGER_UNITS if unit in hardware["units"]],
-        "java": shutil.which("java") is not None,
-    }
-    problem = None
-    try:
-        hardware |= _seen_by_torch()
-        chosen |= _precision()
-    except Exception as error:  # noqa: BLE001 - a torch that cannot be imported is what this is asked for
-        problem = f"{type(error).__name__}: {_homeless(str(error))}"
-    return Environment(versions(), optional, git_state(), hardware, chosen, _places(), missing, problem)
-
-
-def _extras() -> tuple[dict[str, str | None], dict[str, list[str]]]:
-    """The version of each package that an extra brings, and by extra those that are missing or too old."""
-    found = {name: version(name) for name in PEERS}
-    missing: dict[str, list[str]] = {}
-    needed = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or ()]
-    extras = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or ()
-    for extra in (each for each in extras if each not in FOR_DEVELOPERS):
-        for each in needed:
-            marker = each.marker
-            if marker is None or not marker.evaluate({"extra": extra}) or marker.evaluate({"extra": ""}):
-                continue
-            if each.name == DISTRIBUTION:  # extras of its own, which are looked at by themselves
-                continue
-            found[each.name] = version(each.name)
-            if found[each.name] is None or not each.specifier.contains(found[each.name] or "", prereleases=True):
-                missing.setdefault(extra, []).append(f"{each.name}{each.specifier}")
-    return dict(sorted(found.items())), missing
-
-
-def _usable_cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _units() -> list[str]:
-    flags = cpuinfo("flags").split()
-    return [unit for unit in UNITS if unit in flags]
-
-
-def _seen_by_torch() -> dict[str, Any]:
-    import torch
-
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        known = torch.cuda.get_device_properties(index)
-        capability = f"{known.major}.{known.minor}"
-        gpus.append({"name": known.name, "memory": known.total_memory, "compute_capability": capability})
-    return {"threads": torch.get_num_threads(), "cuda": torch.version.cuda, "gpus": gpus}
-
-
-def _precision() -> dict[str, Any]:
-    from lora_hf.lora.precision import FASTER, bf16_gain, resolve_precision
-
-    return {"auto_precision": resolve_precision("auto"), "bf16_gain": bf16_gain(), "bf16_from": FASTER}
-
-
-def _places() -> dict[str, Any]:
-    """Where data and models are looked for; a path below the user's folder begins with `~`."""
-    data = os.environ.get("LORA_HF_DATA_DIR") or None
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    return {
-        "data": data and _homeless(data),
-        "data_is_there": bool(data) and Path(data).expanduser().is_dir(),
-        "cache": _homeless(cache),
-        "offline": [name for name in OFFLINE if os.environ.get(name)],
-        "other_endpoint": bool(os.environ.get("HF_ENDPOINT")),
-        "proxy": any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")),
-    }
-
-
-def _homeless(text: str) -> str:
-    home = str(Path.home())
-    return text.replace(home, "~") if len(home) > 1 else text

@@ -1,4 +1,4 @@
-"""`sweep`: find the values that score best."""
+"""`sweep`: search for the best hyperparameters."""
 
 from __future__ import annotations
 
@@ -6,35 +6,31 @@ import argparse
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from lora_hf.cli.terminal import print_json, shown
+from lora_hf.cli.terminal import add_json, format_score, print_json
 from lora_hf.core.errors import ConfigError, how_to_install
 
+HELP = "search for the best hyperparameters with Optuna"
 
-def add(verbs: Any) -> None:
-    """Describes the verb."""
-    parser = verbs.add_parser("sweep", help="find the values that score best, with Optuna")
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, or a recipe's name in configs/")
-    parser.add_argument(
-        "--trials", required=True, type=int, metavar="N", help="of the study, in all processes together"
-    )
-    parser.add_argument("--storage", metavar="URL", help="a database to share: sqlite:///sweep.db, postgresql://...")
-    parser.add_argument("--study", metavar="NAME", help="default: that of the config; the same name goes on")
-    parser.add_argument("--output", metavar="DIR", help="the folder of the study's folder; default: outputs")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampler")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
-    parser.add_argument(
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="a YAML file, or a recipe's name in configs/")
+    add("--trials", required=True, type=int, metavar="N", help="trials of the study, across all processes")
+    add("--storage", metavar="URL", help="a database to share: sqlite:///sweep.db, postgresql://...")
+    add("--study", metavar="NAME", help="default: the config's name; an existing study is continued")
+    add("--output", metavar="DIR", help="parent of the study's folder; default: outputs")
+    add("--seed", type=int, default=0, metavar="N", help="of the sampler; default: 0")
+    add_json(parser)
+    add(
         "overrides",
         nargs="+",
         metavar="key=...",
         help="low..high, low..high:log, low..high:log2 (powers of two), a,b or 'a|b' (one of them), 2*other.key, value",
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the trials, and says which was best."""
     from lora_hf.data.tasks.registry import task_of
     from lora_hf.experiments.sweep.space import read_sweep
 
@@ -50,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     if options.storage:
         parse_url(options.storage)
     task = task_of(config.task)
-    # Mistakes in the data are told before the seconds that importing the Trainer takes.
+    # Report invalid data before importing the Trainer takes seconds.
     rows = task.load(config.task.data_dir, task.splits)
     from lora_hf.experiments.sweep.study import BEST, BEST_CONFIG, SWEEP_RECORD, states, sweep, typed
 
@@ -58,11 +54,12 @@ def run(options: argparse.Namespace) -> None:
     folder, record = sweep(config, space, options.trials, name, options.storage, options.seed, rows)
     best, count = record.best, states(record)
     files = {"run": BEST, "config": BEST_CONFIG, "record": SWEEP_RECORD}
-    places = {what: str(folder / file) for what, file in files.items()}
+    paths = {label: str(folder / file) for label, file in files.items()}
     if options.json:
-        print_json({"study": name, "trials": count, "best": best, **places})
+        print_json({"study": name, "trials": count, "best": best, **paths})
         return
-    print(f"{record.split} {record.metric} {shown(best['score'])}: trial {best['number']}, {typed(best['values'])}")
+    score = f"{record.split} {record.metric} {format_score(best['score'])}"
+    print(f"best:    {score} in trial {best['number']}, {typed(best['values'])}")
     print("trials:  " + ", ".join(f"{number} {state}" for state, number in count.items()))
-    for what, place in places.items():
-        print(f"{what + ':':9}{place}")
+    for label, path in paths.items():
+        print(f"{label + ':':9}{path}")

@@ -1,4 +1,4 @@
-"""`train`: fine-tune as a config says, or as several say, together."""
+"""`train`: fine-tune from a config, or from several configs together on one base."""
 
 from __future__ import annotations
 
@@ -9,32 +9,30 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_hf.cli.terminal import print_json
+from lora_hf.cli.terminal import add_json, print_json
 from lora_hf.core.errors import TrainingError
 
 if TYPE_CHECKING:
     from lora_hf.core.config.schema import RunConfig
     from lora_hf.training.run import Run
 
+HELP = "fine-tune a model from a config"
 
-def add(verbs: Any) -> None:
-    """Describes the verb."""
-    parser = verbs.add_parser("train", help="fine-tune as a config says")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         required=True,
         action="append",
         metavar="FILE",
-        help="a YAML file, or a recipe's name in configs/; given again, all train together on one base",
+        help="a YAML file, or a recipe's name in configs/; repeat to train several runs together on one base",
     )
-    parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="go on from a checkpoint")
+    parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue from the last, or this, checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as lora.r=16 train.epochs=1")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
-    parser.set_defaults(run=run)
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains, and says what came out."""
     from lora_hf.core.config.loader import load_config
     from lora_hf.data.tasks.registry import task_of
     from lora_hf.training.distributed import destroy_processes, rank
@@ -42,9 +40,9 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.training.validation import check_run, check_together
 
     configs = [load_config(file, options.overrides) for file in options.config]
-    # Mistakes are told before the seconds that reading the data and importing the Trainer take.
+    # Report every error that is known before reading the data and importing the Trainer take seconds.
     if len(configs) > 1:
-        configs = _named(configs, options.config)
+        configs = _with_output_names(configs, options.config)
         check_together(configs, options.resume)
     for config in configs:
         check_run(config)
@@ -55,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
         if task.name not in rows:
             rows[task.name] = task.load(config.task.data_dir, task.splits)
     if len(configs) > 1:
-        _together(options, configs, rows)
+        _train_together(options, configs, rows)
         return
     from lora_hf.training.run import train
 
@@ -64,13 +62,13 @@ def run(options: argparse.Namespace) -> None:
     if rank():
         return
     if options.json:
-        print_json(_told(run))
+        print_json(_summary(run))
     else:
-        _print(run)
+        _print_summary(run)
 
 
-def _named(configs: Sequence[RunConfig], files: Sequence[str]) -> list[RunConfig]:
-    """Each with a folder of its own, named after its file where it has no name."""
+def _with_output_names(configs: Sequence[RunConfig], files: Sequence[str]) -> list[RunConfig]:
+    """The configs, those without an `output.name` named after their file."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return [
         replace(config, output=replace(config.output, name=config.output.name or f"{Path(file).stem}-{stamp}"))
@@ -78,33 +76,33 @@ def _named(configs: Sequence[RunConfig], files: Sequence[str]) -> list[RunConfig
     ]
 
 
-def _together(options: argparse.Namespace, configs: Sequence[RunConfig], rows: dict[str, Any]) -> None:
+def _train_together(options: argparse.Namespace, configs: Sequence[RunConfig], rows: dict[str, Any]) -> None:
     from lora_hf.training.joint import train_together
     from lora_hf.training.run import Run
 
     outcomes = train_together(configs, options.resume, rows)
     runs = [outcome for outcome in outcomes if isinstance(outcome, Run)]
     if options.json:
-        print_json({"runs": [_told(run) for run in runs]})
+        print_json({"runs": [_summary(run) for run in runs]})
     else:
         for run in runs:
             print(f"{run.folder.name}:")
-            _print(run)
+            _print_summary(run)
     failed = [
         f"{config.output.name}: {outcome}"
         for config, outcome in zip(configs, outcomes, strict=True)
         if not isinstance(outcome, Run)
     ]
     if failed:
-        raise TrainingError("\n  ".join([f"{len(failed)} of {len(configs)} runs stopped:", *failed]))
+        raise TrainingError("\n  ".join([f"{len(failed)} of {len(configs)} runs failed:", *failed]))
 
 
-def _told(run: Run) -> dict[str, Any]:
+def _summary(run: Run) -> dict[str, Any]:
     record = run.record
     return {"run": str(run.folder), "weights": str(run.weights), "metrics": record.metrics, "best": record.best}
 
 
-def _print(run: Run) -> None:
+def _print_summary(run: Run) -> None:
     record = run.record
     for split, scores in record.metrics.items():
         print(f"{split}: " + "  ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))

@@ -1,4 +1,4 @@
-"""The names by which transformers, peft and their example scripts call the keys of a config."""
+"""Hints for unknown keys and targets: the names that transformers, peft and their example scripts use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from lora_hf.core.errors import did_you_mean
 
-# Fields of transformers.TrainingArguments that have a key of their own here.
+# Fields of transformers.TrainingArguments that have their own key here, and so are refused under `train.hf`.
 OWN_KEYS = {
     "learning_rate": "train.lr",
     "num_train_epochs": "train.epochs",
@@ -24,80 +24,64 @@ OWN_KEYS = {
     "output_dir": "output.dir",
 }
 
-# Each for the key that people mean by it, wherever they put it.
+# What people write in any section, by the key that they mean.
+_OTHER_NAMES = {
+    "train.batch_size": ("train_batch_size",),
+    "train.patience": ("early_stopping_patience",),
+    "output.overwrite": ("overwrite_output_dir",),
+    "lora.r": ("rank", "lora_r"),
+    "lora.lora_alpha": ("alpha",),
+    "lora.lora_dropout": ("dropout",),
+    "lora.targets": ("target_modules",),
+    "lora.layers": ("layers_to_transform",),
+    "model.name": ("model_name", "model_name_or_path", "base_model_name_or_path"),
+    "model.revision": ("model_revision",),
+    "model.tokenizer": ("tokenizer_name",),
+    "model.precision": ("dtype", "torch_dtype", "bf16", "fp16"),
+    "model.quantised": ("load_in_4bit", "load_in_8bit"),
+    "task.name": ("task_name", "dataset_name"),
+    "task.max_length": ("max_seq_length",),
+}
+_TRAINER_ARGUMENTS = ("adam_beta1", "adam_beta2", "adam_epsilon", "gradient_checkpointing", "logging_steps", "optim",
+                      "report_to", "save_steps", "save_total_limit", "torch_compile")  # fmt: skip
 KEY_ALIASES = {
     **OWN_KEYS,
-    "train_batch_size": "train.batch_size",
-    "early_stopping_patience": "train.patience",
-    "overwrite_output_dir": "output.overwrite",
-    "rank": "lora.r",
-    "lora_r": "lora.r",
-    "alpha": "lora.lora_alpha",
-    "dropout": "lora.lora_dropout",
-    "target_modules": "lora.targets",
-    "layers_to_transform": "lora.layers",
-    "model_name": "model.name",
-    "model_name_or_path": "model.name",
-    "base_model_name_or_path": "model.name",
-    "model_revision": "model.revision",
-    "tokenizer_name": "model.tokenizer",
-    "dtype": "model.precision",
-    "torch_dtype": "model.precision",
-    "bf16": "model.precision",
-    "fp16": "model.precision",
-    "load_in_4bit": "model.quantised",
-    "load_in_8bit": "model.quantised",
-    "task_name": "task.name",
-    "dataset_name": "task.name",
-    "max_seq_length": "task.max_length",
+    **{name: f"train.hf.{name}" for name in _TRAINER_ARGUMENTS},
+    **{name: key for key, names in _OTHER_NAMES.items() for name in names},
 }
 
-# The last part of a module's path, as target_modules of peft holds it, for the role or the preset that means it.
-ROLE_ALIASES = {
-    "query": "q",
-    "query_proj": "q",
-    "q_proj": "q",
-    "q_lin": "q",
-    "key": "k",
-    "key_proj": "k",
-    "k_proj": "k",
-    "k_lin": "k",
-    "value": "v",
-    "value_proj": "v",
-    "v_proj": "v",
-    "v_lin": "v",
-    "o_proj": "o",
-    "out_proj": "o",
-    "out_lin": "o",
-    "c_attn": "q, k, v",
-    "query_key_value": "q, k, v",
-    "up_proj": "ffn_up",
-    "c_fc": "ffn_up",
-    "fc1": "ffn_up",
-    "lin1": "ffn_up",
-    "gate_proj": "ffn_gate",
-    "down_proj": "ffn_down",
-    "fc2": "ffn_down",
-    "lin2": "ffn_down",
-    "all-linear": "all",
+# Entries of peft's target_modules, by the roles or the preset that they correspond to.
+_MODULE_NAMES = {
+    "q": ("query", "query_proj", "q_proj", "q_lin"),
+    "k": ("key", "key_proj", "k_proj", "k_lin"),
+    "v": ("value", "value_proj", "v_proj", "v_lin"),
+    "o": ("o_proj", "out_proj", "out_lin"),
+    "q, k, v": ("c_attn", "query_key_value"),
+    "ffn_up": ("up_proj", "c_fc", "fc1", "lin1"),
+    "ffn_gate": ("gate_proj",),
+    "ffn_down": ("down_proj", "fc2", "lin2"),
+    "all": ("all-linear",),
 }
+ROLE_ALIASES = {name: role for role, names in _MODULE_NAMES.items() for name in names}
 
 
-def keys_called(word: str, known: Mapping[str, Collection[str]]) -> list[str]:
-    """The keys, as `section.key`, that `word` means here, in transformers or in peft.
+def find_keys(word: str, known: Mapping[str, Collection[str]]) -> list[str]:
+    """Returns the keys, as `section.key`, that `word` names here or in transformers and peft.
 
     Args:
         known: the keys of each section.
     """
-    found = [f"{section}.{word}" for section, keys in known.items() if word in keys]
-    return list(dict.fromkeys([*found, *([KEY_ALIASES[word]] if word in KEY_ALIASES else [])]))
+    keys = [f"{section}.{word}" for section, names in known.items() if word in names]
+    if word in KEY_ALIASES:
+        keys.append(KEY_ALIASES[word])
+    return list(dict.fromkeys(keys))
 
 
 def hint_for_key(section: str, key: str, known: Mapping[str, Collection[str]]) -> str:
-    """A suggestion for an unknown key of a section: our name for the same thing, else the nearest name."""
-    meant = keys_called(key, known)
-    here = [full.partition(".")[2] for full in meant if full.startswith(f"{section}.")]
+    """Returns what to add to the message about an unknown key of a section: the key that is meant, else the nearest."""
+    meant = find_keys(key, known)
+    in_section = [name.removeprefix(f"{section}.") for name in meant if name.rpartition(".")[0] == section]
     if meant:
-        return f" (did you mean {' or '.join(map(repr, here or meant))}?)"
-    near = did_you_mean(key, known[section])
-    return near if near or section != "train" else "; fields of transformers.TrainingArguments go under train.hf"
+        return f" (did you mean {' or '.join(map(repr, in_section or meant))}?)"
+    trainer = "; fields of transformers.TrainingArguments go under train.hf" if section == "train" else ""
+    return did_you_mean(key, known[section]) + trainer

@@ -1,4 +1,4 @@
-"""Reads a run config from YAML and applies overrides such as `lora.r=16`."""
+"""Reads run configs from YAML files and applies overrides such as `lora.r=16`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from lora_hf.core.config.hints import keys_called
+from lora_hf.core.config.fields import describe_value
+from lora_hf.core.config.hints import find_keys
 from lora_hf.core.config.schema import RunConfig, known_keys
-from lora_hf.core.config.values import kind_of
 from lora_hf.core.errors import ConfigError, did_you_mean
 
-FORM = "expected an override of the form section.key=value, such as"
+OVERRIDE_FORM = "expected an override of the form section.key=value, such as"
 RECIPE_FOLDERS = (Path("configs"), Path(__file__).parents[3] / "configs", Path(__file__).parents[2] / "configs")
 
 
@@ -27,22 +27,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What a YAML recipe says with the overrides applied, its keys and values not yet checked.
+    """Returns the sections of a YAML recipe with the overrides applied; keys and values are not checked yet.
 
     Raises:
         ConfigError: a missing or malformed file or override.
     """
-    file = _find(Path(path))
+    file = _find_recipe(Path(path))
     try:
         sections = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{path}: not a readable YAML file: {error}") from error
     if not isinstance(sections, dict):
-        raise ConfigError(f"{path}: expected sections such as 'model:' and 'task:', found {kind_of(sections)}")
+        raise ConfigError(f"{path}: expected sections such as 'model:' and 'task:', found {describe_value(sections)}")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise ConfigError(f"{override!r}: {FORM} lora.r=16")
+            raise ConfigError(f"{override!r}: {OVERRIDE_FORM} lora.r=16")
         try:
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -51,35 +51,36 @@ def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     return sections
 
 
-def set_value(sections: dict[str, Any], key: str, value: Any, said: str) -> None:
-    """Puts the value where `section.key` points to, in place.
+def set_value(sections: dict[str, Any], key: str, value: Any, override: str) -> None:
+    """Sets the value of `section.key` in place.
+
+    Args:
+        override: what the user wrote, to begin error messages with.
 
     Raises:
-        ConfigError: `key` has no section, or leads through something that holds no keys; opens with what was `said`.
+        ConfigError: `key` has no section, or one of its parents is a value.
     """
-    steps = key.split(".")
-    if len(steps) < 2 or not all(steps):
-        meant = [f"{full}{said.removeprefix(key)}" for full in keys_called(key, known_keys())]
-        raise ConfigError(f"{said!r}: {FORM} {' or '.join(meant) or 'lora.r=16'}")
+    *parents, last = key.split(".")
+    if not parents or not all([*parents, last]):
+        meant = [f"{name}{override.removeprefix(key)}" for name in find_keys(key, known_keys())]
+        raise ConfigError(f"{override!r}: {OVERRIDE_FORM} {' or '.join(meant) or 'lora.r=16'}")
     level = sections
-    for step in steps[:-1]:
-        if not isinstance(level.get(step), dict):
-            if level.get(step) is not None:
-                raise ConfigError(f"{said!r}: {step} holds {kind_of(level[step])}, not further keys")
-            level[step] = {}
-        level = level[step]
-    level[steps[-1]] = value
+    for parent in parents:
+        if level.get(parent) is None:
+            level[parent] = {}
+        if not isinstance(level[parent], dict):
+            found = describe_value(level[parent])
+            raise ConfigError(f"{override!r}: {parent} is {found} and has no keys")
+        level = level[parent]
+    level[last] = value
 
 
-def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
+def _find_recipe(path: Path) -> Path:
     bare = path.name == str(path)
-    places = [folder / path for folder in RECIPE_FOLDERS] if bare else []
-    for place in places:
-        if place.is_file():
-            return place
+    for file in [path, *(folder / path for folder in RECIPE_FOLDERS if bare)]:
+        if file.is_file():
+            return file
     known = sorted({file.name for folder in RECIPE_FOLDERS for file in folder.glob("*.yaml")})
-    where = "the current folder and configs/" if bare else "that place"
+    searched = "the current folder and configs/" if bare else str(path.parent)
     hint = did_you_mean(path.name, known) or (f"; recipes: {', '.join(known)}" if bare else "")
-    raise ConfigError(f"{path}: no such config file in {where}{hint}")
+    raise ConfigError(f"{path}: no such config file in {searched}{hint}")

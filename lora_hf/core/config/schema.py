@@ -1,7 +1,6 @@
-"""The configuration of a run: frozen dataclasses and a strict YAML reader that needs neither torch nor transformers.
+"""The config of a run: frozen dataclasses with strict checks.
 
-A key that is unknown, of the wrong type or out of range is an error; all problems of a file are told in one message.
-Recipes live in `configs/`; a bare file name is looked for in the current folder first, then there.
+A key that is unknown, of the wrong type or out of range is an error, and one message reports all problems of a config.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ import dataclasses
 import re
 import typing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
+from lora_hf.core.config.fields import Section, bounded, build_section
 from lora_hf.core.config.hints import OWN_KEYS, ROLE_ALIASES, hint_for_key
-from lora_hf.core.config.values import Section, bounded, build_section
 from lora_hf.core.errors import ConfigError, did_you_mean
 
 ROLES = ("q", "k", "v", "o", "ffn_up", "ffn_gate", "ffn_down")
@@ -27,15 +27,15 @@ INITS = ("default", "gaussian", "pissa", "olora")
 
 def _target_problem(targets: tuple[str, ...]) -> str:
     words = (*ROLES, *PRESETS, "embeddings")
-    unknown = [target for target in targets if target not in words and "." not in target]
+    unknown = {
+        target: f" (did you mean {ROLE_ALIASES[target]}?)" if target in ROLE_ALIASES else did_you_mean(target, words)
+        for target in targets
+        if target not in words and "." not in target
+    }
     if targets and not unknown:
         return ""
-    found = ", ".join(
-        repr(target)
-        + (f" (did you mean {ROLE_ALIASES[target]}?)" if target in ROLE_ALIASES else did_you_mean(target, words))
-        for target in unknown
-    )
-    return f"expected some of {', '.join(words)}, or a module path with dots, found {found or 'nothing'}"
+    found = ", ".join(f"{target!r}{hint}" for target, hint in unknown.items()) or "nothing"
+    return f"expected some of {', '.join(words)}, or a module path with dots, found {found}"
 
 
 def _pattern_problem(patterns: dict[str, Any]) -> str:
@@ -53,17 +53,17 @@ def _path_problem(path: str) -> str:
 
 
 def _name_problem(name: str | None) -> str:
-    """A run folder lies in output.dir and nowhere else."""
+    # A name with a path would put the run folder outside output.dir.
     if name is None or (name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\")):
         return ""
     return f"expected the name of a folder in output.dir, without a path, found {name!r}"
 
 
 def _hf_problem(hf: dict[str, Any]) -> str:
-    """Names under `train.hf` that have a key of their own here, and secrets."""
+    # `training.validation` checks the names against transformers.TrainingArguments.
     problems = [f"{name}: set {OWN_KEYS[name]} instead" for name in hf if name in OWN_KEYS]
-    secret = [name for name in hf if str(name).endswith("_token")]
-    problems += [f"{name}: the config is saved with the run, so no token may be in it; set HF_TOKEN" for name in secret]
+    tokens = [name for name in hf if name.endswith("_token")]
+    problems += [f"{name}: the run folder would hold the token; set HF_TOKEN instead" for name in tokens]
     return "; ".join(problems)
 
 
@@ -73,60 +73,58 @@ class ModelConfig(Section):
 
     name: str = "FacebookAI/roberta-base"
     revision: str | None = None
-    tokenizer: str | None = None  # a hub id or folder, where it is not the model's own
+    tokenizer: str | None = None  # a hub id or folder; by default the model's own
     init: Literal["pretrained", "random"] = "pretrained"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the base; auto: bf16 where it is faster here
-    quantised: Literal["int8", "nf4"] | None = (
-        None  # how its projections are held; computed in `precision` all the same
-    )
-    dropout: float | None = bounded(None, low=0, high=0.99)  # of the base, all kinds of it; without: the model's own
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the base; auto: bf16 if it is faster
+    quantised: Literal["int8", "nf4"] | None = None  # storage of the projections; they compute in `precision`
+    dropout: float | None = bounded(None, low=0, high=0.99)  # all dropouts of the base; by default the model's own
 
 
 @dataclass(frozen=True)
 class TaskConfig(Section):
-    """The data: `data_dir` is a local folder, else `$LORA_HF_DATA_DIR`, else the hub.
+    """The data: from the local folder `data_dir`, else `$LORA_HF_DATA_DIR`, else the hub.
 
-    With `kind` the rows are a person's own, and the keys after it say which columns of their files hold what.
+    `kind` declares a custom task; the keys after it describe the columns of its files.
     """
 
     name: str = "sst2"
     data_dir: str | None = None
     max_length: int = bounded(512, low=4)
     kind: Literal["classification", "regression", "generation"] | None = None
-    text_columns: tuple[str, ...] | None = None  # without: text, or prompt where a text is to be written
-    label_column: str | None = None  # without: label, or completion
-    label_names: tuple[str, ...] | None = None  # of the classes, in the order of their numbers
+    text_columns: tuple[str, ...] | None = None  # by default text, or prompt for generation
+    label_column: str | None = None  # by default label, or completion
+    label_names: tuple[str, ...] | None = None  # of the classes, in the order of their ids
     metric: Literal["accuracy", "macro_f1", "matthews_correlation", "pearson", "spearmanr"] | None = None
 
 
 @dataclass(frozen=True)
 class LoraConfig(Section):
-    """What to adapt and how strongly: `delta_weight = (lora_alpha / r) * lora_B @ lora_A`.
+    """The adapter: `delta_weight = (lora_alpha / r) * lora_B @ lora_A`.
 
     Source: LoRA, arXiv 2106.09685, section 4.1.
 
-    `targets` holds roles (`q k v o ffn_up ffn_gate ffn_down`), presets (`attention ffn all`), `embeddings` (of the
-    tokens; in no preset), or, for what has no role, anchored module paths in which `*` stands for one segment
-    (`encoder.layer.*.output.dense`). The keys of `rank_pattern` and `alpha_pattern` are such words too; the first that
-    fits a place gives its number there.
+    `targets` holds roles (`q k v o ffn_up ffn_gate ffn_down`), presets (`attention ffn all`), `embeddings` (token
+    embeddings, in no preset), and for other modules full module paths in which `*` matches one segment
+    (`encoder.layer.*.output.dense`). `rank_pattern` and `alpha_pattern` have such targets as keys; the first key that
+    matches a module sets its rank or alpha.
     """
 
     r: int = bounded(8, low=1)
     lora_alpha: float = bounded(8, above=0)
     lora_dropout: float = bounded(0.0, low=0, high=0.99)
     targets: tuple[str, ...] = field(default=("q", "v"), metadata={"check": _target_problem})
-    layers: tuple[int, ...] | None = None  # of the model, -1 is the last; without: all
+    layers: tuple[int, ...] | None = None  # -1 is the last; by default all
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"check": _pattern_problem, "low": 1})
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"check": _pattern_problem, "above": 0})
     use_rslora: bool = False  # scaling = lora_alpha / sqrt(r): arXiv 2312.03732
-    use_dora: bool = False  # magnitude and direction apart: arXiv 2402.09353
-    bias: Literal["none", "all", "lora_only"] = "none"  # of the base, which to train beside
+    use_dora: bool = False  # arXiv 2402.09353
+    bias: Literal["none", "all", "lora_only"] = "none"  # which biases of the base are trained
     init_lora_weights: str = field(default="default", metadata={"check": _init_problem})
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """The fine-tuning. `method: head` trains the task head alone, `full` everything: what LoRA is compared with."""
+    """The fine-tuning. The baselines of LoRA are `method: head` (the task head alone) and `full` (all weights)."""
 
     method: Literal["lora", "full", "head"] = "lora"
     epochs: float = bounded(3.0, above=0, high=1e6)
@@ -135,29 +133,28 @@ class TrainConfig(Section):
     eval_batch_size: int = bounded(64, low=1)
     gradient_accumulation: int = bounded(1, low=1)
     lr: float = bounded(5e-4, above=0)
-    loraplus_lr_ratio: float | None = bounded(None, above=0)  # of lr, for LoRA's B: arXiv 2402.12354
+    loraplus_lr_ratio: float | None = bounded(None, above=0)  # LoRA+: lr of B / lr, arXiv 2402.12354
     weight_decay: float = bounded(0.0, low=0)
     warmup_ratio: float = bounded(0.06, low=0, high=1)
     warmup_steps: int | None = bounded(None, low=0)  # overrides warmup_ratio
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    max_grad_norm: float = bounded(1.0, low=0)  # 0: gradients are not clipped
+    max_grad_norm: float = bounded(1.0, low=0)  # 0: no clipping
     label_smoothing: float = bounded(0.0, low=0, high=1)
-    group_by_prompt: bool = False  # generation: rows of one input together in a batch, where it is encoded once
+    group_by_prompt: bool = False  # generation: batches rows of one prompt, which is computed once
     seed: int = bounded(0, low=0, high=2**32 - 1)
-    patience: int | None = bounded(None, low=1)  # evaluations without a better score before the run stops early
-    start_from: str | None = None  # an adapter whose LoRA weights (not its head) the run starts from
-    hf: dict[str, Any] = field(
-        default_factory=dict, metadata={"check": _hf_problem}
-    )  # any other field of transformers.TrainingArguments
+    patience: int | None = bounded(None, low=1)  # early stopping after this many evaluations without a better score
+    start_from: str | None = None  # an adapter to take LoRA weights, but not the head, from
+    # Other fields of transformers.TrainingArguments.
+    hf: dict[str, Any] = field(default_factory=dict, metadata={"check": _hf_problem})
 
 
 @dataclass(frozen=True)
 class GenerateConfig(Section):
-    """The decoding: greedy with `num_beams: 1`, beam search above it, sampling with `do_sample: true`."""
+    """Decoding: greedy with `num_beams: 1`, beam search with more, sampling with `do_sample: true`."""
 
     num_beams: int = bounded(1, low=1)
-    length_penalty: float = bounded(1.0, low=-10, high=10)  # a beam's score is its log-probability / length ** this
-    no_repeat_ngram_size: int = bounded(0, low=0)  # 0: n-grams may repeat
+    length_penalty: float = bounded(1.0, low=-10, high=10)  # of a beam's score: log-probability / length ** this
+    no_repeat_ngram_size: int = bounded(0, low=0)  # 0: no limit
     max_new_tokens: int = bounded(64, low=1)
     do_sample: bool = False
     temperature: float = bounded(1.0, above=0)
@@ -169,7 +166,7 @@ class GenerateConfig(Section):
 
 @dataclass(frozen=True)
 class OutputConfig(Section):
-    """Where the run folder goes: `<dir>/<name>`; without a name, one is made of task, model, method and time."""
+    """The run folder `<dir>/<name>`; the default name is made of task, model, method and time."""
 
     dir: str = field(default="outputs", metadata={"check": _path_problem})
     name: str | None = field(default=None, metadata={"check": _name_problem})
@@ -190,16 +187,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.model.quantised and self.train.method == "full":
             raise ConfigError(
-                f"model.quantised: {self.model.quantised} weights cannot be trained, and train.method=full trains "
-                "them; leave model.quantised out, or set train.method=lora"
+                f"model.quantised={self.model.quantised}: train.method=full cannot train quantized weights; leave "
+                "model.quantised out, or set train.method=lora"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for YAML and JSON; `from_dict` of it gives an equal config."""
-        plain = dataclasses.asdict(self)
-        for section in plain.values():
+        """Returns values for YAML and JSON, which `from_dict` turns into an equal config."""
+        sections = dataclasses.asdict(self)
+        for section in sections.values():
             section.update({key: list(value) for key, value in section.items() if isinstance(value, tuple)})
-        return plain
+        return sections
 
     @classmethod
     def from_dict(cls, sections: dict[str, Any], source: str = "config") -> RunConfig:
@@ -216,19 +213,16 @@ class RunConfig:
 
     @classmethod
     def check(cls, sections: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
-        """The config of nested mappings and no problems, or None and everything that is wrong with them."""
+        """Returns the config of nested mappings and no problems, or None and all problems."""
         kinds = typing.get_type_hints(cls)
         problems, built = [], {}
         for name, values in sections.items():
             if name not in kinds:
                 problems.append(f"{name}: unknown section{did_you_mean(str(name), kinds)}; expected {', '.join(kinds)}")
                 continue
-            built[name], found = build_section(
-                kinds[name],
-                values if values is not None else {},
-                lambda key, _, name=name: hint_for_key(name, key, known_keys()),
-            )
-            problems += [f"{name}.{problem}" for problem in found]
+            hint = partial(hint_for_key, name, known=known_keys())
+            built[name], wrong = build_section(kinds[name], {} if values is None else values, hint)
+            problems += [f"{name}.{problem}" for problem in wrong]
         if problems:
             return None, problems
         try:
@@ -238,6 +232,6 @@ class RunConfig:
 
 
 def known_keys() -> dict[str, tuple[str, ...]]:
-    """The keys of each section."""
+    """Returns the keys of each section."""
     kinds = typing.get_type_hints(RunConfig)
     return {name: tuple(entry.name for entry in dataclasses.fields(kind)) for name, kind in kinds.items()}

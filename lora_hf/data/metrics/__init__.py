@@ -1,1 +1,1 @@
-"""`evaluate.Metric` subclasses that need no network: predictions and references in, named floats out."""
+"""Metrics of predictions and generated texts, equal to the official scorers' and without a download at run time."""

@@ -1,7 +1,7 @@
-"""The two Java programs that official scorers call: Stanford's PTB tokenizer and METEOR 1.5, from pycocoevalcap's jars.
+"""The two Java programs of the official scorers: Stanford's PTB tokenizer and METEOR 1.5, from pycocoevalcap's jars.
 
-pycocoevalcap's own wrappers write into their folder in site-packages and leave METEOR running. These start Java in a
-temporary folder, with a time limit, and end it; the calling process' standard input and current folder play no part.
+pycocoevalcap's own wrappers write into site-packages and leave METEOR running. These start Java in a temporary folder
+with a time limit, and always end it.
 """
 
 from __future__ import annotations
@@ -17,58 +17,54 @@ from typing import IO
 
 from lora_hf.data.metrics.requirements import ScorerError, java, package_folder
 
-TIME_LIMIT = 1800.0
-"""Seconds one program may take; the 5,097 outputs of the DART test set take METEOR well under two minutes."""
+TIME_LIMIT = 1800.0  # seconds per program; METEOR takes under two minutes for the 5,097 outputs of DART's test set
 
-# Perf data would be a file in the system's /tmp. One thread that collects garbage saves METEOR a quarter of the CPU.
+# Perf data would be a file in /tmp. A single garbage collection thread saves METEOR a quarter of its CPU time.
 _OPTIONS = ["-Xmx2G", "-XX:+UseSerialGC", "-XX:-UsePerfData", "-Dfile.encoding=UTF-8"]
 _PTB_JAR = Path("tokenizer", "stanford-corenlp-3.4.1.jar")
 _METEOR_JAR = Path("meteor", "meteor-1.5.jar")
-_LINE_BREAKS = re.compile(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]")
+_LINE_BREAKS = re.compile(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]")  # as Java reads them
 
 
 def tokenize_ptb(texts: Sequence[str], time_limit: float = TIME_LIMIT) -> list[str]:
-    """The texts as Penn Treebank tokens joined by spaces, lower-cased.
+    """Returns the texts as lower-case Penn Treebank tokens joined by spaces.
 
     Raises:
-        ScorerError: the package or Java is missing, or the tokenizer died, took longer than `time_limit` seconds, or
-            gave another number of lines.
+        ScorerError: the package or Java is missing, or the tokenizer failed or exceeded `time_limit` seconds.
     """
     command = _command(_PTB_JAR, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
-    given = "".join(f"{one_line(text)}\n" for text in texts)
-    with tempfile.TemporaryDirectory(prefix="lora-hf-") as folder:
-        process = _start(command, folder, subprocess.PIPE)
+    stdin = "".join(f"{_one_line(text)}\n" for text in texts)
+    with tempfile.TemporaryDirectory(prefix="lora-hf-") as folder, _start(command, folder, subprocess.PIPE) as process:
         try:
-            answer, errors = process.communicate(given, time_limit)
+            stdout, stderr = process.communicate(stdin, time_limit)
         except subprocess.TimeoutExpired as error:
-            raise _late("the PTB tokenizer", time_limit) from error
+            raise _timeout("the PTB tokenizer", time_limit) from error
         finally:
             process.kill()
-            process.communicate()
-    lines = answer.split("\n")[:-1]
+    lines = stdout.split("\n")[:-1]
     if process.returncode != 0 or len(lines) != len(texts):
-        raise _died("the PTB tokenizer", process.returncode, errors.encode())
+        raise _failure("the PTB tokenizer", process.returncode, stderr)
     return [line.rstrip() for line in lines]
 
 
 class Meteor:
-    """METEOR 1.5 for English as a running program, which `running_meteor` starts and ends."""
+    """A running METEOR 1.5 for English; see `running_meteor`."""
 
-    def __init__(self, process: subprocess.Popen[str], errors: IO[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[str], stderr: IO[bytes]) -> None:
         self._process = process
-        self._errors = errors
-        self._statistics: dict[tuple[str, ...], str] = {}  # systems often say the same of the same input
+        self._stderr = stderr
+        self._statistics: dict[tuple[str, ...], str] = {}  # systems often generate the same text for an input
 
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-        """The METEOR score of a whole system, 0 to 1; each prediction is held against its best reference.
+        """Returns the score of a system, from 0 to 1; each prediction is compared with its best reference.
 
         Raises:
-            ScorerError: METEOR died, or its time was over.
+            ScorerError: METEOR failed or exceeded its time limit.
         """
         statistics = [
             self._statistics_of((*group, prediction)) for prediction, group in zip(predictions, references, strict=True)
         ]
-        # One answer for each prediction, then the one of all.
+        # METEOR answers with a line per prediction and then the score of the system.
         return float(self._ask(["EVAL", *statistics], answers=len(predictions) + 1)[-1])
 
     def _statistics_of(self, texts: tuple[str, ...]) -> str:
@@ -77,86 +73,84 @@ class Meteor:
         return self._statistics[texts]
 
     def _ask(self, fields: Sequence[str], answers: int) -> list[str]:
-        line = " ||| ".join(one_line(field.replace("|||", " ")) for field in fields)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        request = " ||| ".join(_one_line(field.replace("|||", " ")) for field in fields)
         try:
-            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.write(f"{request}\n")
             self._process.stdin.flush()
-        except OSError:  # a broken pipe: nobody reads
+        except OSError:  # METEOR has ended
             lines = [""]
         else:
             lines = [self._process.stdout.readline().strip() for _ in range(answers)]
         if not all(lines):
             self._process.kill()
-            code = self._process.wait()
-            self._errors.seek(0)
-            raise _died("METEOR", code, self._errors.read())
+            exit_code = self._process.wait()
+            self._stderr.seek(0)
+            raise _failure("METEOR", exit_code, self._stderr.read().decode(errors="replace"))
         return lines
 
 
 @contextmanager
 def running_meteor(time_limit: float = TIME_LIMIT) -> Iterator[Meteor]:
-    """METEOR for the length of a `with` block: it takes some seconds to read its tables, then scores many systems.
+    """Runs METEOR for a `with` block: it takes seconds to load its tables, and can then score many systems.
 
-    Equal to `java -jar meteor-1.5.jar PREDICTIONS REFERENCES -l en -norm -r N`.
+    The scores equal those of `java -jar meteor-1.5.jar PREDICTIONS REFERENCES -l en -norm -r N`.
 
     Raises:
-        ScorerError: the package or Java is missing, METEOR died, or took longer than `time_limit` seconds in all.
+        ScorerError: the package or Java is missing, or METEOR failed or ran for more than `time_limit` seconds.
 
     Source: Denkowski and Lavie 2014, "Meteor Universal".
     """
     command = _command(_METEOR_JAR, "Meteor", "-", "-", "-stdio", "-l", "en", "-norm")
-    late = threading.Event()
-    with tempfile.TemporaryDirectory(prefix="lora-hf-") as folder, Path(folder, "stderr").open("w+b") as errors:
-        process = _start(command, folder, errors)
+    timed_out = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="lora-hf-") as folder, Path(folder, "stderr").open("w+b") as stderr:
+        process = _start(command, folder, stderr)
 
         def stop() -> None:
-            late.set()
+            timed_out.set()
             process.kill()
 
-        watch = threading.Timer(time_limit, stop)
-        watch.daemon = True
-        watch.start()
+        timer = threading.Timer(time_limit, stop)
+        timer.daemon = True
+        timer.start()
         try:
-            yield Meteor(process, errors)
+            yield Meteor(process, stderr)
         except ScorerError as error:
-            raise (_late("METEOR", time_limit) if late.is_set() else error) from error
+            raise (_timeout("METEOR", time_limit) if timed_out.is_set() else error) from error
         finally:
-            watch.cancel()
+            timer.cancel()
             process.kill()
-            process.communicate()  # closes the pipes and waits: no zombie is left
+            process.communicate()  # closes the pipes and waits, so that no zombie remains
 
 
-def one_line(text: str) -> str:
-    """`text` without what Java reads as the end of a line."""
+def _one_line(text: str) -> str:
     return _LINE_BREAKS.sub(" ", text)
 
 
-def _command(jar: Path, *words: str) -> list[str]:
+def _command(jar: Path, *arguments: str) -> list[str]:
     path = package_folder("pycocoevalcap") / jar
     if not path.is_file():
         raise ScorerError(f"{path}: no such file; reinstall pycocoevalcap")
-    return [java(), *_OPTIONS, "-cp", str(path), *words]
+    return [java(), *_OPTIONS, "-cp", str(path), *arguments]
 
 
-def _start(command: list[str], folder: str, errors: IO[bytes] | int) -> subprocess.Popen[str]:
+def _start(command: list[str], folder: str, stderr: IO[bytes] | int) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     try:
         return subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=errors, cwd=folder, encoding="utf-8", errors="replace"
+            command, stdin=pipe, stdout=pipe, stderr=stderr, cwd=folder, encoding="utf-8", errors="replace"
         )
     except OSError as error:
         raise ScorerError(f"{command[0]} cannot be started: {error.strerror}; check `java -version`") from error
 
 
-def _late(program: str, limit: float) -> ScorerError:
-    return ScorerError(f"{program} was stopped after {limit:g} seconds; score fewer texts, or on a less busy machine")
+def _timeout(program: str, limit: float) -> ScorerError:
+    return ScorerError(f"{program} was stopped after {limit:g} seconds; score fewer texts, or use a less busy machine")
 
 
-def _died(program: str, code: int, errors: bytes) -> ScorerError:
-    said = errors.decode(errors="replace").strip()[-500:] or "nothing"
+def _failure(program: str, exit_code: int, stderr: str) -> ScorerError:
     return ScorerError(
-        f"{program} stopped before it had answered, with exit code {code}; it said: {said}. "
-        f"Check that `java -version` is 8 or newer and that 2 GB of memory are free"
+        f"{program} failed with exit code {exit_code}: {stderr.strip()[-500:] or 'no output'}. Check that "
+        f"`java -version` is 8 or newer and that 2 GB of memory are free"
     )

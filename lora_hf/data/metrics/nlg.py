@@ -1,4 +1,4 @@
-"""The official scores of generated texts as an `evaluate.Metric`, without a script fetched at run time."""
+"""The official scores of generated texts as an `evaluate.Metric`, without a script downloaded at run time."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lora_hf.data.metrics.texts import check_task, score_texts
 class NlgMetric(evaluate.Metric):
     """The scores of one task: `NlgMetric("e2e_nlg").compute(predictions=[...], references=[[..., ...], ...])`.
 
-    References are a list of texts for each prediction. e2e_nlg has BLEU, NIST, METEOR, ROUGE_L and CIDEr as the
+    The references are a list of texts for each prediction. e2e_nlg has BLEU, NIST, METEOR, ROUGE_L and CIDEr as the
     official E2E scorer computes them; dart and web_nlg have BLEU, METEOR and TER. All but NIST and CIDEr are fractions
-    of 1. For dart and web_nlg `tokenized` says that spaces already part the tokens, as in the sets' `.lex` files.
+    of 1. For `tokenized` see `score_texts`.
 
-    A value is None where its scorer cannot run: METEOR, ROUGE_L and CIDEr need Java, all need the extra `nlg`. After
-    `compute`, `reasons` says why and what to install, and `tools` names the script whose number each value equals.
+    A score is None if its scorer cannot run: METEOR, ROUGE_L and CIDEr need Java, all need the extra `nlg`. After
+    `compute`, `reasons` says why and what to install, and `tools` names the script that gives the same number.
 
     Raises:
-        ConfigError: not a task of generation.
+        ConfigError: not a generation task.
         DataError: from `compute`, no predictions, or a prediction without a reference.
 
     Source: Dusek et al. 2020 (E2E), section 4; Nan et al. 2021 (DART), section 4; Gardent et al. 2017 (WebNLG).
@@ -33,7 +33,7 @@ class NlgMetric(evaluate.Metric):
         self.reasons: dict[str, str] = {}
 
     def _build_data_dir(self) -> str:
-        return self._data_dir_root  # the base class would create a folder there, and nothing is kept on disk
+        return self._data_dir_root  # the base class would create a folder; this metric keeps nothing on disk
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")

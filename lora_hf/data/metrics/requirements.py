@@ -1,4 +1,4 @@
-"""What some scorers need beyond lora_hf itself: the packages of the extra `nlg`, and Java."""
+"""Checks for what some scorers need: the packages of the extra `nlg`, and Java."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lora_hf.core.errors import UserError, how_to_install
 
 
 class ScorerError(UserError):
-    """A scorer cannot run, or stopped before it had answered. Its value is None then, with this message as reason."""
+    """A scorer cannot run, or failed. Its score is then None, with this message as the reason."""
 
 
 def package_folder(package: str) -> Path:
-    """The folder of an installed package of the extra `nlg`.
+    """Returns the folder of an installed package of the extra `nlg`.
 
     Raises:
         ScorerError: it is not installed.
@@ -27,10 +27,10 @@ def package_folder(package: str) -> Path:
 
 
 def java() -> str:
-    """The path of the java program.
+    """Returns the path of the `java` program.
 
     Raises:
-        ScorerError: there is none on PATH.
+        ScorerError: it is not on PATH.
     """
     program = shutil.which("java")
     if program is None:

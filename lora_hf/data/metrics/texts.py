@@ -1,6 +1,6 @@
-"""Generated texts scored as the official scripts of their task score them; `nlg.py` wraps this for `evaluate`.
+"""Scores of generated texts, equal to those of the official scripts of each task.
 
-This file does not import `evaluate`, which brings torch in: `score.py` starts in a moment.
+`nlg.py` wraps them for `evaluate`; this file does not import it, because it imports torch.
 """
 
 from __future__ import annotations
@@ -19,22 +19,14 @@ METRIC_NAMES: dict[str, tuple[str, ...]] = {
     "web_nlg": ("BLEU", "METEOR", "TER"),
 }
 
-_E2E_TOOLS = {
-    "BLEU": "mteval-v13a",
-    "NIST": "mteval-v13a",
-    "METEOR": "METEOR 1.5 on PTB tokens",
-    "ROUGE_L": "pycocoevalcap on PTB tokens",
-    "CIDEr": "pycocoevalcap on PTB tokens",
-}
-_TOKENIZED_TOOLS = {"BLEU": "multi-bleu.perl -lc", "METEOR": "METEOR 1.5", "TER": "tercom"}
-_RAW_TOOLS = {"BLEU": "multi-bleu-detok.perl -lc", "METEOR": "METEOR 1.5", "TER": "tercom -N"}
+Scorers = dict[str, tuple[str, Callable[[], float]]]  # by metric: the official script, and a function for its score
 
 
 @dataclass(frozen=True)
 class TextScores:
-    """The values of a task in the order of `METRIC_NAMES`; None where a scorer could not run, and why in `reasons`.
+    """The scores of a task in the order of `METRIC_NAMES`. A score is None if its scorer cannot run.
 
-    `tools` names the script whose number each value equals.
+    `tools` names the official script that gives the same number, `reasons` says why a score is None.
     """
 
     values: dict[str, float | None]
@@ -45,14 +37,18 @@ class TextScores:
 def score_texts(
     task: str, predictions: Sequence[str], references: Sequence[Sequence[str]], tokenized: bool = False
 ) -> TextScores:
-    """The scores of one system: a prediction and its references for each input.
+    """Scores the texts of one system.
 
-    BLEU, METEOR, ROUGE_L and TER are fractions of 1. For dart and web_nlg `tokenized` says that spaces already part
-    the tokens, as in the sets' own `.lex` files; E2E's scorer always brings its own tokens.
+    BLEU, METEOR, ROUGE_L and TER are fractions of 1.
+
+    Args:
+        references: one or more for each prediction.
+        tokenized: of dart and web_nlg: spaces separate the tokens, as in the data sets' `.lex` files. E2E's scorer
+            always tokenizes.
 
     Raises:
-        ConfigError: not a task of generation.
-        DataError: no predictions, another number of predictions than of references, or a prediction without one.
+        ConfigError: not a generation task.
+        DataError: no predictions, or not one group of references for each.
     """
     check_task(task)
     if not predictions or len(predictions) != len(references):
@@ -62,49 +58,45 @@ def score_texts(
         )
     groups = [[reference for reference in group if reference.strip()] for group in references]
     if [] in groups:
-        raise DataError(f"{task}: prediction {groups.index([]) + 1} has no reference; give each at least one")
-    if task == "e2e_nlg":
-        return _run(_e2e_scorers(predictions, groups), _E2E_TOOLS)
-    return _run(_triple_scorers(predictions, groups, tokenized), _TOKENIZED_TOOLS if tokenized else _RAW_TOOLS)
+        raise DataError(f"{task}: prediction {groups.index([]) + 1} has no reference; add at least one")
+    scorers = (
+        _e2e_scorers(predictions, groups) if task == "e2e_nlg" else _triple_scorers(predictions, groups, tokenized)
+    )
+    reasons: dict[str, str] = {}
+
+    def score(name: str) -> float | None:
+        try:
+            return scorers[name][1]()
+        except ScorerError as error:
+            reasons[name] = str(error)
+            return None
+
+    tools = {name: tool for name, (tool, _) in scorers.items()}
+    return TextScores({name: score(name) for name in scorers}, tools, reasons)
 
 
 def check_task(task: str) -> None:
-    """Raises a `ConfigError` where `task` has no scores of texts."""
+    """Raises a `ConfigError` if `task` has no text metrics."""
     if task not in METRIC_NAMES:
         nearest = did_you_mean(task, METRIC_NAMES)
         raise ConfigError(f"no text metric for the task {task!r}{nearest}; known: {', '.join(METRIC_NAMES)}")
 
 
-def _e2e_scorers(predictions: Sequence[str], references: list[list[str]]) -> dict[str, Callable[[], float]]:
+def _e2e_scorers(predictions: Sequence[str], references: list[list[str]]) -> Scorers:
     tokens = cache(lambda: captioning.caption_tokens(predictions, references))
     return {
-        "BLEU": lambda: translation.mteval_bleu(predictions, references),
-        "NIST": lambda: translation.mteval_nist(predictions, references),
-        "METEOR": lambda: captioning.meteor(*tokens()),
-        "ROUGE_L": lambda: captioning.rouge_l(*tokens()),
-        "CIDEr": lambda: captioning.cider(*tokens()),
+        "BLEU": ("mteval-v13a", lambda: translation.mteval_bleu(predictions, references)),
+        "NIST": ("mteval-v13a", lambda: translation.mteval_nist(predictions, references)),
+        "METEOR": ("METEOR 1.5 on PTB tokens", lambda: captioning.meteor(*tokens())),
+        "ROUGE_L": ("pycocoevalcap on PTB tokens", lambda: captioning.rouge_l(*tokens())),
+        "CIDEr": ("pycocoevalcap on PTB tokens", lambda: captioning.cider(*tokens())),
     }
 
 
-def _triple_scorers(
-    predictions: Sequence[str], references: list[list[str]], tokenized: bool
-) -> dict[str, Callable[[], float]]:
+def _triple_scorers(predictions: Sequence[str], references: list[list[str]], tokenized: bool) -> Scorers:
+    bleu, ter = ("multi-bleu.perl -lc", "tercom") if tokenized else ("multi-bleu-detok.perl -lc", "tercom -N")
     return {
-        "BLEU": lambda: translation.multi_bleu(predictions, references, tokenized),
-        "METEOR": lambda: captioning.meteor(predictions, references),
-        "TER": lambda: translation.ter(predictions, references, tokenized),
+        "BLEU": (bleu, lambda: translation.multi_bleu(predictions, references, tokenized)),
+        "METEOR": ("METEOR 1.5", lambda: captioning.meteor(predictions, references)),
+        "TER": (ter, lambda: translation.ter(predictions, references, tokenized)),
     }
-
-
-def _run(scorers: dict[str, Callable[[], float]], tools: dict[str, str]) -> TextScores:
-    reasons: dict[str, str] = {}
-    values = {name: _value(name, scorer, reasons) for name, scorer in scorers.items()}
-    return TextScores(values, tools, reasons)
-
-
-def _value(name: str, scorer: Callable[[], float], reasons: dict[str, str]) -> float | None:
-    try:
-        return scorer()
-    except ScorerError as error:
-        reasons[name] = str(error)
-        return None

@@ -1,8 +1,8 @@
-"""Scores that come from machine translation: BLEU and NIST as mteval-v13a, BLEU as multi-bleu.perl, TER as tercom.
+"""BLEU and NIST as mteval-v13a, BLEU as multi-bleu.perl, and TER as tercom compute them.
 
-Every value is a fraction (published BLEU and TER are often these times 100), NIST is in bits a word. BLEU and TER are
-sacrebleu's, from the extra `nlg`: without it each function raises a `ScorerError`. No library has mteval's NIST: nltk's
-takes the best single reference, mteval clips over all of them.
+BLEU and TER are sacrebleu's, from the extra `nlg`; without it each function raises a `ScorerError`. No library has
+mteval's NIST: nltk's takes the best single reference, mteval clips over all of them. BLEU and TER are fractions of 1
+(papers often print them times 100), NIST is in bits per word.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NIST_ORDER = 5
 
 
 def mteval_bleu(predictions: Sequence[str], references: References) -> float:
-    """BLEU as `mteval-v13a.pl`: its tokens, lower-cased, up to 4-grams, closest reference length, its smoothing."""
+    """BLEU as `mteval-v13a.pl`: its tokens in lower case, up to 4-grams, closest reference length, its smoothing."""
     package_folder("sacrebleu")
     from sacrebleu.metrics.bleu import BLEU
 
@@ -29,32 +29,31 @@ def mteval_bleu(predictions: Sequence[str], references: References) -> float:
 
 
 def mteval_nist(predictions: Sequence[str], references: References) -> float:
-    """NIST as `mteval-v13a.pl`: its tokens, lower-cased, up to 5-grams.
+    """NIST as `mteval-v13a.pl`: its tokens in lower case, up to 5-grams.
 
-    An n-gram is worth `log2(count of its first n-1 words / count of it)` over all references. The length ratio is the
-    words of all predictions to the words of all references over the mean number of references.
+    An n-gram is worth `log2(count of its first n-1 words / count of it)` over all references. The length penalty
+    compares the number of predicted words with the number of reference words over the mean number of references.
 
-    Source: Doddington 2002, equations 2 and 3; `NIST_ORDER` and the ratio are the script's.
+    Source: Doddington 2002, equations 2 and 3; `NIST_ORDER` and the length penalty are the script's.
     """
-    words = _tokenizer()
+    tokenize = _tokenizer()
+    candidates = [tokenize(prediction) for prediction in predictions]
+    groups = [[tokenize(reference) for reference in group] for group in references]
     counts: Counts = Counter()
+    for reference in (reference for group in groups for reference in group):
+        counts[()] += len(reference)
+        for order in range(1, NIST_ORDER + 1):
+            counts.update(_ngrams(reference, order))
     matched, total = [0.0] * NIST_ORDER, [0] * NIST_ORDER
-    candidates = [words(prediction) for prediction in predictions]
-    groups = [[words(reference) for reference in group] for group in references]
-    for group in groups:
-        for reference in group:
-            counts[()] += len(reference)
-            for order in range(1, NIST_ORDER + 1):
-                counts.update(_ngrams(reference, order))
     for candidate, group in zip(candidates, groups, strict=True):
         for i in range(NIST_ORDER):
             allowed: Counts = Counter()
             for reference in group:
                 allowed |= _ngrams(reference, i + 1)
-            given = _ngrams(candidate, i + 1)
-            total[i] += given.total()
+            predicted = _ngrams(candidate, i + 1)
+            total[i] += predicted.total()
             matched[i] += sum(
-                count * math.log2(counts[ngram[:-1]] / counts[ngram]) for ngram, count in (given & allowed).items()
+                count * math.log2(counts[ngram[:-1]] / counts[ngram]) for ngram, count in (predicted & allowed).items()
             )
     mean_references = sum(map(len, groups)) / max(len(groups), 1)
     penalty = _nist_length_penalty(total[0] * mean_references, counts[()])
@@ -62,10 +61,10 @@ def mteval_nist(predictions: Sequence[str], references: References) -> float:
 
 
 def multi_bleu(predictions: Sequence[str], references: References, tokenized: bool) -> float:
-    """BLEU as `multi-bleu.perl -lc` on tokens that spaces part, or, of raw text, as `multi-bleu-detok.perl -lc`.
+    """BLEU as `multi-bleu.perl -lc` on tokens separated by spaces, or as `multi-bleu-detok.perl -lc` on raw text.
 
-    Where a text has fewer references than another, the scripts read an empty line in a file of references, and count
-    it as a reference of no words: it is the closest in length to a prediction of less than half the others' length.
+    If a text has fewer references than another, the scripts read empty lines and count them as references of no words.
+    Such a reference is the closest in length to a prediction of less than half the length of the others.
     """
     package_folder("sacrebleu")
     from sacrebleu.metrics.bleu import BLEU
@@ -75,9 +74,9 @@ def multi_bleu(predictions: Sequence[str], references: References, tokenized: bo
 
 
 def ter(predictions: Sequence[str], references: References, tokenized: bool) -> float:
-    """TER as tercom 0.7.25: edits to the nearest reference over the mean length of the references, not case-sensitive.
+    """TER as tercom 0.7.25: edits to the nearest reference over the mean reference length, not case-sensitive.
 
-    Of raw text the tokens are tercom's own (its option -N).
+    tercom tokenizes raw text (its option -N).
 
     Source: Snover et al. 2006, "A study of translation edit rate".
     """
@@ -89,10 +88,10 @@ def ter(predictions: Sequence[str], references: References, tokenized: bool) -> 
 
 
 def _columns(references: References, fill: str | None) -> list[list[str]]:
-    """The first reference of every text, the second of every text, ...: what sacrebleu takes."""
-    most = max(map(len, references))
+    """Returns the first reference of every text, then the second, and so on, as sacrebleu takes them."""
+    columns = range(max(map(len, references)))
     # sacrebleu skips None, and its types do not say so.
-    return [[group[i] if i < len(group) else fill for group in references] for i in range(most)]  # pyright: ignore[reportReturnType]
+    return [[group[i] if i < len(group) else fill for group in references] for i in columns]  # pyright: ignore[reportReturnType]
 
 
 def _tokenizer() -> Callable[[str], list[str]]:
@@ -108,7 +107,7 @@ def _ngrams(words: list[str], order: int) -> Counts:
 
 
 def _nist_length_penalty(length: float, reference_length: float) -> float:
-    """1 from the references' length on, 0.5 at two thirds of it."""
+    """Returns 1 from the reference length on, and 0.5 at two thirds of it."""
     if length >= reference_length:
         return 1.0
     if length <= 0:

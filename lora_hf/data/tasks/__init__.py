@@ -1,1 +1,1 @@
-"""What can be fine-tuned: each task names its rows, encodes them for a model, and scores its answers."""
+"""What a model can be fine-tuned for: each task reads its rows, encodes them for a model, and scores predictions."""

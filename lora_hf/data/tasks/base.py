@@ -1,14 +1,16 @@
-"""What a task is: the rows it reads, how they become a model's inputs, and how its answers are scored."""
+"""The base classes of tasks: rows, their encoding as model inputs, and the scores of predictions."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from lora_hf.core.errors import DataError, TrainingError
-from lora_hf.data.tasks.sources import HIDDEN_LABEL, Source, check_labels, check_text
+from lora_hf.core.labels import HIDDEN_LABEL
+from lora_hf.data.tasks.row_checks import check_labels, check_text
+from lora_hf.data.tasks.sources import Source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,13 +24,13 @@ ProblemType = Literal["single_label_classification", "regression"]
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """One thing to fine-tune for.
+    """A task to fine-tune for.
 
-    `best_metric` names the score that chooses the best checkpoint; `greater_is_better` says whether its highest is.
+    `best_metric` chooses the best checkpoint: the one with the highest score if `greater_is_better`, else the lowest.
     """
 
     name: str
-    source: Source
+    source: Source = field(repr=False)  # the repr is part of the key of cached tokens
     model_kind: ModelKind
     text_columns: tuple[str, ...]
     best_metric: str
@@ -40,54 +42,65 @@ class Task(ABC):
 
     @property
     def num_labels(self) -> int:
-        """The width of the classification head: one per label name, and 1 for a regression."""
+        """The width of the classification head; 1 for a regression."""
         return len(self.label_names) or 1
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """What a fine-tuning run reads."""
+        """The splits that a training run reads."""
         return (self.train_split, *self.evaluation_splits)
 
     def load(self, data_dir: str | None, splits: Sequence[str]) -> dict[str, Dataset]:
-        """Returns the rows of each split, read and checked; see `sources` for where they come from.
+        """Reads and checks the rows of each split; `sources` says where they come from.
 
         Raises:
-            DataError: missing, unreadable or wrong rows.
-            HubError: rows that only the hub has, out of its reach.
+            DataError: missing, unreadable or invalid rows.
+            HubError: the rows are on the hub, which is unreachable.
         """
         loaded = {}
         for split in splits:
-            rows, where = self.source.read(split, data_dir)
-            self.check(rows, split, where)
+            rows, origin = self.source.read(split, data_dir)
+            self.check(rows, split, origin)
             loaded[split] = rows
         return loaded
 
-    def check(self, rows: Dataset, split: str, where: str) -> None:
-        """Raises a DataError, opening with `where`, for rows that the task cannot use."""
-        check_text(rows, where, self.text_columns)
+    def check(self, rows: Dataset, split: str, origin: str) -> None:
+        """Raises a DataError that begins with `origin` for rows that the task cannot use."""
+        check_text(rows, origin, self.text_columns)
 
     @abstractmethod
     def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         """Returns a batch of rows as unpadded model inputs, for `Dataset.map(batched=True)` without the old columns.
 
-        A classification gives one list entry a row; a generation task one for each reference of a row.
+        A classification returns one entry per row, a generation task one per reference of a row.
         """
 
     @abstractmethod
     def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-        """Returns the task's metrics by name; the first axis of both is the row."""
+        """Returns the task's metrics by name; the first axis of both arrays is the row."""
 
     def majority(self, labels: ArrayLike, train_labels: ArrayLike | None = None) -> dict[str, float]:
-        """Returns what an answer that never looks at the text would score; empty where a task has no such answer."""
+        """Returns the scores of a constant prediction; empty for tasks that have none."""
         return {}
+
+    def check_finite(self, values: np.ndarray, name: str) -> None:
+        """Raises a TrainingError if some of the model's outputs are not finite; the first axis is the row."""
+        import numpy as np
+
+        diverged = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+        if diverged.size:
+            raise TrainingError(
+                f"{self.name}: the {name} of {diverged.size} of {len(values)} rows are not finite, the first is row "
+                f"{diverged[0]} (counting from 0); the model has diverged: lower the learning rate or train in fp32"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextClassification(Task):
-    """One class, or one number, for a sentence or a pair of sentences.
+    """One class, or one number, for a text or a pair of texts.
 
-    `metric` names the set of metrics that scores it, for a GLUE task the official one. A regression's scale goes from
-    `lowest_score` to `highest_score`; labels may be hidden as -1 where no score can be that.
+    `metric` is a key of `metrics.glue.METRIC_NAMES`. The labels of a regression are from `lowest_score` to
+    `highest_score`; if that excludes -1, hidden labels are -1.
     """
 
     metric: str
@@ -96,70 +109,63 @@ class TextClassification(Task):
     lowest_score: float = 0.0
     highest_score: float = 5.0
 
-    def check(self, rows: Dataset, split: str, where: str) -> None:
-        super().check(rows, split, where)
+    def check(self, rows: Dataset, split: str, origin: str) -> None:
+        super().check(rows, split, origin)
         highest = len(self.label_names) - 1 if self.label_names else self.highest_score
-        check_labels(rows, where, split, self.label_names, self.lowest_score, highest)
+        check_labels(rows, origin, split, self.label_names, self.lowest_score, highest)
 
     @property
-    def _may_hide(self) -> bool:
+    def _may_hide_labels(self) -> bool:
         return self.lowest_score > HIDDEN_LABEL
 
     def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
-        """Returns what the tokenizer gives (input_ids, attention_mask, BERT's token_type_ids) and `labels`.
+        """Returns the tokenizer's outputs (input_ids, attention_mask, BERT's token_type_ids) and `labels`.
 
-        A row longer than `max_length` tokens loses them from the longer of its texts. Labels are ints, or floats for a
-        regression; rows without labels, or with hidden ones, give none.
+        Rows of more than `max_length` tokens are truncated, the longer text first. Labels are ints, or floats for a
+        regression; without labels, or with hidden ones, there is no `labels`.
         """
         texts = [rows[column] for column in self.text_columns]
         pairs = texts[1] if len(texts) == 2 else None
         encoded = dict(tokenizer(texts[0], pairs, truncation="longest_first", max_length=max_length, padding=False))
         labels = rows.get("label")
-        if labels is not None and not (self._may_hide and HIDDEN_LABEL in labels):
-            encoded["labels"] = (
-                [float(label) for label in labels] if self.problem_type == "regression" else list(labels)
-            )
+        if labels is not None and not (self._may_hide_labels and HIDDEN_LABEL in labels):
+            encoded["labels"] = list(map(float, labels)) if self.problem_type == "regression" else list(labels)
         return encoded
 
     def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-        """Returns the official metrics of logits (rows, num_labels) against labels (rows,).
+        """Returns the metrics of logits `(rows, num_labels)` for labels `(rows,)`.
 
         Raises:
             DataError: the labels are hidden.
-            TrainingError: a logit is not finite; its argmax would be a class like any other.
+            TrainingError: a logit is not finite; argmax would return a class all the same.
         """
         import numpy as np
 
         logits, references = np.asarray(predictions), np.asarray(labels)
-        broken = np.flatnonzero(~np.isfinite(logits.reshape(len(logits), -1)).all(axis=1))
-        if broken.size:
-            raise TrainingError(
-                f"{self.name}: the logits of {broken.size} of {len(logits)} rows are not finite, the first is row "
-                f"{broken[0]} (counting from 0); the model has diverged: lower the learning rate or train in fp32"
-            )
-        answers = logits.reshape(len(logits)) if self.problem_type == "regression" else logits.argmax(axis=1)
-        return self._score_answers(answers, references)
+        self.check_finite(logits, "logits")
+        values = logits.reshape(len(logits)) if self.problem_type == "regression" else logits.argmax(axis=1)
+        return self._score_predictions(values, references)
 
     def majority(self, labels: ArrayLike, train_labels: ArrayLike | None = None) -> dict[str, float]:
-        """Returns the score of giving every row the commonest class of `train_labels` (of `labels`, where left out).
+        """Returns the scores of predicting the most frequent class of `train_labels` (default: `labels`) for every row.
 
-        A regression gives the mean, whose correlations are 0.
+        A regression predicts the mean, whose correlations are 0.
         """
         import numpy as np
 
         references = np.asarray(labels)
-        seen = references if train_labels is None else np.asarray(train_labels)
-        values, counts = np.unique(seen, return_counts=True)
-        answer = seen.mean() if self.problem_type == "regression" else values[counts.argmax()]
-        return self._score_answers(np.full(references.shape, answer), references)
+        known = references if train_labels is None else np.asarray(train_labels)
+        values, counts = np.unique(known, return_counts=True)
+        prediction = known.mean() if self.problem_type == "regression" else values[counts.argmax()]
+        return self._score_predictions(np.full(references.shape, prediction), references)
 
-    def _score_answers(self, answers: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    def _score_predictions(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
         from lora_hf.data.metrics.glue import GlueMetric
 
-        hidden = int((references == HIDDEN_LABEL).sum()) if self._may_hide else 0
+        hidden = int((references == HIDDEN_LABEL).sum()) if self._may_hide_labels else 0
         if hidden:
             raise DataError(
                 f"{self.name}: {hidden} of {len(references)} labels are hidden ({HIDDEN_LABEL}), as on GLUE's test "
                 f"splits; score one of {', '.join(self.evaluation_splits)}, or predict without scoring"
             )
-        return GlueMetric(self.metric).compute(predictions=answers, references=references) or {}
+        return GlueMetric(self.metric).compute(predictions=predictions, references=references) or {}

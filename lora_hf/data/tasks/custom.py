@@ -1,37 +1,28 @@
-"""A person's own data: a task that the config describes, with rows from files of their own.
+"""Custom tasks: a config describes the task, and its rows come from the user's files.
 
-The files of a split are `<split>.parquet`, `<split>.csv` (UTF-8, commas, a header) or `<split>.jsonl` (an object a
-line), in the data folder or in `<task.name>/` below it. Nothing is guessed: a class that `task.label_names` does not
-name, two files for one split or a number where text belongs is an error.
+The files of a split are `<split>.parquet`, `<split>.csv` (UTF-8, commas, a header) or `<split>.jsonl` (an object per
+line), in the data folder or in `<task.name>/` below it. Nothing is guessed: a class that is missing from
+`task.label_names`, two files for one split, or a number instead of a text is an error.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import ConfigError, DataError, did_you_mean
+from lora_hf.data.readers import read_csv, read_json_lines, read_parquet, to_dataset
 from lora_hf.data.tasks.base import Task, TextClassification
 from lora_hf.data.tasks.generation import Example, TextGeneration
-from lora_hf.data.tasks.raw_formats import read_csv
-from lora_hf.data.tasks.sources import (
-    DATA_DIR_VARIABLE,
-    check_columns,
-    check_text,
-    decode,
-    in_memory,
-    named_folder,
-    read_parquet,
-)
+from lora_hf.data.tasks.row_checks import check_columns, check_text
+from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE, find_data_folder
 
 if TYPE_CHECKING:
-    import pyarrow
     from datasets import Dataset
 
 DEFAULT_COLUMNS = {
@@ -44,19 +35,20 @@ METRICS = {
     "regression": ("pearson", "spearmanr"),
     "generation": (),
 }
-LARGEST_SCORE = 1e30  # far inside of fp32, which the loss of a regression squares numbers in
+LARGEST_SCORE = 1e30  # labels are float32, whose largest number is 3e38
+READERS = {".parquet": read_parquet, ".csv": read_csv, ".jsonl": read_json_lines}
 
 
 def custom_task(config: TaskConfig) -> Task:
-    """The task that a config with `task.kind` describes.
+    """Returns the task that a config with `task.kind` describes.
 
     Raises:
-        ConfigError: all that is missing or does not fit, in one message.
+        ConfigError: everything that is missing or inconsistent, in one message.
     """
     kind = config.kind
     assert kind is not None
-    usual_texts, usual_label = DEFAULT_COLUMNS[kind]
-    texts, label = config.text_columns or usual_texts, config.label_column or usual_label
+    default_texts, default_label = DEFAULT_COLUMNS[kind]
+    texts, label = config.text_columns or default_texts, config.label_column or default_label
     source = CustomFiles(replace(config, data_dir=None, text_columns=texts, label_column=label))
     _check(source.config)
     if kind == "generation":
@@ -75,8 +67,8 @@ def custom_task(config: TaskConfig) -> Task:
     )
 
 
-def described(task: Task) -> dict[str, Any]:
-    """The keys of a config's `task` section that make this task again: for one of ours its name alone."""
+def task_section(task: Task) -> dict[str, Any]:
+    """Returns the `task` section of a config that describes `task`, without `data_dir` and `max_length`."""
     if not isinstance(task.source, CustomFiles):
         return {"name": task.name}
     section = asdict(task.source.config)
@@ -88,24 +80,23 @@ def _check(config: TaskConfig) -> None:
     texts, names = config.text_columns or (), config.label_names or ()
     if not re.fullmatch(r"[\w.-]+", config.name):
         problems.append(f"task.name: expected letters, digits, '_', '-' and '.', found {config.name!r}")
-    most = 1 if config.kind == "generation" else 2
-    if len(texts) > most or len(set(texts)) < len(texts):
-        problems.append(f"task.text_columns: expected {'one column' if most == 1 else 'one or two columns'}, "
-                        f"found {', '.join(texts)}")  # fmt: skip
+    if len(texts) > (1 if config.kind == "generation" else 2) or len(set(texts)) < len(texts):
+        expected = "one column" if config.kind == "generation" else "one or two columns"
+        problems.append(f"task.text_columns: expected {expected}, found {', '.join(texts)}")
     if config.label_column in texts:
         problems.append(f"task.label_column: {config.label_column!r} is one of task.text_columns")
     elif "label" in texts and config.kind != "generation":
-        problems.append("task.text_columns: a column called 'label' cannot be a text here; rename it")
+        problems.append("task.text_columns: a text column cannot be called 'label'; rename it")
     if config.kind == "classification" and (len(names) < 2 or len(set(names)) < len(names)):
         problems.append(
-            "task.label_names: expected the classes, each once and in the order of their numbers, such as "
+            "task.label_names: expected two or more different classes in the order of their ids, such as "
             f"[negative, positive], found {', '.join(names) or 'none'}"
         )
     if config.kind != "classification" and names:
         problems.append(f"task.label_names: task.kind={config.kind} has no classes; leave it out")
-    known = METRICS[config.kind or "generation"]
-    if config.metric is not None and config.metric not in known:
-        expected = f"one of {', '.join(known)}" if known else "none, for perplexity chooses the best checkpoint"
+    metrics = METRICS[config.kind or "generation"]
+    if config.metric is not None and config.metric not in metrics:
+        expected = f"one of {', '.join(metrics)}" if metrics else "none, as perplexity chooses the best checkpoint"
         problems.append(f"task.metric: expected {expected}, found {config.metric}")
     if problems:
         raise ConfigError("\n  ".join([f"task.kind={config.kind}:", *problems]))
@@ -113,15 +104,15 @@ def _check(config: TaskConfig) -> None:
 
 @dataclass(frozen=True)
 class CustomFiles:
-    """The splits of a person's own data, as the `task` section of a config describes them; see the top of the file."""
+    """The splits of a custom task, as the `task` section of a config describes them."""
 
     config: TaskConfig
 
     def read(self, split: str, data_dir: str | None) -> tuple[Dataset, str]:
-        """Returns the rows and where they came from: the texts under their own names, the class or score as `label`.
+        """Returns the rows and their path: the text columns under their own names, the class or score as `label`.
 
         Raises:
-            DataError: no folder or no file, two files, a column is missing, a label that is not among the classes.
+            DataError: no folder, not exactly one file, a missing column, a label that is not one of the classes.
         """
         path = self._file(split, data_dir)
         rows = READERS[path.suffix](path)
@@ -129,83 +120,78 @@ class CustomFiles:
         check_columns(rows.column_names, (*texts, label), str(path))
         if self.config.kind == "generation":
             return rows.select_columns([*texts, label]), str(path)
-        return self._labelled(rows, texts, label, path), str(path)
+        return self._with_labels(rows, texts, label, path), str(path)
 
     def _file(self, split: str, data_dir: str | None) -> Path:
-        folder, setting = named_folder(data_dir)
         name = self.config.name
-        how = (
-            f"Set task.data_dir=DIR (--data-dir DIR) or {DATA_DIR_VARIABLE}=DIR to a folder with DIR/{split}.csv, "
-            f"DIR/{split}.jsonl or DIR/{split}.parquet; DIR/{name}/{split}.csv and so on will do as well."
+        how_to = (
+            f"Set task.data_dir=DIR or {DATA_DIR_VARIABLE}=DIR to a folder with {split}.csv, {split}.jsonl or "
+            f"{split}.parquet, in DIR itself or in DIR/{name}."
         )
-        if not folder:
-            raise DataError(f"{name}: no folder with its data is named. {how}")
-        root = Path(folder).expanduser()
-        if not root.is_dir():
-            raise DataError(f"{setting}={folder} is not a folder. {how}")
-        places = [root / part / f"{split}{ending}" for part in (name, "") for ending in READERS]
-        found = [place for place in places if place.is_file()]
-        if not found:
-            raise DataError(f"{name}: no file with the rows of split {split!r} in {root} ({setting}). {how}")
-        if len(found) > 1:
-            raise DataError(f"{name}: split {split!r} is in {' and in '.join(map(str, found))}; keep one of them")
-        return found[0]
+        root, setting = find_data_folder(data_dir, how_to)
+        if root is None:
+            raise DataError(f"{name}: no data folder is set. {how_to}")
+        candidates = [root / subfolder / f"{split}{suffix}" for subfolder in (name, "") for suffix in READERS]
+        files = [path for path in candidates if path.is_file()]
+        if not files:
+            raise DataError(f"{name}: no file with the rows of split {split!r} in {root} ({setting}). {how_to}")
+        if len(files) > 1:
+            raise DataError(f"{name}: split {split!r} is in {' and in '.join(map(str, files))}; keep one of them")
+        return files[0]
 
-    def _labelled(self, rows: Dataset, texts: Sequence[str], label: str, path: Path) -> Dataset:
+    def _with_labels(self, rows: Dataset, texts: Sequence[str], label: str, path: Path) -> Dataset:
         import pyarrow
         from datasets import ClassLabel, Features, Value
 
+        check_text(rows, str(path), tuple(texts))
         names = list(self.config.label_names or ())
-        for column in texts:
-            check_text(rows, str(path), (column,))
         features = Features({column: Value("string") for column in texts})
         features["label"] = ClassLabel(names=names) if names else Value("float32")
-        values = _written(rows, label)
-        ids = self._numbers(values, label, path)
         columns: dict[str, Any] = {column: rows.data.column(column).cast(pyarrow.string()) for column in texts}
-        return in_memory(pyarrow.table({**columns, "label": ids}, schema=features.arrow_schema))
+        columns["label"] = self._labels(_class_names(rows, label), label, path)
+        return to_dataset(pyarrow.table(columns, schema=features.arrow_schema))
 
-    def _numbers(self, values: Sequence[Any], label: str, path: Path) -> list[float]:
-        """The class ids, or the scores, of labels as they are written."""
-        numbers = {_key(value): self._number(value) for value in values}
-        wrong = next((row for row, value in enumerate(values) if numbers[_key(value)] is None), None)
-        if wrong is not None:
+    def _labels(self, values: Sequence[Any], column: str, path: Path) -> list[float]:
+        """Returns the class ids, or the scores, of a column's values."""
+        labels = {_key(value): self._label(value) for value in values}
+        invalid = next((row for row, value in enumerate(values) if labels[_key(value)] is None), None)
+        if invalid is not None:
             names = self.config.label_names or ()
             expected = f"one of task.label_names ({', '.join(names)})" if names else "a number"
             counts = Counter(map(str, values)).most_common(10)
             found = f"; the column holds {', '.join(f'{name} ({count})' for name, count in counts)}" if names else ""
-            near = did_you_mean(str(values[wrong]), names)
+            near = did_you_mean(str(values[invalid]), names)
             raise DataError(
-                f"{path}: row {wrong} (counting from 0) has the label {values[wrong]!r:.100} in column {label!r}; "
+                f"{path}: row {invalid} (counting from 0) has the label {values[invalid]!r:.100} in column {column!r}; "
                 f"expected {expected}{near}{found}"
             )
-        return [number for value in values if (number := numbers[_key(value)]) is not None]
+        return [label for value in values if (label := labels[_key(value)]) is not None]
 
-    def _number(self, value: Any) -> float | None:
+    def _label(self, value: Any) -> float | None:
         names = self.config.label_names
         if not names:
             try:
                 return None if isinstance(value, bool) or value is None else float(value)
             except (TypeError, ValueError):
                 return None
-        said = str(value).lower() if isinstance(value, bool) else str(value)
-        if said in names:
-            return names.index(said)
-        # Where the classes are called 1 to 5, a 0 is no class id but a mistake.
-        counted = isinstance(value, (int, str)) and said.isdecimal() and not any(name.isdecimal() for name in names)
-        return int(said) if counted and int(said) < len(names) else None
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        if text in names:
+            return names.index(text)
+        # If the classes are called 1 to 5, a 0 is a mistake and not a class id.
+        is_id = isinstance(value, (int, str)) and text.isdecimal() and not any(name.isdecimal() for name in names)
+        return int(text) if is_id and int(text) < len(names) else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CustomText(TextGeneration):
-    """A text for a text: the prompt as it is written, and the completion on one line."""
+    """Generates a completion for a prompt. The prompt is used as written, the completion on one line."""
 
-    def check(self, rows: Dataset, split: str, where: str) -> None:
-        check_text(rows, where, self.text_columns)
-        super().check(rows, split, where)
+    def check(self, rows: Dataset, split: str, origin: str) -> None:
+        check_text(rows, origin, self.text_columns)
+        super().check(rows, split, origin)
 
     def context(self, prompt: str) -> str:
-        """Returns the prompt without the white space around it."""
+        """Returns the prompt without surrounding white space."""
         if not prompt.strip():
             raise DataError(f"{self.name}: expected a prompt, found nothing")
         return prompt.strip()
@@ -214,13 +200,12 @@ class CustomText(TextGeneration):
         prompt, completion = values
         if not prompt.strip():
             raise ValueError(f"{self.text_columns[0]!r} is empty; expected a prompt")
-        # A text is written and scored on one line.
-        completion = " ".join(completion.split())
+        completion = " ".join(completion.split())  # texts are generated and scored on one line
         return Example(prompt.strip(), (completion,) if completion else ())
 
 
-def _written(rows: Dataset, column: str) -> list[Any]:
-    """The values of a column; class ids of a file that names its classes by those names."""
+def _class_names(rows: Dataset, column: str) -> list[Any]:
+    """Returns the values of a column; the ids of a file that names its classes become these names."""
     values, names = rows[column][:], getattr(rows.features[column], "names", None)
     if names is None:
         return values
@@ -229,44 +214,3 @@ def _written(rows: Dataset, column: str) -> list[Any]:
 
 def _key(value: Any) -> tuple[type, str]:
     return type(value), str(value)
-
-
-def _csv(path: Path) -> Dataset:
-    import pyarrow
-
-    header, rows = read_csv(path)
-    repeated = [name for name, count in Counter(header).items() if count > 1]
-    if repeated:
-        raise DataError(f"{path}: the header names {', '.join(map(repr, repeated))} more than once; rename one")
-    columns = {name: [row[place] for row in rows] for place, name in enumerate(header)}
-    return in_memory(pyarrow.table({name: pyarrow.array(cells, pyarrow.string()) for name, cells in columns.items()}))
-
-
-def _json_lines(path: Path) -> Dataset:
-    import pyarrow
-
-    rows = []
-    for number, line in enumerate(decode(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not a JSON object: {error}") from error
-        if not isinstance(row, Mapping):
-            raise DataError(f'{path}, line {number}: expected an object such as {{"text": ...}}, found {line:.50}')
-        rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return in_memory(pyarrow.table({name: _column(path, name, [row.get(name) for row in rows]) for name in names}))
-
-
-def _column(path: Path, name: str, values: list[Any]) -> pyarrow.Array:
-    import pyarrow
-
-    try:
-        return pyarrow.array(values)
-    except (pyarrow.ArrowException, OverflowError, ValueError) as error:
-        raise DataError(f"{path}: {name!r} does not hold one kind of value: {error}") from error
-
-
-READERS = {".parquet": read_parquet, ".csv": _csv, ".jsonl": _json_lines}

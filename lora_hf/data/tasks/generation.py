@@ -1,8 +1,9 @@
-"""What a generation task is: its rows as a causal model's inputs, its prompts, and the groups that are scored.
+"""The base class of generation tasks: training rows, prompts, and groups of references to score with.
 
-A row becomes `context <eos> " completion" <eos>`: the linearised input, the tokenizer's end-of-text token as separator,
-the reference after a space, the same token as its end (microsoft/LoRA, examples/NLG/src/gpt2_encode.py). The loss is on
-the completion and its end only. Several references of one input are as many rows in training, and one group in scoring.
+A row becomes `context <eos> " completion" <eos>`: the linearized input, the tokenizer's end-of-text token as separator,
+a space and the reference, and the same token as its end (microsoft/LoRA, examples/NLG/src/gpt2_encode.py). Only the
+completion and its end have a loss. Several references of one input are several rows for training and one group for
+scoring.
 """
 
 from __future__ import annotations
@@ -14,23 +15,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_hf.core.errors import DataError, ModelError, TrainingError
+from lora_hf.core.errors import DataError, ModelError
+from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.tasks.base import ModelKind, Task
-from lora_hf.data.tasks.sources import check_columns, check_text
+from lora_hf.data.tasks.row_checks import check_columns, check_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100  # the label of a token without loss
-
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Example:
-    """An input as the model reads it, its references, and which of the task's `subsets` it belongs to."""
+    """An input as the model reads it, its references, and its subset (one of the task's `subsets`)."""
 
     context: str
     references: tuple[str, ...]
@@ -39,10 +39,9 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class TextGeneration(Task):
-    """A text for an input.
+    """Generates a text for an input.
 
-    `metric` is the task whose official scorer scores it; `subsets` are the parts of a test split that are scored on
-    their own, beside the whole.
+    `metric` names the task whose official scorer is used; `subsets` are parts of a test split with their own scores.
     """
 
     metric: str
@@ -53,101 +52,99 @@ class TextGeneration(Task):
 
     @abstractmethod
     def context(self, prompt: str) -> str:
-        """Returns the model's context for an input that a person wrote on one line.
+        """Returns the model's context for an input on one line.
 
         Raises:
-            DataError: it does not parse; the message says where and what was expected.
+            DataError: it does not parse, with the position and what was expected.
         """
 
     @abstractmethod
     def _example(self, *values: Any) -> Example:
-        """The example of one row, from its `text_columns`; a ValueError says what is wrong with it."""
+        """Returns the example of one row from the values of its `text_columns`, or raises a ValueError."""
 
-    def check(self, rows: Dataset, split: str, where: str) -> None:
-        """Raises a DataError for no rows, a missing column, or a malformed row; warns of rows without a text."""
-        check_text(rows, where, ())
-        check_columns(rows.column_names, self.text_columns, where)
-        without = sum(not example.references for example in self.examples(rows, where))
+    def check(self, rows: Dataset, split: str, origin: str) -> None:
+        """Raises a DataError for no rows, a missing column, or a malformed row; warns about rows without a text."""
+        check_text(rows, origin, ())
+        check_columns(rows.column_names, self.text_columns, origin)
+        without = sum(not example.references for example in self.examples(rows, origin))
         if without == len(rows):
-            raise DataError(f"{where}: none of the {without} rows has a reference text")
+            raise DataError(f"{origin}: none of the {without} rows has a reference text")
         if without:
-            _log.warning("%s: left out %d of %d rows, which have no reference text", where, without, len(rows))
+            _log.warning("%s: left out %d of %d rows without a reference text", origin, without, len(rows))
 
-    def examples(self, rows: Mapping[str, list] | Dataset, where: str = "") -> Iterator[Example]:
-        """Yields the example of each row, in order; one without a usable reference has none.
+    def examples(self, rows: Mapping[str, list] | Dataset, origin: str = "") -> Iterator[Example]:
+        """Yields the example of each row, in order; its references may be empty.
 
         Raises:
             DataError: a malformed row.
         """
         columns = [rows[column][:] for column in self.text_columns]
         for index, values in enumerate(zip(*columns, strict=True)):
-            yield self._example_of(values, f"{where or self.name}: row {index} (counting from 0)")
-
-    def _example_of(self, values: tuple[Any, ...], where: str) -> Example:
-        try:
-            return self._example(*values)
-        except ValueError as error:
-            raise DataError(f"{where}: {error}") from error
+            try:
+                example = self._example(*values)
+            except ValueError as error:
+                raise DataError(f"{origin or self.name}: row {index} (counting from 0): {error}") from error
+            yield example
 
     def groups(self, rows: Mapping[str, list] | Dataset) -> list[Example]:
-        """Returns the different contexts in order of first appearance, each with the references of all of its rows.
+        """Returns an example for each distinct context, in order of first appearance, with the references of its rows.
 
-        Inputs are the same where their contexts are, as in the paper's code; what has no reference is left out.
+        As in the paper's code, rows with the same context are the same input. Inputs without references are left out.
         """
         grouped: dict[str, Example] = {}
         for example in self.examples(rows):
             if example.references:
-                earlier = grouped.get(example.context)
-                references = (*earlier.references, *example.references) if earlier else example.references
+                previous = grouped.get(example.context)
+                references = (*previous.references, *example.references) if previous else example.references
                 grouped[example.context] = Example(example.context, references, example.subset)
         return list(grouped.values())
 
     def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         """Returns input_ids, attention_mask and labels, one entry for each reference of each row.
 
-        The labels are -100 on context and separator, so that the separator predicts the completion's first token and
-        the completion's last token predicts the end. A row longer than `max_length` tokens loses the first of its
-        context, with a warning; completion and end are never cut.
+        Context and separator have the label `IGNORE_INDEX`: the separator predicts the completion's first token, and
+        its last token predicts the end. A row of more than `max_length` tokens is truncated at the start of its
+        context, with a warning.
 
         Raises:
-            DataError: a completion that leaves no room for a token of context.
+            DataError: a completion so long that no token of context would remain.
             ModelError: the tokenizer has no end-of-text token.
         """
-        end = _end_of(tokenizer)
+        end = _end_token(tokenizer)
         pairs = [(example.context, text) for example in self.examples(rows) for text in example.references]
         contexts = _tokens(tokenizer, [context for context, _ in pairs])
         completions = _tokens(tokenizer, [f" {text}" for _, text in pairs])
         encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
-        cut = 0
+        truncated = 0
         for (_, text), context, completion in zip(pairs, contexts, completions, strict=True):
             answer = [*completion, end]
-            room = max_length - len(answer) - 1
-            if room < 1:
+            longest = max_length - len(answer) - 1
+            if longest < 1:
                 raise DataError(
-                    f"{self.name}: a reference of {len(answer)} tokens, its end included, leaves no room for the input "
-                    f"within {max_length} (task.max_length, or the model's own limit): {shown(text)}. Set a greater "
-                    f"task.max_length, or leave the row out."
+                    f"{self.name}: a reference of {len(answer)} tokens, its end included, leaves no space for the "
+                    f"input within {max_length} tokens (task.max_length, or the model's own limit): {shown(text)}. "
+                    "Set a greater task.max_length, or leave the row out."
                 )
-            cut += len(context) > room
-            asked = [*context[-room:], end]
-            encoded["input_ids"].append(asked + answer)
-            encoded["attention_mask"].append([1] * (len(asked) + len(answer)))
-            encoded["labels"].append([IGNORE_INDEX] * len(asked) + answer)
-        if cut:
+            truncated += len(context) > longest
+            prompt = [*context[-longest:], end]
+            encoded["input_ids"].append(prompt + answer)
+            encoded["attention_mask"].append([1] * (len(prompt) + len(answer)))
+            encoded["labels"].append([IGNORE_INDEX] * len(prompt) + answer)
+        if truncated:
             _log.warning(
-                "%s: %d of %d rows are longer than %d tokens and lost the first of their input; see task.max_length",
-                self.name, cut, len(pairs), max_length,
+                "%s: truncated the inputs of %d of %d rows, which are longer than %d tokens; see task.max_length",
+                self.name, truncated, len(pairs), max_length,
             )  # fmt: skip
         return encoded
 
     def prompts(self, contexts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
-        """Returns the tokens to generate from, unpadded: each context and the separator.
+        """Returns the tokens to generate from, unpadded: each context with the separator.
 
         Raises:
             DataError: a prompt longer than `max_length` tokens.
             ModelError: the tokenizer has no end-of-text token.
         """
-        end = _end_of(tokenizer)
+        end = _end_token(tokenizer)
         prompts = [[*tokens, end] for tokens in _tokens(tokenizer, contexts)]
         for index, prompt in enumerate(prompts):
             if len(prompt) > max_length:
@@ -159,11 +156,11 @@ class TextGeneration(Task):
         return prompts
 
     def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-        """Returns the perplexity of the references; `labels` are not looked at.
+        """Returns the perplexity of the references; ignores `labels`.
 
         Args:
-            predictions: (rows, 2), for each row the negative log-likelihood of its completion and end, summed over
-                their tokens in nats, and the number of those tokens.
+            predictions: `(rows, 2)`: the negative log-likelihood of each row's completion and end in nats, summed over
+                their tokens, and the number of these tokens.
 
         Raises:
             TrainingError: a likelihood is not finite.
@@ -171,28 +168,23 @@ class TextGeneration(Task):
         import numpy as np
 
         sums = np.asarray(predictions, dtype=np.float64)
-        broken = np.flatnonzero(~np.isfinite(sums).all(axis=1))
-        if broken.size:
-            raise TrainingError(
-                f"{self.name}: the likelihood of {broken.size} of {len(sums)} rows is not finite, the first is row "
-                f"{broken[0]} (counting from 0); the model has diverged: lower the learning rate or train in fp32"
-            )
+        self.check_finite(sums, "likelihoods")
         loss, tokens = sums.sum(axis=0)
         return {"perplexity": math.exp(loss / tokens)}
 
 
 def shown(value: object, longest: int = 160) -> str:
-    """Returns the value as a message shows it, cut where it is long."""
+    """Returns the value as a message shows it, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
-def _end_of(tokenizer: PreTrainedTokenizerBase) -> int:
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise ModelError(
             f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token (eos_token), which separates input and "
-            f"text; choose a model made for generation, such as gpt2"
+            "text; choose a model made for generation, such as gpt2"
         )
     return end
 

@@ -1,15 +1,16 @@
-"""The eight GLUE tasks as rows of one table, and the rule-made stand-in for a machine that has none of their data.
+"""The eight GLUE tasks, and `rule-sentiment`, which needs no data.
 
-Columns, label names and splits are those of `nyu-mll/glue` on the hub; the original distribution's file and column
-names are those of the files that https://gluebenchmark.com/tasks hands out. The metric that chooses the best
-checkpoint is the one the LoRA paper reports (arXiv 2106.09685, table 2).
+Columns, label names and splits are those of `nyu-mll/glue` on the hub, the names of the raw files and of their columns
+those of https://gluebenchmark.com/tasks. The best checkpoint is chosen by the metric that the LoRA paper reports
+(arXiv 2106.09685, Table 2).
 """
 
 from __future__ import annotations
 
 from lora_hf.data.synthetic import rule_sentiment
 from lora_hf.data.tasks.base import TextClassification
-from lora_hf.data.tasks.sources import Embedded, LocalOrHub, TabSeparated
+from lora_hf.data.tasks.raw_formats import TabSeparated
+from lora_hf.data.tasks.sources import Embedded, LocalOrHub
 
 _SPLITS = {"train": "train", "validation": "dev", "test": "test"}
 _MNLI_SPLITS = {
@@ -25,22 +26,22 @@ def _glue(
     name: str,
     label_names: tuple[str, ...],
     columns: dict[str, str],
-    original_folder: str,
-    original_label: str = "label",
-    original_header: tuple[str, ...] = (),
+    raw_folder: str,
+    raw_label: str = "label",
+    raw_header: tuple[str, ...] = (),
     best_metric: str = "accuracy",
     splits: dict[str, str] = _SPLITS,
 ) -> TextClassification:
-    """`columns` maps the hub's text columns to the original files'."""
-    originals = TabSeparated(
-        files={split: f"{original_folder}/{stem}.tsv" for split, stem in splits.items()},
-        columns={**columns, "label": original_label},
+    """`columns` maps the hub's text columns to those of the raw files."""
+    raw_files = TabSeparated(
+        files={split: f"{raw_folder}/{stem}.tsv" for split, stem in splits.items()},
+        columns={**columns, "label": raw_label},
         label_names=label_names,
-        header=original_header,
+        header=raw_header,
     )
     return TextClassification(
         name=name,
-        source=LocalOrHub(folder=f"glue/{name}", hub_id="nyu-mll/glue", hub_config=name, originals=originals),
+        source=LocalOrHub(folder=f"glue/{name}", hub_id="nyu-mll/glue", hub_config=name, raw_files=raw_files),
         text_columns=tuple(columns),
         label_names=label_names,
         problem_type="single_label_classification" if label_names else "regression",
@@ -55,15 +56,15 @@ _PAIR = {"sentence1": "sentence1", "sentence2": "sentence2"}
 
 GLUE = (
     _glue("cola", ("unacceptable", "acceptable"), {"sentence": "sentence"}, "CoLA",
-          original_header=("source", "label", "star", "sentence"), best_metric="matthews_correlation"),
+          raw_header=("source", "label", "star", "sentence"), best_metric="matthews_correlation"),
     _glue("sst2", ("negative", "positive"), {"sentence": "sentence"}, "SST-2"),
     _glue("mrpc", ("not_equivalent", "equivalent"), {"sentence1": "#1 String", "sentence2": "#2 String"}, "MRPC",
-          original_label="Quality"),
+          raw_label="Quality"),
     _glue("qqp", ("not_duplicate", "duplicate"), {"question1": "question1", "question2": "question2"}, "QQP",
-          original_label="is_duplicate"),
-    _glue("stsb", (), _PAIR, "STS-B", original_label="score", best_metric="pearson"),
+          raw_label="is_duplicate"),
+    _glue("stsb", (), _PAIR, "STS-B", raw_label="score", best_metric="pearson"),
     _glue("mnli", ("entailment", "neutral", "contradiction"), {"premise": "sentence1", "hypothesis": "sentence2"},
-          "MNLI", original_label="gold_label", splits=_MNLI_SPLITS),
+          "MNLI", raw_label="gold_label", splits=_MNLI_SPLITS),
     _glue("qnli", _ENTAILMENT, {"question": "question", "sentence": "sentence"}, "QNLI"),
     _glue("rte", _ENTAILMENT, _PAIR, "RTE"),
 )  # fmt: skip

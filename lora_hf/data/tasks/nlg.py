@@ -1,6 +1,6 @@
-"""Text from data: E2E, DART and WebNLG as the LoRA paper's code forms their rows, and a rule-made stand-in for E2E.
+"""Data-to-text tasks: E2E, DART and WebNLG in the form of the LoRA paper, and `rule-restaurants`, which needs no data.
 
-Source of the linearisations: microsoft/LoRA, examples/NLG/src/format_converting_{e2e,dart,webnlg}.py; E2E's renamed
+Source of the linearizations: microsoft/LoRA, examples/NLG/src/format_converting_{e2e,dart,webnlg}.py; E2E's renamed
 slots and spaced values are those of the text files that the first of them reads.
 """
 
@@ -15,7 +15,8 @@ from lora_hf.core.errors import DataError, did_you_mean
 from lora_hf.data.synthetic import rule_restaurants
 from lora_hf.data.tasks.generation import Example, TextGeneration, shown
 from lora_hf.data.tasks.raw_formats import CommaSeparated, DartJson, WebNlgXml, dart_rows, web_nlg_rows
-from lora_hf.data.tasks.sources import Embedded, LocalOrHub, check_text
+from lora_hf.data.tasks.row_checks import check_text
+from lora_hf.data.tasks.sources import Embedded, LocalOrHub
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,31 +24,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SlotsToText(TextGeneration):
-    """E2E's form: `name[The Vaults], eatType[pub]` and one reference a row (Novikova et al. 2017, arXiv 1706.09254)."""
+    """E2E (Novikova et al. 2017, arXiv 1706.09254): `name[The Vaults], eatType[pub]` with one reference per row."""
 
     text_columns: tuple[str, ...] = ("meaning_representation", "human_reference")
 
-    def check(self, rows: Dataset, split: str, where: str) -> None:
-        check_text(rows, where, self.text_columns)
-        super().check(rows, split, where)
+    def check(self, rows: Dataset, split: str, origin: str) -> None:
+        check_text(rows, origin, self.text_columns)
+        super().check(rows, split, origin)
 
     def context(self, prompt: str) -> str:
         """Returns `name : The Vaults | Type : pub` for `name[The Vaults], eatType[pub]`."""
         try:
-            return _linearise_slots(prompt)
+            return _linearize_slots(prompt)
         except ValueError as error:
             raise DataError(f"{self.name}: {error}") from error
 
     def _example(self, *values: Any) -> Example:
         meaning, reference = values
-        # The paper's files hold the references tokenised, one a line; here they stay as written, on one line.
+        # The paper's files hold tokenized references, one per line; here they stay untokenized, on one line.
         reference = " ".join(reference.split())
-        return Example(_linearise_slots(meaning), (reference,) if reference else ())
+        return Example(_linearize_slots(meaning), (reference,) if reference else ())
 
 
 @dataclass(frozen=True, kw_only=True)
 class TriplesToText(TextGeneration):
-    """Sets of (subject, relation, object): `subject : relation : object`, one after the other between ` | `."""
+    """Sets of (subject, relation, object), linearized as `subject : relation : object | subject : ...`."""
 
     lower_case_relations: bool = False
 
@@ -63,9 +64,9 @@ class TriplesToText(TextGeneration):
                 )
             triples.append(fields)
             position += len(part) + len(" | ")
-        return self._linearise(triples)
+        return self._linearize(triples)
 
-    def _linearise(self, triples: Sequence[Sequence[str]]) -> str:
+    def _linearize(self, triples: Sequence[Sequence[str]]) -> str:
         lower = self.lower_case_relations
         return " | ".join(
             f"{subject} : {relation.lower() if lower else relation} : {value}" for subject, relation, value in triples
@@ -74,7 +75,7 @@ class TriplesToText(TextGeneration):
 
 @dataclass(frozen=True, kw_only=True)
 class Dart(TriplesToText):
-    """DART (Nan et al. 2021, arXiv 2007.02871): relations in lower case, every annotation a reference."""
+    """DART (Nan et al. 2021, arXiv 2007.02871): relations in lower case; every annotation is a reference."""
 
     text_columns: tuple[str, ...] = ("tripleset", "annotations")
     lower_case_relations: bool = True
@@ -86,30 +87,30 @@ class Dart(TriplesToText):
         if not _is_list(annotations) or not all(isinstance(each, Mapping) and "text" in each for each in annotations):
             raise ValueError(f"expected 'annotations' with a 'text' each, found {shown(annotations)}")
         texts = [annotation["text"] for annotation in annotations]
-        return Example(self._linearise(triples), _usable(texts))
+        return Example(self._linearize(triples), _usable(texts))
 
 
 @dataclass(frozen=True, kw_only=True)
 class WebNlg(TriplesToText):
-    """WebNLG's challenge of 2017 (Gardent et al. 2017): the texts that were judged good are the references."""
+    """The WebNLG challenge 2017 (Gardent et al. 2017): the references are the texts that were judged good."""
 
     text_columns: tuple[str, ...] = ("category", "modified_triple_set", "lex_comment", "lex_text")
     subsets: tuple[str, ...] = ("seen", "unseen")
-    seen_categories: frozenset[str]
+    seen_categories: tuple[str, ...]
 
     def _example(self, *values: Any) -> Example:
-        category, written, comments, texts = values
-        triples = [each.split(" | ") if isinstance(each, str) else each for each in written or ()]
+        category, lines, comments, texts = values
+        triples = [line.split(" | ") if isinstance(line, str) else line for line in lines or ()]
         if not triples or not all(_is_triple(triple) for triple in triples):
-            raise ValueError(f"expected 'modified_triple_set' of 'subject | relation | object', found {shown(written)}")
+            raise ValueError(f"expected 'modified_triple_set' of 'subject | relation | object', found {shown(lines)}")
         if not _is_list(comments) or not _is_list(texts) or len(comments) != len(texts):
             raise ValueError("expected as many entries of 'lex_comment' as of 'lex_text'")
         good = [text for text, comment in zip(texts, comments, strict=True) if comment == "good"]
         subset = "seen" if category in self.seen_categories else "unseen"
-        return Example(self._linearise(triples), _usable(good), subset)
+        return Example(self._linearize(triples), _usable(good), subset)
 
 
-# E2E's slots, and the names that the paper's files give them.
+# E2E's slots and their names in the paper's files.
 _SLOT_NAMES = {
     "name": "name",
     "eatType": "Type",
@@ -123,29 +124,29 @@ _SLOT_NAMES = {
 _SLOT = re.compile(r"\s*([^\[\],]*[^\[\],\s])\s*\[([^\[\]]*)\]\s*")
 
 
-def _linearise_slots(meaning: str) -> str:
-    """A meaning representation in the paper's form; a ValueError says where it does not parse."""
+def _linearize_slots(meaning: str) -> str:
+    """Returns a meaning representation in the paper's form; a ValueError says where it does not parse."""
     parts, position = [], 0
     while True:
         match = _SLOT.match(meaning, position)
         if match is None:
-            raise _does_not_parse(meaning, position, "slot[value], such as name[The Vaults]")
+            raise _parse_error(meaning, position, "slot[value], such as name[The Vaults]")
         slot, value = match[1], match[2].strip()
         if slot not in _SLOT_NAMES:
             expected = f"one of {', '.join(_SLOT_NAMES)}{did_you_mean(slot, _SLOT_NAMES)}"
-            raise _does_not_parse(meaning, match.start(1), expected)
+            raise _parse_error(meaning, match.start(1), expected)
         if not value:
-            raise _does_not_parse(meaning, match.start(2), f"a value of {slot}")
+            raise _parse_error(meaning, match.start(2), f"a value of {slot}")
         parts.append(f"{_SLOT_NAMES[slot]} : {_spaced(value)}")
         position = match.end()
         if position == len(meaning):
             return " | ".join(parts)
         if meaning[position] != ",":
-            raise _does_not_parse(meaning, position, "a comma before the next slot, or the end")
+            raise _parse_error(meaning, position, "a comma before the next slot, or the end")
         position += 1
 
 
-def _does_not_parse(meaning: str, position: int, expected: str) -> ValueError:
+def _parse_error(meaning: str, position: int, expected: str) -> ValueError:
     found = repr(meaning[position : position + 20]) if meaning[position:].strip() else "the end"
     return ValueError(
         f"{shown(meaning)} does not parse at position {position} (counting from 0): expected {expected}, found {found}"
@@ -153,7 +154,7 @@ def _does_not_parse(meaning: str, position: int, expected: str) -> ValueError:
 
 
 def _spaced(value: str) -> str:
-    """The value with spaces where the paper's tokenised files have them: `£20-25` is `£ 20 - 25`."""
+    """Returns the value with the spaces of the paper's tokenized files: `£20-25` becomes `£ 20 - 25`."""
     return re.sub(r"(?<=\d)-(?=\d)", " - ", re.sub(r"£(?=\d)", "£ ", value))
 
 
@@ -166,24 +167,16 @@ def _is_triple(value: Any) -> bool:
 
 
 def _usable(texts: Sequence[str | None]) -> tuple[str, ...]:
-    """The references as written, without empty ones: DART's test split has one."""
-    return tuple(text for text in texts if text and text.strip())
+    return tuple(text for text in texts if text and text.strip())  # DART's test split has an empty text
 
 
-_CONVERTED = "refs/convert/parquet"  # the main branches hold loading scripts, which datasets 4 no longer runs
+_CONVERTED = "refs/convert/parquet"  # the main branches hold loading scripts, which datasets 4 does not run
 
 
-def _e2e_files(stem: str) -> tuple[str, ...]:
-    return (f"e2e-dataset/{stem}.csv", f"e2e_nlg/{stem}.csv", f"{stem}.csv")
-
-
-def _dart_files(stem: str) -> tuple[str, ...]:
-    file = f"dart-v1.1.1-full-{stem}.json"
-    return (f"dart/{file}", f"dart/data/v1.1.1/{file}", file)
-
-
-def _web_nlg_files(path: str) -> tuple[str, ...]:
-    return (f"webnlg_challenge_2017/{path}", f"web_nlg/{path}")
+def _files(train: str, validation: str, test: str, *folders: str) -> dict[str, tuple[str, ...]]:
+    """Returns the paths to try for each split: its file in each of the folders."""
+    names = {"train": train, "validation": validation, "test": test}
+    return {split: tuple(f"{folder}{name}" for folder in folders) for split, name in names.items()}
 
 
 NLG = (
@@ -194,12 +187,8 @@ NLG = (
             folder="e2e_nlg",
             hub_id="tuetschek/e2e_nlg",
             hub_revision=_CONVERTED,
-            originals=CommaSeparated(
-                files={
-                    "train": _e2e_files("trainset"),
-                    "validation": _e2e_files("devset"),
-                    "test": _e2e_files("testset_w_refs"),
-                },
+            raw_files=CommaSeparated(
+                files=_files("trainset.csv", "devset.csv", "testset_w_refs.csv", "e2e-dataset/", "e2e_nlg/", ""),
                 columns={"meaning_representation": "mr", "human_reference": "ref"},
             ),
         ),
@@ -212,30 +201,27 @@ NLG = (
             hub_id="Yale-LILY/dart",
             hub_revision=_CONVERTED,
             adapt=dart_rows,
-            originals=DartJson(
-                {"train": _dart_files("train"), "validation": _dart_files("dev"), "test": _dart_files("test")}
+            raw_files=DartJson(
+                _files(
+                    *(f"dart-v1.1.1-full-{part}.json" for part in ("train", "dev", "test")),
+                    "dart/", "dart/data/v1.1.1/", "",
+                )
             ),
         ),
     ),
     WebNlg(
         name="web_nlg",
         metric="web_nlg",
-        seen_categories=frozenset(
-            ("Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument", "SportsTeam",
-             "University", "WrittenWork")
-        ),
+        seen_categories=("Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument",
+                         "SportsTeam", "University", "WrittenWork"),
         source=LocalOrHub(
             folder="web_nlg",
             hub_id="webnlg-challenge/web_nlg",
             hub_revision=_CONVERTED,
             hub_folder="webnlg_challenge_2017",
             adapt=web_nlg_rows,
-            originals=WebNlgXml(
-                {
-                    "train": _web_nlg_files("train"),
-                    "validation": _web_nlg_files("dev"),
-                    "test": _web_nlg_files("test/testdata_with_lex.xml"),
-                }
+            raw_files=WebNlgXml(
+                _files("train", "dev", "test/testdata_with_lex.xml", "webnlg_challenge_2017/", "web_nlg/")
             ),
         ),
     ),

@@ -1,6 +1,6 @@
-"""The files of the generation data sets as their authors published them, and the hub's layouts of the same rows.
+"""The files of the data sets as their authors published them, and the hub's layouts of the same rows.
 
-Each reader gives the columns that the local parquet files have, so that a task reads one layout whatever the source.
+Every reader returns the columns of the local parquet files, so that a task has one layout whatever the source.
 """
 
 from __future__ import annotations
@@ -8,27 +8,99 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from lora_hf.core.errors import DataError
-from lora_hf.data.tasks.sources import check_columns, decode, in_memory
+from lora_hf.core.errors import DataError, did_you_mean
+from lora_hf.core.labels import HIDDEN_LABEL
+from lora_hf.data.readers import read_csv, read_text, to_dataset
+from lora_hf.data.tasks.row_checks import check_columns
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
 
 Files = Mapping[str, str | tuple[str, ...]]
 
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TabSeparated:
+    """GLUE's TSV files in UTF-8, in which quotes have no meaning.
+
+    Args:
+        columns: the hub's columns, and their names in the files' header.
+        label_names: the classes; a file has a class or its id. Empty for scores.
+        header: the columns of files without a header (CoLA's, except for test).
+    """
+
+    files: Mapping[str, str]
+    columns: Mapping[str, str]
+    label_names: tuple[str, ...]
+    header: tuple[str, ...] = ()
+
+    def read(self, path: Path, split: str) -> Dataset:
+        """Returns the rows in file order with the hub's types, and the row's number as `idx`.
+
+        Skips rows with too few fields with a warning, as the hub's own conversion did: QQP's file has some.
+
+        Raises:
+            DataError: not UTF-8, a missing column, a label that is neither a class nor a number.
+        """
+        import pyarrow
+        from datasets import ClassLabel, Features, Value
+
+        lines = csv.reader(io.StringIO(read_text(path), newline=None), delimiter="\t", quoting=csv.QUOTE_NONE)
+        is_test = split.startswith("test")
+        header = self.header if self.header and not is_test else tuple(next(lines, ()))
+        columns = dict(self.columns)
+        if is_test and columns["label"] not in header:
+            del columns["label"]
+        check_columns(header, columns.values(), str(path))
+        positions = {column: header.index(name) for column, name in columns.items()}
+
+        rows = [fields for fields in lines if fields]
+        complete = [(number, fields) for number, fields in enumerate(rows) if len(fields) > max(positions.values())]
+        if skipped := len(rows) - len(complete):
+            _log.warning("%s: left out %d of %d rows with too few fields", path, skipped, len(rows))
+        table: dict[str, list] = {
+            column: [fields[position] for _, fields in complete] for column, position in positions.items()
+        }
+        table["idx"] = [number for number, _ in complete]
+        table["label"] = self._labels(table["label"], path) if "label" in table else [HIDDEN_LABEL] * len(complete)
+        features = Features({column: Value("string") for column in self.columns})
+        features["label"] = ClassLabel(names=list(self.label_names)) if self.label_names else Value("float32")
+        features["idx"] = Value("int32")
+        return to_dataset(pyarrow.table(table, schema=features.arrow_schema))
+
+    def _labels(self, texts: list[str], path: Path) -> list[float | None]:
+        labels = {text: self._label(text) for text in dict.fromkeys(texts)}
+        unknown = next((text for text, label in labels.items() if label is None), None)
+        if unknown is not None:
+            expected = f"one of {', '.join(self.label_names)}, or its number" if self.label_names else "a number"
+            raise DataError(
+                f"{path}: unknown label {unknown!r}{did_you_mean(unknown, self.label_names)}, first on row "
+                f"{texts.index(unknown)} (counting from 0); expected {expected}"
+            )
+        return [labels[text] for text in texts]
+
+    def _label(self, text: str) -> float | None:
+        if text in self.label_names:
+            return self.label_names.index(text)
+        try:
+            return int(text) if self.label_names else float(text)
+        except ValueError:
+            return None
+
 
 @dataclass(frozen=True)
 class CommaSeparated:
-    """CSV files in UTF-8 with a header; a quoted field may hold commas and newlines, as E2E's do.
-
-    `columns` maps the column to the name in the file's header.
-    """
+    """CSV files with a header, such as E2E's; `columns` maps the task's columns to the header's."""
 
     files: Files
     columns: Mapping[str, str]
@@ -37,39 +109,13 @@ class CommaSeparated:
         """Returns the rows in file order.
 
         Raises:
-            DataError: not UTF-8, no such column, a row with too few or too many fields, a quote that is never closed.
+            DataError: as `read_csv`; also a missing column.
         """
-        import pyarrow
-
-        header, rows = read_csv(path)
-        check_columns(header, self.columns.values(), str(path))
-        table = {
-            column: pyarrow.array((row[header.index(name)] for row in rows), pyarrow.string())
-            for column, name in self.columns.items()
-        }
-        return in_memory(pyarrow.table(table))
-
-
-def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and the rows of a CSV file in UTF-8, empty lines left out.
-
-    Raises:
-        DataError: not UTF-8, a row with too few or too many fields, a quote that is never closed.
-    """
-    lines = csv.reader(io.StringIO(decode(path), newline=""), strict=True)
-    rows: list[list[str]] = []
-    try:
-        header = next(lines, [])
-        for fields in filter(None, lines):
-            if len(fields) != len(header):
-                raise DataError(
-                    f"{path}: the row that ends in line {lines.line_num} has {len(fields)} fields; expected "
-                    f"{len(header)} ({', '.join(header)}). Put fields that hold commas into double quotes."
-                )
-            rows.append(fields)
-    except csv.Error as error:
-        raise DataError(f"{path} cannot be read as CSV: line {lines.line_num}: {error}.") from error
-    return header, rows
+        rows = read_csv(path)
+        check_columns(rows.column_names, self.columns.values(), str(path))
+        return rows.select_columns(list(self.columns.values())).rename_columns(
+            {name: column for column, name in self.columns.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -79,26 +125,25 @@ class DartJson:
     files: Files
 
     def read(self, path: Path, split: str) -> Dataset:
-        """Returns the rows in file order.
+        """Returns the entries in file order.
 
         Raises:
             DataError: not UTF-8, not JSON, or not of that form.
         """
         try:
-            entries = json.loads(decode(path))
+            entries = json.loads(read_text(path))
         except json.JSONDecodeError as error:
             raise DataError(f"{path} cannot be read as JSON: {error}. Download the file again.") from error
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise DataError(f"{path}: expected a list of entries, each with 'tripleset' and 'annotations'")
         for index, entry in enumerate(entries):
             check_columns(list(entry), ("tripleset", "annotations"), f"{path}: entry {index} (counting from 0)")
-        rows = [{**dict.fromkeys(_DART_COLUMNS), **entry} for entry in entries]
-        return _typed_rows(rows, _DART_COLUMNS, str(path))
+        return _to_dart_dataset(entries, str(path))
 
 
 @dataclass(frozen=True)
 class WebNlgXml:
-    """The XML of the WebNLG challenge 2017: one file, or a folder with files at any depth, read in order of name."""
+    """The XML of the WebNLG challenge 2017: a file, or a folder with files at any depth, read in order of name."""
 
     files: Files
 
@@ -111,71 +156,47 @@ class WebNlgXml:
         files = sorted(path.rglob("*.xml")) if path.is_dir() else [path]
         if not files:
             raise DataError(f"{path}: no .xml file in this folder; expected the challenge's, such as 1triples/*.xml")
-        return _typed_rows([row for file in files for row in _entries(file)], _WEB_NLG_COLUMNS, str(path))
+        return _to_web_nlg_dataset([entry for file in files for entry in _entries(file)], str(path))
 
 
 def dart_rows(rows: Dataset) -> Dataset:
-    """Returns the hub's rows in the local layout: `annotations` as one struct for each text."""
-    columns = rows.column_names
-    if len(rows) == 0 or not {"tripleset", "annotations"} <= set(columns):
+    """Returns the hub's rows in the local layout: each text of `annotations` as a struct."""
+    if len(rows) == 0 or not {"tripleset", "annotations"} <= set(rows.column_names):
         return rows
     if not isinstance(rows[0]["annotations"], Mapping):
         return rows
     adapted = [
         {
-            "tripleset": row["tripleset"],
-            "subtree_was_extended": row.get("subtree_was_extended"),
+            **row,
             "annotations": [
                 {"source": source, "text": text}
                 for source, text in zip(row["annotations"]["source"], row["annotations"]["text"], strict=True)
             ],
         }
-        for row in _dicts(rows)
+        for row in rows.to_list()
     ]
-    return _typed_rows(adapted, _DART_COLUMNS, "the hub's rows")
+    return _to_dart_dataset(adapted, "the hub's rows")
 
 
 def web_nlg_rows(rows: Dataset) -> Dataset:
     """Returns the hub's rows in the local layout.
 
-    The hub's test split holds the 1,862 entries three times over, in part: without texts, with them, and the unseen
-    ones again. Only those with texts are kept.
+    The hub's test split repeats its 1,862 entries: all without texts, all with texts, and the unseen ones once more.
+    Only the second kind is returned.
     """
     if not {"modified_triple_sets", "lex", "category"} <= set(rows.column_names):
         return rows
+    with_texts = "testdata_with_lex"
     adapted = [
         {
-            "category": row["category"],
-            "size": row.get("size"),
-            "eid": row.get("eid"),
+            **row,
             "modified_triple_set": (_field(row["modified_triple_sets"], "mtriple_set") or [None])[0],
-            "lex_lid": _field(row["lex"], "lid"),
-            "lex_comment": _field(row["lex"], "comment"),
-            "lex_text": _field(row["lex"], "text"),
+            **{f"lex_{name}": _field(row["lex"], name) for name in ("lid", "comment", "text")},
         }
-        for row in _dicts(rows)
-        if (row.get("test_category") or _WITH_TEXTS) == _WITH_TEXTS
+        for row in rows.to_list()
+        if (row.get("test_category") or with_texts) == with_texts
     ]
-    return _typed_rows(adapted, _WEB_NLG_COLUMNS, "the hub's rows")
-
-
-_WITH_TEXTS = "testdata_with_lex"
-
-# Columns and their types, in the notation of `datasets.Features`; a list of one type is a list of any length.
-_DART_COLUMNS: dict[str, Any] = {
-    "tripleset": [["string"]],
-    "subtree_was_extended": "bool",
-    "annotations": [{"source": "string", "text": "string"}],
-}
-_WEB_NLG_COLUMNS: dict[str, Any] = {
-    "category": "string",
-    "size": "int32",
-    "eid": "string",
-    "modified_triple_set": ["string"],
-    "lex_lid": ["string"],
-    "lex_comment": ["string"],
-    "lex_text": ["string"],
-}
+    return _to_web_nlg_dataset(adapted, "the hub's rows")
 
 
 def _entries(file: Path) -> Iterator[dict[str, Any]]:
@@ -183,16 +204,15 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
         root = ElementTree.parse(file).getroot()
     except ElementTree.ParseError as error:
         raise DataError(f"{file} cannot be read as XML: {error}. Download the file again.") from error
-    found = False
-    for entry in root.iter("entry"):
-        found = True
-        triples = entry.find("modifiedtripleset")
-        eid, category = entry.get("eid"), entry.get("category")
+    entries = list(root.iter("entry"))
+    if not entries:
+        raise DataError(f"{file}: no <entry>; expected the form of the WebNLG challenge 2017")
+    for entry in entries:
+        triples, texts = entry.find("modifiedtripleset"), entry.findall("lex")
+        eid, category, size = entry.get("eid"), entry.get("category"), entry.get("size", "")
         if triples is None or category is None:
             missing = "attribute 'category'" if category is None else "element <modifiedtripleset>"
             raise DataError(f"{file}: the entry with eid={eid!r} has no {missing}")
-        size = entry.get("size", "")
-        texts = entry.findall("lex")
         yield {
             "category": category,
             "size": int(size) if size.isdecimal() else None,
@@ -202,34 +222,34 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
             "lex_comment": [text.get("comment") for text in texts],
             "lex_text": [(text.text or "").strip() for text in texts],
         }
-    if not found:
-        raise DataError(f"{file}: no <entry>; expected the form of the WebNLG challenge 2017")
 
 
-def _typed_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Any], where: str) -> Dataset:
+def _to_dart_dataset(rows: list[dict[str, Any]], origin: str) -> Dataset:
+    import pyarrow as pa
+
+    annotation = pa.struct({"source": pa.string(), "text": pa.string()})
+    columns = {"subtree_was_extended": pa.bool_(), "annotations": pa.list_(annotation)}
+    return _to_typed_dataset(rows, {"tripleset": pa.list_(pa.list_(pa.string())), **columns}, origin)
+
+
+def _to_web_nlg_dataset(rows: list[dict[str, Any]], origin: str) -> Dataset:
+    import pyarrow as pa
+
+    columns = {"category": pa.string(), "size": pa.int32(), "eid": pa.string()}
+    lists = ("modified_triple_set", "lex_lid", "lex_comment", "lex_text")
+    return _to_typed_dataset(rows, {**columns, **dict.fromkeys(lists, pa.list_(pa.string()))}, origin)
+
+
+def _to_typed_dataset(rows: list[dict[str, Any]], columns: dict[str, pyarrow.DataType], origin: str) -> Dataset:
+    """Returns the rows with these columns; a key that a row lacks is null there, and other keys are dropped."""
     import pyarrow
 
-    schema = pyarrow.schema([(name, _arrow_type(kind)) for name, kind in columns.items()])
     try:
-        return in_memory(pyarrow.Table.from_pylist([dict(row) for row in rows], schema=schema))
+        return to_dataset(pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(columns)))
     except (pyarrow.ArrowException, TypeError, ValueError) as error:
-        raise DataError(f"{where}: the entries do not have the types of the data set: {error}") from error
-
-
-def _arrow_type(kind: Any) -> Any:
-    import pyarrow
-
-    if isinstance(kind, list):
-        return pyarrow.list_(_arrow_type(kind[0]))
-    if isinstance(kind, dict):
-        return pyarrow.struct([(name, _arrow_type(inner)) for name, inner in kind.items()])
-    return pyarrow.type_for_alias(kind)
-
-
-def _dicts(rows: Dataset) -> Iterator[dict[str, Any]]:
-    return (dict(row) for row in rows)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        raise DataError(f"{origin}: the entries do not have the types of the data set: {error}") from error
 
 
 def _field(value: Any, name: str) -> list[Any]:
-    """A field of a list of structs, which datasets also stores as one struct of lists."""
+    """Returns a field of a list of structs, which `datasets` also stores as a struct of lists."""
     return list(value[name]) if isinstance(value, Mapping) else [item[name] for item in value]

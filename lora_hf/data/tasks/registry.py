@@ -1,4 +1,4 @@
-"""Every task by its name."""
+"""All tasks by name."""
 
 from __future__ import annotations
 
@@ -12,45 +12,41 @@ from lora_hf.data.tasks.glue import GLUE, RULE_SENTIMENT
 from lora_hf.data.tasks.nlg import NLG, RULE_RESTAURANTS
 
 _TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, *NLG, RULE_SENTIMENT, RULE_RESTAURANTS)}
-_ALIASES: dict[str, Task] = {f"glue/{task.name}": task for task in GLUE}
+_TASKS_AND_ALIASES: dict[str, Task] = _TASKS | {f"glue/{task.name}": task for task in GLUE}
 
 
 def get_task(name: str) -> Task:
-    """Returns the task called `name`; GLUE's also answer to `glue/<name>`.
+    """Returns the task called `name`; GLUE's tasks have the alias `glue/<name>`.
 
     Raises:
-        ConfigError: no such task; the message gives the nearest names and the whole list.
+        ConfigError: unknown task, with the nearest name and all names.
     """
-    known = _TASKS | _ALIASES
-    if name not in known:
-        nearest = did_you_mean(name.lower(), known)
+    if name not in _TASKS_AND_ALIASES:
         raise ConfigError(
-            f"task.name: unknown task {name!r}{nearest}; known: {', '.join(task_names())}; for data of your own set "
-            "task.kind as well"
+            f"task.name: unknown task {name!r}{did_you_mean(name.lower(), _TASKS_AND_ALIASES)}; known: "
+            f"{', '.join(_TASKS)}; for a custom task also set task.kind"
         )
-    return known[name]
+    return _TASKS_AND_ALIASES[name]
 
 
 def task_of(config: TaskConfig) -> Task:
-    """Returns the task of a config's `task` section: one of ours by its name, or with `kind` a person's own.
+    """Returns the task of a config's `task` section: a built-in one by name, or with `kind` a custom one.
 
     Raises:
-        ConfigError: as `get_task`; a description of own data that is not whole, or under the name of a task of ours.
+        ConfigError: as `get_task`; also an incomplete custom task, or one with the name of a built-in task.
     """
     if config.kind is None:
         if replace(config, data_dir=None, max_length=TaskConfig.max_length) != TaskConfig(config.name):
             raise ConfigError(
-                "task.text_columns, label_column, label_names and metric describe data of your own; set task.kind as "
-                "well (classification, regression or generation), or leave them out"
+                "task.text_columns, label_column, label_names and metric describe a custom task; also set task.kind "
+                "(classification, regression or generation), or leave them out"
             )
         return get_task(config.name)
-    if config.name in _TASKS | _ALIASES:
-        raise ConfigError(
-            f"task.kind={config.kind}: {config.name} is a task of lora_hf; give your own data another task.name"
-        )
+    if config.name in _TASKS_AND_ALIASES:
+        raise ConfigError(f"task.kind={config.kind}: {config.name} is a built-in task; give yours another task.name")
     return custom_task(config)
 
 
 def task_names() -> tuple[str, ...]:
-    """Returns the names of all tasks, GLUE's first, the embedded ones last."""
+    """Returns the names of all built-in tasks, GLUE's first, the embedded ones last."""
     return tuple(_TASKS)

@@ -1,1 +1,4 @@
-"""Runs of the same task side by side: numbers with their uncertainty, pictures, and a page. Never loads torch."""
+"""Compares finished runs of the same task: statistics, plots, and a report in Markdown and HTML.
+
+It reads run folders and never loads torch.
+"""

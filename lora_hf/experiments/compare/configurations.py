@@ -1,4 +1,4 @@
-"""Runs that differ in their seed only are one configuration; and what keeps two of these from being comparable."""
+"""Groups runs that differ only in their seed into configurations, and finds what makes these not comparable."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_hf.core.records import describe, describe_base, describe_method
+from lora_hf.core.records import describe_base, describe_method, describe_run
 from lora_hf.experiments.compare.runs import FinishedRun
 
-Aspects = dict[str, dict[str, Any]]  # machine, data and recipe, each as words and values
+Aspects = dict[str, dict[str, Any]]  # machine, data and recipe, each as names and values
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of a report.
+    """One row of the report.
 
-    `key` is its letter, `A` for the best. `differs` says of machine, data and recipe what is not as in most others.
+    `key` is a letter, `A` for the best configuration. `differs` describes by aspect how it differs from most others.
     """
 
     key: str
@@ -30,51 +30,49 @@ class Configuration:
 
     @property
     def score(self) -> float:
-        """The mean of its runs."""
+        """The mean over the runs."""
         return sum(run.score for run in self.runs) / len(self.runs)
 
     @property
-    def middle(self) -> FinishedRun:
-        """The run with the middle score, of an even number the lower one: what stands for the others row by row."""
-        ordered = sorted(self.runs, key=lambda run: run.score)
-        return ordered[(len(ordered) - 1) // 2]
+    def median_run(self) -> FinishedRun:
+        """The run with the median score, or the lower of two: it represents the configuration row by row."""
+        return sorted(self.runs, key=lambda run: run.score)[(len(self.runs) - 1) // 2]
 
     @property
     def same_data(self) -> bool:
-        """Its quality may be compared with that of most others."""
+        """Whether its score is comparable with most others."""
         return "data" not in self.differs
 
     @property
     def comparable(self) -> bool:
-        """Its speed, time and memory may be compared as well."""
+        """Whether its speed, time and memory are comparable too."""
         return not self.differs
 
 
-def configurations(runs: Sequence[FinishedRun]) -> list[Configuration]:
-    """The configurations among the runs of one task, the best first."""
-    aspects = _aspects(runs)
-    groups: dict[str, list[int]] = {}
-    for index, run in enumerate(runs):
-        same = (_settings(run), aspects[index]["machine"], aspects[index]["data"])
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(index)
-    usual = _usual([aspects[members[0]] for members in groups.values()])
+def group_runs(runs: Sequence[FinishedRun]) -> list[Configuration]:
+    """The configurations of the runs of one task, the best first."""
+    groups: dict[str, tuple[Aspects, list[FinishedRun]]] = {}
+    for run, aspects in zip(runs, _aspects(runs), strict=True):
+        identity = json.dumps((_settings(run), aspects["machine"], aspects["data"]), sort_keys=True)
+        groups.setdefault(identity, (aspects, []))[1].append(run)
+    usual = _most_common([aspects for aspects, _ in groups.values()])
     found = [
         Configuration(
             key="",
             label="",
-            runs=tuple(sorted((runs[index] for index in members), key=lambda run: run.record.seed)),
-            aspects=aspects[members[0]],
-            differs=_differences(aspects[members[0]], usual),
+            runs=tuple(sorted(members, key=lambda run: run.record.seed)),
+            aspects=aspects,
+            differs=_differences(aspects, usual),
         )
-        for members in groups.values()
+        for aspects, members in groups.values()
     ]
     found.sort(key=lambda each: each.score, reverse=runs[0].task.greater_is_better)
     labels = _labels(found)
-    return [replace(each, key=_letter(place), label=labels[place]) for place, each in enumerate(found)]
+    return [replace(each, key=_letter(index), label=labels[index]) for index, each in enumerate(found)]
 
 
 def _settings(run: FinishedRun) -> dict[str, Any]:
-    """The config without what does not make another configuration: the seed, and where files come from and go to."""
+    """The config without the seed, the location of files, and sections that have no effect."""
     sections = {name: dict(values) for name, values in run.record.config.items() if name != "output"}
     del sections["train"]["seed"], sections["task"]["data_dir"]
     if run.record.method != "lora":
@@ -83,7 +81,7 @@ def _settings(run: FinishedRun) -> dict[str, Any]:
 
 
 def _aspects(runs: Sequence[FinishedRun]) -> list[Aspects]:
-    """Of each run; what one of them cannot tell is taken to be as in most others."""
+    """The aspects of each run; a value that is not recorded is assumed to be the most common one."""
     found = [{"machine": _machine(run), "data": _data(run), "recipe": _recipe(run)} for run in runs]
     for aspect in found[0]:
         for name in found[0][aspect]:
@@ -100,25 +98,24 @@ def _machine(run: FinishedRun) -> dict[str, Any]:
         "processor": machine.get("processor"),
         "cores": machine.get("cores"),
         "threads": machine.get("threads"),
-        "memory, GB": round(memory / 1e9) if memory else None,  # to the byte it differs from boot to boot
+        "memory, GB": round(memory / 1e9) if memory else None,  # the exact number varies between boots
         "GPU": "yes" if run.record.memory["cuda"] else "no",
         "runs in the same batches": run.record.together,
     }
 
 
 def _data(run: FinishedRun) -> dict[str, Any]:
-    rows = run.record.rows
-    splits = (run.task.train_split, *run.task.evaluation_splits)
-    found: dict[str, Any] = {f"{split} rows": rows[split] for split in splits}
-    for split in run.task.evaluation_splits:
-        answers = run.answers.get(split)
-        digest = hashlib.sha256(answers.labels.tobytes()).hexdigest()[:12] if answers else None
-        found[f"fingerprint of the {split} labels"] = digest
-    return found
+    splits = run.task.evaluation_splits
+    data: dict[str, Any] = {f"{split} rows": run.record.rows[split] for split in (run.task.train_split, *splits)}
+    for split in splits:
+        found = run.predictions.get(split)
+        digest = hashlib.sha256(found.labels.tobytes()).hexdigest()[:12] if found else None
+        data[f"fingerprint of the {split} labels"] = digest
+    return data
 
 
 def _recipe(run: FinishedRun) -> dict[str, Any]:
-    """What a comparison of methods holds fixed; a learning rate, its schedule and weight decay belong to a method."""
+    """What a comparison of methods keeps fixed. Learning rate, schedule and weight decay belong to a method."""
     task, model, train = (run.record.config[name] for name in ("task", "model", "train"))
     return {
         "length": f"{train['max_steps']} steps" if train["max_steps"] else f"{train['epochs']:g} epochs",
@@ -133,8 +130,8 @@ def _recipe(run: FinishedRun) -> dict[str, Any]:
     }
 
 
-def _usual(found: Sequence[Aspects]) -> Aspects:
-    """Of each aspect the values that most have; where several are as frequent, those given first."""
+def _most_common(found: Sequence[Aspects]) -> Aspects:
+    """The most common values of each aspect; of equally common ones, the first."""
     usual = {}
     for aspect in found[0]:
         (text, _), *_ = Counter(json.dumps(each[aspect]) for each in found).most_common(1)
@@ -150,36 +147,34 @@ def _differences(aspects: Aspects, usual: Aspects) -> dict[str, str]:
     }
 
 
-def _labels(found: Sequence[Configuration]) -> list[str]:
-    """In a few words, without the base where all have the same; configurations that read alike say how they differ."""
-    one_base = len({describe_base(each.runs[0].record) for each in found}) == 1
-    tell = describe_method if one_base else describe
-    labels = [tell(each.runs[0].record) for each in found]
-    details = [_flat({"settings": _settings(each.runs[0]), "aspects": each.aspects}) for each in found]
-    told = []
-    for label, detail in zip(labels, details, strict=True):
-        alike = [other for other, same in zip(details, labels, strict=True) if same == label]
-        told.append(", ".join([label, *_distinct(detail, alike)]))
-    return told
-
-
-def _distinct(detail: dict[str, Any], alike: Sequence[dict[str, Any]]) -> list[str]:
-    """The values of `detail` that some of those that read alike do not have."""
-    return [
-        f"{name.rpartition('.')[2]}={value}"
-        for name, value in detail.items()
-        if any(other.get(name) != value for other in alike) and not name.startswith("aspects.recipe")
+def _labels(configurations: Sequence[Configuration]) -> list[str]:
+    """Short descriptions; equal ones are extended by the settings that differ. A base that all share is omitted."""
+    records = [each.runs[0].record for each in configurations]
+    one_base = len(set(map(describe_base, records))) == 1
+    labels = [describe_method(record) if one_base else describe_run(record) for record in records]
+    details = [
+        _flatten(_settings(each.runs[0])) | each.aspects["machine"] | each.aspects["data"] for each in configurations
     ]
+    unique = []
+    for label, detail in zip(labels, details, strict=True):
+        others = [other for other, same in zip(details, labels, strict=True) if same == label]
+        differing = (
+            f"{name.rpartition('.')[2]}={value}"
+            for name, value in detail.items()
+            if any(other.get(name) != value for other in others)
+        )
+        unique.append(", ".join([label, *differing]))
+    return unique
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 
-def _letter(place: int) -> str:
+def _letter(index: int) -> str:
     """A to Z, then AA."""
-    before, last = divmod(place, 26)
+    before, last = divmod(index, 26)
     return (_letter(before - 1) if before else "") + chr(ord("A") + last)

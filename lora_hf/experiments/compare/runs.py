@@ -1,10 +1,11 @@
-"""The run folders that are given to `compare`, read; what is damaged is named and left out."""
+"""Reads finished runs from their folders; damaged files are reported and skipped."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,159 +19,204 @@ from lora_hf.data.tasks.base import Task, TextClassification
 from lora_hf.data.tasks.registry import get_task, task_names, task_of
 from lora_hf.experiments.compare.statistics import scores
 
-# STS-B's official metric rounds its inputs to float32; the predictions of another run are off by far more.
-SAME_SCORE = 1e-5
+# The official metric of STS-B rounds to float32. Predictions of another run differ by far more.
+SCORE_TOLERANCE = 1e-5
+TRAINED_BYTES = 4  # per trainable parameter, and again for its gradient: fp32
+ADAMW_BYTES = 8  # per trainable parameter: two moments in fp32
+FROZEN_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a classifier answered on a split: labels and predictions, both (rows,); class ids, or scores."""
+class Predictions:
+    """Labels and predictions of a classifier on a split, both `(rows,)`: class ids, or scores of a regression."""
 
     labels: np.ndarray
-    predictions: np.ndarray
+    predicted: np.ndarray
 
 
 @dataclass(frozen=True)
-class WrittenText:
-    """What a run wrote for an input of a split, and what people wrote."""
-
-    input: str
-    references: list[str]
-    output: str
-
-
-@dataclass(frozen=True)
-class TextScores:
-    """Texts of a split that were scored; `name` is the split, and for the bare base says so."""
+class ScoredTexts:
+    """Generated texts with their scores; `name` is the split, marked if the bare base generated them."""
 
     name: str
     record: ScoreRecord
-    texts: list[WrittenText]
+    texts: list[dict[str, Any]]  # input, references, output
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run folder with all that it holds for a comparison."""
+    """The contents of a run folder that a comparison uses."""
 
     folder: Path
     record: RunRecord
     task: Task
-    answers: dict[str, Answers] = field(default_factory=dict)  # by split
-    texts: list[TextScores] = field(default_factory=list)
+    predictions: dict[str, Predictions] = field(default_factory=dict)  # by split
+    texts: list[ScoredTexts] = field(default_factory=list)
 
     @property
     def split(self) -> str:
-        """The split that chose the checkpoint, which is the one that runs are compared on."""
+        """The split that runs are compared on; it also selects the best checkpoint."""
         return self.task.evaluation_splits[0]
 
     @property
     def score(self) -> float:
-        """The task's own metric there."""
+        """The task's main metric on that split."""
         return self.record.metrics[self.split][self.task.best_metric]
+
+    @property
+    def curves(self) -> dict[str, Any]:
+        """Training loss and score during training, as pairs of step and value."""
+        name = f"eval_{self.split}_{self.task.best_metric}"
+        history = self.record.history
+        return {
+            "seed": self.record.seed,
+            "loss": [[entry["step"], entry["loss"]] for entry in history if {"step", "loss"} <= entry.keys()],
+            "score": [[entry["step"], entry[name]] for entry in history if {"step", name} <= entry.keys()],
+        }
+
+    @property
+    def best_evaluation(self) -> float:
+        """The best score of all evaluations during training."""
+        values = [value for _, value in self.curves["score"]] or [self.score]
+        return max(values) if self.task.greater_is_better else min(values)
+
+    def time_to(self, quality: float) -> float | None:
+        """Seconds of training until the first evaluation with that score, or None if no evaluation reaches it.
+
+        The record has the total training time, evaluations included; it is distributed evenly over the steps.
+        """
+        steps = max((entry.get("step", 0) for entry in self.record.history), default=0)
+        for step, value in self.curves["score"]:
+            if value >= quality if self.task.greater_is_better else value <= quality:
+                return self.record.timings["train"] * step / steps
+        return None
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Something that could not be used, and why."""
+    """A folder or file that is not compared, with the reason."""
 
     path: str
     reason: str
 
 
-def find_runs(places: Sequence[Path]) -> tuple[list[FinishedRun], list[LeftOut]]:
-    """The runs in these folders, by task in the order of the tasks' table, and what was left out.
+def peak_memory(record: RunRecord) -> int:
+    """Peak memory in bytes: of tensors on the GPU, or of the process if there is no GPU."""
+    return record.memory["cuda"] or record.memory["rss"]
 
-    A place is a run folder, or a folder of run folders.
+
+def memory_parts(record: RunRecord) -> dict[str, int]:
+    """The peak memory in bytes by part: computed from the number of parameters, and the remainder.
+
+    Parts that are unknown, such as quantized weights or the state of other optimizers, count as remainder.
+    """
+    model, train = record.config["model"], record.config["train"]
+    trained, frozen = record.parameters["trainable"], record.parameters["total"] - record.parameters["trainable"]
+    parts = {
+        "frozen weights": 0 if model["quantised"] else frozen * FROZEN_BYTES[model["precision"]],
+        "trained weights": trained * TRAINED_BYTES,
+        "gradients": trained * TRAINED_BYTES,
+        "AdamW's moments": 0 if "optim" in train["hf"] else trained * ADAMW_BYTES,
+    }
+    return parts | {"activations, workspace, libraries": max(0, peak_memory(record) - sum(parts.values()))}
+
+
+def find_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[LeftOut]]:
+    """The runs in these folders, ordered by task, and what was left out.
+
+    Args:
+        paths: run folders, or folders that contain run folders.
 
     Raises:
-        DataError: no run can be used; the message says why of each.
+        DataError: no run can be used; the message has the reason for each.
     """
     runs: list[FinishedRun] = []
     left_out: list[LeftOut] = []
-    folders = {folder.resolve(): folder for place in places for folder in _run_folders(place, places, left_out)}
+    folders = {folder.resolve(): folder for path in paths for folder in _run_folders(path, paths, left_out)}
     for folder in folders.values():
-        _try(left_out, folder, lambda folder=folder: runs.append(_fitting(_read_run(folder, left_out), runs)))
+        with _skip_damaged(left_out, folder):
+            run = _read_run(folder, left_out)
+            _check_same_task(run, runs)
+            runs.append(run)
     if not runs:
         reasons = "".join(f"\n  {each.path}: {each.reason}" for each in left_out)
-        raise DataError(f"nothing to compare: expected folders that `train` wrote{reasons}")
+        raise DataError(f"nothing to compare: expected run folders of `train`{reasons}")
     order = task_names()
     runs.sort(key=lambda run: (order.index(run.task.name) if run.task.name in order else len(order), run.task.name))
     return runs, left_out
 
 
-def _fitting(run: FinishedRun, earlier: Sequence[FinishedRun]) -> FinishedRun:
-    """The run itself; refuses one whose task is another than that of an earlier run under the same name."""
-    for other in earlier:
-        if other.task.name == run.task.name and _meaning(other.task) != _meaning(run.task):
+def _check_same_task(run: FinishedRun, others: Sequence[FinishedRun]) -> None:
+    """Custom tasks with the same name may differ between runs."""
+
+    def definition(task: Task) -> tuple[object, ...]:
+        return task.model_kind, task.problem_type, task.label_names, task.best_metric
+
+    for other in others:
+        if other.task.name == run.task.name and definition(other.task) != definition(run.task):
             raise DataError(
-                f"{run.folder}: its task {run.task.name!r} has other labels or another metric than that of "
-                f"{other.folder}; compare the two apart"
+                f"{run.folder}: the task {run.task.name!r} has other labels or another metric than in {other.folder}; "
+                "compare the two separately"
             )
-    return run
 
 
-def _meaning(task: Task) -> tuple[object, ...]:
-    return task.model_kind, task.problem_type, task.label_names, task.best_metric
-
-
-def _run_folders(place: Path, places: Sequence[Path], left_out: list[LeftOut]) -> list[Path]:
-    if not place.is_dir():
-        left_out.append(LeftOut(str(place), "no such folder"))
+def _run_folders(path: Path, paths: Sequence[Path], left_out: list[LeftOut]) -> list[Path]:
+    if not path.is_dir():
+        left_out.append(LeftOut(str(path), "no such folder"))
         return []
-    if _is_run(place):
-        return [place]
-    folders = sorted(folder for folder in place.iterdir() if folder.is_dir())
-    inner = [folder for folder in folders if _is_run(folder)]
-    # The trials of a sweep would drown the runs that lie beside it.
+    if _is_run(path):
+        return [path]
+    subfolders = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    runs = [folder for folder in subfolders if _is_run(folder)]
+    # The trials of a sweep would outnumber the runs next to it.
     left_out += [
-        LeftOut(str(folder), "a sweep or another folder of run folders: not read; name it to compare them")
-        for folder in folders
-        if folder not in [*inner, *places] and any(map(_is_run, folder.glob("*/")))
+        LeftOut(str(folder), "contains run folders, such as the trials of a sweep: pass this folder to compare them")
+        for folder in subfolders
+        if folder not in [*runs, *paths] and any(map(_is_run, folder.glob("*/")))
     ]
-    if not inner:
-        left_out.append(LeftOut(str(place), f"neither a run folder (no {RECORD_FILE}) nor a folder of run folders"))
-    return inner
+    if not runs:
+        left_out.append(LeftOut(str(path), f"neither a run folder (no {RECORD_FILE}) nor a folder of run folders"))
+    return runs
 
 
 def _is_run(folder: Path) -> bool:
     return (folder / RECORD_FILE).exists() or (folder / RUN_CONFIG_FILE).is_file()
 
 
-def _read_run(folder: Path, left_out: list[LeftOut]) -> FinishedRun:
-    if not (folder / RECORD_FILE).exists():
-        raise DataError(f"{folder}: no {RECORD_FILE}: the run is not finished")
-    record = RunRecord.load(folder / RECORD_FILE)
-    task = _task(record, folder / RECORD_FILE)
-    _check(record, task, folder / RECORD_FILE)
-    run = FinishedRun(folder, record, task)
-    for split in task.evaluation_splits:
-        _try(left_out, folder, lambda split=split: _read_answers(run, split), "; compared without it")
-    for path in sorted(folder.glob("scores-*.json")):
-        _try(left_out, folder, lambda path=path: _read_texts(run, path), "; compared without it")
-    return run
-
-
-def _task(record: RunRecord, path: Path) -> Task:
-    if record.task in task_names():
-        return get_task(record.task)
-    return task_of(RunConfig.from_dict(record.config, str(path)).task)
-
-
-def _try(left_out: list[LeftOut], folder: Path, read: Callable[[], None], consequence: str = "") -> None:
-    """Reads a run or a part of one; what is damaged goes on the list, in a message that need not repeat the folder."""
+@contextmanager
+def _skip_damaged(left_out: list[LeftOut], folder: Path, consequence: str = "") -> Iterator[None]:
     try:
-        read()
+        yield
     except UserError as error:
         reason = str(error).removeprefix(f"{folder}: ").replace(f"{folder}/", "")
         left_out.append(LeftOut(str(folder), reason + consequence))
 
 
-def _check(record: RunRecord, task: Task, path: Path) -> None:
-    """Refuses a record that lacks what a comparison is made of, and spells out defaults that are newer than it."""
+def _read_run(folder: Path, left_out: list[LeftOut]) -> FinishedRun:
+    file = folder / RECORD_FILE
+    if not file.exists():
+        raise DataError(f"{folder}: no {RECORD_FILE}: the run is not finished")
+    record = RunRecord.load(file)
+    known = record.task in task_names()
+    task = get_task(record.task) if known else task_of(RunConfig.from_dict(record.config, str(file)).task)
+    _check_record(record, task, file)
+    run = FinishedRun(folder, record, task)
+    if isinstance(task, TextClassification):
+        for split in task.evaluation_splits:
+            with _skip_damaged(left_out, folder, "; compared without it"):
+                run.predictions[split] = _read_predictions(run, split)
+    for path in sorted(folder.glob("scores-*.json")):
+        with _skip_damaged(left_out, folder, "; compared without it"):
+            run.texts.append(_read_texts(path))
+    return run
+
+
+def _check_record(record: RunRecord, task: Task, path: Path) -> None:
+    """Checks everything that a comparison reads, and adds the defaults of keys that are newer than the record."""
     try:
         record.config = RunConfig.from_dict(record.config, str(path)).to_dict()
         for split in task.evaluation_splits:
-            _number(record.metrics[split][task.best_metric])
+            _check_number(record.metrics[split][task.best_metric])
         for numbers, keys in (
             (record.parameters, ("total", "trainable")),
             (record.timings, ("train",)),
@@ -179,51 +225,51 @@ def _check(record: RunRecord, task: Task, path: Path) -> None:
             (record.rows, (task.train_split, *task.evaluation_splits)),
         ):
             for key in keys:
-                _number(numbers[key])
+                _check_number(numbers[key])
         for numbers in (*record.history, record.files, record.machine):
             numbers.items()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: not a whole record: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path}: incomplete record: {type(error).__name__}: {error}") from error
 
 
-def _number(value: Any) -> None:
+def _check_number(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"expected a number, found {value!r}")
 
 
-def _read_answers(run: FinishedRun, split: str) -> None:
+def _read_predictions(run: FinishedRun, split: str) -> Predictions:
     path = run.folder / f"predictions-{split}.jsonl"
-    if not isinstance(run.task, TextClassification):
-        return
-    rows = _lines(path)
+    rows = _read_lines(path)
+    count = run.record.rows[split]
     try:
-        if [row["row"] for row in rows] != list(range(run.record.rows[split])):
-            raise DataError(f"{path}: {len(rows)} rows, and the split has {run.record.rows[split]}: half-written")
-        answers = Answers(*(np.array([float(row[key]) for row in rows]) for key in ("label", "prediction")))
+        if [row["row"] for row in rows] != list(range(count)):
+            raise DataError(f"{path}: expected {count} rows, found {len(rows)}: the file is incomplete")
+        found = Predictions(*(np.array([float(row[key]) for row in rows]) for key in ("label", "prediction")))
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: not what train writes: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path}: not a file of predictions: {type(error).__name__}: {error}") from error
     recorded = run.record.metrics[split]
-    found = scores(list(recorded), answers.labels, answers.predictions)
+    computed = scores(list(recorded), found.labels, found.predicted)
     for name, value in recorded.items():
-        if not abs(found[name] - value) <= SAME_SCORE:
-            raise DataError(f"{path}: their {name} is {found[name]:.6f}, the record says {value:.6f}: of another run")
-    run.answers[split] = answers
+        if not abs(computed[name] - value) <= SCORE_TOLERANCE:
+            raise DataError(
+                f"{path}: {name} is {computed[name]:.6f} but {value:.6f} in {RECORD_FILE}: predictions of another run"
+            )
+    return found
 
 
-def _read_texts(run: FinishedRun, path: Path) -> None:
+def _read_texts(path: Path) -> ScoredTexts:
     record = ScoreRecord.load(path)
     name = path.stem.removeprefix("scores-")
     outputs = path.with_name(f"outputs-{name}.jsonl")
-    try:
-        texts = [WrittenText(row["input"], row["references"], row["output"]) for row in _lines(outputs)]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{outputs}: not what eval writes: {type(error).__name__}: {error}") from error
+    texts = _read_lines(outputs)
+    if not all(isinstance(text, dict) and {"input", "references", "output"} <= text.keys() for text in texts):
+        raise DataError(f"{outputs}: expected input, references and output in each line")
     if len(texts) != record.inputs:
-        raise DataError(f"{outputs}: {len(texts)} texts, and {path.name} scored {record.inputs}: half-written")
-    run.texts.append(TextScores(name, record, texts))
+        raise DataError(f"{outputs}: expected {record.inputs} texts, found {len(texts)}: the file is incomplete")
+    return ScoredTexts(name, record, texts)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]

@@ -1,8 +1,7 @@
-"""What was published for a task, and whether a run is near enough to it that the two may be compared."""
+"""Published scores, and whether a run may be compared with them."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,14 @@ from lora_hf.core.config.loader import RECIPE_FOLDERS, load_config
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.models.model_ids import HUB_IDS
 
-FROM_MNLI = ("mrpc", "rte", "stsb")  # start from the MNLI run: LoRA paper, section 5.2
+FROM_MNLI = ("mrpc", "rte", "stsb")  # tasks that start from the MNLI run: LoRA paper, section 5.2
 
 ROBERTA, LARGE, XXL = "FacebookAI/roberta-base", "FacebookAI/roberta-large", "microsoft/deberta-v2-xxlarge"
 MEDIUM, LARGER = "openai-community/gpt2-medium", "openai-community/gpt2-large"
 SOURCE = "arXiv 2106.09685, Tables 2, 3, 13 and 14"
 
-# The LoRA rows of the paper, score and spread in percent. GLUE's are medians of 5 seeds on the dev set: MNLI over both
-# parts, Matthews for CoLA, Pearson for STS-B, else accuracy; those of FROM_MNLI start there. Texts: BLEU, test set.
+# Score and spread of LoRA in percent. GLUE: median of 5 seeds on the development set (MNLI over both splits, Matthews
+# correlation for CoLA, Pearson correlation for STS-B, accuracy for the others). Generation: BLEU on the test set.
 PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
     ROBERTA: {
         "mnli": (87.5, 0.3), "sst2": (95.1, 0.2), "mrpc": (89.7, 0.7), "cola": (63.4, 1.2),
@@ -35,7 +34,7 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
     LARGER: {"e2e_nlg": (70.4, 0.1), "dart": (47.5, 0.1), "web_nlg": (57.0, 0.1)},
 }  # fmt: skip
 
-# The whole data: rows of training and of every split that a run scores on; of `test` the inputs, each written once.
+# Rows of the complete data sets, for the splits that a run uses. For `test`: inputs, each of which has several rows.
 ROWS: dict[str, dict[str, int]] = {
     "cola": {"train": 8551, "validation": 1043},
     "sst2": {"train": 67349, "validation": 872},
@@ -50,19 +49,18 @@ ROWS: dict[str, dict[str, int]] = {
     "web_nlg": {"train": 6940, "validation": 872, "test": 1862},
 }
 
-# Where the recipes of a task lie; those of the authors' code end in `_repo` and are not the paper's.
+# File names of the recipes in configs/. Those ending in `_repo` are from the authors' code and differ from the paper.
 _PREFIXES = {"e2e_nlg": "e2e_", "dart": "dart_", "web_nlg": "webnlg_"} | {
     task: f"glue_{task}" for task in ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
 }
 
 
 def hub_id(model: str) -> str:
-    """The hub's own name for a base that people call by a short one."""
     return HUB_IDS.get(model, model)
 
 
 def published_recipe(task: str, model: str) -> Path | None:
-    """The recipe in `configs/` with the paper's hyperparameters for this base; None where there is none."""
+    """The recipe in `configs/` with the paper's hyperparameters for this base, or None."""
     if task not in _PREFIXES:
         return None
     for folder in RECIPE_FOLDERS:
@@ -78,12 +76,12 @@ def published_recipe(task: str, model: str) -> Path | None:
 def compare_published(
     config: RunConfig, rows: dict[str, int], score: float | None, from_mnli: bool = False
 ) -> dict[str, Any]:
-    """The published score with the gap to it, or in `why_not` what differs; numbers in percent.
+    """The published score and the gap to it in percent, or in `why_not` what differs from the published setup.
 
     Args:
-        rows: of the run's data, by split; of a split whose texts were written, its inputs.
-        score: the mean over the run's seeds, as a fraction; None before there is one.
-        from_mnli: whether the run started from one of MNLI.
+        rows: number of rows by split; for a split with generated texts, the number of inputs.
+        score: the mean over the seeds, as a fraction; None if no run is finished.
+        from_mnli: whether the run started from an MNLI run.
     """
     scores = PUBLISHED.get(hub_id(config.model.name), {})
     task = config.task.name
@@ -95,12 +93,12 @@ def compare_published(
     if from_mnli != (task in FROM_MNLI):
         return {"why_not": "other start"}
     if rows != ROWS[task]:
-        part = all(rows.get(split, 0) <= count for split, count in ROWS[task].items())
-        return {"why_not": "part of the data" if part else "other rows"}
+        subset = all(rows.get(split, 0) <= count for split, count in ROWS[task].items())
+        return {"why_not": "part of the data" if subset else "other rows"}
     if score is None:
         return {"why_not": "no run"}
-    value, spread = scores[task]
-    return {"score": value, "spread": spread, "source": SOURCE, "gap": 100 * score - value}
+    published, spread = scores[task]
+    return {"score": published, "spread": spread, "source": SOURCE, "gap": 100 * score - published}
 
 
 def _same_base(config: RunConfig) -> bool:
@@ -109,13 +107,11 @@ def _same_base(config: RunConfig) -> bool:
 
 
 def _recipe(config: RunConfig) -> dict[str, Any]:
-    """What a recipe says of how to train and to write; not which seed, where it starts, or how exactly it computes."""
-    values = copy.deepcopy(config.to_dict())
-    train = {key: value for key, value in values["train"].items() if key not in ("seed", "start_from")}
-    # How many rows are scored at a time changes no score beyond rounding.
-    train.pop("eval_batch_size")
+    """The hyperparameters that a paper publishes."""
+    values = config.to_dict()
+    unpublished = ("seed", "start_from", "eval_batch_size")
     return {
-        "train": train,
+        "train": {key: value for key, value in values["train"].items() if key not in unpublished},
         "lora": values["lora"],
         "generate": {key: value for key, value in values["generate"].items() if key != "batch_size"},
         "max_length": config.task.max_length,

@@ -1,4 +1,4 @@
-"""What the finished runs of a suite measured, read from the files that they left."""
+"""Reads the results of the finished runs of a suite from their files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lora_hf.experiments.suite.published import compare_published, hub_id
 from lora_hf.models.model_ids import EMBEDDED
 
 WEIGHTS = ("*.safetensors", "*.bin")
-TEXT_METRIC = "BLEU"  # the score of a generation task
+TEXT_METRIC = "BLEU"  # compares runs of a generation task
 
 
-def result_of(run: PlannedRun) -> dict[str, Any]:
-    """One finished run for the record of the suite, as `SuiteRecord` describes it.
+def run_result(run: PlannedRun) -> dict[str, Any]:
+    """The entry of a finished run in a `SuiteRecord`.
 
     Raises:
         DataError: a record is damaged.
@@ -48,7 +48,7 @@ def result_of(run: PlannedRun) -> dict[str, Any]:
         "together": record.together,
         "files": record.files,
         "warnings": record.warnings,
-        "history": _development(record),
+        "history": _evaluations(record),
     }
     if run.writes_texts:
         scored = ScoreRecord.load(run.folder / SCORES_FILE)
@@ -58,33 +58,28 @@ def result_of(run: PlannedRun) -> dict[str, Any]:
 
 
 def compare_all(runs: Sequence[PlannedRun], results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By task and configuration what `compare_published` says of its runs together."""
+    """The result of `compare_published` by task and configuration."""
     compared: dict[str, dict[str, Any]] = {}
     for run in runs:
-        beside = [each for each in results if (each["task"], each["configuration"]) == (run.task, run.configuration)]
-        mean = statistics.fmean(each["value"] for each in beside)
+        seeds = [each for each in results if (each["task"], each["configuration"]) == (run.task, run.configuration)]
+        mean = statistics.fmean(result["value"] for result in seeds)
         compared.setdefault(run.task, {})[run.configuration] = compare_published(
-            run.config, beside[0]["rows"], mean, run.needs is not None
+            run.config, seeds[0]["rows"], mean, run.needs is not None
         )
     return compared
 
 
 def base_bytes(model: ModelConfig) -> int | None:
-    """The size of the base's weights on disk: embedded, in a folder, or in the hub's cache; None where it has none."""
-    if model.init == "random":
-        return None
-    folder = _folder(model)
+    """The size of the base's weight files: embedded, in a folder, or in the hub's cache. None if there are no files."""
+    folder = None if model.init == "random" else _base_folder(model)
     if folder is None:
         return None
-    for pattern in WEIGHTS:
-        # One form only: many bases of the hub lie there in both.
-        found = [file.stat().st_size for file in folder.glob(pattern)]
-        if found:
-            return sum(found)
-    return None
+    # Many models on the hub have their weights in both formats; count one.
+    sizes = ([file.stat().st_size for file in folder.glob(pattern)] for pattern in WEIGHTS)
+    return next((sum(files) for files in sizes if files), None)
 
 
-def _folder(model: ModelConfig) -> Path | None:
+def _base_folder(model: ModelConfig) -> Path | None:
     if model.name in EMBEDDED:
         from lora_hf.models.load import EMBEDDED_FOLDER
 
@@ -98,11 +93,11 @@ def _folder(model: ModelConfig) -> Path | None:
 
 
 def _score(run: PlannedRun, record: RunRecord) -> tuple[str, float, float | None]:
-    """The metric, its value and that of always giving one answer, over the rows of all evaluation splits."""
+    """The metric, the run's value, and the value of always predicting the majority class, over all evaluation rows."""
     if run.writes_texts:
         scores = ScoreRecord.load(run.folder / SCORES_FILE).metrics["all"]
         value = scores[TEXT_METRIC]
-        assert value is not None  # BLEU needs nothing outside this package
+        assert value is not None  # BLEU needs no external program
         return TEXT_METRIC, value, None
     metric = get_task(run.task).best_metric
 
@@ -113,11 +108,9 @@ def _score(run: PlannedRun, record: RunRecord) -> tuple[str, float, float | None
     return metric, over_rows(record.metrics), over_rows(record.majority)
 
 
-def _development(record: RunRecord) -> list[dict[str, float]]:
-    """The scores after each epoch."""
-    kept = ("epoch", "step")
-    return [
-        {key: value for key, value in entry.items() if key in kept or key.startswith("eval_")}
+def _evaluations(record: RunRecord) -> list[dict[str, float]]:
+    entries = [
+        {key: value for key, value in entry.items() if key in ("epoch", "step") or key.startswith("eval_")}
         for entry in record.history
-        if any(key.startswith("eval_") for key in entry)
     ]
+    return [entry for entry in entries if entry.keys() - {"epoch", "step"}]

@@ -1,4 +1,4 @@
-"""The tables of what `benchmark glue` and `benchmark nlg` measured, rendered from the record of a suite."""
+"""Renders the results of a suite as Markdown tables, from its record."""
 
 from __future__ import annotations
 
@@ -13,234 +13,204 @@ from lora_hf.core.records import SuiteRecord, record_files
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
 Run = dict[str, Any]
+Measure = Callable[[Run], float]
 
 
 def scores(record: SuiteRecord) -> str:
-    """A row for each task and configuration: the score over its seeds, and against the published one."""
+    """The score of each task and configuration over its seeds, and the gap to the published score."""
     rows = []
-    for task, name, runs in groups(record):
+    for task, name, runs in group_runs(record):
         values = [run["value"] for run in runs]
-        majority = runs[0]["majority_value"]
+        majority, published = runs[0]["majority_value"], record.published[task][name]
         rows.append(
             [
-                f"{task}, {metric_words(runs[0])}",
+                f"{task}, {metric_label(runs[0])}",
                 name,
                 percent(statistics.fmean(values)),
                 f"{percent(min(values))} to {percent(max(values))}" if len(values) > 1 else "-",
                 str(len(values)),
                 "-" if majority is None else percent(majority),
-                _gap(record.published[task][name]),
+                published.get("why_not")
+                or f"{published['gap']:+.1f} ({published['score']:.1f}±{published['spread']:.1f})",
             ]
         )
     for name in record.configurations:
         average = glue_average(record, name)
         if average is not None:
             rows.append(["**GLUE average**", name, f"**{percent(average)}**", "-", "-", "-", "-"])
-    head = ["task, metric", "configuration", "mean, %", "lowest to highest", "seeds", "one answer, %"]
-    return table([*head, "against published"], rows, words=2)
+    head = ["task, metric", "configuration", "mean, %", "range, %", "seeds", "majority class, %", "gap to published"]
+    return table(head, rows, text_columns=2)
 
 
 def resources(record: SuiteRecord) -> str:
-    """A row for each task and configuration: what a run cost, the mean over its seeds."""
-    rows = []
-    for task, name, runs in groups(record):
-        rows.append(
-            [
-                task,
-                name,
-                f"{runs[0]['rows']['train']:,}",
-                f"{runs[0]['parameters']['trainable']:,}",
-                minutes(_mean(runs, lambda run: run["timings"]["train"] / run.get("together", 1))),
-                minutes(_mean(runs, seconds_of)),
-                f"{_mean(runs, lambda run: run['throughput']['samples'] * run.get('together', 1)):,.0f}",
-                _megabytes(_mean(runs, memory_of)),
-                _megabytes(_mean(runs, bytes_of), 2),
-            ]
-        )
-    head = ["task", "configuration", "training rows", "trained parameters", "training", "whole run", "examples/s"]
-    return table([*head, "peak memory, MB", "file, MB"], rows, words=2)
+    """What a run of each task and configuration costs, as the mean over its seeds."""
+    rows = [
+        [
+            task,
+            name,
+            f"{runs[0]['rows']['train']:,}",
+            f"{runs[0]['parameters']['trainable']:,}",
+            minutes(_mean(runs, lambda run: run["timings"]["train"] / run.get("together", 1))),
+            minutes(_mean(runs, seconds)),
+            f"{_mean(runs, lambda run: run['throughput']['samples'] * run.get('together', 1)):,.0f}",
+            _megabytes(_mean(runs, peak_memory)),
+            _megabytes(_mean(runs, file_bytes), 2),
+        ]
+        for task, name, runs in group_runs(record)
+    ]
+    head = ["task", "configuration", "training rows", "trainable parameters", "training", "whole run", "examples/s"]
+    return table([*head, "peak memory, MB", "file, MB"], rows, text_columns=2)
 
 
 def storage(record: SuiteRecord) -> str:
-    """The files of n tasks: a base with n adapters against n full models."""
+    """File sizes for all tasks: one base with an adapter per task, compared with one full model per task."""
+    base = record.base["bytes"]
     rows = []
     for name in record.configurations:
-        own = _of(record, name)
-        tasks = dict.fromkeys(run["task"] for run in own)
-        if not own or own[0]["method"] == "full":
+        runs = _runs(record, name)
+        if not runs or runs[0]["method"] == "full":
             continue
-        adapters = _sum_of_tasks(own, bytes_of)
-        full, from_runs = _full_models(record, list(tasks))
-        base = record.base["bytes"]
+        tasks = {run["task"] for run in runs}
+        full_runs = [run for run in record.runs if run["method"] == "full" and run["task"] in tasks]
+        measured = {run["task"] for run in full_runs} == tasks
+        full = sum(task_means(full_runs, file_bytes)) if measured else None if base is None else len(tasks) * base
+        adapters = sum(task_means(runs, file_bytes))
         together = None if base is None else base + adapters
         rows.append(
             [
                 name,
                 str(len(tasks)),
-                "-" if base is None else _megabytes(base, 1),
+                _megabytes(base, 1),
                 _megabytes(adapters, 2),
-                "-" if together is None else _megabytes(together, 1),
-                "-" if full is None else _megabytes(full, 1) + ("" if from_runs else " (copies of the base)"),
-                "-" if full is None or together is None else f"{full / together:.1f}x",
+                _megabytes(together, 1),
+                _megabytes(full, 1) + ("" if measured or full is None else " (copies of the base)"),
+                f"{full / together:.1f}x" if full and together else "-",
             ]
         )
-    head = ["configuration", "tasks", "one base, MB", "all adapters, MB", "together, MB", "full models, MB"]
-    return table([*head, "smaller"], rows)
+    head = ["configuration", "tasks", "one base, MB", "all adapters, MB", "total, MB", "full models, MB", "smaller"]
+    return table(head, rows)
 
 
 def texts(record: SuiteRecord) -> str:
-    """A row for each generation task, subset and configuration: all official scores, the mean over the seeds."""
-    written = [(task, name, runs) for task, name, runs in groups(record) if "texts" in runs[0]]
-    metrics = list(dict.fromkeys(metric for *_, runs in written for metric in runs[0]["texts"]["metrics"]["all"]))
+    """All scores of the generated texts by task, subset and configuration, as the mean over the seeds."""
+    groups = [(task, name, runs) for task, name, runs in group_runs(record) if "texts" in runs[0]]
+    metrics = list(dict.fromkeys(metric for *_, runs in groups for metric in runs[0]["texts"]["metrics"]["all"]))
     rows = []
-    for task, name, runs in written:
+    for task, name, runs in groups:
         for subset in runs[0]["texts"]["metrics"]:
-            of_runs = [run["texts"]["metrics"][subset] for run in runs]
             cells = []
             for metric in metrics:
-                values = [found[metric] for found in of_runs if found.get(metric) is not None]
-                cells.append(f"{statistics.fmean(values):.4f}" if len(values) == len(of_runs) else "-")
+                values = [run["texts"]["metrics"][subset].get(metric) for run in runs]
+                cells.append("-" if None in values else f"{statistics.fmean(values):.4f}")
             rows.append([task if subset == "all" else f"{task}, {subset}", name, *cells])
-    return table(["task", "configuration", *metrics], rows, words=2)
+    return table(["task", "configuration", *metrics], rows, text_columns=2)
 
 
 def choice(record: SuiteRecord) -> str:
-    """A row for each configuration, over the tasks that all of them have finished: what is gained, and for what."""
-    tasks = shared_tasks(record)
-    rows = []
-    for name in record.configurations:
-        own = [run for run in _of(record, name) if run["task"] in tasks]
-        if not own:
-            continue
-        rows.append(
-            [
-                name,
-                percent(mean_score(own)),
-                f"{statistics.median(run['parameters']['trainable'] for run in own):,.0f}",
-                f"{_sum_of_tasks(own, seconds_of) / 3600:.2f}",
-                f"{_sum_of_tasks(own, core_seconds_of) / 3600:.2f}",
-                _megabytes(max(map(memory_of, own))),
-                _megabytes(_sum_of_tasks(own, bytes_of), 2),
-            ]
-        )
-    head = ["configuration", f"mean score of {len(tasks)} tasks, %", "trained parameters", "hours", "core-hours"]
+    """Scores and costs of each configuration, over the tasks that all of them have finished."""
+    tasks, by_name = shared_runs(record)
+    rows = [
+        [
+            name,
+            percent(mean_score(runs)),
+            f"{statistics.median(run['parameters']['trainable'] for run in runs):,.0f}",
+            f"{sum(task_means(runs, seconds)) / 3600:.2f}",
+            f"{sum(task_means(runs, lambda run: seconds(run) * (run['threads'] or 1))) / 3600:.2f}",
+            _megabytes(max(map(peak_memory, runs))),
+            _megabytes(sum(task_means(runs, file_bytes)), 2),
+        ]
+        for name, runs in by_name.items()
+    ]
+    head = ["configuration", f"mean score of {len(tasks)} tasks, %", "trainable parameters", "hours", "core-hours"]
     return table([*head, "peak memory, MB", "files, MB"], rows)
 
 
 def guide(record: SuiteRecord) -> str:
-    """What the measurements say to choose, in sentences."""
-    tasks = shared_tasks(record)
-    by_name = {
-        name: own
-        for name in record.configurations
-        if (own := [run for run in _of(record, name) if run["task"] in tasks])
-    }
+    """The configuration with the best mean score, and what the others cost and lose, in sentences."""
+    tasks, by_name = shared_runs(record)
     if len(by_name) < 2:
-        raise DataError("a guide compares configurations; this suite has finished tasks of fewer than two in common")
+        raise DataError("a guide needs two configurations that have finished the same task")
     best = max(by_name, key=lambda name: mean_score(by_name[name]))
+    best_runs = by_name.pop(best)
     lines = [f"Over {', '.join(tasks)} on `{record.base['name']}`, `{best}` has the best mean score."]
-    for name, own in by_name.items():
-        if name == best:
-            continue
-        behind = 100 * (mean_score(by_name[best]) - mean_score(own))
-        share = _sum_of_tasks(own, seconds_of) / _sum_of_tasks(by_name[best], seconds_of)
-        size = _sum_of_tasks(own, bytes_of) / _sum_of_tasks(by_name[best], bytes_of)
-        winners = [task for task in tasks if mean_score(_at(own, task)) > mean_score(_at(by_name[best], task))]
-        within = [task for task in tasks if _overlap(_at(own, task), _at(by_name[best], task))]
+    for name, runs in by_name.items():
+        behind = 100 * (mean_score(best_runs) - mean_score(runs))
+        time, size = (
+            sum(task_means(runs, measure)) / sum(task_means(best_runs, measure)) for measure in (seconds, file_bytes)
+        )
+        pairs = {task: (_of_task(runs, task), _of_task(best_runs, task)) for task in tasks}
+        better = [task for task, (ours, theirs) in pairs.items() if mean_score(ours) > mean_score(theirs)]
+        overlapping = [task for task, (ours, theirs) in pairs.items() if _overlap(ours, theirs)]
         lines.append(
-            f"- `{name}` is {behind:.1f} points behind it on average, takes {share:.2f} times its time, and leaves "
-            f"{size:.3f} times its bytes. It is ahead on {', '.join(winners) or 'no task'}; the seeds of both overlap "
-            f"on {', '.join(within) or 'no task'}."
+            f"- `{name}` is {behind:.1f} points behind on average, takes {time:.2f} times as long, and its files are "
+            f"{size:.3f} times as large. It is better on {', '.join(better) or 'no task'}; the seeds of both overlap "
+            f"on {', '.join(overlapping) or 'no task'}."
         )
     return "\n".join(lines)
 
 
-def groups(record: SuiteRecord) -> list[tuple[str, str, list[Run]]]:
-    """The runs by task and configuration, in the order of the plan; those without a finished run are left out."""
-    order = dict.fromkeys(task for of_tasks in record.configurations.values() for task in of_tasks)
-    found = []
-    for task in order:
-        for name in record.configurations:
-            runs = _at(_of(record, name), task)
-            if runs:
-                found.append((task, name, runs))
-    return found
+def group_runs(record: SuiteRecord) -> list[tuple[str, str, list[Run]]]:
+    """The finished runs by task and configuration, in the order of the plan."""
+    tasks = dict.fromkeys(task for tasks in record.configurations.values() for task in tasks)
+    groups = [(task, name, _of_task(_runs(record, name), task)) for task in tasks for name in record.configurations]
+    return [group for group in groups if group[2]]
 
 
-def shared_tasks(record: SuiteRecord) -> list[str]:
-    """The tasks that every configuration with a finished run has finished."""
-    finished = [{run["task"] for run in _of(record, name)} for name in record.configurations]
-    common = set.intersection(*each) if (each := [tasks for tasks in finished if tasks]) else set()
-    return [task for task in dict.fromkeys(run["task"] for run in record.runs) if task in common]
+def shared_runs(record: SuiteRecord) -> tuple[list[str], dict[str, list[Run]]]:
+    """The tasks that every started configuration has finished, and the runs of these tasks by configuration."""
+    by_name = {name: runs for name in record.configurations if (runs := _runs(record, name))}
+    tasks = [
+        task
+        for task in dict.fromkeys(run["task"] for run in record.runs)
+        if all(_of_task(runs, task) for runs in by_name.values())
+    ]
+    shared = {name: [run for run in runs if run["task"] in tasks] for name, runs in by_name.items()}
+    return tasks, {name: runs for name, runs in shared.items() if runs}
+
+
+def task_means(runs: Sequence[Run], measure: Measure) -> list[float]:
+    """The mean over the seeds of each task, so that tasks with more seeds have no more weight."""
+    return [_mean(_of_task(runs, task), measure) for task in dict.fromkeys(run["task"] for run in runs)]
 
 
 def mean_score(runs: Sequence[Run]) -> float:
-    """The mean over tasks of the mean over seeds."""
-    tasks = dict.fromkeys(run["task"] for run in runs)
-    return statistics.fmean(_mean(_at(runs, task), lambda run: run["value"]) for task in tasks)
+    return statistics.fmean(task_means(runs, lambda run: run["value"]))
 
 
 def glue_average(record: SuiteRecord, configuration: str) -> float | None:
-    """The mean score of the eight tasks; None where one is missing."""
-    runs = [run for run in _of(record, configuration) if run["task"] in GLUE]
+    """The mean score of the eight GLUE tasks, or None if one is missing."""
+    runs = [run for run in _runs(record, configuration) if run["task"] in GLUE]
     return mean_score(runs) if {run["task"] for run in runs} == set(GLUE) else None
 
 
-def metric_words(run: Run) -> str:
-    """A metric as a person reads it."""
+def metric_label(run: Run) -> str:
     return run["metric"].replace("_correlation", "").replace("_", " ")
 
 
-def seconds_of(run: Run) -> float:
-    """The whole run, with the writing and scoring of its texts; of runs that trained together its share."""
+def seconds(run: Run) -> float:
+    """The time of the run, with generating and scoring texts. Runs that trained together share their time."""
     return run["timings"]["total"] / run.get("together", 1) + sum(run.get("texts", {}).get("timings", {}).values())
 
 
-def core_seconds_of(run: Run) -> float:
-    """The cores that were the run's own, for as long as it took."""
-    return seconds_of(run) * (run["threads"] or 1)
-
-
-def memory_of(run: Run) -> int:
-    """The peak, on the GPU where there is one."""
+def peak_memory(run: Run) -> int:
+    """Bytes: on the GPU, or of the process if there is no GPU."""
     return run["memory"].get("cuda") or run["memory"]["rss"]
 
 
-def bytes_of(run: Run) -> int:
-    """The files of what was trained."""
+def file_bytes(run: Run) -> int:
     return sum(run["files"].values())
 
 
-def _gap(compared: dict[str, Any]) -> str:
-    if "why_not" in compared:
-        return compared["why_not"]
-    return f"{compared['gap']:+.1f} ({compared['score']:.1f}±{compared['spread']:.1f})"
-
-
-def _full_models(record: SuiteRecord, tasks: Sequence[str]) -> tuple[float | None, bool]:
-    """The bytes of a full model a task, and whether full runs of these very tasks say so."""
-    full = [run for run in record.runs if run["method"] == "full" and run["task"] in tasks]
-    if {run["task"] for run in full} == set(tasks):
-        return _sum_of_tasks(full, bytes_of), True
-    base = record.base["bytes"]
-    return (None if base is None else len(tasks) * base), False
-
-
-def _of(record: SuiteRecord, configuration: str) -> list[Run]:
+def _runs(record: SuiteRecord, configuration: str) -> list[Run]:
     return [run for run in record.runs if run["configuration"] == configuration]
 
 
-def _at(runs: Sequence[Run], task: str) -> list[Run]:
+def _of_task(runs: Sequence[Run], task: str) -> list[Run]:
     return [run for run in runs if run["task"] == task]
 
 
-def _mean(runs: Sequence[Run], value: Callable[[Run], float]) -> float:
-    return statistics.fmean(map(value, runs))
-
-
-def _sum_of_tasks(runs: Sequence[Run], value: Callable[[Run], float]) -> float:
-    """Of one run a task: the mean over its seeds, summed over the tasks."""
-    return sum(_mean(_at(runs, task), value) for task in dict.fromkeys(run["task"] for run in runs))
+def _mean(runs: Sequence[Run], measure: Measure) -> float:
+    return statistics.fmean(map(measure, runs))
 
 
 def _overlap(ours: Sequence[Run], theirs: Sequence[Run]) -> bool:
@@ -248,17 +218,17 @@ def _overlap(ours: Sequence[Run], theirs: Sequence[Run]) -> bool:
     return len(low) > 1 and len(high) > 1 and low[0] <= high[-1] and high[0] <= low[-1]
 
 
-def _megabytes(value: float, digits: int = 0) -> str:
-    return f"{value / 1e6:,.{digits}f}"
+def _megabytes(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value / 1e6:,.{digits}f}"
 
 
 def from_results(render: Callable[[SuiteRecord], str]) -> Callable[[Path], str]:
-    """The same for `report`: of every record in `docs/results/suite/`, each under its name.
+    """A function that renders every record in the folder `suite` of the results, each with a caption.
 
-    The function raises DataError where there is none.
+    It raises DataError if there is no record.
     """
 
-    def of_all(results: Path) -> str:
+    def render_all(results: Path) -> str:
         parts = []
         for file in record_files(results / "suite"):
             record = SuiteRecord.load(file)
@@ -266,4 +236,4 @@ def from_results(render: Callable[[SuiteRecord], str]) -> Callable[[Path], str]:
             parts.append(f"{caption}([record](results/suite/{file.name})):\n\n{render(record)}")
         return "\n\n".join(parts)
 
-    return of_all
+    return render_all

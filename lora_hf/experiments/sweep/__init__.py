@@ -1,1 +1,4 @@
-"""Many runs of one config, to find the values that score best on the development rows."""
+"""A sweep trains one config many times with values that Optuna chooses, and finds those with the best score.
+
+Several processes can share the trials of one study in a database.
+"""

@@ -1,9 +1,9 @@
-"""The pictures of a sweep: how much each key mattered, which values gave which score, how the best one came."""
+"""The plots of a sweep: the importance of each key, the values of each trial, and the scores in order."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,91 +12,83 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from lora_hf.experiments.plots import load_pyplot, save
 from lora_hf.experiments.sweep.space import Choice, Range, Space
-from lora_hf.experiments.sweep.storage import experimental
+from lora_hf.experiments.sweep.storage import ignore_experimental
 
 logger = logging.getLogger(__name__)
 
-IMPORTANCE, PARALLEL, HISTORY = "importance.png", "parallel.png", "history.png"
 SIZE = (10, 5)  # inches
-BINARY = 100  # a logarithmic axis that spans less is marked at powers of two, else of ten
+BINARY_SPAN = 100  # a logarithmic axis with a smaller span has ticks at powers of two, otherwise of ten
 
 
 def draw_plots(
-    trials: Sequence[FrozenTrial], space: Space, maximise: bool, score: str, folder: Path
+    trials: Sequence[FrozenTrial], space: Space, maximize: bool, score: str, folder: Path
 ) -> dict[str, float]:
-    """Writes the three pictures; returns the importance of each key.
+    """Writes `importance.png`, `parallel.png` and `history.png`, and returns the importance of each key.
 
-    Importance is the share of the scores' variance that a key explains by itself, by a forest of regression trees with
-    a fixed seed: fANOVA, Hutter et al. 2014. The shares are scaled to the sum 1.
+    Importance is the share of the variance of the scores that a key explains by itself: fANOVA, Hutter et al. 2014,
+    with a fixed seed. The shares sum to 1.
 
-    Where there are not two complete trials with different values and different scores, nothing is drawn.
+    Draws nothing if there are fewer than two complete trials with different values and different scores.
 
     Args:
-        score: what the values are, as the axes name it.
+        score: the label of the scores on the axes.
     """
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if len({trial.value for trial in complete}) < 2 or len({tuple(trial.params.items()) for trial in complete}) < 2:
-        logger.info("no pictures: they need two complete trials that differ in values and in score")
+        logger.info("no plots: they need two complete trials with different values and scores")
         return {}
-    import matplotlib
+    pyplot = load_pyplot()
+    from optuna.visualization import matplotlib as plots
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from optuna.visualization import matplotlib as pictures
-
-    study = _as_typed(complete, space, maximise)
+    study = _to_study(complete, space, maximize)
     evaluator = FanovaImportanceEvaluator(seed=0)
-    with experimental(), pyplot.style.context("default"):
+    with ignore_experimental(), pyplot.style.context("default"):
         importance = get_param_importances(study, evaluator=evaluator)
-        parallel: Any = pictures.plot_parallel_coordinate(study, target_name=score)
-        _make_legible(parallel, maximise)
+        parallel: Any = plots.plot_parallel_coordinate(study, target_name=score)
+        _improve_parallel(parallel, maximize)
         for name, axes in (
-            (PARALLEL, parallel),
-            (IMPORTANCE, pictures.plot_param_importances(study, evaluator=evaluator, target_name=score)),
-            (HISTORY, pictures.plot_optimization_history(study, target_name=score)),
+            ("parallel.png", parallel),
+            ("importance.png", plots.plot_param_importances(study, evaluator=evaluator, target_name=score)),
+            ("history.png", plots.plot_optimization_history(study, target_name=score)),
         ):
             figure: Any = axes.figure
             figure.set_size_inches(*SIZE)
-            figure.savefig(folder / name, dpi=110, bbox_inches="tight")
-            pyplot.close(figure)
+            save(figure, folder / name, bbox_inches="tight")
     return importance
 
 
-def _make_legible(axes: Any, maximise: bool) -> None:
-    """Colours that show on white, from cyan to magenta for the best; numbers on logarithmic axes written out."""
-    axes.collections[0].set_cmap("cool" if maximise else "cool_r")
+def _improve_parallel(axes: Any, maximize: bool) -> None:
+    """Uses colors that are visible on white, magenta for the best, and plain numbers on logarithmic axes."""
+    axes.collections[0].set_cmap("cool" if maximize else "cool_r")
     axes.tick_params(axis="x", rotation=0)
     for other in axes.figure.axes:
         if other.get_yscale() == "log":
             low, high = other.get_ylim()
-            other.set_yscale("log", base=2 if high / low < BINARY else 10)
+            other.set_yscale("log", base=2 if high / low < BINARY_SPAN else 10)
             other.set_ylim(low, high)
             other.yaxis.set_major_formatter("{x:g}")
             other.yaxis.set_minor_formatter("")
 
 
-def _as_typed(trials: Sequence[FrozenTrial], space: Space, maximise: bool) -> optuna.Study:
-    """The trials in a study of their own, with powers of two instead of the exponents that the sampler drew."""
-    study = optuna.create_study(direction="maximize" if maximise else "minimize")
+def _to_study(trials: Sequence[FrozenTrial], space: Space, maximize: bool) -> optuna.Study:
+    """An in-memory study of the trials with the values of the keys: powers of two instead of their exponents."""
+    study = optuna.create_study(direction="maximize" if maximize else "minimize")
+    distributions = {dimension.key: _distribution(dimension) for dimension in space.dimensions}
     for trial in trials:
-        study.add_trial(
-            create_trial(
-                params={dimension.key: _shown(dimension, trial.params) for dimension in space.dimensions},
-                distributions={dimension.key: _distribution(dimension) for dimension in space.dimensions},
-                value=trial.value,
-            )
-        )
+        values = space.values(trial.params)
+        params = {
+            each.key: trial.params[each.key] if isinstance(each, Choice) else values[each.key]
+            for each in space.dimensions
+        }
+        study.add_trial(create_trial(params=params, distributions=distributions, value=trial.value))
     return study
-
-
-def _shown(dimension: Range | Choice, drawn: Mapping[str, Any]) -> Any:
-    return drawn[dimension.key] if isinstance(dimension, Choice) else dimension.value(drawn)
 
 
 def _distribution(dimension: Range | Choice) -> BaseDistribution:
     if isinstance(dimension, Choice):
         return CategoricalDistribution(dimension.texts)
-    low, high = dimension.ends()
-    kind = IntDistribution if dimension.whole else FloatDistribution
+    low, high = dimension.bounds()
+    kind = IntDistribution if dimension.is_int else FloatDistribution
     return kind(low, high, log=dimension.scale != "linear")

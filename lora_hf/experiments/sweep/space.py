@@ -1,6 +1,6 @@
-"""Which values a sweep tries: read from words such as `lora.r=4..64:log2`, and checked against the config.
+"""The search space of a sweep: parsed from words such as `lora.r=4..64:log2` and checked against the config.
 
-Light: a mistake is told before torch and optuna are imported.
+Imports neither torch nor optuna, so that errors appear at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCALES = ("log", "log2")
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 RANGE = re.compile(rf"({NUMBER})\.\.({NUMBER})(?::(\w*))?")
 MULTIPLE = re.compile(rf"({NUMBER})\*([a-z_]+\.[\w.]+)")
-# What is scored, or says nothing about the score: a sweep over these would compare what cannot be compared.
+# Keys that change what is scored, or have no effect on the score.
 FIXED = {
     "task.name": "scores of different tasks cannot be compared",
     "task.data_dir": "scores on different rows cannot be compared",
@@ -37,26 +37,26 @@ FIXED = {
     "task.label_column": "scores on different labels cannot be compared",
     "task.label_names": "scores on different labels cannot be compared",
     "task.metric": "scores by different metrics cannot be compared",
-    "generate": "decoding has no part in the score on the development rows",
+    "generate": "decoding has no effect on the score on the development rows",
 }
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`, both included; on the scale `log2` the powers of two among them."""
+    """Numbers from `low` to `high` inclusive; on the scale `log2`, the powers of two among them."""
 
     key: str
     low: float
     high: float
     scale: Scale
-    whole: bool
+    is_int: bool
 
     def __str__(self) -> str:
         return f"{self.key}={self.low}..{self.high}" + ("" if self.scale == "linear" else f":{self.scale}")
 
     @property
-    def name(self) -> str:
-        """Of the drawn number: for powers of two their exponent, so that the sampler sees equal steps."""
+    def parameter(self) -> str:
+        """Name of the number that the sampler draws: for powers of two the exponent, which has equal steps."""
         return f"log2({self.key})" if self.scale == "log2" else self.key
 
     @property
@@ -66,25 +66,23 @@ class Range:
 
     def draw(self, trial: Trial) -> None:
         if self.scale == "log2":
-            trial.suggest_int(self.name, *self.exponents)
-        elif self.whole:
-            trial.suggest_int(self.name, int(self.low), int(self.high), log=self.scale == "log")
+            trial.suggest_int(self.parameter, *self.exponents)
+        elif self.is_int:
+            trial.suggest_int(self.parameter, int(self.low), int(self.high), log=self.scale == "log")
         else:
-            trial.suggest_float(self.name, self.low, self.high, log=self.scale == "log")
+            trial.suggest_float(self.parameter, self.low, self.high, log=self.scale == "log")
 
     def value(self, drawn: Mapping[str, Any]) -> float:
-        """The value of the key, from what was drawn."""
+        """The value of the key for the number drawn."""
         if self.scale != "log2":
-            return drawn[self.name]
-        power = 2.0 ** drawn[self.name]
-        return int(power) if self.whole else power
+            return drawn[self.parameter]
+        power = 2.0 ** drawn[self.parameter]
+        return int(power) if self.is_int else power
 
-    def ends(self) -> list[Any]:
-        """The values that must all be good for the config."""
-        return [self.value({self.name: end}) for end in (self.exponents if self.scale == "log2" else self._limits())]
-
-    def _limits(self) -> tuple[float, float]:
-        return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
+    def bounds(self) -> list[Any]:
+        """The values to check against the config: the lowest and the highest."""
+        limits = self.exponents if self.scale == "log2" else (self.low, self.high)
+        return [self.value({self.parameter: limit}) for limit in limits]
 
 
 @dataclass(frozen=True)
@@ -101,28 +99,28 @@ class Choice:
         trial.suggest_categorical(self.key, self.texts)
 
     def value(self, drawn: Mapping[str, Any]) -> Any:
-        """The value of the key, from what was drawn."""
-        return _value(drawn[self.key])
+        """The value of the key for the text drawn."""
+        return _parse_value(drawn[self.key])
 
-    def ends(self) -> list[Any]:
-        """The values that must all be good for the config."""
-        return [_value(text) for text in self.texts]
+    def bounds(self) -> list[Any]:
+        """The values to check against the config: all of them."""
+        return [_parse_value(text) for text in self.texts]
 
 
 @dataclass(frozen=True)
 class Multiple:
-    """`factor` times the value of another key."""
+    """`factor` times the value of the key `base`."""
 
     key: str
     factor: float
-    of: str
+    base: str
 
     def __str__(self) -> str:
-        return f"{self.key}={self.factor}*{self.of}"
+        return f"{self.key}={self.factor}*{self.base}"
 
     def value(self, values: Mapping[str, Any]) -> float:
-        """The value of the key, from that of the other; whole where it can be."""
-        product = self.factor * values[self.of]
+        """The value of the key; an int where possible."""
+        product = self.factor * values[self.base]
         return int(product) if float(product).is_integer() else product
 
 
@@ -138,21 +136,20 @@ class Space:
         return sorted(str(part) for part in (*self.dimensions, *self.multiples))
 
     def draw(self, trial: Trial) -> None:
-        """Lets the sampler choose the trial's values."""
         for dimension in self.dimensions:
             dimension.draw(trial)
 
     def values(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
-        """The value of each key, from what the sampler drew."""
+        """The value of each key, from the parameters of a trial."""
         values = {dimension.key: dimension.value(drawn) for dimension in self.dimensions}
         return values | {multiple.key: multiple.value(values) for multiple in self.multiples}
 
 
 def with_values(config: RunConfig, values: Mapping[str, Any], source: str) -> RunConfig:
-    """The config with these values in place of its own.
+    """A copy of the config with these values.
 
     Raises:
-        ConfigError: they do not go together.
+        ConfigError: the combination is invalid.
     """
     sections = config.to_dict()
     for key, value in values.items():
@@ -161,141 +158,135 @@ def with_values(config: RunConfig, values: Mapping[str, Any], source: str) -> Ru
 
 
 def read_sweep(path: str | Path, words: Sequence[str]) -> tuple[RunConfig, Space]:
-    """The config that all trials share, and what they vary, from a YAML recipe and the words behind it.
+    """The config that all trials share, and the space that they search.
 
     Args:
-        words: `key=low..high`, with `:log` or `:log2`; `key=a,b` or `key=a|b`; `key=2*other.key`; `key=value`.
+        path: a YAML recipe.
+        words: `key=low..high` with an optional `:log` or `:log2`; `key=a,b` or `key=a|b`; `key=2*other.key`;
+            `key=value`.
 
     Raises:
-        ConfigError: the recipe cannot be read, or any word is malformed, or leads to a config that cannot be run; all
-            problems at once.
+        ConfigError: the recipe is not readable, or words are malformed or lead to invalid configs; lists all problems.
     """
-    problems, parts, fixed = _parse(words)
+    problems, parts, fixed = _parse_words(words)
     sections = read_sections(path, fixed)
-    config, found = RunConfig.check(sections)
-    problems += found
+    config, invalid = RunConfig.check(sections)
+    problems += invalid
     dimensions = tuple(part for part in parts if not isinstance(part, Multiple))
     multiples = tuple(part for part in parts if isinstance(part, Multiple))
-    ends = {dimension.key: dimension.ends() for dimension in dimensions}
+    bounds = {dimension.key: dimension.bounds() for dimension in dimensions}
     for multiple in multiples:
-        if multiple.of not in ends:
-            problems.append(f"{multiple}: {multiple.of} is not swept{did_you_mean(multiple.of, ends)}")
-        elif not all(isinstance(end, (int, float)) for end in ends[multiple.of]):
-            problems.append(f"{multiple}: {multiple.of} holds no numbers")
+        if multiple.base not in bounds:
+            problems.append(f"{multiple}: {multiple.base} is not swept{did_you_mean(multiple.base, bounds)}")
+        elif not all(isinstance(value, (int, float)) for value in bounds[multiple.base]):
+            problems.append(f"{multiple}: expected numbers in {multiple.base}")
         else:
-            ends[multiple.key] = [multiple.value({multiple.of: end}) for end in ends[multiple.of]]
-    for key, values in ends.items():
+            bounds[multiple.key] = [multiple.value({multiple.base: value}) for value in bounds[multiple.base]]
+    for key, values in bounds.items():
         for value in values:
-            trial = copy.deepcopy(sections)
+            changed = copy.deepcopy(sections)
             try:
-                set_value(trial, key, value, key)
+                set_value(changed, key, value, key)
             except ConfigError as error:
                 problems.append(str(error))
             else:
-                problems += RunConfig.check(trial)[1]
+                problems += RunConfig.check(changed)[1]
     if not dimensions and not problems:
         problems.append("nothing to sweep: give at least one key=low..high or key=a,b, such as lora.r=4..64:log2")
     if problems or config is None:
-        told = list(dict.fromkeys(problems))
-        count = f"{len(told)} problem{'s' if len(told) > 1 else ''}"
-        raise ConfigError("\n  ".join([f"sweep of {path}: {count}", *told]))
+        unique = list(dict.fromkeys(problems))
+        count = f"{len(unique)} problem{'s' if len(unique) > 1 else ''}"
+        raise ConfigError("\n  ".join([f"sweep of {path}: {count}", *unique]))
     return config, Space(dimensions, multiples)
 
 
-def _parse(words: Sequence[str]) -> tuple[list[str], list[Range | Choice | Multiple], list[str]]:
-    """The problems, what is varied, and the words that fix a value."""
+def _parse_words(words: Sequence[str]) -> tuple[list[str], list[Range | Choice | Multiple], list[str]]:
+    """The problems, the parts of the space, and the words that set one value."""
     problems: list[str] = []
     parts: list[Range | Choice | Multiple] = []
     fixed: list[str] = []
     seen = set()
     for word in words:
         key, equals, text = (piece.strip() for piece in word.partition("="))
+        reason = FIXED.get(key) or FIXED.get(key.partition(".")[0])
         if not equals or "." not in key:
             problems.append(f"{word!r}: expected section.key=low..high, section.key=a,b or section.key=value")
-            continue
-        if key in seen:
+        elif key in seen:
             problems.append(f"{key}: given twice")
-            continue
-        seen.add(key)
-        if key.startswith("output."):
-            problems.append(f"{key}: a sweep names its own folders; use --output and --study")
-            continue
-        try:
-            part = _part(key, text)
-        except ConfigError as error:
-            problems.append(f"{word}: {error}")
-            continue
-        reason = FIXED.get(key) or FIXED.get(key.partition(".")[0])
-        if part is None:
-            fixed.append(f"{key}={text}")
-        elif reason:
-            problems.append(f"{key}: cannot be swept, {reason}")
+        elif key.startswith("output."):
+            problems.append(f"{key}: a sweep sets the output folder itself; use the options of the sweep")
         else:
-            parts.append(part)
+            try:
+                part = _parse_part(key, text)
+            except ConfigError as error:
+                problems.append(f"{word}: {error}")
+            else:
+                if part is None:
+                    fixed.append(f"{key}={text}")
+                elif reason:
+                    problems.append(f"{key}: cannot be swept: {reason}")
+                else:
+                    parts.append(part)
+        seen.add(key)
     return problems, parts, fixed
 
 
-def _part(key: str, text: str) -> Range | Choice | Multiple | None:
-    """What `text` says to try; None where it is one value."""
+def _parse_part(key: str, text: str) -> Range | Choice | Multiple | None:
+    """The part of the space, or None for a single value."""
     if match := RANGE.fullmatch(text):
-        return _range(key, *match.groups())
+        return _parse_range(key, *match.groups())
     if match := MULTIPLE.fullmatch(text):
-        return Multiple(key, _number(match[1]), match[2])
-    if "|" in text:
-        texts = text.split("|")
-    elif "," in text and text[0] not in "[{\"'":
-        texts = text.split(",")
-    else:
+        return Multiple(key, _parse_number(match[1]), match[2])
+    if "|" not in text and ("," not in text or text[0] in "[{\"'"):
         return None
-    texts = [piece.strip() for piece in texts]
+    texts = [piece.strip() for piece in text.split("|" if "|" in text else ",")]
     if not all(texts):
         raise ConfigError("a choice is empty")
     try:
-        values = [_value(piece) for piece in texts]
+        values = [_parse_value(piece) for piece in texts]
     except yaml.YAMLError:
-        raise ConfigError("a choice is not valid YAML; choices that hold commas are parted by |") from None
-    if any(value in values[:place] for place, value in enumerate(values)):
+        raise ConfigError("a choice is not valid YAML; separate choices that contain commas by |") from None
+    if any(value in values[:index] for index, value in enumerate(values)):
         raise ConfigError("a choice is given twice")
     return Choice(key, tuple(texts))
 
 
-def _range(key: str, low: str, high: str, scale: str | None) -> Range:
-    first, last = _number(low), _number(high)
+def _parse_range(key: str, low_text: str, high_text: str, scale: str | None) -> Range:
+    low, high = _parse_number(low_text), _parse_number(high_text)
     if scale is not None and scale not in SCALES:
         raise ConfigError(f"expected :{' or :'.join(SCALES)}, found :{scale}{did_you_mean(scale, SCALES)}")
-    if not first < last:
-        raise ConfigError(f"expected low < high, found {low} and {high}")
-    if scale and first <= 0:
-        raise ConfigError(f"expected low > 0 for :{scale}, found {low}")
-    kind = _kind(key)
-    whole = kind is int or (kind is not float and isinstance(first, int) and isinstance(last, int))
-    if whole and not (isinstance(first, int) and isinstance(last, int)):
-        raise ConfigError(f"expected whole numbers, found {low} and {high}")
-    made = Range(key, first, last, scale or "linear", whole)  # type: ignore[arg-type]
-    if not whole:
-        made = Range(key, float(first), float(last), made.scale, whole)
-    if scale == "log2" and not made.exponents[0] < made.exponents[1]:
+    if not low < high:
+        raise ConfigError(f"expected low < high, found {low_text} and {high_text}")
+    if scale and low <= 0:
+        raise ConfigError(f"expected low > 0 for :{scale}, found {low_text}")
+    kind, ints = _number_type(key), isinstance(low, int) and isinstance(high, int)
+    if kind is int and not ints:
+        raise ConfigError(f"expected whole numbers, found {low_text} and {high_text}")
+    is_int = kind is int or (kind is None and ints)
+    number = int if is_int else float
+    found = Range(key, number(low), number(high), scale or "linear", is_int)  # type: ignore[arg-type]
+    if scale == "log2" and not found.exponents[0] < found.exponents[1]:
         raise ConfigError("expected at least two powers of two between low and high")
-    return made
+    return found
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     # PyYAML reads 1e-3 as text.
-    return _number(text) if re.fullmatch(NUMBER, text) else yaml.safe_load(text)
+    return _parse_number(text) if re.fullmatch(NUMBER, text) else yaml.safe_load(text)
 
 
-def _number(text: str) -> float:
+def _parse_number(text: str) -> float:
     return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
 
 
-def _kind(key: str) -> type | None:
-    """Whether the key holds an int or a float; None where its field says neither."""
-    section, *steps = key.split(".")
+def _number_type(key: str) -> type | None:
+    """`int` or `float` if the field of the config has that type, else None."""
+    section, *names = key.split(".")
     kind: Any = typing.get_type_hints(RunConfig).get(section)
-    for step in steps:
+    for name in names:
         if typing.get_origin(kind) is dict:
             kind = typing.get_args(kind)[1]
         else:
-            kind = typing.get_type_hints(kind).get(step) if isinstance(kind, type) else None
+            kind = typing.get_type_hints(kind).get(name) if isinstance(kind, type) else None
     options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     return next((option for option in options if option in (int, float)), None)

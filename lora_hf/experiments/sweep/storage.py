@@ -1,4 +1,4 @@
-"""Where the trials of a sweep are kept and shared: an Optuna study in a database."""
+"""The Optuna study of a sweep, in a database that several processes can share."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from lora_hf.core.errors import ConfigError
 
-HEARTBEAT = 10  # seconds between two signs of life of a running trial
-GRACE = 60  # seconds without one, after which its process is taken for dead
-LOCK_TIMEOUT = 60  # seconds that a process waits for another to finish writing to a SQLite file
-TRIES = 10  # of processes that make the tables of one new file at the same time
-STARTUP = 5  # complete trials before any is pruned
-ERROR = "error"  # the attribute of a trial that says why it failed
-ABOUT = "lora_hf"  # the attribute of a study that says what its trials are
+HEARTBEAT = 10  # seconds between two heartbeats of a running trial
+GRACE = 60  # seconds without a heartbeat after which the trial's process counts as dead
+LOCK_TIMEOUT = 60  # seconds to wait for the lock of a SQLite file
+ATTEMPTS = 10  # to open a file while other processes create its tables
+STARTUP = 5  # complete trials before any trial is pruned
+ERROR = "error"  # attribute of a failed trial: the reason
+DEFINITION = "lora_hf"  # attribute of a study: what its trials have in common
 
 
 @contextmanager
-def experimental() -> Iterator[None]:
-    """What Optuna calls experimental is what is used here: the heartbeat, the joint TPE, plots by matplotlib."""
+def ignore_experimental() -> Iterator[None]:
+    """Silences Optuna's warnings about experimental features: the heartbeat, multivariate TPE, matplotlib plots."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield
 
 
 @contextmanager
-def told(url: URL) -> Iterator[None]:
-    """Errors of the database as errors of the option, without the user, password and token that a URL may hold."""
+def database_errors(url: URL) -> Iterator[None]:
+    """Raises errors of the database as ConfigError, without the secrets that the URL may contain."""
     try:
         yield
     except (StorageInternalError, SQLAlchemyError) as error:
@@ -49,127 +49,120 @@ def told(url: URL) -> Iterator[None]:
         reason = str(getattr(cause, "orig", None) or cause or error).strip().partition("\n")[0]
         for secret in (url.password, *url.query.values()):
             reason = reason.replace(str(secret), "***") if secret else reason
-        raise ConfigError(f"--storage {shown(url)}: {reason}") from None
+        raise ConfigError(f"storage {without_secrets(url)}: {reason}") from None
 
 
-def shown(url: URL) -> str:
-    """The URL without what must not be seen: user, password, and the options in which drivers take tokens."""
+def without_secrets(url: URL) -> str:
+    """The URL without user, password, and the query, in which drivers take tokens."""
     return url._replace(username=None, password=None, query={}).render_as_string()  # type: ignore[arg-type]
 
 
 def check_study(name: str, trials: int) -> None:
-    """Raises ConfigError where no study can have this name, or this number of trials."""
+    """Raises ConfigError if a study cannot have this name or this number of trials."""
     if trials < 1:
-        raise ConfigError(f"--trials: expected a whole number >= 1, found {trials}")
+        raise ConfigError(f"trials: expected a whole number >= 1, found {trials}")
     if name in ("", ".", "..") or Path(name).name != name:
-        raise ConfigError(f"--study {name}: expected a name for a folder, without slashes")
+        raise ConfigError(f"study {name!r}: expected a name for a folder, without slashes")
 
 
 def parse_url(storage: str) -> URL:
     """The parts of a storage URL.
 
     Raises:
-        ConfigError: it is no URL, or one of a database that keeps nothing.
+        ConfigError: it is not a URL, or the database is not persistent.
     """
     try:
         url = make_url(storage)
     except ArgumentError:
-        # Not shown: what is no URL may still hold a password.
+        # The text is not shown: it may still contain a password.
         raise ConfigError(
-            "--storage: expected a URL such as sqlite:///sweep.db or postgresql://user@host/name, found something else"
+            "storage: expected a URL such as sqlite:///sweep.db or postgresql://user@host/name, found something else"
         ) from None
     if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
-        raise ConfigError(f"--storage {shown(url)}: keeps nothing; name a file: sqlite:///sweep.db")
+        raise ConfigError(f"storage {without_secrets(url)}: not persistent; name a file, such as sqlite:///sweep.db")
     return url
 
 
-def open_study(url: URL, name: str, sampler: BaseSampler, maximise: bool, about: dict[str, Any]) -> optuna.Study:
-    """The study of this name, made where there is none.
+def open_study(url: URL, name: str, sampler: BaseSampler, maximize: bool, definition: dict[str, Any]) -> optuna.Study:
+    """Opens or creates the study of this name.
 
     Args:
-        about: what its trials are: config, space, seed; kept with the study.
+        definition: what its trials have in common (config, space, seed); stored with the study.
 
     Raises:
-        ConfigError: the database cannot be used, or the study is of other trials.
+        ConfigError: the database cannot be used, or the study has another definition.
     """
-    # Of a failed trial it would show the traceback; a line of ours says why.
+    # Optuna logs the traceback of a failed trial; the sweep logs the reason in one line.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
-        storage=_storage(url),
+        storage=_open_storage(url),
         sampler=sampler,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
         study_name=name,
-        direction="maximize" if maximise else "minimize",
+        direction="maximize" if maximize else "minimize",
         load_if_exists=True,
     )
-    if ABOUT not in study.user_attrs:
+    if DEFINITION not in study.user_attrs:
         if study.get_trials(deepcopy=False):
-            raise ConfigError(f"--study {name}: the storage holds a study of this name that no sweep of ours made")
-        study.set_user_attr(ABOUT, about)
-    different = _different(study.user_attrs[ABOUT], about)
+            raise ConfigError(f"study {name!r}: the storage has a study of this name that is not from a sweep")
+        study.set_user_attr(DEFINITION, definition)
+    different = _differences(study.user_attrs[DEFINITION], definition)
     if different:
         raise ConfigError(
-            f"--study {name}: was made with another config, space or seed, so its trials cannot be compared with "
-            "these; choose another --study\n  " + "\n  ".join(different)
+            f"study {name!r}: has another config, space or seed, so its trials cannot be compared with new ones; "
+            "choose another study name\n  " + "\n  ".join(different)
         )
     return study
 
 
-def _storage(url: URL) -> RDBStorage:
-    for _ in range(TRIES):
-        storage = _connect(url)
-        if storage is not None:
-            return storage
-        time.sleep(random.uniform(0.05, 0.3))
-    raise ConfigError(f"--storage {shown(url)}: other processes are making its tables; try again")
-
-
-def _connect(url: URL) -> RDBStorage | None:
-    """The database with its tables; None where another process is making them at this moment."""
+def _open_storage(url: URL) -> RDBStorage:
     sqlite = url.get_backend_name() == "sqlite"
-    try:
-        with experimental():
-            return RDBStorage(
-                url.render_as_string(hide_password=False),
-                engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT}} if sqlite else None,
-                heartbeat_interval=HEARTBEAT,
-                grace_period=GRACE,
-            )
-    except ImportError as error:
-        raise ConfigError(f"--storage {shown(url)}: {error.__cause__ or error}; install the driver") from None
-    except RuntimeError as error:
-        raise ConfigError(f"--storage {shown(url)}: {error}") from None  # tables of another version of Optuna
-    except (SQLAlchemyError, StorageInternalError) as error:
-        # Processes that start together all find a new file empty, and one makes the tables before the others.
-        if any(word in str(error.__cause__ or error) for word in ("already exists", "UNIQUE constraint")):
-            return None
-        raise
+    for _ in range(ATTEMPTS):
+        try:
+            with ignore_experimental():
+                return RDBStorage(
+                    url.render_as_string(hide_password=False),
+                    engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT}} if sqlite else None,
+                    heartbeat_interval=HEARTBEAT,
+                    grace_period=GRACE,
+                )
+        except ImportError as error:
+            reason = f"{error.__cause__ or error}; install the driver"
+            raise ConfigError(f"storage {without_secrets(url)}: {reason}") from None
+        except RuntimeError as error:  # the tables are from another version of Optuna
+            raise ConfigError(f"storage {without_secrets(url)}: {error}") from None
+        except (SQLAlchemyError, StorageInternalError) as error:
+            # Processes that start together all find an empty file; the slower ones fail to create the tables.
+            if not any(text in str(error.__cause__ or error) for text in ("already exists", "UNIQUE constraint")):
+                raise
+        time.sleep(random.uniform(0.05, 0.3))
+    raise ConfigError(f"storage {without_secrets(url)}: other processes are creating its tables; try again")
 
 
-def _different(kept: dict[str, Any], wanted: dict[str, Any], path: str = "") -> list[str]:
-    """The places where the two differ, a line each."""
+def _differences(stored: dict[str, Any], requested: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line for each value that differs."""
     lines = []
-    for key in sorted(kept.keys() | wanted.keys()):
-        before, now = kept.get(key), wanted.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            lines += _different(before, now, f"{path}{key}.")
-        elif before != now:
-            lines.append(f"{path.removeprefix('config.')}{key}: {before!r} there, {now!r} here")
+    for key in sorted(stored.keys() | requested.keys()):
+        old, new = stored.get(key), requested.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix.removeprefix('config.')}{key}: {old!r} in the study, {new!r} requested")
     return lines
 
 
-def finished(trial: FrozenTrial) -> bool:
-    """Whether the trial came to its own end. One that was interrupted did not, and is not counted."""
+def is_finished(trial: FrozenTrial) -> bool:
+    """Whether the trial ended by itself. Interrupted trials did not, and do not count."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or ERROR in trial.user_attrs
 
 
 class SeededSampler(BaseSampler):
-    """TPE whose draws depend on the seed and the trial's number.
+    """TPE whose draws depend only on the seed, the number of the trial and the earlier trials.
 
-    One process repeats itself; several, which never have the same number, never draw the same numbers; and a sweep that
-    goes on does not begin again with its first draws.
+    A sweep in one process is reproducible, several processes never draw the same random numbers, and a resumed sweep
+    does not repeat its first draws.
 
-    Source: TPE, Bergstra et al. 2011; joint over all keys as in BOHB, arXiv 1807.01774.
+    Source: TPE, Bergstra et al. 2011; multivariate as in BOHB, arXiv 1807.01774.
     """
 
     def __init__(self, seed: int) -> None:
@@ -178,8 +171,8 @@ class SeededSampler(BaseSampler):
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         seed = int(np.random.SeedSequence([self.seed, trial.number]).generate_state(1)[0])
-        with experimental():
-            # constant_liar: trials that run in other processes are taken for bad ones, and not tried again beside.
+        with ignore_experimental():
+            # constant_liar: assumes bad scores for running trials, so that processes do not try similar values.
             self.tpe = TPESampler(seed=seed, multivariate=True, constant_liar=True)
         return self.tpe.infer_relative_search_space(study, trial)
 

@@ -1,4 +1,4 @@
-"""The sweep: trials until there are enough, alone or with other processes, and the files that say what came out."""
+"""Runs a sweep: trials until the study has enough, alone or with other processes, and their results."""
 
 from __future__ import annotations
 
@@ -33,31 +33,38 @@ from lora_hf.experiments.sweep.storage import (
     GRACE,
     SeededSampler,
     check_study,
-    experimental,
-    finished,
+    database_errors,
+    ignore_experimental,
+    is_finished,
     open_study,
     parse_url,
-    told,
 )
 from lora_hf.experiments.sweep.trials import (
     PRECISION,
     TrialFailed,
     best_trial,
     free_memory,
+    remove_files,
     run_trial,
-    tidy,
     trial_folder,
 )
 
 logger = logging.getLogger(__name__)
 
 DATABASE, BEST, BEST_CONFIG, SWEEP_RECORD = "study.db", "best", "best.yaml", "trials.json"
-POLL = 1.0  # seconds between two looks at the trials of other processes
+POLL = 1.0  # seconds between two checks of the trials of other processes
+STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """A sweep: which trials, and where they go."""
+class SweepSettings:
+    """`trials` is the number of trials in the study, of all processes together."""
 
     config: RunConfig
     space: Space
@@ -72,13 +79,19 @@ class Sweep:
         return task_of(self.config.task)
 
     @property
-    def maximise(self) -> bool:
+    def maximize(self) -> bool:
         return self.task.greater_is_better
 
     @property
     def score(self) -> str:
-        """What a trial's value is: the split and the metric."""
+        """The label of a trial's value: split and metric."""
         return f"{self.task.evaluation_splits[0]} {self.task.best_metric}"
+
+    def definition(self) -> dict[str, Any]:
+        """What all trials of the study have in common, so that their values can be compared."""
+        config = self.config.to_dict()
+        del config["output"]
+        return {"config": config, "space": self.space.words(), "seed": self.seed}
 
 
 def sweep(
@@ -90,84 +103,74 @@ def sweep(
     seed: int = 0,
     rows: Mapping[str, Dataset] | None = None,
 ) -> tuple[Path, SweepRecord]:
-    """Runs trials until the study has `trials` that are complete, pruned or failed, and writes what came out.
+    """Runs trials until the study has `trials` complete, pruned or failed ones, and writes the results.
 
     Args:
-        config: what all trials share; `output.dir` is where the folder of the study goes.
-        name: of the study and of its folder.
-        storage: the URL of a database that other processes may share; without: a SQLite file in the folder.
-        seed: of the sampler.
-        rows: the task's splits, where they have been read already.
+        config: what all trials share; the folder of the study is created in `output.dir`.
+        name: name of the study and of its folder.
+        storage: URL of a database that processes can share; default: a SQLite file in the folder.
+        seed: seed of the sampler.
+        rows: the task's splits, if they are already loaded.
 
     Returns:
-        The folder of the study, which then holds `best` (a link to the best trial's), `best.yaml`, `trials.json` and
-        the pictures; and the record.
+        The folder, which contains `best` (a link to the best trial), `best.yaml`, `trials.json` and plots, and the
+        record.
 
     Raises:
-        ConfigError: the storage cannot be used, or the study is one of other trials.
-        TrainingError: every trial failed.
-        UserError: whatever of the config or the data no trial can use.
+        ConfigError: the storage cannot be used, or the study has other trials.
+        TrainingError: all trials failed.
+        UserError: an error in the config or the data that affects every trial.
     """
     check_study(name, trials)
     folder = Path(config.output.dir) / name
     url = parse_url(storage or f"sqlite:///{folder / DATABASE}")
-    this = Sweep(config, space, name, folder, trials, seed, url)
-    rows = rows or this.task.load(config.task.data_dir, this.task.splits)
+    settings = SweepSettings(config, space, name, folder, trials, seed, url)
+    rows = rows or settings.task.load(config.task.data_dir, settings.task.splits)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output {config.output.dir}: cannot make {folder}: {error.strerror}") from error
-    # Looked at before the study is read: a folder that another process makes meanwhile belongs to a trial of the study.
-    strangers = sorted(place.parent.name for place in folder.glob(f"trial-*/{RECORD_FILE}"))
-    with told(url):
-        study = open_study(url, name, SeededSampler(seed), this.maximise, about(this))
-        if strangers and not study.get_trials(deepcopy=False):
+        raise ConfigError(f"{folder}: cannot create the folder of the study: {error.strerror}") from error
+    # Before the study is read: folders that other processes create later belong to its trials.
+    existing = sorted(file.parent.name for file in folder.glob(f"trial-*/{RECORD_FILE}"))
+    with database_errors(url):
+        study = open_study(url, name, SeededSampler(seed), settings.maximize, settings.definition())
+        found = study.get_trials(deepcopy=False)
+        if existing and not found:
             raise ConfigError(
-                f"{folder}: holds {strangers[0]} of a study that is not in the storage; choose another --study or "
-                "--output"
+                f"{folder}: contains {existing[0]} of a study that is not in the storage; choose another study name or "
+                "output folder"
             )
-        count = sum(map(finished, study.get_trials(deepcopy=False)))
-        logger.info("study %s: %d trials, %d of them finished already", name, trials, count)
-        run_trials(this, study, rows)
-        done = study.get_trials(deepcopy=False)
-    return folder, write_results(this, done)
+        logger.info("study %s: %d trials, %d of them already finished", name, trials, sum(map(is_finished, found)))
+        _run_trials(settings, study, rows)
+        found = study.get_trials(deepcopy=False)
+    return folder, _write_results(settings, found)
 
 
-def about(this: Sweep) -> dict[str, Any]:
-    """What the trials of a study have in common, and their values are compared under."""
-    config = this.config.to_dict()
-    del config["output"]
-    return {"config": config, "space": this.space.words(), "seed": this.seed}
-
-
-def run_trials(this: Sweep, study: optuna.Study, rows: Mapping[str, Dataset]) -> None:
-    """Runs trials as long as the study wants more, and waits for those that other processes run."""
+def _run_trials(settings: SweepSettings, study: optuna.Study, rows: Mapping[str, Dataset]) -> None:
+    """Runs trials while the study needs more, then waits for those of other processes."""
     waiting = False
     while True:
-        with experimental():
+        with ignore_experimental():
             fail_stale_trials(study)
         trials = study.get_trials(deepcopy=False)
-        running = [trial for trial in trials if alive(trial)]
-        if len(running) + sum(map(finished, trials)) < this.trials:
+        running = sum(map(_is_alive, trials))
+        if running + sum(map(is_finished, trials)) < settings.trials:
             waiting = False
-            one_trial(this, study, rows)
+            _run_one(settings, study, rows)
         elif running:
             if not waiting:
-                logger.info(
-                    "waiting for %d trials of other processes; one whose process died is given up after %d s",
-                    len(running),
-                    GRACE,
-                )
+                message = "waiting for %d trials of other processes; a trial without a heartbeat for %d s is given up"
+                logger.info(message, running, GRACE)
             waiting = True
             time.sleep(POLL)
         else:
             return
 
 
-def alive(trial: FrozenTrial) -> bool:
-    """Whether a process runs the trial, as far as can be seen.
+def _is_alive(trial: FrozenTrial) -> bool:
+    """Whether the trial is running, as far as known.
 
-    One that was killed before its first sign of life gives no heartbeat that could be missed; it has no values either.
+    A process that was killed before its first heartbeat leaves a running trial without parameters.
     """
     if trial.state != TrialState.RUNNING:
         return False
@@ -175,62 +178,59 @@ def alive(trial: FrozenTrial) -> bool:
     return bool(trial.params) or started is None or (datetime.now() - started).total_seconds() < GRACE
 
 
-def one_trial(this: Sweep, study: optuna.Study, rows: Mapping[str, Dataset]) -> None:
-    """Draws values, trains with them, and says how it went."""
-
-    lost = False  # whether others gave the trial up while it ran
+def _run_one(settings: SweepSettings, study: optuna.Study, rows: Mapping[str, Dataset]) -> None:
+    given_up = False  # by another process, while the trial was running
 
     def objective(trial: Trial) -> float:
-        nonlocal lost
-        before = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
-        if sum(alive(other) or finished(other) for other in before) >= this.trials:
-            raise TrialFailed("another process took the last trial at the same moment")
-        this.space.draw(trial)
-        values = this.space.values(trial.params)
-        config = with_values(this.config, values, f"trial {trial.number}")
-        output = replace(config.output, dir=str(this.folder), name=trial_folder(trial.number), overwrite=True)
+        nonlocal given_up
+        earlier = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
+        if sum(_is_alive(other) or is_finished(other) for other in earlier) >= settings.trials:
+            raise TrialFailed("another process started the last trial at the same time")
+        settings.space.draw(trial)
+        config = with_values(settings.config, settings.space.values(trial.params), f"trial {trial.number}")
+        output = replace(config.output, dir=str(settings.folder), name=trial_folder(trial.number), overwrite=True)
         try:
-            return run_trial(trial, replace(config, output=output), this.task, rows)
+            return run_trial(trial, replace(config, output=output), settings.task, rows)
         finally:
-            lost = study.get_trials(deepcopy=False)[trial.number].state != TrialState.RUNNING
+            given_up = study.get_trials(deepcopy=False)[trial.number].state != TrialState.RUNNING
 
-    def tell(study: optuna.Study, trial: FrozenTrial) -> None:
+    def finish(study: optuna.Study, trial: FrozenTrial) -> None:
         trials = study.get_trials(deepcopy=False)
-        best = best_trial(trials, this.maximise)
-        tidy(this.folder, trials, best)
+        best = best_trial(trials, settings.maximize)
+        remove_files(settings.folder, trials, best)
         if trial.params:
-            logger.info("%s", line(this, trial, best))
+            logger.info("%s", _summary(settings, trial, best))
         complete = [other for other in trials if other.state == TrialState.COMPLETE]
         if [other.number for other in complete] == [trial.number] and len(trial.intermediate_values) < 2:
             logger.info(
-                "trials are evaluated once, at their end, so none can be pruned; to change that: train.epochs > 1, or "
+                "trials are evaluated only at their end, so none can be pruned; for more evaluations set "
+                "train.epochs > 1 or "
                 "'train.hf={eval_strategy: steps, eval_steps: 50, save_strategy: steps, save_steps: 50}'"
             )
 
     try:
-        study.optimize(objective, n_trials=1, catch=(TrialFailed,), callbacks=[tell])
-    except (UpdateFinishedTrialError, ValueError, AssertionError):  # what Optuna says then depends on where it notices
-        if not lost:
+        study.optimize(objective, n_trials=1, catch=(TrialFailed,), callbacks=[finish])
+    except (UpdateFinishedTrialError, ValueError, AssertionError):  # which one depends on where Optuna notices
+        if not given_up:
             raise
-        logger.warning("a trial of this process gave no sign of life for %d s, and others gave it up", GRACE)
+        logger.warning("a trial of this process had no heartbeat for %d s, so another process gave it up", GRACE)
     free_memory()
 
 
-def line(this: Sweep, trial: FrozenTrial, best: FrozenTrial | None) -> str:
-    """A finished trial in a line."""
+def _summary(settings: SweepSettings, trial: FrozenTrial, best: FrozenTrial | None) -> str:
     if trial.state == TrialState.COMPLETE:
-        outcome = f"{this.score} {trial.value:.4f}"
+        outcome = f"{settings.score} {trial.value:.4f}"
     elif trial.state == TrialState.PRUNED:
         last = trial.intermediate_values[max(trial.intermediate_values)]
-        outcome = f"pruned after evaluation {len(trial.intermediate_values)}, {this.score} {last:.4f}"
+        outcome = f"pruned after evaluation {len(trial.intermediate_values)}, {settings.score} {last:.4f}"
     else:
         outcome = f"failed: {trial.user_attrs.get(ERROR, 'interrupted')}"
-    so_far = f"; best so far {best.value:.4f}, trial {best.number}" if best else ""
-    return f"trial {trial.number}: {typed(this.space.values(trial.params))}: {outcome}{so_far}"
+    best_so_far = f"; best so far {best.value:.4f}, trial {best.number}" if best else ""
+    return f"trial {trial.number}: {typed(settings.space.values(trial.params))}: {outcome}{best_so_far}"
 
 
 def typed(values: Mapping[str, Any]) -> str:
-    """Keys and values as they are typed on the command line, numbers with four digits."""
+    """Keys and values as overrides on the command line, floats with four digits."""
     words = []
     for key, value in values.items():
         text = f"{value:.4g}" if isinstance(value, float) else yaml.safe_dump(value, default_flow_style=True)
@@ -238,80 +238,74 @@ def typed(values: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def write_results(this: Sweep, trials: Sequence[FrozenTrial]) -> SweepRecord:
-    """Writes the record, the pictures, and the best config, whole or not at all.
+def _write_results(settings: SweepSettings, trials: Sequence[FrozenTrial]) -> SweepRecord:
+    """Writes record, plots and the best config; other processes may write the same files at the same time.
 
     Raises:
         TrainingError: no trial is complete.
     """
-    drawn = [trial for trial in trials if trial.params]
-    best = best_trial(drawn, this.maximise)
+    started = [trial for trial in trials if trial.params]
+    best = best_trial(started, settings.maximize)
     record = SweepRecord(
-        study=this.name,
-        task=this.task.name,
-        split=this.task.evaluation_splits[0],
-        metric=this.task.best_metric,
-        greater_is_better=this.maximise,
-        **about(this),
-        trials=[_trial(this, trial) for trial in drawn],
-        best=_trial(this, best) if best else {},
+        study=settings.name,
+        task=settings.task.name,
+        split=settings.task.evaluation_splits[0],
+        metric=settings.task.best_metric,
+        greater_is_better=settings.maximize,
+        **settings.definition(),
+        trials=[_trial_entry(settings, trial) for trial in started],
+        best=_trial_entry(settings, best) if best else {},
         versions=versions() | {"optuna": optuna.__version__},
         git=git_state(),
         machine=machine(),
     )
-    # Other processes of the sweep may write the same files at this moment.
-    with tempfile.TemporaryDirectory(prefix=".results-", dir=this.folder) as aside:
-        record.importance = draw_plots(drawn, this.space, this.maximise, this.score, Path(aside))
-        record.write(Path(aside) / SWEEP_RECORD)
+    with tempfile.TemporaryDirectory(prefix=".results-", dir=settings.folder) as name:
+        partial = Path(name)
+        record.importance = draw_plots(started, settings.space, settings.maximize, settings.score, partial)
+        record.write(partial / SWEEP_RECORD)
         if best:
-            (Path(aside) / BEST).symlink_to(trial_folder(best.number))
-            (Path(aside) / BEST_CONFIG).write_text(_best_config(this, best), encoding="utf-8")
-        for file in Path(aside).iterdir():
-            file.replace(this.folder / file.name)
+            (partial / BEST).symlink_to(trial_folder(best.number))
+            (partial / BEST_CONFIG).write_text(_best_config(settings, best), encoding="utf-8")
+        for file in partial.iterdir():
+            file.replace(settings.folder / file.name)
     if best is None:
         errors = [trial["error"] for trial in record.trials if "error" in trial]
-        raise TrainingError(
-            f"all {len(errors)} trials failed; the first said: {errors[0]}" if errors else "no trial is complete"
-        )
+        reason = f"all {len(errors)} trials failed; the first error: {errors[0]}" if errors else "no trial is complete"
+        raise TrainingError(reason)
     return record
 
 
-def _trial(this: Sweep, trial: FrozenTrial) -> dict[str, Any]:
-    """A trial in the record. An interrupted one is neither complete nor failed: its process died or was stopped."""
-    state = "interrupted" if trial.state == TrialState.FAIL and not finished(trial) else _STATES[trial.state]
-    entry: dict[str, Any] = {"number": trial.number, "state": state, "values": this.space.values(trial.params)}
-    entry["score"] = trial.value if trial.state == TrialState.COMPLETE else None
-    entry["evaluations"] = [trial.intermediate_values[at] for at in sorted(trial.intermediate_values)]
-    entry["seconds"] = trial.duration.total_seconds() if trial.duration else None
-    if trial.state == TrialState.COMPLETE:
+def _trial_entry(settings: SweepSettings, trial: FrozenTrial) -> dict[str, Any]:
+    # Optuna also marks interrupted trials as failed.
+    state = "interrupted" if trial.state == TrialState.FAIL and not is_finished(trial) else STATES[trial.state]
+    complete = trial.state == TrialState.COMPLETE
+    entry = {
+        "number": trial.number,
+        "state": state,
+        "values": settings.space.values(trial.params),
+        "score": trial.value if complete else None,
+        "evaluations": [trial.intermediate_values[step] for step in sorted(trial.intermediate_values)],
+        "seconds": trial.duration.total_seconds() if trial.duration else None,
+    }
+    if complete:
         entry["record"] = f"{trial_folder(trial.number)}/{RECORD_FILE}"
     if ERROR in trial.user_attrs:
         entry["error"] = trial.user_attrs[ERROR]
     return entry
 
 
-_STATES = {
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-}
-
-
 def states(record: SweepRecord) -> dict[str, int]:
-    """How many trials of the record ended how."""
+    """The number of trials in each state."""
     return dict(Counter(trial["state"] for trial in record.trials))
 
 
-def _best_config(this: Sweep, best: FrozenTrial) -> str:
-    """The best trial's config as a recipe."""
-    config = with_values(this.config, this.space.values(best.params), f"trial {best.number}")
-    sections = config.to_dict()
+def _best_config(settings: SweepSettings, best: FrozenTrial) -> str:
+    sections = with_values(settings.config, settings.space.values(best.params), f"trial {best.number}").to_dict()
     del sections["output"]
     sections["model"]["precision"] = best.user_attrs[PRECISION]
-    return (
-        f"# The best of the sweep {this.name}: trial {best.number}, {this.score} {best.value}.\n"
-        f"# Its adapter: {this.folder / trial_folder(best.number) / 'adapter'}\n"
-        f"# python scripts/train.py --config {this.folder / BEST_CONFIG}\n" + yaml.safe_dump(sections, sort_keys=False)
+    header = (
+        f"# The best of the sweep {settings.name}: trial {best.number}, {settings.score} {best.value}.\n"
+        f"# Its adapter: {settings.folder / trial_folder(best.number) / 'adapter'}\n"
+        f"# python scripts/train.py --config {settings.folder / BEST_CONFIG}\n"
     )
+    return header + yaml.safe_dump(sections, sort_keys=False)

@@ -1,4 +1,4 @@
-"""One trial of a sweep: a run like any other, watched by the pruner, and what stays of it on the disk."""
+"""One trial of a sweep: a training run that the pruner can stop, and which of its files are kept."""
 
 from __future__ import annotations
 
@@ -22,93 +22,86 @@ from lora_hf.data.tasks.base import Task
 from lora_hf.experiments.sweep.storage import ERROR
 from lora_hf.training.run import LOG_FILE, train
 
-PRECISION = "precision"  # the attribute of a trial that says what `model.precision: auto` was
-KEPT = (
-    RECORD_FILE,
-    RUN_CONFIG_FILE,
-    LOG_FILE,
-    "curves.png",
-)  # of every trial; the best keeps everything but checkpoints
+PRECISION = "precision"  # attribute of a trial: the resolved `model.precision`
+KEPT = (RECORD_FILE, RUN_CONFIG_FILE, LOG_FILE, "curves.png")  # of every trial; the best one keeps more
 
 
 class TrialFailed(Exception):  # noqa: N818
-    """A trial that could not be trained to its end; the sweep goes on."""
+    """A trial that did not finish training; the sweep continues."""
 
 
-class Report(TrainerCallback):
-    """Tells the pruner the development score after each evaluation, and stops the run where the pruner says so.
+class PruningCallback(TrainerCallback):
+    """Reports the development score of each evaluation to the pruner, which may stop the run.
 
-    Evaluations are numbered from 1, so that trials of other batch sizes or lengths still meet: the second evaluation of
-    one is compared with the second of the others.
+    Evaluations are numbered from 1, so that trials with other batch sizes or lengths can be compared.
     """
 
-    def __init__(self, trial: Trial, score: str) -> None:
-        self.trial, self.score = trial, score
+    def __init__(self, trial: Trial, metric: str) -> None:
+        self.trial, self.metric = trial, metric
         self.evaluations = 0
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         metrics = kwargs["metrics"]
-        if self.score not in metrics:
-            return  # another evaluation split
+        if self.metric not in metrics:
+            return  # another split
         self.evaluations += 1
-        self.trial.report(metrics[self.score], self.evaluations)
-        # The last evaluation ends the run anyway; pruned there, it would lose its place among the complete ones.
+        self.trial.report(metrics[self.metric], self.evaluations)
+        # After the last evaluation the run ends anyway, and counts as complete.
         if state.global_step < state.max_steps and self.trial.should_prune():
             raise optuna.TrialPruned
 
 
 def run_trial(trial: Trial, config: RunConfig, task: Task, rows: Mapping[str, Dataset]) -> float:
-    """Trains as the config says and returns the task's best metric on its first evaluation split.
+    """Trains, and returns the task's main metric on its first evaluation split.
 
     Raises:
         TrialPruned: the pruner stopped the run.
-        TrialFailed: it does not train, or does not fit the GPU.
-        UserError: whatever is wrong with the config or the data, and so with every trial.
+        TrialFailed: training failed or ran out of GPU memory.
+        UserError: an error in the config or the data that affects every trial.
     """
     split = task.evaluation_splits[0]
-    report = Report(trial, f"eval_{split}_{task.best_metric}")
+    callback = PruningCallback(trial, f"eval_{split}_{task.best_metric}")
     try:
-        record = train(config, rows=rows, callbacks=[report]).record
+        record = train(config, rows=rows, callbacks=[callback]).record
         value, failure = record.metrics[split][task.best_metric], ""
         trial.set_user_attr(PRECISION, record.config["model"]["precision"])
         if not math.isfinite(value):
             failure = f"{split} {task.best_metric} is {value}"
     except (TrainingError, torch.OutOfMemoryError) as error:
         value, failure = math.nan, str(error).partition("\n")[0]
-    if failure:  # out of the except block, whose error holds the model through its traceback
+    if failure:  # outside of the except block, whose exception keeps the model alive through its traceback
         trial.set_user_attr(ERROR, failure)
         raise TrialFailed(failure)
     return value
 
 
 def free_memory() -> None:
-    """Lets go of the model of the trial before, which lies in circles of references."""
+    """Frees the model of the previous trial, which is part of reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def trial_folder(number: int) -> str:
-    """Its name in the folder of the study."""
     return f"trial-{number}"
 
 
-def best_trial(trials: Sequence[FrozenTrial], maximise: bool) -> FrozenTrial | None:
-    """The complete trial with the best value, the first of equals; None where none is complete."""
+def best_trial(trials: Sequence[FrozenTrial], maximize: bool) -> FrozenTrial | None:
+    """The complete trial with the best value, the first of equal ones."""
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    return min(complete, key=lambda trial: ((trial.value or 0) * (-1 if maximise else 1), trial.number), default=None)
+    return min(complete, key=lambda trial: ((trial.value or 0) * (-1 if maximize else 1), trial.number), default=None)
 
 
-def tidy(folder: Path, trials: Sequence[FrozenTrial], best: FrozenTrial | None) -> None:
-    """Removes the checkpoints of all finished trials, and of all but the best the weights and predictions too.
+def remove_files(folder: Path, trials: Sequence[FrozenTrial], best: FrozenTrial | None) -> None:
+    """Removes the checkpoints of all finished trials, and the weights and predictions of all but the best.
 
-    Several processes may do so at once: a finished trial that is not the best now will never be.
+    Several processes may do this at once: a finished trial that is not the best now never becomes the best.
     """
     for trial in trials:
-        place = folder / trial_folder(trial.number)
-        if not trial.state.is_finished() or not place.is_dir():
+        run = folder / trial_folder(trial.number)
+        if not trial.state.is_finished() or not run.is_dir():
             continue
-        for entry in place.iterdir():
-            is_best = best is not None and trial.number == best.number
+        is_best = best is not None and trial.number == best.number
+        for entry in run.iterdir():
             if entry.name == "checkpoints" or not (is_best or entry.name in KEPT):
                 shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""Tensor operations of the adapted projection; nothing here knows a module."""
+"""Tensor operations that LoRA needs: fused projections, attention, losses. They know nothing of modules."""

@@ -1,21 +1,22 @@
-"""What combining low-rank updates comes down to: sums of factors, their nearest matrices of a rank, TIES and DARE."""
+"""How low-rank updates are combined: sums of factors, the nearest matrix of a rank, TIES and DARE."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-Factors = tuple[torch.Tensor, torch.Tensor]  # A (r, in) and B (out, r) of the matrix B A
-Svd = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # U (out, k), the k singular values, V (k, in)
+Factors = tuple[Tensor, Tensor]  # A (r, in) and B (out, r) of the matrix B A
+Svd = tuple[Tensor, Tensor, Tensor]  # U (out, k), the k singular values, V (k, in)
 
 
 def sum_of_factors(factors: Sequence[Factors]) -> Factors:
-    """The factors of `sum_i B_i A_i`: the A stacked and the B side by side, so the rank is the sum of the ranks."""
+    """The factors of `sum_i B_i A_i`: the A stacked and the B concatenated; their rank is the sum of the ranks."""
     return torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1)
 
 
-def svd_of_factors(a: torch.Tensor, b: torch.Tensor) -> Svd:
+def svd_of_factors(a: Tensor, b: Tensor) -> Svd:
     """The singular value decomposition of B A in float64, through matrices no larger than its factors.
 
     With `B = Q_b R_b` and `A^T = Q_a R_a`, the small `R_b R_a^T = U S V` gives `(Q_b U) S (V Q_a^T)`.
@@ -27,10 +28,10 @@ def svd_of_factors(a: torch.Tensor, b: torch.Tensor) -> Svd:
 
 
 def shorten(svd: Svd, rank: int) -> tuple[Factors, float, float]:
-    """The nearest matrix of at most `rank` in the Frobenius norm (Eckart and Young, 1936), as fp32 factors.
+    """The nearest matrix of at most `rank` in the Frobenius norm (Eckart and Young, 1936).
 
     Returns:
-        Its factors, the singular values shared evenly between them; the squared norm that is left out; that of all.
+        Its fp32 factors, each with the roots of the singular values; the squared norm of the rest; that of the whole.
     """
     u, s, v = svd
     root = s[:rank].sqrt()
@@ -38,20 +39,20 @@ def shorten(svd: Svd, rank: int) -> tuple[Factors, float, float]:
     return factors, float(s[rank:].square().sum()), float(s.square().sum())
 
 
-def trim(delta: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """The entries whose magnitude is at least `threshold`, zero elsewhere (TIES, arXiv 2306.01708, step 1)."""
+def trim(delta: Tensor, threshold: Tensor) -> Tensor:
+    """The entries of magnitude `threshold` or more, zero elsewhere (TIES, arXiv 2306.01708, step 1)."""
     return delta.where(delta.abs() >= threshold, 0.0)
 
 
-def elect(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
-    """At each entry the sign of the sum, and the mean of the entries that have it (TIES, steps 2 and 3)."""
+def elect(deltas: Sequence[Tensor]) -> Tensor:
+    """For each entry the mean of the values whose sign is that of the sum (TIES, steps 2 and 3)."""
     stacked = torch.stack(list(deltas))
     sign = stacked.sum(0).sign()
     agree = (stacked.sign() == sign) & (sign != 0)
     return (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 
-def drop(delta: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
-    """Each entry kept with probability `density` and divided by it: the expectation is `delta` (DARE, 2311.03099)."""
-    kept = torch.rand(delta.shape, generator=generator) < density  # on the CPU: the same draw on every machine
-    return delta * kept.to(delta.device) / density
+def drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Keeps each entry with probability `density`, divided by it, so the mean is `delta` (DARE, arXiv 2311.03099)."""
+    mask = torch.rand(delta.shape, generator=generator) < density  # on the CPU: the same draw on every machine
+    return delta * mask.to(delta.device) / density

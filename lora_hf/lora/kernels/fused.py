@@ -1,8 +1,8 @@
-"""The adapted projection as one autograd function: `reference.py` defines it, this is how it is run.
+"""The adapted projection as one autograd function; `reference.py` defines what it computes.
 
-What it spares, beside the plain operations: x is saved once, and not at all in the precision of A; the low-rank product
-is added to the projection's output in place; the backward adds the low-rank part of x's gradient to the frozen weight's
-in place, and is skipped where nothing below is trained.
+It saves over the plain operations: x is saved once, and never in the precision of A; the low-rank product is added to
+the projection's output in place; the backward pass adds the low-rank part of x's gradient in place, and skips it if
+nothing below is trained.
 """
 
 from __future__ import annotations
@@ -14,82 +14,84 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-STEPS = 2**16  # in which a dropout is counted
-MASKED = 128  # columns of A that parts may share: small beside a projection's, and beside the calls that it spares
+from lora_hf.lora.slices import Slices, block_diagonal, diagonal_blocks
 
-# A frozen weight, or what makes it in a precision: a packed one is made for each product, and not kept in between.
-Weight = torch.Tensor | Callable[[torch.dtype], torch.Tensor]
+STEPS = 2**16  # resolution of a dropout probability
+MASKED = 128  # columns of A that parts may share: few next to a projection's and to the calls that they save
+
+# A frozen weight, or the function that unpacks it to a precision for each product, so that it is not kept in between.
+Weight = Tensor | Callable[[torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
 class Part:
-    """The low-rank product of one adapter on the places `start:stop` of a batch; the arguments as `lora_linear`'s."""
+    """The low-rank product of one adapter on the rows `start:stop` of a batch; the other fields as in `lora_linear`."""
 
     start: int
     stop: int
-    lora_A: torch.Tensor  # noqa: N815
-    lora_B: torch.Tensor  # noqa: N815
+    lora_A: Tensor  # noqa: N815
+    lora_B: Tensor  # noqa: N815
     scaling: float
-    slices: Sequence[tuple[int, int]]
+    slices: Slices
     dropout: float = 0.0
 
 
 def lora_linear(
-    x: torch.Tensor,
+    x: Tensor,
     weight: Weight,
-    bias: torch.Tensor | None,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
     scaling: float,
-    slices: Sequence[tuple[int, int]],
+    slices: Slices,
     dropout: float = 0.0,
-) -> torch.Tensor:
-    """`x W^T + bias`, and on each slice of its columns `scaling * dropout(x) A^T B^T` more; W gets no gradient.
+) -> Tensor:
+    """`x W^T + bias`, plus `scaling * dropout(x) A^T B^T` on each slice of its columns; W gets no gradient.
 
     `lora_A`, `lora_B`, `scaling` and `slices` are those of `reference.add_lora`.
 
     Args:
         x: `(..., in)`.
-        weight: `(out, in)`, frozen, or what makes it; a transposed view where it is stored `(in, out)`.
+        weight: `(out, in)`, frozen, or the function that unpacks it; a transposed view if it is stored `(in, out)`.
         bias: `(out,)`, frozen.
-        dropout: the share of x that the low-rank product does not see, to a 65,536th.
+        dropout: the probability with which the low-rank product drops an element of x, rounded to a multiple of 2^-16.
 
     Returns:
         `(..., out)`, in the precision of x.
     """
-    whole = Part(0, x.shape[:-1].numel(), lora_A, lora_B, scaling, slices, dropout)
-    return lora_linear_parts(x, weight, bias, [whole])
+    return lora_linear_parts(x, weight, bias, [Part(0, x.shape[:-1].numel(), lora_A, lora_B, scaling, slices, dropout)])
 
 
 def lora_linear_parts(
-    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, parts: Sequence[Part], masked: bool = False
-) -> torch.Tensor:
-    """`lora_linear` with an adapter of its own for each part of the places of x, which are counted in order.
+    x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[Part], masked: bool = False
+) -> Tensor:
+    """`lora_linear` with an adapter for each part of the rows of x, `(rows, in)` once flattened.
 
-    A place in no part gets the frozen projection alone.
+    A row in no part gets the frozen projection alone.
 
     Args:
-        masked: multiply every place by the factors of all parts without dropout, and mask what is not its own: a few
+        masked: multiply every row by the factors of all parts without dropout and mask those of other parts: a few
             large products instead of many small ones. An infinite number in one part then spoils the others too.
     """
     groups, factors = [], []
     for members in _grouped(parts) if masked else [[part] for part in parts]:
         dropout, keep = members[0].dropout, None
-        places = slice(members[0].start, members[-1].stop)
+        rows = slice(members[0].start, members[-1].stop)
         if dropout:
             dropout = min(max(1, round(dropout * STEPS)), STEPS - 1) / STEPS
-            keep = dropout_mask((places.stop - places.start, x.shape[-1]), dropout, x.device)
+            keep = dropout_mask((rows.stop - rows.start, x.shape[-1]), dropout, x.device)
         scaling = members[0].scaling / (1 - dropout) if len(members) == 1 else _mask(members, x)
-        groups.append((places, scaling, [tuple(part.slices) for part in members], keep))
+        groups.append((rows, scaling, [part.slices for part in members], keep))
         factors += [factor for part in members for factor in (part.lora_A, part.lora_B)]
     return _LoraLinear.apply(x, weight, bias, groups, *factors)  # type: ignore[return-value]
 
 
 def _grouped(parts: Sequence[Part]) -> list[list[Part]]:
-    """The parts in order, those together that follow each other without dropout and have at most MASKED columns."""
+    """The parts in order; consecutive parts without dropout and with at most MASKED columns are in one group."""
     groups: list[list[Part]] = []
     for part in parts:
         last = groups[-1] if groups else [part]
@@ -101,134 +103,109 @@ def _grouped(parts: Sequence[Part]) -> list[list[Part]]:
     return groups
 
 
-def _mask(parts: Sequence[Part], x: torch.Tensor) -> torch.Tensor:
-    """`(places of the parts, their columns)`: the scaling of a part where its places meet its columns, else zero."""
-    widths = tuple(len(part.lora_A) for part in parts)
-    where = tuple((part.start - parts[0].start, part.stop - parts[0].start, part.scaling) for part in parts)
-    return _drawn_mask(where, widths, x.dtype, x.device)
+def _mask(parts: Sequence[Part], x: Tensor) -> Tensor:
+    """`(rows of the parts, their columns)`: each part's scaling in its own rows and columns, zero elsewhere."""
+    blocks = tuple(
+        (part.start - parts[0].start, part.stop - parts[0].start, len(part.lora_A), part.scaling) for part in parts
+    )
+    return _block_mask(blocks, x.dtype, x.device)
 
 
-@functools.lru_cache(maxsize=4)  # the layers of a model ask for the same few
-def _drawn_mask(
-    where: tuple[tuple[int, int, float], ...], widths: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    mask, column = torch.zeros(where[-1][1], sum(widths), dtype=dtype, device=device), 0
-    for (start, stop, scaling), width in zip(where, widths, strict=True):
+@functools.lru_cache(maxsize=4)  # the layers of a model use the same few
+def _block_mask(blocks: tuple[tuple[int, int, int, float], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    mask, column = torch.zeros(blocks[-1][1], sum(width for _, _, width, _ in blocks), dtype=dtype, device=device), 0
+    for start, stop, width, scaling in blocks:
         mask[start:stop, column : column + width] = scaling
         column += width
     return mask
 
 
-def dropout_mask(shape: Sequence[int], dropout: float, device: torch.device) -> torch.Tensor:
-    """uint8 of a shape, 1 with probability `1 - dropout`, a multiple of `1 / STEPS`, and 0 otherwise.
+def dropout_mask(shape: Sequence[int], dropout: float, device: torch.device) -> Tensor:
+    """A uint8 mask: 1 with probability `1 - dropout`, a multiple of `1 / STEPS`, and 0 otherwise.
 
-    On the CPU torch's `bernoulli_` takes about as long as the projection itself. Two random bytes an element, compared
-    by a clamp, are several times cheaper.
+    On the CPU torch's `bernoulli_` takes about as long as the projection itself. Two random bytes for each element,
+    compared by a clamp, are several times faster.
     """
     if device.type != "cpu":
         return torch.empty(shape, device=device).bernoulli_(1 - dropout).to(torch.uint8)
     count = math.prod(shape)
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    first_kept = round(dropout * STEPS) - STEPS // 2  # of the values of an int16
+    first_kept = round(dropout * STEPS) - STEPS // 2  # as an int16
     numbers = words.view(torch.int16)[:count].clamp_(first_kept - 1, first_kept)
     return numbers.sub_(first_kept - 1).to(torch.uint8).view(shape)
 
 
-def can_fuse(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> bool:
-    """Whether `lora_linear` may stand in: a frozen projection in the precision of x, and no autocast that decides."""
-    held = [tensor for tensor in (weight, bias) if isinstance(tensor, torch.Tensor)]
-    fitting = all(not tensor.requires_grad and tensor.dtype == x.dtype for tensor in held)
-    return fitting and not torch.is_autocast_enabled(x.device.type)
+def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:
+    """Whether `lora_linear` can replace the reference: a frozen projection in the precision of x, without autocast."""
+    tensors = [tensor for tensor in (weight, bias) if isinstance(tensor, Tensor)]
+    is_frozen = all(not tensor.requires_grad and tensor.dtype == x.dtype for tensor in tensors)
+    return is_frozen and not torch.is_autocast_enabled(x.device.type)
 
 
-# Of parts that are multiplied together: their places, the scaling with that of the dropout or the mask that holds it,
-# the slices of each, and what the dropout keeps.
-_Group = tuple[slice, "float | torch.Tensor", list[tuple[tuple[int, int], ...]], "torch.Tensor | None"]
+# Parts that are multiplied together: their rows, the scaling (with that of the dropout) or the mask that holds it, the
+# slices of each, and the dropout mask.
+_Group = tuple[slice, "float | Tensor", list[Slices], "Tensor | None"]
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: Weight,
-        bias: torch.Tensor | None,
-        groups: Sequence[_Group],
-        *factors: torch.Tensor,
-    ) -> torch.Tensor:
-        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        held = weight if isinstance(weight, torch.Tensor) else None
-        frozen = weight if isinstance(weight, torch.Tensor) else weight(x.dtype)
-        ctx.make = weight if held is None else None
-        y, saved, pairs = linear(rows, frozen, bias), [], zip(factors[::2], factors[1::2], strict=True)
-        for places, scaling, slices, keep in groups:
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, groups: Sequence[_Group], *factors: Tensor
+    ) -> Tensor:
+        inputs = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        tensor = weight if isinstance(weight, Tensor) else None
+        ctx.unpacker = None if isinstance(weight, Tensor) else weight
+        y = linear(inputs, weight if isinstance(weight, Tensor) else weight(x.dtype), bias)
+        saved, pairs = [], zip(factors[::2], factors[1::2], strict=True)
+        for rows, scaling, slices, keep in groups:
             own = [next(pairs) for _ in slices]
-            down = _joined([a.to(x.dtype) for a, _ in own], 0)
-            up = _joined([block_placed(b.to(x.dtype), at, len(y.T)) for at, (_, b) in zip(slices, own, strict=True)], 1)
-            seen = rows[places] if keep is None else rows[places] * keep
-            # The scaling goes where the numbers are fewest, on (tokens, r).
-            projected = (seen @ down.T).mul_(scaling)
-            y[places].addmm_(projected, up.T)
+            down = _cat([a.to(x.dtype) for a, _ in own], 0)
+            up = _cat(
+                [block_diagonal(b.to(x.dtype), at, y.shape[1]) for at, (_, b) in zip(slices, own, strict=True)], 1
+            )
+            dropped = inputs[rows] if keep is None else inputs[rows] * keep
+            # Scaling is cheapest on the smallest tensor, (rows, r).
+            projected = (dropped @ down.T).mul_(scaling)
+            y[rows].addmm_(projected, up.T)
             saved += [projected, down, up, keep]
-        ctx.save_for_backward(x, held, *saved)
-        ctx.groups = [(places, scaling, slices) for places, scaling, slices, _ in groups]
+        ctx.save_for_backward(x, tensor, *saved)
+        ctx.groups = [(rows, scaling, slices) for rows, scaling, slices, _ in groups]
         ctx.widths = [len(lora_A) for lora_A in factors[::2]]
         ctx.dtypes = [factor.dtype for factor in factors]
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, held, *saved = ctx.saved_tensors
-        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        dy = gradients[0].reshape(len(rows), gradients[0].shape[-1])
-        dx = dy @ (ctx.make(x.dtype) if held is None else held) if ctx.needs_input_grad[0] else None
-        of_factors: list[torch.Tensor | None] = []
-        for number, (places, scaling, slices) in enumerate(ctx.groups):
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, tensor, *saved = ctx.saved_tensors
+        inputs = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        dy = gradients[0].reshape(len(inputs), gradients[0].shape[-1])
+        dx = dy @ (ctx.unpacker(x.dtype) if tensor is None else tensor) if ctx.needs_input_grad[0] else None
+        dfactors: list[Tensor | None] = []
+        for number, (rows, scaling, slices) in enumerate(ctx.groups):
             projected, down, up, keep = saved[4 * number : 4 * number + 4]
-            at = len(of_factors)
-            asked, dtypes = ctx.needs_input_grad[4 + at :], ctx.dtypes[at:]
-            widths = ctx.widths[at // 2 : at // 2 + len(slices)]
-            own = dy[places]
-            dprojected = (own @ up).mul_(scaling)
-            dA: Sequence[torch.Tensor | None] = [None] * len(slices)
-            dB: Sequence[torch.Tensor | None] = [None] * len(slices)
+            first, count = len(dfactors), len(slices)
+            needed = ctx.needs_input_grad[4 + first : 4 + first + 2 * count]
+            widths = ctx.widths[first // 2 : first // 2 + count]
+            dprojected = (dy[rows] @ up).mul_(scaling)
+            dA: Sequence[Tensor | None] = [None] * count
+            dB: Sequence[Tensor | None] = [None] * count
             if dx is not None and keep is None:
-                dx[places].addmm_(dprojected, down)
+                dx[rows].addmm_(dprojected, down)
             elif dx is not None:
-                dx[places].addcmul_(dprojected @ down, keep.to(dx.dtype))
-            if any(asked[0 : 2 * len(slices) : 2]):
-                seen = rows[places] if keep is None else rows[places] * keep
-                dA = (dprojected.T @ seen).split(widths)
-            if any(asked[1 : 2 * len(slices) : 2]):
-                # The transposed product: with so few columns it is twice as fast.
-                whole = (projected.T @ own).split(widths)
-                dB = [_blocks(part.T, its) for part, its in zip(whole, slices, strict=True)]
+                dx[rows].addcmul_(dprojected @ down, keep.to(dx.dtype))
+            if any(needed[::2]):
+                dropped = inputs[rows] if keep is None else inputs[rows] * keep
+                dA = (dprojected.T @ dropped).split(widths)
+            if any(needed[1::2]):
+                # The transposed product is twice as fast, because it has so few rows.
+                dup = (projected.T @ dy[rows]).split(widths)
+                dB = [_cat(diagonal_blocks(part.T, at), 0) for part, at in zip(dup, slices, strict=True)]
             for factor in (factor for pair in zip(dA, dB, strict=True) for factor in pair):
-                dtype = dtypes[len(of_factors) - at]
-                of_factors.append(None if factor is None else factor.to(dtype, memory_format=torch.contiguous_format))
-        return None if dx is None else dx.view_as(x), None, None, None, *of_factors
+                dtype = ctx.dtypes[len(dfactors)]
+                dfactors.append(None if factor is None else factor.to(dtype, memory_format=torch.contiguous_format))
+        return None if dx is None else dx.view_as(x), None, None, None, *dfactors
 
 
-def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+def _cat(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def block_placed(lora_B: torch.Tensor, slices: tuple[tuple[int, int], ...], out: int) -> torch.Tensor:
-    """`(out, n * r)`: the B of each slice in its own rows and columns, zeros elsewhere: one product for all."""
-    if slices == ((0, out),):
-        return lora_B
-    r, row = lora_B.shape[1], 0
-    whole = lora_B.new_zeros(out, len(slices) * r)
-    for index, (start, stop) in enumerate(slices):
-        whole[start:stop, index * r : (index + 1) * r] = lora_B[row : row + stop - start]
-        row += stop - start
-    return whole
-
-
-def _blocks(whole: torch.Tensor, slices: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """The blocks of `block_placed` from their places, stacked as `lora_B` is."""
-    if slices == ((0, whole.shape[0]),):
-        return whole
-    r = whole.shape[1] // len(slices)
-    return torch.cat([whole[start:stop, i * r : (i + 1) * r] for i, (start, stop) in enumerate(slices)])

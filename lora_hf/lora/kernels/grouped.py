@@ -1,4 +1,7 @@
-"""The low-rank products of several adapters on the places of one batch: one computation for all of them."""
+"""The low-rank products of several adapters on the items of one batch, in one computation.
+
+An item is a row of the batch, or a token if the model runs without padding.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-# In half precision products as narrow as one adapter's are slow: up to this sum of ranks one wide product, of which
+# In half precision products as narrow as one adapter's are slow. Up to this sum of ranks one wide product, of which
 # each row keeps its own columns, takes less time. In fp32 it never does.
 WIDE = 256
 
@@ -18,80 +22,72 @@ WIDE = 256
 class Stack:
     """The A and B of n adapters at one projection, padded with zeros to the largest rank.
 
-    `lora_A` is `(in, n, r)` and `lora_B` `(n, r, out)`, the scaling in B; an adapter that leaves this projection alone
-    is all zeros.
+    `lora_A` is `(in, n, r)` and `lora_B` `(n, r, out)`, the scaling included in B. An adapter that does not adapt this
+    projection is all zeros.
     """
 
-    lora_A: torch.Tensor  # noqa: N815
-    lora_B: torch.Tensor  # noqa: N815
+    lora_A: Tensor  # noqa: N815
+    lora_B: Tensor  # noqa: N815
 
 
-def add_grouped(
-    base_output: torch.Tensor,
-    x: torch.Tensor,
-    stack: Stack,
-    order: torch.Tensor | None,
-    ends: Sequence[int],
-) -> torch.Tensor:
-    """`base_output[p] + x[p] A_i B_i` for every place p of adapter i; places behind the last end are left as they are.
+def add_grouped(base_output: Tensor, x: Tensor, stack: Stack, order: Tensor | None, ends: Sequence[int]) -> Tensor:
+    """`base_output[i] + x[i] A_n B_n` for every item i of adapter n; items after the last end keep `base_output`.
 
-    Where no gradient is taken, the sum is written over `base_output`: a tensor of its own for it would cost more than
-    the products.
+    Without gradients the sum is written into `base_output`: a new tensor for it would cost more than the products.
 
     Args:
-        base_output: `(places, ..., out)`, what the frozen projection gave.
-        x: `(places, ..., in)`.
-        stack: of n adapters.
-        order: `(places,)`, the places adapter after adapter; None where they stand so.
-        ends: n numbers: how many places come before the end of each adapter.
+        base_output: `(items, ..., out)`, the output of the frozen projection.
+        x: `(items, ..., in)`.
+        stack: the weights of n adapters.
+        order: `(items,)`, the indices that sort the items by adapter; None if they are sorted.
+        ends: for each adapter the number of sorted items up to its end.
     """
     inner, stop = x.shape[1:-1].numel(), ends[-1]
     if not stop:
         return base_output
-    there = None if order is None else order[:stop].to(x.device)
-    adapted = x[:stop] if there is None else x.index_select(0, there)
+    items = None if order is None else order[:stop].to(x.device)
+    adapted = x[:stop] if items is None else x.index_select(0, items)
     rows = adapted.reshape(stop * inner, x.shape[-1])
-    last = tuple(end * inner for end in ends)
+    row_ends = tuple(end * inner for end in ends)
     if torch.is_grad_enabled():
-        added = _wide(rows, stack, last).view(stop, *base_output.shape[1:])
-        if there is not None:
-            return base_output.index_add(0, there, added)
+        added = _project_wide(rows, stack, row_ends) @ stack.lora_B.flatten(0, 1)
+        added = added.view(stop, *base_output.shape[1:])
+        if items is not None:
+            return base_output.index_add(0, items, added)
         return torch.cat([base_output[:stop] + added, base_output[stop:]])
-    if there is None:
-        _add(base_output[:stop].view(len(rows), -1), rows, stack, last)
+    if items is None:
+        _add(base_output[:stop].view(len(rows), -1), rows, stack, row_ends)
         return base_output
     added = base_output.new_zeros(len(rows), base_output.shape[-1])
-    _add(added, rows, stack, last)
-    return base_output.index_add_(0, there, added.view(stop, *base_output.shape[1:]))
+    _add(added, rows, stack, row_ends)
+    return base_output.index_add_(0, items, added.view(stop, *base_output.shape[1:]))
 
 
-def _add(outputs: torch.Tensor, rows: torch.Tensor, stack: Stack, ends: tuple[int, ...]) -> None:
-    """Adds to `(rows, out)`: the rows up to `ends[0]` times A_0 B_0, those up to `ends[1]` times A_1 B_1, and so on."""
+def _add(outputs: Tensor, rows: Tensor, stack: Stack, ends: tuple[int, ...]) -> None:
+    """Adds to `(rows, out)` the rows up to `ends[0]` times A_0 B_0, those up to `ends[1]` times A_1 B_1, and so on."""
     _, adapters, r = stack.lora_A.shape
     if rows.is_cuda and rows.dtype == torch.bfloat16 and _has_grouped():
         offsets = torch.tensor(ends, dtype=torch.int32, device=rows.device)
         projected = grouped_mm(rows, stack.lora_A.transpose(0, 1), offs=offsets)
         outputs += grouped_mm(projected, stack.lora_B, offs=offsets)
     elif rows.dtype != torch.float32 and adapters * r <= WIDE:
-        projected = (rows @ stack.lora_A.flatten(1)).masked_fill_(_other_adapters_mask(ends, r, rows.device), 0)
-        outputs.addmm_(projected, stack.lora_B.flatten(0, 1))
+        outputs.addmm_(_project_wide(rows, stack, ends), stack.lora_B.flatten(0, 1))
     else:
         for number, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
             if end > start:
                 outputs[start:end].addmm_(rows[start:end] @ stack.lora_A[:, number], stack.lora_B[number])
 
 
-def _wide(rows: torch.Tensor, stack: Stack, ends: tuple[int, ...]) -> torch.Tensor:
-    """`(rows, out)`: each row times all A at once; of what comes out it keeps its own columns."""
-    r = stack.lora_A.shape[-1]
-    projected = (rows @ stack.lora_A.flatten(1)).masked_fill(_other_adapters_mask(ends, r, rows.device), 0)
-    return projected @ stack.lora_B.flatten(0, 1)
+def _project_wide(rows: Tensor, stack: Stack, ends: tuple[int, ...]) -> Tensor:
+    """`(rows, n * r)`: each row times all A at once, with zeros in the columns of other adapters."""
+    mask = _other_adapters_mask(ends, stack.lora_A.shape[-1], rows.device)
+    return (rows @ stack.lora_A.flatten(1)).masked_fill_(mask, 0)
 
 
-@functools.lru_cache(maxsize=16)
-def _other_adapters_mask(ends: tuple[int, ...], r: int, device: torch.device) -> torch.Tensor:
-    """`(rows, n * r)`: True at the columns of other adapters. Each projection of a model asks for the same."""
-    with torch.inference_mode(False):  # or a backward pass that meets it again could not keep it
+@functools.lru_cache(maxsize=16)  # the projections of a model use the same
+def _other_adapters_mask(ends: tuple[int, ...], r: int, device: torch.device) -> Tensor:
+    """`(rows, n * r)`: True at the columns of other adapters."""
+    with torch.inference_mode(False):  # a later backward pass could not save an inference tensor
         counts = torch.tensor([end - start for start, end in zip((0, *ends), ends, strict=False)], device=device)
         numbers = torch.arange(len(ends), device=device)
         return numbers.repeat_interleave(counts)[:, None] != numbers.repeat_interleave(r)

@@ -1,1 +1,1 @@
-"""Variants of LoRA, a file each: with its formula, its source, and what it changes of the plain one in `layers`."""
+"""Variants of LoRA, one in each file: its formula, its source, and how it differs from the plain one in `layers`."""

@@ -1,86 +1,76 @@
 """DoRA: the magnitude of each output column is trained apart from its direction.
 
-`W' = m * (W + scaling * B A) / ||W + scaling * B A||`, arXiv 2402.09353, equation 5; the norm is taken of each row of
-the `(out, in)` weight and is a constant for the gradient (section 4.3), as in PEFT.
+`W' = m * (W + scaling * B A) / ||W + scaling * B A||`, arXiv 2402.09353, equation 5. The norm is that of each row of
+the `(out, in)` weight and a constant for the gradient (section 4.3), as in PEFT.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.lora.layers import LoraWeights
+from lora_hf.lora.slices import split_slices
 
-TINY = torch.finfo(torch.float32).tiny  # a row of zeros has a norm to divide by
+TINY = torch.finfo(torch.float32).tiny  # the norm of a row of zeros, which is divided by
 
 
 class DoraWeights(LoraWeights):
-    """LoRA's A and B, and `lora_magnitude_vector`, `(sum of slice widths,)`: one number an adapted output column.
+    """LoRA's A and B, and `lora_magnitude_vector`, `(sum of slice widths,)`: one number for each adapted output column.
 
-    It starts as the norms of `weight`, fp32 `(out, in)`, so that the adapter changes nothing at first.
+    It starts as the norms of `weight`, fp32 `(out, in)`, so the adapter changes nothing at first.
     """
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        slices: Sequence[tuple[int, int]],
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-    ) -> None:
-        super().__init__(weight.shape[1], slices, r, lora_alpha, lora_dropout, weight.device, use_rslora)
+    def __init__(self, weight: Tensor, *plain: Any) -> None:
+        super().__init__(*plain)
         self.lora_magnitude_vector = nn.Parameter(self.norms(weight))
 
     @torch.no_grad()
-    def norms(self, weight: torch.Tensor) -> torch.Tensor:
+    def norms(self, weight: Tensor) -> Tensor:
         """`||W + scaling * B A||` of each adapted output column of `weight`, `(out, in)`: fp32 `(sum of widths,)`."""
-        a, b = self.factors()
-        r, row, norms = b.shape[1], 0, []
-        for index, (start, stop) in enumerate(self.slices):
-            block = b[row : row + stop - start]
-            turned = torch.addmm(weight[start:stop].float(), block, a[index * r : (index + 1) * r], alpha=self.scaling)
-            norms.append(torch.linalg.vector_norm(turned, dim=1))
-            row += stop - start
+        norms = []
+        for columns, slice_a, slice_b in split_slices(*self.factors(), self.slices):
+            adapted = torch.addmm(weight[columns].float(), slice_b, slice_a, alpha=self.scaling)
+            norms.append(torch.linalg.vector_norm(adapted, dim=1))
         return torch.cat(norms).clamp_min(TINY)
 
-    def adapt(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """`(..., in)` to `(..., out)`: `m / norm` times what plain LoRA gives, beside the bias.
+    def adapt(self, base_layer: nn.Module, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`: the output of plain LoRA without the bias times `m / norm`, plus the bias.
 
-        Dropout acts on the input of A alone. PEFT also drops it in `(m / norm - 1) W x`, which is the same on average
-        and takes a second product with W.
+        Dropout acts on the input of A alone. PEFT also drops it in `(m / norm - 1) W x`, which has the same mean and
+        takes a second product with W.
         """
         y = super().adapt(base_layer, x)
         weight: Any = base_layer.weight
         bias: Any = base_layer.bias
         gain = self.lora_magnitude_vector / self.norms(weight.T if isinstance(base_layer, Conv1D) else weight) - 1
-        # As a sum, a magnitude that is still the norm leaves y as it is, bit for bit and in any precision.
-        return y + self._placed(gain, y.shape[-1]).to(y.dtype) * (y if bias is None else y - bias)
+        # Written as a sum, a magnitude that is still the norm leaves y unchanged, bit for bit and in any precision.
+        return y + self._scatter(gain, y.shape[-1]).to(y.dtype) * (y if bias is None else y - bias)
 
-    def delta_weight(self, out_features: int, original: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+    def delta_weight(self, out_features: int, original: Callable[[], Tensor] | None = None) -> Tensor:
         """`m (W + scaling * B A) / norm - W` as an fp32 `(out, in)` matrix, zero outside the slices."""
         if original is None:
-            raise TypeError("what DoRA adds depends on the base weight: ask LoraLinear.delta_weight")
+            raise TypeError("the delta weight of DoRA depends on the base weight; use LoraLinear.delta_weight")
         weight, delta = original(), super().delta_weight(out_features)
-        gain = self._placed(self.lora_magnitude_vector / self.norms(weight) - 1, out_features)[:, None]
+        gain = self._scatter(self.lora_magnitude_vector / self.norms(weight) - 1, out_features)[:, None]
         return delta + gain * (weight + delta)
 
-    def magnitudes(self, weight: torch.Tensor) -> torch.Tensor:
-        """`(out,)` as PEFT's file has them: a column that is not adapted has the norm of its weight."""
-        whole = torch.linalg.vector_norm(weight, dim=1)
-        return whole.index_copy(0, self._columns(whole.device), self.lora_magnitude_vector.detach())
+    def magnitudes(self, weight: Tensor) -> Tensor:
+        """`(out,)` as in PEFT's file: a column that is not adapted has the norm of its weight."""
+        norms = torch.linalg.vector_norm(weight, dim=1)
+        return norms.index_copy(0, self._columns(norms.device), self.lora_magnitude_vector.detach())
 
-    def load_magnitudes(self, whole: torch.Tensor) -> None:
-        """Takes its own columns of PEFT's `(out,)`."""
-        self.lora_magnitude_vector.data.copy_(whole[self._columns(whole.device)])
+    def load_magnitudes(self, magnitudes: Tensor) -> None:
+        """Loads the adapted columns of PEFT's `(out,)`."""
+        self.lora_magnitude_vector.data.copy_(magnitudes[self._columns(magnitudes.device)])
 
-    def _columns(self, device: torch.device) -> torch.Tensor:
+    def _columns(self, device: torch.device) -> Tensor:
         return torch.cat([torch.arange(start, stop, device=device) for start, stop in self.slices])
 
-    def _placed(self, values: torch.Tensor, out_features: int) -> torch.Tensor:
-        """`(out,)`, zero at the columns that are not adapted."""
+    def _scatter(self, values: Tensor, out_features: int) -> Tensor:
+        """`(out,)` with `values` at the adapted columns and zero elsewhere."""
         return values.new_zeros(out_features).index_copy(0, self._columns(values.device), values)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
@@ -16,16 +16,16 @@ from lora_hf.lora.layers import LoraLinear, LoraWeights
 class EmbeddingWeights(LoraWeights):
     """A `(r, vocabulary)`, zero at the start, and B `(dim, r)`, drawn from a standard normal distribution.
 
-    A token's column of A is looked up; the padding token's gets no gradient. There is no dropout, as in PEFT.
+    Each token's column of A is looked up; that of the padding token gets no gradient. There is no dropout, as in PEFT.
     """
 
-    def __init__(self, layer: LoraLinear, r: int, lora_alpha: float, use_rslora: bool = False) -> None:
-        out = layer.out_features
-        super().__init__(layer.in_features, [(0, out)], r, lora_alpha, 0.0, layer.weight.device, use_rslora)
+    def __init__(self, *plain: Any) -> None:
+        super().__init__(*plain)
+        self.lora_dropout = 0.0
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
 
-    def adapt(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def adapt(self, base_layer: nn.Module, x: Tensor) -> Tensor:
         y = base_layer(x)
         columns = nn.functional.embedding(x, self.lora_A.T, base_layer.padding_idx)  # type: ignore[arg-type]
         return y + (columns @ self.lora_B.T * self.scaling).to(y.dtype)
@@ -35,13 +35,13 @@ class EmbeddingWeights(LoraWeights):
 
 
 def embeddings_path(model: PreTrainedModel) -> str:
-    """Where the model's token embeddings are."""
+    """The path of the model's token embeddings."""
     tokens = model.get_input_embeddings()
     return next(path for path, module in model.named_modules() if module is tokens)
 
 
-def is_base(layers: Mapping[str, nn.Module], key: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor of a file is the weight of an embedding that is there already: PEFT writes it beside A and B."""
+def is_base(layers: Mapping[str, nn.Module], key: str, tensor: Tensor) -> bool:
+    """Whether a tensor of a file equals an embedding of the base: PEFT writes that too, next to A and B."""
     layer: Any = layers.get(key.removesuffix(".base_layer.weight"))
     if not isinstance(layer, nn.Embedding) or layer.weight.shape != tensor.shape:
         return False
@@ -49,7 +49,7 @@ def is_base(layers: Mapping[str, nn.Module], key: str, tensor: torch.Tensor) -> 
 
 
 def check_not_tied(model: PreTrainedModel) -> None:
-    """Raises AdapterError where a merge would change both ends of a model whose embeddings and output head are tied."""
+    """Raises AdapterError if a merge would change a weight that the embeddings and the output head share."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not embeddings.weight:
         return
@@ -57,5 +57,5 @@ def check_not_tied(model: PreTrainedModel) -> None:
         if isinstance(layer, LoraLinear) and layer.active and layer.weight is head.weight:
             raise AdapterError(
                 f"{path}: the input embeddings and the output head share its weight, and merging adapter "
-                f"{layer.active!r} would change both. Keep the adapter beside its base"
+                f"{layer.active!r} would change both. Use the adapter without merging it"
             )

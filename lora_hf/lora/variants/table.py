@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lora_hf.lora.layers import LoraLinear, LoraWeights
+from lora_hf.lora.slices import Slices
 from lora_hf.lora.variants.decomposed import DecomposedWeights
 from lora_hf.lora.variants.dora import DoraWeights
 from lora_hf.lora.variants.embedding import EmbeddingWeights
@@ -15,10 +16,10 @@ from lora_hf.lora.variants.embedding import EmbeddingWeights
 
 @dataclass(frozen=True)
 class Variant:
-    """What an adapter does beside plain LoRA, in PEFT's words.
+    """What an adapter does besides plain LoRA, in PEFT's words.
 
-    `start` (`pissa`, `olora`) names a start that is still to be computed; `bias` trains a projection's bias,
-    where there is one.
+    `start` is `pissa` or `olora` if A and B start as a part of the weight; `bias` trains a projection's bias if it has
+    one.
     """
 
     use_rslora: bool = False
@@ -31,34 +32,29 @@ PLAIN = Variant()
 
 
 def new_weights(
-    layer: LoraLinear,
-    slices: list[tuple[int, int]],
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float = 0.0,
-    variant: Variant = PLAIN,
+    layer: LoraLinear, slices: Slices, r: int, lora_alpha: float, lora_dropout: float = 0.0, variant: Variant = PLAIN
 ) -> LoraWeights:
     """Fresh A and B for one projection."""
     plain = (layer.in_features, slices, r, lora_alpha, lora_dropout, layer.device, variant.use_rslora)
     if isinstance(layer.base_layer, nn.Embedding):
-        weights = EmbeddingWeights(layer, r, lora_alpha, variant.use_rslora)
+        weights = EmbeddingWeights(*plain)
     elif variant.use_dora:
-        weights = DoraWeights(layer.original_weight(), slices, r, lora_alpha, lora_dropout, variant.use_rslora)
+        weights = DoraWeights(layer.original_weight(), *plain)
     else:
         weights = DecomposedWeights(variant.start, *plain) if variant.start else LoraWeights(*plain)
-    own = layer.bias if layer.unmerged_bias is None else layer.unmerged_bias
-    if variant.bias and own is not None:
-        weights.bias = nn.Parameter(own.detach().float().clone())
+    bias = layer.bias if layer.unmerged_bias is None else layer.unmerged_bias
+    if variant.bias and bias is not None:
+        weights.bias = nn.Parameter(bias.detach().float().clone())
     return weights
 
 
 def initialise(weights: LoraWeights, layer: LoraLinear, init: str) -> None:
-    """Gives fresh A and B the values that `init_lora_weights` names; `default` is what they have already.
+    """Gives fresh A and B the values that `init_lora_weights` names; they already have those of `default`.
 
-    `gaussian` draws A from a normal distribution of deviation `1 / r`, as PEFT does.
+    `gaussian` draws A from a normal distribution of standard deviation `1 / r`, as in PEFT.
     """
     if isinstance(weights, DecomposedWeights):
-        weights.begin(layer.original_weight())
+        weights.start_from(layer.original_weight())
     elif init == "gaussian" and not isinstance(weights, EmbeddingWeights):
         with torch.no_grad():
             nn.init.normal_(weights.lora_A, std=1 / weights.r)

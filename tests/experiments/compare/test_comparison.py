@@ -20,7 +20,7 @@ from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.records import ComparisonRecord, RunRecord
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.experiments.compare.comparison import CompareOptions, compare
-from lora_hf.experiments.compare.sections import report
+from lora_hf.experiments.compare.report import render_report
 from lora_hf.inference.generate import Generator, evaluate_texts
 from lora_hf.training.run import train
 from tests.support.numbers_in_records import unexplained
@@ -192,14 +192,14 @@ def test_damaged_records_are_named_and_left_out(
     for reason in (
         "head: record.json: not a readable record",
         "full: no record.json: the run is not finished",
-        "lora-1: record.json: not a whole record: KeyError: 'validation'",
+        "lora-1: record.json: incomplete record: KeyError: 'validation'",
         "lora-0: predictions-validation.jsonl: not readable",
         "nowhere: no such folder",
     ):
         assert reason in said
     text = (output / "report.md").read_text(encoding="utf-8")
     assert text.count("compared without it") == 1
-    assert "There are no intervals here" in text
+    assert "There are no intervals" in text
     assert [run["folder"] for run in ComparisonRecord.load(output / "comparison.json").runs] == [str(copied / "lora-0")]
 
 
@@ -211,7 +211,7 @@ def test_a_sweep_among_runs_is_told_of_and_read_where_it_is_named(copied: Path, 
     (copied / "data").mkdir()
     found = compare([copied], CompareOptions())
     assert [each["path"] for each in found.left_out] == [str(sweep)]
-    assert "a sweep or another folder of run folders: not read; name it" in found.left_out[0]["reason"]
+    assert "contains run folders, such as the trials of a sweep" in found.left_out[0]["reason"]
     named = compare([copied, sweep], CompareOptions())
     assert named.left_out == []
     assert len(named.runs) == len(found.runs) + 1, "the link to the best trial is no run of its own"
@@ -236,7 +236,7 @@ def test_predictions_of_another_run_are_not_believed(copied: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     found = compare([copied / "head", copied / "full"], CompareOptions())
     assert len(found.left_out) == 1
-    assert "of another run; compared without it" in found.left_out[0]["reason"]
+    assert "predictions of another run; compared without it" in found.left_out[0]["reason"]
     assert by_label(found, "full")["scores"]["validation"]["accuracy"]["interval"] is None
     assert by_label(found, "head")["scores"]["validation"]["accuracy"]["interval"]
 
@@ -276,7 +276,7 @@ def test_what_is_not_comparable_is_marked(how: Change, aspect: str, words: str, 
     assert head["differs"] == {}
     others_data = aspect == "data"
     assert len(found.tasks[0]["tests"]) == (1 if others_data else 3)
-    text = report(found, {})
+    text = render_report(found, {})
     assert f"{full['key']} (full fine-tuning): {aspect}: " in text
     cells = next(line for line in text.splitlines() if "full fine-tuning †" in line).split(" | ")
     assert f"({full['examples_per_second']['mean']:.1f})" in cells
@@ -295,7 +295,7 @@ def test_rows_whose_texts_are_not_to_be_had_are_given_by_number(copied: Path, da
         change(copied / name / "record.json", lambda values: values.update(task="sst2"))
     (task,) = compare([copied / "head", copied / "full"], CompareOptions(data_dir=str(data_dir))).tasks
     found = task["disagreements"]
-    assert "other labels than those that the runs were scored on" in found["without_texts"]
+    assert "other labels than those the runs were scored on" in found["without_texts"]
     assert all(row["texts"] == {} for rows in found["rows"].values() for row in rows)
 
 

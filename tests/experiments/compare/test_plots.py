@@ -39,7 +39,7 @@ def task(configurations: int, text: bool = False) -> dict[str, Any]:
 
 @pytest.mark.parametrize("configurations", [1, 12])
 def test_every_picture_is_drawn_for_few_and_many(configurations: int, tmp_path: Path) -> None:
-    drawn = plots.draw(task(configurations), tmp_path)
+    drawn = plots.draw_plots(task(configurations), tmp_path)
     assert drawn == {kind: f"t-{kind}.png" for kind in ("curves", "parameters", "time", "memory", "confusion")}
     for file in drawn.values():
         assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
@@ -47,7 +47,7 @@ def test_every_picture_is_drawn_for_few_and_many(configurations: int, tmp_path: 
 
 
 def test_a_task_without_classes_has_no_confusion(tmp_path: Path) -> None:
-    assert "confusion" not in plots.draw(task(2, text=True), tmp_path)
+    assert "confusion" not in plots.draw_plots(task(2, text=True), tmp_path)
 
 
 @pytest.mark.parametrize("configurations", [2, 12])
@@ -63,8 +63,3 @@ def test_the_legend_hides_no_data(drawing: Any, configurations: int) -> None:
         assert axes.get_xlabel()
         assert axes.get_window_extent().height > 0.3 * figure.bbox.height, "the legend leaves room for the data"
     pyplot.close(figure)
-
-
-def test_no_two_of_twelve_look_alike() -> None:
-    looks = [tuple(plots._look(place).values()) for place in range(12)]
-    assert len(set(looks)) == 12

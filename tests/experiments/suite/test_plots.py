@@ -2,13 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_hf.experiments.suite.plots import draw_suite, pareto_front
+from lora_hf.experiments.suite.plots import draw_suite
 from tests.support.suite_records import made_record, two_methods
-
-
-def test_the_front_has_the_points_that_no_other_beats() -> None:
-    points = [(4.0, 9.0), (1.0, 5.0), (2.0, 4.0), (2.0, 7.0), (3.0, 7.0)]
-    assert pareto_front(points) == [(1.0, 5.0), (2.0, 7.0), (4.0, 9.0)]
 
 
 def test_every_plot_is_drawn(tmp_path: Path) -> None:

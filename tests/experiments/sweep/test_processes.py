@@ -15,7 +15,7 @@ import pytest
 from optuna.trial import TrialState
 
 from lora_hf.adapters.resolve import find_saved_model
-from lora_hf.cli.main import main as cli
+from lora_hf.cli import main as cli
 from lora_hf.core.config.loader import load_config
 from lora_hf.core.records import SweepRecord
 from lora_hf.experiments.sweep import storage, study
@@ -49,9 +49,9 @@ def test_two_processes_share_the_trials_of_one_sqlite_file(tmp_path: Path) -> No
     record = SweepRecord.load(Path(one["record"]))
     assert [trial["number"] for trial in record.trials] == [0, 1, 2, 3], "four in all, not four each"
     assert len({trial["values"]["train.lr"] for trial in record.trials}) == 4
-    told = [[line for line in said.splitlines() if line.startswith("INFO: trial ")] for _, said in answers]
-    assert len(told[0]) + len(told[1]) == 4
-    assert all(told), "each ran some"
+    logged = [[line for line in said.splitlines() if line.startswith("INFO: trial ")] for _, said in answers]
+    assert len(logged[0]) + len(logged[1]) == 4
+    assert all(logged), "each ran some"
     load_config(one["config"])
     assert Path(one["run"]).resolve() == Path(one["record"]).with_name(f"trial-{record.best['number']}").resolve()
     assert find_saved_model(Path(one["run"], "adapter")).task.name == "rule-sentiment"
@@ -73,8 +73,8 @@ def test_a_sweep_goes_on_after_its_process_was_killed(
     done = sum(trial.state == TrialState.COMPLETE for trial in trials)
     assert [trial.number for trial in trials if trial.state == TrialState.RUNNING] == [killed_in]
 
-    for room in (storage, study):
-        monkeypatch.setattr(room, "GRACE", 2)
+    for module in (storage, study):
+        monkeypatch.setattr(module, "GRACE", 2)
     assert cli.main(["sweep", *WORDS, "--output", str(tmp_path), "--trials", str(done + 1)]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["trials"] == {"complete": done + 1, "interrupted": 1}
@@ -96,20 +96,20 @@ def _wait_for_the_second_trial(output: Path, url: str) -> int:
     pytest.fail("no second trial")
 
 
-MISTAKES = {
-    "no trials": (["--trials", "0"], "--trials: expected a whole number >= 1, found 0"),
+ERRORS = {
+    "no trials": (["--trials", "0"], "trials: expected a whole number >= 1, found 0"),
     "seed": (["--trials", "1", "--seed", "-1"], "--seed: expected a whole number >= 0, found -1"),
-    "storage": (["--trials", "1", "--storage", "nosuch://me:secret@host/x"], "--storage nosuch://host/x: Can't load"),
+    "storage": (["--trials", "1", "--storage", "nosuch://me:secret@host/x"], "storage nosuch://host/x: Can't load"),
     "space": (["--trials", "1", "lora.q=1..2"], "sweep of rule_sentiment.yaml: 1 problem\n  lora.q: unknown key"),
     "data": (["--trials", "1", "task.data_dir=nowhere", "task.name=sst2"], "task.data_dir=nowhere is not a folder"),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_message_and_exit_code_2(
-    mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_user_error_is_one_message_and_exit_code_2(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words, said = MISTAKES[mistake]
+    words, said = ERRORS[case]
     assert cli.main(["sweep", "--output", str(tmp_path), *words[:2], *WORDS, *words[2:]]) == 2
     error = capsys.readouterr().err
     assert said in error

@@ -1,4 +1,4 @@
-"""The words that say what a sweep varies: what they mean, and every mistake told at once."""
+"""The search space of a sweep: what its words mean, and all errors in one message."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def problems(*words: str) -> list[str]:
     return str(caught.value).split("\n  ")
 
 
-def test_every_form_is_read_as_it_stands() -> None:
+def test_every_form_of_a_word() -> None:
     config, space = read_sweep(
         RECIPE,
         [
@@ -50,9 +50,9 @@ def test_every_form_is_read_as_it_stands() -> None:
         ],
     )
     assert space.dimensions == (
-        Range("lora.r", 4, 64, "log2", whole=True),
-        Range("train.lr", 1e-5, 1e-3, "log", whole=False),
-        Range("train.epochs", 1.0, 3.0, "linear", whole=False),
+        Range("lora.r", 4, 64, "log2", is_int=True),
+        Range("train.lr", 1e-5, 1e-3, "log", is_int=False),
+        Range("train.epochs", 1.0, 3.0, "linear", is_int=False),
         Choice("lora.targets", ("[q, v]", "all")),
         Choice("train.batch_size", ("8", "16")),
     )
@@ -92,7 +92,7 @@ def test_values_make_a_config_and_choices_are_yaml() -> None:
     assert config == load_config(RECIPE)
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_in_one_message() -> None:
     assert problems(
         "lora.rank=4..8",
         "lora.r=0..8",
@@ -116,10 +116,10 @@ def test_all_problems_are_told_at_once() -> None:
         "train.lr=0..1e-3:log: expected low > 0 for :log, found 0",
         "train.epochs=3..1: expected low < high, found 3 and 1",
         "train.batch_size=1.5..4: expected whole numbers, found 1.5 and 4",
-        "output.name: a sweep names its own folders; use --output and --study",
-        "task.name: cannot be swept, scores of different tasks cannot be compared",
-        "task.metric: cannot be swept, scores by different metrics cannot be compared",
-        "generate.num_beams: cannot be swept, decoding has no part in the score on the development rows",
+        "output.name: a sweep sets the output folder itself; use the options of the sweep",
+        "task.name: cannot be swept: scores of different tasks cannot be compared",
+        "task.metric: cannot be swept: scores by different metrics cannot be compared",
+        "generate.num_beams: cannot be swept: decoding has no effect on the score on the development rows",
         "'r': expected section.key=low..high, section.key=a,b or section.key=value",
         "model.dropout=0.1..0.2:ln: expected :log or :log2, found :ln",
         "train.max_steps=5..7:log2: expected at least two powers of two between low and high",
@@ -133,9 +133,9 @@ def test_all_problems_are_told_at_once() -> None:
     ]
 
 
-def test_a_choice_that_does_not_go_with_a_fixed_value_is_told() -> None:
+def test_a_choice_that_conflicts_with_a_fixed_value() -> None:
     (_, line) = problems("train.method=lora,full", "model.quantised=int8")
-    assert line.startswith("model.quantised: int8 weights cannot be trained")
+    assert line.startswith("model.quantised=int8: train.method=full")
 
 
 @pytest.mark.parametrize(
@@ -145,12 +145,12 @@ def test_a_choice_that_does_not_go_with_a_fixed_value_is_told() -> None:
         (["lora.r=8"], "nothing to sweep: give at least one key=low..high or key=a,b, such as lora.r=4..64:log2"),
         (["lora.r=4..many"], "lora.r: expected a whole number >= 1, found '4..many'"),
         (["lora.targets=[q,v]|q|[q, v]"], "lora.targets=[q,v]|q|[q, v]: a choice is given twice"),
-        (["lora.targets=[q|v]"], "a choice is not valid YAML; choices that hold commas are parted by |"),
-        (["lora.bias=none,all", "lora.r=2*lora.bias"], "lora.r=2*lora.bias: lora.bias holds no numbers"),
-        (["lora.r.x=1..2"], "'lora.r.x': r holds 16, not further keys"),
+        (["lora.targets=[q|v]"], "a choice is not valid YAML; separate choices that contain commas by |"),
+        (["lora.bias=none,all", "lora.r=2*lora.bias"], "lora.r=2*lora.bias: expected numbers in lora.bias"),
+        (["lora.r.x=1..2"], "'lora.r.x': r is 16 and has no keys"),
     ],
 )
-def test_one_mistake(words: list[str], line: str) -> None:
+def test_one_problem(words: list[str], line: str) -> None:
     assert any(found.endswith(line) for found in problems(*words)), problems(*words)
 
 

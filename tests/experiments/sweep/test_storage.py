@@ -1,4 +1,4 @@
-"""Where trials are kept: what a URL may be, what is never shown of it, and how points are drawn."""
+"""The storage of trials: which URLs are valid, which parts of them are secret, and how the sampler draws."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ import optuna
 import pytest
 
 from lora_hf.core.errors import ConfigError
-from lora_hf.experiments.sweep.storage import SeededSampler, open_study, parse_url, shown, told
+from lora_hf.experiments.sweep.storage import SeededSampler, database_errors, open_study, parse_url, without_secrets
 from tests.tolerances import SAMPLER_GAIN
 
 SECRET = "hunter2"
 
 
-def opened(url: str, name: str = "s", **about: Any) -> optuna.Study:
+def opened(url: str, name: str = "s", **definition: Any) -> optuna.Study:
     parsed = parse_url(url)
-    with told(parsed):
-        return open_study(parsed, name, SeededSampler(0), maximise=True, about=about)
+    with database_errors(parsed):
+        return open_study(parsed, name, SeededSampler(0), maximize=True, definition=definition)
 
 
-def test_what_is_secret_in_a_url_is_not_shown() -> None:
+def test_secrets_in_a_url_are_not_shown() -> None:
     url = parse_url(f"postgresql://me:{SECRET}@db.example/sweeps?sslpassword={SECRET}")
-    assert shown(url) == "postgresql://db.example/sweeps"
+    assert without_secrets(url) == "postgresql://db.example/sweeps"
 
 
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        (SECRET, "--storage: expected a URL such as sqlite:///sweep.db"),
-        (f"nosuch://me:{SECRET}@host/name", "--storage nosuch://host/name: Can't load plugin"),
+        (SECRET, "storage: expected a URL such as sqlite:///sweep.db"),
+        (f"nosuch://me:{SECRET}@host/name", "storage nosuch://host/name: Can't load plugin"),
         (f"oracle://me:{SECRET}@host/name", "install the driver"),
-        ("sqlite://", "keeps nothing; name a file"),
-        ("sqlite:///:memory:", "keeps nothing; name a file"),
+        ("sqlite://", "not persistent; name a file"),
+        ("sqlite:///:memory:", "not persistent; name a file"),
         ("sqlite:///nowhere/at/all.db", "unable to open database file"),
     ],
 )
-def test_a_storage_that_cannot_be_used_is_told_without_its_secrets(url: str, said: str) -> None:
+def test_an_unusable_storage_is_reported_without_its_secrets(url: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         opened(url)
     assert said in str(caught.value)
     assert SECRET not in str(caught.value)
 
 
-def test_a_file_that_is_no_database_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database(tmp_path: Path) -> None:
     (tmp_path / "x.db").write_text("a text " * 50)
     with pytest.raises(ConfigError, match="file is not a database"):
         opened(f"sqlite:///{tmp_path}/x.db")
@@ -54,18 +54,18 @@ def test_a_study_of_other_trials_is_refused(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/x.db"
     opened(url, config={"train": {"lr": 1, "seed": 0}}, space=["lora.r=4..8"], seed=0)
     opened(url, config={"train": {"lr": 1, "seed": 0}}, space=["lora.r=4..8"], seed=0)
-    with pytest.raises(ConfigError, match="choose another --study") as caught:
+    with pytest.raises(ConfigError, match="choose another study name") as caught:
         opened(url, config={"train": {"lr": 2, "seed": 0}}, space=["lora.r=4..16"], seed=0)
     assert str(caught.value).splitlines()[1:] == [
-        "  train.lr: 1 there, 2 here",
-        "  space: ['lora.r=4..8'] there, ['lora.r=4..16'] here",
+        "  train.lr: 1 in the study, 2 requested",
+        "  space: ['lora.r=4..8'] in the study, ['lora.r=4..16'] requested",
     ]
 
 
 def test_a_study_that_somebody_else_made_is_refused(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/x.db"
     optuna.create_study(storage=url, study_name="s", direction="maximize").ask()
-    with pytest.raises(ConfigError, match="that no sweep of ours made"):
+    with pytest.raises(ConfigError, match="not from a sweep"):
         opened(url)
 
 

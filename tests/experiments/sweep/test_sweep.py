@@ -102,13 +102,13 @@ def test_a_study_goes_on_and_repeats_itself(
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="lora_hf"):
         _, gone_on = run(tmp_path, rows, *SPACE, trials=3)
-    assert caplog.messages[0].endswith(": 3 trials, 1 of them finished already")
+    assert caplog.messages[0].endswith(": 3 trials, 1 of them already finished")
     assert [line.split(":")[0] for line in caplog.messages if line.startswith("trial ")] == ["trial 1", "trial 2"]
     for ours, theirs in zip(gone_on.trials, record.trials, strict=True):
         assert ours | {"seconds": 0} == theirs | {"seconds": 0}
     _, same = run(tmp_path, rows, *SPACE, trials=2)
     assert same.trials == gone_on.trials, "there are enough already"
-    with pytest.raises(ConfigError, match="made with another config, space or seed"):
+    with pytest.raises(ConfigError, match="another config, space or seed"):
         run(tmp_path, rows, *SPACE, trials=4, seed=1)
     with pytest.raises(ConfigError, match="of a study that is not in the storage"):
         run(tmp_path, rows, *SPACE, storage=f"sqlite:///{tmp_path}/other.db")
@@ -172,7 +172,7 @@ def test_a_trial_that_fails_is_recorded_and_the_sweep_goes_on(
 
 
 def test_all_failed_is_an_error_that_says_why(tmp_path: Path, rows: dict[str, Dataset]) -> None:
-    with pytest.raises(TrainingError, match="all 2 trials failed; the first said: ") as caught:
+    with pytest.raises(TrainingError, match="all 2 trials failed; the first error: ") as caught:
         run(tmp_path, rows, "train.lr=1e36..1e37", "train.max_steps=4", trials=2)
     trials = json.loads((tmp_path / "s" / "trials.json").read_text())["trials"]
     assert str(caught.value).endswith(trials[0]["error"])
@@ -204,7 +204,7 @@ def test_a_trial_that_others_gave_up_does_not_end_the_sweep(
 
     monkeypatch.setattr(study, "run_trial", slow)
     _, record = run(tmp_path, rows, "train.lr=1e-4..1e-2", "train.max_steps=1", trials=1, storage=url)
-    assert any("others gave it up" in line for line in caplog.messages)
+    assert any("another process gave it up" in line for line in caplog.messages)
     assert [(trial["number"], trial["state"]) for trial in record.trials] == [(0, "interrupted"), (1, "complete")]
 
 

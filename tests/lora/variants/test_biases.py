@@ -104,10 +104,10 @@ def test_two_adapters_of_all_biases_answer_each_for_itself() -> None:
 
 def test_places_that_cannot_be_shared_and_biases_of_another_kind_are_refused() -> None:
     model = trained("all")
-    with pytest.raises(AdapterError, match=r"key: adapter 'default' trains the bias alone of it"):
+    with pytest.raises(AdapterError, match=r"key: adapter 'default' .*bias alone"):
         inject(model, LoraConfig(targets=("k",)), name="other")
     model = inject(small_model("roberta", 3), LoraConfig(targets=("k",)))
-    with pytest.raises(AdapterError, match=r"another adapter has A and B at .*key"):
+    with pytest.raises(AdapterError, match=r"key has A and B of another adapter"):
         inject(model, LoraConfig(targets=("q",), bias="all"), name="other")
-    with pytest.raises(ModelError, match=r"lm_head, a RobertaLMHead, does not simply add its bias"):
+    with pytest.raises(ModelError, match=r"lm_head is a RobertaLMHead.*lora.bias=lora_only"):
         inject(small_model("roberta"), LoraConfig(bias="all"))

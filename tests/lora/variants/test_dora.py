@@ -23,9 +23,9 @@ BASES = {
 def adapted(base: str, slices: list[tuple[int, int]], dropout: float = 0.0) -> LoraLinear:
     torch.manual_seed(0)
     layer = LoraLinear(BASES[base]().requires_grad_(False), AdapterState())
-    weights = DoraWeights(layer.original_weight(), slices, r=3, lora_alpha=5, lora_dropout=dropout)
+    weights = DoraWeights(layer.original_weight(), 10, slices, 3, 5, dropout)
     layer.adapters["default"] = weights
-    layer.switch.shared = "default"
+    layer.adapter_state.active_adapter = "default"
     return layer.eval()
 
 
@@ -73,7 +73,7 @@ def test_output_and_every_gradient_are_equation_5(base: str, slices: list[tuple[
 def test_it_starts_as_the_base_bit_for_bit(base: str, dtype: torch.dtype) -> None:
     layer = adapted(base, FUSED)
     layer.to(dtype)
-    layer.adapters["default"] = DoraWeights(layer.original_weight(), FUSED, r=3, lora_alpha=5)
+    layer.adapters["default"] = DoraWeights(layer.original_weight(), 10, FUSED, 3, 5)
     x = torch.randn(4, 10, dtype=dtype)
     assert torch.equal(layer(x), layer.base_layer(x))
     assert layer.adapters["default"].lora_magnitude_vector.dtype == torch.float32
@@ -111,8 +111,8 @@ def test_a_row_of_zeros_and_a_plain_adapter_beside_it() -> None:
     base = nn.Linear(10, 18)
     base.weight.data[3] = 0
     layer = LoraLinear(base.requires_grad_(False), AdapterState())
-    layer.adapters["dora"] = DoraWeights(layer.original_weight(), [(0, 18)], r=2, lora_alpha=2)
+    layer.adapters["dora"] = DoraWeights(layer.original_weight(), 10, [(0, 18)], 2, 2)
     layer.adapters["plain"] = LoraWeights(10, [(0, 18)], 2, 2)
     x = torch.randn(4, 10)
-    for layer.switch.shared in ("dora", "plain"):
+    for layer.adapter_state.active_adapter in ("dora", "plain"):
         assert torch.equal(layer(x), base(x))

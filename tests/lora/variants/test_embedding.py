@@ -19,8 +19,8 @@ from tests.tolerances import MERGE_FP32, PARITY_FP32
 def adapted(dtype: torch.dtype = torch.float32) -> LoraLinear:
     torch.manual_seed(0)
     layer = LoraLinear(torch.nn.Embedding(20, 6, padding_idx=1).to(dtype).requires_grad_(False), AdapterState())
-    layer.adapters["default"] = EmbeddingWeights(layer, r=3, lora_alpha=5)
-    layer.switch.shared = "default"
+    layer.adapters["default"] = EmbeddingWeights(20, [(0, 6)], 3, 5)
+    layer.adapter_state.active_adapter = "default"
     return layer
 
 
@@ -85,8 +85,8 @@ def test_no_preset_holds_embeddings_and_what_they_cannot_do_is_refused() -> None
     assert [(site.path, site.role, site.layout) for site in sites] == [
         ("model.embed_tokens", "embeddings", "embedding")
     ]
-    for lora in ({"use_dora": True}, {"init_lora_weights": "olora"}):
-        with pytest.raises(ConfigError, match=r"embeddings take neither lora.use_dora nor a start"):
+    for lora, key in (({"use_dora": True}, "lora.use_dora"), ({"init_lora_weights": "olora"}, "=olora")):
+        with pytest.raises(ConfigError, match=f"{key} cannot adapt embeddings"):
             inject(small_model("llama"), LoraConfig(targets=("embeddings", "q"), **lora))
     with pytest.raises(ConfigError, match="target 'embeddings' has no module in the layers 0"):
         plan(small_model("llama"), LoraConfig(targets=("embeddings",), layers=(0,)))

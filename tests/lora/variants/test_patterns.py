@@ -22,7 +22,7 @@ def ranks(kind: str = "roberta", **lora: Any) -> dict[str, tuple[int, float]]:
     }
 
 
-def test_the_first_pattern_that_fits_a_place_gives_its_number() -> None:
+def test_the_first_pattern_that_matches_decides() -> None:
     first, second = QUERY.format(0), QUERY.format(1)
     found = ranks(
         targets=("q", "ffn"),
@@ -45,12 +45,8 @@ def test_chosen_layers_count_from_either_end() -> None:
     [
         ("roberta", {"layers": (0, 2, -3)}, "this model has 2 layers, 0 to 1; found 2, -3"),
         ("bert", {"layers": (0,), "targets": ("q", "pooler.dense")}, "'pooler.dense' has no module in the layers 0"),
-        (
-            "roberta",
-            {"rank_pattern": {"k": 2}},
-            "lora.rank_pattern: 'k' fits no adapted place; lora.targets adapts q, v",
-        ),
-        ("roberta", {"alpha_pattern": {"encoder.layer.9.x": 2}}, "lora.alpha_pattern: 'encoder.layer.9.x' fits no"),
+        ("roberta", {"rank_pattern": {"k": 2}}, "lora.rank_pattern: 'k' matches no adapted module"),
+        ("roberta", {"alpha_pattern": {"encoder.layer.9.x": 2}}, "'encoder.layer.9.x' matches no adapted module"),
         ("gpt2", {"rank_pattern": {"q": 2}}, "one projection for several roles, which share r and lora_alpha"),
         ("roberta", {"rank_pattern": {"q": 33}}, "expected a rank of at most 32, found 33"),
     ],

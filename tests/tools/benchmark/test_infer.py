@@ -56,12 +56,12 @@ def test_mixed_and_apart_give_the_same_logits(monkeypatch: pytest.MonkeyPatch) -
     rows = inference_rows(CONFIG, 24)
     found: dict[str, list[Any]] = {"mixed": [], "apart": []}
     for side, logits in found.items():
-        original = infer_sides.answer_rows
+        original = infer_sides.batched_logits
 
         def keep(*args: Any, logits: list[Any] = logits, original: Any = original) -> Any:
             logits.extend(original(*args))
 
-        monkeypatch.setattr(infer_sides, "answer_rows", keep)
+        monkeypatch.setattr(infer_sides, "batched_logits", keep)
         predict, _ = infer_sides.build(Job(side, CONFIG.to_dict(), rows, rounds=1))
         predict()
         monkeypatch.undo()

@@ -62,7 +62,7 @@ def test_a_suite_trains_its_lora_runs_jointly(tmp_path: Path, capsys: pytest.Cap
     }
     assert not list(tmp_path.glob("*/checkpoints"))
     assert main([*words, *where, "--joint", "0"], verb="benchmark") == 2
-    assert "--joint 0: expected at least 1" in capsys.readouterr().err
+    assert "joint: expected a whole number >= 1, found 0" in capsys.readouterr().err
 
 
 def test_only_lora_runs_train_jointly(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Damaged adapters, configs and data, made one by one from good ones, and what lora_hf says to each.
+"""Damaged adapters, configs and data, each with one change to a good one, and how lora_hf handles them.
 
-`python -m tests.support.robustness --output FILE` writes the record. A case is well where it ends in one clear message, or
-where the change means nothing and the input is used as it was meant.
+`python -m tests.support.damaged_inputs --output FILE` writes the record. A case passes if it ends in one clear
+message, or if the damage is harmless and the input is used as meant.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from lora_hf.data.input_files import read_rows
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.inject import eject
 from lora_hf.models.load import load_base
+from lora_hf.training.validation import _check_training_arguments
 from tests.support.adapters_on_disk import TASK, run_folder
 
-Case = tuple[str, Callable[[Path], Any]]  # its name, and what damages the good input in a folder
+Case = tuple[str, Callable[[Path], Any]]  # a name, and a function that damages the good input in a folder
 
 HOSTILE: tuple[Any, ...] = (
     None,
@@ -58,7 +59,7 @@ HOSTILE: tuple[Any, ...] = (
 
 
 def adapter_cases(good: Path) -> Iterator[Case]:
-    """Each tensor and each field of a good adapter, wrong in every way that is its own."""
+    """Every kind of damage to each tensor, field and file of a good adapter."""
     for key in sorted(load_file(good / WEIGHTS_FILE)):
         for name, change in TENSOR_DAMAGE.items():
             yield f"{key}: {name}", _on_tensors(key, change)
@@ -72,13 +73,13 @@ def adapter_cases(good: Path) -> Iterator[Case]:
             yield f"{name}: cut at {part}", lambda folder, name=name, part=part: _cut(folder / name, part)
         yield f"{name}: other bytes", lambda folder, name=name: (folder / name).write_bytes(b"\xff\xfe" * 500)
         yield f"{name}: gone", lambda folder, name=name: (folder / name).unlink()
-    # A header that announces more than there is must not be believed.
+    # The size in a header must not be trusted.
     yield "a header of 2**60 bytes", lambda folder: (folder / WEIGHTS_FILE).write_bytes((2**60).to_bytes(8, "little"))
     yield "JSON nested 100000 deep", lambda folder: (folder / CONFIG_FILE).write_text("[" * 100_000)
 
 
 def config_cases() -> Iterator[Case]:
-    """Each key of a good recipe with each hostile value, and texts that are no recipe."""
+    """Each key of a good recipe with each hostile value, and texts that are not recipes."""
     sections = load_config("rule_sentiment.yaml").to_dict()
     for section, values in sections.items():
         for key in values:
@@ -112,7 +113,7 @@ def config_cases() -> Iterator[Case]:
 
 
 def data_cases() -> Iterator[Case]:
-    """A good split with wrong rows, columns, types and bytes; and files of rows to predict."""
+    """A good split with wrong rows, columns, types and bytes; and damaged files of rows to predict."""
     good = {"sentence": ["a good film", "a bad film"], "label": [1, 0], "idx": [0, 1]}
     for column in ("sentence", "label"):
         yield f"no {column}", _rows({key: value for key, value in good.items() if key != column})
@@ -245,7 +246,7 @@ def _cut(path: Path, part: int) -> None:
 
 
 class Adapters:
-    """Loads each damaged adapter onto the base that the good one was trained on."""
+    """Loads each damaged adapter onto its base."""
 
     kind = "adapters"
 
@@ -283,13 +284,15 @@ class Configs:
 
     def use(self, folder: Path) -> Any:
         config = load_config(folder / "recipe.yaml")
+        if config.train.hf:
+            _check_training_arguments(config.train.hf)
         assert type(config).from_dict(config.to_dict()) == config
         get_task(config.task.name)
         return config
 
 
 class Data:
-    """Reads each split, or each file of rows, and encodes what it gave."""
+    """Reads and encodes each split or file of rows."""
 
     kind = "data"
 
@@ -318,38 +321,38 @@ KINDS = (Adapters, Configs, Data)
 
 
 def outcomes(kind: type[Adapters | Configs | Data], folder: Path) -> list[dict[str, Any]]:
-    """For each case its verdict: `refused` with its message, `used`, or `escaped` with the exception that did."""
+    """For each case its verdict: `refused` with a message, `used`, or `escaped` with an unexpected exception."""
     folder.mkdir(exist_ok=True)
-    work, found = kind(folder), []
-    for number, (name, damage) in enumerate(work.cases):
-        place = folder / f"{number}"
-        place.mkdir()
-        work.prepare(place)
-        damage(place)
-        before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
-        peak, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    target, results = kind(folder), []
+    for number, (name, damage) in enumerate(target.cases):
+        case_folder = folder / f"{number}"
+        case_folder.mkdir()
+        target.prepare(case_folder)
+        damage(case_folder)
+        before = {path: path.stat().st_mtime_ns for path in case_folder.rglob("*")}
+        peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
         try:
-            work.use(place)
+            target.use(case_folder)
             verdict, message = "used", ""
         except UserError as error:
             verdict, message = "refused", str(error)
         except Exception as error:  # noqa: BLE001
             verdict, message = "escaped", f"{type(error).__name__}: {error}"
-        found.append(
+        results.append(
             {
                 "case": name,
                 "verdict": verdict,
-                "message": message.replace(str(place), "FOLDER")[:500],
-                "wrote": before != {path: path.stat().st_mtime_ns for path in place.rglob("*")},
-                "seconds": time.monotonic() - began,
+                "message": message.replace(str(case_folder), "FOLDER")[:500],
+                "wrote": before != {path: path.stat().st_mtime_ns for path in case_folder.rglob("*")},
+                "seconds": time.monotonic() - start,
                 "memory": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024,
             }
         )
-    return found
+    return results
 
 
 def main() -> None:
-    """Writes the record of all cases, counted by kind and verdict."""
+    """Writes the record of all cases, with counts by kind and verdict."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Malformed requests, made by schemathesis from a server's own description, and what the server answers.
+"""Malformed requests, which schemathesis generates from a server's own description, and the server's answers.
 
-`python -m tests.support.malformed --output FILE` writes the record. The server is `scripts/serve.py` in a process of its own,
-with adapters of random weights on the embedded bases; one that may be loaded over HTTP lies beside them. A request is
-well met where it ends in 4xx and the documented form, or where it was not malformed after all and is answered.
+`python -m tests.support.malformed_requests --output FILE` writes the record. The server is `scripts/serve.py` in its
+own process, with random adapters on the embedded bases; clients may load adapters over HTTP. A request passes if it
+gets a 4xx in the documented form, or if it is not malformed after all and gets an answer.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from hypothesis import seed as seeded
 from schemathesis import GenerationMode
 
 from lora_hf.core.provenance import git_state, machine, version, versions
-from tests.support.served import serving
-from tests.support.served_adapters import PROMPTS, TEXTS, save_random
+from tests.support.random_adapters import PROMPTS, TEXTS, save_random
+from tests.support.server_process import serving
 
 TOKEN = "a-token-of-this-record"
 AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
 TASKS = {"one": "rule-sentiment", "two": "rule-sentiment", "writer": "rule-restaurants"}
 CLASSIFY, GENERATE = "/v1/classify", "/v1/generate"
-# Codes of a request that is broken itself; others are refused for what they ask, such as an adapter that is not there.
-BROKEN = (
+# Codes of malformed requests; other codes refuse well-formed ones, such as a request for an unknown adapter.
+MALFORMED = (
     "bad_request",
     "invalid_request",
     "malformed_json",
@@ -42,52 +42,54 @@ BROKEN = (
     "unsupported_media_type",
 )
 UNAVAILABLE = ((503, "queue_full"), (503, "loading"), (503, "closing"), (504, "deadline_passed"))
-LONGEST = 64  # letters of an adapter's name, by the description
-EXAMPLES = 600  # of which some are drawn twice, and sent once
+MAX_NAME_LENGTH = 64  # of an adapter, by the description
+EXAMPLES = 600  # duplicates among them are sent once
 
 
 def cases(schema: Any, examples: int, seed: int) -> Iterator[tuple[str, list[Any]]]:
-    """By operation what schemathesis makes against its description, each request once.
+    """For each operation, the requests that schemathesis generates against its description, without duplicates.
 
-    First every rule broken by itself: bounds, types, fields, methods and content types; then, where there is a body,
-    `examples` drawn at random, among them such as are no JSON.
+    First come those that break one rule each: bounds, types, fields, methods and content types. For operations with a
+    body, `examples` random ones follow, some of which are not JSON.
     """
-    for found in schema.get_all_operations():
-        operation = found.ok()
+    for result in schema.get_all_operations():
+        operation = result.ok()
         config = schema.config.generation_for(operation=operation)
-        made = schema.iter_coverage_cases(
+        coverage = schema.iter_coverage_cases(
             operation, generation_modes=[GenerationMode.NEGATIVE], generation_config=config
         )
-        drawn = _drawn(operation, examples, seed) if operation.body else []
-        # A case is hashed by what goes over the wire.
-        yield f"{operation.method.upper()} {operation.path}", list(dict.fromkeys(map(_of_a_served, [*made, *drawn])))
+        drawn = _random_cases(operation, examples, seed) if operation.body else []
+        # A case's hash is that of its bytes on the wire.
+        unique = dict.fromkeys(map(_with_served_adapter, [*coverage, *drawn]))
+        yield f"{operation.method.upper()} {operation.path}", list(unique)
 
 
-def _of_a_served(case: Any) -> Any:
-    """The case, which asks for an adapter that is served: else what is no mistake would end at its name."""
+def _with_served_adapter(case: Any) -> Any:
+    """Names an adapter that is served; otherwise an unknown name would hide all other defects."""
     body = case.body
-    if isinstance(body, dict) and isinstance(body.get("adapter"), str) and 0 < len(body["adapter"]) <= LONGEST:
+    if isinstance(body, dict) and isinstance(body.get("adapter"), str) and 0 < len(body["adapter"]) <= MAX_NAME_LENGTH:
         body["adapter"] = "writer" if case.path == GENERATE else "one"
     return case
 
 
-def _drawn(operation: Any, examples: int, seed: int) -> list[Any]:
-    found = []
+def _random_cases(operation: Any, examples: int, seed: int) -> list[Any]:
+    drawn = []
 
     @seeded(seed)
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(operation.as_strategy(generation_mode=GenerationMode.NEGATIVE))
     def draw(case: Any) -> None:
-        found.append(case)
+        drawn.append(case)
 
     draw()
-    return found
+    return drawn
 
 
 def outcome(status: int, content: bytes) -> tuple[str, str]:
-    """What became of a request: `malformed`, `refused`, `accepted`, `unavailable` or `failed`; and the error's code.
+    """How a request ended, and the error's code.
 
-    `unavailable` is a server that says why it cannot answer now; another 5xx, or an error of another form, `failed`.
+    `accepted`: answered; `malformed` or `refused`: 4xx; `unavailable`: 5xx with a documented code; `failed`: any other
+    5xx, or an error in another form.
     """
     if status < 400:
         return "accepted", ""
@@ -102,20 +104,20 @@ def outcome(status: int, content: bytes) -> tuple[str, str]:
         return "failed", str(code)
     if status >= 500:
         return ("unavailable" if (status, code) in UNAVAILABLE else "failed"), code
-    return ("malformed" if code in BROKEN else "refused"), code
+    return ("malformed" if code in MALFORMED else "refused"), code
 
 
 def right_answers(client: httpx.Client) -> list[Any]:
-    """What the server says to questions that are well asked, and what it serves."""
+    """The answers to well-formed requests, and the list of adapters."""
     classified = [(CLASSIFY, {"adapter": name, "inputs": list(TEXTS)}) for name in ("one", "two")]
-    written = [(GENERATE, {"adapter": "writer", "prompt": prompt, "max_new_tokens": 20}) for prompt in PROMPTS]
-    found = [client.post(path, json=body) for path, body in [*classified, *written]]
-    found += [client.get(path) for path in ("/v1/adapters", "/readyz")]
-    return [(each.status_code, each.json()) for each in found]
+    generated = [(GENERATE, {"adapter": "writer", "prompt": prompt, "max_new_tokens": 20}) for prompt in PROMPTS]
+    responses = [client.post(path, json=body) for path, body in [*classified, *generated]]
+    responses += [client.get(path) for path in ("/v1/adapters", "/readyz")]
+    return [(response.status_code, response.json()) for response in responses]
 
 
 def malformed_requests(folder: Path, examples: int, seed: int = 0) -> dict[str, Any]:
-    """Sends them all, one after the other, and asks the same questions before and after; the record of it."""
+    """Sends all of them one by one, with the same well-formed requests before and after, and returns the record."""
     allowed = folder / "allowed"
     words: list[str | Path] = ["--precision", "fp32", "--allow-loading", allowed]
     for number, (name, task) in enumerate(TASKS.items()):
@@ -125,18 +127,18 @@ def malformed_requests(folder: Path, examples: int, seed: int = 0) -> dict[str, 
     with serving(*words, LORA_HF_TOKEN=TOKEN) as (process, address, lines):
         with httpx.Client(base_url=address, headers=AUTHORIZED, timeout=60) as client, requests.Session() as session:
             before = right_answers(client)
-            began = time.monotonic()
+            start = time.monotonic()
             schema = schemathesis.openapi.from_url(f"{address}/openapi.json", headers=AUTHORIZED)
-            for operation, made in cases(schema, examples, seed):
+            for operation, requests_of_operation in cases(schema, examples, seed):
                 counts = operations.setdefault(operation, Counter())
-                for case in made:
+                for case in requests_of_operation:
                     response = case.call(session=session, headers=AUTHORIZED, timeout=60)
                     verdict, code = outcome(response.status_code, response.content)
                     counts.update(("requests", verdict))
                     answers[f"{response.status_code} {code}".strip()] += 1
                     if verdict in ("failed", "unavailable"):
                         failures.append(_described(response))
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - start
             after = right_answers(client)
         alive = process.poll() is None
     totals = sum(operations.values(), Counter())
@@ -163,7 +165,7 @@ def malformed_requests(folder: Path, examples: int, seed: int = 0) -> dict[str, 
 
 
 def _described(response: Any) -> dict[str, Any]:
-    """A request and its answer in a few words, to send it again by hand."""
+    """A request and its response, short but complete enough to send the request again."""
     sent = response.request
     body = sent.body.decode("utf-8", "replace") if isinstance(sent.body, bytes) else sent.body
     return {
@@ -174,17 +176,17 @@ def _described(response: Any) -> dict[str, Any]:
     }
 
 
-def well(record: dict[str, Any]) -> bool:
-    """Whether nothing failed, and the server answered afterwards as before."""
+def passed(record: dict[str, Any]) -> bool:
+    """Whether nothing failed and the server answered the same before and after."""
     afterwards = record["afterwards"]
     same = afterwards["questions"] == afterwards["well_answered_before"] == afterwards["same"]
     return not record["failures"] and not record["tracebacks"] and same and afterwards["alive"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Sends them and writes the record; fails where the server did."""
+    """Writes the record; returns 1 if a request failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--examples", type=int, default=EXAMPLES, help="drawn at random for each operation with a body")
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="random requests per operation with a body")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -193,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     totals = record["totals"]
     print(f"{totals['malformed']} of {totals['requests']} were malformed; {len(record['failures'])} failed")
-    return int(not well(record))
+    return int(not passed(record))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`scripts/serve.py` in a process of its own."""
+"""`scripts/serve.py` in its own process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "serve.py"
 
 @contextmanager
 def serving(*words: str | Path, **environment: str) -> Iterator[tuple[subprocess.Popen, str, list[str]]]:
-    """The process, its address, and the lines of its log so far; it is ready."""
+    """Starts a server and waits until it is ready: the process, its URL, and its log lines so far."""
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), "--port", "0", *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
@@ -36,9 +36,9 @@ def serving(*words: str | Path, **environment: str) -> Iterator[tuple[subprocess
     reader.start()
     try:
         assert ready.wait(120), lines
-        found = re.search(r"http://[\d.:]+", "".join(lines))
-        assert found, lines
-        yield process, found[0], lines
+        url = re.search(r"http://[\d.:]+", "".join(lines))
+        assert url, lines
+        yield process, url[0], lines
     finally:
         process.kill()
         process.wait()

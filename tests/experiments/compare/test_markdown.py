@@ -7,8 +7,8 @@ import pytest
 from markdown_it import MarkdownIt
 
 from lora_hf.core.formatting import table
-from lora_hf.experiments.compare.page import page
-from lora_hf.experiments.compare.quotes import disagreement_section, plain, written_section
+from lora_hf.experiments.compare.disagreements import disagreement_section, texts_section
+from lora_hf.experiments.compare.markdown import escape, to_html
 
 HOSTILE = [
     "a | b `code` **bold** _it_ ~~x~~ [link](http://example.com) ![p](q.png)",
@@ -21,14 +21,14 @@ HOSTILE = [
 
 def text_of(html: str) -> str:
     """What a reader sees."""
-    import html as escapes
+    import html as entities
 
-    return escapes.unescape(re.sub(r"<[^>]+>", "", html))
+    return entities.unescape(re.sub(r"<[^>]+>", "", html))
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_quoted_text_is_shown_as_it_is(text: str) -> None:
-    shown = MarkdownIt("commonmark").enable("table").render(f"**x:** {plain(text)}")
+    shown = MarkdownIt("commonmark").enable("table").render(f"**x:** {escape(text)}")
     assert re.fullmatch(r"<p><strong>x:</strong> [^<>]*</p>\n", shown)
     printable = " ".join("".join(mark if mark.isprintable() else " " for mark in text).split())
     assert text_of(shown).strip() == f"x: {printable}"
@@ -42,7 +42,7 @@ def test_a_quoted_text_stays_in_its_cell(tmp_path: Path) -> None:
         "same": 8,
         "rows": [{"input": HOSTILE[0], "references": HOSTILE[1:3], "more_references": 4, "outputs": HOSTILE[3:]}],
     }
-    html = page(written_section(found), "x", tmp_path)
+    html = to_html(texts_section(found), "x", tmp_path)
     assert html.count("<td") == 4
     assert "and 4 more" in html
     assert "8 of 9 texts are the same" in html
@@ -59,9 +59,9 @@ def test_rows_that_disagree_are_quoted_and_nothing_in_them_is_taken(tmp_path: Pa
         "rows": {"only_first": [row], "only_second": [], "neither": []},
         "without_texts": None,
     }
-    html = page(disagreement_section({"disagreements": found}), "x", tmp_path)
-    assert "A3 (head, seed 3) against A4 (head, seed 4), on validation." in html
-    assert "Row 17 is yes; A3 answered yes, A4 answered no_way." in html
+    html = to_html(disagreement_section(found), "x", tmp_path)
+    assert "A3 (head, seed 3) versus A4 (head, seed 4), on validation." in html
+    assert "Row 17, label yes: A3 predicts yes, A4 predicts no_way." in html
     assert html.count("<blockquote>") == 1
     assert html.count("<strong>") == 1 + len(HOSTILE), "the heading of the list, and the names of the columns"
     assert not re.search(r"<(script|img|h1|li|em|code|a) ?", html)
@@ -70,7 +70,7 @@ def test_rows_that_disagree_are_quoted_and_nothing_in_them_is_taken(tmp_path: Pa
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG picture")
     markdown = f"# Title\n\n![alt words](a.png)\n\n{table(['a', 'b'], [['x', '1']])}\n\n<b>not taken</b>\n"
-    html = page(markdown, "T & <t>", tmp_path)
+    html = to_html(markdown, "T & <t>", tmp_path)
     assert html.startswith("<!DOCTYPE html>")
     assert "<title>T &amp; &lt;t&gt;</title>" in html
     assert '<img src="data:image/png;base64,iVBORyBwaWN0dXJl' in html

@@ -2,21 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.records import RunRecord
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.experiments.compare.measures import (
-    best_evaluation,
-    curves,
-    memory_parts,
-    pareto,
-    peak_memory,
-    spread,
-    time_to,
-)
-from lora_hf.experiments.compare.runs import FinishedRun
+from lora_hf.experiments.compare.runs import FinishedRun, memory_parts, peak_memory
 
 HISTORY = [
     {"step": 5, "loss": 0.9},
@@ -49,15 +38,14 @@ def run() -> FinishedRun:
 
 
 def test_time_to_a_quality_is_that_of_the_first_evaluation_with_it() -> None:
-    assert time_to(run(), 0.5) == 80 * 10 / 40
-    assert time_to(run(), 0.6) == 80 * 20 / 40
-    assert time_to(run(), 0.81) is None
-    assert best_evaluation(run()) == 0.8
+    assert run().time_to(0.5) == 80 * 10 / 40
+    assert run().time_to(0.6) == 80 * 20 / 40
+    assert run().time_to(0.81) is None
+    assert run().best_evaluation == 0.8
 
 
 def test_curves_are_the_history() -> None:
-    found = curves(run())
-    assert found == {"seed": 3, "loss": [[5, 0.9]], "score": [[10, 0.5], [20, 0.8], [30, 0.7]]}
+    assert run().curves == {"seed": 3, "loss": [[5, 0.9]], "score": [[10, 0.5], [20, 0.8], [30, 0.7]]}
 
 
 def test_memory_by_part_by_hand() -> None:
@@ -67,14 +55,3 @@ def test_memory_by_part_by_hand() -> None:
     assert memory_parts(record("fp32"))["frozen weights"] == 3_600
     assert memory_parts(record(hf={"optim": "sgd"}))["AdamW's moments"] == 0
     assert sum(memory_parts(record(cuda=7_000)).values()) == 7_000
-
-
-def test_the_pareto_front_by_hand() -> None:
-    costs, scores = [1, 2, 3, 2, 4], [0.5, 0.7, 0.6, 0.6, 0.9]
-    assert pareto(costs, scores, greater_is_better=True) == [True, True, False, False, True]
-    assert pareto(costs, scores, greater_is_better=False) == [True, False, False, False, False]
-    assert pareto([1, 1], [0.5, 0.5], greater_is_better=True) == [True, True], "equal points beat no one"
-
-
-def test_spread() -> None:
-    assert spread([1.0, 2.0, 6.0]) == {"mean": pytest.approx(3.0), "min": 1.0, "max": 6.0}

@@ -1,4 +1,4 @@
-"""Adapter folders of several tasks on the embedded bases, as random as they are quick to make."""
+"""Random adapters for several tasks on the embedded bases."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ PROMPTS = ("name[The Vaults], eatType[pub]", "name[Aromi], food[Italian], area[r
 
 
 def save_random(folder: Path, task: str = "rule-sentiment", seed: int = 7, **lora: object) -> Path:
-    """An adapter for `task` that answers otherwise than one of another seed."""
-    kind = get_task(task)
-    writes = kind.model_kind == "causal-lm"
-    config = ModelConfig(name="tiny-gpt2" if writes else "tiny-roberta", precision="fp32")
+    """Saves an adapter for `task`; adapters of different seeds give different answers."""
+    spec = get_task(task)
+    generates = spec.model_kind == "causal-lm"
+    config = ModelConfig(name="tiny-gpt2" if generates else "tiny-roberta", precision="fp32")
     settings = LoraConfig(**{"r": 4, "lora_alpha": 8, "targets": ("q", "v"), **lora})  # type: ignore[arg-type]
-    model = inject(load_base(config, kind), settings)
-    stir(model, seed, std=0.05 if writes else 0.5)
+    model = inject(load_base(config, spec), settings)
+    stir(model, seed, std=0.05 if generates else 0.5)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".heads." in name:
+            if ".modules_to_save." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return save_adapter(model, folder, task=task)

@@ -1,4 +1,4 @@
-"""A server in a process of its own under malformed requests: few of those that `tests/support/malformed.py` makes."""
+"""A server process under some of the malformed requests of `tests/support/malformed_requests.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.malformed import malformed_requests, outcome, well
+from tests.support.malformed_requests import malformed_requests, outcome, passed
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +18,14 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_no_malformed_request_breaks_the_server(record: dict[str, Any]) -> None:
     assert record["failures"] == []
-    assert well(record)
+    assert passed(record)
     assert record["totals"]["malformed"] > 150
-    assert record["operations"]["GET /readyz"]["malformed"] == 7, "a wrong method each"
+    assert record["operations"]["GET /readyz"]["malformed"] == 7, "one per wrong method"
 
 
 def test_every_request_is_counted_once(record: dict[str, Any]) -> None:
     assert sum(record["answers"].values()) == record["totals"]["requests"]
-    assert sum(record["totals"].values()) == 2 * record["totals"]["requests"], "an end for each"
+    assert sum(record["totals"].values()) == 2 * record["totals"]["requests"], "one outcome each"
     assert sum(map(Counter, record["operations"].values()), Counter()) == record["totals"]
     codes = {answer.partition(" ")[2] for answer in record["answers"]}
     assert {"malformed_json", "unsupported_media_type", "method_not_allowed", "invalid_request", "too_large"} <= codes
@@ -47,11 +47,11 @@ def test_every_request_is_counted_once(record: dict[str, Any]) -> None:
         (422, {"error": "invalid_request"}, "failed"),
     ],
 )
-def test_an_answer_is_judged_by_its_status_and_form(status: int, answer: Any, verdict: str) -> None:
+def test_a_response_is_judged_by_its_status_and_form(status: int, answer: Any, verdict: str) -> None:
     assert outcome(status, json.dumps(answer).encode())[0] == verdict
 
 
-def test_an_error_that_is_no_json_failed() -> None:
+def test_an_error_that_is_not_json_is_a_failure() -> None:
     assert outcome(400, b"Invalid HTTP request received.") == ("failed", "")
 
 
@@ -65,5 +65,5 @@ def test_an_error_that_is_no_json_failed() -> None:
         {"afterwards": {"questions": 7, "well_answered_before": 7, "same": 7, "alive": False}},
     ],
 )
-def test_what_went_wrong_is_not_well(change: dict[str, Any], record: dict[str, Any]) -> None:
-    assert not well(record | change)
+def test_any_failure_makes_the_record_bad(change: dict[str, Any], record: dict[str, Any]) -> None:
+    assert not passed(record | change)

@@ -1,7 +1,7 @@
-"""Every verb in one process that notes whom it would reach: `python -m tests.support.verbs_alone FOLDER`.
+"""Runs every verb in one process under an audit hook: `python -m tests.support.network_audit FOLDER`.
 
-Nothing tells the Hugging Face libraries to stay offline, and the data and the base are local. A connection or a look-up
-of a name beyond this machine is refused and written to `FOLDER/noted.json`, with the addresses that were listened on.
+The data and the base are local, and nothing tells the Hugging Face libraries to stay offline. The hook refuses every
+connection and name lookup beyond this machine and records it in `FOLDER/audit.json`, with the addresses listened on.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from lora_hf.core.hub_access import hub_is_reachable
 
 BASE = Path(__file__).parents[2] / "lora_hf" / "models" / "bases" / "tiny-roberta"
 INPUT = "name[The Mill], eatType[pub]"
-ASKED_BY_PURPOSE = ("push", "hub")  # what is to reach out: they show that the notes are taken
+NETWORKED = ("push", "hub")  # these use the network, which shows that the hook works
 
 
-class Notes:
-    """Whom this process asks for, and where it listens."""
+class NetworkAudit:
+    """Records the hosts that this process contacts, and the addresses that it listens on."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.contacted: list[str] = []
         self.listened: list[str] = []
-        sys.addaudithook(self._note)
+        sys.addaudithook(self._audit)
 
-    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "socket.getaddrinfo" or event.startswith("socket.gethostby"):
             self._check(arguments[0])
         elif event in ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.bind"):
@@ -53,14 +53,14 @@ class Notes:
         name = host.decode() if isinstance(host, bytes) else host
         if name is None or name == "localhost" or _is_loopback(name):
             return
-        self.asked.append(name)
-        raise OSError(f"{name} is beyond this machine")
+        self.contacted.append(name)
+        raise OSError(f"{name} is not this machine")
 
     def take(self) -> dict[str, list[str]]:
-        """What came since the last time."""
-        taken = {"asked": self.asked, "listened": self.listened}
-        self.asked, self.listened = [], []
-        return taken
+        """Returns what was recorded since the last call."""
+        recorded = {"contacted": self.contacted, "listened": self.listened}
+        self.contacted, self.listened = [], []
+        return recorded
 
 
 def _is_loopback(name: str) -> bool:
@@ -71,14 +71,13 @@ def _is_loopback(name: str) -> bool:
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-def ask_and_end(address: str, answers: list[Any]) -> None:
-    """Asks the server of this process once it is ready, and ends it by SIGTERM."""
+def query_and_stop(address: str, answers: list[Any]) -> None:
+    """Queries the server of this process once it is ready, then stops it with SIGTERM."""
     with httpx.Client(
         base_url=address, headers={"authorization": f"Bearer {os.environ['LORA_HF_TOKEN']}"}, trust_env=False
     ) as client:
@@ -107,7 +106,7 @@ def write_rows(folder: Path) -> None:
 
 
 def verbs(folder: Path) -> dict[str, list[str]]:
-    """The words of each verb, in the order in which they need each other."""
+    """The arguments of each verb, in the order of their dependencies."""
     data, run, writer = folder / "data", folder / "runs" / "run", folder / "writer"
     adapter = run / "adapter"
     train = [f"model.name={folder / 'base'}", f"task.data_dir={data}", "train.max_steps=2", "model.precision=fp32"]
@@ -129,30 +128,30 @@ def verbs(folder: Path) -> dict[str, list[str]]:
 
 
 def run_all(folder: Path) -> dict[str, Any]:
-    """Of each verb its exit code, what it asked for, and where it listened."""
-    from tests.support.served_adapters import save_random
+    """For each verb its exit code, the hosts it contacted and the addresses it listened on."""
+    from tests.support.random_adapters import save_random
 
     shutil.copytree(BASE, folder / "base")
     write_rows(folder / "data")
     save_random(folder / "writer", "rule-restaurants")
     (folder / "texts.txt").write_text("The Mill is a pub.\n", encoding="utf-8")
     (folder / "references.txt").write_text("The Mill is a pub.\n", encoding="utf-8")
-    notes, found = Notes(), {}
+    audit, results = NetworkAudit(), {}
     for name, words in verbs(folder).items():
         answers: list[Any] = []
         if name == "serve":
             port = free_port()
             words = [*words, "--port", str(port)]
-            notes.take()
-            threading.Thread(target=ask_and_end, args=(f"http://127.0.0.1:{port}", answers), daemon=True).start()
+            audit.take()
+            threading.Thread(target=query_and_stop, args=(f"http://127.0.0.1:{port}", answers), daemon=True).start()
         code = main([name.split()[0], *words])
-        found[name] = {"code": code, "answers": answers, **notes.take()}
+        results[name] = {"code": code, "answers": answers, **audit.take()}
     hub_is_reachable.cache_clear()
     hub_is_reachable()
-    found["hub"] = notes.take()
-    return found
+    results["hub"] = audit.take()
+    return results
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    (place / "noted.json").write_text(json.dumps(run_all(place), indent=1), encoding="utf-8")
+    folder = Path(sys.argv[1])
+    (folder / "audit.json").write_text(json.dumps(run_all(folder), indent=1), encoding="utf-8")

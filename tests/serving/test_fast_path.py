@@ -1,4 +1,4 @@
-"""The quick way: what is right is answered on it, everything else reaches the framework as it was sent."""
+"""The fast path answers valid requests; everything else reaches the framework unchanged."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from starlette.responses import JSONResponse
 
 from lora_hf.serving.app import CLASSIFY
 from lora_hf.serving.limits import BadInputError, Limits
-from lora_hf.serving.quick import JSON, Quick
+from lora_hf.serving.middleware import JSON, FastPathMiddleware
 from lora_hf.serving.schema import bodies
 
-RIGHT = b'{"adapter": "a", "inputs": ["a text"]}'
+VALID = b'{"adapter": "a", "inputs": ["a text"]}'
 
 
 def ask(
-    body: bytes = RIGHT, method: str = "POST", path: str = CLASSIFY, kind: bytes = JSON, error: Exception | None = None
+    body: bytes = VALID,
+    method: str = "POST",
+    path: str = CLASSIFY,
+    content_type: bytes = JSON.encode(),
+    error: Exception | None = None,
 ) -> tuple[list[Any], list[bytes]]:
-    """What is sent back, and the bodies that the framework was given."""
+    """The messages sent back, and the bodies that reached the framework."""
     sent: list[Any] = []
     passed: list[bytes] = []
 
@@ -28,10 +32,10 @@ def ask(
         passed.append((await receive())["body"])
         assert (await receive())["type"] == "http.disconnect"
 
-    async def answer(asked: Any, _: Any) -> Any:
+    async def answer(body: Any, _: Any) -> Any:
         if error is not None:
             raise error
-        return {"adapter": asked.adapter, "texts": asked.inputs}
+        return {"adapter": body.adapter, "texts": body.inputs}
 
     messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": body, "more_body": False}]
 
@@ -41,19 +45,19 @@ def ask(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    quick = Quick(
+    fast_path = FastPathMiddleware(
         framework,
         CLASSIFY,
         bodies(Limits())[0],
         answer,
-        lambda error: JSONResponse({"said": str(error)}, 422),
+        lambda error: JSONResponse({"error": str(error)}, 422),
     )
-    scope = {"type": "http", "method": method, "path": path, "headers": [(b"content-type", kind)]}
-    asyncio.run(quick(scope, receive, send))
+    scope = {"type": "http", "method": method, "path": path, "headers": [(b"content-type", content_type)]}
+    asyncio.run(fast_path(scope, receive, send))
     return sent, passed
 
 
-def test_a_right_request_is_answered_without_the_framework() -> None:
+def test_a_valid_request_is_answered_without_the_framework() -> None:
     (start, body), passed = ask()
     assert passed == []
     assert start["status"] == 200
@@ -70,18 +74,18 @@ def test_a_right_request_is_answered_without_the_framework() -> None:
         {"body": b""},
         {"method": "PUT"},
         {"path": "/v1/generate"},
-        {"kind": b"application/json; charset=utf-8"},
-        {"kind": b"text/plain"},
+        {"content_type": b"application/json; charset=utf-8"},
+        {"content_type": b"text/plain"},
     ],
 )
-def test_what_is_unusual_reaches_the_framework_as_it_was_sent(unusual: dict[str, Any]) -> None:
+def test_anything_unusual_reaches_the_framework_unchanged(unusual: dict[str, Any]) -> None:
     sent, passed = ask(**unusual)
     assert sent == []
-    assert passed == [unusual.get("body", RIGHT)]
+    assert passed == [unusual.get("body", VALID)]
 
 
-def test_a_refusal_is_told_and_a_fault_is_not_hidden() -> None:
+def test_refusals_are_sent_and_bugs_are_raised() -> None:
     (start, body), passed = ask(error=BadInputError("inputs: nothing there"))
-    assert (start["status"], json.loads(body["body"]), passed) == (422, {"said": "inputs: nothing there"}, [])
-    with pytest.raises(RuntimeError, match="a fault"):
-        ask(error=RuntimeError("a fault"))
+    assert (start["status"], json.loads(body["body"]), passed) == (422, {"error": "inputs: nothing there"}, [])
+    with pytest.raises(RuntimeError, match="a bug"):
+        ask(error=RuntimeError("a bug"))

@@ -1,0 +1,139 @@
+"""The fields of a config section: their ranges, and the checks of their values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from lora_hf.core.errors import ConfigError, did_you_mean
+
+
+def bounded(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
+    """Returns a dataclass field whose value must satisfy `low <= value <= high` and `value > above`."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+class Section:
+    """Base class of config sections: checks its values when it is created, from a file or in Python alike.
+
+    The metadata of a field may hold a `check`: a function that returns what is wrong with a value, or "".
+    """
+
+    def __post_init__(self) -> None:
+        values, problems = _convert_fields(type(self), vars(self))
+        if problems:
+            raise ConfigError("; ".join(problems))
+        for key, value in values.items():
+            object.__setattr__(self, key, value)  # sections are frozen
+
+
+def build_section(
+    section: type, values: Any, hint_for_key: Callable[[str], str] | None = None
+) -> tuple[Any, list[str]]:
+    """Builds a section from a mapping and lists the problems with it; with problems the section is None.
+
+    Args:
+        hint_for_key: returns what to add to the message about an unknown key; by default the nearest known key.
+    """
+    if not isinstance(values, dict):
+        return None, [f"*: expected keys and values, found {describe_value(values)}"]
+    known = [entry.name for entry in dataclasses.fields(section)]
+    problems = [
+        f"{key}: unknown key{hint_for_key(str(key)) if hint_for_key else did_you_mean(str(key), known)}"
+        for key in values
+        if key not in known
+    ]
+    values, invalid = _convert_fields(section, {key: value for key, value in values.items() if key in known})
+    problems += invalid
+    return (None if problems else section(**values)), problems
+
+
+def _convert_fields(section: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    rules = {entry.name: entry.metadata for entry in dataclasses.fields(section)}
+    return _convert_all(values, typing.get_type_hints(section), rules)
+
+
+def _convert_all(
+    values: Mapping[str, Any], kinds: Mapping[str, Any], rules: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the values in the types of their keys, and `key: problem` for each invalid one."""
+    converted, problems = {}, []
+    for key, value in values.items():
+        check = rules[key].get("check")
+        try:
+            converted[key] = _convert(value, kinds[key], rules[key])
+            problem = check(converted[key]) if check else ""
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            problems.append(f"{key}: {problem}")
+    return converted, problems
+
+
+def _convert(value: Any, kind: Any, rules: Mapping[str, Any]) -> Any:
+    """Returns the value in the type `kind`; a ValueError says what was expected and what was found."""
+    # `Literal[...] | None` is a Union of typing, `str | None` one of types.
+    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    if value is None and types.NoneType in options:
+        return None
+    kind = next(option for option in options if option is not types.NoneType)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        near = did_you_mean(str(value), arguments)
+        raise ValueError(f"expected one of {', '.join(arguments)}, found {value!r}{near}")
+    if origin is tuple:
+        items = [value] if type(value) is arguments[0] else value
+        if isinstance(items, (list, tuple)) and all(type(item) is arguments[0] for item in items):
+            return tuple(items)
+        expected = "a word or a list of words" if arguments[0] is str else "a whole number or a list of whole numbers"
+    elif origin is dict:
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return value if arguments[1] is Any else _convert_dict(value, arguments[1], rules)
+        expected = "keys and values"
+    elif kind in (int, float):
+        return _convert_number(value, kind, rules)
+    else:
+        if isinstance(value, kind):
+            return value
+        expected = "true or false" if kind is bool else "text"
+    raise ValueError(f"expected {expected}, found {describe_value(value)}")
+
+
+def _convert_dict(values: dict[str, Any], kind: Any, rules: Mapping[str, Any]) -> dict[str, Any]:
+    bounds = {name: rule for name, rule in rules.items() if name != "check"}  # the check is one of the whole dict
+    converted, problems = _convert_all(values, dict.fromkeys(values, kind), dict.fromkeys(values, bounds))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return converted
+
+
+def _convert_number(value: Any, kind: type, rules: Mapping[str, Any]) -> float:
+    low, high, above = rules.get("low"), rules.get("high"), rules.get("above")
+    expected = "a number" if kind is float else "a whole number"
+    expected += f" > {above}" if above is not None else ""
+    expected += f" >= {low}" if low is not None else ""
+    expected += f" and <= {high}" if high is not None else ""
+    number: Any = None if isinstance(value, bool) else value
+    if kind is float:
+        try:
+            number = float(number)  # PyYAML reads 5e-4 as text: YAML 1.1 wants 5.0e-4
+        except (TypeError, ValueError, OverflowError):
+            number = None
+    if not isinstance(number, kind):
+        raise ValueError(f"expected {expected}, found {describe_value(value)}")
+    inside = (low is None or number >= low) and (high is None or number <= high) and (above is None or number > above)
+    if not inside or (kind is float and not math.isfinite(number)):
+        raise ValueError(f"expected {expected}, found {value}")
+    return number
+
+
+def describe_value(value: Any) -> str:
+    """Returns how a message shows a value: its kind, or the value itself."""
+    descriptions = {dict: "keys and values", list: "a list", type(None): "nothing", bool: str(value).lower()}
+    return descriptions.get(type(value), repr(value))

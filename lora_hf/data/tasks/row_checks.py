@@ -1,0 +1,97 @@
+"""Checks that rows pass before a model sees them. Every message begins with the rows' origin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from lora_hf.core.errors import DataError, did_you_mean
+from lora_hf.core.labels import HIDDEN_LABEL
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+
+LONGEST_TEXT = 1_000_000  # bytes; a tokenizer takes a hundred times as much memory
+
+
+def check_columns(found: Sequence[str], required: Iterable[str], origin: str) -> None:
+    """Raises a DataError for the first of `required` that is not among `found`, with the nearest name."""
+    for column in required:
+        if column not in found:
+            raise DataError(
+                f"{origin}: no column {column!r}{did_you_mean(column, found)}; found: {', '.join(found) or 'none'}"
+            )
+
+
+def check_text(rows: Dataset, origin: str, columns: tuple[str, ...]) -> None:
+    """Checks that there are rows and that each of `columns` holds text, without nulls.
+
+    Raises:
+        DataError: naming the column, what was expected and what was found.
+    """
+    from pyarrow.compute import call_function
+
+    if len(rows) == 0:
+        raise DataError(f"{origin}: no rows; expected at least one")
+    check_columns(rows.column_names, columns, origin)
+    for column in columns:
+        kind = getattr(rows.features[column], "dtype", rows.features[column])
+        if kind not in ("string", "large_string"):
+            raise DataError(f"{origin}: column {column!r} should hold text (string), found {kind}")
+        _refuse(rows, column, _is_null(rows, column), origin, "expected text")
+        lengths = call_function("binary_length", [rows.data.column(column)]).to_numpy()
+        _refuse(rows, column, lengths > LONGEST_TEXT, origin, f"expected a text of at most {LONGEST_TEXT:,} bytes")
+
+
+def check_labels(
+    rows: Dataset, origin: str, split: str, label_names: tuple[str, ...], lowest: float, highest: float
+) -> None:
+    """Checks the column `label`: class ids in the order of `label_names`, or without them scores `lowest` .. `highest`.
+
+    A split whose name starts with "test" may lack the column, or hide all labels as -1 if -1 is no score.
+
+    Raises:
+        DataError: naming how many rows are wrong, the first of them, and what is allowed.
+    """
+    is_test = split.startswith("test")
+    if is_test and "label" not in rows.column_names:
+        return
+    check_columns(rows.column_names, ("label",), origin)
+    feature = rows.features["label"]
+    kind = str(getattr(feature, "dtype", feature))
+    if not kind.startswith(("int", "uint") if label_names else ("float", "int", "uint")):
+        expected = f"class ids (integers, {_numbered(label_names)})" if label_names else "numbers"
+        raise DataError(f"{origin}: column 'label' should hold {expected}, found {kind}")
+    found_names = tuple(getattr(feature, "names", label_names))
+    if found_names != label_names:
+        raise DataError(f"{origin}: the labels should be {_numbered(label_names)}, found {_numbered(found_names)}")
+    _refuse(rows, "label", _is_null(rows, "label"), origin, "expected a label")
+    labels = rows.data.column("label").to_numpy()
+    may_hide = lowest > HIDDEN_LABEL
+    if is_test and may_hide and (labels == HIDDEN_LABEL).all():
+        return
+    invalid = ~((labels >= lowest) & (labels <= highest))  # also NaN
+    expected = f"allowed: {_numbered(label_names) if label_names else f'{lowest:g} to {highest:g}'}"
+    if not is_test and may_hide and HIDDEN_LABEL in labels:
+        expected += f"; hidden labels ({HIDDEN_LABEL}) are only for test splits"
+    _refuse(rows, "label", invalid, origin, expected)
+
+
+def _is_null(rows: Dataset, column: str) -> np.ndarray:
+    return rows.data.column(column).is_null().to_numpy()
+
+
+def _refuse(rows: Dataset, column: str, invalid: np.ndarray, origin: str, expected: str) -> None:
+    count = int(invalid.sum())
+    if count:
+        first = int(invalid.argmax())
+        value = rows.data.column(column)[first].as_py()
+        raise DataError(
+            f"{origin}: {count} of {len(rows)} rows have a wrong {column!r}, the first is row {first} "
+            f"(counting from 0): {value!r:.100}; {expected}"
+        )
+
+
+def _numbered(names: tuple[str, ...]) -> str:
+    return ", ".join(f"{index} {name}" for index, name in enumerate(names))
