@@ -191,11 +191,14 @@ def test_the_way_of_attending_is_not_saved(tmp_path) -> None:
 
 
 def test_the_trainer_groups_rows_where_padding_stays(caplog: pytest.LogCaptureFixture) -> None:
-    assert enable_optimizations(small_model("roberta", 2))["train_sampling_strategy"] == "random"
+    plain = enable_optimizations(small_model("roberta", 2))
+    assert plain.training_arguments()["train_sampling_strategy"] == "random"
     assert not caplog.text
-    arguments = enable_optimizations(small_model("deberta-v2", 2), smoothing=0.1)
-    assert arguments == {"train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1}
+    padded = enable_optimizations(small_model("deberta-v2", 2), label_smoothing=0.1)
+    assert padded.training_arguments(0.1) == {
+        "train_sampling_strategy": "group_by_length",
+        "label_smoothing_factor": 0.1,
+    }
     assert "batches stay padded" in caplog.text
-    assert (
-        enable_optimizations(small_model("gpt2").requires_grad_(False), smoothing=0.1)["label_smoothing_factor"] == 0.0
-    )
+    language_model = enable_optimizations(small_model("gpt2").requires_grad_(False), label_smoothing=0.1)
+    assert language_model.training_arguments(0.1)["label_smoothing_factor"] == 0.0
