@@ -18,7 +18,7 @@ from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError, UserError
 from lora_hf.lora.inject import adapter_heads, adapter_names, inject, lora_layers, set_adapter
 from lora_hf.lora.layers import LoraLinear
-from tests.support.small_models import small_model, stir, token_ids
+from tests.support.small_models import randomize_lora_b, small_model, token_ids
 from tests.tolerances import COMBINE_RTOL, COMBINE_SVD_RTOL, FILE_ROUNDTRIP, LEFT_OUT_RTOL, PARITY_FP32
 
 # Other ranks, scalings, targets, and, at gpt2's fused projection, other slices: q and v, k, and the whole of it.
@@ -36,7 +36,7 @@ def adapted(kind: str = "roberta", num_labels: int | None = None, **adapters: di
     model = small_model(kind, num_labels)
     for name, lora in adapters.items():
         inject(model, LoraConfig(**lora), name)
-    stir(model)
+    randomize_lora_b(model)
     torch.manual_seed(2)
     for head in adapter_heads(model).values():
         for parameter in head.modules_to_save.parameters():

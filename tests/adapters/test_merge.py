@@ -35,7 +35,7 @@ from lora_hf.lora.inject import (
     unmerge,
 )
 from lora_hf.models.load import DTYPES, load_base
-from tests.support.small_models import small_model, stir, token_ids
+from tests.support.small_models import randomize_lora_b, small_model, token_ids
 from tests.tolerances import MERGE_BF16, MERGE_FP16, MERGE_FP32
 
 # kind, num_labels, targets: nn.Linear, Conv1D, and slices of a fused projection.
@@ -53,7 +53,7 @@ def test_any_number_of_merges_gives_the_base_back_bit_for_bit(place: str, dtype:
     model = small_model(kind, num_labels).to(DTYPES[dtype])
     for name in ("one", "two"):
         inject(model, LoraConfig(r=3, lora_alpha=5, targets=targets), name)
-    stir(model)
+    randomize_lora_b(model)
     before = {name: tensor.clone() for name, tensor in base_tensors(model).items()}
     subtracted = {path: layer.weight.clone() for path, layer in lora_layers(model).items()}
     for cycle in range(20):
@@ -84,7 +84,7 @@ def before_of(before: dict[str, torch.Tensor], model: Any, path: str) -> torch.T
 def test_a_head_that_is_the_embeddings_is_not_merged() -> None:
     model = inject(small_model("gpt2"), LoraConfig(targets=("q",)))
     add_weights(model, "lm_head", "default", [(0, 100)], 2, 2)
-    stir(set_adapter(model, "default"))
+    randomize_lora_b(set_adapter(model, "default"))
     before = {name: tensor.clone() for name, tensor in base_tensors(model).items()}
     with pytest.raises(AdapterError, match="lm_head: the input embeddings and the output head share its weight"):
         merge(model)
@@ -96,7 +96,7 @@ def saved_adapter(folder: Path, kind: str, std: float = 0.05, lora: bool = True)
     name, task = ("tiny-roberta", "rule-sentiment") if kind == "roberta" else ("tiny-gpt2", "rule-restaurants")
     model = load_base(ModelConfig(name=name, precision="fp32"), get_task(task))
     inject(model, LoraConfig(r=4, targets=("q", "v", "ffn"))) if lora else inject_head(model)
-    stir(model, std=std)
+    randomize_lora_b(model, std=std)
     torch.manual_seed(4)
     for head in adapter_heads(model).values():
         for parameter in head.modules_to_save.parameters():
@@ -182,7 +182,7 @@ def test_the_merged_head_is_that_of_the_active_adapter() -> None:
     model = small_model("roberta", 3)
     for name in ("one", "two"):
         inject(model, LoraConfig(targets=("q",)), name)
-    stir(model)
+    randomize_lora_b(model)
     for parameter in adapter_heads(model)["classifier"].modules_to_save["one"].parameters():
         nn.init.normal_(parameter)
     expected = set_adapter(model, "one")(token_ids()).logits
@@ -229,7 +229,7 @@ def test_what_was_trained_on_a_packed_base_is_merged_into_its_unpacked_weights(t
     packed = ModelConfig(name="tiny-roberta", precision="fp32", quantised="int8")
     model = load_base(packed, get_task("rule-sentiment")).eval()
     inject(model, LoraConfig(r=4, targets=("q", "v")))
-    stir(model)
+    randomize_lora_b(model)
     save_adapter(model, tmp_path / "adapter", task="rule-sentiment")
     record = merge_adapter(replace(find_saved_model(tmp_path / "adapter"), model=packed), tmp_path / "merged")
     expected, found = (

@@ -22,7 +22,7 @@ from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.inject import adapter_names, inject, inject_head, lora_layers
-from tests.support.small_models import small_model, stir, token_ids
+from tests.support.small_models import randomize_lora_b, small_model, token_ids
 
 QUERY = "base_model.model.roberta.encoder.layer.0.attention.self.query"
 
@@ -31,7 +31,7 @@ def trained(kind: str = "roberta", num_labels: int | None = 3, **lora: Any) -> n
     """A model whose adapter and head are as different from a fresh one as training makes them."""
     model = small_model(kind, num_labels)
     inject(model, LoraConfig(**{"r": 4, "targets": ("all",), **lora}))
-    stir(model)
+    randomize_lora_b(model)
     for name, parameter in model.named_parameters():
         if ".modules_to_save." in name:
             nn.init.normal_(parameter)

@@ -22,7 +22,7 @@ from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import UserError
 from lora_hf.lora.fingerprint import fingerprint
 from lora_hf.lora.inject import eject, inject
-from tests.support.small_models import small_model, stir
+from tests.support.small_models import randomize_lora_b, small_model
 
 PARTS = 5
 SHAPE = {
@@ -120,7 +120,7 @@ def seed_inputs() -> dict[str, bytes]:
     inputs = {}
     for name, (kind, lora) in SEEDS.items():
         model = inject(tiny_base(kind), LoraConfig(**{"r": 1, "lora_alpha": 1, **lora}))
-        stir(model)
+        randomize_lora_b(model)
         with tempfile.TemporaryDirectory() as folder:
             inputs[name] = pack(kind, save_adapter(model, folder, task="rule-sentiment"))
     return inputs

@@ -13,7 +13,7 @@ from lora_hf.core.errors import TrainingError
 from lora_hf.lora.chunked_loss import enable_chunked_loss
 from lora_hf.lora.inject import inject
 from lora_hf.training.trainer import completion_loss, enable_optimizations
-from tests.support.small_models import small_model, stir, token_ids
+from tests.support.small_models import randomize_lora_b, small_model, token_ids
 from tests.tolerances import PARITY_FP32
 
 
@@ -35,7 +35,7 @@ def test_loss_gradients_and_row_sums_are_those_of_all_logits(kind: str, smoothin
         model = inject(small_model(kind), LoraConfig(r=2, targets=("all",))).train()
         for module in model.modules():
             module.training = module.training and not isinstance(module, torch.nn.Dropout)
-        stir(model)
+        randomize_lora_b(model)
         batch = inputs()
         if selective:
             assert enable_chunked_loss(model, smoothing)

@@ -19,7 +19,7 @@ from lora_hf.lora.chunked_loss import enable_chunked_loss
 from lora_hf.lora.inject import adapter_heads, adapter_names, adapter_state, lora_layers
 from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.models.load import quantise
-from tests.support.small_models import small_model, stir, token_ids
+from tests.support.small_models import randomize_lora_b, small_model, token_ids
 
 SETTINGS = {
     "a": LoraConfig(r=2, targets=("all",), use_dora=True),
@@ -49,7 +49,7 @@ def adapted(kind: str, num_labels: int | None = 3) -> PreTrainedModel:
     model = small_model(kind, num_labels)
     for name, lora in SETTINGS.items():
         inject(model, lora, name)
-    stir(model)
+    randomize_lora_b(model)
     for head in adapter_heads(model).values():
         for number, parameter in enumerate(head.parameters()):
             torch.nn.init.constant_(parameter, 0.01 * number)
@@ -84,7 +84,7 @@ def test_a_copy_gives_the_same_logits_and_is_independent(
     assert torch.equal(other(token_ids()).logits, expected[0]), "the active adapter is copied"
     assert adapter_names(other) == list(SETTINGS)
     set_adapter(other, "b")
-    stir(other, seed=1)
+    randomize_lora_b(other, seed=1)
     inject(other, LoraConfig(r=2), "d")
     assert adapter_state(model).active_adapter == "a"
     assert adapter_names(model) == list(SETTINGS)
@@ -120,13 +120,13 @@ def test_a_merged_copy_can_be_unmerged(duplicate: Duplicate) -> None:
 @every_copy
 def test_a_quantized_and_optimized_model_can_be_copied(duplicate: Duplicate) -> None:
     model = inject(quantise(small_model("gpt2"), "int8"), LoraConfig(r=2, targets=("all",)))
-    stir(model)
+    randomize_lora_b(model)
     assert enable_unpadding(model) is None
     assert enable_chunked_loss(model)
     inputs = {"input_ids": token_ids(), "attention_mask": torch.ones(3, 7, dtype=torch.long), "labels": token_ids()}
     other = duplicate(model)
     assert torch.equal(other(**inputs).loss, model(**inputs).loss)
-    stir(other, seed=1)
+    randomize_lora_b(other, seed=1)
     assert not torch.equal(other(**inputs).loss, model(**inputs).loss), "the copy runs its own weights"
 
 

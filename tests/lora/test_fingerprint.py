@@ -18,7 +18,7 @@ from lora_hf.core.config.schema import LoraConfig
 from lora_hf.lora import fingerprint as module
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.models.load import dequantise, quantise
-from tests.support.small_models import small_model, stir
+from tests.support.small_models import randomize_lora_b, small_model
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def adapted(kind: str = "roberta") -> PreTrainedModel:
     model = inject(small_model(kind, 2), LoraConfig(r=2, targets=("all",), bias="all"))
-    stir(model)
+    randomize_lora_b(model)
     return model
 
 
@@ -97,7 +97,7 @@ def test_an_unchanged_base_is_hashed_once(hashed: list[int], tmp_path: Path) -> 
     model = adapted()
     first = fingerprint(model)
     for step in range(3):
-        stir(model, seed=step)
+        randomize_lora_b(model, seed=step)
         save_adapter(model, tmp_path / str(step))
     assert fingerprint(model) == first
     assert len(hashed) == 1

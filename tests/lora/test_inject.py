@@ -21,7 +21,7 @@ from lora_hf.lora.inject import (
 )
 from lora_hf.lora.target_modules import Site, plan, projections
 from lora_hf.models.load import SHAPES as PUBLISHED
-from tests.support.small_models import SHAPES, small_model, stir, token_ids
+from tests.support.small_models import SHAPES, randomize_lora_b, small_model, token_ids
 
 
 def published(name: str, auto: type = AutoModelForSequenceClassification, **more: int) -> nn.Module:
@@ -72,7 +72,7 @@ def test_injected_everywhere_changes_the_output_and_ejects_to_the_plain_model(ki
     plain = model(ids).logits
     inject(model, LoraConfig(r=4, targets=("all",)))
     assert torch.equal(model(ids).logits, plain), "B = 0: the adapter must change nothing yet"
-    stir(model)
+    randomize_lora_b(model)
     assert not torch.allclose(model(ids).logits, plain, atol=1e-3)
     model.train()
     model(ids, labels=torch.tensor([0, 1, 2])).loss.backward()
@@ -88,7 +88,7 @@ def test_injected_everywhere_changes_the_output_and_ejects_to_the_plain_model(ki
 def test_eject_after_merge_keeps_the_merged_weights_and_the_trained_head() -> None:
     model, ids = small_model("roberta", num_labels=2), token_ids()
     inject(model, LoraConfig(targets=("all",)))
-    stir(model)
+    randomize_lora_b(model)
     nn.init.normal_(model.classifier.modules_to_save["default"].out_proj.weight)
     adapted = model(ids).logits
     eject(merge(model))
@@ -145,7 +145,7 @@ def test_each_adapter_answers_for_itself() -> None:
     plain = model(ids).logits
     inject(model, LoraConfig(r=2), name="a")
     inject(model, LoraConfig(r=4, targets=("ffn",)), name="b")
-    stir(model)
+    randomize_lora_b(model)
     nn.init.normal_(model.classifier.modules_to_save["b"].out_proj.weight)
     answers = {name: set_adapter(model, name)(ids).logits for name in ("a", "b")}
     assert not torch.allclose(answers["a"], answers["b"], atol=1e-3)
@@ -228,7 +228,7 @@ def test_activations_computed_again_give_the_same_gradients(kind: str) -> None:
     def gradients(again: bool, seed: int = 3) -> dict[str, torch.Tensor]:
         lora = LoraConfig(r=2, lora_dropout=0.2, targets=("attention", "ffn"))
         model = inject(small_model(kind, num_labels=2), lora)
-        stir(model)
+        randomize_lora_b(model)
         if again:
             model.gradient_checkpointing_enable()
         model.train()

@@ -19,7 +19,7 @@ from lora_hf.lora.kernels import grouped
 from lora_hf.lora.layers import LoraWeights
 from lora_hf.lora.unpadding import enable_unpadding
 from tests import tolerances
-from tests.support.small_models import small_model, stir, token_ids
+from tests.support.small_models import randomize_lora_b, small_model, token_ids
 
 KINDS = ("roberta", "bert", "distilbert", "deberta-v2", "gpt2", "llama")
 SETTINGS = {
@@ -35,7 +35,7 @@ def adapted(kind: str, num_labels: int | None = None) -> PreTrainedModel:
     model = small_model(kind, num_labels)
     for name, lora in SETTINGS.items():
         inject(model, lora, name)
-    stir(model)
+    randomize_lora_b(model)
     return model
 
 
@@ -46,7 +46,7 @@ def classifier(kind: str, folder: Path) -> PreTrainedModel:
         other = small_model(kind, labels)
         other.base_model.load_state_dict(model.base_model.state_dict())
         inject(other, lora)
-        stir(other, seed=labels)
+        randomize_lora_b(other, seed=labels)
         save_adapter(other, folder / name)
     for name in SETTINGS:
         load_adapter(model, folder / name, name, own_head=True)
@@ -181,7 +181,7 @@ def test_stacked_weights_follow_a_change() -> None:
         with mix_adapters(model, NAMES):
             before = model(**inputs).logits
             assert torch.equal(model(**inputs).logits, before)
-        stir(model, seed=9)
+        randomize_lora_b(model, seed=9)
         with mix_adapters(model, NAMES):
             after = model(**inputs).logits
     assert (after - before)[2].abs().max() > 100 * tolerances.MIXED_FP32
@@ -333,7 +333,7 @@ def test_variants_mix_with_plain_adapters(kind: str, padding: bool) -> None:
     model, inputs = small_model(kind, 3), batch()
     for name, lora in VARIANTS.items():
         inject(model, lora, name)
-    stir(model)
+    randomize_lora_b(model)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "magnitude" in key or key.endswith("adapters.biased.bias"):

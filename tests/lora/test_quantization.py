@@ -41,7 +41,7 @@ from lora_hf.lora.quantization import QuantisedLinear, pack, unpack
 from lora_hf.lora.target_modules import plan, projections
 from lora_hf.models.load import dequantise, load_base, quantise, quantised_layers
 from lora_hf.training.run import train
-from tests.support.small_models import small_model, stir, token_ids
+from tests.support.small_models import randomize_lora_b, small_model, token_ids
 from tests.tolerances import INT8_LAYER_RTOL, INT8_MODEL_RTOL, NF4_TABLE, QUANTISED_BF16_RTOL, QUANTISED_FP32
 
 NEEDS_BITSANDBYTES = pytest.mark.skipif(
@@ -252,7 +252,7 @@ def test_every_model_type_trains_through_its_packed_projections(kind: str, schem
     found = plan(model, LoraConfig(targets=("all",)))
     assert [(site.path, site.slice) for site in found] == [(site.path, site.slice) for site in sites]
     inject(model, LoraConfig(r=2, targets=("q", "v")))
-    stir(model)
+    randomize_lora_b(model)
     other = dequantise(copy.deepcopy(model))
     assert not quantised_layers(other)
     assert count_parameters(other) == count_parameters(model)
@@ -276,7 +276,7 @@ def test_merged_dequantised_ejected_and_copied(scheme: str) -> None:
     model, ids = quantise(small_model("gpt2", 3), scheme), token_ids()
     bare = model(ids).logits
     inject(model, LoraConfig(r=2, targets=("all",)))
-    stir(model)
+    randomize_lora_b(model)
     beside = model(ids).logits
     copied = merge(copy.deepcopy(model))
     assert merge_drift(copied).keys() == lora_layers(model).keys()
@@ -323,7 +323,7 @@ def test_an_adapter_finds_its_base_in_either_form(kind: str, scheme: str, tmp_pa
     for name, model in models.items():
         torch.manual_seed(5)
         inject(model, LoraConfig(r=2, targets=("all",)))
-        stir(model)
+        randomize_lora_b(model)
         save_adapter(model, tmp_path / name, task="sst2")
     files = {name: read_adapter(tmp_path / name) for name in models}
     assert files["plain"].metadata == files["packed"].metadata
@@ -343,7 +343,7 @@ def test_an_adapter_finds_its_base_in_either_form(kind: str, scheme: str, tmp_pa
 
 def test_a_base_that_an_adapter_was_merged_into_is_another_base(tmp_path: Path) -> None:
     model = inject(quantise(small_model("roberta", 3), "int8"), LoraConfig(r=2, targets=("all",)))
-    stir(model)
+    randomize_lora_b(model)
     save_adapter(model, tmp_path)
     merged = eject(merge(model))
     with pytest.raises(AdapterError, match="was trained on another base"):

@@ -15,7 +15,7 @@ from lora_hf.lora.kernels.attention import Rows, attend_rows
 from lora_hf.lora.unpadding import ATTENTION, _filling, _register_attention, enable_unpadding
 from lora_hf.training.trainer import enable_optimizations
 from tests import tolerances
-from tests.support.small_models import small_model, stir, token_ids
+from tests.support.small_models import randomize_lora_b, small_model, token_ids
 
 SERVED = ("roberta", "bert", "distilbert", "gpt2", "llama")
 LENGTHS = (7, 3, 5)
@@ -29,7 +29,7 @@ def batch(labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
 
 def adapted(kind: str, num_labels: int | None = 3) -> PreTrainedModel:
     model = inject(small_model(kind, num_labels), LoraConfig(r=2, targets=("all",)))
-    stir(model)
+    randomize_lora_b(model)
     return model
 
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lora_hf import LoraConfig, inject, save_adapter
-from tests.support.small_models import small_model, stir
+from tests.support.small_models import randomize_lora_b, small_model
 
 START = "base_model.model."
 LINEARS = {
@@ -62,7 +62,7 @@ def misread(folder: Path) -> list[str]:
 
 def saved(folder: Path, kind: str, lora: LoraConfig, labels: int | None = None) -> Path:
     model = inject(small_model(kind, labels), lora)
-    stir(model)
+    randomize_lora_b(model)
     return save_adapter(model, folder)
 
 

@@ -20,7 +20,7 @@ from lora_hf.inference.classify import Predictor
 from lora_hf.inference.generate import Generator
 from lora_hf.lora.inject import count_parameters, eject, inject, merge
 from lora_hf.models.load import load_base, load_tokenizer
-from tests.support.small_models import small_model, stir, token_ids
+from tests.support.small_models import randomize_lora_b, small_model, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, MERGE_FP32
 
 CASES = {
@@ -32,7 +32,7 @@ TEXTS = ["A moving, funny and wise film.", "A dull film.", "It is neither good n
 
 def adapted(model: PreTrainedModel, lora: LoraConfig, std: float = 0.5) -> PreTrainedModel:
     """With LoRA, and its head, far from where they start."""
-    stir(inject(model, lora), std=std)
+    randomize_lora_b(inject(model, lora), std=std)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if ".modules_to_save." in name:

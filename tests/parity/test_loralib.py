@@ -13,7 +13,7 @@ import lora_hf
 from lora_hf.adapters.convert.loralib import load_loralib
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.lora.inject import Bias, inject, lora_layers
-from tests.support.small_models import small_model, stir
+from tests.support.small_models import randomize_lora_b, small_model
 from tools.benchmark.peers import with_loralib
 
 MODELS = {
@@ -69,7 +69,7 @@ def test_the_state_dict_holds_the_same_tensors(case: str, bias: Bias, tmp_path: 
 def test_a_saved_state_dict_comes_back_with_load_state_dict(tmp_path: Path) -> None:
     lora = LoraConfig(r=2, targets=("q", "v"))
     ours = inject(small_model("gpt2"), lora)
-    stir(ours)
+    randomize_lora_b(ours)
     torch.save(lora_hf.lora_state_dict(ours), tmp_path / "lora.pt")
     again = inject(small_model("gpt2"), lora)
     lost = again.load_state_dict(torch.load(tmp_path / "lora.pt", weights_only=True), strict=False)

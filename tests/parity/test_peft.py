@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassif
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.lora.inject import inject, lora_layers
-from tests.support.small_models import small_model, stir, token_ids
+from tests.support.small_models import randomize_lora_b, small_model, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, PARITY_FP32
 
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
@@ -109,7 +109,7 @@ def test_files_written_by_peft_load_here(tmp_path: Path) -> None:
 )
 def test_files_written_here_load_in_peft(kind: str, num_labels: int | None, lora: LoraConfig, tmp_path: Path) -> None:
     model, ids = inject(small_model(kind, num_labels), lora), token_ids()
-    stir(model)
+    randomize_lora_b(model)
     for name, parameter in model.named_parameters():
         if ".modules_to_save." in name:
             nn.init.normal_(parameter, std=0.1)

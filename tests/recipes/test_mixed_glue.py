@@ -19,7 +19,7 @@ from lora_hf.data.tasks.glue import GLUE
 from lora_hf.inference.classify import MultiAdapterPredictor, Predictor
 from lora_hf.models.load import load_base
 from tests import tolerances
-from tests.support.small_models import stir
+from tests.support.small_models import randomize_lora_b
 
 ROWS = 24
 
@@ -31,7 +31,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SavedModel]:
     for number, task in enumerate(GLUE):
         model = load_base(ModelConfig(name="tiny-roberta", precision="fp32"), task, seed=number)
         inject(model, LoraConfig(r=2 + number, targets=("all",) if number % 2 else ("q", "v")))
-        stir(model, seed=number, std=0.1)
+        randomize_lora_b(model, seed=number, std=0.1)
         save_adapter(model, folder / task.name, task=task.name)
         saved[task.name] = find_saved_model(folder / task.name)
     return saved

@@ -13,7 +13,7 @@ from lora_hf.core.records import RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.inject import inject
 from lora_hf.models.load import load_base
-from tests.support.small_models import stir
+from tests.support.small_models import randomize_lora_b
 
 TASK = get_task("rule-sentiment")
 
@@ -26,7 +26,7 @@ def run_folder(folder: Path, base: str = "tiny-roberta", seed: int = 7) -> Path:
         LoraConfig(r=4, lora_alpha=8, targets=("q", "v")),
     )
     model = inject(load_base(config.model, TASK), config.lora)
-    stir(model, seed)
+    randomize_lora_b(model, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".modules_to_save." in name:

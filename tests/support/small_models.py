@@ -52,7 +52,7 @@ def token_ids(rows: int = 3, length: int = 7) -> torch.Tensor:
     return torch.randint(5, 100, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def stir(model: PreTrainedModel, seed: int = 7, std: float = 0.5) -> None:
+def randomize_lora_b(model: PreTrainedModel, seed: int = 7, std: float = 0.5) -> None:
     """Gives every LoRA B random values. With B = 0 an adapter changes nothing, and a test would prove nothing."""
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(model).values():

@@ -17,7 +17,7 @@ from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.inject import adapter_names, add_weights, inject, lora_layers, set_adapter
 from lora_hf.lora.layers import LoraWeights
-from tests.support.small_models import small_model, stir, token_ids
+from tests.support.small_models import randomize_lora_b, small_model, token_ids
 from tests.tolerances import PARITY_FP32
 from tools.benchmark.peers import with_loralib
 
@@ -98,7 +98,7 @@ def test_another_enable_lora_gives_another_model(tmp_path: Path) -> None:
 def test_a_loralib_model_takes_the_state_dict_and_answers_alike(case: str, tmp_path: Path) -> None:
     kind, num_labels, targets, _ = CASES[case]
     ours, ids = inject(small_model(kind, num_labels), LoraConfig(r=2, lora_alpha=ALPHA, targets=targets)), token_ids()
-    stir(ours)
+    randomize_lora_b(ours)
     for name, parameter in ours.named_parameters():
         if ".modules_to_save." in name:
             nn.init.normal_(parameter, std=0.3)
