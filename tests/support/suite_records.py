@@ -9,7 +9,7 @@ from lora_hf.core.records import SuiteRecord
 METRICS = {"cola": "matthews_correlation", "stsb": "pearson"}
 
 
-def made_run(task: str, configuration: str, seed: int, value: float, **changed: Any) -> dict[str, Any]:
+def suite_run(task: str, configuration: str, seed: int, value: float, **changed: Any) -> dict[str, Any]:
     """A finished run: 100 s with 4 threads, 50 MB of memory, a file of 1 MB."""
     return {
         "task": task,
@@ -31,7 +31,7 @@ def made_run(task: str, configuration: str, seed: int, value: float, **changed: 
     }
 
 
-def made_record(runs: list[dict[str, Any]], **changed: Any) -> SuiteRecord:
+def suite_record(runs: list[dict[str, Any]], **changed: Any) -> SuiteRecord:
     """The record of these runs on a base of 10 MB, without published scores."""
     names = dict.fromkeys(run["configuration"] for run in runs)
     values: dict[str, Any] = {
@@ -54,13 +54,13 @@ def two_methods() -> SuiteRecord:
         "parameters": {"total": 5_000_000, "trainable": 5_000_000},
     }
     slow = {"timings": {"train": 150.0, "total": 200.0}, "memory": {"rss": 90_000_000, "cuda": 0}}
-    return made_record(
+    return suite_record(
         [
-            made_run("rte", "lora", 0, 0.5),
-            made_run("rte", "lora", 1, 0.6, timings={"train": 120.0, "total": 140.0}),
-            made_run("sst2", "lora", 0, 0.8),
-            made_run("rte", "full", 0, 0.6, **full, **slow),
-            made_run("rte", "full", 1, 0.7, **full, **slow),
-            made_run("sst2", "full", 0, 0.79, **full, **slow),
+            suite_run("rte", "lora", 0, 0.5),
+            suite_run("rte", "lora", 1, 0.6, timings={"train": 120.0, "total": 140.0}),
+            suite_run("sst2", "lora", 0, 0.8),
+            suite_run("rte", "full", 0, 0.6, **full, **slow),
+            suite_run("rte", "full", 1, 0.7, **full, **slow),
+            suite_run("sst2", "full", 0, 0.79, **full, **slow),
         ]
     )

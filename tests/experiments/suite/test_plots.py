@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_hf.experiments.suite.plots import draw_suite
-from tests.support.suite_records import made_record, two_methods
+from tests.support.suite_records import suite_record, two_methods
 
 
 def test_every_plot_is_drawn(tmp_path: Path) -> None:
@@ -14,4 +14,4 @@ def test_every_plot_is_drawn(tmp_path: Path) -> None:
 
 def test_without_a_task_in_common_nothing_is_compared(tmp_path: Path) -> None:
     runs = [run for run in two_methods().runs if (run["method"] == "full") == (run["task"] == "sst2")]
-    assert [file.name for file in draw_suite(made_record(runs), tmp_path)] == ["scores.png"]
+    assert [file.name for file in draw_suite(suite_record(runs), tmp_path)] == ["scores.png"]

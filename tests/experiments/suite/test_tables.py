@@ -8,7 +8,7 @@ import pytest
 from lora_hf.core.errors import DataError
 from lora_hf.core.records import SuiteRecord
 from lora_hf.experiments.suite.tables import GLUE, choice, glue_average, guide, resources, scores, storage, texts
-from tests.support.suite_records import made_record, made_run, two_methods
+from tests.support.suite_records import suite_record, suite_run, two_methods
 from tools.report import fill
 
 
@@ -29,13 +29,13 @@ def test_scores_have_mean_spread_seeds_and_the_gap_to_what_was_published() -> No
 
 
 def test_the_glue_average_is_of_all_eight_tasks_or_not_there() -> None:
-    runs = [made_run(task, "lora", 0, 0.1 * place) for place, task in enumerate(GLUE)]
+    runs = [suite_run(task, "lora", 0, 0.1 * place) for place, task in enumerate(GLUE)]
     # More seeds of one task do not make it weigh more: (0 + .1 + ... + .6 + (.7 + 1.1) / 2) / 8.
-    runs.append(made_run(GLUE[-1], "lora", 1, 1.1))
-    whole = made_record(runs)
+    runs.append(suite_run(GLUE[-1], "lora", 1, 1.1))
+    whole = suite_record(runs)
     assert glue_average(whole, "lora") == pytest.approx((0 + 0.1 + 0.2 + 0.3 + 0.4 + 0.5 + 0.6 + 0.9) / 8)
     assert cells(scores(whole))[-1] == ["**GLUE average**", "lora", "**37.5**", "-", "-", "-", "-"]
-    part = made_record(runs[1:])
+    part = suite_record(runs[1:])
     assert glue_average(part, "lora") is None
     assert "average" not in scores(part)
 
@@ -48,19 +48,19 @@ def test_resources_are_the_means_over_the_seeds() -> None:
 
 
 def test_memory_is_the_gpus_where_there_is_one() -> None:
-    record = made_record([made_run("rte", "lora", 0, 0.5, memory={"rss": 50_000_000, "cuda": 7_000_000})])
+    record = suite_record([suite_run("rte", "lora", 0, 0.5, memory={"rss": 50_000_000, "cuda": 7_000_000})])
     assert cells(resources(record))[0][-2] == "7"
 
 
 def test_storage_is_a_base_and_adapters_against_full_models_by_their_files() -> None:
     record = two_methods()
     assert cells(storage(record)) == [["lora", "2", "10.0", "2.00", "12.0", "40.0", "3.3x"]]
-    without = made_record([run for run in record.runs if run["method"] == "lora"])
+    without = suite_record([run for run in record.runs if run["method"] == "lora"])
     assert cells(storage(without)) == [["lora", "2", "10.0", "2.00", "12.0", "20.0 (copies of the base)", "1.7x"]]
     # A full run of one of the two tasks says nothing of the other.
-    partly = made_record([run for run in record.runs if (run["task"], run["method"]) != ("sst2", "full")])
+    partly = suite_record([run for run in record.runs if (run["task"], run["method"]) != ("sst2", "full")])
     assert cells(storage(partly))[0][-2] == "20.0 (copies of the base)"
-    random = made_record(without.runs, base={"name": "roberta-base", "bytes": None})
+    random = suite_record(without.runs, base={"name": "roberta-base", "bytes": None})
     assert cells(storage(random)) == [["lora", "2", "-", "2.00", "-", "-", "-"]]
 
 
@@ -86,16 +86,16 @@ def test_the_guide_says_who_is_ahead_and_where_seeds_overlap() -> None:
         ),
     ]
     with pytest.raises(DataError, match="two configurations"):
-        guide(made_record([made_run("rte", "lora", 0, 0.5)]))
+        guide(suite_record([suite_run("rte", "lora", 0, 0.5)]))
 
 
 def test_texts_show_every_score_and_a_dash_where_a_scorer_could_not_run() -> None:
     def run(seed: int, bleu: float, meteor: float | None) -> dict:
         of_all = {"BLEU": bleu, "METEOR": meteor}
         metrics = {"all": of_all, "seen": {"BLEU": 0.7, "METEOR": 0.4}}
-        return made_run("web_nlg", "lora", seed, bleu, majority_value=None, texts={"metrics": metrics, "timings": {}})
+        return suite_run("web_nlg", "lora", seed, bleu, majority_value=None, texts={"metrics": metrics, "timings": {}})
 
-    record = made_record([run(0, 0.5, 0.3), run(1, 0.6, None)])
+    record = suite_record([run(0, 0.5, 0.3), run(1, 0.6, None)])
     assert cells(texts(record)) == [
         ["web_nlg", "lora", "0.5500", "-"],
         ["web_nlg, seen", "lora", "0.7000", "0.4000"],
