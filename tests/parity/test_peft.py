@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassif
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.lora.inject import inject, lora_layers
+from tests.support.peft_parameters import paired_parameters
 from tests.support.small_models import randomize_lora_b, small_model, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, PARITY_FP32
 
@@ -38,19 +39,6 @@ def batches(data_dir: Path, models_dir: Path) -> list[dict[str, torch.Tensor]]:
     return result
 
 
-def pairs(ours: nn.Module, theirs: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Each of our trained parameters with that of peft."""
-    named = dict(theirs.named_parameters())
-    found = {}
-    for name, parameter in ours.named_parameters():
-        if parameter.requires_grad:
-            peft_name = "base_model.model." + name
-            for part in ("lora_A", "lora_B"):
-                peft_name = peft_name.replace(f".adapters.default.{part}", f".{part}.default.weight")
-            found[name] = (parameter, named[peft_name])
-    return found
-
-
 def test_logits_gradients_and_twenty_adamw_steps_equal_those_of_peft(data_dir: Path, models_dir: Path) -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256}
@@ -59,7 +47,7 @@ def test_logits_gradients_and_twenty_adamw_steps_equal_those_of_peft(data_dir: P
     base = RobertaForSequenceClassification(config)
     theirs = peft_model(copy.deepcopy(base)).train()
     ours = inject(base, LoraConfig(r=8, lora_alpha=16, targets=("all",))).train()
-    both = pairs(ours, theirs)
+    both = paired_parameters(ours, theirs)
     assert len(both) == 3 * 6 * 2 + 4
     assert len(both) == sum(parameter.requires_grad for parameter in theirs.parameters())
     for parameter, other in both.values():

@@ -16,6 +16,7 @@ from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.inject import inject, lora_layers, merge
+from tests.support.peft_parameters import paired_parameters
 from tests.support.small_models import small_model, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, MERGE_FP32, PARITY_FP32
 
@@ -89,27 +90,9 @@ def both(name: str) -> tuple[nn.Module, nn.Module]:
     return inject(base, LoraConfig(**{"r": 4, "lora_alpha": 6, "targets": targets, **ours})), wrapped
 
 
-def pairs(ours: nn.Module, theirs: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Each of our trained parameters with that of peft."""
-    named = dict(theirs.named_parameters())
-    found = {}
-    for name, parameter in ours.named_parameters():
-        if parameter.requires_grad:
-            other = "base_model.model." + name
-            for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
-                other = other.replace(f".adapters.default.{part}", f".{part}.default.weight")
-            if other not in named and ".lora_" in other:
-                other = other.replace(".lora_", ".lora_embedding_").removesuffix(".weight")
-            if name.endswith(".adapters.default.bias"):
-                stem = "base_model.model." + name.removesuffix(".adapters.default.bias")
-                other = next(key for key in (f"{stem}.base_layer.bias", f"{stem}.bias") if key in named)
-            found[name] = (parameter, named[other])
-    return found
-
-
 def randomize(ours: nn.Module, theirs: nn.Module, std: float = 0.1) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """Adds the same random values to the parameters of both."""
-    matched = pairs(ours, theirs)
+    matched = paired_parameters(ours, theirs)
     generator = torch.Generator().manual_seed(3)
     for parameter, other in matched.values():
         other.data.copy_(other.data + torch.randn(other.shape, generator=generator) * std)
