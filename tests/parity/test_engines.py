@@ -1,7 +1,7 @@
-"""Which of our adapters the engines that people run at scale can serve, by the checks in their published sources.
+"""Which of our adapters vLLM, LoRAX and text-generation-inference can serve, by the checks in their source code.
 
-vLLM: `vllm/lora/peft_helper.py` and `lora_model.py`. LoRAX and text-generation-inference: `adapters/lora.py` of both.
-None of them reads `rank_pattern` or `alpha_pattern`: they give every module the one scaling of `lora_alpha` and `r`.
+vLLM: `vllm/lora/peft_helper.py` and `lora_model.py`. LoRAX and text-generation-inference: `adapters/lora.py`. None of
+them reads `rank_pattern` or `alpha_pattern`: all modules get the same scaling `lora_alpha / r`.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ def vllm_problems(folder: Path, kind: str) -> list[str]:
     for name in load_file(folder / "adapter_model.safetensors"):
         *module, factor, weight = name.removeprefix(START).split(".")
         if (factor, weight) not in (("lora_A", "weight"), ("lora_B", "weight")):
-            problems.append(f"{name} is no LoRA weight")
+            problems.append(f"{name} is not a LoRA weight")
         elif module[-1] not in LINEARS[kind]:
-            problems.append(f"{module[-1]} is no module that takes LoRA")
-    return problems + misread(folder)
+            problems.append(f"{module[-1]} does not support LoRA")
+    return problems + scaling_problems(folder)
 
 
 def lorax_problems(folder: Path) -> list[str]:
-    """LoRAX's and, from the same source, text-generation-inference's."""
+    """The checks of LoRAX, which text-generation-inference shares."""
     config = peft.LoraConfig.from_pretrained(str(folder))
     tensors = load_file(folder / "adapter_model.safetensors")
     modules = {name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name}
-    problems = [f"{name} is left out" for name in tensors if ".lora_" not in name]
+    problems = [f"{name} is ignored" for name in tensors if ".lora_" not in name]
     for module in modules:
         down, up = tensors.get(f"{module}.lora_A.weight"), tensors.get(f"{module}.lora_B.weight")
         if down is None or up is None or down.shape[0] != up.shape[1] or not module.startswith(START):
-            problems.append(f"{module} has not both factors")
-    return problems + (["use_dora"] if config.use_dora else []) + misread(folder)
+            problems.append(f"{module} lacks a factor")
+    return problems + (["use_dora"] if config.use_dora else []) + scaling_problems(folder)
 
 
-def misread(folder: Path) -> list[str]:
-    """Where one scaling for all modules is not what the adapter means."""
+def scaling_problems(folder: Path) -> list[str]:
+    """Whether the modules of the adapter need different scalings."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     ranks = {
         value.shape[0] for name, value in load_file(folder / "adapter_model.safetensors").items() if "lora_A" in name
@@ -68,7 +68,7 @@ def saved(folder: Path, kind: str, lora: LoraConfig, labels: int | None = None) 
 
 @pytest.mark.parametrize(("kind", "targets"), [("llama", ("q", "v")), ("llama", ("all",)), ("gpt2", ("q", "v"))])
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_writers_are_served(kind: str, targets: tuple[str, ...], use_rslora: bool, tmp_path: Path) -> None:
+def test_causal_lms_are_served(kind: str, targets: tuple[str, ...], use_rslora: bool, tmp_path: Path) -> None:
     folder = saved(tmp_path, kind, LoraConfig(r=4, lora_alpha=8, targets=targets, use_rslora=use_rslora))
     assert vllm_problems(folder, kind) == []
     assert lorax_problems(folder) == []
@@ -83,13 +83,13 @@ def test_writers_are_served(kind: str, targets: tuple[str, ...], use_rslora: boo
         ("llama", LoraConfig(r=4), 2, "modules_to_save"),
     ],
 )
-def test_what_they_refuse_or_misread_is_known(
+def test_unsupported_adapters_are_known(
     kind: str, lora: LoraConfig, labels: int | None, problem: str, tmp_path: Path
 ) -> None:
     assert problem in vllm_problems(saved(tmp_path, kind, lora, labels), kind)
 
 
-def test_a_fused_projection_adapted_in_part_has_another_rank_than_its_neighbours(tmp_path: Path) -> None:
-    """PEFT's format has no slices: q and v of GPT-2's c_attn stand there as one product of twice the rank."""
+def test_adapted_slices_of_a_fused_projection_have_a_higher_rank_than_other_modules(tmp_path: Path) -> None:
+    """PEFT's format has no slices, so q, k and v of GPT-2's c_attn become one product of three times the rank."""
     folder = saved(tmp_path, "gpt2", LoraConfig(r=4, targets=("all",)))
     assert vllm_problems(folder, "gpt2") == lorax_problems(folder) == ["patterns"]

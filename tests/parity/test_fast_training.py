@@ -1,4 +1,4 @@
-"""Training without padding, fused, is padded training of the definition: the same losses on the same real rows."""
+"""Fused training without padding gives the same losses as padded training with the reference formula."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ def adapted(name: str, precision: Any = "fp32") -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_every_step_loses_what_the_definition_loses(name: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_loss_equals_that_of_the_reference(name: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = adapted(name)
     enable_optimizations(fast)
     ours = losses(fast, batches(name, data_dir, STEPS[name]))
     monkeypatch.setattr(layers, "can_fuse", lambda *_: False)
     plain = losses(adapted(name), batches(name, data_dir, STEPS[name]))
-    apart = max(abs(a - b) for a, b in zip(ours, plain, strict=True))
-    assert apart < FAST_TRAINING_FP32
-    assert abs(plain[0] - plain[-1]) > 1000 * FAST_TRAINING_FP32, "nothing was learned, the comparison says little"
+    difference = max(abs(a - b) for a, b in zip(ours, plain, strict=True))
+    assert difference < FAST_TRAINING_FP32
+    assert abs(plain[0] - plain[-1]) > 1000 * FAST_TRAINING_FP32, "the model must learn, or the comparison says little"
 
 
-def test_bf16_learns_as_fp32_does(data_dir: Path) -> None:
-    """Each of the first losses; where the CPU has bf16 units, also the mean of the last 20 of 50."""
+def test_losses_in_bf16_are_close_to_those_in_fp32(data_dir: Path) -> None:
+    """The first three losses, and on a CPU with bf16 units also the mean of the last 20 of 50."""
     steps = 50 if has_bf16_units() else 3
     runs = {}
     for precision in ("fp32", "bf16"):
@@ -75,5 +75,5 @@ def test_bf16_learns_as_fp32_does(data_dir: Path) -> None:
         assert abs(rounded - exact) < BF16_BATCH_LOSS_RTOL * exact
     if steps == 50:
         ends = {precision: sum(found[-20:]) / 20 for precision, found in runs.items()}
-        assert runs["fp32"][0] > 1.2 * ends["fp32"], "nothing was learned, the comparison says little"
+        assert runs["fp32"][0] > 1.2 * ends["fp32"], "the model must learn, or the comparison says little"
         assert abs(ends["bf16"] - ends["fp32"]) < BF16_LOSS_RTOL * ends["fp32"]

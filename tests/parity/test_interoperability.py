@@ -1,4 +1,4 @@
-"""What is written here, read by the libraries that people have: transformers alone, its pipelines, and peft."""
+"""transformers, its pipelines and peft load what lora_hf saves, with equal outputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXTS = ["A moving, funny and wise film.", "A dull film.", "It is neither good n
 
 
 def adapted(model: PreTrainedModel, lora: LoraConfig, std: float = 0.5) -> PreTrainedModel:
-    """With LoRA, and its head, far from where they start."""
+    """Adds LoRA, and gives it and the head random values."""
     randomize_lora_b(inject(model, lora), std=std)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
@@ -51,7 +51,7 @@ def by_peft(plain: PreTrainedModel, folder: Path) -> nn.Module:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("load", [by_transformers, by_peft, load_adapter])
-def test_an_adapter_written_here_gives_equal_logits(load, case: str, tmp_path: Path) -> None:
+def test_a_saved_adapter_gives_equal_logits_in_other_libraries(load, case: str, tmp_path: Path) -> None:
     kind, num_labels, lora = CASES[case]
     ours, ids = adapted(small_model(kind, num_labels), lora), token_ids()
     save_adapter(ours, tmp_path)
@@ -59,18 +59,18 @@ def test_an_adapter_written_here_gives_equal_logits(load, case: str, tmp_path: P
         expected, plain = ours(ids).logits, small_model(kind, num_labels)(ids).logits
         found = load(small_model(kind, num_labels), tmp_path)(ids).logits
     assert torch.allclose(found, expected, atol=FILE_ROUNDTRIP, rtol=0)
-    assert not torch.allclose(plain, expected, atol=1000 * FILE_ROUNDTRIP), "an adapter that is not loaded would pass"
+    assert not torch.allclose(plain, expected, atol=1000 * FILE_ROUNDTRIP), "an unloaded adapter would pass"
 
 
 @pytest.mark.parametrize(
     ("base", "task", "targets", "on_disk"),
     [("tiny-roberta", "sst2", "all", 1), ("tiny-gpt2", "e2e_nlg", ("q", "v"), 2)],
 )
-def test_the_file_holds_lora_the_head_and_little_else(
+def test_the_file_contains_lora_the_head_and_little_else(
     base: str, task: str, targets: tuple[str, ...], on_disk: int, tmp_path: Path
 ) -> None:
-    """Two slices of GPT-2's fused projection are one LoRA of PEFT's format, whose B is zero outside its blocks: where
-    we train A (2 r, d) and B (2 d, r), the file holds A (2 r, d) and B (3 d, 2 r), which is twice as much.
+    """In PEFT's format, two slices of GPT-2's fused projection are one LoRA, whose B is zero outside its blocks: we
+    train A (2 r, d) and B (2 d, r), and the file contains A (2 r, d) and B (3 d, 2 r), which is twice as much.
     """
     model = adapted(load_base(ModelConfig(name=base, precision="fp32"), get_task(task)), LoraConfig(targets=targets))
     save_adapter(model, tmp_path)
@@ -78,18 +78,18 @@ def test_the_file_holds_lora_the_head_and_little_else(
     size = (tmp_path / WEIGHTS_FILE).stat().st_size
     trained = 4 * (on_disk * counts.lora + counts.head)
     assert trained < size <= trained + 64 * 1024
-    assert size < 4 * counts.total / 4, "the base is not in it"
+    assert size < 4 * counts.total / 4, "the file must not contain the base"
 
 
 def merged(model: PreTrainedModel, base: str, folder: Path) -> Path:
-    """A folder that transformers alone loads: the adapter in the weights, the model plain again, its tokenizer."""
+    """Merges the adapter and saves a plain model with its tokenizer, which transformers can load."""
     merge(model)
     eject(model).save_pretrained(folder)
     load_tokenizer(ModelConfig(name=base)).save_pretrained(folder)
     return folder
 
 
-def test_the_classification_pipeline_on_a_merged_folder_answers_as_we_do(tmp_path: Path) -> None:
+def test_the_classification_pipeline_gives_our_predictions(tmp_path: Path) -> None:
     task, config = get_task("rule-sentiment"), ModelConfig(name="tiny-roberta", precision="fp32")
     model = adapted(load_base(config, task), LoraConfig(r=4, targets=("all",)))
     ours = Predictor(model, load_tokenizer(config), task).predict({"sentence": TEXTS})
@@ -99,32 +99,32 @@ def test_the_classification_pipeline_on_a_merged_folder_answers_as_we_do(tmp_pat
         assert answer["label"] == scores[0]["label"]
         for score in scores:
             assert score["score"] == pytest.approx(answer["probabilities"][score["label"]], abs=6e-5)
-    assert len({answer["probabilities"]["positive"] for answer in ours}) == len(TEXTS), "a constant would prove nothing"
+    assert len({answer["probabilities"]["positive"] for answer in ours}) == len(TEXTS), "constants would prove nothing"
 
 
-def test_the_generation_pipeline_on_a_merged_folder_writes_as_we_do(tmp_path: Path) -> None:
+def test_the_generation_pipeline_gives_our_texts(tmp_path: Path) -> None:
     task, config = get_task("rule-restaurants"), ModelConfig(name="tiny-gpt2", precision="fp32")
     assert isinstance(task, TextGeneration)
     tokenizer, decoding = load_tokenizer(config), GenerateConfig(max_new_tokens=16)
     tokenizer.padding_side = "left"
     contexts = [task.context(prompt) for prompt in ("name[The Vaults], eatType[pub]", "name[Aromi], food[Italian]")]
 
-    def written(model: PreTrainedModel) -> list[str]:
-        writer = Generator(model, tokenizer, task, model.config.max_position_embeddings)
-        return [text.text for text in writer.generate(contexts, decoding)]
+    def generate(model: PreTrainedModel) -> list[str]:
+        generator = Generator(model, tokenizer, task, model.config.max_position_embeddings)
+        return [text.text for text in generator.generate(contexts, decoding)]
 
-    plain = written(load_base(config, task).eval())
+    plain = generate(load_base(config, task).eval())
     model = adapted(load_base(config, task), LoraConfig(r=4, targets=("q", "v")), std=0.05)
-    ours = written(model)
-    write = transformers.pipeline("text-generation", model=str(merged(model, config.name, tmp_path)), device="cpu")
-    asked = [context + tokenizer.eos_token for context in contexts]
-    theirs = write(asked, max_new_tokens=decoding.max_new_tokens, do_sample=False, return_full_text=False)
+    ours = generate(model)
+    pipeline = transformers.pipeline("text-generation", model=str(merged(model, config.name, tmp_path)), device="cpu")
+    prompts = [context + tokenizer.eos_token for context in contexts]
+    theirs = pipeline(prompts, max_new_tokens=decoding.max_new_tokens, do_sample=False, return_full_text=False)
     assert [" ".join(texts[0]["generated_text"].split()) for texts in theirs] == ours
     assert all(ours)
-    assert ours != plain, "an adapter that is not merged would pass"
+    assert ours != plain, "otherwise an adapter that is not merged would pass"
 
 
-def test_merged_logits_are_those_of_the_adapter(tmp_path: Path) -> None:
+def test_a_merged_model_gives_the_logits_of_the_adapter(tmp_path: Path) -> None:
     for kind, num_labels, lora in CASES.values():
         model, ids = adapted(small_model(kind, num_labels), lora), token_ids()
         expected = model(ids).logits

@@ -1,4 +1,4 @@
-"""`mark_only_lora_as_trainable` and `lora_state_dict` against loralib's own, on models that hold the same."""
+"""`mark_only_lora_as_trainable` and `lora_state_dict` do the same as those of loralib, on equal models."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ BIASES: list[Bias] = ["none", "all", "lora_only"]
 
 
 def their_name(name: str) -> str:
-    """What loralib calls the parameter: its layer is the projection, it has one adapter, and no copy of a head."""
+    """The name of the parameter in loralib, which has no base layers, adapter names and copies of heads."""
     return name.replace(".base_layer", "").replace(".adapters.default", "").replace(".modules_to_save.default", "")
 
 
 def both(case: str, tmp_path: Path) -> tuple[nn.Module, nn.Module]:
-    """Ours and loralib's, with equal values."""
+    """Our model and that of loralib, with equal weights."""
     kind, num_labels, targets, enable_lora = MODELS[case]
     theirs = with_loralib(small_model(kind, num_labels), LoraConfig(r=2, lora_alpha=4, targets=targets)).train()
     for name, parameter in theirs.named_parameters():
@@ -47,7 +47,7 @@ def test_the_same_parameters_are_trained(case: str, bias: Bias, tmp_path: Path) 
     loralib.mark_only_lora_as_trainable(theirs, bias=bias)
     lora_hf.mark_only_lora_as_trainable(ours, bias=bias)
     expected = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
-    if bias != "all":  # neither trains the head, which loralib leaves to the script
+    if bias != "all":  # neither trains the head; loralib leaves it to the script
         assert not [name for name in expected if name.startswith("classifier")]
     assert {their_name(name) for name, parameter in ours.named_parameters() if parameter.requires_grad} == expected
     assert {name for name, parameter in ours.named_parameters() if "lora_" in name and parameter.requires_grad}
@@ -55,7 +55,7 @@ def test_the_same_parameters_are_trained(case: str, bias: Bias, tmp_path: Path) 
 
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("case", MODELS)
-def test_the_state_dict_holds_the_same_tensors(case: str, bias: Bias, tmp_path: Path) -> None:
+def test_the_state_dict_contains_the_same_tensors(case: str, bias: Bias, tmp_path: Path) -> None:
     ours, theirs = both(case, tmp_path)
     expected = loralib.lora_state_dict(theirs, bias=bias)
     found = lora_hf.lora_state_dict(ours, bias=bias)
@@ -63,18 +63,18 @@ def test_the_state_dict_holds_the_same_tensors(case: str, bias: Bias, tmp_path: 
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[their_name(name)]), name
         assert not tensor.requires_grad
-        assert tensor.data_ptr() == ours.state_dict()[name].data_ptr(), "as loralib's, it is no copy"
+        assert tensor.data_ptr() == ours.state_dict()[name].data_ptr(), "like that of loralib, it must not be a copy"
 
 
-def test_a_saved_state_dict_comes_back_with_load_state_dict(tmp_path: Path) -> None:
+def test_load_state_dict_restores_a_saved_state_dict(tmp_path: Path) -> None:
     lora = LoraConfig(r=2, targets=("q", "v"))
     ours = inject(small_model("gpt2"), lora)
     randomize_lora_b(ours)
     torch.save(lora_hf.lora_state_dict(ours), tmp_path / "lora.pt")
     again = inject(small_model("gpt2"), lora)
-    lost = again.load_state_dict(torch.load(tmp_path / "lora.pt", weights_only=True), strict=False)
-    assert not lost.unexpected_keys
-    assert not [key for key in lost.missing_keys if "lora_" in key]
+    result = again.load_state_dict(torch.load(tmp_path / "lora.pt", weights_only=True), strict=False)
+    assert not result.unexpected_keys
+    assert not [key for key in result.missing_keys if "lora_" in key]
     for path, layer in lora_layers(ours).items():
         assert torch.equal(layer.delta_weight("default"), lora_layers(again)[path].delta_weight("default"))
 
@@ -90,7 +90,7 @@ def test_only_the_active_adapter_is_trained_and_saved() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_train_and_eval_change_no_weight_where_loralib_merges(tmp_path: Path) -> None:
+def test_eval_changes_no_weight_although_that_of_loralib_merges(tmp_path: Path) -> None:
     ours, theirs = both("gpt2", tmp_path)
     name = "transformer.h.0.attn.c_attn"
     before = small_model("gpt2").get_submodule(name).weight

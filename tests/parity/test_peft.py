@@ -1,4 +1,4 @@
-"""Against peft with equal weights: logits, every gradient, optimiser steps, and files read both ways."""
+"""Parity with peft for equal weights: logits, gradients, optimizer steps, and files in both directions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassif
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.lora.inject import inject, lora_layers
+from tests.support.peft_parameters import paired_parameters
 from tests.support.small_models import randomize_lora_b, small_model, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, PARITY_FP32
 
@@ -28,30 +29,17 @@ def peft_model(base: nn.Module, r: int = 8, alpha: int = 16) -> nn.Module:
 
 
 def batches(data_dir: Path, models_dir: Path) -> list[dict[str, torch.Tensor]]:
-    """`STEPS` batches of real SST-2 rows, tokenised by the real RoBERTa tokenizer."""
+    """`STEPS` batches of SST-2 rows, tokenized with the tokenizer of RoBERTa."""
     rows = Dataset.from_parquet(str(data_dir / "glue/sst2/train.parquet"))[: STEPS * ROWS]
     tokenizer = AutoTokenizer.from_pretrained(models_dir / "roberta-base-tokenizer")
-    made = []
+    result = []
     for start in range(0, STEPS * ROWS, ROWS):
         batch = dict(tokenizer(rows["sentence"][start : start + ROWS], padding=True, return_tensors="pt"))
-        made.append(batch | {"labels": torch.tensor(rows["label"][start : start + ROWS])})
-    return made
+        result.append(batch | {"labels": torch.tensor(rows["label"][start : start + ROWS])})
+    return result
 
 
-def pairs(ours: nn.Module, theirs: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Each trained parameter of ours beside peft's."""
-    named = dict(theirs.named_parameters())
-    found = {}
-    for name, parameter in ours.named_parameters():
-        if parameter.requires_grad:
-            peft_name = "base_model.model." + name
-            for part in ("lora_A", "lora_B"):
-                peft_name = peft_name.replace(f".adapters.default.{part}", f".{part}.default.weight")
-            found[name] = (parameter, named[peft_name])
-    return found
-
-
-def test_logits_every_gradient_and_twenty_adamw_steps_equal_pefts(data_dir: Path, models_dir: Path) -> None:
+def test_logits_gradients_and_twenty_adamw_steps_equal_those_of_peft(data_dir: Path, models_dir: Path) -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256}
     config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, **shape)
@@ -59,7 +47,7 @@ def test_logits_every_gradient_and_twenty_adamw_steps_equal_pefts(data_dir: Path
     base = RobertaForSequenceClassification(config)
     theirs = peft_model(copy.deepcopy(base)).train()
     ours = inject(base, LoraConfig(r=8, lora_alpha=16, targets=("all",))).train()
-    both = pairs(ours, theirs)
+    both = paired_parameters(ours, theirs)
     assert len(both) == 3 * 6 * 2 + 4
     assert len(both) == sum(parameter.requires_grad for parameter in theirs.parameters())
     for parameter, other in both.values():
@@ -81,10 +69,10 @@ def test_logits_every_gradient_and_twenty_adamw_steps_equal_pefts(data_dir: Path
             optimizer.step()
     for name, (parameter, other) in both.items():
         assert torch.allclose(parameter, other, atol=PARITY_FP32, rtol=0), name
-        assert not torch.allclose(parameter, start[name], atol=100 * PARITY_FP32, rtol=0), "it must have moved"
+        assert not torch.allclose(parameter, start[name], atol=100 * PARITY_FP32, rtol=0), "the parameter must change"
 
 
-def test_files_written_by_peft_load_here(tmp_path: Path) -> None:
+def test_we_load_adapters_saved_by_peft(tmp_path: Path) -> None:
     theirs = peft_model(small_model("roberta", 3)).eval()
     for name, parameter in theirs.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
@@ -107,7 +95,7 @@ def test_files_written_by_peft_load_here(tmp_path: Path) -> None:
         ("llama", None, LoraConfig(r=4, targets=("all",))),
     ],
 )
-def test_files_written_here_load_in_peft(kind: str, num_labels: int | None, lora: LoraConfig, tmp_path: Path) -> None:
+def test_peft_loads_our_adapters(kind: str, num_labels: int | None, lora: LoraConfig, tmp_path: Path) -> None:
     model, ids = inject(small_model(kind, num_labels), lora), token_ids()
     randomize_lora_b(model)
     for name, parameter in model.named_parameters():
@@ -117,4 +105,4 @@ def test_files_written_here_load_in_peft(kind: str, num_labels: int | None, lora
     theirs = peft.PeftModel.from_pretrained(small_model(kind, num_labels), str(tmp_path)).eval()
     assert torch.allclose(theirs(ids).logits, model(ids).logits, atol=FILE_ROUNDTRIP, rtol=0)
     adapted = {name for name, module in theirs.base_model.model.named_modules() if hasattr(module, "lora_A")}
-    assert adapted == set(lora_layers(model)), "the expression in the config must match exactly our sites"
+    assert adapted == set(lora_layers(model)), "the regular expression in the config must match exactly our modules"

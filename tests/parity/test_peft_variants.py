@@ -1,4 +1,4 @@
-"""The variants of LoRA against peft with equal weights: logits, every gradient, and files read both ways."""
+"""Parity with peft for the variants of LoRA: logits, gradients, and files in both directions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.inject import inject, lora_layers, merge
+from tests.support.peft_parameters import paired_parameters
 from tests.support.small_models import small_model, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, MERGE_FP32, PARITY_FP32
 
 QUERIES = "encoder.layer.*.attention.self.query"
-# name: kind of model, our config, peft's; the places of both are the same
+# name: model, our config, and that of peft with the same target modules
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "rslora": ("roberta", {"use_rslora": True}, {"use_rslora": True}),
     "rank_pattern": (
@@ -60,8 +61,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "all biases": ("roberta", {"bias": "all"}, {"bias": "all"}),
     "all biases on Conv1D": ("gpt2", {"bias": "all"}, {"bias": "all"}),
 }
-OTHER_PLACES = {"gaussian", "layers", "embeddings", "tied embeddings"}  # or another start: else plain LoRA
-PLACES = {
+# These differ from plain LoRA only in their target modules or initial values.
+PLAIN = {"gaussian", "layers", "embeddings", "tied embeddings"}
+TARGETS = {
     "roberta": (("q", "v"), ["query", "value"]),
     "gpt2": (("h.*.attn.c_attn", "o"), ["c_attn", "attn.c_proj"]),
     "llama": (("q", "v"), ["q_proj", "v_proj"]),
@@ -73,9 +75,9 @@ def base_of(kind: str) -> nn.Module:
 
 
 def both(name: str) -> tuple[nn.Module, nn.Module]:
-    """Ours and peft's, as they start."""
+    """Our model and that of peft, before training."""
     kind, ours, theirs = VARIANTS[name]
-    targets, modules = PLACES[kind]
+    targets, modules = TARGETS[kind]
     base = base_of(kind)
     values = {
         "task_type": "SEQ_CLS" if kind == "roberta" else "CAUSAL_LM",
@@ -88,27 +90,9 @@ def both(name: str) -> tuple[nn.Module, nn.Module]:
     return inject(base, LoraConfig(**{"r": 4, "lora_alpha": 6, "targets": targets, **ours})), wrapped
 
 
-def pairs(ours: nn.Module, theirs: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Each trained parameter of ours beside peft's."""
-    named = dict(theirs.named_parameters())
-    found = {}
-    for name, parameter in ours.named_parameters():
-        if parameter.requires_grad:
-            other = "base_model.model." + name
-            for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
-                other = other.replace(f".adapters.default.{part}", f".{part}.default.weight")
-            if other not in named and ".lora_" in other:
-                other = other.replace(".lora_", ".lora_embedding_").removesuffix(".weight")
-            if name.endswith(".adapters.default.bias"):
-                stem = "base_model.model." + name.removesuffix(".adapters.default.bias")
-                other = next(key for key in (f"{stem}.base_layer.bias", f"{stem}.bias") if key in named)
-            found[name] = (parameter, named[other])
-    return found
-
-
-def step_away(ours: nn.Module, theirs: nn.Module, std: float = 0.1) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Moves both to the same place, away from where they started."""
-    matched = pairs(ours, theirs)
+def randomize(ours: nn.Module, theirs: nn.Module, std: float = 0.1) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Adds the same random values to the parameters of both."""
+    matched = paired_parameters(ours, theirs)
     generator = torch.Generator().manual_seed(3)
     for parameter, other in matched.values():
         other.data.copy_(other.data + torch.randn(other.shape, generator=generator) * std)
@@ -123,29 +107,29 @@ def gradients(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_logits_and_every_gradient_equal_pefts(name: str) -> None:
+def test_logits_and_gradients_equal_those_of_peft(name: str) -> None:
     ours, theirs = both(name)
     start = ours(token_ids()).logits.detach()
     assert torch.allclose(start, base_of(VARIANTS[name][0])(token_ids()).logits, atol=PARITY_FP32, rtol=0)
     assert torch.allclose(start, theirs(token_ids()).logits, atol=PARITY_FP32, rtol=0)
-    matched = step_away(ours, theirs)
+    matched = randomize(ours, theirs)
     found, expected = gradients(ours), gradients(theirs)
     assert len(matched) == sum(parameter.grad is not None for parameter in theirs.parameters())
     assert torch.allclose(found, expected, atol=PARITY_FP32, rtol=0)
-    assert not torch.allclose(found, start, atol=100 * PARITY_FP32, rtol=0), "it must have moved"
+    assert not torch.allclose(found, start, atol=100 * PARITY_FP32, rtol=0), "the logits must change"
     for key, (parameter, other) in matched.items():
         assert parameter.grad.any(), key
         scale = max(1.0, float(other.grad.abs().max()))
         assert torch.allclose(parameter.grad, other.grad, atol=PARITY_FP32 * scale, rtol=0), key
 
 
-@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - OTHER_PLACES))
-def test_a_plain_lora_of_the_same_weights_is_another_model(name: str) -> None:
-    """The parity above could fail: without the variant the same numbers give other logits."""
+@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - PLAIN))
+def test_plain_lora_with_the_same_weights_gives_other_logits(name: str) -> None:
+    """Otherwise the parity test above would also pass without the variant."""
     ours, theirs = both(name)
-    step_away(ours, theirs)
+    randomize(ours, theirs)
     kind = VARIANTS[name][0]
-    plain = inject(base_of(kind), LoraConfig(r=4, lora_alpha=6, targets=PLACES[kind][0]))
+    plain = inject(base_of(kind), LoraConfig(r=4, lora_alpha=6, targets=TARGETS[kind][0]))
     for path, layer in lora_layers(plain).items():
         weights = lora_layers(ours)[path].adapters["default"]
         rank = min(4, weights.r)
@@ -155,9 +139,9 @@ def test_a_plain_lora_of_the_same_weights_is_another_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_file_written_here_loads_in_peft_on_the_original_base_and_here(name: str, tmp_path: Path) -> None:
+def test_we_and_peft_load_our_file_on_the_original_base(name: str, tmp_path: Path) -> None:
     ours, theirs = both(name)
-    step_away(ours, theirs)
+    randomize(ours, theirs)
     logits = ours(token_ids()).logits
     save_adapter(ours, tmp_path)
     kind = VARIANTS[name][0]
@@ -178,11 +162,11 @@ def test_a_file_written_here_loads_in_peft_on_the_original_base_and_here(name: s
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_file_that_peft_wrote_loads_here(name: str, tmp_path: Path) -> None:
+def test_we_load_a_file_saved_by_peft(name: str, tmp_path: Path) -> None:
     ours, theirs = both(name)
-    step_away(ours, theirs)
+    randomize(ours, theirs)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft: a base without a name cannot be looked up
+        warnings.simplefilter("ignore")  # peft cannot look up a base without a name
         theirs.save_pretrained(str(tmp_path))
     read = load_adapter(base_of(VARIANTS[name][0]), tmp_path)
     assert set(lora_layers(read)) == set(lora_layers(ours))
@@ -192,7 +176,7 @@ def test_a_file_that_peft_wrote_loads_here(name: str, tmp_path: Path) -> None:
     assert torch.allclose(again(token_ids()).logits, read(token_ids()).logits, atol=FILE_ROUNDTRIP, rtol=0)
 
 
-def test_what_is_not_supported_is_refused_and_not_left_out(tmp_path: Path) -> None:
+def test_unsupported_configs_are_rejected(tmp_path: Path) -> None:
     for index, variant in enumerate(({"use_dora": True}, {"init_lora_weights": "pissa"})):
         config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["embed_tokens", "q_proj"], **variant)
         with warnings.catch_warnings():
@@ -206,12 +190,12 @@ def test_what_is_not_supported_is_refused_and_not_left_out(tmp_path: Path) -> No
         load_adapter(base_of("llama"), tmp_path / "random")
 
 
-def test_a_pissa_file_that_peft_converted_loads_here(tmp_path: Path) -> None:
-    """`path_initial_model_for_weight_conversion`: the file is a plain LoRA of twice the rank on the original base."""
+def test_we_load_a_pissa_file_converted_by_peft(tmp_path: Path) -> None:
+    """`path_initial_model_for_weight_conversion` saves plain LoRA with twice the rank, on the original base."""
     ours, theirs = both("pissa with rslora")
-    theirs.peft_config["default"].init_lora_weights = True  # as the start is on disk: a plain adapter
+    theirs.peft_config["default"].init_lora_weights = True  # PEFT saves the initial adapter as a plain one
     theirs.save_pretrained(str(tmp_path / "start"))
-    step_away(ours, theirs)
+    randomize(ours, theirs)
     theirs.save_pretrained(str(tmp_path / "trained"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     read = load_adapter(base_of("llama"), tmp_path / "trained")
     assert torch.allclose(read(token_ids()).logits, ours(token_ids()).logits, atol=PARITY_FP32, rtol=0)
