@@ -8,18 +8,21 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 BENCH ?= train
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs bench lock clean
+.PHONY: help setup demo test test-full lint docs bench lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## .venv with everything pinned in requirements.lock
 
 demo: $(READY) ## trains, scores and asks a small classifier and a small writer, with no network
 	@$(BIN)/python scripts/demo.py
 
-test: $(READY) ## the whole test suite
-	@$(BIN)/python -m pytest
+test: $(READY) ## the fast tests: everything a change can break, in a few minutes
+	@$(BIN)/python -m pytest -m "not full"
+
+test-full: test ## those, then the long ones: recipes, kills, documentation pages, parity sweeps
+	@$(BIN)/python -m pytest -m full
 
 lint: $(READY) ## ruff and pyright
 	@$(BIN)/ruff check .

@@ -97,6 +97,7 @@ def test_a_second_push_leaves_nothing_of_the_first(hub: Hub, adapter: Path, tmp_
     assert "config.yaml" not in repository.files, "the config of another run would be read with this adapter"
 
 
+@pytest.mark.full
 def test_nothing_of_this_machine_is_pushed(hub: Hub, tmp_path: Path) -> None:
     base = tmp_path / "the-users-name" / "my-base"
     small_model("roberta", 2).save_pretrained(base)
@@ -131,6 +132,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_a_refusal_is_one_message_and_nothing_is_pushed(refusal: str, hub: Hub, adapter: Path, tmp_path: Path) -> None:
     hub.repositories |= {"somebody-else/theirs": Repository(), f"{USER}/public": Repository()}

@@ -61,6 +61,7 @@ def pulled(hub: Hub, home: Path, offline: bool = False) -> Path:
     return Path(hub.ask(home, "-c", code, NAME, offline=offline).stdout.strip())
 
 
+@pytest.mark.full
 def test_logits_are_those_of_the_local_adapter_and_the_cards_code_works(
     hub: Hub, adapter: Path, tmp_path: Path
 ) -> None:
@@ -93,6 +94,7 @@ print(json.dumps([expected.abs().max().item(), *differences]))
     assert not [name for name in snapshots(tmp_path) if name.endswith(".bin")]
 
 
+@pytest.mark.full
 def test_a_verb_takes_a_hub_id_a_revision_and_works_offline_afterwards(hub: Hub, adapter: Path, tmp_path: Path) -> None:
     first = hub.repositories[NAME].commits[1][0]
     other = run_folder(tmp_path / "other", seed=8)
@@ -138,6 +140,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_what_cannot_be_pulled_is_one_quick_message(mistake: str, hub: Hub, tmp_path: Path) -> None:
     hub.repositories |= {f"{USER}/private": Repository(private=True), f"{USER}/pickled": Repository()}
@@ -169,6 +172,7 @@ except HubError:
     assert (folder / WEIGHTS).read_bytes() == hub.repositories[NAME].files[WEIGHTS]
 
 
+@pytest.mark.full
 def test_a_download_that_breaks_off_leaves_nothing_that_is_used(hub: Hub, adapter: Path, tmp_path: Path) -> None:
     cuts = iter([50_000] + [0] * 99)
     hub.breaks = lambda request: next(cuts) if request == weights_request(hub) else None

@@ -57,6 +57,7 @@ def test_saved_and_loaded_gives_bit_equal_logits(kind: str, num_labels: int | No
     assert torch.equal(load_adapter(fresh, tmp_path)(ids).logits, model(ids).logits)
 
 
+@pytest.mark.full
 def test_a_new_process_gives_bit_equal_logits(saved: Path) -> None:
     code = f"""
 import torch

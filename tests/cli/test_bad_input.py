@@ -58,6 +58,7 @@ def test_no_damaged_adapter_is_used(tmp_path: Path) -> None:
     assert {field: fields.count(field) for field in fields} == HARMLESS
 
 
+@pytest.mark.full
 def test_no_damaged_config_is_used(tmp_path: Path) -> None:
     used = check(outcomes(Configs, tmp_path), Configs.kind)
     assert not [case for case in used if case.startswith("text")]

@@ -17,6 +17,7 @@ from tests.support.command_lines import REPO, ask, last_json, run
 QUICK = ["train.max_steps=12", "train.warmup_steps=2"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("script", sorted(file.stem for file in (REPO / "scripts").glob("*.py")))
 def test_every_script_runs_its_verb(script: str) -> None:
     assert run(script, "--help").stdout.startswith(f"usage: python scripts/{script}.py ")
@@ -182,6 +183,7 @@ def test_a_damaged_or_missing_adapter_is_reported_before_torch_is_imported(
     assert "damaged" in done.stderr
 
 
+@pytest.mark.full
 def test_a_real_task_trains_from_the_command_line(data_dir: Path, tmp_path: Path) -> None:
     words = ["model.name=tiny-roberta", f"task.data_dir={data_dir}", f"output.dir={tmp_path}", "train.max_steps=8"]
     result = last_json(ask("train", "--config", "glue_sst2.yaml", *words, "train.batch_size=8", "--json"))

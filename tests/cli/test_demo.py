@@ -15,6 +15,8 @@ from lora_hf.data.synthetic import rule_sentiment
 from lora_hf.data.tasks.registry import get_task
 from tests.support.command_lines import ask
 
+pytestmark = pytest.mark.full
+
 EPOCHS = {CLASSIFIER_RECIPE: 1, GENERATOR_RECIPE: 0.25}
 
 

@@ -12,6 +12,8 @@ import pytest
 from lora_hf.core.records import RunRecord, ScoreRecord
 from tests.support.command_lines import ask, last_json
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:

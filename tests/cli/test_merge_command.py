@@ -11,6 +11,8 @@ from lora_hf.cli.main import main
 from lora_hf.core.records import CombineRecord, MergeRecord
 from tests.support.command_lines import ask, last_json
 
+pytestmark = pytest.mark.full
+
 QUICK = ["train.max_steps=12", "train.warmup_steps=2", "model.precision=fp32"]
 
 

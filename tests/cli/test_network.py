@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.network_audit import NETWORKED
 
+pytestmark = pytest.mark.full
+
 REPO = Path(__file__).parents[2]
 TOKENS = {"HF_TOKEN": "hf_aTokenOfNobody", "LORA_HF_TOKEN": "the-token-of-a-server"}
 VERBS = (

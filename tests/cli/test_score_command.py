@@ -44,6 +44,7 @@ def score(folder: Path, *words: str, code: int = 0, path: Path | None = None) ->
     return done
 
 
+@pytest.mark.full
 @needs_java
 def test_json_holds_the_scores_and_their_tools(folder: Path) -> None:
     # Some schedulers close standard input; Java must not depend on it.

@@ -22,6 +22,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_random(root / name, task) for name, task in (("a", "rule-sentiment"), ("w", "rule-restaurants"))}
 
 
+@pytest.mark.full
 def test_a_request_in_flight_is_answered_after_sigterm(folders: dict[str, Path]) -> None:
     adapters = ["--adapter", f"a={folders['a']}", "--adapter", f"w={folders['w']}"]
     with serving(*adapters, "--precision", "fp32", LORA_HF_TOKEN=TOKEN) as (process, address, lines):

@@ -43,6 +43,7 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.full
 @linux
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_parent_that_is_stopped_at_a_random_moment_leaves_no_child(kind: signal.Signals, tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ def test_an_empty_file_means_the_defaults(recipe: Path) -> None:
     assert load_config(recipe) == RunConfig()
 
 
+@pytest.mark.full
 def test_the_resolved_config_of_a_run_loads_unchanged(tmp_path: Path) -> None:
     for file in RECIPES:
         resolved = tmp_path / file.name

@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.pages import REPO
 
+pytestmark = pytest.mark.full
+
 nbformat = pytest.importorskip("nbformat", reason="the extra docs is not installed")
 pytest.importorskip("nbclient", reason="the extra docs is not installed")
 

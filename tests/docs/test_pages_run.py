@@ -40,7 +40,10 @@ PAGES_THAT_RUN = [
     if not page.name.endswith(".vi.md") and any(b.language in RUN and not b.not_run for b in blocks(page))
 ]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="commands are forked, and their sockets are Linux's")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(sys.platform != "linux", reason="commands are forked, and their sockets are Linux's"),
+]
 
 
 @pytest.fixture(scope="module")

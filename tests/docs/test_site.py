@@ -13,6 +13,8 @@ import pytest
 import lora_hf
 from tests.support.pages import REPO
 
+pytestmark = pytest.mark.full
+
 for package in ("mkdocs", "mkdocs_static_i18n", "mkdocstrings"):
     pytest.importorskip(package, reason="the extra docs is not installed")
 

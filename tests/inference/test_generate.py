@@ -42,6 +42,7 @@ def contexts(data_dir: Path) -> list[str]:
     return [example.context for example in TASK.groups(rows)][:64]  # type: ignore[attr-defined]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", DECODINGS)
 def test_a_text_does_not_depend_on_its_batch(name: str, generator: Generator, contexts: list[str]) -> None:
     values = DECODINGS[name].__dict__
@@ -68,6 +69,7 @@ def test_the_score_of_a_greedy_text_is_its_mean_log_probability(generator: Gener
     assert made.text == " ".join(text.split())
 
 
+@pytest.mark.full
 def test_sampling_follows_its_seed(generator: Generator, contexts: list[str]) -> None:
     def sample(seed: int) -> list[str]:
         decoding = GenerateConfig(max_new_tokens=8, do_sample=True, top_p=0.95, temperature=1.5, seed=seed)

@@ -118,6 +118,7 @@ def test_a_mixture_in_training_drops_what_its_adapters_drop() -> None:
         assert torch.equal(first[row], second[row]) == (name != "a"), f"row {row} under {name}"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize(
     "decoding",

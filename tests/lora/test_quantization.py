@@ -362,6 +362,7 @@ def test_a_config_that_would_train_packed_weights_is_refused() -> None:
     assert load_config("rule_sentiment.yaml", ["model.quantised=int8", "train.method=head"]).model.quantised == "int8"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_run_on_a_packed_base_resumes_scores_and_predicts(
     scheme: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -67,6 +67,7 @@ def test_auto_is_bf16_where_this_machine_is_faster_with_it(folder: Path, monkeyp
     assert precision.bf16_gain() >= 0
 
 
+@pytest.mark.full
 def test_gpt2s_activation_is_one_kernel_of_the_same_formula() -> None:
     config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2)
     fused = load_base(ModelConfig(name="gpt2", init="random", precision="fp32"), SST2).transformer.h[0].mlp.act

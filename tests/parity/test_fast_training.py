@@ -20,6 +20,8 @@ from lora_hf.training.trainer import enable_optimizations
 from tests.support.cpu import has_bf16_units
 from tests.tolerances import BF16_BATCH_LOSS_RTOL, BF16_LOSS_RTOL, FAST_TRAINING_FP32
 
+pytestmark = pytest.mark.full
+
 STEPS, ROWS = {"sst2": 50, "e2e_nlg": 20}, 8
 WORK = {"sst2": "tiny-roberta", "e2e_nlg": "tiny-gpt2"}
 

@@ -39,6 +39,7 @@ def batches(data_dir: Path, models_dir: Path) -> list[dict[str, torch.Tensor]]:
     return result
 
 
+@pytest.mark.full
 def test_logits_gradients_and_twenty_adamw_steps_equal_those_of_peft(data_dir: Path, models_dir: Path) -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256}

@@ -38,6 +38,7 @@ def is_in_code(quote: str) -> bool:
     return any(pattern.search(text) for text in TEXTS)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_quoted_messages_are_in_the_code(page: Path) -> None:
     found = quotes(page)

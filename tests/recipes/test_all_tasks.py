@@ -12,6 +12,8 @@ from lora_hf.data.tasks.glue import GLUE
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.training.run import train
 
+pytestmark = pytest.mark.full
+
 ROWS = 48
 
 

@@ -14,6 +14,8 @@ from lora_hf.cli.main import main
 from lora_hf.core.records import RunRecord
 from lora_hf.data.tasks.registry import get_task
 
+pytestmark = pytest.mark.full
+
 FAST = ["train.max_steps=6", "train.warmup_steps=1", "model.precision=fp32", "output.overwrite=true"]
 NAMES = ("negative", "positive")
 

@@ -21,6 +21,8 @@ from lora_hf.models.load import load_base
 from tests import tolerances
 from tests.support.small_models import randomize_lora_b
 
+pytestmark = pytest.mark.full
+
 ROWS = 24
 
 

@@ -351,6 +351,7 @@ def schema(engine: Engine, folders: dict[str, Path]) -> Any:
     return schema
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("method", "path", "mode"), MODES)
 def test_generated_requests_get_documented_responses(method: str, path: str, mode: GenerationMode, schema: Any) -> None:
     operation = schema[path][method]

@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.malformed_requests import malformed_requests, outcome, passed
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

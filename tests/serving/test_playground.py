@@ -105,6 +105,7 @@ def hidden(page: Browser, css: str) -> str:
     return next(iter(found[0].values()))
 
 
+@pytest.mark.full
 def test_the_page_requires_the_token(engine: Engine) -> None:
     app = build_app(engine, ServerState(TOKEN, ready=True), Metrics(), playground=True)
     with TestClient(app) as client:

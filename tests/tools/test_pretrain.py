@@ -21,6 +21,8 @@ from tools.tiny import corpus, pretrain, recipes
 from tools.tiny.pretrain import BASES
 from tools.tiny.recipes import RECIPES, Recipe, make_tokenizer
 
+pytestmark = pytest.mark.full
+
 SMALL = {
     "hidden_size": 32,
     "layers": 1,

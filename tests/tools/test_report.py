@@ -66,6 +66,7 @@ def means_and_sums(suite: dict[str, Any]) -> list[Any]:
     return [means, sums, ratios]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if MARKER.search(page.read_text(encoding="utf-8"))], ids=lambda page: page.name
 )

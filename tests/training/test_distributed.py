@@ -33,6 +33,8 @@ from tests.support.distributed_runs import DEVELOPMENT, NONE_LEFT, WITH_FSDP, by
 from tests.support.kills import differences, small_config
 from tests.tolerances import BF16_LOSS_RTOL, PROCESSES_FP32
 
+pytestmark = pytest.mark.full
+
 REPO = Path(__file__).parents[2]
 PYTHON = sys.executable  # itself, and no fork of the tests' process
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -20,6 +20,8 @@ from lora_hf.training.joint import train_together
 from lora_hf.training.run import Run, train
 from tests.tolerances import JOINT_FP32
 
+pytestmark = pytest.mark.full
+
 # AdamW divides by the size of a gradient: where that is next to nothing it makes full steps of rounding noise, which
 # differs between CPUs. SGD's steps are as exact as the gradients, so whole runs can be compared.
 SGD = {"optim": "sgd"}

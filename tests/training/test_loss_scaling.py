@@ -25,6 +25,8 @@ from tests.support.kills import differences, small_config, small_rows
 from tests.tolerances import FP16_LOSS_RTOL
 from tests.training.test_survival import stop_at
 
+pytestmark = pytest.mark.full
+
 HIGH = 2.0**25  # a first scale at which the gradients of a few steps overflow, until it is halved often enough
 
 

@@ -73,6 +73,7 @@ def test_the_run_folder_holds_what_a_run_is(tmp_path: Path, few_rows: dict[str, 
     assert (run.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 def test_checkpoints_hold_the_adapter_alone_and_the_best_is_the_one_in_memory(
     tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,12 +95,14 @@ def test_checkpoints_hold_the_adapter_alone_and_the_best_is_the_one_in_memory(
     assert any(not torch.equal(in_memory[key], last[key]) for key in last)
 
 
+@pytest.mark.full
 def test_the_saved_adapter_scores_what_the_record_says(tmp_path: Path, few_rows: dict[str, Any]) -> None:
     run = train(config(tmp_path), rows=few_rows)
     scores = evaluate(Predictor.load(find_saved_model(run.weights)), {"validation": few_rows["validation"]})
     assert scores == run.record.metrics
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("method", "precision"), [("head", "fp32"), ("full", "fp32"), ("full", "bf16")])
 def test_the_other_methods_take_the_same_way(
     method: str, precision: str, tmp_path: Path, few_rows: dict[str, Any]
@@ -116,6 +119,7 @@ def test_the_other_methods_take_the_same_way(
     assert scores["validation"]["accuracy"] == pytest.approx(run.record.metrics["validation"]["accuracy"], abs=apart)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "variant",
     [
@@ -161,6 +165,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path: Path, fe
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
+@pytest.mark.full
 def test_eight_rows_at_once_equal_four_times_two(tmp_path: Path, few_rows: dict[str, Any]) -> None:
     # Adam divides by a gradient's own size: rounding in a gradient near zero would decide a whole step. SGD does not.
     sgd = {"optim": "sgd"}
@@ -198,6 +203,7 @@ def test_activations_computed_again_give_the_same_run(
         assert torch.allclose(runs[0][key], runs[1][key], atol=ACCUMULATION_FP32, rtol=0), key
 
 
+@pytest.mark.full
 def test_a_run_can_start_from_the_lora_weights_of_another(tmp_path: Path, few_rows: dict[str, Any]) -> None:
     first = train(config(tmp_path, "first", epochs=1), rows=few_rows)
     # A learning rate too small to move anything shows what the second run began with.
@@ -207,6 +213,7 @@ def test_a_run_can_start_from_the_lora_weights_of_another(tmp_path: Path, few_ro
         assert torch.allclose(a[key], b[key], atol=1e-8, rtol=0) == (".lora_" in key), f"{key}: LoRA yes, head no"
 
 
+@pytest.mark.full
 def test_patience_stops_a_run_that_no_longer_improves(
     tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +252,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
         train(config(tmp_path, hf={"logging_steps": 100}), rows=few_rows)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("more", [{"gradient_accumulation": 2}, {"hf": {"train_sampling_strategy": "group_by_length"}}])
 def test_a_loss_that_is_no_number_names_its_batch_and_the_last_good_checkpoint(
     more: dict[str, Any], tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -315,6 +323,7 @@ def test_trackers_and_other_fields_of_training_arguments_are_reached(tmp_path: P
     assert [entry["step"] for entry in run.record.history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.full
 def test_a_base_in_bf16_trains_an_adapter_in_fp32(tmp_path: Path, few_rows: dict[str, Any]) -> None:
     sections = config(tmp_path, epochs=1).to_dict()
     sections["model"]["precision"] = "bf16"

@@ -45,6 +45,7 @@ def newest(folder: Path) -> Path:
     return checkpoints.checkpoints_in(folder / "checkpoints")[0]
 
 
+@pytest.mark.full
 def test_the_same_seed_gives_the_same_run_to_the_last_bit(whole: Run, rows: dict[str, Any], tmp_path: Path) -> None:
     again = train(small_config(tmp_path), rows=rows)
     assert not differences(whole, again.folder)
@@ -53,6 +54,7 @@ def test_the_same_seed_gives_the_same_run_to_the_last_bit(whole: Run, rows: dict
     assert {"adapter/adapter_model.safetensors", "checkpoints/checkpoint-16/optimizer.pt", "history"} <= set(found)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number", range(3))
 def test_a_run_killed_at_random_ends_as_the_whole_one(
     number: int, whole: Run, rows: dict[str, Any], tmp_path: Path
@@ -101,6 +103,7 @@ def stop_at(step: int, kind: signal.Signals) -> Any:
     return Stopper()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("step", "more"),
     [
@@ -126,6 +129,7 @@ def test_a_signal_saves_first_and_the_run_goes_on(
     assert not differences(train(small_config(tmp_path / "whole", **more), rows=rows), resumed.folder)
 
 
+@pytest.mark.full
 def test_generation_rows_grouped_by_prompt_go_on_inside_an_epoch(tmp_path: Path) -> None:
     config = small_config(tmp_path, group_by_prompt=True, epochs=2, hf={}, batch_size=8)
     sections = config.to_dict()

@@ -23,6 +23,7 @@ def test_ptb_tokens_of_every_text_on_one_line() -> None:
     assert tokenize_ptb(texts) == ["", "the vaults is n't cheap .", "a café on two lines", "."]
 
 
+@pytest.mark.full
 def test_meteor_and_every_other_score_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a socket was opened")

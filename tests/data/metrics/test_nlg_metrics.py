@@ -28,6 +28,7 @@ def official(folder: Path) -> dict[str, dict[str, float]]:
     return json.loads((folder / "dev_scores.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.full
 @needs_java
 def test_real_systems_score_what_their_authors_logged(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worst, a middling and the best one of ten."""

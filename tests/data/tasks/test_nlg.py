@@ -73,6 +73,7 @@ def tokenizer(models_dir: Path) -> Any:
 # --- real rows ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "split"), COUNTS)
 def test_real_rows(name: str, split: str, data_dir: Path) -> None:
     rows = load(name, data_dir, split)
@@ -81,6 +82,7 @@ def test_real_rows(name: str, split: str, data_dir: Path) -> None:
     assert (len(rows), len(groups), references) == COUNTS[name, split]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("split", "file"), [("validation", "valid"), ("test", "test")])
 def test_every_e2e_context_is_the_papers(split: str, file: str, data_dir: Path) -> None:
     lines = (data_dir / "e2e_nlg" / "lora_form" / f"{file}.txt").read_text(encoding="utf-8").split("\n")
@@ -153,6 +155,7 @@ def test_every_reference_is_a_training_row(data_dir: Path, tokenizer: Any) -> No
     assert all(answer[-1] == END for answer in answers)
 
 
+@pytest.mark.full
 def test_real_rows_are_shorter_than_the_papers_512_tokens(
     data_dir: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -356,6 +359,7 @@ def test_e2e_csv(folder: str, tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.full
 def test_e2e_csv_rows_are_the_parquet_rows(tmp_path: Path, data_dir: Path) -> None:
     import csv
 

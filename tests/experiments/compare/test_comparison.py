@@ -25,6 +25,8 @@ from lora_hf.inference.generate import Generator, evaluate_texts
 from lora_hf.training.run import train
 from tests.support.numbers_in_records import unexplained
 
+pytestmark = pytest.mark.full
+
 REPO = Path(__file__).parents[3]
 EVALUATE = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
 SHORT = {"max_steps": 8, "batch_size": 8, "warmup_steps": 0, "hf": EVALUATE}

@@ -153,6 +153,7 @@ def test_one_failure_stops_only_what_needs_it(data: Path, tmp_path: Path, capsys
     assert not (tmp_path / "rte-tiny_glue_qv8-seed0" / "record.json").exists()
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("without_java")
 def test_texts_are_written_and_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = ["nlg", "--tasks", "rule-restaurants", "--config", "rule_restaurants.yaml", "--output", str(tmp_path)]
@@ -165,6 +166,7 @@ def test_texts_are_written_and_scored(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run["rows"]["test"] == scored["inputs"] == 40  # of five references each
 
 
+@pytest.mark.full
 def test_an_interruption_leaves_no_process_behind(tmp_path: Path) -> None:
     command = [PYTHON, "scripts/benchmark.py", "glue", "--tasks", "rule-sentiment", *CONFIG]
     process = subprocess.Popen(

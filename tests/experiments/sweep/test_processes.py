@@ -20,7 +20,7 @@ from lora_hf.core.config.loader import load_config
 from lora_hf.core.records import SweepRecord
 from lora_hf.experiments.sweep import storage, study
 
-pytestmark = pytest.mark.usefixtures("forked")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("forked")]
 
 REPO = Path(__file__).parents[3]
 WORDS = [

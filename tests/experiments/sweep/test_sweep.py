@@ -25,6 +25,8 @@ from lora_hf.experiments.sweep.study import sweep
 from lora_hf.training.run import train
 from tests.tolerances import FLAT_RSS
 
+pytestmark = pytest.mark.full
+
 QUICK = ("train.batch_size=8", "task.max_length=24", "model.precision=fp32")
 SECOND_STEPS = "train.hf={eval_strategy: steps, eval_steps: 2, save_strategy: steps, save_steps: 2}"
 SPACE = ("lora.r=4..16:log2", "train.lr=1e-4..2e-2:log", "lora.targets=[q, v]|all", "lora.lora_alpha=2*lora.r")

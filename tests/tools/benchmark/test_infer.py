@@ -24,6 +24,7 @@ CONFIG = RunConfig.from_dict(
 )
 
 
+@pytest.mark.full
 def test_the_command_prints_a_record_of_two_sides(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -41,6 +42,7 @@ def test_every_side_is_implemented() -> None:
     assert set(INFER_SIDES) == set(infer_sides.SIDES)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("side", INFER_SIDES)
 def test_every_side_follows_the_protocol(side: str) -> None:
     out, job = io.StringIO(), Job(side, CONFIG.to_dict(), inference_rows(CONFIG, 16), rounds=2)

@@ -10,6 +10,7 @@ from tools.benchmark.__main__ import main
 from tools.benchmark.profile import _purpose
 
 
+@pytest.mark.full
 def test_the_shares_add_up_to_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile", "--steps", "2", "--batch-size", "4", "--json"]) == 0
     shares = json.loads(capsys.readouterr().out.splitlines()[-1])["shares"]

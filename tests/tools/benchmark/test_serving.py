@@ -19,6 +19,7 @@ CONFIG = RunConfig(
 )
 
 
+@pytest.mark.full
 def test_every_response_is_checked_while_adapters_are_replaced() -> None:
     result = benchmark_serve(CONFIG, clients=4, adapters=2, seconds=2.0, replacements=4, rows=8)
     for part in ("one_at_a_time", "together", "after_the_restart"):

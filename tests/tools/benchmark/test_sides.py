@@ -49,6 +49,7 @@ def messages(job: Job) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("model", "task", "side"),
     [
@@ -82,6 +83,7 @@ def test_peers_get_the_model_that_transformers_builds(tmp_path: Path) -> None:
     assert torch.allclose(plain.eval()(token_ids()).logits, ours(token_ids()).logits, atol=PARITY_FP32)
 
 
+@pytest.mark.full
 def test_the_peak_side_measures_each_shape_in_each_round() -> None:
     ready, first, second, done = messages(make_job(PEAK))
     assert (ready, done) == ({"ready": {}}, {"done": {}})

@@ -30,6 +30,7 @@ def script(*lines: str) -> tuple[str, ...]:
     return (sys.executable, "-c", "\n".join(["import sys, time, os", *lines]))
 
 
+@pytest.mark.full
 def test_the_command_writes_a_record_of_two_sides(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "record.json"
     sizes = ["--batch-size", "4", "--steps", "2", "--rounds", "2"]
