@@ -21,8 +21,8 @@ demo: $(READY) ## trains, scores and asks a small classifier and a small writer,
 test: $(READY) ## the fast tests: everything a change can break, in a few minutes
 	@$(BIN)/python -m pytest -m "not full"
 
-test-full: test ## those, then the long ones: recipes, kills, documentation pages, parity sweeps
-	@$(BIN)/python -m pytest -m full
+test-full: $(READY) ## the long tests as well: recipes, kills, documentation pages, parity sweeps
+	@$(BIN)/python -m pytest
 
 lint: $(READY) ## ruff and pyright
 	@$(BIN)/ruff check .

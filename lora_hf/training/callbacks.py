@@ -202,8 +202,8 @@ class SignalHandler(TrainerCallback):
     """On Ctrl-C or SIGTERM: finishes the step, saves a checkpoint and stops; a second signal stops at once.
 
     The checkpoint waits for what belongs to the step: after the last step of an epoch the evaluation comes first, or
-    the resumed run would never make it. With several processes a signal may arrive in different steps, or in one process
-    only: they agree after each step and all stop at the same one.
+    the resumed run would never make it. With several processes a signal may arrive in different steps, or in one
+    process only: they agree after each step and all stop at the same one.
     """
 
     def __init__(self, folder: Path) -> None:
