@@ -63,7 +63,6 @@ def training_arguments(config: RunConfig, task: Task, folder: Path, optimization
         "disable_tqdm": not sys.stderr.isatty(),
         "dataloader_pin_memory": False,
         "ddp_find_unused_parameters": False,
-        "ddp_broadcast_buffers": False,  # none changes in training, and a packed base consists of them
         "bf16": autocast == "bf16",
         "fp16": autocast == "fp16",
         # Without a GPU the Trainer refuses bf16, and several processes, unless told that the CPU is meant.

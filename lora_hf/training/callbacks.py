@@ -149,8 +149,8 @@ class TrainingGuard(TrainerCallback):
         layers = lora_layers(kwargs["model"])
         if not any(layer.adapters[layer.active].moved() for layer in layers.values() if layer.active):
             raise TrainingError(
-                f"every lora_B is unchanged after step {state.global_step}: no gradient reaches the adapter, so the run "
-                "would learn nothing. Is the adapter merged or disabled, or the loss detached from it?"
+                f"every lora_B is unchanged after step {state.global_step}: no gradient reaches the adapter, so the "
+                "run would learn nothing. Is the adapter merged or disabled, or the loss detached from it?"
             )
 
 
@@ -201,8 +201,8 @@ class CheckpointCallback(TrainerCallback):
 class SignalHandler(TrainerCallback):
     """On Ctrl-C or SIGTERM: finishes the step, saves a checkpoint and stops; a second signal stops at once.
 
-    The checkpoint waits for what belongs to the step: after the last step of an epoch the evaluation comes first, or the
-    resumed run would never make it. With several processes a signal may arrive in different steps, or in one process
+    The checkpoint waits for what belongs to the step: after the last step of an epoch the evaluation comes first, or
+    the resumed run would never make it. With several processes a signal may arrive in different steps, or in one process
     only: they agree after each step and all stop at the same one.
     """
 

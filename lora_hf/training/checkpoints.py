@@ -1,8 +1,9 @@
 """Checkpoints of a run: complete once their manifest is there, checked when they are read.
 
-A run may die at any moment. The Trainer writes `checkpoints/checkpoint-N`; then `callbacks.CheckpointCallback` adds what the
-Trainer does not save, and last of all `manifest.json` with the digest of every file. A checkpoint without a manifest
-was being written when the run died, and one whose digests differ was damaged later: neither is ever resumed from.
+A run may die at any moment. The Trainer writes `checkpoints/checkpoint-N`; then `callbacks.CheckpointCallback` adds
+what the Trainer does not save, and last of all `manifest.json` with the digest of every file. A checkpoint without a
+manifest was being written when the run died, and one whose digests differ was damaged later: neither is ever resumed
+from.
 """
 
 from __future__ import annotations

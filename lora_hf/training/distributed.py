@@ -128,8 +128,8 @@ def require_single_process(action: str) -> None:
     """Raises ConfigError where several processes would each do the same, over each other's files."""
     if world_size() > 1:
         raise ConfigError(
-            f"{action}: expected one process, found {world_size()} (WORLD_SIZE); start it without torchrun or accelerate "
-            "launch: only the training of one config runs in several processes"
+            f"{action}: expected one process, found {world_size()} (WORLD_SIZE); start it without torchrun or "
+            "accelerate launch: only the training of one config runs in several processes"
         )
 
 

@@ -280,8 +280,10 @@ def _new_trainer(
     if trainer.is_fsdp_enabled:
         plugin = trainer.accelerator.state.fsdp_plugin
         trainer.unsharded = configure_fsdp(model, plugin, trainer.accelerator.device)
-        # accelerate shards the base; what is trained is whole in each process, so it is saved and loaded as without FSDP.
+        # What is trained is whole in each process, so from here on it is saved and loaded as without FSDP.
         trainer.is_fsdp_enabled = False
+    # DDP would send all buffers in every step. None changes in training, and a packed base consists of them.
+    model._ddp_params_and_buffers_to_ignore = [name for name, _ in model.named_buffers()]
     trainer.loraplus_lr_ratio = config.train.loraplus_lr_ratio
     if config.train.group_by_prompt:
         rows = encoded[task.train_split]

@@ -122,7 +122,7 @@ class RunTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """With several processes the Trainer's loss counts the rows that pad the last batch twice; the scores do not."""
+        """With several processes the Trainer's loss counts rows that pad the last batch twice; the scores do not."""
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.args.world_size > 1 and output.metrics:
             output.metrics[f"{metric_key_prefix}_loss"] = self._evaluation_loss(output.predictions, output.label_ids)

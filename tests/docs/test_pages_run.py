@@ -7,6 +7,7 @@ their English page (tests/docs/test_pages.py), so only English pages run.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -140,7 +141,8 @@ def _server_log(checkout: Path) -> str:
 
 def _stop_server(checkout: Path) -> None:
     if (checkout / "server.pid").exists():
-        os.kill(int((checkout / "server.pid").read_text()), signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int((checkout / "server.pid").read_text()), signal.SIGTERM)
 
 
 def test_a_failing_block_is_detected(warm: Warm, checkout: Path) -> None:

@@ -25,6 +25,7 @@ TRAINER_METHODS = {
 CONFIG_ATTRIBUTES = {"_attn_implementation": "whether a model's attention was chosen by the user"}
 TORCH_ATTRIBUTES = {
     "_version": "the counter of in-place changes detects a base that changed after it was hashed",
+    "_ddp_params_and_buffers_to_ignore": "DDP sends no buffers of a frozen base; its argument for that is deprecated",
     "_forward_pre_hooks": "detects a model that already runs without padding; its copies have the hooks too",
 }
 # Our own names with an underscore, and documented hooks of torch.

@@ -43,7 +43,13 @@ serves = "PAGE_PORT" in os.environ and any(os.path.basename(word) in ("serve.py"
 files = [0, 1, 2]
 if serves:  # until the page ends; the shell goes on when it answers
     if os.path.exists("server.pid"):
-        os.kill(int(open("server.pid").read()), signal.SIGKILL)
+        try:
+            os.kill(int(open("server.pid").read()), signal.SIGKILL)
+            while True:  # until it is gone, and its port free
+                socket.create_connection(("127.0.0.1", int(os.environ["PAGE_PORT"])), 5).close()
+                time.sleep(0.05)
+        except OSError:
+            pass
     words += ["--port", os.environ["PAGE_PORT"]]
     log = os.open("server.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     files = [0, log, log]

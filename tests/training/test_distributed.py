@@ -141,7 +141,7 @@ def test_dropout_is_each_process_own(seen: list[dict[str, Any]]) -> None:
 
 
 def test_a_signal_to_one_process_stops_both_and_they_go_on(shared: Path, seen: list[dict[str, Any]]) -> None:
-    assert {each["stopped"] for each in seen} == {"SIGTERM: go on after step 5 with the same command and --resume auto"}
+    assert {each["stopped"] for each in seen} == {"SIGTERM: resume after step 5 with the same config and resume=auto"}
     with pytest.raises(ConfigError, match=r"expected as many processes as wrote it, 2, found 1; start 2"):
         train(small_config(shared, batch_size=4), resume=str(checkpoints_in(shared / "stopped/run/checkpoints")[0]))
     # To the last bit, the generators of both processes included.
@@ -241,7 +241,7 @@ def test_verbs_that_are_not_shared_refuse(
     words = {
         "sweep": ["--config", "x", "--trials", "1", "train.lr=1e-4..1e-3"],
         "compare": ["x", "--output", "y"],
-        "benchmark": ["train"],
+        "benchmark": ["glue"],
         "merge": ["--adapter", "x", "--output", "y"],
         "push": ["--adapter", "x", "--repo-id", "u/n"],
         "predict": ["--adapter", "x", "--text", "y"],

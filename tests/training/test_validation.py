@@ -21,7 +21,7 @@ TRAIN = ["train", "--config", "rule_sentiment.yaml", "output.dir=."]
 SWEEP = ["sweep", "--config", "rule_sentiment.yaml", "--output", ".", "train.lr=1e-4..1e-2"]
 MISTAKES = [
     ([*TRAIN, "output.name=finished"], "holds a finished run"),
-    ([*TRAIN, "output.name=unfinished"], "holds an unfinished run; go on with --resume auto"),
+    ([*TRAIN, "output.name=unfinished"], "continue it with --resume auto"),
     (
         [*TRAIN, "output.name=unfinished", "train.epochs=2"],
         "of another config: train.epochs is 5.0 there and 2.0 here;",
