@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError
@@ -79,6 +79,7 @@ def profile_train(config: RunConfig, steps: int = 10) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         setup = Setup.from_job(Job(OURS, config.to_dict(), rows, rounds=2), Path(folder))
         trainer = SIDES[OURS](setup)
+        trainer.remove_callback(PrinterCallback)  # it prints to standard output
         trainer.add_callback(callback)
         trainer.train()
         model: Any = trainer.model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import itertools
 import json
 import logging
 import re
@@ -232,7 +231,8 @@ def _server(adapters: dict[str, Path], root: Path, precision: str, token: str) -
 
 def _drive(server: _Server, load: Load, clients: int, seconds: float, meanwhile: Callable[[], None]) -> Tally:
     """Sends requests through `clients` connections for `seconds`, each after the response to the one before."""
-    senders = [_Client(server, load, number) for number in range(clients)]
+    tally = Tally()
+    senders = [_Client(server, load, tally, number) for number in range(clients)]
 
     async def send_all() -> None:
         end = time.perf_counter() + seconds
@@ -243,21 +243,15 @@ def _drive(server: _Server, load: Load, clients: int, seconds: float, meanwhile:
         asyncio.run(asyncio.wait_for(send_all(), seconds + TIMEOUT))
     except asyncio.TimeoutError:
         raise TrainingError(f"benchmark serve: the server did not answer a request within {TIMEOUT} s") from None
-    tallies = [each.tally for each in senders]
-    return Tally(
-        list(itertools.chain.from_iterable(tally.latencies for tally in tallies)),
-        list(itertools.chain.from_iterable(tally.errors for tally in tallies)),
-        list(itertools.chain.from_iterable(tally.wrong for tally in tallies)),
-        set().union(*(tally.versions for tally in tallies)),
-        time.perf_counter() - start,
-    )
+    tally.seconds = time.perf_counter() - start
+    return tally
 
 
 class _Client:
     """A client. It leaves the CPU to the server: it checks a response that repeats only once."""
 
-    def __init__(self, server: _Server, load: Load, number: int) -> None:
-        self.server, self.load, self.tally = server, load, Tally()
+    def __init__(self, server: _Server, load: Load, tally: Tally, number: int) -> None:
+        self.server, self.load, self.tally = server, load, tally
         self.count = number * 7919  # clients start at different texts
         self.checked: dict[tuple[str, int, bytes], str | None] = {}
 

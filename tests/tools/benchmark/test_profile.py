@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +12,11 @@ from tools.benchmark.profile import _purpose
 
 
 @pytest.mark.full
-def test_the_shares_add_up_to_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["profile", "--steps", "2", "--batch-size", "4", "--json"]) == 0
-    shares = json.loads(capsys.readouterr().out.splitlines()[-1])["shares"]
+def test_the_shares_add_up_to_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "record.json"
+    assert main(["profile", "--steps", "2", "--batch-size", "4", "--output", str(output)]) == 0
+    shares = json.loads(output.read_text(encoding="utf-8"))["shares"]
+    assert len(capsys.readouterr().out.splitlines()) == len(shares)
     assert sum(shares.values()) == pytest.approx(1.0, abs=1e-6)
     assert shares["products with frozen weights"] > 0
     assert shares["low-rank products"] > 0

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lora_hf.core.config.schema import LoraConfig, ModelConfig, RunConfig, TaskConfig
+from lora_hf.core.config.schema import RunConfig, TaskConfig
 from lora_hf.core.errors import ConfigError
+from tools.benchmark.__main__ import main
 from tools.benchmark.serve import TOLERANCES, benchmark_serve, is_close
 
 pytestmark = pytest.mark.usefixtures("forked")
 
-CONFIG = RunConfig(
-    ModelConfig(name="tiny-roberta", precision="fp32"),
-    TaskConfig("rule-sentiment"),
-    LoraConfig(r=4, targets=("q", "v")),
-)
-
 
 @pytest.mark.full
-def test_every_response_is_checked_while_adapters_are_replaced() -> None:
-    result = benchmark_serve(CONFIG, clients=4, adapters=2, seconds=2.0, replacements=4, rows=8)
+def test_every_response_is_checked_while_adapters_are_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "record.json"
+    sizes = ["--clients", "4", "--adapters", "2", "--seconds", "2", "--replacements", "4", "--rows", "8"]
+    lora = ["--precision", "fp32", "--r", "4", "--targets", "q,v"]
+    assert main(["serve", *lora, *sizes, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "4 adapters, 0 failed" in printed
+    assert printed.count("0 errors, 0 wrong responses") == 2
+    result = json.loads(output.read_text(encoding="utf-8"))
     for part in ("one_at_a_time", "together", "after_the_restart"):
         assert result[part]["requests"] > 0
         assert (result[part]["errors"], result[part]["wrong"]) == (0, 0), result[part]["examples"]
@@ -42,6 +48,6 @@ def test_a_response_may_differ_by_rounding_only(label: str, share: float, expect
 
 def test_invalid_numbers_and_tasks_are_reported() -> None:
     with pytest.raises(ConfigError, match=r"--clients 0 .*at least 1"):
-        benchmark_serve(CONFIG, clients=0)
+        benchmark_serve(RunConfig(task=TaskConfig("rule-sentiment")), clients=0)
     with pytest.raises(ConfigError, match="found rte"):
         benchmark_serve(RunConfig(task=TaskConfig("rte")))

@@ -34,9 +34,10 @@ def script(*lines: str) -> tuple[str, ...]:
 def test_the_command_writes_a_record_of_two_sides(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "record.json"
     sizes = ["--batch-size", "4", "--steps", "2", "--rounds", "2"]
-    assert main(["train", *sizes, "--against", "frozen", "--json", "--output", str(output)]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result == json.loads(output.read_text(encoding="utf-8"))
+    assert main(["train", *sizes, "--against", "frozen", "--output", str(output)]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["lora", "frozen", "lora/frozen"]
+    result = json.loads(output.read_text(encoding="utf-8"))
     assert result["work"]["rows"] == 8
     assert set(result["sides"]) == {"lora", "frozen"}
     assert set(result["ratios"]) == set(result["memory_ratios"]) == {"lora/frozen"}
