@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lora_hf.core.errors import ConfigError
-
-PROGRESS_INTERVAL = 30.0  # seconds between two lines of progress
+from lora_hf.core.progress import ProgressTimer
 
 
 def progress(items: Any, total: int | None = None) -> Any:
@@ -25,14 +23,10 @@ def progress(items: Any, total: int | None = None) -> Any:
 
 
 def _with_lines(items: Iterable[Any], total: int) -> Iterator[Any]:
-    from lora_hf.core.formatting import minutes
-
-    start = last_line = time.monotonic()
+    timer = ProgressTimer()
     for done, item in enumerate(items):
-        now = time.monotonic()
-        if done and now - last_line >= PROGRESS_INTERVAL:
-            last_line = now
-            print(f"{done:,} of {total:,}: {minutes((now - start) / done * (total - done))} left", file=sys.stderr)
+        if done and timer.is_due():
+            print(f"{done:,} of {total:,}: {timer.time_left(done, total - done)}", file=sys.stderr)
         yield item
 
 

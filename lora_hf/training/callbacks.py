@@ -7,7 +7,6 @@ import logging
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lora_hf.core.errors import Interrupted, TrainingError
-from lora_hf.core.formatting import minutes
+from lora_hf.core.progress import ProgressTimer
 from lora_hf.lora.inject import lora_layers
 from lora_hf.training.checkpoints import (
     PROGRESS_FILE,
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from lora_hf.training.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
-
-PROGRESS_INTERVAL = 30.0  # seconds between two lines of progress
 
 
 def install_callbacks(trainer: Trainer, log_prefix: str, *callbacks: TrainerCallback) -> None:
@@ -58,32 +55,28 @@ class ProgressBars(ProgressCallback):
 
 
 class ProgressLines(TrainerCallback):
-    """Where standard error is no terminal: a line every `PROGRESS_INTERVAL` seconds, in training and evaluation."""
+    """Where standard error is no terminal: a line now and then, in training and evaluation."""
 
     def __init__(self, log_prefix: str = "") -> None:
         self.log_prefix = log_prefix
-        self.start_time = self.last_line = 0.0
+        self.timer = ProgressTimer()
         self.first_step = self.evaluated = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.start_time = self.last_line = time.monotonic()
+        self.timer = ProgressTimer()
         self.first_step = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        now, loss = time.monotonic(), (logs or {}).get("loss")
-        if loss is None or now - self.last_line < PROGRESS_INTERVAL or not state.is_world_process_zero:
+        loss = (logs or {}).get("loss")
+        if loss is None or not state.is_world_process_zero or not self.timer.is_due():
             return
-        self.last_line = now
-        seconds_per_step = (now - self.start_time) / (state.global_step - self.first_step)
-        left = minutes(seconds_per_step * (state.max_steps - state.global_step))
+        left = self.timer.time_left(state.global_step - self.first_step, state.max_steps - state.global_step)
         steps = f"{state.global_step:,} of {state.max_steps:,} steps"
-        tqdm.write(f"{self.log_prefix}{steps}: loss {loss:.4f}, {left} left", file=sys.stderr)
+        tqdm.write(f"{self.log_prefix}{steps}: loss {loss:.4f}, {left}", file=sys.stderr)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.evaluated += 1
-        now = time.monotonic()
-        if now - self.last_line >= PROGRESS_INTERVAL and state.is_world_process_zero:
-            self.last_line = now
+        if state.is_world_process_zero and self.timer.is_due():
             batches = f"{self.evaluated:,} of {len(kwargs['eval_dataloader']):,} batches"
             tqdm.write(f"{self.log_prefix}evaluating: {batches}", file=sys.stderr)
 

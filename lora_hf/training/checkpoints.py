@@ -22,6 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.training.distributed import rank, world_size
 
@@ -75,10 +76,9 @@ def write_manifest(checkpoint: Path) -> None:
     digests = {str(file.relative_to(checkpoint)): sha256(file) for file in files}
     for file in files:
         _flush(file)
-    partial = checkpoint / f"{MANIFEST_FILE}.part"
-    partial.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
-    _flush(partial)
-    partial.replace(checkpoint / MANIFEST_FILE)
+    with atomic_path(checkpoint / MANIFEST_FILE) as partial:
+        partial.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+        _flush(partial)
     for folder in (checkpoint, checkpoint.parent):  # else a power cut may keep a name and lose its bytes
         _flush(folder)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE
@@ -122,9 +123,8 @@ def begin_run(config: RunConfig, folder: Path, checkpoint: Path | None) -> None:
     else:
         delete_newer(checkpoint)
         _cut_log(folder / LOG_FILE, int(checkpoint.name.rpartition("-")[2]))
-    partial = folder / f"{RUN_CONFIG_FILE}.part"
-    partial.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
-    partial.replace(folder / RUN_CONFIG_FILE)
+    with atomic_path(folder / RUN_CONFIG_FILE) as partial:
+        partial.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
 
 
 def _cut_log(path: Path, step: int) -> None:

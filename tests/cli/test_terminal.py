@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from lora_hf.cli import terminal
-from lora_hf.cli.terminal import PROGRESS_INTERVAL, progress
+from lora_hf.cli.terminal import progress
+from lora_hf.core import progress as core_progress
+from lora_hf.core.progress import PROGRESS_INTERVAL
 
 
 def test_progress_prints_occasional_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = 100.0
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    monkeypatch.setattr(core_progress.time, "monotonic", lambda: now)
     seen = []
     for item in progress(iter("abcde"), total=5):
         seen.append(item)

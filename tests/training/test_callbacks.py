@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from lora_hf.core import progress
 from lora_hf.core.config.loader import load_config
+from lora_hf.core.progress import PROGRESS_INTERVAL
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.training import callbacks
-from lora_hf.training.callbacks import PROGRESS_INTERVAL, ProgressLines
+from lora_hf.training.callbacks import ProgressLines
 from lora_hf.training.run import train
 
 
@@ -18,7 +19,7 @@ def test_a_line_shows_the_step_the_loss_and_the_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     state, control = TrainerState(), TrainerControl()
     arguments = TrainingArguments(str(tmp_path), use_cpu=True)
     state.global_step, state.max_steps = 200, 1400  # it goes on from a checkpoint: only 100 steps took these 60 s
@@ -45,7 +46,7 @@ def test_a_line_shows_the_step_the_loss_and_the_time_left(
 def test_a_run_without_a_terminal_prints_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(callbacks, "PROGRESS_INTERVAL", 0.0)
+    monkeypatch.setattr(progress, "PROGRESS_INTERVAL", 0.0)
     task = get_task("rule-sentiment")
     rows = {split: part.select(range(24)) for split, part in task.load(None, task.splits).items()}
     words = ["model.precision=fp32", "train.hf={use_cpu: true}", "train.batch_size=8", "train.max_steps=3"]
@@ -64,7 +65,7 @@ def test_a_long_evaluation_prints_its_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     state, control, arguments = TrainerState(), TrainerControl(), TrainingArguments(str(tmp_path), use_cpu=True)
     lines = ProgressLines("rte, ")
     lines.on_train_begin(arguments, state, control)
