@@ -73,5 +73,5 @@ def test_without_a_record_the_command_is_shown_and_a_damaged_record_is_an_error(
     tables = {"input.json": damaged, "http.json": malformed, "kills.json": kills}
     for name, read in tables.items():
         (tmp_path / "robustness" / name).write_text("{")
-        with pytest.raises(DataError, match=f"{name}: not readable"):
+        with pytest.raises(DataError, match=f"{name}: not a readable record"):
             read(tmp_path)

@@ -54,5 +54,5 @@ def test_missing_and_damaged_records_are_errors(tmp_path: Path, results: Path) -
     with pytest.raises(DataError, match="serving: no records"):
         serving(tmp_path / "nowhere")
     (results / "serving" / "b.json").write_text("{")
-    with pytest.raises(DataError, match=r"b\.json: not readable"):
+    with pytest.raises(DataError, match=r"b\.json: not a readable record"):
         restarts(results)

@@ -30,7 +30,7 @@ MISTAKES = [
         [*TRAIN, "output.name=unfinished", "train.epochs=2", "--resume", "auto"],
         "of another config: train.epochs is 5.0 there and 2.0 here; choose another output.name, or set",
     ),
-    ([*TRAIN, "output.name=unread"], "holds an unfinished run without a config.yaml that can be read"),
+    ([*TRAIN, "output.name=unread"], "without a readable config.yaml"),
     ([*TRAIN, "--resume", "nowhere"], "--resume nowhere: expected a checkpoint folder"),
     ([*TRAIN, "train.start_from=nowhere"], "nowhere: not an adapter folder"),
     ([*TRAIN, "--config", "rule_sentiment.yaml", "output.name=both"], "output.name: expected a different one for each"),
