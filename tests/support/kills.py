@@ -30,6 +30,7 @@ from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.training.checkpoints import MANIFEST_FILE, STATE_FILE, checkpoints_in, newest_valid
 from lora_hf.training.run import Run, train
+from tests.support.cpu import renew_thread_pool
 
 ROWS = {"train": 64, "validation": 20}
 # A checkpoint every other step, so that kills hit between checkpoints, within epochs and while one is written.
@@ -152,6 +153,7 @@ def finish(config: RunConfig, rows: Mapping[str, Dataset], resume: str | None = 
 
 
 def _train(config: RunConfig, rows: Mapping[str, Dataset], resume: str | None) -> None:
+    renew_thread_pool()
     train(config, resume, rows)
 
 

@@ -27,6 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.support.cpu import renew_thread_pool
+
 REPO = Path(__file__).parents[2]
 LONGEST = 60  # seconds that a block may take
 ROWS = 48  # of an embedded task: pages show commands, not scores
@@ -254,6 +256,7 @@ def _answer(caller: socket.socket, asked: dict[str, Any], files: list[int], smal
     """Is the command, in the fork, and does not come back."""
     code = 1
     try:
+        renew_thread_pool()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         for target, file in enumerate(files):
