@@ -15,9 +15,9 @@ import numpy as np
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import DataError, UserError
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord, ScoreRecord
+from lora_hf.data.metrics.classification import compute_metrics
 from lora_hf.data.tasks.base import Task, TextClassification
 from lora_hf.data.tasks.registry import get_task, task_names, task_of
-from lora_hf.experiments.compare.statistics import scores
 
 # The official metric of STS-B rounds to float32. Predictions of another run differ by far more.
 SCORE_TOLERANCE = 1e-5
@@ -248,7 +248,7 @@ def _read_predictions(run: FinishedRun, split: str) -> Predictions:
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a file of predictions: {type(error).__name__}: {error}") from error
     recorded = run.record.metrics[split]
-    computed = scores(list(recorded), found.labels, found.predicted)
+    computed = compute_metrics(list(recorded), found.labels, found.predicted)
     for name, value in recorded.items():
         if not abs(computed[name] - value) <= SCORE_TOLERANCE:
             raise DataError(

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_hf.data.metrics.classification import METRICS, compute_metrics
+from lora_hf.data.metrics.classification import METRICS
 
 RESAMPLES = 10_000
 SEED = 0
 CONFIDENCE = 0.95
 CHUNK = 500  # resamples at a time: 6 MB of weights for the 1,500 rows of STS-B
-
-scores = compute_metrics
 
 
 @dataclass(frozen=True)

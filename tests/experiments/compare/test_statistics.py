@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_hf.data.metrics.classification import compute_metrics
 from lora_hf.data.metrics.glue import METRIC_NAMES, GlueMetric
-from lora_hf.experiments.compare.statistics import bootstrap, bootstrap_p, holm, interval, mcnemar, scores
+from lora_hf.experiments.compare.statistics import bootstrap, bootstrap_p, holm, interval, mcnemar
 from tests.tolerances import COVERAGE, OFFICIAL_SCORE, RESAMPLED_SCORE
 
 RNG = np.random.default_rng(5)
@@ -26,7 +27,7 @@ def drawn(task: str, rows: int = 60) -> tuple[np.ndarray, np.ndarray]:
 def test_scores_are_the_official_metrics(task: str) -> None:
     labels, predictions = drawn(task)
     official = GlueMetric(task).compute(predictions=predictions, references=labels)
-    assert scores(METRIC_NAMES[task], labels, predictions) == pytest.approx(official, abs=OFFICIAL_SCORE)
+    assert compute_metrics(METRIC_NAMES[task], labels, predictions) == pytest.approx(official, abs=OFFICIAL_SCORE)
 
 
 @pytest.mark.parametrize("task", ["cola", "mrpc", "stsb"])
@@ -35,7 +36,7 @@ def test_constant_answers_score_as_the_official_metric_says(task: str) -> None:
     for constant in (0.0, 1.0):
         predictions = np.full(len(labels), constant if task == "stsb" else int(constant))
         official = GlueMetric(task).compute(predictions=predictions, references=labels)
-        assert scores(METRIC_NAMES[task], labels, predictions) == pytest.approx(official, abs=OFFICIAL_SCORE)
+        assert compute_metrics(METRIC_NAMES[task], labels, predictions) == pytest.approx(official, abs=OFFICIAL_SCORE)
 
 
 @pytest.mark.parametrize("task", ["mrpc", "stsb", "cola", "classification"])
@@ -48,7 +49,7 @@ def test_a_resample_is_scored_as_its_rows_would_be(task: str) -> None:
     plain = []
     for _ in range(600):
         rows = draw.integers(0, len(labels), len(labels))
-        plain.append(list(scores(names, labels[rows], predictions[rows]).values()))
+        plain.append(list(compute_metrics(names, labels[rows], predictions[rows]).values()))
     for column, name in zip(np.array(plain).T, names, strict=True):
         assert quick[name].mean() == pytest.approx(column.mean(), abs=RESAMPLED_SCORE)
         assert quick[name].std() == pytest.approx(column.std(), abs=RESAMPLED_SCORE)
