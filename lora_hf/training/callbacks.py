@@ -20,8 +20,6 @@ from lora_hf.core.progress import ProgressTimer
 from lora_hf.lora.inject import lora_layers
 from lora_hf.training.checkpoints import (
     PROGRESS_FILE,
-    best_checkpoint,
-    read_progress,
     resume_hint,
     rotate_checkpoints,
     write_manifest,
@@ -159,17 +157,8 @@ class CheckpointCallback(TrainerCallback):
         self.trainer, self.resumed_from, self.keep = trainer, resumed_from, keep
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.resumed_from is None:
-            return
-        if state.best_global_step:
-            # The run folder may have been moved since.
-            best = best_checkpoint(self.resumed_from, state.best_global_step)
-            state.best_model_checkpoint = str(best) if best else None
-        progress = read_progress(self.resumed_from)
-        monitor = self.trainer.loss_monitor
-        monitor.sum += progress["loss"]
-        monitor.logged_step = progress["logged"]
-        self.trainer.loss_scaling.skipped = progress["skipped"]
+        if self.resumed_from is not None:
+            self.trainer.restore_progress(self.resumed_from)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         monitor = self.trainer.loss_monitor
@@ -244,12 +233,12 @@ class SignalHandler(TrainerCallback):
         self.save_is_due = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stop_if_agreed()
+        self.stop_if_signaled()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stop_if_agreed()
+        self.stop_if_signaled()
 
-    def _stop_if_agreed(self) -> None:
+    def stop_if_signaled(self) -> None:
         self._agree()
         if self.agreed is not None:
             raise Interrupted(self.agreed, resume_hint(self.folder))

@@ -304,6 +304,7 @@ def _fit(run: _Prepared) -> Mapping[str, float]:
     with handler:
         if checkpoint and read_progress(checkpoint)["finished"]:
             trainer.finish_from(checkpoint)
+            handler.stop_if_signaled()
             return {}
         return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
 

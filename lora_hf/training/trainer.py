@@ -25,7 +25,7 @@ from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.sampling import EpochSampler, PromptSampler, last_batch_share
 from lora_hf.lora.chunked_loss import enable_chunked_loss
 from lora_hf.lora.unpadding import enable_unpadding
-from lora_hf.training.checkpoints import STATE_FILE, best_checkpoint
+from lora_hf.training.checkpoints import STATE_FILE, best_checkpoint, read_progress
 from lora_hf.training.distributed import average_gradients
 from lora_hf.training.loss_monitor import LossMonitor
 from lora_hf.training.loss_scaling import LossScaling
@@ -145,11 +145,21 @@ class RunTrainer(Trainer):
     def finish_from(self, checkpoint: Path) -> None:
         """Takes the state and the best weights of a run whose training had ended, without another step."""
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
-        best = best_checkpoint(checkpoint, self.state.best_global_step)
-        self.state.best_model_checkpoint = str(best) if best else None
-        if best:
+        self.restore_progress(checkpoint)
+        if self.state.best_model_checkpoint:
             self._load_best_model()
         self.log({"train_runtime": 0.0, "total_flos": self.state.total_flos})
+        self.loss_scaling.on_train_end(self.args, self.state, self.control)
+
+    def restore_progress(self, checkpoint: Path) -> None:
+        """Restores what the Trainer does not, once it has the state of the checkpoint."""
+        # The run folder may have been moved since.
+        best = best_checkpoint(checkpoint, self.state.best_global_step)
+        self.state.best_model_checkpoint = str(best) if best else None
+        progress = read_progress(checkpoint)
+        self.loss_monitor.sum += progress["loss"]
+        self.loss_monitor.logged_step = progress["logged"]
+        self.loss_scaling.skipped = progress["skipped"]
 
 
 class AdapterTrainer(RunTrainer):

@@ -131,6 +131,18 @@ def test_what_is_written_of_an_overflow_is_json(overflowing: Run) -> None:
     assert RunRecord.load(overflowing.folder / "record.json") == overflowing.record
 
 
+def test_a_run_that_only_lacks_its_record_keeps_its_count(
+    rows: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_scaling, "FIRST_SCALE", HIGH)
+    run = train(fp16(tmp_path), rows=rows)
+    assert run.record.skipped_steps > 0
+    (run.folder / "record.json").unlink()
+    again = train(fp16(tmp_path), resume="auto", rows=rows).record
+    assert again.skipped_steps == run.record.skipped_steps
+    assert again.warnings == run.record.warnings
+
+
 def test_a_run_that_goes_on_has_its_scale_and_its_count(
     overflowing: Run, rows: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
