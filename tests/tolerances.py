@@ -135,3 +135,7 @@ PROCESSES_FP32 = 1e-5
 """Weights, losses and logits of two processes against one that takes as many rows in a step: the same float32 sums in
 another order, over a few steps of SGD. Rows counted twice, or a mean over unequal numbers of rows, give a hundred times
 as much."""
+
+PEFT_LOGITS = 1e-6
+"""Outputs of PEFT and ours with the same file, relative to the largest: the same products of 2 layers in fp32, which
+PEFT multiplies in another order."""

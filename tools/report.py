@@ -13,14 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_hf.core.config.schema import ROLES
 from lora_hf.core.errors import DataError
 from lora_hf.core.formatting import minutes, percent, table
 from lora_hf.core.records import RunRecord, ScoreRecord, SweepRecord, describe_run, read_json_record, record_files
 from lora_hf.experiments.suite import tables as suite_tables
-from lora_hf.lora.architectures import ARCHITECTURES, Projection
 from tools.tables import robustness as robustness_tables
 from tools.tables import serving as serving_tables
+from tools.tables import models as model_tables
 from tools.tables import speed as speed_tables
 
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -193,18 +192,6 @@ def _continuations(results: Path) -> str:
     )
 
 
-def _roles(_: Path) -> str:
-    def path(projection: Projection | None) -> str:
-        if projection is None:
-            return "-"
-        index, count = projection.slice
-        return f"`{projection.path}`" + (f", part {index + 1} of {count}" if count > 1 else "")
-
-    rows = [[f"`{role}`", *(path(each.projections.get(role)) for each in ARCHITECTURES.values())] for role in ROLES]
-    rows.append(["head", *(", ".join(f"`{name}`" for name in each.head) for each in ARCHITECTURES.values())])
-    return table(["role", *ARCHITECTURES], rows, text_columns=1 + len(ARCHITECTURES))
-
-
 TABLES: dict[str, Callable[[Path], str]] = {
     "sst2": _sst2,
     "e2e": _e2e,
@@ -231,7 +218,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "malformed-requests": robustness_tables.malformed,
     "malformed-answers": robustness_tables.malformed_answers,
     "kills": robustness_tables.kills,
-    "roles": _roles,
+    "model-types": model_tables.model_types,
     "tiny-bases": _bases,
     "tiny-fills": _fills,
     "tiny-continuations": _continuations,

@@ -24,7 +24,7 @@ from lora_hf.core.records import COMBINE_FILE, CombineRecord
 from lora_hf.lora.inject import adapter_heads, adapter_names, add_weights, check_new_name, inject_head, lora_layers
 from lora_hf.lora.kernels.combination import Factors, drop, elect, shorten, sum_of_factors, svd_of_factors, trim
 from lora_hf.lora.layers import LoraLinear, LoraWeights
-from lora_hf.lora.slices import diagonal_blocks
+from lora_hf.lora.slices import diagonal_blocks, slice_columns, slice_width
 from lora_hf.lora.variants.biases import standalone_biases
 
 Method = Literal["linear", "svd", "ties", "dare"]
@@ -70,7 +70,7 @@ class _Source:
 
     @property
     def max_rank(self) -> int:
-        return min(self.layer.in_features, *(stop - start for start, stop in self.slices))
+        return min(self.layer.in_features, *map(slice_width, self.slices))
 
     @property
     def default_rank(self) -> int:
@@ -231,7 +231,7 @@ def _combine(
         else:
             dropped = [weight * drop(delta_weight(name), density, generator) for name, weight in weights]
             delta = torch.stack(dropped).sum(0)
-        parts = [delta[start:stop] for start, stop in source.slices]
+        parts = [delta[slice_columns(piece)] for piece in source.slices]
         svds = [tuple(torch.linalg.svd(part, full_matrices=False)) for part in parts]
     shortened = [shorten(svd, min(rank or source.default_rank, source.max_rank)) for svd in svds]
     factors, lost, total = zip(*shortened, strict=True)
@@ -265,7 +265,7 @@ def _threshold(sources: Sequence[_Source], name: str, density: float) -> torch.T
     parts = []
     for source in sources:
         delta = source.layer.delta_weight(name)
-        parts += [delta[start:stop].abs().flatten() for start, stop in source.slices]
+        parts += [delta[slice_columns(piece)].abs().flatten() for piece in source.slices]
     magnitudes = torch.cat(parts)
     count = max(1, round(density * len(magnitudes)))
     return magnitudes.kthvalue(len(magnitudes) - count + 1).values

@@ -90,8 +90,8 @@ def _is_fingerprint(value: Any) -> bool:
     return isinstance(value, dict) and (not value or all(key in value and checks[key](value[key]) for key in checks))
 
 
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and [type(edge) for edge in value] == [int, int]
+def _is_slice(value: Any) -> bool:
+    return isinstance(value, list) and len(value) in (2, 4) and all(type(edge) is int for edge in value)
 
 
 def _list_of(check: Check) -> Check:
@@ -134,7 +134,7 @@ HEADER_FIELDS: dict[str, tuple[str, Check]] = {
     "labels": ("a list of names", _list_of(_is_str)),
     "num_labels": ("a whole number >= 1", _optional(_is_rank)),
     "fingerprint": ("sha256, dtype, tensors and samples", _is_fingerprint),
-    "slices": ("pairs of columns by path", _dict_of(lambda value: value != [] and _list_of(_is_pair)(value))),
+    "slices": ("slices of columns by path", _dict_of(lambda value: value != [] and _list_of(_is_slice)(value))),
     "start": (
         "pissa, olora or nothing",
         lambda value: isinstance(value, str) and (value == "" or value.startswith(("pissa", "olora"))),
@@ -146,7 +146,7 @@ HEADER_FIELDS: dict[str, tuple[str, Check]] = {
 class AdapterMetadata:
     """The header of the weights file: what PEFT's config has no field for. Every field is empty in a file of PEFT.
 
-    `slices` gives, by module path, the output columns that are adapted, as `[start, stop]` pairs. `start` is `pissa` or
+    `slices` gives, by module path, the output columns that are adapted (`lora.slices`). `start` is `pissa` or
     `olora` if A and B hold the trained factors next to the negated initial ones, so that the base stays unchanged.
     """
 

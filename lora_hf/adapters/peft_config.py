@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from lora_hf.adapters.format import CONFIG_FILE, AdapterFile, AdapterMetadata
 from lora_hf.core.errors import AdapterError
+from lora_hf.lora.heads import outermost, plain_paths, task_type
 from lora_hf.lora.layers import LoraLinear, LoraWeights, linear_shape
-from lora_hf.lora.slices import block_diagonal, diagonal_blocks
+from lora_hf.lora.slices import Slice, are_disjoint, block_diagonal, diagonal_blocks
 from lora_hf.lora.target_modules import in_layers
 from lora_hf.lora.variants.dora import DoraWeights
 
@@ -36,7 +37,7 @@ class SavedLayer:
     """
 
     path: str
-    slices: list[tuple[int, int]]
+    slices: list[Slice]
     r: int
     lora_alpha: float
     rank_multiplier: int = 1
@@ -69,7 +70,7 @@ def base_dependent_init(file: AdapterFile) -> tuple[str, bool]:
 
 
 def peft_config(
-    model: PreTrainedModel, layers: list[SavedLayer], head_paths: list[str], metadata: AdapterMetadata
+    model: PreTrainedModel, layers: list[SavedLayer], modules_to_save: list[str], metadata: AdapterMetadata
 ) -> dict[str, Any]:
     """The fields of PEFT's LoraConfig. Ranks and alphas that differ from the most common ones go into its patterns."""
     common = Counter((layer.r, layer.lora_alpha) for layer in layers).most_common(1)
@@ -77,14 +78,14 @@ def peft_config(
     others = [layer for layer in layers if (layer.r, layer.lora_alpha) != (r, alpha)]
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if head_paths else "CAUSAL_LM",
+        "task_type": task_type(model),
         "base_model_name_or_path": metadata.base,
         "revision": metadata.revision,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
         "target_modules": _path_regex([layer.path for layer in layers]),
-        "modules_to_save": head_paths or None,
+        "modules_to_save": modules_to_save or None,
         "fan_in_fan_out": model.config.model_type == "gpt2",
         "init_lora_weights": True,
         "rank_pattern": {re.escape(layer.path): layer.r for layer in others},
@@ -119,16 +120,30 @@ def read_layers(modules: Mapping[str, nn.Module], file: AdapterFile) -> list[Sav
         r = _pattern_value(file, "rank_pattern", path, "r")
         alpha = _pattern_value(file, "alpha_pattern", path, "lora_alpha")
         out_features = linear_shape(modules[path])[1]
-        slices = [(start, stop) for start, stop in file.metadata.slices.get(path, [[0, out_features]])]
-        edges = [0, *(edge for pair in slices for edge in pair), out_features]
+        slices = [tuple(piece) for piece in file.metadata.slices.get(path, [[0, out_features]])]
         multiplier = len(slices) * (2 if holds_init else 1)
-        if r != int(r) or r < 1 or r % multiplier or sorted(edges) != edges:
+        if r != int(r) or r < 1 or r % multiplier or not are_disjoint(slices, out_features):
             raise AdapterError(
-                f"{source}: {path}: expected ascending slices of its {out_features} columns and a rank divisible by "
+                f"{source}: {path}: expected separate slices of its {out_features} columns and a rank divisible by "
                 f"{multiplier}, found the slices {slices} and rank {r}"
             )
         layers.append(SavedLayer(path, slices, int(r), alpha, multiplier))
     return layers
+
+
+def modules_in_file(model: PreTrainedModel, file: AdapterFile) -> list[str]:
+    """The modules that the file holds whole, by path.
+
+    A file of lora_hf names the paths. PEFT compares the ends of paths without a dot before them, so that `classifier`
+    is also DistilBERT's `pre_classifier`.
+    """
+    names = tuple(file.config.get("modules_to_save") or ())
+    if not names:
+        return []
+    is_own = bool(file.metadata.fingerprint)
+    return outermost(
+        model, [path for path in plain_paths(model) if path in names or (not is_own and path.endswith(names))]
+    )
 
 
 def _target_paths(modules: Mapping[str, nn.Module], file: AdapterFile) -> list[str]:

@@ -24,6 +24,7 @@ from lora_hf.adapters.peft_config import (
     expected_shapes,
     factor_keys,
     from_peft,
+    modules_in_file,
     peft_config,
     read_layers,
     to_peft,
@@ -32,6 +33,7 @@ from lora_hf.adapters.resolve import SavedModel, fetch_adapter
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import AdapterState, Labels
 from lora_hf.lora.fingerprint import check_base, fingerprint
+from lora_hf.lora.heads import has_labels, head_paths, is_random, modules_to_train, outermost
 from lora_hf.lora.inject import (
     adapter_heads,
     adapter_names,
@@ -47,7 +49,7 @@ from lora_hf.lora.inject import (
 )
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.slices import diagonal_blocks
-from lora_hf.lora.target_modules import adaptable_modules, head_paths
+from lora_hf.lora.target_modules import adaptable_modules
 from lora_hf.lora.variants.biases import (
     add_biases,
     check_no_standalone_biases,
@@ -85,7 +87,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in head.state_dict().items()}
     all_weights = [layer.adapters[name] for layer in layers.values()]
     saved_layers = [SavedLayer.from_weights(path, layer.adapters[name]) for path, layer in layers.items()]
-    has_head = bool(head_paths(model))
+    labeled = has_labels(model)
     switch = adapter_state(model)
     labels, problem_type = (
         get_labels(model) if name == switch.active_adapter else switch.labels.get(name, get_labels(model))
@@ -94,9 +96,9 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         base=model.name_or_path or "",
         revision=getattr(model.config, "_commit_hash", None),
         task=task,
-        problem_type=problem_type if has_head else None,
-        labels=labels if has_head else (),
-        num_labels=len(labels) if has_head else None,
+        problem_type=problem_type if labeled else None,
+        labels=labels if labeled else (),
+        num_labels=len(labels) if labeled else None,
         fingerprint=fingerprint(model),
         slices={layer.path: [list(pair) for pair in layer.slices] for layer in saved_layers},
         start=next((weights.start for weights in all_weights), ""),
@@ -150,7 +152,7 @@ def load_adapter(
     switch = adapter_state(model)
     add_biases(model, biases, name, switch)
     load_standalone_biases(model, name, file.tensors, PREFIX)
-    if heads:
+    if has_labels(model):
         switch.labels[name] = _labels(switch, file, heads)
     inject_head(model, name, heads)
     _load_heads(model, file, name)
@@ -244,43 +246,58 @@ def _trains_biases(file: AdapterFile) -> bool:
 
 
 def _in_head(model: PreTrainedModel, key: str) -> bool:
-    return any(key.startswith(f"{PREFIX}{path}.") for path in head_paths(model)) and ".lora_" not in key
+    return key.startswith(tuple(f"{PREFIX}{path}." for path in adapter_heads(model)))
 
 
 def _without_copies(model: PreTrainedModel, file: AdapterFile) -> dict[str, torch.Tensor]:
     """The tensors without PEFT's duplicates: of the head's biases (`bias: all`) and of base embeddings."""
+    whole = modules_in_file(model, file)
     parts = ("modules_to_save.", "original_module.") if file.config.get("bias") == "all" else ()
-    copies = tuple(f"{PREFIX}{path}.{part}" for path in head_paths(model) for part in parts)
+    copies = tuple(f"{PREFIX}{path}.{part}" for path in whole for part in parts)
+    owned = tuple(f"{PREFIX}{path}." for path in whole)
     layers = adaptable_modules(model)
     return {
         key: tensor
         for key, tensor in file.tensors.items()
-        if not key.startswith(copies) and not is_base(layers, key.removeprefix(PREFIX), tensor)
+        if not key.startswith(copies)
+        and (key.startswith(owned) or not is_base(layers, key.removeprefix(PREFIX), tensor))
     }
 
 
 def _new_heads(model: PreTrainedModel, file: AdapterFile, own_head: bool) -> dict[str, nn.Module]:
-    """Copies of the base's task head, by path; with `own_head` the output layer gets as many labels as the file has."""
-    heads = {}
-    for path in head_paths(model):
-        head = model.get_submodule(path)
-        heads[path] = copy.deepcopy(head.original_module if isinstance(head, ModulesToSaveWrapper) else head)
-    if heads and own_head:
-        path = list(heads)[-1]
-        wrapper = nn.ModuleDict({"head": heads[path]})  # so that a head that is itself the output layer has a parent
-        inner = [each for each, module in wrapper.named_modules() if isinstance(module, nn.Linear)][-1]
-        old: Any = wrapper.get_submodule(inner)
-        weight = file.tensors.get(f"{PREFIX}{path}{inner.removeprefix('head')}.weight")
-        if weight is not None and weight.ndim == 2:
-            new = nn.Linear(old.in_features, len(weight), old.bias is not None, old.weight.device, old.weight.dtype)
-            wrapper.set_submodule(inner, new)
-            heads[path] = wrapper["head"]
+    """Copies of the modules that the file holds whole, by path; with `own_head` the output layer gets its labels.
+
+    A head that the file does not hold is expected as well, unless the base's own comes from its checkpoint.
+    """
+    paths = modules_in_file(model, file)
+    missing = [path for path in modules_to_train(model) if is_random(model, path)]
+    heads: dict[str, nn.Module] = {}
+    for path in outermost(model, [*paths, *missing]):
+        module = model.get_submodule(path)
+        heads[path] = copy.deepcopy(module.original_module if isinstance(module, ModulesToSaveWrapper) else module)
+    own = [path for path in head_paths(model) if path in heads]
+    if own and own_head:
+        _resize_output(heads, own[-1], file)
     return heads
+
+
+def _resize_output(heads: dict[str, nn.Module], path: str, file: AdapterFile) -> None:
+    """Gives the last linear layer of a head as many outputs as the file has labels."""
+    wrapper = nn.ModuleDict({"head": heads[path]})  # so that a head that is itself the output layer has a parent
+    inner = [each for each, module in wrapper.named_modules() if isinstance(module, nn.Linear)][-1]
+    old: Any = wrapper.get_submodule(inner)
+    weight = file.tensors.get(f"{PREFIX}{path}{inner.removeprefix('head')}.weight")
+    if weight is not None and weight.ndim == 2:
+        new = nn.Linear(old.in_features, len(weight), old.bias is not None, old.weight.device, old.weight.dtype)
+        wrapper.set_submodule(inner, new)
+        heads[path] = wrapper["head"]
 
 
 def _load_heads(model: PreTrainedModel, file: AdapterFile, name: str) -> None:
     tensors = _without_copies(model, file)
     for path, head in adapter_heads(model).items():
+        if name not in head.modules_to_save:
+            continue
         prefix = f"{PREFIX}{path}."
         head.modules_to_save[name].load_state_dict(
             {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -292,6 +309,8 @@ def _labels(switch: AdapterState, file: AdapterFile, heads: Mapping[str, nn.Modu
     metadata, base = file.metadata, switch.labels[None]
     if metadata.num_labels is not None:
         return metadata.labels, metadata.problem_type
+    if not heads:
+        return base
     count = [len(value) for value in list(heads.values())[-1].state_dict().values()][-1]
     return base if len(base[0]) == count else (tuple(f"LABEL_{index}" for index in range(count)), None)
 
@@ -302,11 +321,12 @@ def _check_fit(
     """Checks the file against the model; returns its layers, and the modules of which it trains only the bias."""
     if not own_head:
         _check_labels(model, file)
-    modules = adaptable_modules(model)
+    owned = tuple(f"{path}." for path in heads)  # PEFT adapts no module that it trains whole
+    modules = {path: each for path, each in adaptable_modules(model).items() if not f"{path}.".startswith(owned)}
     layers = read_layers(modules, file)
     paths = [layer.path for layer in layers]
     check_no_standalone_biases(model, paths)
-    biases = unadapted_biases(model, paths, head_paths(model)) if file.config.get("bias") == "all" else {}
+    biases = unadapted_biases(model, paths, heads) if file.config.get("bias") == "all" else {}
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in layers:
         expected = expected_shapes(
@@ -329,7 +349,7 @@ def _check_fit(
 
 def _check_labels(model: PreTrainedModel, file: AdapterFile) -> None:
     metadata = file.metadata
-    if not head_paths(model) or metadata.num_labels is None:
+    if not has_labels(model) or metadata.num_labels is None:
         return
     names, _ = adapter_state(model).labels[None]
     if metadata.num_labels != len(names):

@@ -18,6 +18,7 @@ from transformers.utils.generic import ModelOutput
 
 from lora_hf.core.errors import TrainingError
 from lora_hf.core.labels import IGNORE_INDEX
+from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.kernels.cross_entropy import token_losses
 
 
@@ -43,7 +44,8 @@ def enable_chunked_loss(model: PreTrainedModel, smoothing: float = 0.0) -> bool:
     head = model.get_output_embeddings()
     if getattr(model.forward, "func", None) is _forward:
         return True
-    if model.config.model_type not in ("gpt2", "llama") or not isinstance(head, nn.Linear):
+    architecture = ARCHITECTURES.get(model.config.model_type)
+    if architecture is None or not architecture.plain_logits or not isinstance(head, nn.Linear):
         return False
     if head.bias is not None or head.weight.requires_grad:
         return False

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
+from lora_hf.lora.heads import base_prefix, new_parameters
 from lora_hf.lora.layers import LoraLinear, LoraWeights
 from lora_hf.lora.quantization import Packed, QuantisedLinear
 from lora_hf.lora.variants.biases import Bias
@@ -63,8 +64,12 @@ def check_base(model: PreTrainedModel, recorded: dict[str, Any], adapter: str) -
 
 
 def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The parameters of the base model by their names in the plain model, sorted; as they were before any merge."""
-    tensors = _packed_tensors(model)
+    """The parameters of the base model by their names in the plain model, sorted; as they were before any merge.
+
+    Those that no checkpoint filled are left out: they differ in each process, and the adapter holds its own.
+    """
+    tensors, new = _packed_tensors(model), new_parameters(model) or frozenset()
+    prefix = base_prefix(model)
     for path, module in model.base_model.named_modules():
         if isinstance(module, LoraLinear):  # before its `base_layer` comes
             unmerged = {"weight": module.unmerged_weight, "bias": module.unmerged_bias}
@@ -72,7 +77,9 @@ def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
         if isinstance(module, (LoraWeights, Bias)) or ".modules_to_save." in path:
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
-            tensors.setdefault(name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter)
+            name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+            if f"{prefix}{name}" not in new:
+                tensors.setdefault(name, parameter)
     return dict(sorted(tensors.items()))
 
 

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError, did_you_mean
 from lora_hf.lora.active_adapter import STATE_ATTRIBUTE, AdapterState, Labels
+from lora_hf.lora.heads import has_labels, modules_to_train, new_parameters
 from lora_hf.lora.layers import AdaptedModule, Drift, LoraLinear, LoraWeights
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.quantization import QuantisedLinear
 from lora_hf.lora.slices import Slices
-from lora_hf.lora.target_modules import Site, comma_separated, head_paths, plan, ranks_and_alphas
+from lora_hf.lora.target_modules import Site, comma_separated, plan, ranks_and_alphas
 from lora_hf.lora.variants.biases import add_biases, check_no_standalone_biases, unadapted_biases, unwrap_biases
 from lora_hf.lora.variants.embedding import check_not_tied
 from lora_hf.lora.variants.table import PLAIN, Variant, initialise, new_weights
@@ -44,6 +45,8 @@ class ParameterCounts:
 def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> PreTrainedModel:
     """Replaces the planned projections by LoRA layers, copies the task head for the adapter and freezes the rest.
 
+    What the checkpoint did not fill is copied, trained and saved like the head (`heads.modules_to_train`).
+
     Raises:
         ModelError, ConfigError: as `plan`; also a rank above the smaller side of a projection.
         AdapterError: the model already has an adapter of that name, or the name cannot be one.
@@ -62,32 +65,40 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
     ranks = ranks_and_alphas(model, sites, lora)
     check_new_name(model, name)
     check_no_standalone_biases(model, ranks)
-    biases = unadapted_biases(model, ranks, head_paths(model)) if lora.bias == "all" else {}
+    whole = modules_to_train(model, lora.modules_to_save)
+    biases = unadapted_biases(model, ranks, whole) if lora.bias == "all" else {}
     variant = Variant(lora.use_rslora, lora.use_dora, start, lora.bias != "none")
     for path, (slices, r, alpha) in ranks.items():
         weights = add_weights(model, path, name, slices, r, alpha, lora.lora_dropout, variant)
         initialise(weights, model.get_submodule(path), lora.init_lora_weights)  # type: ignore[arg-type]
     add_biases(model, biases, name, adapter_state(model))
-    return inject_head(model, name)
+    return inject_head(model, name, dict.fromkeys(whole))
 
 
 def inject_head(
-    model: PreTrainedModel, name: str = "default", heads: Mapping[str, nn.Module] | None = None
+    model: PreTrainedModel, name: str = "default", heads: Mapping[str, nn.Module | None] | None = None
 ) -> PreTrainedModel:
     """Gives adapter `name` its own copy of the task head, makes it the active one and freezes everything else.
 
     Args:
-        heads: the adapter's own head modules by path; by default copies of the base's.
+        heads: the modules that the adapter trains whole, by path; None is a copy of the base's own. By default those of
+            `modules_to_train`.
     """
     state = adapter_state(model)
     state.names.setdefault(name)
-    for path in head_paths(model):
+    heads = dict.fromkeys(modules_to_train(model)) if heads is None else heads
+    if heads and new_parameters(model) is None:
+        logger.info("this model came from no checkpoint: %s is trained as a new head", comma_separated(heads))
+    for path, own in heads.items():
         module = model.get_submodule(path)
         if not isinstance(module, ModulesToSaveWrapper):
-            model.set_submodule(path, module := ModulesToSaveWrapper(module, state))
+            _check_unadapted(module, path)
+            wrapper = ModulesToSaveWrapper(module, state, within_base=_is_within(model.base_model, module))
+            model.set_submodule(path, module := wrapper)
         if name not in module.modules_to_save:
-            module.add(name, heads[path] if heads else None)
-            state.labels.setdefault(name, get_labels(model))
+            module.add(name, own)
+    if has_labels(model):
+        state.labels.setdefault(name, get_labels(model))
     set_adapter(model, name)
     mark_only_lora_as_trainable(model)
     for head in adapter_heads(model).values():
@@ -107,6 +118,8 @@ def add_weights(
 ) -> LoraWeights:
     """Adds fresh A and B of adapter `name` at one projection, which becomes a LoRA layer if it is not one yet."""
     module, state = model.get_submodule(path), adapter_state(model)
+    if isinstance(module, ModulesToSaveWrapper):
+        raise AdapterError(f"{path}: another adapter trains this module whole; put the two adapters on separate models")
     if not isinstance(module, LoraLinear):
         model.set_submodule(path, module := LoraLinear(module, state))
     state.names.setdefault(name)
@@ -127,7 +140,9 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
     unwrap_biases(model, keep=merged)
     for path, head in adapter_heads(model).items():
         plain = head.modules_to_save[head.active] if merged and head.active else head.original_module
-        model.set_submodule(path, plain.requires_grad_(True))
+        if head.within_base:
+            plain.to(next(head.original_module.parameters()).dtype)
+        model.set_submodule(path, plain.requires_grad_(not head.within_base))
     if hasattr(model.base_model, STATE_ATTRIBUTE):
         delattr(model.base_model, STATE_ATTRIBUTE)
     return model
@@ -191,7 +206,7 @@ def adapter_state(model: PreTrainedModel) -> AdapterState:
     base = model.base_model
     if not hasattr(base, STATE_ATTRIBUTE):
         state = AdapterState()
-        if head_paths(model):
+        if has_labels(model):
             state.labels[None] = get_labels(model)
         setattr(base, STATE_ATTRIBUTE, state)
     return getattr(base, STATE_ATTRIBUTE)
@@ -279,6 +294,18 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
         lora=sum(map(_count, active)) - sum(map(_count, heads)),
         head=sum(map(_count, heads)),
     )
+
+
+def _check_unadapted(module: nn.Module, path: str) -> None:
+    if any(isinstance(each, AdaptedModule) for each in module.modules()):
+        raise AdapterError(
+            f"{path}: another adapter has A and B in this module, so no adapter can train it whole; put the two "
+            "adapters on separate models"
+        )
+
+
+def _is_within(base: nn.Module, module: nn.Module) -> bool:
+    return any(each is module for each in base.modules())
 
 
 def _count(module: nn.Module) -> int:

@@ -19,7 +19,7 @@ from lora_hf.lora.kernels.grouped import Stack, add_grouped
 from lora_hf.lora.kernels.reference import add_lora
 from lora_hf.lora.precision import keep_dtype
 from lora_hf.lora.quantization import Packed, QuantisedLinear
-from lora_hf.lora.slices import Slices, block_diagonal, split_slices
+from lora_hf.lora.slices import Slices, block_diagonal, slice_width, split_slices
 
 TRANSPOSED = (Conv1D, nn.Embedding)  # whose weight is (in, out)
 
@@ -60,7 +60,7 @@ class LoraWeights(nn.Module):
         self.bias: nn.Parameter | None = None  # this adapter's copy of the projection's bias, if it trains one
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
-        width = sum(stop - start for start, stop in slices)
+        width = sum(map(slice_width, slices))
         self.lora_A = nn.Parameter(torch.empty(len(slices) * r, in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(width, r, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))

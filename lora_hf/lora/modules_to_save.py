@@ -1,4 +1,4 @@
-"""The module that replaces a task head and holds a trained copy of it for each adapter."""
+"""The module that replaces one which is trained whole, such as a task head, and holds a copy of it for each adapter."""
 
 from __future__ import annotations
 
@@ -9,25 +9,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import AdapterState, BatchRouting
 from lora_hf.lora.precision import keep_dtype
 
 
 class ModulesToSaveWrapper(nn.Module):
-    """A task head with a trained copy per adapter, named and structured as in PEFT.
+    """A module with a trained copy per adapter, named and structured as in PEFT.
 
-    The copies are fp32 whatever the base's precision. The base's own head is frozen and runs if no adapter is active.
+    The copies are fp32 whatever the base's precision. The base's own is frozen and runs if no adapter is active.
+
+    Args:
+        within_base: it is a part of the base model (a pooler, an embedding) and not of the head beside it: the output
+            of a copy has the precision of the base.
     """
 
-    def __init__(self, original_module: nn.Module, adapter_state: AdapterState) -> None:
+    def __init__(self, original_module: nn.Module, adapter_state: AdapterState, within_base: bool = False) -> None:
         super().__init__()
         self.original_module: Any = original_module.requires_grad_(False)
         self.modules_to_save: Any = nn.ModuleDict()  # by adapter name
         self.adapter_state = adapter_state
+        self.within_base = within_base
         self.training = original_module.training
 
+    def __getattr__(self, name: str) -> Any:
+        # What else a model reads of its modules, such as `lm_head.weight`.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if "original_module" not in modules:
+                raise
+            own = modules["modules_to_save"][self.active] if self.active else modules["original_module"]
+            return getattr(own, name)
+
     def add(self, name: str, head: nn.Module | None = None) -> None:
-        """Adds the head of adapter `name`; without `head`, a copy of the base's own."""
+        """Adds the copy of adapter `name`; without `head`, it starts as the base's own."""
         own: nn.Module = copy.deepcopy(self.original_module) if head is None else head
         self.modules_to_save[name] = own.float().requires_grad_(True)
 
@@ -42,16 +59,27 @@ class ModulesToSaveWrapper(nn.Module):
         return self.adapter_state.active(self.modules_to_save)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """The output of the active head, with floating-point inputs cast to its precision.
+        """The output of the active copy, with floating-point inputs cast to its precision.
 
-        If each row has its own adapter, the output is fp32, and the rows of heads with fewer labels end in -inf.
+        If each row has its own adapter, the output of a head is fp32, and the rows of heads with fewer labels end in
+        -inf.
         """
         routing = self.adapter_state.routing
         if routing is None:
             return self._run(self.active, *inputs, **named)
-        return self._run_mixed(routing, *inputs, **named)
+        if self.within_base:
+            return self._run_items(routing, *inputs, **named)
+        return self._run_rows(routing, *inputs, **named)
 
-    def _run_mixed(self, routing: BatchRouting, hidden: Tensor, **named: Any) -> Tensor:
+    def _run_items(self, routing: BatchRouting, x: Tensor, **named: Any) -> Any:
+        y = self._run(None, x, **named)
+        if not isinstance(y, Tensor):
+            raise AdapterError(
+                f"{type(self.original_module).__name__} returns {type(y).__name__}: not in mixed batches"
+            )
+        return routing.apply(y, x, lambda name, items, _: self._run(name, items, **named), self.modules_to_save)
+
+    def _run_rows(self, routing: BatchRouting, hidden: Tensor, **named: Any) -> Tensor:
         parts = []
         for name in (*routing.names, None):
             rows = routing.rows_of(name, len(hidden))
@@ -65,10 +93,18 @@ class ModulesToSaveWrapper(nn.Module):
         return logits
 
     def _run(self, name: str | None, *inputs: Any, **named: Any) -> Any:
-        head = self.original_module if name is None else self.modules_to_save[name]
-        dtype = next(head.parameters()).dtype
+        module = self.original_module if name is None else self.modules_to_save[name]
+        output = module(*_cast(inputs, _dtype(module)), **_cast(named, _dtype(module)))
+        return _cast(output, _dtype(self.original_module)) if self.within_base else output
 
-        def cast(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        return head(*map(cast, inputs), **{key: cast(value) for key, value in named.items()})
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _cast(each, dtype) for key, each in value.items()}
+    return tuple(_cast(each, dtype) for each in value) if type(value) is tuple else value

@@ -1,55 +1,71 @@
 """Which modules of a model a config adapts: targets, layers and the ranks and alphas of patterns.
 
-A target, and a key of a pattern, is a role (`q`), a preset of roles (`attention`), `embeddings`, or a module path in
-which `*` stands for one segment and the prefix of the base model may be left out.
+A target, and a key of a pattern, is one of
+
+- a role (`q`), or a preset of roles (`attention`, `all`);
+- `embeddings`, the token embeddings; `all-linear`, every projection but the output head and what is trained whole;
+- a module path in which `*` stands for one segment, and the prefix of the base model may be left out;
+- as in PEFT, the end of a path (`q_proj`, `self_attn.q_proj`), or a regular expression of the whole path.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby
 from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_hf.core.config.schema import PRESETS, LoraConfig
-from lora_hf.core.errors import ConfigError, ModelError, did_you_mean
-from lora_hf.lora.architectures import ARCHITECTURES, Architecture, Projection
+from lora_hf.core.config.schema import PRESETS, ROLES, LoraConfig
+from lora_hf.core.errors import ConfigError, did_you_mean
+from lora_hf.lora.architectures import ARCHITECTURES, Projection
+from lora_hf.lora.heads import base_prefix, modules_to_train
 from lora_hf.lora.layers import AdaptedModule, LoraLinear, linear_shape
 from lora_hf.lora.quantization import QuantisedLinear
+from lora_hf.lora.role_guesses import guess_roles
+from lora_hf.lora.slices import Slice, are_disjoint, slice_width
 from lora_hf.lora.variants.embedding import embeddings_path
 
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+_REGEX = re.compile(r"[\\()\[\]|^$+?{}]|[^.]\*|\*[^.]")  # what no path and no pattern with `*` for a segment has
 PROJECTIONS = (nn.Linear, Conv1D, QuantisedLinear)
 
 
 @dataclass(frozen=True)
 class Site:
-    """A module to adapt and, in a fused projection, the output columns `(start, stop)` of the role."""
+    """A module to adapt and, in a fused projection, the columns of its output (`lora.slices`) that belong to the role.
+
+    `role` is the target itself where it does not name a role.
+    """
 
     path: str
     role: str
     layout: Literal["linear", "conv1d", "embedding"]
-    slice: tuple[int, int] | None = None
+    slice: Slice | None = None
 
 
 def plan(model: PreTrainedModel, lora: LoraConfig) -> list[Site]:
     """The sites that `lora.targets` and `lora.layers` name in this model, in the order of its modules.
 
     Raises:
-        ModelError: a target is a role, and the model type has no entry in the role table.
+        ModelError: the checkpoint left parameters random that the adapter could not save.
         ConfigError: a target that matches nothing, two targets that adapt the same columns, or a layer that the model
             does not have.
     """
     modules, prefix = adaptable_modules(model), base_prefix(model)
+    whole = tuple(f"{path}." for path in modules_to_train(model, lora.modules_to_save))
+    modules = {path: module for path, module in modules.items() if not f"{path}.".startswith(whole)}
     layers = None if lora.layers is None else _layer_numbers(lora.layers, modules)
     sites: dict[Site, None] = {}
     for target in dict.fromkeys(lora.targets):
-        projections = _projections_of(model, target)
-        matches = [site for role in projections for site in _match(role, projections[role], modules, prefix)]
+        matches = _sites_of(model, target, modules, prefix)
         if not matches:
             raise ConfigError(_no_match(target, model, modules, prefix))
         chosen = [site for site in matches if layers is None or layer_of(site.path) in layers]
@@ -59,17 +75,33 @@ def plan(model: PreTrainedModel, lora: LoraConfig) -> list[Site]:
         sites |= dict.fromkeys(chosen)
     order = {path: index for index, path in enumerate(modules)}
     ordered = sorted(sites, key=lambda site: (order[site.path], site.slice or (0, 0)))
-    for before, site in pairwise(ordered):
-        if before.path == site.path and (before.slice is None or site.slice is None):
-            raise ConfigError(
-                f"lora.targets: {before.role} and {site.role} both adapt {site.path}; leave one of them out"
-            )
+    _check_disjoint(ordered, modules)
+    _warn_of_refused_roles(model.config.model_type, lora.targets)
+    if model.config.model_type not in ARCHITECTURES and any(site.role in ROLES for site in ordered):
+        logger.warning("%s", describe_guesses(model.config.model_type, ordered, prefix))
     return ordered
+
+
+def _warn_of_refused_roles(kind: str, targets: Iterable[str]) -> None:
+    refused = ARCHITECTURES[kind].refused if kind in ARCHITECTURES else {}
+    left_out = [role for target in targets for role in PRESETS.get(target, ()) if role in refused]
+    if left_out:
+        logger.warning("%s: %s are not adapted: %s", kind, ", ".join(left_out), refused[left_out[0]])
+
+
+def describe_guesses(kind: str, sites: Iterable[Site], prefix: str = "") -> str:
+    """What a user should check before training a model type that is not in the role table."""
+    paths: dict[str, list[str]] = {}
+    for site in sites:
+        paths.setdefault(_with_stars(site.path.removeprefix(prefix)), []).append(site.role)
+    width = max(map(len, paths), default=0)
+    rows = [f"  {path:<{width}}  {roles[0]} ({len(roles)} modules)" for path, roles in paths.items()]
+    return "\n".join([f"model type {kind!r} is not in the role table; its roles are guessed from names:", *rows])
 
 
 def ranks_and_alphas(
     model: PreTrainedModel, sites: Iterable[Site], lora: LoraConfig
-) -> dict[str, tuple[list[tuple[int, int]], int, float]]:
+) -> dict[str, tuple[list[Slice], int, float]]:
     """The slices, rank and alpha of each site, by path. The first pattern that matches a site decides.
 
     Raises:
@@ -86,15 +118,15 @@ def ranks_and_alphas(
     def value(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
         return next((number for key, number in patterns.items() if _matches(key, site, prefix)), default)
 
-    ranks: dict[str, tuple[list[tuple[int, int]], int, float]] = {}
+    ranks: dict[str, tuple[list[Slice], int, float]] = {}
     for site in sites:
         in_features, out_features = linear_shape(modules[site.path])
-        start, stop = site.slice or (0, out_features)
+        piece = site.slice or (0, out_features)
         r, alpha = value(lora.rank_pattern, site, lora.r), value(lora.alpha_pattern, site, lora.lora_alpha)
-        highest = min(in_features, stop - start)
+        highest = min(in_features, slice_width(piece))
         if r > highest:
             raise ConfigError(
-                f"lora.r: {site.path} maps {in_features} to {stop - start}; expected a rank of at most {highest}, "
+                f"lora.r: {site.path} maps {in_features} to {slice_width(piece)}; expected a rank of at most {highest}, "
                 f"found {r}"
             )
         slices, common_r, common_alpha = ranks.setdefault(site.path, ([], r, alpha))
@@ -103,19 +135,8 @@ def ranks_and_alphas(
                 f"lora.rank_pattern, lora.alpha_pattern: {site.path} is one projection for several roles, which share "
                 f"r and lora_alpha; found {common_r}, {common_alpha:g} and, for {site.role}, {r}, {alpha:g}"
             )
-        slices.append((start, stop))
+        slices.append(piece)
     return ranks
-
-
-def head_paths(model: PreTrainedModel) -> list[str]:
-    """The top-level modules of the model's classification head; none if it has no such head."""
-    architecture = ARCHITECTURES.get(model.config.model_type)
-    return [path for path in architecture.head if hasattr(model, path)] if architecture else []
-
-
-def base_prefix(model: PreTrainedModel) -> str:
-    """`"roberta."` for a model with a head, empty for the base model itself."""
-    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def projections(model: nn.Module) -> dict[str, nn.Module]:
@@ -127,7 +148,7 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every plain projection and nn.Embedding by its path; one inside an adapted module by the path of that module."""
     modules: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if ".original_module" in path:  # the base's own head, which a ModulesToSaveWrapper replaces
+        if ".original_module" in path or ".modules_to_save" in path:  # trained whole: no adapter within
             continue
         plain = module.base_layer if isinstance(module, AdaptedModule) else module
         # Subclasses of nn.Embedding may do more than look up a row.
@@ -164,56 +185,115 @@ def _layer_numbers(layers: Iterable[int], paths: Iterable[str]) -> set[int]:
     return {layer % count for layer in layers}
 
 
-def _projections_of(model: PreTrainedModel, target: str) -> dict[str, Projection]:
-    """The projections that a target names, by role; a path is its own role."""
-    if "." in target:
-        return {target: Projection(target)}
+def _sites_of(model: PreTrainedModel, target: str, modules: Mapping[str, nn.Module], prefix: str) -> list[Site]:
+    """The sites that one target names; none if it matches nothing."""
     if target == "embeddings":
-        return {target: Projection(embeddings_path(model))}
-    table = _architecture(model).projections
-    return {role: table[role] for role in PRESETS.get(target, (target,)) if role in table}
+        return list(_sites(target, Projection(embeddings_path(model)), model, modules, prefix))
+    if target == ALL_LINEAR:
+        head = model.get_output_embeddings()
+        return [
+            _site(path, target, module)
+            for path, module in modules.items()
+            if not isinstance(module, nn.Embedding) and module is not getattr(head, "base_layer", head)
+        ]
+    if target in ROLES or target in PRESETS:
+        return _sites_of_roles(model, target, modules, prefix)
+    expression = _path_expression(target, prefix)
+    sites = [_site(path, target, module) for path, module in modules.items() if expression.fullmatch(path)]
+    return sites or [
+        _site(path, target, module) for path, module in modules.items() if path.endswith(f".{target}") or path == target
+    ]
 
 
-def _architecture(model: PreTrainedModel) -> Architecture:
-    kind = model.config.model_type
-    if kind not in ARCHITECTURES:
-        raise ModelError(
-            f"model type {kind!r} has no entry in the role table (lora_hf/lora/architectures.py); it has: "
-            f"{comma_separated(ARCHITECTURES)}. Name modules by path instead: "
-            "lora.targets='[encoder.layer.*.attention.query]'"
-        )
-    return ARCHITECTURES[kind]
+def _sites_of_roles(model: PreTrainedModel, target: str, modules: Mapping[str, nn.Module], prefix: str) -> list[Site]:
+    kind, roles = model.config.model_type, PRESETS.get(target, (target,))
+    if kind in ARCHITECTURES:
+        table = ARCHITECTURES[kind].projections
+        return [site for role in roles if role in table for site in _sites(role, table[role], model, modules, prefix)]
+    layers = {
+        path: module
+        for path, module in modules.items()
+        if layer_of(path) is not None and not isinstance(module, nn.Embedding)
+    }
+    guesses = guess_roles(layers, model.config.get_text_config().hidden_size)
+    if target == "all":
+        return [_site(path, guesses.get(path, target), module) for path, module in layers.items()]
+    return [_site(path, role, modules[path]) for path, role in guesses.items() if role in roles]
 
 
-def _match(role: str, projection: Projection, modules: Mapping[str, nn.Module], prefix: str) -> Iterator[Site]:
-    expression = _path_expression(projection.path, prefix)
-    index, count = projection.slice
+def _sites(
+    role: str, projection: Projection, model: PreTrainedModel, modules: Mapping[str, nn.Module], prefix: str
+) -> Iterator[Site]:
+    expressions = [_path_expression(path, prefix) for path in projection.path.split("|")]
     for path, module in modules.items():
-        if expression.fullmatch(path):
-            width = linear_shape(module)[1] // count
-            columns = None if count == 1 else (index * width, (index + 1) * width)
-            is_embedding, is_conv1d = isinstance(module, nn.Embedding), isinstance(module, Conv1D)
-            yield Site(path, role, "embedding" if is_embedding else "conv1d" if is_conv1d else "linear", columns)
+        if any(expression.fullmatch(path) for expression in expressions):
+            width = linear_shape(module)[1]
+            columns = None if projection.columns is None else projection.columns(model.config, width)
+            yield _site(path, role, module, columns)
+
+
+def _site(path: str, role: str, module: nn.Module, columns: Slice | None = None) -> Site:
+    is_embedding, is_conv1d = isinstance(module, nn.Embedding), isinstance(module, Conv1D)
+    return Site(path, role, "embedding" if is_embedding else "conv1d" if is_conv1d else "linear", columns)
+
+
+def _check_disjoint(sites: Iterable[Site], modules: Mapping[str, nn.Module]) -> None:
+    """Raises ConfigError if two sites of one module share columns."""
+    for path, group in groupby(sites, key=lambda site: site.path):
+        same, out_features = list(group), linear_shape(modules[path])[1]
+        if len(same) > 1 and not are_disjoint([site.slice or (0, out_features) for site in same], out_features):
+            names = " and ".join(dict.fromkeys(site.role for site in same))
+            raise ConfigError(f"lora.targets: {names} both adapt {path}; leave one of them out")
 
 
 def _matches(key: str, site: Site, prefix: str) -> bool:
-    """Whether a key of a pattern is the site's role, a preset of it, or its path."""
-    if "." in key:
-        return _path_expression(key, prefix).fullmatch(site.path) is not None
-    return site.role in PRESETS.get(key, (key,))
+    """Whether a key of a pattern names the site: by its role or target, a preset of it, or its path."""
+    if site.role in PRESETS.get(key, (key,)):
+        return True
+    return _path_expression(key, prefix).fullmatch(site.path) is not None or f".{site.path}".endswith(f".{key}")
 
 
 def _path_expression(pattern: str, prefix: str) -> re.Pattern[str]:
+    """What matches the path of a module: a regular expression as it is, or a path with `*` for one segment.
+
+    Raises:
+        ConfigError: it is no regular expression, although it has characters of one.
+    """
+    if _REGEX.search(pattern):
+        try:
+            return re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"lora.targets: {pattern!r} is not a regular expression: {error}") from error
     return re.compile(f"(?:{re.escape(prefix)})?" + re.escape(pattern).replace(r"\*", r"[^.]+"))
+
+
+def _with_stars(path: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
 
 
 def _no_match(target: str, model: PreTrainedModel, modules: Mapping[str, nn.Module], prefix: str) -> str:
     kind = model.config.model_type
-    if "." not in target:
-        roles = comma_separated(_architecture(model).projections)
-        return f"lora.targets: {kind} has no role {target!r}; it has: {roles}"
-    paths = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", path.removeprefix(prefix)) for path in modules)
-    near, known = did_you_mean(target, paths, count=3), comma_separated(paths)
+    paths = dict.fromkeys(_with_stars(path.removeprefix(prefix)) for path in modules)
+    if target in ROLES or target in PRESETS:
+        if kind not in ARCHITECTURES:
+            return (
+                f"lora.targets: model type {kind!r} is not in the role table, and no name of its modules tells the "
+                f"role {target!r}; name some of them, or all-linear: {comma_separated(paths)}"
+            )
+        architecture = ARCHITECTURES[kind]
+        refused = [
+            architecture.refused[role] for role in PRESETS.get(target, (target,)) if role in architecture.refused
+        ]
+        reason = f" ({refused[0]})" if refused else ""
+        roles = comma_separated(architecture.projections)
+        return f"lora.targets: {kind} has no role {target!r}{reason}; it has: {roles}"
+    tokens = model.get_input_embeddings()
+    if target == "embeddings":
+        return f"lora.targets: {target}: its embeddings are a {type(tokens).__name__}; expected a plain nn.Embedding"
+    words = [*ROLES, *PRESETS, *paths, *(path.rpartition(".")[2] for path in paths)]
+    near = did_you_mean(target, dict.fromkeys(words), count=3)
     return (
-        f"lora.targets: no nn.Linear, Conv1D or nn.Embedding of this {kind} matches {target!r}{near}; it has: {known}"
+        f"lora.targets: no nn.Linear, Conv1D or nn.Embedding of this {kind} matches {target!r}{near}; expected one of "
+        f"{comma_separated((*ROLES, *PRESETS, 'embeddings', ALL_LINEAR))}, or the path, the end of a path or a regular "
+        f"expression of: {comma_separated(paths)}"
     )

@@ -51,13 +51,22 @@ def _unsupported(model: PreTrainedModel) -> str | None:
     kind = model.config.model_type
     if kind not in ARCHITECTURES:
         return f"model type {kind!r} has no entry in the role table"
-    if not ARCHITECTURES[kind].plain_attention:
-        return f"{kind} has an attention of its own"
+    if ARCHITECTURES[kind].padded_because:
+        return f"{kind} has {ARCHITECTURES[kind].padded_because}"
+    if _slides(model.config):
+        return f"{kind} has a sliding-window attention in this config"
     if model.config._attn_implementation not in ("sdpa", "eager", ATTENTION):
         return f"its attention is {model.config._attn_implementation!r}; expected sdpa or eager"
     if "position_ids" not in _parameters(type(model.base_model)):
         return f"{kind} takes no position_ids in this version of transformers"
     return None
+
+
+def _slides(config: Any) -> bool:
+    """Whether a token sees fewer than all tokens before it in any layer."""
+    if not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", True) is False:
+        return False
+    return any("sliding" in kind for kind in getattr(config, "layer_types", None) or ["sliding_attention"])
 
 
 @functools.cache
@@ -129,7 +138,9 @@ def _after(base: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: An
         return (padded, *output[1:])
     output.last_hidden_state = padded
     if getattr(output, "pooler_output", None) is not None:
-        output.pooler_output = base.pooler(padded)
+        # ALBERT's pooler is only the projection.
+        activate = getattr(base, "pooler_activation", None)
+        output.pooler_output = activate(base.pooler(padded[:, 0])) if activate else base.pooler(padded)
     return output
 
 
@@ -214,7 +225,7 @@ def _positions(base: PreTrainedModel, named: dict[str, Any]) -> Tensor:
     mask, given = named["attention_mask"], named.get("position_ids")
     if given is not None:
         return given.expand(mask.shape)
-    if base.config.model_type == "roberta":
+    if ARCHITECTURES[base.config.model_type].counts_from_padding:
         # RoBERTa counts the tokens that are not padding, starting after the id of the padding token.
         return mask.long().cumsum(1) + base.config.pad_token_id
     return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +29,14 @@ from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import ConfigError, HubError, ModelError, did_you_mean
 from lora_hf.core.hub_access import explain_hub_error, hub_is_reachable, hub_unreachable, is_hub_error
 from lora_hf.data.tasks.base import Task
-from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
+from lora_hf.lora.heads import head_paths
 from lora_hf.lora.inject import lora_layers
 from lora_hf.lora.precision import flush_denormals, resolve_precision
 from lora_hf.lora.quantization import SCHEMES, QuantisedLinear
 from lora_hf.models.model_ids import EMBEDDED, HUB_IDS, check_model_exists, suggest_model
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_FOLDER = Path(__file__).parent / "bases"
 
@@ -208,17 +211,36 @@ def _pretrained(auto: Any, model: ModelConfig, config: PretrainedConfig, dtype: 
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-    architecture = ARCHITECTURES.get(base.config.model_type)
-    heads = architecture.head if architecture else ("classifier", "score")
-    missing = sorted(key for key in info["missing_keys"] if key.split(".")[0] not in heads)
-    mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
-    if missing or mismatched:
-        raise ModelError(
-            f"{model.name}: the weights do not fill this model with num_labels={config.num_labels}: "
-            f"{len(missing)} missing ({', '.join(missing[:3]) or '-'}), {len(mismatched)} of another shape "
-            f"({', '.join(mismatched[:3]) or '-'})"
-        )
+    _check_filled(base, info, model.name)
     return base
+
+
+def _check_filled(base: PreTrainedModel, info: dict[str, Any], name: str) -> None:
+    """Warns of what the checkpoint did not fill besides a new head; raises ModelError where that is the base itself."""
+    mismatched = {str(entry[0]) for entry in info["mismatched_keys"]}
+    missing = set(info["missing_keys"]) - mismatched
+    head = tuple(f"{path}." for path in head_paths(base))
+    unusable = {key for key in mismatched if not key.startswith(head)}
+    unusable |= {key for key in missing if not key.startswith(head) and _belongs_to_encoder(base, key)}
+    if unusable:
+        raise ModelError(
+            f"{name}: the weights do not fill this model with num_labels={base.config.num_labels}: "
+            f"{len(unusable & missing)} missing ({', '.join(sorted(unusable & missing)[:3]) or '-'}), "
+            f"{len(unusable & mismatched)} of another shape ({', '.join(sorted(unusable & mismatched)[:3]) or '-'})"
+        )
+    if mismatched:
+        logger.warning(
+            "%s: its own head has another shape (%s); a new one is trained", name, ", ".join(sorted(mismatched))
+        )
+    if others := sorted(key for key in missing if not key.startswith(head)):
+        logger.warning("%s does not hold %s: trained and saved with the adapter", name, ", ".join(others))
+
+
+def _belongs_to_encoder(base: PreTrainedModel, key: str) -> bool:
+    """Whether a weight is one without which the base is no pretrained model: of a layer, an embedding or a norm."""
+    module = base.get_submodule(key.rpartition(".")[0])
+    in_layer = any(part.isdigit() for part in key.split("."))
+    return in_layer or isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower() or "embed" in key
 
 
 def _from_pretrained(name: str, revision: str | None, load: Callable[..., T]) -> T:

@@ -10,8 +10,10 @@ import inspect
 from pathlib import Path
 
 import pytest
-from transformers import Trainer
+from transformers import AutoModelForSequenceClassification, Trainer
 from transformers.configuration_utils import PreTrainedConfig
+
+from tests.support.small_models import small_model
 
 PACKAGE = Path(__file__).parents[2] / "lora_hf"
 
@@ -44,6 +46,16 @@ def test_the_trainer_still_has_the_method(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIG_ATTRIBUTES)
 def test_the_config_still_has_the_attribute(name: str) -> None:
     assert hasattr(PreTrainedConfig(), name), f"transformers dropped config.{name}: {CONFIG_ATTRIBUTES[name]}"
+
+
+def test_from_pretrained_still_marks_what_it_loaded(tmp_path: Path) -> None:
+    small_model("bert").bert.save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    unmarked = {name for name, each in model.named_parameters() if not hasattr(each, "_is_hf_initialized")}
+    assert unmarked >= {"classifier.weight", "classifier.bias"}, (
+        "transformers marks loaded parameters in another way; lora/heads.py takes the others for a new head"
+    )
+    assert not any("encoder" in name for name in unmarked)
 
 
 def overridden(tree: ast.Module) -> set[str]:

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.core.config.schema import LoraConfig
+from lora_hf.lora.heads import head_paths
 from lora_hf.lora.layers import linear_shape
-from lora_hf.lora.target_modules import head_paths, plan, projections
+from lora_hf.lora.target_modules import plan, projections
 from tools.benchmark.train_sides import Build, Setup
 
 

@@ -24,9 +24,9 @@ from lora_hf.core.config.schema import RunConfig
 from lora_hf.data.sampling import number_prompts
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.registry import get_task
+from lora_hf.lora.heads import head_paths
 from lora_hf.lora.inject import inject, inject_head
 from lora_hf.lora.precision import Precision
-from lora_hf.lora.target_modules import head_paths
 from lora_hf.models.load import load_base, load_tokenizer
 from lora_hf.training.trainer import AdapterTrainer, enable_optimizations
 from tools.benchmark.job import Job

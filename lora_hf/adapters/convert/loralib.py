@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_hf.adapters.convert.checkpoint import lora_paths, read_loralib, write_loralib
 from lora_hf.adapters.save_load import check_shapes
 from lora_hf.core.errors import AdapterError
+from lora_hf.lora.heads import head_paths
 from lora_hf.lora.inject import (
     adapter_heads,
     adapter_names,
@@ -32,7 +33,7 @@ from lora_hf.lora.inject import (
 )
 from lora_hf.lora.layers import LoraLinear, LoraWeights, linear_shape
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
-from lora_hf.lora.target_modules import head_paths, projections
+from lora_hf.lora.target_modules import projections
 
 
 @dataclass(frozen=True)

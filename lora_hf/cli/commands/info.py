@@ -56,8 +56,8 @@ def collect() -> dict[str, Any]:
     optional, missing = _extras()
     hardware: dict[str, Any] = machine() | {"usable_cores": _usable_cores(), "units": _cpu_flags()}
     chosen: dict[str, Any] = {
-        "padding_free": [kind for kind, entry in ARCHITECTURES.items() if entry.plain_attention],
-        "padded": [kind for kind, entry in ARCHITECTURES.items() if not entry.plain_attention],
+        "padding_free": [kind for kind, entry in ARCHITECTURES.items() if not entry.padded_because],
+        "padded": [kind for kind, entry in ARCHITECTURES.items() if entry.padded_because],
         "nf4": optional.get("bitsandbytes") is not None,
         "int8_units": [flag for flag in INT8_FLAGS if flag in hardware["units"]],
         "java": shutil.which("java") is not None,

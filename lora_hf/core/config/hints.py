@@ -1,4 +1,4 @@
-"""Hints for unknown keys and targets: the names that transformers, peft and their example scripts use."""
+"""Hints for unknown keys: the names that transformers, peft and their example scripts use."""
 
 from __future__ import annotations
 
@@ -49,20 +49,6 @@ KEY_ALIASES = {
     **{name: f"train.hf.{name}" for name in _TRAINER_ARGUMENTS},
     **{name: key for key, names in _OTHER_NAMES.items() for name in names},
 }
-
-# Entries of peft's target_modules, by the roles or the preset that they correspond to.
-_MODULE_NAMES = {
-    "q": ("query", "query_proj", "q_proj", "q_lin"),
-    "k": ("key", "key_proj", "k_proj", "k_lin"),
-    "v": ("value", "value_proj", "v_proj", "v_lin"),
-    "o": ("o_proj", "out_proj", "out_lin"),
-    "q, k, v": ("c_attn", "query_key_value"),
-    "ffn_up": ("up_proj", "c_fc", "fc1", "lin1"),
-    "ffn_gate": ("gate_proj",),
-    "ffn_down": ("down_proj", "fc2", "lin2"),
-    "all": ("all-linear",),
-}
-ROLE_ALIASES = {name: role for role, names in _MODULE_NAMES.items() for name in names}
 
 
 def find_keys(word: str, known: Mapping[str, Collection[str]]) -> list[str]:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lora_hf.core.config.fields import Section, bounded, build_section
-from lora_hf.core.config.hints import OWN_KEYS, ROLE_ALIASES, hint_for_key
+from lora_hf.core.config.hints import OWN_KEYS, hint_for_key
 from lora_hf.core.errors import ConfigError, did_you_mean
 
 ROLES = ("q", "k", "v", "o", "ffn_up", "ffn_gate", "ffn_down")
@@ -26,20 +26,8 @@ INITS = ("default", "gaussian", "pissa", "olora")
 
 
 def _target_problem(targets: tuple[str, ...]) -> str:
-    words = (*ROLES, *PRESETS, "embeddings")
-    unknown = {
-        target: f" (did you mean {ROLE_ALIASES[target]}?)" if target in ROLE_ALIASES else did_you_mean(target, words)
-        for target in targets
-        if target not in words and "." not in target
-    }
-    if targets and not unknown:
-        return ""
-    found = ", ".join(f"{target!r}{hint}" for target, hint in unknown.items()) or "nothing"
-    return f"expected some of {', '.join(words)}, or a module path with dots, found {found}"
-
-
-def _pattern_problem(patterns: dict[str, Any]) -> str:
-    return _target_problem(tuple(patterns)) if patterns else ""
+    # Whether a module has such a name is known once the model is there (`lora.target_modules`).
+    return "" if targets and all(targets) else "expected at least one target, found none"
 
 
 def _init_problem(init: str) -> str:
@@ -104,9 +92,9 @@ class LoraConfig(Section):
     Source: LoRA, arXiv 2106.09685, section 4.1.
 
     `targets` holds roles (`q k v o ffn_up ffn_gate ffn_down`), presets (`attention ffn all`), `embeddings` (token
-    embeddings, in no preset), and for other modules full module paths in which `*` matches one segment
-    (`encoder.layer.*.output.dense`). `rank_pattern` and `alpha_pattern` have such targets as keys; the first key that
-    matches a module sets its rank or alpha.
+    embeddings, in no preset), module paths in which `*` matches one segment (`encoder.layer.*.output.dense`), and what
+    PEFT's target_modules takes: `all-linear`, ends of paths (`q_proj`) and a regular expression. `rank_pattern` and
+    `alpha_pattern` have such targets as keys; the first key that matches a module sets its rank or alpha.
     """
 
     r: int = bounded(8, low=1)
@@ -114,8 +102,9 @@ class LoraConfig(Section):
     lora_dropout: float = bounded(0.0, low=0, high=0.99)
     targets: tuple[str, ...] = field(default=("q", "v"), metadata={"check": _target_problem})
     layers: tuple[int, ...] | None = None  # -1 is the last; by default all
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"check": _pattern_problem, "low": 1})
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"check": _pattern_problem, "above": 0})
+    modules_to_save: tuple[str, ...] = ()  # trained and saved whole besides the head: paths or ends of paths
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"low": 1})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"above": 0})
     use_rslora: bool = False  # scaling = lora_alpha / sqrt(r): arXiv 2312.03732
     use_dora: bool = False  # arXiv 2402.09353
     bias: Literal["none", "all", "lora_only"] = "none"  # which biases of the base are trained

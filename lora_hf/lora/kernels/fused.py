@@ -155,7 +155,9 @@ class _LoraLinear(torch.autograd.Function):
         inputs = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         tensor = weight if isinstance(weight, Tensor) else None
         ctx.unpacker = None if isinstance(weight, Tensor) else weight
-        y = linear(inputs, weight if isinstance(weight, Tensor) else weight(x.dtype), bias)
+        # Not a view: some models go on in place, which autograd refuses for a view that a function returns.
+        output = linear(x, weight if isinstance(weight, Tensor) else weight(x.dtype), bias)
+        y = output.view(len(inputs), output.shape[-1])
         saved, pairs = [], zip(factors[::2], factors[1::2], strict=True)
         for rows, scaling, slices, keep in groups:
             own = [next(pairs) for _ in slices]
@@ -172,7 +174,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.groups = [(rows, scaling, slices) for rows, scaling, slices, _ in groups]
         ctx.widths = [len(lora_A) for lora_A in factors[::2]]
         ctx.dtypes = [factor.dtype for factor in factors]
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return output
 
     @staticmethod
     @once_differentiable

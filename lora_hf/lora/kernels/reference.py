@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_hf.lora.slices import Slices, split_rows
+from lora_hf.lora.slices import Slices, slice_columns, split_rows
 
 
 def add_lora(base_output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, slices: Slices) -> Tensor:
@@ -19,7 +19,7 @@ def add_lora(base_output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, sca
         lora_A: `(n * r, in)`, the A of each of the n slices, stacked.
         lora_B: `(sum of slice widths, r)`, the B of each slice, stacked.
         scaling: `lora_alpha / r`.
-        slices: n pairs `(start, stop)` of output columns; `[(0, out)]` if the whole projection is adapted.
+        slices: the n slices of the output (`lora.slices`); `[(0, out)]` if the whole projection is adapted.
 
     Returns:
         `(..., out)`, in the precision of `base_output`.
@@ -30,6 +30,6 @@ def add_lora(base_output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, sca
     if list(slices) == [(0, base_output.shape[-1])]:
         return base_output + outputs[0]
     y = base_output.clone()
-    for (start, stop), output in zip(slices, outputs, strict=True):
-        y[..., start:stop] += output
+    for piece, output in zip(slices, outputs, strict=True):
+        y[..., slice_columns(piece)] += output
     return y

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_hf.lora.layers import LoraWeights
+from lora_hf.lora.slices import slice_columns
 
 
 class DecomposedWeights(LoraWeights):
@@ -34,7 +35,7 @@ class DecomposedWeights(LoraWeights):
     @torch.no_grad()
     def start_from(self, weight: Tensor) -> None:
         """Computes the start from the base weight, fp32 `(out, in)`: that of each slice from its own rows."""
-        pairs = [self._decompose(weight[start:stop]) for start, stop in self.slices]
+        pairs = [self._decompose(weight[slice_columns(piece)]) for piece in self.slices]
         self.start_a.copy_(torch.cat([a for a, _ in pairs]))
         self.start_b.copy_(torch.cat([b for _, b in pairs]))
         self.lora_A.copy_(self.start_a)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.lora.layers import LoraWeights
-from lora_hf.lora.slices import split_slices
+from lora_hf.lora.slices import column_indices, split_slices
 
 TINY = torch.finfo(torch.float32).tiny  # the norm of a row of zeros, which is divided by
 
@@ -69,7 +69,7 @@ class DoraWeights(LoraWeights):
         self.lora_magnitude_vector.data.copy_(magnitudes[self._columns(magnitudes.device)])
 
     def _columns(self, device: torch.device) -> Tensor:
-        return torch.cat([torch.arange(start, stop, device=device) for start, stop in self.slices])
+        return torch.cat([column_indices(piece) for piece in self.slices]).to(device)
 
     def _scatter(self, values: Tensor, out_features: int) -> Tensor:
         """`(out,)` with `values` at the adapted columns and zero elsewhere."""

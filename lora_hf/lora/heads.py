@@ -1,0 +1,177 @@
+"""Which modules an adapter trains and saves whole: the task head, and whatever no checkpoint has filled.
+
+A model with a task head is its base model and, beside it, the modules of the head. The head of a language model comes
+from pretraining, so it stays frozen like the base. A module that `from_pretrained` initialized because the
+checkpoint does not hold it (a classifier, sometimes a pooler) is random: if it stayed frozen and out of the adapter's
+file, the next process would draw other numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
+
+from lora_hf.core.errors import ConfigError, ModelError, did_you_mean
+
+NEW_PARAMETERS = "lora_hf_new_parameters"  # the attribute of a model with what `new_parameters` returned first
+WITH_LABELS = ("SEQ_CLS", "TOKEN_CLS")
+
+# PEFT's TaskType by the auto class that knows a model class; the first that does decides.
+_TASK_TYPES = (
+    ("SEQ_CLS", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    ("TOKEN_CLS", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    ("QUESTION_ANS", auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+    ("SEQ_2_SEQ_LM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    ("CAUSAL_LM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+)
+_ADDED = re.compile(r"\.(adapters|modules_to_save)\.")  # what an adapter adds to a module
+
+
+def task_type(model: PreTrainedModel) -> str | None:
+    """PEFT's `task_type` of the model's class; None where PEFT has none (multiple choice, masked language models)."""
+    classes = {kind.__name__ for kind in type(model).__mro__}
+    for name, mapping in _TASK_TYPES:
+        known = {each for value in mapping.values() for each in ([value] if isinstance(value, str) else value)}
+        if classes & known:
+            return name
+    return "FEATURE_EXTRACTION" if model.base_model is model and not _has_output_embeddings(model) else None
+
+
+def has_labels(model: PreTrainedModel) -> bool:
+    """Whether the model's outputs are the labels of its config."""
+    return task_type(model) in WITH_LABELS
+
+
+def head_paths(model: PreTrainedModel) -> list[str]:
+    """The top-level modules of the model's task head; none for a bare base, and for a language model's head."""
+    if _has_output_embeddings(model):
+        return []
+    children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+    if model.base_model is not model:
+        return [name for name in children if getattr(model, name) is not model.base_model]
+    if task_type(model) == "FEATURE_EXTRACTION":
+        return []
+    # Some models hold their base without a module of its own (T5ForQuestionAnswering).
+    with torch.device("meta"):
+        bare = AutoModel.from_config(model.config)
+    return [name for name in children if not hasattr(bare, name)]
+
+
+def base_prefix(model: PreTrainedModel) -> str:
+    """`"roberta."` for a model with a head, empty for the base model itself."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
+def new_parameters(model: PreTrainedModel) -> frozenset[str] | None:
+    """The parameters that `from_pretrained` initialized; None for a model that did not come from a checkpoint."""
+    if not hasattr(model, NEW_PARAMETERS):
+        # transformers marks each parameter that it loaded. A copied model has lost the marks.
+        marks = {
+            name.replace(".original_module.", ".").replace(".base_layer.", "."): hasattr(
+                parameter, "_is_hf_initialized"
+            )
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if not _ADDED.search(name)
+        }
+        known = any(marks.values())
+        setattr(model, NEW_PARAMETERS, frozenset(n for n, loaded in marks.items() if not loaded) if known else None)
+    return getattr(model, NEW_PARAMETERS)
+
+
+def is_random(model: PreTrainedModel, path: str) -> bool:
+    """Whether a module of the head may hold random numbers: it is new, or nobody knows where it comes from."""
+    new = new_parameters(model)
+    return new is None or any(name.startswith(f"{path}.") for name in new)
+
+
+def modules_to_train(model: PreTrainedModel, names: Sequence[str] = ()) -> list[str]:
+    """The modules that an adapter trains and saves whole, by path in the order of the model.
+
+    Args:
+        names: further modules, as `lora.modules_to_save` names them.
+
+    Raises:
+        ModelError: random parameters that no module of their own holds, or within a numbered layer.
+        ConfigError: a name that no module has.
+    """
+    heads = head_paths(model)
+    chosen = {*heads, *_new_modules(model, heads), *named_modules(model, names)}
+    return outermost(model, chosen)
+
+
+def named_modules(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """The modules whose path is or ends with one of the names; raises ConfigError where there is none."""
+    found: list[str] = []
+    paths = plain_paths(model)
+    for name in names:
+        matches = [path for path in paths if path == name or path.endswith(f".{name}")]
+        if not matches:
+            endings = sorted({path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()})
+            raise ConfigError(
+                f"lora.modules_to_save: no module of this {model.config.model_type} is named {name!r}"
+                f"{did_you_mean(name, endings)}; it has: {', '.join(endings)}"
+            )
+        found += matches
+    return found
+
+
+def outermost(model: PreTrainedModel, paths: Iterable[str]) -> list[str]:
+    """The paths in the order of the model, without those inside another of them."""
+    chosen = set(paths)
+    within = {path for path in chosen if any(path.startswith(f"{other}.") for other in chosen)}
+    return [path for path in plain_paths(model) if path in chosen - within]
+
+
+def plain_paths(model: nn.Module) -> list[str]:
+    """The paths of all modules as the plain model has them, in its order."""
+    paths = dict.fromkeys(
+        path.replace(".original_module", "").replace(".base_layer", "")
+        for path, _ in model.named_modules(remove_duplicate=False)
+        if path and not _ADDED.search(f"{path}.") and not path.endswith((".adapters", ".modules_to_save"))
+    )
+    return list(paths)
+
+
+def _has_output_embeddings(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings() is not None
+
+
+def _new_modules(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
+    """The largest modules outside the head of which no parameter comes from the checkpoint."""
+    new = {name for name in new_parameters(model) or () if not name.startswith(tuple(f"{path}." for path in heads))}
+    found, unfilled = [], []
+    for name in sorted(new):
+        parents = name.split(".")[:-1]
+        paths = [".".join(parents[:end]) for end in range(1, len(parents) + 1)]
+        path = next((path for path in paths if _is_new(model, path, new)), None)
+        if any(part.isdigit() for part in parents):
+            unfilled.append(name)
+        elif path is not None:
+            found.append(path)
+        elif not _is_constant(model.get_parameter(name)):
+            unfilled.append(name)
+    if unfilled:
+        raise ModelError(
+            f"{model.name_or_path or type(model).__name__}: the checkpoint does not hold {', '.join(unfilled[:3])}"
+            f"{f' and {len(unfilled) - 3} more' if len(unfilled) > 3 else ''}, so transformers drew random numbers. "
+            "They would stay frozen and would not be saved; load a complete checkpoint"
+        )
+    return found
+
+
+def _is_new(model: PreTrainedModel, path: str, new: set[str]) -> bool:
+    module: Any = model.get_submodule(path)
+    if module is model.base_model or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return False
+    return all(f"{path}.{name}" in new for name, _ in module.named_parameters(remove_duplicate=False))
+
+
+def _is_constant(parameter: nn.Parameter) -> bool:
+    """Whether all its numbers are equal, as zeros and ones are, which every process initializes alike."""
+    return bool((parameter == parameter.flatten()[0]).all())
