@@ -17,9 +17,9 @@ from lora_hf.core.errors import DataError
 from lora_hf.core.formatting import minutes, percent, table
 from lora_hf.core.records import RunRecord, ScoreRecord, SweepRecord, describe_run, read_json_record, record_files
 from lora_hf.experiments.suite import tables as suite_tables
+from tools.tables import models as model_tables
 from tools.tables import robustness as robustness_tables
 from tools.tables import serving as serving_tables
-from tools.tables import models as model_tables
 from tools.tables import speed as speed_tables
 
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

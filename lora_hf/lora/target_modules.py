@@ -123,11 +123,11 @@ def ranks_and_alphas(
         in_features, out_features = linear_shape(modules[site.path])
         piece = site.slice or (0, out_features)
         r, alpha = value(lora.rank_pattern, site, lora.r), value(lora.alpha_pattern, site, lora.lora_alpha)
-        highest = min(in_features, slice_width(piece))
+        width = slice_width(piece)
+        highest = min(in_features, width)
         if r > highest:
             raise ConfigError(
-                f"lora.r: {site.path} maps {in_features} to {slice_width(piece)}; expected a rank of at most {highest}, "
-                f"found {r}"
+                f"lora.r: {site.path} maps {in_features} to {width}; expected a rank of at most {highest}, found {r}"
             )
         slices, common_r, common_alpha = ranks.setdefault(site.path, ([], r, alpha))
         if (r, alpha) != (common_r, common_alpha):
