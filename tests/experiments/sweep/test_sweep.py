@@ -186,12 +186,6 @@ def test_what_is_wrong_with_every_trial_stops_the_sweep(tmp_path: Path, rows: di
         run(tmp_path, rows, "train.group_by_prompt=true", "train.lr=1e-3..1e-2")
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ""])
-def test_a_study_is_named_as_a_folder(name: str, tmp_path: Path, rows: dict[str, Dataset]) -> None:
-    with pytest.raises(ConfigError, match="expected a name for a folder"):
-        run(tmp_path, rows, *SPACE, name=name)
-
-
 def test_a_trial_that_others_gave_up_does_not_end_the_sweep(
     tmp_path: Path, rows: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
