@@ -21,6 +21,7 @@ from tools.tables import models as model_tables
 from tools.tables import robustness as robustness_tables
 from tools.tables import serving as serving_tables
 from tools.tables import speed as speed_tables
+from tools.tables.suite import from_results, guide
 
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -208,12 +209,12 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "restarts": serving_tables.restarts,
     "quantised": speed_tables.quantised,
     "answers-in": speed_tables.answers_in,
-    "suite": suite_tables.from_results(suite_tables.scores),
-    "suite-resources": suite_tables.from_results(suite_tables.resources),
-    "suite-storage": suite_tables.from_results(suite_tables.storage),
-    "suite-texts": suite_tables.from_results(suite_tables.texts),
-    "suite-choice": suite_tables.from_results(suite_tables.choice),
-    "suite-guide": suite_tables.from_results(suite_tables.guide),
+    "suite": from_results(suite_tables.scores),
+    "suite-resources": from_results(suite_tables.resources),
+    "suite-storage": from_results(suite_tables.storage),
+    "suite-texts": from_results(suite_tables.texts),
+    "suite-choice": from_results(suite_tables.choice),
+    "suite-guide": from_results(guide),
     "damaged-input": robustness_tables.damaged,
     "malformed-requests": robustness_tables.malformed,
     "malformed-answers": robustness_tables.malformed_answers,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], text_columns: int = 1) -> str:
     """Returns a Markdown table whose columns after the first `text_columns` are right-aligned numbers."""
     rule = ["---" if index < text_columns else "---:" for index in range(len(header))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, rule, *rows))
 
 
 def percent(fraction: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,23 @@ def series_style(index: int) -> dict[str, Any]:
     }
 
 
-def pareto_frontier(costs: Sequence[float], values: Sequence[float], greater_is_better: bool = True) -> list[bool]:
-    """Whether each point is on the Pareto frontier: no other point is at least as good in both and better in one."""
+def pareto_frontier(
+    costs: Sequence[float],
+    values: Sequence[float],
+    greater_is_better: bool = True,
+    eligible: Sequence[bool] | None = None,
+) -> list[bool]:
+    """Whether each point is on the Pareto frontier: no other point is at least as good in both and better in one.
+
+    Points that are not eligible are not on it, and beat no other.
+    """
     signed = values if greater_is_better else [-value for value in values]
     points = list(zip(costs, signed, strict=True))
+    counted = points if eligible is None else list(compress(points, eligible))
     return [
-        not any(other != point and other[0] <= point[0] and other[1] >= point[1] for other in points)
-        for point in points
+        (eligible is None or eligible[index])
+        and not any(other != point and other[0] <= point[0] and other[1] >= point[1] for other in counted)
+        for index, point in enumerate(points)
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from lora_hf.data.tasks.registry import task_of
     from lora_hf.experiments.sweep.space import read_sweep
 
     config, space = read_sweep(options.config, options.overrides)
@@ -39,20 +39,12 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--seed: expected a whole number >= 0, found {options.seed}")
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError(f"sweep needs Optuna: {how_to_install('sweep')}")
-    from lora_hf.experiments.sweep.storage import check_study, parse_url
+    from lora_hf.experiments.sweep.study import BEST, BEST_CONFIG, SWEEP_RECORD, sweep, typed
 
     name = options.study or Path(options.config).stem
-    check_study(name, options.trials)
-    if options.storage:
-        parse_url(options.storage)
-    task = task_of(config.task)
-    # Report invalid data before importing the Trainer takes seconds.
-    rows = task.load(config.task.data_dir, task.splits)
-    from lora_hf.experiments.sweep.study import BEST, BEST_CONFIG, SWEEP_RECORD, states, sweep, typed
-
     config = replace(config, output=replace(config.output, dir=options.output or config.output.dir))
-    folder, record = sweep(config, space, options.trials, name, options.storage, options.seed, rows)
-    best, count = record.best, states(record)
+    folder, record = sweep(config, space, options.trials, name, options.storage, options.seed)
+    best, count = record.best, Counter(trial["state"] for trial in record.trials)
     files = {"run": BEST, "config": BEST_CONFIG, "record": SWEEP_RECORD}
     paths = {label: str(folder / file) for label, file in files.items()}
     if options.json:

@@ -75,6 +75,14 @@ def set_value(sections: dict[str, Any], key: str, value: Any, override: str) -> 
     level[last] = value
 
 
+def flatten(sections: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values by `section.key`."""
+    flat: dict[str, Any] = {}
+    for name, value in sections.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 def _find_recipe(path: Path) -> Path:
     bare = path.name == str(path)
     for file in [path, *(folder / path for folder in RECIPE_FOLDERS if bare)]:

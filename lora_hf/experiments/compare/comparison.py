@@ -74,7 +74,7 @@ def compare(paths: Sequence[Path], options: CompareOptions) -> ComparisonRecord:
     return ComparisonRecord(
         made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         runs=entries,
-        left_out=[asdict(each) for each in left_out],
+        left_out=left_out,
         tasks=tasks,
         statistics={"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED},
         options=asdict(options),
@@ -207,7 +207,7 @@ def _test_pairs(found: Sequence[Configuration], samples: dict[str, Samples]) -> 
         }
         if run.task.label_names:
             sides = [each.median_run.predictions[run.split] for each in (first, second)]
-            test["mcnemar"] = asdict(mcnemar(*(side.predicted == side.labels for side in sides)))
+            test["mcnemar"] = mcnemar(*(side.predicted == side.labels for side in sides))
         tests.append(test)
     for group in (tests, [test["mcnemar"] for test in tests if "mcnemar" in test]):
         for test, corrected in zip(group, holm([test["p"] for test in group]), strict=True):
@@ -217,17 +217,13 @@ def _test_pairs(found: Sequence[Configuration], samples: dict[str, Samples]) -> 
 
 def _mark_frontiers(rows: list[dict[str, Any]], found: Sequence[Configuration]) -> None:
     """Marks the rows on each Pareto frontier; only comparable configurations can be on one."""
-    greater_is_better = found[0].runs[0].task.greater_is_better
+    scores, greater_is_better = [each.score for each in found], found[0].runs[0].task.greater_is_better
     for name, costs, eligible in (
         ("front_parameters", [row["parameters"]["trainable"] for row in rows], [each.same_data for each in found]),
         ("front_time", [row["train_seconds"]["mean"] for row in rows], [each.comparable for each in found]),
     ):
-        indices = [index for index, is_eligible in enumerate(eligible) if is_eligible]
-        scores = [found[index].score for index in indices]
-        frontier = pareto_frontier([costs[index] for index in indices], scores, greater_is_better)
-        on_frontier = {index for index, on in zip(indices, frontier, strict=True) if on}
-        for index, row in enumerate(rows):
-            row[name] = index in on_frontier
+        for row, on_frontier in zip(rows, pareto_frontier(costs, scores, greater_is_better, eligible), strict=True):
+            row[name] = on_frontier
 
 
 def _confusion(run: FinishedRun) -> list[list[int]] | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lora_hf.core.config.loader import flatten
 from lora_hf.core.records import describe_base, describe_method, describe_run
 from lora_hf.experiments.compare.runs import FinishedRun
 
@@ -55,20 +55,18 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Configuration]:
     for run, aspects in zip(runs, _aspects(runs), strict=True):
         identity = json.dumps((_settings(run), aspects["machine"], aspects["data"]), sort_keys=True)
         groups.setdefault(identity, (aspects, []))[1].append(run)
-    usual = _most_common([aspects for aspects, _ in groups.values()])
-    found = [
-        Configuration(
-            key="",
-            label="",
-            runs=tuple(sorted(members, key=lambda run: run.record.seed)),
-            aspects=aspects,
-            differs=_differences(aspects, usual),
-        )
-        for aspects, members in groups.values()
-    ]
+    usual = {aspect: _most_common([aspects[aspect] for aspects, _ in groups.values()]) for aspect in ASPECTS}
+    found = []
+    for aspects, members in groups.values():
+        differs = {aspect: _difference(aspects[aspect], usual[aspect]) for aspect in ASPECTS}
+        differs = {aspect: text for aspect, text in differs.items() if text}
+        members.sort(key=lambda run: run.record.seed)
+        found.append(Configuration("", "", tuple(members), aspects, differs))
     found.sort(key=lambda each: each.score, reverse=runs[0].task.greater_is_better)
-    labels = _labels(found)
-    return [replace(each, key=_letter(index), label=labels[index]) for index, each in enumerate(found)]
+    return [
+        replace(each, key=_letter(index), label=label)
+        for index, (each, label) in enumerate(zip(found, _labels(found), strict=True))
+    ]
 
 
 def _settings(run: FinishedRun) -> dict[str, Any]:
@@ -82,13 +80,13 @@ def _settings(run: FinishedRun) -> dict[str, Any]:
 
 def _aspects(runs: Sequence[FinishedRun]) -> list[Aspects]:
     """The aspects of each run; a value that is not recorded is assumed to be the most common one."""
-    found = [{"machine": _machine(run), "data": _data(run), "recipe": _recipe(run)} for run in runs]
-    for aspect in found[0]:
+    found = [{aspect: describe(run) for aspect, describe in ASPECTS.items()} for run in runs]
+    for aspect in ASPECTS:
         for name in found[0][aspect]:
-            known = Counter(each[aspect][name] for each in found if each[aspect][name] is not None)
+            known = [each[aspect][name] for each in found if each[aspect][name] is not None]
             for each in found:
                 if each[aspect][name] is None and known:
-                    each[aspect][name] = known.most_common(1)[0][0]
+                    each[aspect][name] = _most_common(known)
     return found
 
 
@@ -130,21 +128,16 @@ def _recipe(run: FinishedRun) -> dict[str, Any]:
     }
 
 
-def _most_common(found: Sequence[Aspects]) -> Aspects:
-    """The most common values of each aspect; of equally common ones, the first."""
-    usual = {}
-    for aspect in found[0]:
-        (text, _), *_ = Counter(json.dumps(each[aspect]) for each in found).most_common(1)
-        usual[aspect] = json.loads(text)
-    return usual
+ASPECTS: dict[str, Callable[[FinishedRun], dict[str, Any]]] = {"machine": _machine, "data": _data, "recipe": _recipe}
 
 
-def _differences(aspects: Aspects, usual: Aspects) -> dict[str, str]:
-    return {
-        aspect: ", ".join(f"{name} {value}, not {usual[aspect][name]}" for name, value in differing.items())
-        for aspect, values in aspects.items()
-        if (differing := {name: value for name, value in values.items() if value != usual[aspect][name]})
-    }
+def _most_common(values: Sequence[Any]) -> Any:
+    """Of equally common values, the first."""
+    return max(values, key=values.count)
+
+
+def _difference(values: dict[str, Any], usual: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}, not {usual[name]}" for name, value in values.items() if value != usual[name])
 
 
 def _labels(configurations: Sequence[Configuration]) -> list[str]:
@@ -153,7 +146,7 @@ def _labels(configurations: Sequence[Configuration]) -> list[str]:
     one_base = len(set(map(describe_base, records))) == 1
     labels = [describe_method(record) if one_base else describe_run(record) for record in records]
     details = [
-        _flatten(_settings(each.runs[0])) | each.aspects["machine"] | each.aspects["data"] for each in configurations
+        flatten(_settings(each.runs[0])) | each.aspects["machine"] | each.aspects["data"] for each in configurations
     ]
     unique = []
     for label, detail in zip(labels, details, strict=True):
@@ -165,13 +158,6 @@ def _labels(configurations: Sequence[Configuration]) -> list[str]:
         )
         unique.append(", ".join([label, *differing]))
     return unique
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _letter(index: int) -> str:

@@ -54,8 +54,14 @@ def _legend_columns(labels: Sequence[str]) -> int:
     return 2 if max(map(len, labels)) <= TWO_COLUMN_LABEL else 1
 
 
-def _score(task: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+def score_of(task: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """The score of a configuration that the report compares: its mean, range and interval."""
     return row["scores"][task["split"]][task["metric"]]
+
+
+def majority_of(task: dict[str, Any]) -> float | None:
+    """The same score of always predicting the majority class."""
+    return task["majority"].get(task["split"], {}).get(task["metric"])
 
 
 def _score_label(task: dict[str, Any]) -> str:
@@ -64,7 +70,7 @@ def _score_label(task: dict[str, Any]) -> str:
 
 
 def _add_majority(task: dict[str, Any], axes: Any, handles: list[Any], labels: list[str]) -> None:
-    majority = task["majority"].get(task["split"], {}).get(task["metric"])
+    majority = majority_of(task)
     if majority is not None:
         handles.append(draw_majority(axes, majority))
         labels.append("majority class")
@@ -93,14 +99,12 @@ def _curves(task: dict[str, Any]) -> Any:
     return figure
 
 
-def _scores_by_cost(
-    task: dict[str, Any], cost: Callable[[dict[str, Any]], float], cost_label: str, frontier: str, title: str
-) -> Any:
+def _scores_by_cost(task: dict[str, Any], cost: Callable[[dict[str, Any]], float], label: str, frontier: str) -> Any:
     """Scores with their intervals against a cost."""
     figure, axes = _figure(task)
     handles, labels = [], _names(task)
     for index, row in enumerate(task["configurations"]):
-        style, score = series_style(index), _score(task, row)
+        style, score = series_style(index), score_of(task, row)
         low, high = score["interval"] or (score["min"], score["max"])
         x, y = cost(row), score["mean"]
         # The mean over runs can lie outside of its interval; error bars must not be negative.
@@ -114,11 +118,12 @@ def _scores_by_cost(
         handles += axes.plot([], [], marker="o", markerfacecolor="white", color="0.4", linestyle="")
         labels.append("hollow: not comparable")
     on_frontier = [row for row in task["configurations"] if row[frontier]]
-    line = draw_frontier(axes, [(cost(row), _score(task, row)["mean"]) for row in on_frontier])
+    line = draw_frontier(axes, [(cost(row), score_of(task, row)["mean"]) for row in on_frontier])
     handles += line
     labels += ["Pareto frontier"] * len(line)
     _add_majority(task, axes, handles, labels)
-    axes.set(xlabel=cost_label, ylabel=_score_label(task), title=f"{task['task']}: {title}")
+    title = f"{task['task']}: score and {label.removesuffix(', s')}"
+    axes.set(xlabel=label, ylabel=_score_label(task), title=title)
     axes.margins(x=0.12)
     axes.grid(alpha=0.3)
     _add_legend(figure, handles, labels)
@@ -127,20 +132,14 @@ def _scores_by_cost(
 
 def _parameters(task: dict[str, Any]) -> Any:
     figure = _scores_by_cost(
-        task,
-        lambda row: row["parameters"]["trainable"],
-        "trainable parameters",
-        "front_parameters",
-        "score and trainable parameters",
+        task, lambda row: row["parameters"]["trainable"], "trainable parameters", "front_parameters"
     )
     figure.axes[0].set_xscale("log")
     return figure
 
 
 def _time(task: dict[str, Any]) -> Any:
-    return _scores_by_cost(
-        task, lambda row: row["train_seconds"]["mean"], "training time, s", "front_time", "score and training time"
-    )
+    return _scores_by_cost(task, lambda row: row["train_seconds"]["mean"], "training time, s", "front_time")
 
 
 def _memory(task: dict[str, Any]) -> Any:

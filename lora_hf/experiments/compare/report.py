@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from lora_hf.core.formatting import table
 from lora_hf.core.records import COMPARISON_FILE, ComparisonRecord
 from lora_hf.experiments.compare.disagreements import disagreement_section, texts_section
 from lora_hf.experiments.compare.markdown import escape, to_html
-from lora_hf.experiments.compare.plots import draw_plots
+from lora_hf.experiments.compare.plots import draw_plots, majority_of, score_of
 
 MARK = "†"
 
@@ -48,38 +48,43 @@ def render_report(record: ComparisonRecord, plots: dict[str, dict[str, str]]) ->
     Args:
         plots: file names by task and kind.
     """
-    parts = [*_summary(record)]
+    configurations = [(task["task"], row) for task in record.tasks for row in task["configurations"]]
+    parts = [
+        "# Comparison of runs",
+        f"Created {record.made} from the records listed at the end.",
+        _list(
+            "Tasks:",
+            (
+                f"**{task['task']}**: {_count(len(task['configurations']), 'configuration')}, "
+                f"{_count(task['runs'], 'run')}"
+                for task in record.tasks
+            ),
+        ),
+        _list("Left out:", (f"{escape(each['path'])}: {escape(each['reason'])}" for each in record.left_out)),
+        _list(
+            f"Not comparable with most other configurations of their task, and marked {MARK} below. If the data "
+            "differ, scores are not compared; otherwise only speed, time and memory are not compared:",
+            (
+                f"{task}, {row['key']} ({escape(row['label'])}): {aspect}: {escape(difference)}"
+                for task, row in configurations
+                for aspect, difference in row["differs"].items()
+            ),
+        ),
+    ]
     for task in record.tasks:
         parts += _task_sections(record, task, plots.get(task["task"], {}))
-    parts.append(_records(record))
+    runs = [
+        [run["task"], run["configuration"], escape(run["folder"]), run["started"], run["seed"], f"{run['score']:.4f}"]
+        for run in record.runs
+    ]
+    parts += ["## Records", table(["task", "", "folder", "started", "seed", "score"], runs, text_columns=4)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _summary(record: ComparisonRecord) -> Iterator[str]:
-    yield "# Comparison of runs"
-    yield f"Created {record.made} from the records listed at the end."
-    yield _list(
-        "Tasks:",
-        [
-            f"**{task['task']}**: {_count(len(task['configurations']), 'configuration')}, {_count(task['runs'], 'run')}"
-            for task in record.tasks
-        ],
-    )
-    yield _list("Left out:", [f"{escape(each['path'])}: {escape(each['reason'])}" for each in record.left_out])
-    yield _list(
-        f"Not comparable with most other configurations of their task, and marked {MARK} below. If the data differ, "
-        "scores are not compared; otherwise only speed, time and memory are not compared:",
-        [
-            f"{task['task']}, {row['key']} ({escape(row['label'])}): {aspect}: {escape(difference)}"
-            for task in record.tasks
-            for row in task["configurations"]
-            for aspect, difference in row["differs"].items()
-        ],
-    )
-
-
-def _list(heading: str, items: Sequence[str]) -> str:
-    return "\n".join([heading, "", *(f"- {item}" for item in items)]) if items else ""
+def _list(heading: str, items: Iterable[str]) -> str:
+    """A heading with a list; nothing without items."""
+    lines = [f"- {item}" for item in items]
+    return "\n".join([heading, "", *lines]) if lines else ""
 
 
 def _count(number: int, noun: str) -> str:
@@ -87,14 +92,17 @@ def _count(number: int, noun: str) -> str:
 
 
 def _task_sections(record: ComparisonRecord, task: dict[str, Any], plots: dict[str, str]) -> Iterator[str]:
+    better = "greater is better" if task["greater_is_better"] else "lower is better"
+    rows = ", ".join(f"{escape(split)} {count:,}" for split, count in task["rows"].items())
+    base = f" Base model: {escape(task['base'])}." if task["base"] else ""
     yield f"## {task['task']}"
-    yield _setting(task)
+    yield f"Compared by {escape(task['metric'])} on {escape(task['split'])} ({better}). Rows: {rows}.{base}"
     yield _main_table(record, task)
     yield _explanation(record, task)
-    yield _all_scores(record, task)
-    warnings = [f"{row['key']}: {escape(text)}" for row in task["configurations"] for text in row["warnings"]]
+    yield from _all_scores(record, task)
+    warnings = (f"{row['key']}: {escape(text)}" for row in task["configurations"] for text in row["warnings"])
     yield _list("Warnings of the runs:", warnings)
-    yield _tests(record, task)
+    yield from _tests(record, task)
     for kind, title, text in (
         ("curves", "Learning curves", ""),
         ("parameters", "Score and trainable parameters", ""),
@@ -107,22 +115,11 @@ def _task_sections(record: ComparisonRecord, task: dict[str, Any], plots: dict[s
             yield text
     yield disagreement_section(task["disagreements"])
     yield from map(texts_section, task["written"])
-    yield _text_scores(task)
-
-
-def _setting(task: dict[str, Any]) -> str:
-    rows = ", ".join(f"{escape(split)} {count:,}" for split, count in task["rows"].items())
-    better = "greater is better" if task["greater_is_better"] else "lower is better"
-    base = f" Base model: {escape(task['base'])}." if task["base"] else ""
-    return f"Compared by {escape(task['metric'])} on {escape(task['split'])} ({better}). Rows: {rows}.{base}"
+    yield from _text_scores(task)
 
 
 def _confidence(record: ComparisonRecord) -> str:
     return f"{100 * record.statistics['confidence']:g} %"
-
-
-def _score(task: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    return row["scores"][task["split"]][task["metric"]]
 
 
 def _decimals(value: float) -> str:
@@ -139,50 +136,44 @@ def _range(score: dict[str, Any], runs: int) -> str:
 
 
 def _main_table(record: ComparisonRecord, task: dict[str, Any]) -> str:
-    rows, greater = task["configurations"], task["greater_is_better"]
+    rows, better = task["configurations"], max if task["greater_is_better"] else min
+    scores = [score_of(task, row) for row in rows]
     columns = {
         "": [row["key"] for row in rows],
         "configuration": [escape(row["label"]) + ("" if row["comparable"] else f" {MARK}") for row in rows],
-        "runs": [str(row["runs"]) for row in rows],
-        escape(task["metric"]): _ranked(rows, "same_data", lambda row: _score(task, row)["mean"], "{:.3f}", greater),
-        "range": [_range(_score(task, row), row["runs"]) for row in rows],
-        f"{_confidence(record)} interval": [_interval(_score(task, row)["interval"]) for row in rows],
+        "runs": [row["runs"] for row in rows],
+        escape(task["metric"]): _ranked(rows, "same_data", lambda row: score_of(task, row)["mean"], ".3f", better),
+        "range": [_range(score, row["runs"]) for score, row in zip(scores, rows, strict=True)],
+        f"{_confidence(record)} interval": [_interval(score["interval"]) for score in scores],
         "trainable parameters": [f"{row['parameters']['trainable']:,}" for row in rows],
-        "examples/s": _ranked(rows, "comparable", lambda row: row["examples_per_second"]["mean"], "{:.1f}", True),
-        "peak memory, MB": _ranked(rows, "comparable", lambda row: row["peak_memory"] / 1e6, "{:,.0f}", False),
+        "examples/s": _ranked(rows, "comparable", lambda row: row["examples_per_second"]["mean"], ".1f", max),
+        "peak memory, MB": _ranked(rows, "comparable", lambda row: row["peak_memory"] / 1e6, ",.0f", min),
         "checkpoint, MB": [f"{row['checkpoint'] / 1e6:.2f}" for row in rows],
-        "training, s": _ranked(rows, "comparable", lambda row: row["train_seconds"]["mean"], "{:.1f}", False),
+        "training, s": _ranked(rows, "comparable", lambda row: row["train_seconds"]["mean"], ".1f", min),
         f"to {task['quality']:.3f}, s": [_time_to_quality(row) for row in rows],
     }
     if record.options.get("price_per_hour") is not None:
         currency = escape(record.options["currency"])
         columns[f"one run, {currency}"] = [f"{row['cost']['mean']:.4f}" for row in rows]
         columns[f"all runs, {currency}"] = [f"{row['cost']['all']:.4f}" for row in rows]
-    lines = [list(line) for line in zip(*columns.values(), strict=True)]
-    majority = task["majority"].get(task["split"], {}).get(task["metric"])
+    lines = list(zip(*columns.values(), strict=True))
+    majority = majority_of(task)
     if majority is not None:
-        lines.append(["-", "majority class", "-", f"{majority:.3f}", *["-"] * (len(columns) - 4)])
+        lines.append(("-", "majority class", "-", f"{majority:.3f}", *["-"] * (len(columns) - 4)))
     return table(list(columns), lines, text_columns=2)
 
 
 def _ranked(
-    rows: Sequence[dict[str, Any]],
-    comparable: str,
-    value: Callable[[dict[str, Any]], float],
-    template: str,
-    greater_is_better: bool,
+    rows: Sequence[dict[str, Any]], key: str, value: Callable[..., float], precision: str, better: Callable[..., float]
 ) -> list[str]:
-    """The values: the best in bold, those that are not comparable in parentheses."""
-    values = [value(row) for row in rows if row[comparable]]
-    best = (max if greater_is_better else min)(values) if len(values) > 1 else None
+    """The values: the best in bold, in parentheses those of rows where `key`, which says if they compare, is false."""
+    values = [value(row) for row in rows if row[key]]
+    best = better(values) if len(values) > 1 else None
     cells = []
     for row in rows:
-        text = template.format(value(row))
-        if not row[comparable]:
-            text = f"({text})"
-        elif value(row) == best:
-            text = f"**{text}**"
-        cells.append(text)
+        text = f"{value(row):{precision}}"
+        bold = f"**{text}**" if value(row) == best else text
+        cells.append(bold if row[key] else f"({text})")
     return cells
 
 
@@ -196,27 +187,25 @@ def _time_to_quality(row: dict[str, Any]) -> str:
 
 
 def _explanation(record: ComparisonRecord, task: dict[str, Any]) -> str:
-    statistics, options = record.statistics, record.options
-    sentences = ["A row is the mean of runs that differ only in their seed; the range is their lowest to highest."]
-    sentences.append("The best value of a column is bold.")
-    if any(_score(task, row)["interval"] for row in task["configurations"]):
-        sentences.append(
-            f"The {_confidence(record)} interval is a bootstrap over the rows of the split "
-            f"({statistics['resamples']:,} resamples, seed {statistics['seed']}) of the mean over the seeds. It shows "
-            "how much the score varies with the rows, not with the seeds."
-        )
-    else:
-        sentences.append("There are no intervals, because the runs saved no predictions.")
-    reason = "the best score that every run reaches" if options.get("quality") is None else "the requested score"
-    sentences.append(
-        f"The last time is the training time until the first evaluation with {task['quality']:.3f}, {reason}; it is "
-        "interpolated from steps."
+    statistics, options, rows = record.statistics, record.options, task["configurations"]
+    interval = (
+        f"The {_confidence(record)} interval is a bootstrap over the rows of the split ({statistics['resamples']:,} "
+        f"resamples, seed {statistics['seed']}) of the mean over the seeds. It shows how much the score varies with "
+        "the rows, not with the seeds."
     )
+    has_intervals = any(score_of(task, row)["interval"] for row in rows)
+    reason = "the best score that every run reaches" if options.get("quality") is None else "the requested score"
+    sentences = [
+        "A row is the mean of runs that differ only in their seed; the range is their lowest to highest.",
+        "The best value of a column is bold.",
+        interval if has_intervals else "There are no intervals, because the runs saved no predictions.",
+        f"The last time is the training time until the first evaluation with {task['quality']:.3f}, {reason};",
+        "it is interpolated from steps.",
+    ]
     if options.get("price_per_hour") is not None:
         price = f"{options['price_per_hour']:g} {escape(options['currency'])}"
         sentences.append(f"The cost is the training time at {price} an hour.")
-    together = [f"{row['key']} ({row['together']} runs)" for row in task["configurations"] if row["together"] > 1]
-    if together:
+    if together := [f"{row['key']} ({row['together']} runs)" for row in rows if row["together"] > 1]:
         sentences.append(
             f"Trained together in the same batches: {', '.join(together)}. Their speed, time and memory are those of "
             "all runs together; the cost of each is its share."
@@ -224,47 +213,55 @@ def _explanation(record: ComparisonRecord, task: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def _all_scores(record: ComparisonRecord, task: dict[str, Any]) -> str:
-    rows = []
-    for split, metrics in task["configurations"][0]["scores"].items():
-        for metric in metrics:
-            for row in task["configurations"]:
-                score = row["scores"][split][metric]
-                cells = [f"{score['mean']:.3f}", _range(score, row["runs"]), _interval(score["interval"])]
-                rows.append([row["key"], escape(split), escape(metric), *cells])
-    if len(rows) == len(task["configurations"]):
-        return ""  # the main table has them
-    for split, metrics in task["majority"].items():
-        rows += [
-            ["majority class", escape(split), escape(metric), f"{metrics[metric]:.3f}", "-", "-"] for metric in metrics
-        ]
-    head = ["", "split", "metric", "mean", "range", f"{_confidence(record)} interval"]
-    return f"### All scores\n\n{table(head, rows, text_columns=3)}"
+def _all_scores(record: ComparisonRecord, task: dict[str, Any]) -> Iterator[str]:
+    names = [(split, metric) for split, metrics in task["configurations"][0]["scores"].items() for metric in metrics]
+    if len(names) == 1:
+        return  # the main table has them
+    rows = [
+        [row["key"], escape(split), escape(metric), f"{score['mean']:.3f}", _range(score, row["runs"]),
+         _interval(score["interval"])]
+        for split, metric in names
+        for row in task["configurations"]
+        for score in [row["scores"][split][metric]]
+    ]  # fmt: skip
+    rows += [
+        ["majority class", escape(split), escape(metric), f"{value:.3f}", "-", "-"]
+        for split, metrics in task["majority"].items()
+        for metric, value in metrics.items()
+    ]
+    yield "### All scores"
+    yield table(["", "split", "metric", "mean", "range", f"{_confidence(record)} interval"], rows, text_columns=3)
 
 
-def _tests(record: ComparisonRecord, task: dict[str, Any]) -> str:
+def _tests(record: ComparisonRecord, task: dict[str, Any]) -> Iterator[str]:
     tests = task["tests"]
     if not tests:
-        return ""
-    classification = "mcnemar" in tests[0]
+        return
     head = ["", escape(task["metric"]), f"{_confidence(record)} interval", "p", "p (Holm)"]
-    head += ["only first right", "only second right", "McNemar p", "McNemar p (Holm)"] if classification else []
-    rows = []
-    for test in tests:
-        pair = f"{test['first']}\u00a0-\u00a0{test['second']}"
-        cells = [_decimals(test["difference"]), _interval(test["interval"]), f"{test['p']:.2g}", f"{test['holm']:.2g}"]
-        if classification:
-            exact = test["mcnemar"]
-            cells += [str(exact["only_first"]), str(exact["only_second"]), f"{exact['p']:.2g}", f"{exact['holm']:.2g}"]
-        rows.append([pair, *cells])
-    sentences = [f"{_count(task['pairs'], 'pair')} tested. The difference is between the means over the seeds."]
-    sentences.append("Its interval and p-value come from the paired bootstrap.")
-    if classification:
-        sentences.append(
-            "McNemar's exact test compares the median runs: it counts the rows that only one predicts right."
+    rows = [
+        [
+            f"{test['first']}\u00a0-\u00a0{test['second']}",
+            _decimals(test["difference"]),
+            _interval(test["interval"]),
+            f"{test['p']:.2g}",
+            f"{test['holm']:.2g}",
+        ]
+        for test in tests
+    ]
+    explanation = (
+        f"{_count(task['pairs'], 'pair')} tested. The difference is between the means over the seeds. Its interval and "
+        "p-value come from the paired bootstrap. "
+    )
+    if "mcnemar" in tests[0]:
+        head += ["only first right", "only second right", "McNemar p", "McNemar p (Holm)"]
+        for row, exact in zip(rows, (test["mcnemar"] for test in tests), strict=True):
+            row += [exact["only_first"], exact["only_second"], f"{exact['p']:.2g}", f"{exact['holm']:.2g}"]
+        explanation += (
+            "McNemar's exact test compares the median runs: it counts the rows that only one predicts right. "
         )
-    sentences.append("With several pairs, read the columns with Holm's correction for multiple tests.")
-    return f"### Pairwise tests\n\n{table(head, rows)}\n\n{' '.join(sentences)}"
+    yield "### Pairwise tests"
+    yield table(head, rows)
+    yield explanation + "With several pairs, read the columns with Holm's correction for multiple tests."
 
 
 def _memory(task: dict[str, Any]) -> str:
@@ -284,29 +281,15 @@ def _memory(task: dict[str, Any]) -> str:
     )
 
 
-def _text_scores(task: dict[str, Any]) -> str:
-    rows, names = [], []
-    for row in task["configurations"]:
-        for scores in row["text_scores"]:
-            for subset, values in scores["metrics"].items():
-                names = names or list(values)
-                cells = ["null" if value is None else f"{value:.4f}" for value in values.values()]
-                labels = [str(scores["seed"]), escape(scores["name"]), escape(subset), str(scores["inputs"])]
-                rows.append([row["key"], *labels, *cells])
-    head = ["", "seed", "split", "subset", "inputs", *names]
-    return f"### Scores of the generated texts\n\n{table(head, rows, text_columns=4)}" if rows else ""
-
-
-def _records(record: ComparisonRecord) -> str:
+def _text_scores(task: dict[str, Any]) -> Iterator[str]:
+    scored = [(row["key"], scores) for row in task["configurations"] for scores in row["text_scores"]]
     rows = [
-        [
-            run["task"],
-            run["configuration"],
-            escape(run["folder"]),
-            run["started"],
-            str(run["seed"]),
-            f"{run['score']:.4f}",
-        ]
-        for run in record.runs
+        [key, scores["seed"], escape(scores["name"]), escape(subset), scores["inputs"]]
+        + ["null" if value is None else f"{value:.4f}" for value in values.values()]
+        for key, scores in scored
+        for subset, values in scores["metrics"].items()
     ]
-    return "## Records\n\n" + table(["task", "", "folder", "started", "seed", "score"], rows, text_columns=4)
+    if rows:
+        yield "### Scores of the generated texts"
+        names = next(iter(scored[0][1]["metrics"].values()))
+        yield table(["", "seed", "split", "subset", "inputs", *names], rows, text_columns=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -86,18 +87,12 @@ class FinishedRun:
         The record has the total training time, evaluations included; it is distributed evenly over the steps.
         """
         steps = max((entry.get("step", 0) for entry in self.record.history), default=0)
-        for step, value in self.curves["score"]:
-            if value >= quality if self.task.greater_is_better else value <= quality:
-                return self.record.timings["train"] * step / steps
-        return None
+        reached = operator.ge if self.task.greater_is_better else operator.le
+        times = (self.record.timings["train"] * step / steps for step, v in self.curves["score"] if reached(v, quality))
+        return next(times, None)
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A folder or file that is not compared, with the reason."""
-
-    path: str
-    reason: str
+LeftOut = list[dict[str, str]]  # path of a folder or file that is not compared, and the reason
 
 
 def peak_memory(record: RunRecord) -> int:
@@ -121,7 +116,7 @@ def memory_parts(record: RunRecord) -> dict[str, int]:
     return parts | {"activations, workspace, libraries": max(0, peak_memory(record) - sum(parts.values()))}
 
 
-def find_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[LeftOut]]:
+def find_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], LeftOut]:
     """The runs in these folders, ordered by task, and what was left out.
 
     Args:
@@ -131,51 +126,43 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[LeftOut]]:
         DataError: no run can be used; the message has the reason for each.
     """
     runs: list[FinishedRun] = []
-    left_out: list[LeftOut] = []
+    left_out: LeftOut = []
     folders = {folder.resolve(): folder for path in paths for folder in _run_folders(path, paths, left_out)}
     for folder in folders.values():
         with _skip_damaged(left_out, folder):
             run = _read_run(folder, left_out)
-            _check_same_task(run, runs)
+            # Custom tasks with the same name may differ between runs.
+            for other in runs:
+                if run.task.name == other.task.name and _definition(run.task) != _definition(other.task):
+                    raise DataError(
+                        f"{folder}: the task {run.task.name!r} has other labels or another metric than in "
+                        f"{other.folder}; compare the two separately"
+                    )
             runs.append(run)
     if not runs:
-        reasons = "".join(f"\n  {each.path}: {each.reason}" for each in left_out)
+        reasons = "".join(f"\n  {each['path']}: {each['reason']}" for each in left_out)
         raise DataError(f"nothing to compare: expected run folders of `train`{reasons}")
     order = task_names()
     runs.sort(key=lambda run: (order.index(run.task.name) if run.task.name in order else len(order), run.task.name))
     return runs, left_out
 
 
-def _check_same_task(run: FinishedRun, others: Sequence[FinishedRun]) -> None:
-    """Custom tasks with the same name may differ between runs."""
-
-    def definition(task: Task) -> tuple[object, ...]:
-        return task.model_kind, task.problem_type, task.label_names, task.best_metric
-
-    for other in others:
-        if other.task.name == run.task.name and definition(other.task) != definition(run.task):
-            raise DataError(
-                f"{run.folder}: the task {run.task.name!r} has other labels or another metric than in {other.folder}; "
-                "compare the two separately"
-            )
+def _definition(task: Task) -> tuple[object, ...]:
+    return task.model_kind, task.problem_type, task.label_names, task.best_metric
 
 
-def _run_folders(path: Path, paths: Sequence[Path], left_out: list[LeftOut]) -> list[Path]:
-    if not path.is_dir():
-        left_out.append(LeftOut(str(path), "no such folder"))
-        return []
+def _run_folders(path: Path, paths: Sequence[Path], left_out: LeftOut) -> list[Path]:
     if _is_run(path):
         return [path]
-    subfolders = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    subfolders = sorted(folder for folder in path.glob("*") if folder.is_dir())
     runs = [folder for folder in subfolders if _is_run(folder)]
     # The trials of a sweep would outnumber the runs next to it.
-    left_out += [
-        LeftOut(str(folder), "contains run folders, such as the trials of a sweep: pass this folder to compare them")
-        for folder in subfolders
-        if folder not in [*runs, *paths] and any(map(_is_run, folder.glob("*/")))
-    ]
+    reason = "contains run folders, such as the trials of a sweep: pass this folder to compare them"
+    others = [folder for folder in subfolders if folder not in [*runs, *paths]]
+    left_out += [{"path": str(each), "reason": reason} for each in others if any(map(_is_run, each.glob("*/")))]
     if not runs:
-        left_out.append(LeftOut(str(path), f"neither a run folder (no {RECORD_FILE}) nor a folder of run folders"))
+        expected = f"neither a run folder (no {RECORD_FILE}) nor a folder of run folders"
+        left_out.append({"path": str(path), "reason": expected if path.is_dir() else "no such folder"})
     return runs
 
 
@@ -184,15 +171,15 @@ def _is_run(folder: Path) -> bool:
 
 
 @contextmanager
-def _skip_damaged(left_out: list[LeftOut], folder: Path, consequence: str = "") -> Iterator[None]:
+def _skip_damaged(left_out: LeftOut, folder: Path, consequence: str = "") -> Iterator[None]:
     try:
         yield
     except UserError as error:
         reason = str(error).removeprefix(f"{folder}: ").replace(f"{folder}/", "")
-        left_out.append(LeftOut(str(folder), reason + consequence))
+        left_out.append({"path": str(folder), "reason": reason + consequence})
 
 
-def _read_run(folder: Path, left_out: list[LeftOut]) -> FinishedRun:
+def _read_run(folder: Path, left_out: LeftOut) -> FinishedRun:
     file = folder / RECORD_FILE
     if not file.exists():
         raise DataError(f"{folder}: no {RECORD_FILE}: the run is not finished")
@@ -215,26 +202,21 @@ def _check_record(record: RunRecord, task: Task, path: Path) -> None:
     """Checks everything that a comparison reads, and adds the defaults of keys that are newer than the record."""
     try:
         record.config = RunConfig.from_dict(record.config, str(path)).to_dict()
-        for split in task.evaluation_splits:
-            _check_number(record.metrics[split][task.best_metric])
-        for numbers, keys in (
-            (record.parameters, ("total", "trainable")),
-            (record.timings, ("train",)),
-            (record.throughput, ("samples",)),
-            (record.memory, ("rss", "cuda")),
-            (record.rows, (task.train_split, *task.evaluation_splits)),
-        ):
-            for key in keys:
-                _check_number(numbers[key])
-        for numbers in (*record.history, record.files, record.machine):
-            numbers.items()
+        numbers = [
+            *(record.metrics[split][task.best_metric] for split in task.evaluation_splits),
+            *(record.rows[split] for split in (task.train_split, *task.evaluation_splits)),
+            *(record.parameters[key] for key in ("total", "trainable")),
+            *(record.memory[key] for key in ("rss", "cuda")),
+            record.timings["train"],
+            record.throughput["samples"],
+        ]
+        for number in numbers:
+            if isinstance(number, bool) or not math.isfinite(number):
+                raise ValueError(f"expected a number, found {number!r}")
+        for values in (*record.history, record.files, record.machine):
+            values.items()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: incomplete record: {type(error).__name__}: {error}") from error
-
-
-def _check_number(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"expected a number, found {value!r}")
 
 
 def _read_predictions(run: FinishedRun, split: str) -> Predictions:

@@ -8,7 +8,7 @@ counts are multinomial. The distribution is the same, for a fraction of the work
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,15 +18,6 @@ RESAMPLES = 10_000
 SEED = 0
 CONFIDENCE = 0.95
 CHUNK = 500  # resamples at a time: 6 MB of weights for the 1,500 rows of STS-B
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """The numbers of rows that only the first or only the second run predicts correctly, and the two-sided p-value."""
-
-    only_first: int
-    only_second: int
-    p: float
 
 
 def bootstrap(
@@ -72,8 +63,10 @@ def bootstrap_p(differences: np.ndarray) -> float:
     return min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1))
 
 
-def mcnemar(first_correct: np.ndarray, second_correct: np.ndarray) -> McNemar:
+def mcnemar(first_correct: np.ndarray, second_correct: np.ndarray) -> dict[str, Any]:
     """Returns McNemar's exact test of two runs on the same rows, from `(rows,)` of bool each.
+
+    `only_first` and `only_second` are the numbers of rows that only this run predicts correctly, `p` is two-sided.
 
     Source: McNemar 1947, Psychometrika 12; for classifiers Dietterich 1998, Neural Computation 10, section 3.1.
     """
@@ -82,7 +75,7 @@ def mcnemar(first_correct: np.ndarray, second_correct: np.ndarray) -> McNemar:
     only_first, only_second = int((first_correct & ~second_correct).sum()), int((second_correct & ~first_correct).sum())
     differing = only_first + only_second
     p = float(binomtest(only_first, differing).pvalue) if differing else 1.0
-    return McNemar(only_first, only_second, p)
+    return {"only_first": only_first, "only_second": only_second, "p": p}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -90,8 +83,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6.
     """
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = largest
-    return corrected
+    order = np.argsort(p_values, kind="stable")
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.maximum.accumulate(np.arange(len(order), 0, -1) * np.asarray(p_values)[order])
+    return np.minimum(corrected, 1.0).tolist()

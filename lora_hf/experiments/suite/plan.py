@@ -14,7 +14,7 @@ from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, did_you_mean
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.experiments.suite.published import FROM_MNLI, MEDIUM, ROBERTA, published_recipe
+from lora_hf.experiments.suite.published import FROM_MNLI, published_recipe
 from lora_hf.models.model_ids import base_name
 from lora_hf.training.run_dir import config_differences
 
@@ -27,14 +27,17 @@ SCORES_FILE = "scores-test.json"  # scores of the texts generated for the test s
 class PlannedRun:
     """One run of a suite; `needs` is the name of the MNLI run it starts from."""
 
-    task: str
     configuration: str
     config: RunConfig
     needs: str | None = None
 
     @property
+    def task(self) -> str:
+        return self.config.task.name
+
+    @property
     def name(self) -> str:
-        return _run_name(self.task, self.configuration, self.config.train.seed)
+        return str(self.config.output.name)
 
     @property
     def folder(self) -> Path:
@@ -66,17 +69,19 @@ def plan_suite(options: SuiteOptions) -> list[PlannedRun]:
     Raises:
         ConfigError: an unknown task, an invalid config, several bases, or two configurations with the same name.
     """
-    tasks = tuple(dict.fromkeys(get_task(name).name for name in options.tasks))
-    shared, by_task, seeds = _parse_overrides(options, tasks)
+    tasks = list(dict.fromkeys(get_task(name).name for name in options.tasks))
+    overrides, seeds = _parse_overrides(options, tasks)
     files = {Path(file).stem: file for file in options.configs} or {RECIPE: None}
     if len(files) < len(options.configs):
         raise ConfigError(f"configs: expected different file names, found {', '.join(options.configs)}")
-    if options.from_mnli and "mnli" not in tasks:
-        raise ConfigError("from_mnli: runs start from runs of mnli; add mnli to the tasks")
+    if options.from_mnli:
+        if "mnli" not in tasks:
+            raise ConfigError("from_mnli: runs start from runs of mnli; add mnli to the tasks")
+        tasks.sort(key=lambda task: task != "mnli")
     configs: dict[tuple[str, str], RunConfig] = {}
     for name, file in files.items():
         for task in tasks:
-            config = load_config(file or _recipe_file(task, options.model), [*shared, *by_task[task]])
+            config = load_config(file or _recipe_file(task, options.model), overrides[task])
             configs[task, name] = replace(
                 config,
                 model=replace(config.model, name=options.model or config.model.name),
@@ -85,8 +90,6 @@ def plan_suite(options: SuiteOptions) -> list[PlannedRun]:
     bases = sorted({config.model.name for config in configs.values()})
     if len(bases) > 1:
         raise ConfigError(f"a suite has one base model, found {', '.join(bases)}; choose one of them")
-    if options.from_mnli:
-        tasks = tuple(sorted(tasks, key=lambda task: task != "mnli"))
     return [
         _planned_run(configs[task, name], name, seeds[task][index], options, seeds)
         for index in range(max(map(len, seeds.values())))
@@ -96,6 +99,66 @@ def plan_suite(options: SuiteOptions) -> list[PlannedRun]:
     ]
 
 
+def _parse_overrides(
+    options: SuiteOptions, tasks: Sequence[str]
+) -> tuple[dict[str, list[str]], dict[str, tuple[int, ...]]]:
+    """The overrides and the seeds of each task; an override for one task wins over those for all."""
+    shared: list[str] = []
+    by_task: dict[str, list[str]] = {task: [] for task in tasks}
+    seeds = dict.fromkeys(tasks, options.seeds)
+    for override in options.overrides:
+        key, _, value = override.partition("=")
+        task, colon, key = key.rpartition(":")
+        if colon and task not in tasks:
+            raise ConfigError(f"{override!r}: {task!r} is not one of the tasks{did_you_mean(task, tasks)}")
+        if key in FIXED or key.startswith("output."):
+            raise ConfigError(f"{override!r}: the suite sets {key} itself; use the options of the suite")
+        if colon and key == "seeds":
+            seeds[task] = parse_seeds(value, override)
+        else:
+            (by_task[task] if colon else shared).append(override.removeprefix(f"{task}:"))
+    return {task: [*shared, *own] for task, own in by_task.items()}, seeds
+
+
+def parse_seeds(text: str, source: str) -> tuple[int, ...]:
+    """The seeds in a text such as `0,1,2`.
+
+    Raises:
+        ConfigError: not whole numbers, or a duplicate; the message starts with `source`.
+    """
+    words = text.split(",")
+    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
+        raise ConfigError(f"{source}: expected different whole numbers, such as 0,1,2, found {text!r}")
+    return tuple(map(int, words))
+
+
+def _recipe_file(task: str, model: str | None) -> Path:
+    """The published recipe for the base model, or for the model the paper uses."""
+    default = "gpt2-medium" if get_task(task).model_kind == "causal-lm" else "roberta-base"
+    recipe = published_recipe(task, model or default) or published_recipe(task, default)
+    if recipe is None:
+        raise ConfigError(f"task {task}: configs/ has no published recipe for it; pass a config file")
+    return recipe
+
+
+def _planned_run(
+    config: RunConfig, configuration: str, seed: int, options: SuiteOptions, seeds: Mapping[str, Sequence[int]]
+) -> PlannedRun:
+    task = config.task.name
+    train, needs = replace(config.train, seed=seed), None
+    if options.from_mnli and task in FROM_MNLI and train.method == "lora":
+        # Start from the MNLI run with the same seed, or with the first seed if MNLI has fewer seeds.
+        needs = _run_name("mnli", configuration, seed if seed in seeds["mnli"] else seeds["mnli"][0])
+        train = replace(train, start_from=str(options.output / needs / "adapter"))
+    name = _run_name(task, configuration, seed)
+    output = replace(config.output, dir=str(options.output), name=name, overwrite=False)
+    return PlannedRun(configuration, replace(config, train=train, output=output), needs)
+
+
+def _run_name(task: str, configuration: str, seed: int) -> str:
+    return f"{task}-{configuration}-seed{seed}"
+
+
 def is_finished(run: PlannedRun) -> bool:
     """Whether the run's folder has its record, and the scores of its texts, made with the same config.
 
@@ -103,17 +166,21 @@ def is_finished(run: PlannedRun) -> bool:
         ConfigError: the folder holds a run with another config.
         DataError: the record is damaged.
     """
-    if (run.folder / RECORD_FILE).is_file():
-        _check_same_config(run, RunRecord.load(run.folder / RECORD_FILE).config)
-        return not run.writes_texts or (run.folder / SCORES_FILE).is_file()
-    if (run.folder / RUN_CONFIG_FILE).is_file():
-        _check_same_config(run, load_config(run.folder / RUN_CONFIG_FILE).to_dict())
-    return False
-
-
-def can_resume(run: PlannedRun) -> bool:
-    """Whether an unfinished run has a checkpoint."""
-    return not (run.folder / RECORD_FILE).exists() and any((run.folder / "checkpoints").glob("checkpoint-*"))
+    record, config = run.folder / RECORD_FILE, run.folder / RUN_CONFIG_FILE
+    if record.is_file():
+        found = RunRecord.load(record).config
+    elif config.is_file():
+        found = load_config(config).to_dict()
+    else:
+        return False
+    # The folder may have been moved, or written in another way.
+    expected = {section: keys for section, keys in run.config.to_dict().items() if section != "output"}
+    if different := config_differences(found, expected):
+        raise ConfigError(
+            f"{run.folder}: contains a run with another config: {'; '.join(different[:4])}. Choose another output "
+            "folder, or remove this one"
+        )
+    return record.is_file() and (not run.writes_texts or (run.folder / SCORES_FILE).is_file())
 
 
 def shared_config(config: RunConfig) -> dict[str, Any]:
@@ -142,75 +209,3 @@ def write_config(run: PlannedRun) -> Path:
     except OSError as error:
         raise ConfigError(f"{run.folder}: cannot write to the run folder: {error.strerror}") from error
     return file
-
-
-def parse_seeds(text: str, source: str) -> tuple[int, ...]:
-    """The seeds in a text such as `0,1,2`.
-
-    Raises:
-        ConfigError: not whole numbers, or a duplicate; the message starts with `source`.
-    """
-    words = text.split(",")
-    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
-        raise ConfigError(f"{source}: expected different whole numbers, such as 0,1,2, found {text!r}")
-    return tuple(map(int, words))
-
-
-def _run_name(task: str, configuration: str, seed: int) -> str:
-    return f"{task}-{configuration}-seed{seed}"
-
-
-def _planned_run(
-    config: RunConfig, name: str, seed: int, options: SuiteOptions, seeds: Mapping[str, Sequence[int]]
-) -> PlannedRun:
-    task = config.task.name
-    train, needs = replace(config.train, seed=seed), None
-    if options.from_mnli and task in FROM_MNLI and train.method == "lora":
-        # Start from the MNLI run with the same seed, or with the first seed if MNLI has fewer seeds.
-        needs = _run_name("mnli", name, seed if seed in seeds["mnli"] else seeds["mnli"][0])
-        train = replace(train, start_from=str(options.output / needs / "adapter"))
-    output = replace(config.output, dir=str(options.output), name=_run_name(task, name, seed), overwrite=False)
-    return PlannedRun(task, name, replace(config, train=train, output=output), needs)
-
-
-def _recipe_file(task: str, model: str | None) -> Path:
-    """The published recipe for the base model, or for the model the paper uses."""
-    default = MEDIUM if get_task(task).model_kind == "causal-lm" else ROBERTA
-    recipe = published_recipe(task, model or default) or published_recipe(task, default)
-    if recipe is None:
-        raise ConfigError(f"task {task}: configs/ has no published recipe for it; pass a config file")
-    return recipe
-
-
-def _parse_overrides(
-    options: SuiteOptions, tasks: Sequence[str]
-) -> tuple[list[str], dict[str, list[str]], dict[str, tuple[int, ...]]]:
-    """The overrides for all tasks, those by task, and the seeds by task."""
-    shared: list[str] = []
-    by_task: dict[str, list[str]] = {task: [] for task in tasks}
-    seeds = dict.fromkeys(tasks, options.seeds)
-    for override in options.overrides:
-        key, _, value = override.partition("=")
-        task, colon, key = key.rpartition(":")
-        if colon and task not in tasks:
-            raise ConfigError(f"{override!r}: {task!r} is not one of the tasks{did_you_mean(task, tasks)}")
-        if key in FIXED or key.startswith("output."):
-            raise ConfigError(f"{override!r}: the suite sets {key} itself; use the options of the suite")
-        if colon and key == "seeds":
-            seeds[task] = parse_seeds(value, override)
-        elif colon:
-            by_task[task].append(f"{key}={value}")
-        else:
-            shared.append(override)
-    return shared, by_task, seeds
-
-
-def _check_same_config(run: PlannedRun, found: Mapping[str, Any]) -> None:
-    # The folder may have been moved, or written in another way.
-    expected = {section: keys for section, keys in run.config.to_dict().items() if section != "output"}
-    different = config_differences(found, expected)
-    if different:
-        raise ConfigError(
-            f"{run.folder}: contains a run with another config: {'; '.join(different[:4])}. Choose another output "
-            "folder, or remove this one"
-        )

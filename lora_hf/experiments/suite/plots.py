@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_hf.core.records import SuiteRecord
 from lora_hf.experiments.plots import draw_frontier, draw_majority, load_pyplot, pareto_frontier, save, series_style
-from lora_hf.experiments.suite.tables import (
-    Measure,
-    group_runs,
-    mean_score,
-    metric_label,
-    seconds,
-    shared_runs,
-    task_means,
-)
+from lora_hf.experiments.suite.tables import group_runs, mean_score, metric_label, seconds, shared_runs, task_means
 
 COLUMNS = 4
 
@@ -27,12 +20,14 @@ def draw_suite(record: SuiteRecord, folder: Path) -> list[Path]:
     The last two need a task that all configurations have finished.
     """
     paths = [_draw_scores(record, folder / "scores.png")]
-    if shared_runs(record)[0]:
-        measures: dict[str, tuple[str, Measure]] = {
-            "parameters.png": ("trainable parameters, mean over the tasks", lambda run: run["parameters"]["trainable"]),
-            "time.png": ("minutes per run, mean over the tasks", lambda run: seconds(run) / 60),
-        }
-        paths += [_draw_costs(record, measure, label, folder / name) for name, (label, measure) in measures.items()]
+    if by_name := shared_runs(record):
+        parameters = [task_means(tasks, lambda run: run["parameters"]["trainable"]) for tasks in by_name.values()]
+        times = [task_means(tasks, lambda run: seconds(run) / 60) for tasks in by_name.values()]
+        for name, label, means in (
+            ("parameters.png", "trainable parameters, mean over the tasks", parameters),
+            ("time.png", "minutes per run, mean over the tasks", times),
+        ):
+            paths.append(_draw_costs(record, list(map(statistics.fmean, means)), label, folder / name))
     return paths
 
 
@@ -65,12 +60,10 @@ def _draw_scores(record: SuiteRecord, path: Path) -> Path:
     return save(figure, path)
 
 
-def _draw_costs(record: SuiteRecord, measure: Measure, label: str, path: Path) -> Path:
-    tasks, by_name = shared_runs(record)
-    costs = [statistics.fmean(task_means(runs, measure)) for runs in by_name.values()]
-    scores = [100 * mean_score(runs) for runs in by_name.values()]
+def _draw_costs(record: SuiteRecord, costs: Sequence[float], label: str, path: Path) -> Path:
+    by_name, names = shared_runs(record), list(record.configurations)
+    scores = [100 * mean_score(tasks) for tasks in by_name.values()]
     figure, axes = load_pyplot().subplots(figsize=(6.5, 4.2), layout="constrained")
-    names = list(record.configurations)
     for name, cost, score in zip(by_name, costs, scores, strict=True):
         style = series_style(names.index(name)) | {"linestyle": "none", "markersize": 9}
         axes.plot(cost, score, **style, label=name, zorder=3)
@@ -78,6 +71,7 @@ def _draw_costs(record: SuiteRecord, measure: Measure, label: str, path: Path) -
     draw_frontier(axes, [point for point, on in zip(zip(costs, scores, strict=True), on_frontier, strict=True) if on])
     if max(costs) > 10 * min(costs):
         axes.set_xscale("log")
+    tasks = next(iter(by_name.values()))
     count = f"{len(tasks)} task{'s' if len(tasks) > 1 else ''}"
     axes.set(xlabel=label, ylabel=f"mean score of {count}, %", title=record.base["name"])
     axes.grid(alpha=0.3)

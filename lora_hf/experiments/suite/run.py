@@ -22,7 +22,6 @@ from lora_hf.experiments.suite.plan import (
     PlannedRun,
     SuiteOptions,
     base_label,
-    can_resume,
     is_finished,
     plan_suite,
     shared_config,
@@ -72,7 +71,7 @@ def run_suite(options: SuiteOptions, jobs: int = 1, joint: int = 1) -> tuple[Sui
     runs = plan_suite(options)
     finished = {run.name for run in runs if is_finished(run)}
     _check_base_and_data(runs)
-    runs = _resolve_precision(runs)
+    runs = list(map(_resolve_precision, runs))
     record = SuiteRecord(
         base={"name": base_label(runs[0].config.model.name)},
         configurations={},
@@ -92,7 +91,6 @@ def run_suite(options: SuiteOptions, jobs: int = 1, joint: int = 1) -> tuple[Sui
         raise ConfigError(f"{options.output}: cannot create the output folder: {error.strerror}") from error
     if finished:
         logger.info("%d of %d runs are already finished", len(finished), len(runs))
-    _update(record, runs, finished, file)
     _run_all(runs, finished, jobs, joint, record, file)
     return record, file
 
@@ -103,6 +101,7 @@ def _run_all(
     waiting = [run for run in runs if run.name not in finished]
     total, suite_started = len(waiting), time.monotonic()
     jobs: list[_Job] = []
+    _update(record, runs, finished, file)
     with ChildProcesses() as children:
         while waiting or jobs:
             for run in [run for run in waiting if run.needs in record.failures]:
@@ -129,8 +128,9 @@ def _run_all(
                         record.failures[run.name] = _failure(job)
                 _update(record, runs, finished, file)
                 done = total - len(waiting) - sum(len(other.runs) for other in jobs)
-                seconds_left = (time.monotonic() - suite_started) / max(done, 1) * (total - done)
-                _log_progress(job, record, f"{done}/{total}", seconds_left)
+                # The time left assumes that the other runs take as long on average.
+                minutes_left = (time.monotonic() - suite_started) / max(done, 1) * (total - done) / 60
+                _log_progress(job, record, f"{done}/{total}", minutes_left)
     _update(record, runs, finished, file)
 
 
@@ -148,7 +148,8 @@ def _commands(runs: Sequence[PlannedRun]) -> list[list[str]]:
     commands = []
     missing = [run for run in runs if not (run.folder / RECORD_FILE).is_file()]
     if missing:
-        resume = ["--resume", "auto"] if any(can_resume(run) for run in missing) else []
+        unfinished = any(any((run.folder / "checkpoints").glob("checkpoint-*")) for run in missing)
+        resume = ["--resume", "auto"] if unfinished else []
         configs = [word for run in missing for word in ("--config", str(write_config(run)))]
         commands.append(["train", *configs, *resume, "--json"])
     for run in runs:
@@ -162,17 +163,13 @@ def _commands(runs: Sequence[PlannedRun]) -> list[list[str]]:
 def _start(children: ChildProcesses, run: PlannedRun, words: list[str], jobs: int) -> subprocess.Popen[bytes]:
     """Starts a process that gets an equal share of the cores, within OMP_NUM_THREADS if that is set."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // jobs)
     limit = os.environ.get("OMP_NUM_THREADS", "")
-    threads = min(threads, int(limit)) if limit.isdecimal() else threads
+    threads = min(max(1, cores // jobs), int(limit) if limit.isdecimal() else cores)
+    command = [sys.executable, "-c", PROGRAM, *words]
     environment = package_environment() | {"OMP_NUM_THREADS": str(threads)}
     with (run.folder / MESSAGES_FILE).open("ab") as messages:
         return children.start(
-            [sys.executable, "-c", PROGRAM, *words],
-            stdin=subprocess.DEVNULL,
-            stdout=messages,
-            stderr=messages,
-            env=environment,
+            command, stdin=subprocess.DEVNULL, stdout=messages, stderr=subprocess.STDOUT, env=environment
         )
 
 
@@ -185,37 +182,31 @@ def _failure(job: _Job) -> str:
     return "\n".join([reason, *([line for line in lines if line.startswith("error: ")] or lines)])
 
 
-def _log_progress(job: _Job, record: SuiteRecord, count: str, seconds_left: float) -> None:
-    """Logs how each run of the job ended; the time left assumes that the other runs take as long on average."""
-    results = {result["folder"]: result for result in record.runs}
+def _log_progress(job: _Job, record: SuiteRecord, count: str, minutes_left: float) -> None:
+    """Logs how each run of the job ended."""
+    results = {result["folder"]: f"{result['metric']} {result['value']:.4f}" for result in record.runs}
     for run in job.runs:
-        result = results.get(run.name)
-        outcome = f"{result['metric']} {result['value']:.4f}" if result else f"failed: {record.failures[run.name]}"
+        outcome = results.get(run.name) or f"failed: {record.failures[run.name]}"
         taken = (time.monotonic() - job.started) / 60
-        logger.info("[%s] %s: %s, %.1f min; about %.1f min left", count, run.name, outcome, taken, seconds_left / 60)
+        logger.info("[%s] %s: %s, %.1f min; about %.1f min left", count, run.name, outcome, taken, minutes_left)
 
 
 def _update(record: SuiteRecord, runs: Sequence[PlannedRun], finished: set[str], file: Path) -> None:
     """Reads every finished run from its files, so that the record always agrees with them, and writes the record."""
     done = [run for run in runs if run.name in finished]
     record.runs = [run_result(run) for run in done]
-    record.rows = {}
-    for result in record.runs:
-        record.rows.setdefault(result["task"], result["rows"])
+    record.rows = {result["task"]: result["rows"] for result in reversed(record.runs)}
     record.base["bytes"] = base_bytes(runs[0].config.model)
     record.published = compare_all(done, record.runs)
     record.write(file)
 
 
-def _resolve_precision(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+def _resolve_precision(run: PlannedRun) -> PlannedRun:
     """Resolves `auto` once: each process would measure it on a busy machine, and they might disagree."""
     from lora_hf.lora.precision import resolve_precision
 
-    return [
-        replace(run, config=replace(run.config, model=replace(run.config.model, precision=precision)))
-        for run in runs
-        for precision in [resolve_precision(run.config.model.precision)]
-    ]
+    model = replace(run.config.model, precision=resolve_precision(run.config.model.precision))
+    return replace(run, config=replace(run.config, model=model))
 
 
 def _check_base_and_data(runs: Sequence[PlannedRun]) -> None:
@@ -223,14 +214,13 @@ def _check_base_and_data(runs: Sequence[PlannedRun]) -> None:
 
     by_task = {run.task: run for run in runs}
     problems = []
-    for task, run in by_task.items():
-        splits = (*get_task(task).splits, *(("test",) if run.writes_texts else ()))
+    for name, run in by_task.items():
+        task = get_task(name)
         try:
-            get_task(task).load(run.config.task.data_dir, splits)
+            task.load(run.config.task.data_dir, (*task.splits, "test") if run.writes_texts else task.splits)
         except DataError as error:
-            problems.append(str(error))
+            problems.append(f"\n  {error}")
     if problems:
-        raise DataError(
-            "\n  ".join([f"the data of {len(problems)} of {len(by_task)} tasks cannot be used:", *problems])
-        )
+        title = f"the data of {len(problems)} of {len(by_task)} tasks cannot be used:"
+        raise DataError("".join([title, *problems]))
     load_tokenizer(runs[0].config.model)

@@ -13,7 +13,7 @@ from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lora_hf.experiments.plots import load_pyplot, save
-from lora_hf.experiments.sweep.space import Choice, Range, Space
+from lora_hf.experiments.sweep.space import Choice, Space
 from lora_hf.experiments.sweep.storage import ignore_experimental
 
 logger = logging.getLogger(__name__)
@@ -75,20 +75,17 @@ def _improve_parallel(axes: Any, maximize: bool) -> None:
 def _to_study(trials: Sequence[FrozenTrial], space: Space, maximize: bool) -> optuna.Study:
     """An in-memory study of the trials with the values of the keys: powers of two instead of their exponents."""
     study = optuna.create_study(direction="maximize" if maximize else "minimize")
-    distributions = {dimension.key: _distribution(dimension) for dimension in space.dimensions}
+    distributions: dict[str, BaseDistribution] = {}
+    for each in space.dimensions:
+        if isinstance(each, Choice):
+            distributions[each.key] = CategoricalDistribution(each.texts)
+        else:
+            kind = IntDistribution if each.is_int else FloatDistribution
+            distributions[each.key] = kind(*each.bounds(), log=each.scale != "linear")
     for trial in trials:
-        values = space.values(trial.params)
         params = {
-            each.key: trial.params[each.key] if isinstance(each, Choice) else values[each.key]
+            each.key: trial.params[each.key] if isinstance(each, Choice) else each.value(trial.params)
             for each in space.dimensions
         }
         study.add_trial(create_trial(params=params, distributions=distributions, value=trial.value))
     return study
-
-
-def _distribution(dimension: Range | Choice) -> BaseDistribution:
-    if isinstance(dimension, Choice):
-        return CategoricalDistribution(dimension.texts)
-    low, high = dimension.bounds()
-    kind = IntDistribution if dimension.is_int else FloatDistribution
-    return kind(low, high, log=dimension.scale != "linear")

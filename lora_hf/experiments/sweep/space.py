@@ -8,12 +8,11 @@ from __future__ import annotations
 import copy
 import math
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -24,7 +23,6 @@ from lora_hf.core.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
-Scale = Literal["linear", "log", "log2"]
 SCALES = ("log", "log2")
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 RANGE = re.compile(rf"({NUMBER})\.\.({NUMBER})(?::(\w*))?")
@@ -46,9 +44,9 @@ class Range:
     """Numbers from `low` to `high` inclusive; on the scale `log2`, the powers of two among them."""
 
     key: str
-    low: float
-    high: float
-    scale: Scale
+    low: Any  # an int if `is_int`
+    high: Any
+    scale: str  # linear, log or log2
     is_int: bool
 
     def __str__(self) -> str:
@@ -60,29 +58,26 @@ class Range:
         return f"log2({self.key})" if self.scale == "log2" else self.key
 
     @property
-    def exponents(self) -> tuple[int, int]:
-        """Of the lowest and the highest power of two."""
-        return math.ceil(math.log2(self.low)), math.floor(math.log2(self.high))
+    def limits(self) -> tuple[Any, Any]:
+        """The lowest and the highest number that the sampler draws."""
+        if self.scale == "log2":
+            return math.ceil(math.log2(self.low)), math.floor(math.log2(self.high))
+        return self.low, self.high
 
     def draw(self, trial: Trial) -> None:
-        if self.scale == "log2":
-            trial.suggest_int(self.parameter, *self.exponents)
-        elif self.is_int:
-            trial.suggest_int(self.parameter, int(self.low), int(self.high), log=self.scale == "log")
-        else:
-            trial.suggest_float(self.parameter, self.low, self.high, log=self.scale == "log")
+        suggest = trial.suggest_int if self.is_int or self.scale == "log2" else trial.suggest_float
+        suggest(self.parameter, *self.limits, log=self.scale == "log")
 
-    def value(self, drawn: Mapping[str, Any]) -> float:
+    def value(self, drawn: Mapping[str, Any]) -> Any:
         """The value of the key for the number drawn."""
-        if self.scale != "log2":
-            return drawn[self.parameter]
-        power = 2.0 ** drawn[self.parameter]
-        return int(power) if self.is_int else power
+        number = drawn[self.parameter]
+        if self.scale == "log2":
+            number = 2.0**number
+        return int(number) if self.is_int else number
 
     def bounds(self) -> list[Any]:
         """The values to check against the config: the lowest and the highest."""
-        limits = self.exponents if self.scale == "log2" else (self.low, self.high)
-        return [self.value({self.parameter: limit}) for limit in limits]
+        return [self.value({self.parameter: limit}) for limit in self.limits]
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ class Choice:
 
     def bounds(self) -> list[Any]:
         """The values to check against the config: all of them."""
-        return [_parse_value(text) for text in self.texts]
+        return list(map(_parse_value, self.texts))
 
 
 @dataclass(frozen=True)
@@ -172,32 +167,47 @@ def read_sweep(path: str | Path, words: Sequence[str]) -> tuple[RunConfig, Space
     sections = read_sections(path, fixed)
     config, invalid = RunConfig.check(sections)
     problems += invalid
-    dimensions = tuple(part for part in parts if not isinstance(part, Multiple))
+    dimensions = {part.key: part for part in parts if not isinstance(part, Multiple)}
     multiples = tuple(part for part in parts if isinstance(part, Multiple))
-    bounds = {dimension.key: dimension.bounds() for dimension in dimensions}
+    bounds = {key: dimension.bounds() for key, dimension in dimensions.items()}
     for multiple in multiples:
-        if multiple.base not in bounds:
-            problems.append(f"{multiple}: {multiple.base} is not swept{did_you_mean(multiple.base, bounds)}")
+        if multiple.base not in dimensions:
+            problems.append(f"{multiple}: {multiple.base} is not swept{did_you_mean(multiple.base, dimensions)}")
         elif not all(isinstance(value, (int, float)) for value in bounds[multiple.base]):
             problems.append(f"{multiple}: expected numbers in {multiple.base}")
         else:
             bounds[multiple.key] = [multiple.value({multiple.base: value}) for value in bounds[multiple.base]]
     for key, values in bounds.items():
-        for value in values:
-            changed = copy.deepcopy(sections)
-            try:
-                set_value(changed, key, value, key)
-            except ConfigError as error:
-                problems.append(str(error))
-            else:
-                problems += RunConfig.check(changed)[1]
+        converted, invalid = _try_values(sections, key, values)
+        problems += invalid
+        dimension = dimensions.get(key)
+        if isinstance(dimension, Range) and any(isinstance(value, float) for value in converted):
+            low, high = float(dimension.low), float(dimension.high)
+            dimensions[key] = replace(dimension, low=low, high=high, is_int=False)
     if not dimensions and not problems:
         problems.append("nothing to sweep: give at least one key=low..high or key=a,b, such as lora.r=4..64:log2")
     if problems or config is None:
         unique = list(dict.fromkeys(problems))
         count = f"{len(unique)} problem{'s' if len(unique) > 1 else ''}"
         raise ConfigError("\n  ".join([f"sweep of {path}: {count}", *unique]))
-    return config, Space(dimensions, multiples)
+    return config, Space(tuple(dimensions.values()), multiples)
+
+
+def _try_values(sections: dict[str, Any], key: str, values: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """Each value as the config converts it, which may be an int as a float, and the problems."""
+    converted, problems = [], []
+    for value in values:
+        changed = copy.deepcopy(sections)
+        try:
+            set_value(changed, key, value, key)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        config, invalid = RunConfig.check(changed)
+        problems += invalid
+        if config is not None:
+            converted.append(reduce(lambda level, name: level[name], key.split("."), config.to_dict()))
+    return converted, problems
 
 
 def _parse_words(words: Sequence[str]) -> tuple[list[str], list[Range | Choice | Multiple], list[str]]:
@@ -259,13 +269,8 @@ def _parse_range(key: str, low_text: str, high_text: str, scale: str | None) -> 
         raise ConfigError(f"expected low < high, found {low_text} and {high_text}")
     if scale and low <= 0:
         raise ConfigError(f"expected low > 0 for :{scale}, found {low_text}")
-    kind, ints = _number_type(key), isinstance(low, int) and isinstance(high, int)
-    if kind is int and not ints:
-        raise ConfigError(f"expected whole numbers, found {low_text} and {high_text}")
-    is_int = kind is int or (kind is None and ints)
-    number = int if is_int else float
-    found = Range(key, number(low), number(high), scale or "linear", is_int)  # type: ignore[arg-type]
-    if scale == "log2" and not found.exponents[0] < found.exponents[1]:
+    found = Range(key, low, high, scale or "linear", is_int=isinstance(low, int) and isinstance(high, int))
+    if scale == "log2" and not found.limits[0] < found.limits[1]:
         raise ConfigError("expected at least two powers of two between low and high")
     return found
 
@@ -277,16 +282,3 @@ def _parse_value(text: str) -> Any:
 
 def _parse_number(text: str) -> float:
     return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
-
-
-def _number_type(key: str) -> type | None:
-    """`int` or `float` if the field of the config has that type, else None."""
-    section, *names = key.split(".")
-    kind: Any = typing.get_type_hints(RunConfig).get(section)
-    for name in names:
-        if typing.get_origin(kind) is dict:
-            kind = typing.get_args(kind)[1]
-        else:
-            kind = typing.get_type_hints(kind).get(name) if isinstance(kind, type) else None
-    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
-    return next((option for option in options if option in (int, float)), None)

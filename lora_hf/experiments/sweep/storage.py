@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from lora_hf.core.config.loader import flatten
 from lora_hf.core.errors import ConfigError
 
 HEARTBEAT = 10  # seconds between two heartbeats of a running trial
@@ -28,7 +28,12 @@ LOCK_TIMEOUT = 60  # seconds to wait for the lock of a SQLite file
 ATTEMPTS = 10  # to open a file while other processes create its tables
 STARTUP = 5  # complete trials before any trial is pruned
 ERROR = "error"  # attribute of a failed trial: the reason
+PRECISION = "precision"  # attribute of a trial: the resolved `model.precision`
 DEFINITION = "lora_hf"  # attribute of a study: what its trials have in common
+
+
+class TrialFailed(Exception):  # noqa: N818
+    """A trial that did not finish training; the sweep continues."""
 
 
 @contextmanager
@@ -83,7 +88,7 @@ def parse_url(storage: str) -> URL:
     return url
 
 
-def open_study(url: URL, name: str, sampler: BaseSampler, maximize: bool, definition: dict[str, Any]) -> optuna.Study:
+def open_study(url: URL, name: str, sampler: TPESampler, maximize: bool, definition: dict[str, Any]) -> optuna.Study:
     """Opens or creates the study of this name.
 
     Args:
@@ -106,11 +111,15 @@ def open_study(url: URL, name: str, sampler: BaseSampler, maximize: bool, defini
         if study.get_trials(deepcopy=False):
             raise ConfigError(f"study {name!r}: the storage has a study of this name that is not from a sweep")
         study.set_user_attr(DEFINITION, definition)
-    different = _differences(study.user_attrs[DEFINITION], definition)
-    if different:
+    old, new = flatten(study.user_attrs[DEFINITION]), flatten(definition)
+    if different := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+        lines = [
+            f"{key.removeprefix('config.')}: {old.get(key)!r} in the study, {new.get(key)!r} requested"
+            for key in different
+        ]
         raise ConfigError(
             f"study {name!r}: has another config, space or seed, so its trials cannot be compared with new ones; "
-            "choose another study name\n  " + "\n  ".join(different)
+            "choose another study name\n  " + "\n  ".join(lines)
         )
     return study
 
@@ -139,24 +148,12 @@ def _open_storage(url: URL) -> RDBStorage:
     raise ConfigError(f"storage {without_secrets(url)}: other processes are creating its tables; try again")
 
 
-def _differences(stored: dict[str, Any], requested: dict[str, Any], prefix: str = "") -> list[str]:
-    """One line for each value that differs."""
-    lines = []
-    for key in sorted(stored.keys() | requested.keys()):
-        old, new = stored.get(key), requested.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            lines.append(f"{prefix.removeprefix('config.')}{key}: {old!r} in the study, {new!r} requested")
-    return lines
-
-
 def is_finished(trial: FrozenTrial) -> bool:
     """Whether the trial ended by itself. Interrupted trials did not, and do not count."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or ERROR in trial.user_attrs
 
 
-class SeededSampler(BaseSampler):
+class SeededSampler(TPESampler):
     """TPE whose draws depend only on the seed, the number of the trial and the earlier trials.
 
     A sweep in one process is reproducible, several processes never draw the same random numbers, and a resumed sweep
@@ -167,21 +164,13 @@ class SeededSampler(BaseSampler):
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.tpe = TPESampler()
+        self._start(seed)
 
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        seed = int(np.random.SeedSequence([self.seed, trial.number]).generate_state(1)[0])
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._start(int(np.random.SeedSequence([self.seed, trial.number]).generate_state(1)[0]))
+        super().before_trial(study, trial)
+
+    def _start(self, seed: int) -> None:
         with ignore_experimental():
             # constant_liar: assumes bad scores for running trials, so that processes do not try similar values.
-            self.tpe = TPESampler(seed=seed, multivariate=True, constant_liar=True)
-        return self.tpe.infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return self.tpe.sample_relative(study, trial, search_space)
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return self.tpe.sample_independent(study, trial, param_name, param_distribution)
+            super().__init__(seed=seed, multivariate=True, constant_liar=True)

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import yaml
-from datasets import Dataset
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.engine import URL
 
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.core.provenance import git_state, machine, versions
-from lora_hf.core.records import RECORD_FILE, SweepRecord
+from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, SweepRecord
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.experiments.sweep.plots import draw_plots
@@ -31,7 +29,9 @@ from lora_hf.experiments.sweep.space import Space, with_values
 from lora_hf.experiments.sweep.storage import (
     ERROR,
     GRACE,
+    PRECISION,
     SeededSampler,
+    TrialFailed,
     check_study,
     database_errors,
     ignore_experimental,
@@ -39,40 +39,27 @@ from lora_hf.experiments.sweep.storage import (
     open_study,
     parse_url,
 )
-from lora_hf.experiments.sweep.trials import (
-    PRECISION,
-    TrialFailed,
-    best_trial,
-    free_memory,
-    remove_files,
-    run_trial,
-    trial_folder,
-)
+from lora_hf.training.run_dir import LOG_FILE
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
 DATABASE, BEST, BEST_CONFIG, SWEEP_RECORD = "study.db", "best", "best.yaml", "trials.json"
+KEPT = (RECORD_FILE, RUN_CONFIG_FILE, LOG_FILE, "curves.png")  # of every trial; the best one keeps more
 POLL = 1.0  # seconds between two checks of the trials of other processes
-STATES = {
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-}
+STATES = {state: state.name.lower() for state in TrialState} | {TrialState.FAIL: "failed"}
 
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """`trials` is the number of trials in the study, of all processes together."""
-
     config: RunConfig
     space: Space
     name: str
     folder: Path
-    trials: int
+    trials: int  # in the study, of all processes together
     seed: int
-    url: URL
 
     @property
     def task(self) -> Task:
@@ -110,7 +97,7 @@ def sweep(
         name: name of the study and of its folder.
         storage: URL of a database that processes can share; default: a SQLite file in the folder.
         seed: seed of the sampler.
-        rows: the task's splits, if they are already loaded.
+        rows: the task's splits; by default they are loaded.
 
     Returns:
         The folder, which contains `best` (a link to the best trial), `best.yaml`, `trials.json` and plots, and the
@@ -124,7 +111,7 @@ def sweep(
     check_study(name, trials)
     folder = Path(config.output.dir) / name
     url = parse_url(storage or f"sqlite:///{folder / DATABASE}")
-    settings = SweepSettings(config, space, name, folder, trials, seed, url)
+    settings = SweepSettings(config, space, name, folder, trials, seed)
     rows = rows or settings.task.load(config.task.data_dir, settings.task.splits)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,6 +166,8 @@ def _is_alive(trial: FrozenTrial) -> bool:
 
 
 def _run_one(settings: SweepSettings, study: optuna.Study, rows: Mapping[str, Dataset]) -> None:
+    from lora_hf.experiments.sweep import trials  # imports torch, which takes seconds
+
     given_up = False  # by another process, while the trial was running
 
     def objective(trial: Trial) -> float:
@@ -190,17 +179,17 @@ def _run_one(settings: SweepSettings, study: optuna.Study, rows: Mapping[str, Da
         config = with_values(settings.config, settings.space.values(trial.params), f"trial {trial.number}")
         output = replace(config.output, dir=str(settings.folder), name=trial_folder(trial.number), overwrite=True)
         try:
-            return run_trial(trial, replace(config, output=output), settings.task, rows)
+            return trials.run_trial(trial, replace(config, output=output), settings.task, rows)
         finally:
             given_up = study.get_trials(deepcopy=False)[trial.number].state != TrialState.RUNNING
 
     def finish(study: optuna.Study, trial: FrozenTrial) -> None:
-        trials = study.get_trials(deepcopy=False)
-        best = best_trial(trials, settings.maximize)
-        remove_files(settings.folder, trials, best)
+        found = study.get_trials(deepcopy=False)
+        best = best_trial(found, settings.maximize)
+        remove_files(settings.folder, found, best)
         if trial.params:
             logger.info("%s", _summary(settings, trial, best))
-        complete = [other for other in trials if other.state == TrialState.COMPLETE]
+        complete = [other for other in found if other.state == TrialState.COMPLETE]
         if [other.number for other in complete] == [trial.number] and len(trial.intermediate_values) < 2:
             logger.info(
                 "trials are evaluated only at their end, so none can be pruned; for more evaluations set "
@@ -214,7 +203,7 @@ def _run_one(settings: SweepSettings, study: optuna.Study, rows: Mapping[str, Da
         if not given_up:
             raise
         logger.warning("a trial of this process had no heartbeat for %d s, so another process gave it up", GRACE)
-    free_memory()
+    trials.free_memory()
 
 
 def _summary(settings: SweepSettings, trial: FrozenTrial, best: FrozenTrial | None) -> str:
@@ -277,11 +266,11 @@ def _write_results(settings: SweepSettings, trials: Sequence[FrozenTrial]) -> Sw
 
 def _trial_entry(settings: SweepSettings, trial: FrozenTrial) -> dict[str, Any]:
     # Optuna also marks interrupted trials as failed.
-    state = "interrupted" if trial.state == TrialState.FAIL and not is_finished(trial) else STATES[trial.state]
+    interrupted = trial.state == TrialState.FAIL and not is_finished(trial)
     complete = trial.state == TrialState.COMPLETE
     entry = {
         "number": trial.number,
-        "state": state,
+        "state": "interrupted" if interrupted else STATES[trial.state],
         "values": settings.space.values(trial.params),
         "score": trial.value if complete else None,
         "evaluations": [trial.intermediate_values[step] for step in sorted(trial.intermediate_values)],
@@ -294,11 +283,6 @@ def _trial_entry(settings: SweepSettings, trial: FrozenTrial) -> dict[str, Any]:
     return entry
 
 
-def states(record: SweepRecord) -> dict[str, int]:
-    """The number of trials in each state."""
-    return dict(Counter(trial["state"] for trial in record.trials))
-
-
 def _best_config(settings: SweepSettings, best: FrozenTrial) -> str:
     sections = with_values(settings.config, settings.space.values(best.params), f"trial {best.number}").to_dict()
     del sections["output"]
@@ -309,3 +293,28 @@ def _best_config(settings: SweepSettings, best: FrozenTrial) -> str:
         f"# python scripts/train.py --config {settings.folder / BEST_CONFIG}\n"
     )
     return header + yaml.safe_dump(sections, sort_keys=False)
+
+
+def trial_folder(number: int) -> str:
+    return f"trial-{number}"
+
+
+def best_trial(trials: Sequence[FrozenTrial], maximize: bool) -> FrozenTrial | None:
+    """The complete trial with the best value, the first of equal ones."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return min(complete, key=lambda trial: ((trial.value or 0) * (-1 if maximize else 1), trial.number), default=None)
+
+
+def remove_files(folder: Path, trials: Sequence[FrozenTrial], best: FrozenTrial | None) -> None:
+    """Removes the checkpoints of all finished trials, and the weights and predictions of all but the best.
+
+    Several processes may do this at once: a finished trial that is not the best now never becomes the best.
+    """
+    for trial in trials:
+        run = folder / trial_folder(trial.number)
+        if not trial.state.is_finished() or not run.is_dir():
+            continue
+        is_best = best is not None and trial.number == best.number
+        for entry in run.iterdir():
+            if entry.name == "checkpoints" or not (is_best or entry.name in KEPT):
+                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)

@@ -100,7 +100,6 @@ ERRORS = {
     "no trials": (["--trials", "0"], "trials: expected a whole number >= 1, found 0"),
     "seed": (["--trials", "1", "--seed", "-1"], "--seed: expected a whole number >= 0, found -1"),
     "storage": (["--trials", "1", "--storage", "nosuch://me:secret@host/x"], "storage nosuch://host/x: Can't load"),
-    "space": (["--trials", "1", "lora.q=1..2"], "sweep of rule_sentiment.yaml: 1 problem\n  lora.q: unknown key"),
     "data": (["--trials", "1", "task.data_dir=nowhere", "task.name=sst2"], "task.data_dir=nowhere is not a folder"),
 }
 

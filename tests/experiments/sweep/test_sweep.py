@@ -19,7 +19,7 @@ from lora_hf.core.config.schema import OutputConfig
 from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.core.records import RunRecord, SweepRecord
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.experiments.sweep import storage, study
+from lora_hf.experiments.sweep import storage, trials
 from lora_hf.experiments.sweep.space import read_sweep
 from lora_hf.experiments.sweep.study import sweep
 from lora_hf.training.run import train
@@ -128,8 +128,8 @@ def test_memory_is_flat_and_no_model_outlives_its_trial(
         alive.append(sum(issubclass(type(thing), PreTrainedModel) for thing in gc.get_objects()) - before)
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
 
-    free = study.free_memory
-    monkeypatch.setattr(study, "free_memory", look)
+    free = trials.free_memory
+    monkeypatch.setattr(trials, "free_memory", look)
     run(tmp_path, rows, "lora.r=4..64:log2", "train.seed=0..9", "train.max_steps=2", trials=6)
     assert alive == [0] * 6
     assert resident[-1] - resident[2] < FLAT_RSS, resident
@@ -186,16 +186,10 @@ def test_what_is_wrong_with_every_trial_stops_the_sweep(tmp_path: Path, rows: di
         run(tmp_path, rows, "train.group_by_prompt=true", "train.lr=1e-3..1e-2")
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ""])
-def test_a_study_is_named_as_a_folder(name: str, tmp_path: Path, rows: dict[str, Dataset]) -> None:
-    with pytest.raises(ConfigError, match="expected a name for a folder"):
-        run(tmp_path, rows, *SPACE, name=name)
-
-
 def test_a_trial_that_others_gave_up_does_not_end_the_sweep(
     tmp_path: Path, rows: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    url, real, given_up = f"sqlite:///{tmp_path}/x.db", study.run_trial, []
+    url, real, given_up = f"sqlite:///{tmp_path}/x.db", trials.run_trial, []
 
     def slow(trial: Any, *rest: Any) -> float:
         value = real(trial, *rest)
@@ -204,7 +198,7 @@ def test_a_trial_that_others_gave_up_does_not_end_the_sweep(
             optuna.storages.get_storage(url).set_trial_state_values(trial._trial_id, optuna.trial.TrialState.FAIL)
         return value
 
-    monkeypatch.setattr(study, "run_trial", slow)
+    monkeypatch.setattr(trials, "run_trial", slow)
     _, record = run(tmp_path, rows, "train.lr=1e-4..1e-2", "train.max_steps=1", trials=1, storage=url)
     assert any("another process gave it up" in line for line in caplog.messages)
     assert [(trial["number"], trial["state"]) for trial in record.trials] == [(0, "interrupted"), (1, "complete")]
@@ -216,6 +210,6 @@ def test_another_mistake_of_a_value_is_still_a_bug(
     def broken(*rest: Any) -> float:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(study, "run_trial", broken)
+    monkeypatch.setattr(trials, "run_trial", broken)
     with pytest.raises(ValueError, match="a bug"):
         run(tmp_path, rows, "train.lr=1e-4..1e-2", trials=1)

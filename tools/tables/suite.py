@@ -1,0 +1,55 @@
+"""The tables of suites in the docs, one for every record in `docs/results/suite`, and a guide to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lora_hf.core.errors import DataError
+from lora_hf.core.records import SuiteRecord, record_files
+from lora_hf.experiments.suite.tables import Run, file_bytes, mean_score, seconds, shared_runs, task_means
+
+
+def from_results(render: Callable[[SuiteRecord], str]) -> Callable[[Path], str]:
+    """A function that renders every record in the folder `suite` of the results, each with a caption.
+
+    It raises DataError if there is no record.
+    """
+
+    def render_all(results: Path) -> str:
+        parts = []
+        for file in record_files(results / "suite"):
+            record = SuiteRecord.load(file)
+            caption = f"`{record.base['name']}`, {len(record.runs)} of {record.planned} runs "
+            parts.append(f"{caption}([record](results/suite/{file.name})):\n\n{render(record)}")
+        return "\n\n".join(parts)
+
+    return render_all
+
+
+def guide(record: SuiteRecord) -> str:
+    """The configuration with the best mean score, and what the others cost and lose, in sentences."""
+    by_name = shared_runs(record)
+    if len(by_name) < 2:
+        raise DataError("a guide needs two configurations that have finished the same task")
+    best = max(by_name, key=lambda name: mean_score(by_name[name]))
+    best_runs = by_name.pop(best)
+    lines = [f"Over {', '.join(best_runs)} on `{record.base['name']}`, `{best}` has the best mean score."]
+    for name, runs in by_name.items():
+        behind = 100 * (mean_score(best_runs) - mean_score(runs))
+        time, size = (
+            sum(task_means(runs, measure)) / sum(task_means(best_runs, measure)) for measure in (seconds, file_bytes)
+        )
+        better = [task for task in runs if mean_score({task: runs[task]}) > mean_score({task: best_runs[task]})]
+        overlapping = [task for task in runs if _overlap(runs[task], best_runs[task])]
+        lines.append(
+            f"- `{name}` is {behind:.1f} points behind on average, takes {time:.2f} times as long, and its files are "
+            f"{size:.3f} times as large. It is better on {', '.join(better) or 'no task'}; the seeds of both overlap "
+            f"on {', '.join(overlapping) or 'no task'}."
+        )
+    return "\n".join(lines)
+
+
+def _overlap(ours: Sequence[Run], theirs: Sequence[Run]) -> bool:
+    low, high = (sorted(run["value"] for run in runs) for runs in (ours, theirs))
+    return len(low) > 1 and len(high) > 1 and low[0] <= high[-1] and high[0] <= low[-1]
