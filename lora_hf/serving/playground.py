@@ -5,31 +5,26 @@ from __future__ import annotations
 import csv
 import functools
 import hmac
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import gradio
+from fastapi import FastAPI
+from gradio.themes import Base
 
 from lora_hf.core.errors import UserError
+from lora_hf.serving.engine import Engine
 from lora_hf.serving.generate_worker import GenerateWorker
 from lora_hf.serving.limits import BadInputError, RefusalError, TooLargeError
+from lora_hf.serving.requests import AdapterVersion
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from lora_hf.serving.engine import Engine
-    from lora_hf.serving.requests import AdapterVersion
-
-PATH = "/playground"
 BARE = "(the base without an adapter)"
 USER = "token"  # the user name of the login; the password is the server's token
 
 
-def mount(app: FastAPI, engine: Engine, token: str | None) -> None:
-    """Mounts the page at `PATH`; a server with a token asks for it at a login."""
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it on import
-    import gradio
-    from gradio.themes import Base
+def mount(app: FastAPI, engine: Engine, token: str | None, path: str) -> None:
+    """Mounts the page; a server with a token asks for it at a login."""
 
     def authenticate(user: str, password: str) -> bool:
         assert token is not None
@@ -39,7 +34,7 @@ def mount(app: FastAPI, engine: Engine, token: str | None) -> None:
     gradio.mount_gradio_app(
         app,
         build(engine),
-        path=PATH,
+        path=path,
         auth=None if token is None else authenticate,
         auth_message=None if token is None else f"User: {USER}. Password: the server's token.",
         theme=theme,
@@ -51,8 +46,6 @@ def mount(app: FastAPI, engine: Engine, token: str | None) -> None:
 
 def build(engine: Engine) -> Any:
     """Builds the page, a `gradio.Blocks`."""
-    import gradio
-
     callbacks = Callbacks(engine)
     with gradio.Blocks(title="lora_hf", analytics_enabled=False) as page:
         gradio.Markdown("# lora_hf\nTry the adapters of this server.")
@@ -83,8 +76,6 @@ def build(engine: Engine) -> Any:
 
 
 def _text_inputs(tab: str) -> list[Any]:
-    import gradio
-
     return [
         gradio.Textbox(label="Text or prompt", lines=3, elem_id=f"{tab}-text"),
         gradio.Textbox(label="Second text, if the adapter reads pairs", lines=2, elem_id=f"{tab}-second"),
@@ -93,8 +84,6 @@ def _text_inputs(tab: str) -> list[Any]:
 
 def _answer_outputs(label: str, name: str) -> tuple[Any, Any]:
     """The outputs of an answer: probabilities, and a generated text or regression score."""
-    import gradio
-
     return (
         gradio.Label(label=label, visible=False, elem_id=f"{name}-label"),
         gradio.Textbox(label=label, lines=4, interactive=False, elem_id=f"{name}-answer"),
@@ -106,8 +95,6 @@ def _show_errors(callback: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(callback)
     def wrapper(*arguments: Any) -> Any:
-        import gradio
-
         try:
             return callback(*arguments)
         except UserError as error:
@@ -124,8 +111,6 @@ class Callbacks:
 
     def list_adapters(self) -> list[Any]:
         """The choices of the four adapter lists; generators can also be compared with their bare base."""
-        import gradio
-
         versions = self.engine.adapters()
         names = [version.name for version in versions]
         bare = [BARE] if any(version.kind == GenerateWorker.kind for version in versions) else []
@@ -143,8 +128,6 @@ class Callbacks:
 
     def _answer(self, adapter: str | None, text: str, second: str, bare: bool = False) -> tuple[Any, Any]:
         """The updates of the two outputs of an answer, one of which is hidden."""
-        import gradio
-
         version = self._version(adapter)
         if version.kind == GenerateWorker.kind:
             request = self.engine.submit_generate(version.name, text, bare=bare)
