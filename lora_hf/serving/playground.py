@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import hmac
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +128,11 @@ class Callbacks:
 
     def _answer(self, adapter: str | None, text: str, second: str, bare: bool = False) -> tuple[Any, Any]:
         """The updates of the two outputs of an answer, one of which is hidden."""
-        version = self._version(adapter)
-        if version.kind == GenerateWorker.kind:
-            request = self.engine.submit_generate(version.name, text, bare=bare)
-            return gradio.Label(visible=False), gradio.Textbox(value=self.engine.wait(request).text, visible=True)
-        if bare:
-            raise BadInputError(f"{version.name} classifies, and the bare base has no trained head; choose a generator")
-        answer = self.engine.classify(version.name, [_input(version, [text, second])]).answers[0]
-        if "probabilities" not in answer:
-            return gradio.Label(visible=False), gradio.Textbox(value=f"{answer['score']:.3f}", visible=True)
-        return gradio.Label(value=answer["probabilities"], visible=True), gradio.Textbox(visible=False)
+        (answer,) = self._answers(self._version(adapter), [[text, second]], bare)
+        if "probabilities" in answer:
+            return gradio.Label(value=answer["probabilities"], visible=True), gradio.Textbox(visible=False)
+        value = answer["text"] if "text" in answer else f"{answer['score']:.3f}"
+        return gradio.Label(visible=False), gradio.Textbox(value=value, visible=True)
 
     @_show_errors
     def ask_file(self, adapter: str | None, file: str | None) -> dict[str, Any]:
@@ -147,19 +142,23 @@ class Callbacks:
         lines = _read_lines(Path(file))
         if len(lines) > self.engine.limits.max_inputs:
             raise TooLargeError(f"file: expected at most {self.engine.limits.max_inputs} lines, found {len(lines)}")
+        columns = ("prompt",) if version.kind == GenerateWorker.kind else version.saved.task.text_columns
+        answers = self._answers(version, lines)
+        for answer in answers:
+            if "probabilities" in answer:
+                answer["probability"] = round(max(answer.pop("probabilities").values()), 4)
+        data = [[*line[: len(columns)], *answer.values()] for line, answer in zip(lines, answers, strict=True)]
+        return {"headers": [*columns, *answers[0]], "data": data}
+
+    def _answers(self, version: AdapterVersion, lines: list[list[str]], bare: bool = False) -> list[dict[str, Any]]:
         if version.kind == GenerateWorker.kind:
-            requests = [self.engine.submit_generate(version.name, line[0]) for line in lines]
-            rows = [[*line, self.engine.wait(request).text] for line, request in zip(lines, requests, strict=True)]
-            return {"headers": ["prompt", "text"], "data": rows}
-        answers = self.engine.classify(version.name, [_input(version, line) for line in lines]).answers
-        columns = version.saved.task.text_columns
-        if version.saved.task.problem_type == "regression":
-            values, headers = [[answer["score"]] for answer in answers], ["score"]
-        else:
-            values = [[answer["label"], round(max(answer["probabilities"].values()), 4)] for answer in answers]
-            headers = ["label", "probability"]
-        data = [[*line[: len(columns)], *value] for line, value in zip(lines, values, strict=True)]
-        return {"headers": [*columns, *headers], "data": data}
+            requests = [self.engine.submit_generate(version.name, line[0], bare=bare) for line in lines]
+            return [{"text": self.engine.wait(request).text} for request in requests]
+        if bare:
+            raise BadInputError(f"{version.name} classifies, and the bare base has no trained head; choose a generator")
+        count = len(version.saved.task.text_columns)
+        inputs = [line[:count] if count > 1 else line[0] for line in lines]
+        return self.engine.classify(version.name, inputs).answers
 
     def _version(self, adapter: str | None) -> AdapterVersion:
         for version in self.engine.adapters():
@@ -186,8 +185,3 @@ def _read_lines(file: Path) -> list[list[str]]:
     if not lines:
         raise BadInputError("file: expected one text per line, found none")
     return lines
-
-
-def _input(version: AdapterVersion, texts: Sequence[str]) -> str | list[str]:
-    columns = version.saved.task.text_columns
-    return list(texts[: len(columns)]) if len(columns) > 1 else texts[0]

@@ -144,8 +144,9 @@ def _print_report(report: dict[str, Any], writing: dict[str, Any]) -> None:
         base = textwrap.shorten(text["base"], WIDTH - 11, placeholder="...")
         print()
         for name, value in (("input", text["input"]), ("base", base), ("LoRA", text["adapted"])):
-            indents = {"initial_indent": f"  {name:9}", "subsequent_indent": " " * 11}
-            print(textwrap.fill(value, WIDTH, **indents, break_on_hyphens=False) or f"  {name}")
+            indent, start = " " * 11, f"  {name:9}"
+            lines = textwrap.wrap(value, WIDTH, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
+            print("\n".join(lines) or f"  {name}")
     _print_files(writing)
     print("\nNext: follow docs/start.md")
 

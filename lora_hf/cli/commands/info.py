@@ -129,7 +129,7 @@ def _hide_home(text: str) -> str:
     return text.replace(home, "~") if len(home) > 1 else text
 
 
-def _sections(info: dict[str, Any]) -> dict[str, dict[str, str]]:
+def _sections(info: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The lines to print, by section and name; empty ones are left out."""
     code, hardware, chosen, places = info["code"], info["machine"], info["chosen"], info["places"]
     cores = f"{hardware['cores']}, {hardware['usable_cores']} of them usable by this process"
