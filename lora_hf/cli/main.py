@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from lora_hf.cli.commands import (
     benchmark,
@@ -153,21 +152,14 @@ def _suggest_override(option: str, words: list[str]) -> str:
     return f"; did you mean {' or '.join(f'{full}={value}' for full in keys)}?" if keys else ""
 
 
-class _ScriptParser(argparse.ArgumentParser):
-    """The parser of a verb run as a script, so that its usage says `python scripts/train.py`."""
-
-    def __init__(self, *, prog: str, **options: Any) -> None:
-        super().__init__(prog=re.sub(r"^python scripts (\S+)$", r"python scripts/\1.py", prog), **options)
-
-
 def _parsers(verb: str | None) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser of the whole command line, and those of the verbs."""
     parser = argparse.ArgumentParser(prog="lora-hf" if verb is None else "python scripts", description=__doc__)
-    parser_class = argparse.ArgumentParser if verb is None else _ScriptParser
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=parser_class)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, command in VERBS.items():
         description = f"{command.HELP[0].upper()}{command.HELP[1:]}."
-        verb_parser = verbs.add_parser(name, help=command.HELP, description=description)
+        prog = None if verb is None else f"python scripts/{name}.py"
+        verb_parser = verbs.add_parser(name, prog=prog, help=command.HELP, description=description)
         verb_parser.set_defaults(run=command.run)
         command.add_arguments(verb_parser)
     return parser, verbs.choices

@@ -104,14 +104,3 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output {path}: cannot be written: {error.strerror}") from error
-
-
-def check_record(path: Path | None) -> None:
-    """Raises ConfigError if a record cannot go to `path`; call it before measuring."""
-    if path and not path.parent.is_dir():
-        raise ConfigError(f"--output {path}: the folder {path.parent} does not exist")
-
-
-def write_record(path: Path | None, record: dict[str, Any]) -> None:
-    if path:
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

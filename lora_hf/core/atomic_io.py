@@ -25,10 +25,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_json_atomic(path: Path, value: Any, indent: int | None = 1) -> None:
+def write_json_atomic(path: Path, value: Any) -> None:
     """Writes `value` as JSON in UTF-8, with a final newline."""
     with atomic_path(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+        tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_output_folder(folder: Path, marker: str, overwrite: bool = False) -> None:

@@ -44,9 +44,9 @@ def package_environment() -> dict[str, str]:
 class ChildProcesses:
     """Starts child processes in a `with` block and ends all of them when the block ends, whatever ends it.
 
-    The first SIGINT or SIGTERM raises `Interrupted` in the block, but never while a child is being started or ended, so
-    no child is lost. The end of the block sends SIGTERM to each child, waits up to `grace` seconds, and then sends
-    SIGKILL to its process group. Another signal ends the wait.
+    The first SIGINT or SIGTERM ends the children and raises `Interrupted` in the block, but never while a child is
+    being started, so no child is lost. Each child gets SIGTERM, up to `grace` seconds, and then SIGKILL for its process
+    group. Another signal ends the wait.
 
     On Linux the children also die when this process is killed or crashes. Python handles signals in the main thread
     only: a block in another thread does not change what they do.
@@ -57,7 +57,7 @@ class ChildProcesses:
         self._children: list[subprocess.Popen[Any]] = []
         self._signals: list[signal.Signals] = []
         self._raised = False
-        self._deferred = True
+        self._deferred = True  # until the child that is being started is known
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> ChildProcesses:
@@ -69,12 +69,7 @@ class ChildProcesses:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._deferred = True
-        self._end_all()
-        # SIGINT last: its usual handler may raise here.
-        for kind, handler in reversed(self._previous_handlers.items()):
-            signal.signal(kind, handler)
-        self._raise_deferred()
+        self._finish()
 
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """Starts a command in a process group of its own, out of reach of the terminal's Ctrl-C.
@@ -92,35 +87,33 @@ class ChildProcesses:
             self._children.append(child)
         finally:
             self._deferred = False
-        self._raise_deferred()
+        if self._signals and not self._raised:
+            self._finish()
         return child
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals.append(signal.Signals(number))
-        if not self._deferred and not self._is_entering_or_exiting(frame):
-            self._raise_deferred()
+        if not self._deferred:
+            self._finish()
 
-    def _is_entering_or_exiting(self, frame: FrameType | None) -> bool:
-        """Also before the first line of `__exit__` and after the last line of `__enter__`."""
-        methods = (ChildProcesses.__enter__.__code__, ChildProcesses.__exit__.__code__)
-        while frame is not None:
-            if frame.f_code in methods and frame.f_locals.get("self") is self:
-                return True
-            frame = frame.f_back
-        return False
-
-    def _raise_deferred(self) -> None:
+    def _finish(self) -> None:
+        self._deferred = True
+        self._end_all(len(self._signals))
+        # SIGINT last: its usual handler may raise here.
+        for kind, handler in reversed(self._previous_handlers.items()):
+            signal.signal(kind, handler)
         if self._signals and not self._raised:
             self._raised = True
             raise Interrupted(self._signals[0], "its child processes were stopped")
 
-    def _end_all(self) -> None:
+    def _end_all(self, signals: int) -> None:
+        """Ends the children; any signal after the first `signals` ends the wait for them."""
         running = [child for child in self._children if not _has_ended(child)]
         for child in running:
             os.kill(child.pid, signal.SIGTERM)
         deadline = time.monotonic() + self.grace
         while running:
-            expired = time.monotonic() > deadline or len(self._signals) > self._raised
+            expired = time.monotonic() > deadline or len(self._signals) > signals
             for child in [child for child in running if _has_ended(child) or expired]:
                 with suppress(ProcessLookupError, PermissionError):  # the group is empty
                     os.killpg(child.pid, signal.SIGKILL)

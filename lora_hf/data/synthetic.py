@@ -7,9 +7,9 @@ are the same every time, on every Python.
 
 from __future__ import annotations
 
-import functools
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 
 from lora_hf.core.errors import DataError
 
@@ -71,7 +71,7 @@ _CONTRASTED = (
 _INTENSIFIERS = ("", "", "very ", "really ", "quite ", "so ")
 
 
-def rule_sentiment(split: str, seed: int = 0) -> list[dict]:
+def rule_sentiment(split: str) -> list[dict]:
     """Returns the rows {sentence, label, idx} of `split`, "train" (2,000) or "validation" (500), half of each label.
 
     Single words do not solve a third of the sentences: a sixth mean the opposite of their only opinion word ("not at
@@ -82,7 +82,7 @@ def rule_sentiment(split: str, seed: int = 0) -> list[dict]:
         DataError: another split.
     """
     _check_split(split, SENTIMENT_ROWS)
-    rng = random.Random(f"rule_sentiment {split} {seed}")
+    rng = random.Random(f"rule_sentiment {split} 0")
     rows, seen = [], set()
     while len(rows) < SENTIMENT_ROWS[split]:
         # The label alternates, and each kind comes twice in a row, so that every kind has half of each label.
@@ -149,7 +149,7 @@ _FAMILY = {
 }
 
 
-def rule_restaurants(split: str, seed: int = 0) -> list[dict[str, str]]:
+def rule_restaurants(split: str) -> list[dict[str, str]]:
     """Returns the rows {meaning_representation, human_reference}: 2,000 of "train", 200 of "validation" and of "test".
 
     A meaning representation is repeated on consecutive rows, once for each of its references: 2 in train, 5 in the
@@ -161,7 +161,7 @@ def rule_restaurants(split: str, seed: int = 0) -> list[dict[str, str]]:
     _check_split(split, RESTAURANT_ROWS)
     meanings: set[str] = set()
     for current in RESTAURANT_ROWS:  # all splits up to `split`: a meaning belongs to the first that draws it
-        rng = random.Random(f"rule_restaurants {current} {seed}")
+        rng = random.Random(f"rule_restaurants {current} 0")
         rows: list[dict[str, str]] = []
         while len(rows) < RESTAURANT_ROWS[current]:
             slots = _restaurant(rng)
@@ -169,7 +169,9 @@ def rule_restaurants(split: str, seed: int = 0) -> list[dict[str, str]]:
             if meaning in meanings:
                 continue
             meanings.add(meaning)
-            references = _distinct(functools.partial(_reference, rng, slots), _REFERENCES_EACH[current])
+            references: dict[str, None] = {}
+            while len(references) < _REFERENCES_EACH[current]:
+                references[_reference(rng, slots)] = None
             rows += [{"meaning_representation": meaning, "human_reference": reference} for reference in references]
         if current == split:
             return rows
@@ -200,22 +202,10 @@ def _reference(rng: random.Random, slots: dict[str, str]) -> str:
     if friendly := slots.get("familyFriendly"):
         facts.append(rng.choice(_FAMILY[friendly]))
     rng.shuffle(facts)
-    return _with_articles(" ".join([opening, *_sentences(rng, facts)]))
-
-
-def _sentences(rng: random.Random, facts: list[str]) -> list[str]:
     subject = rng.choice(("It", "This place"))
     if len(facts) > 1 and rng.random() < 0.5:
-        return [f"{subject} {', '.join(facts[:-1])} and {facts[-1]}."]
-    return [f"{subject} {fact}." for fact in facts]
-
-
-def _distinct(draw: Callable[[], str], count: int) -> list[str]:
-    """Returns `count` distinct results of `draw`, in the order of their first appearance."""
-    results: dict[str, None] = {}
-    while len(results) < count:
-        results[draw()] = None
-    return list(results)
+        facts = [f"{', '.join(facts[:-1])} and {facts[-1]}"]
+    return _with_articles(" ".join([opening, *(f"{subject} {fact}." for fact in facts)]))
 
 
 # --- both --------------------------------------------------------------------------------------------------------
@@ -223,11 +213,7 @@ def _distinct(draw: Callable[[], str], count: int) -> list[str]:
 
 def _with_articles(sentence: str) -> str:
     """Replaces "a" by "an" before a vowel letter, which is right for all words above."""
-    words = sentence.split(" ")
-    for index, following in enumerate(words[1:]):
-        if words[index] == "a" and following[0] in "aeiouAEIOU":
-            words[index] = "an"
-    return " ".join(words)
+    return re.sub(r"\ba (?=[aeiouAEIOU])", "an ", sentence)
 
 
 def _check_split(split: str, known: dict[str, int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,8 @@ def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_le
     """
     limit = min(max_length, tokenizer.model_max_length)
 
-    def encode_rows(**options: Any) -> Dataset:
-        def encode_batch(batch: dict[str, list]) -> dict[str, list]:
-            return task.encode(batch, tokenizer, limit)
-
-        return rows.map(encode_batch, batched=True, remove_columns=rows.column_names, **options)
-
+    encode_batch = partial(task.encode, tokenizer=tokenizer, max_length=limit)
+    encode_rows = partial(rows.map, encode_batch, batched=True, remove_columns=rows.column_names)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     disable_progress_bar()
     try:

@@ -5,6 +5,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -25,25 +26,15 @@ from lora_hf.core.errors import UserError
 from lora_hf.core.records import RUN_CONFIG_FILE
 from lora_hf.models.model_ids import base_name
 from lora_hf.serving.engine import CHUNK, Engine
-from lora_hf.serving.limits import (
-    BadAdapterError,
-    ClosingError,
-    DeadlinePassedError,
-    LoadingOffError,
-    NotReadyError,
-    OutsideError,
-    RefusalError,
-    UnknownAdapterError,
-)
+from lora_hf.serving.limits import ClosingError, DeadlinePassedError, RefusalError, UnknownAdapterError
 from lora_hf.serving.metrics import Metrics
 from lora_hf.serving.middleware import JSON, AccessMiddleware, FastPathMiddleware, error_body
-from lora_hf.serving.playground import PATH, mount
 from lora_hf.serving.requests import AdapterVersion
 from lora_hf.serving.schema import Adapter, Adapters, ClassifyAnswer, Failure, GenerateAnswer, Load, bodies
 
 HTTP_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
 LIMIT_ERRORS = ("too_long", "string_too_long", "less_than_equal")  # pydantic's types for a value above a limit
-CLASSIFY = "/v1/classify"
+CLASSIFY, PLAYGROUND = "/v1/classify", "/playground"
 DISCONNECT_CHECK = 0.2  # seconds: asking whether the client is still there costs more than a faster answer
 INTERNAL_ERROR = "the server failed to answer this request; see its log"
 JSON_HINT = f"send a JSON object with the header 'content-type: {JSON}'; see /docs for examples"
@@ -79,7 +70,6 @@ def build_app(
         lifespan=lifespan,
         responses={status: {"model": Failure} for status in errors},
     )
-    metrics.watch(engine.waiting, lambda: len(engine.adapters()))
     ClassifyBody, GenerateBody = bodies(engine.limits)
 
     app.add_middleware(
@@ -89,20 +79,27 @@ def build_app(
         answer=partial(_classify, engine),
         error_response=partial(_error_response, state),
     )
-    login = PATH if playground else None
-    max_bytes = engine.limits.max_bytes
-    app.add_middleware(AccessMiddleware, token=state.token, max_bytes=max_bytes, metrics=metrics, own_login=login)
+    app.add_middleware(
+        AccessMiddleware,
+        token=state.token,
+        max_bytes=engine.limits.max_bytes,
+        metrics=metrics,
+        own_login=PLAYGROUND if playground else None,
+    )
     _add_error_handlers(app, state)
     _add_inference(app, engine, ClassifyBody, GenerateBody)
     _add_adapters(app, engine, state)
-    _add_health(app, state, metrics)
+    _add_health(app, engine, state, metrics)
 
     @app.get("/", include_in_schema=False)
     async def front() -> Response:
-        return RedirectResponse(PATH if playground else "/docs")
+        return RedirectResponse(PLAYGROUND if playground else "/docs")
 
     if playground:
-        mount(app, engine, state.token)
+        os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it on import
+        from lora_hf.serving.playground import mount
+
+        mount(app, engine, state.token, PLAYGROUND)
     return app
 
 
@@ -110,7 +107,7 @@ def _add_inference(app: FastAPI, engine: Engine, ClassifyBody: Any, GenerateBody
     @app.post(CLASSIFY, response_model=ClassifyAnswer)
     async def classify(http: Request, body: ClassifyBody) -> Any:  # type: ignore[valid-type]
         """Classifies texts, or pairs of texts: a label and the probability of each, or a score for regression."""
-        return _json_response(await _classify(engine, body, http.receive))
+        return JSONResponse(await _classify(engine, body, http.receive))
 
     @app.post(
         "/v1/generate",
@@ -131,7 +128,7 @@ def _add_inference(app: FastAPI, engine: Engine, ClassifyBody: Any, GenerateBody
 
         request = engine.submit_generate(adapter, prompt, decoding, deadline, on_text=put if stream else None)
         if not stream:
-            return _json_response(asdict(await _result(http.receive, request)))
+            return JSONResponse(asdict(await _result(http.receive, request)))
         request.future.add_done_callback(lambda _: put(None))
         return StreamingResponse(
             _events(request, pieces), media_type="text/event-stream", headers={"cache-control": "no-store"}
@@ -191,10 +188,6 @@ def _event(name: str, value: Any) -> bytes:
     return f"event: {name}\ndata: {json.dumps(value)}\n\n".encode()
 
 
-def _json_response(value: Any) -> Response:
-    return Response(json.dumps(value), media_type=JSON)
-
-
 def _add_adapters(app: FastAPI, engine: Engine, state: ServerState) -> None:
     @app.get("/v1/adapters", response_model=Adapters)
     async def adapters() -> Any:
@@ -212,7 +205,7 @@ def _add_adapters(app: FastAPI, engine: Engine, state: ServerState) -> None:
         except UserError as error:
             # The message names the folder; clients must not learn where the server keeps it.
             message = str(error).replace(str(folder), body.folder).replace(str(_adapter_root(state)), ".")
-            raise BadAdapterError(message) from error
+            raise RefusalError(message, "bad_adapter", 422) from error
 
     @app.delete("/v1/adapters/{name}", response_model=Adapter)
     async def remove(name: str) -> Any:
@@ -236,16 +229,14 @@ def _describe(version: AdapterVersion) -> Adapter:
 
 def _adapter_root(state: ServerState) -> Path:
     if state.adapter_root is None:
-        raise LoadingOffError("this server does not load or remove adapters over HTTP")
+        raise RefusalError("this server does not load or remove adapters over HTTP", "loading_off", 403)
     return state.adapter_root.resolve()
 
 
 def _resolve_below_root(state: ServerState, folder: str) -> Path:
-    """The folder that a client names, provided that links lead neither it nor its files out of the adapter root."""
+    """The folder that a client names, provided that neither `..` nor links lead it or its files out of the root."""
     root = _adapter_root(state)
-    refused = OutsideError(f"{folder!r} is not a folder below the server's adapter folder")
-    if "\0" in folder or "\\" in folder or Path(folder).is_absolute() or ".." in Path(folder).parts:
-        raise refused
+    refused = RefusalError(f"{folder!r} is not a folder below the server's adapter folder", "outside", 403)
     try:
         path = (root / folder).resolve()
         paths = [path, *(path / name for name in (CONFIG_FILE, WEIGHTS_FILE, RUN_CONFIG_FILE))]
@@ -257,7 +248,7 @@ def _resolve_below_root(state: ServerState, folder: str) -> Path:
     return path
 
 
-def _add_health(app: FastAPI, state: ServerState, metrics: Metrics) -> None:
+def _add_health(app: FastAPI, engine: Engine, state: ServerState, metrics: Metrics) -> None:
     @app.get("/healthz")
     async def health() -> dict[str, str]:
         """Returns 200 while the process is alive."""
@@ -269,13 +260,14 @@ def _add_health(app: FastAPI, state: ServerState, metrics: Metrics) -> None:
         if state.draining:
             raise ClosingError("the server is shutting down")
         if not state.ready:
-            raise NotReadyError("the server is loading its adapters")
+            raise _not_ready()
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def page() -> Response:
+    async def prometheus() -> Response:
         """Returns metrics for Prometheus."""
-        return Response(metrics.page(), media_type="text/plain; version=0.0.4")
+        page = metrics.page(engine.waiting(), len(engine.adapters()))
+        return Response(page, media_type="text/plain; version=0.0.4")
 
 
 def _add_error_handlers(app: FastAPI, state: ServerState) -> None:
@@ -313,9 +305,13 @@ def _error_response(state: ServerState, error: UserError) -> Response:
     if not isinstance(error, RefusalError):
         return _failure(500, "broken_adapter", str(error))
     if isinstance(error, UnknownAdapterError) and not state.ready:
-        error = NotReadyError("the server is loading its adapters")
+        error = _not_ready()
     headers = {"retry-after": str(error.retry_after)} if error.status == 503 else None
     return _failure(error.status, error.code, str(error), headers)
+
+
+def _not_ready() -> RefusalError:
+    return RefusalError("the server is loading its adapters", "loading", 503)
 
 
 def _failure(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 import threading
@@ -14,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from lora_hf.adapters.resolve import SavedModel, find_saved_model
 from lora_hf.adapters.save_load import load_saved_model
@@ -53,13 +50,6 @@ CHUNK = 16_384  # characters to tokenize at a time, so that a long request does 
 Text = str | Sequence[str]  # one text, or the texts of a task that reads two
 
 
-class ServedBase:
-    """A base's worker, and a tokenizer for all other threads: the worker's own is for its thread alone."""
-
-    def __init__(self, worker: Worker, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.worker, self.tokenizer, self.tokenizer_lock = worker, tokenizer, threading.Lock()
-
-
 class Engine:
     """Serves many adapters of any number of bases from one process, with each base in memory once.
 
@@ -78,8 +68,8 @@ class Engine:
         self._observer = observer or Observer()
         self._lock = threading.Lock()
         self._loading = threading.Lock()
-        self._bases: dict[Any, ServedBase] = {}
-        self._current: dict[str, tuple[AdapterVersion, ServedBase]] = {}
+        self._workers: dict[Any, Worker] = {}
+        self._current: dict[str, tuple[AdapterVersion, Worker]] = {}
         self._slot_numbers = itertools.count()
         self._closing = False
 
@@ -117,24 +107,24 @@ class Engine:
         with self._loading:
             version = AdapterVersion(name, f"version_{next(self._slot_numbers)}", digest_of(saved.folder), saved)
             key = _base_key(saved)
-            base = self._bases.get(key)
-            if base is None:
+            worker = self._workers.get(key)
+            if worker is None:
                 if not new_base:
                     raise AdapterError(f"{adapter}: its base {saved.model.name} is not served here")
-                base = self._load_base(saved)
+                worker = self._load_base(saved)
             try:
-                base.worker.load(version)
+                worker.load(version)
             except BaseException:
-                if key not in self._bases:
-                    base.worker.stop()
+                if key not in self._workers:
+                    worker.stop()
                 raise
             with self._lock:
                 if self._closing:
-                    base.worker.stop()
+                    worker.stop()
                     raise ClosingError("the engine is shutting down")
-                self._bases[key] = base
+                self._workers[key] = worker
                 replaced = self._current.get(name)
-                self._current[name] = (version, base)
+                self._current[name] = (version, worker)
             if replaced is not None:
                 self._retire(*replaced)
         return version
@@ -147,9 +137,9 @@ class Engine:
         """
         with self._loading:
             with self._lock:
-                version, base = self._find(name)
+                version, worker = self._find(name)
                 del self._current[name]
-            self._retire(version, base)
+            self._retire(version, worker)
         return version
 
     def adapters(self) -> list[AdapterVersion]:
@@ -160,8 +150,7 @@ class Engine:
     def waiting(self) -> dict[str, int]:
         """The number of waiting rows by base."""
         with self._lock:
-            bases = list(self._bases.values())
-        return {base.worker.base: base.worker.waiting for base in bases}
+            return {worker.base: worker.waiting for worker in self._workers.values()}
 
     # Requests.
 
@@ -184,10 +173,10 @@ class Engine:
             UnknownAdapterError, WrongKindError, BadInputError, TooLargeError: the request is invalid.
             QueueFullError, ClosingError: the server cannot take it now.
         """
-        with self._acquired(adapter, ClassifyWorker.kind) as (version, base):
+        with self._acquired(adapter, ClassifyWorker.kind) as (version, worker):
             columns = self._columns(version, inputs)
-            request = ClassifyRequest(version, self._deadline(deadline), inputs=self._encode(version, base, columns))
-            return self._submit(request, base.worker)
+            request = ClassifyRequest(version, self._deadline(deadline), inputs=self._encode(version, worker, columns))
+            return self._submit(request, worker)
 
     def submit_generate(
         self,
@@ -210,19 +199,19 @@ class Engine:
         Raises:
             RefusalError: as `submit_classify`.
         """
-        with self._acquired(adapter, GenerateWorker.kind) as (version, base):
+        with self._acquired(adapter, GenerateWorker.kind) as (version, worker):
             self._check_text(prompt, "prompt")
             settings = self._settings(version.saved, decoding or {})
             task: TextGeneration = version.saved.task  # type: ignore[assignment]
-            positions = getattr(base.worker.model.config, "max_position_embeddings", version.saved.max_length)
+            positions = getattr(worker.model.config, "max_position_embeddings", version.saved.max_length)
             try:
                 context = task.context(prompt)
-                with base.tokenizer_lock:
-                    tokens = task.prompts([context], base.tokenizer, positions - settings.max_new_tokens)[0]
+                with worker.tokenizer_lock:
+                    tokens = task.prompts([context], worker.request_tokenizer, positions - settings.max_new_tokens)[0]
             except DataError as error:
                 raise BadInputError(str(error)) from error
             request = GenerateRequest(version, self._deadline(deadline), Future(), tokens, settings, bare, on_text)
-            return self._submit(request, base.worker)
+            return self._submit(request, worker)
 
     def wait(self, request: Request) -> Any:
         """Returns the result of a submitted request.
@@ -240,7 +229,7 @@ class Engine:
         """Refuses new requests, spends up to `grace` seconds on the accepted ones, then ends the threads."""
         with self._lock:
             self._closing = True
-            workers = [base.worker for base in self._bases.values()]
+            workers = list(self._workers.values())
         end = time.monotonic() + grace
         while not all(worker.idle for worker in workers) and time.monotonic() < end:
             time.sleep(0.01)
@@ -249,27 +238,27 @@ class Engine:
         for worker in workers:
             worker.thread.join(timeout=max(0.0, end - time.monotonic()) + 1)
 
-    def _find(self, name: str) -> tuple[AdapterVersion, ServedBase]:
+    def _find(self, name: str) -> tuple[AdapterVersion, Worker]:
         if name not in self._current:
             served = ", ".join(sorted(self._current)) or "none"
             raise UnknownAdapterError(f"no adapter {name!r}{did_you_mean(name, self._current)}; served: {served}")
         return self._current[name]
 
     @contextmanager
-    def _acquired(self, name: str, kind: str) -> Iterator[tuple[AdapterVersion, ServedBase]]:
+    def _acquired(self, name: str, kind: str) -> Iterator[tuple[AdapterVersion, Worker]]:
         """The current version of an adapter, kept on its base until its request is answered or refused."""
         with self._lock:
             if self._closing:
                 raise ClosingError(SHUTTING_DOWN)
-            version, base = self._find(name)
+            version, worker = self._find(name)
             if version.kind != kind:
                 verb = "generate" if version.kind == GenerateWorker.kind else "classify"
                 raise WrongKindError(f"{name} was trained for {version.saved.task.name}; use {verb} instead")
-            base.worker.acquire(version)
+            worker.acquire(version)
         try:
-            yield version, base
+            yield version, worker
         except BaseException:
-            base.worker.release(version)
+            worker.release(version)
             raise
 
     def _submit(self, request: Any, worker: Worker) -> Request:
@@ -310,20 +299,20 @@ class Engine:
             raise BadInputError(f"{field}: character {error.start} is an unpaired surrogate") from error
 
     def _encode(
-        self, version: AdapterVersion, base: ServedBase, columns: Mapping[str, list[str]]
+        self, version: AdapterVersion, worker: Worker, columns: Mapping[str, list[str]]
     ) -> list[dict[str, list[int]]]:
         task, rows = version.saved.task, len(next(iter(columns.values())))
         lengths = [sum(len(texts[row]) for texts in columns.values()) for row in range(rows)]
-        limit = min(version.saved.max_length, base.tokenizer.model_max_length)
+        limit = min(version.saved.max_length, worker.request_tokenizer.model_max_length)
         inputs: list[dict[str, list[int]]] = []
         start = 0
         while start < rows:
             stop = start + 1
             while stop < rows and sum(lengths[start : stop + 1]) <= CHUNK:
                 stop += 1
-            with base.tokenizer_lock:
+            with worker.tokenizer_lock:
                 chunk = {name: texts[start:stop] for name, texts in columns.items()}
-                encoded = task.encode(chunk, base.tokenizer, limit)
+                encoded = task.encode(chunk, worker.request_tokenizer, limit)
             inputs += [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
             start = stop
         return inputs
@@ -345,7 +334,7 @@ class Engine:
             raise BadInputError(f"num_beams: expected 1 with sampling, found {settings.num_beams}")
         return settings if settings.do_sample else replace(settings, seed=0, temperature=1.0, top_p=1.0, top_k=0)
 
-    def _load_base(self, saved: SavedModel) -> ServedBase:
+    def _load_base(self, saved: SavedModel) -> Worker:
         generates = saved.task.model_kind == GenerateWorker.kind
         with RNG_LOCK:
             precision = "fp32" if generates else self.precision or saved.model.precision
@@ -356,16 +345,15 @@ class Engine:
         else:
             enable_unpadding(model)
         worker = GenerateWorker if generates else ClassifyWorker
-        base = worker(saved.model.name, model, tokenizer, self.limits, self._observer)
-        return ServedBase(base, copy.deepcopy(tokenizer))
+        return worker(saved.model.name, model, tokenizer, self.limits, self._observer)
 
-    def _retire(self, version: AdapterVersion, base: ServedBase) -> None:
+    def _retire(self, version: AdapterVersion, worker: Worker) -> None:
         """Unloads a version that is not served anymore, and the base with its last adapter."""
-        base.worker.retire(version)
+        worker.retire(version)
         with self._lock:
-            if not any(other is base for _, other in self._current.values()):
-                self._bases = {key: each for key, each in self._bases.items() if each is not base}
-                base.worker.close()
+            if not any(other is worker for _, other in self._current.values()):
+                self._workers = {key: each for key, each in self._workers.items() if each is not worker}
+                worker.close()
 
 
 def _base_key(saved: SavedModel) -> tuple[Any, ...]:

@@ -42,6 +42,10 @@ class RefusalError(UserError):
     code, status = "refused", 400
     retry_after = 1  # seconds; sent with status 503
 
+    def __init__(self, message: str, code: str | None = None, status: int | None = None) -> None:
+        super().__init__(message)
+        self.code, self.status = code or self.code, status or self.status
+
 
 class UnknownAdapterError(RefusalError):
     code, status = "unknown_adapter", 404
@@ -82,24 +86,3 @@ class DeadlinePassedError(RefusalError):
 
     def __init__(self) -> None:
         super().__init__("the deadline passed before the answer was ready; retry when the server is less busy")
-
-
-# The errors below come from HTTP alone.
-
-
-class NotReadyError(RefusalError):
-    code, status = "loading", 503
-
-
-class LoadingOffError(RefusalError):
-    code, status = "loading_off", 403
-
-
-class OutsideError(RefusalError):
-    """A folder that is not below the one that clients may load from."""
-
-    code, status = "outside", 403
-
-
-class BadAdapterError(RefusalError):
-    code, status = "bad_adapter", 422

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from lora_hf.models.model_ids import base_name
 from lora_hf.serving.requests import Request
@@ -31,10 +29,8 @@ class Metrics(Observer):
         )
         self._rows = Counter("lora_hf_rows", "Rows answered", ["adapter"], registry=registry)
         self._tokens = Counter("lora_hf_tokens", "Tokens read and generated", ["base"], registry=registry)
-
-    def watch(self, waiting: Callable[[], dict[str, int]], adapters: Callable[[], int]) -> None:
-        """Adds gauges for the waiting rows per base and the number of adapters, read at each scrape."""
-        self.registry.register(_Gauges(waiting, adapters))
+        self._queue = Gauge("lora_hf_queue_rows", "Rows waiting", ["base"], registry=registry)
+        self._adapters = Gauge("lora_hf_adapters", "Adapters served", registry=registry)
 
     def on_batch(self, base: str, rows: Sequence[Request], tokens: int, seconds: float) -> None:
         base = base_name(base)
@@ -48,18 +44,10 @@ class Metrics(Observer):
         self._requests.labels(route, str(status)).inc()
         self._request_seconds.labels(route).observe(seconds)
 
-    def page(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+    def page(self, waiting: Mapping[str, int], adapters: int) -> bytes:
+        """All metrics in Prometheus' text format, with the waiting rows by base and the number of adapters."""
+        self._queue.clear()
+        for base, rows in waiting.items():
+            self._queue.labels(base_name(base)).inc(rows)
+        self._adapters.set(adapters)
         return generate_latest(self.registry)
-
-
-class _Gauges(Collector):
-    def __init__(self, waiting: Callable[[], dict[str, int]], adapters: Callable[[], int]) -> None:
-        self.waiting, self.adapters = waiting, adapters
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        queue = GaugeMetricFamily("lora_hf_queue_rows", "Rows waiting", labels=["base"])
-        for base, rows in self.waiting().items():
-            queue.add_metric([base_name(base)], rows)
-        yield queue
-        yield GaugeMetricFamily("lora_hf_adapters", "Adapters served", value=self.adapters())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from pydantic import BaseModel, ValidationError
+from starlette.responses import JSONResponse
 
 from lora_hf.core.errors import UserError
 from lora_hf.serving.metrics import Metrics
@@ -67,12 +67,14 @@ class AccessMiddleware:
         headers = dict(scope["headers"])
         if not self._is_authorized(scope["path"], headers.get(b"authorization", b"")):
             message = "expected the header 'Authorization: Bearer TOKEN' with this server's token"
-            await send_json(send, 401, error_body("unauthorized", message), {"www-authenticate": "Bearer"})
+            response = JSONResponse(error_body("unauthorized", message), 401, {"www-authenticate": "Bearer"})
+            await response(scope, receive, send)
             return
         body = await self._read_body(headers, receive)
         if body is None:
             message = f"expected a body of at most {self.max_bytes} bytes; split the request"
-            await send_json(send, 413, error_body("too_large", message), {"connection": "close"})
+            response = JSONResponse(error_body("too_large", message), 413, {"connection": "close"})
+            await response(scope, receive, send)
             return
         await self.app(scope, replay({"type": "http.request", "body": body, "more_body": False}, receive), send)
 
@@ -134,11 +136,10 @@ class FastPathMiddleware:
             return
         scope["route"] = self  # the metrics read its path, as they do of the framework's routes
         try:
-            answer = await self.answer(body, receive)
+            response = JSONResponse(await self.answer(body, receive))
         except UserError as error:
-            await self.error_response(error)(scope, receive, send)
-            return
-        await send_json(send, 200, answer)
+            response = self.error_response(error)
+        await response(scope, receive, send)
 
 
 def replay(message: Any, receive: Any) -> Any:
@@ -149,11 +150,3 @@ def replay(message: Any, receive: Any) -> Any:
         return messages.pop() if messages else await receive()
 
     return replayed
-
-
-async def send_json(send: Any, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
-    body = json.dumps(value).encode()
-    sent = {"content-type": JSON, "content-length": str(len(body)), **(headers or {})}
-    pairs = [(key.encode(), value.encode()) for key, value in sent.items()]
-    await send({"type": "http.response.start", "status": status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})

@@ -5,31 +5,26 @@ from __future__ import annotations
 import csv
 import functools
 import hmac
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import gradio
+from fastapi import FastAPI
+from gradio.themes import Base
 
 from lora_hf.core.errors import UserError
+from lora_hf.serving.engine import Engine
 from lora_hf.serving.generate_worker import GenerateWorker
 from lora_hf.serving.limits import BadInputError, RefusalError, TooLargeError
+from lora_hf.serving.requests import AdapterVersion
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from lora_hf.serving.engine import Engine
-    from lora_hf.serving.requests import AdapterVersion
-
-PATH = "/playground"
 BARE = "(the base without an adapter)"
 USER = "token"  # the user name of the login; the password is the server's token
 
 
-def mount(app: FastAPI, engine: Engine, token: str | None) -> None:
-    """Mounts the page at `PATH`; a server with a token asks for it at a login."""
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it on import
-    import gradio
-    from gradio.themes import Base
+def mount(app: FastAPI, engine: Engine, token: str | None, path: str) -> None:
+    """Mounts the page; a server with a token asks for it at a login."""
 
     def authenticate(user: str, password: str) -> bool:
         assert token is not None
@@ -39,7 +34,7 @@ def mount(app: FastAPI, engine: Engine, token: str | None) -> None:
     gradio.mount_gradio_app(
         app,
         build(engine),
-        path=PATH,
+        path=path,
         auth=None if token is None else authenticate,
         auth_message=None if token is None else f"User: {USER}. Password: the server's token.",
         theme=theme,
@@ -51,8 +46,6 @@ def mount(app: FastAPI, engine: Engine, token: str | None) -> None:
 
 def build(engine: Engine) -> Any:
     """Builds the page, a `gradio.Blocks`."""
-    import gradio
-
     callbacks = Callbacks(engine)
     with gradio.Blocks(title="lora_hf", analytics_enabled=False) as page:
         gradio.Markdown("# lora_hf\nTry the adapters of this server.")
@@ -83,8 +76,6 @@ def build(engine: Engine) -> Any:
 
 
 def _text_inputs(tab: str) -> list[Any]:
-    import gradio
-
     return [
         gradio.Textbox(label="Text or prompt", lines=3, elem_id=f"{tab}-text"),
         gradio.Textbox(label="Second text, if the adapter reads pairs", lines=2, elem_id=f"{tab}-second"),
@@ -93,8 +84,6 @@ def _text_inputs(tab: str) -> list[Any]:
 
 def _answer_outputs(label: str, name: str) -> tuple[Any, Any]:
     """The outputs of an answer: probabilities, and a generated text or regression score."""
-    import gradio
-
     return (
         gradio.Label(label=label, visible=False, elem_id=f"{name}-label"),
         gradio.Textbox(label=label, lines=4, interactive=False, elem_id=f"{name}-answer"),
@@ -106,8 +95,6 @@ def _show_errors(callback: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(callback)
     def wrapper(*arguments: Any) -> Any:
-        import gradio
-
         try:
             return callback(*arguments)
         except UserError as error:
@@ -124,8 +111,6 @@ class Callbacks:
 
     def list_adapters(self) -> list[Any]:
         """The choices of the four adapter lists; generators can also be compared with their bare base."""
-        import gradio
-
         versions = self.engine.adapters()
         names = [version.name for version in versions]
         bare = [BARE] if any(version.kind == GenerateWorker.kind for version in versions) else []
@@ -143,18 +128,11 @@ class Callbacks:
 
     def _answer(self, adapter: str | None, text: str, second: str, bare: bool = False) -> tuple[Any, Any]:
         """The updates of the two outputs of an answer, one of which is hidden."""
-        import gradio
-
-        version = self._version(adapter)
-        if version.kind == GenerateWorker.kind:
-            request = self.engine.submit_generate(version.name, text, bare=bare)
-            return gradio.Label(visible=False), gradio.Textbox(value=self.engine.wait(request).text, visible=True)
-        if bare:
-            raise BadInputError(f"{version.name} classifies, and the bare base has no trained head; choose a generator")
-        answer = self.engine.classify(version.name, [_input(version, [text, second])]).answers[0]
-        if "probabilities" not in answer:
-            return gradio.Label(visible=False), gradio.Textbox(value=f"{answer['score']:.3f}", visible=True)
-        return gradio.Label(value=answer["probabilities"], visible=True), gradio.Textbox(visible=False)
+        (answer,) = self._answers(self._version(adapter), [[text, second]], bare)
+        if "probabilities" in answer:
+            return gradio.Label(value=answer["probabilities"], visible=True), gradio.Textbox(visible=False)
+        value = answer["text"] if "text" in answer else f"{answer['score']:.3f}"
+        return gradio.Label(visible=False), gradio.Textbox(value=value, visible=True)
 
     @_show_errors
     def ask_file(self, adapter: str | None, file: str | None) -> dict[str, Any]:
@@ -164,19 +142,23 @@ class Callbacks:
         lines = _read_lines(Path(file))
         if len(lines) > self.engine.limits.max_inputs:
             raise TooLargeError(f"file: expected at most {self.engine.limits.max_inputs} lines, found {len(lines)}")
+        columns = ("prompt",) if version.kind == GenerateWorker.kind else version.saved.task.text_columns
+        answers = self._answers(version, lines)
+        for answer in answers:
+            if "probabilities" in answer:
+                answer["probability"] = round(max(answer.pop("probabilities").values()), 4)
+        data = [[*line[: len(columns)], *answer.values()] for line, answer in zip(lines, answers, strict=True)]
+        return {"headers": [*columns, *answers[0]], "data": data}
+
+    def _answers(self, version: AdapterVersion, lines: list[list[str]], bare: bool = False) -> list[dict[str, Any]]:
         if version.kind == GenerateWorker.kind:
-            requests = [self.engine.submit_generate(version.name, line[0]) for line in lines]
-            rows = [[*line, self.engine.wait(request).text] for line, request in zip(lines, requests, strict=True)]
-            return {"headers": ["prompt", "text"], "data": rows}
-        answers = self.engine.classify(version.name, [_input(version, line) for line in lines]).answers
-        columns = version.saved.task.text_columns
-        if version.saved.task.problem_type == "regression":
-            values, headers = [[answer["score"]] for answer in answers], ["score"]
-        else:
-            values = [[answer["label"], round(max(answer["probabilities"].values()), 4)] for answer in answers]
-            headers = ["label", "probability"]
-        data = [[*line[: len(columns)], *value] for line, value in zip(lines, values, strict=True)]
-        return {"headers": [*columns, *headers], "data": data}
+            requests = [self.engine.submit_generate(version.name, line[0], bare=bare) for line in lines]
+            return [{"text": self.engine.wait(request).text} for request in requests]
+        if bare:
+            raise BadInputError(f"{version.name} classifies, and the bare base has no trained head; choose a generator")
+        count = len(version.saved.task.text_columns)
+        inputs = [line[:count] if count > 1 else line[0] for line in lines]
+        return self.engine.classify(version.name, inputs).answers
 
     def _version(self, adapter: str | None) -> AdapterVersion:
         for version in self.engine.adapters():
@@ -203,8 +185,3 @@ def _read_lines(file: Path) -> list[list[str]]:
     if not lines:
         raise BadInputError("file: expected one text per line, found none")
     return lines
-
-
-def _input(version: AdapterVersion, texts: Sequence[str]) -> str | list[str]:
-    columns = version.saved.task.text_columns
-    return list(texts[: len(columns)]) if len(columns) > 1 else texts[0]

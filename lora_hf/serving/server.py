@@ -69,8 +69,7 @@ def serve(
     Raises:
         UserError: an adapter cannot be loaded; the server has stopped by then.
     """
-    from lora_hf.serving.app import build_app
-    from lora_hf.serving.playground import PATH
+    from lora_hf.serving.app import PLAYGROUND, build_app
 
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -81,7 +80,7 @@ def serve(
             for name, adapter in adapters.items():
                 engine.load(name, adapter)
             state.ready = True
-            logger.info("ready: %d adapters on %s%s", len(adapters), url, PATH if playground else "")
+            logger.info("ready: %d adapters on %s%s", len(adapters), url, PLAYGROUND if playground else "")
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             if not state.draining:
                 failures.append(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
@@ -50,6 +51,8 @@ class Worker(ABC):
         self, base: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: Limits, observer: Observer
     ) -> None:
         self.base, self.model, self.tokenizer, self.limits, self.observer = base, model, tokenizer, limits, observer
+        # For all other threads, which hold the lock: `tokenizer` is for the worker's thread alone.
+        self.request_tokenizer, self.tokenizer_lock = copy.deepcopy(tokenizer), threading.Lock()
         # Nothing else changes this base, so its hash is computed once and not for each adapter.
         store_fingerprint(model, fingerprint(model))
         self.versions: list[AdapterVersion] = []

@@ -178,7 +178,7 @@ def test_a_body_of_unknown_length_is_read_only_up_to_the_limit() -> None:
 
 def test_a_full_queue_and_a_passed_deadline(client: TestClient, engine: Engine) -> None:
     blocked, resume = threading.Event(), threading.Event()
-    engine._current["a"][1].worker.call(lambda: blocked.set() or resume.wait())
+    engine._current["a"][1].call(lambda: blocked.set() or resume.wait())
     assert blocked.wait(30)
     try:
         late = client.post(CLASSIFY, json={"adapter": "a", "inputs": ["x"], "deadline": 0.05})

@@ -70,7 +70,7 @@ def served(folders: dict[str, Path], *names: str, **limits: Any) -> Engine:
 def paused(engine: Engine, name: str) -> Iterator[None]:
     """Blocks the worker of an adapter's base."""
     blocked, resume = threading.Event(), threading.Event()
-    engine._current[name][1].worker.call(lambda: blocked.set() or resume.wait())
+    engine._current[name][1].call(lambda: blocked.set() or resume.wait())
     assert blocked.wait(30)
     try:
         yield
@@ -79,7 +79,7 @@ def paused(engine: Engine, name: str) -> Iterator[None]:
 
 
 def model_of(engine: Engine, name: str) -> Any:
-    return engine._current[name][1].worker.model
+    return engine._current[name][1].model
 
 
 def change_tensors(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
@@ -119,7 +119,7 @@ def test_each_row_of_a_mixed_batch_gets_its_own_adapter(
 def test_waiting_requests_share_batches(folders: dict[str, Path]) -> None:
     batches: list[list[str]] = []
     with served(folders, "a", "b", max_batch=4) as engine:
-        engine._current["a"][1].worker.observer.on_batch = lambda base, rows, *_: batches.append(
+        engine._current["a"][1].observer.on_batch = lambda base, rows, *_: batches.append(
             [each.version.name for each in rows]
         )
         with paused(engine, "a"):
@@ -235,7 +235,7 @@ def test_each_answer_comes_from_the_version_it_names_during_replacement(
             stop.set()
         for each in asking:
             each.result(30)
-        worker = engine._current["changing"][1].worker
+        worker = engine._current["changing"][1]
         assert worker.call(lambda: None).result(30) is None
         assert worker.call(lambda: len(worker.versions)).result(30) == 2, "replaced versions are unloaded"
     assert not wrong
@@ -264,7 +264,7 @@ def test_accepted_requests_are_answered_after_removal(
     folders: dict[str, Path], expected: dict[str, np.ndarray]
 ) -> None:
     with served(folders, "a", "w") as engine:
-        worker = engine._current["a"][1].worker
+        worker = engine._current["a"][1]
         with paused(engine, "a"):
             request = engine.submit_classify("a", TEXTS)
             engine.remove("a")
@@ -294,7 +294,7 @@ def test_a_full_queue_refuses_with_retry_after(folders: dict[str, Path]) -> None
 def test_late_and_cancelled_requests_never_reach_a_batch(folders: dict[str, Path]) -> None:
     with served(folders, "a", deadline=20) as engine:
         batches: list[int] = []
-        engine._current["a"][1].worker.observer.on_batch = lambda base, rows, *_: batches.append(len(rows))
+        engine._current["a"][1].observer.on_batch = lambda base, rows, *_: batches.append(len(rows))
         with paused(engine, "a"):
             late, cancelled = (engine.submit_classify("a", TEXTS[:1], seconds) for seconds in (0.01, 20))
             cancelled.future.cancel()

@@ -13,11 +13,11 @@ import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 
-from lora_hf.serving.app import ServerState, build_app
+from lora_hf.serving.app import PLAYGROUND, ServerState, build_app
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.limits import Limits
 from lora_hf.serving.metrics import Metrics
-from lora_hf.serving.playground import BARE, PATH, USER, Callbacks
+from lora_hf.serving.playground import BARE, USER, Callbacks
 from tests.support.browser import Browser, browser, free_port, missing
 from tests.support.random_adapters import PROMPTS, TEXTS, save_random
 
@@ -62,7 +62,7 @@ def choose(page: Browser, box: str, name: str) -> None:
 def test_adapters_answer_in_a_browser(engine: Engine, address: str, tmp_path: Path) -> None:
     pictures = Path(os.environ.get("LORA_HF_PICTURES", tmp_path))
     with browser() as page:
-        page.open(address + PATH)
+        page.open(address + PLAYGROUND)
         page.type("input[type=text], textarea", USER)
         page.type("input[type=password]", TOKEN)
         page.click("form button, button.lg, button")
@@ -110,13 +110,15 @@ def test_the_page_requires_the_token(engine: Engine) -> None:
     app = build_app(engine, ServerState(TOKEN, ready=True), Metrics(), playground=True)
     with TestClient(app) as client:
         assert client.get("/v1/adapters").status_code == 401
-        assert client.get(f"{PATH}-other").status_code == 401
-        asked = client.post(f"{PATH}/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "x"})
+        assert client.get(f"{PLAYGROUND}-other").status_code == 401
+        asked = client.post(
+            f"{PLAYGROUND}/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "x"}
+        )
         assert asked.status_code == 401
-        assert client.post(f"{PATH}/login", data={"username": USER, "password": "wrong"}).status_code == 400
-        assert client.post(f"{PATH}/login", data={"username": USER, "password": TOKEN}).status_code == 200
+        assert client.post(f"{PLAYGROUND}/login", data={"username": USER, "password": "wrong"}).status_code == 400
+        assert client.post(f"{PLAYGROUND}/login", data={"username": USER, "password": TOKEN}).status_code == 200
     with TestClient(build_app(engine, ServerState(ready=True), Metrics())) as client:
-        assert client.get(PATH).status_code == 404, "the page is off by default"
+        assert client.get(PLAYGROUND).status_code == 404, "the page is off by default"
 
 
 def answered(parts: Any) -> list[Any]:

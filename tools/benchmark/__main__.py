@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf.cli.main import exit_code_of
-from lora_hf.cli.terminal import check_record, print_json, write_record
+from lora_hf.cli.terminal import print_json
+from lora_hf.core.errors import ConfigError
 from tools.benchmark.job import FORMATS
 
 Record = dict[str, Any]
@@ -92,9 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: Verb, options: argparse.Namespace) -> None:
-    check_record(options.output)
+    if options.output and not options.output.parent.is_dir():  # before measuring for minutes
+        raise ConfigError(f"--output {options.output}: the folder {options.output.parent} does not exist")
     record = verb.measure(options)
-    write_record(options.output, record)
+    if options.output:
+        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if options.json:
         print_json(record)
     else:

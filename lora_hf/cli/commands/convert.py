@@ -42,11 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    values = {"FILE": options.file, "--adapter": options.adapter, "--lora-alpha": options.lora_alpha}
-    values |= {"--enable-lora": options.enable_lora, "--partial": options.partial or None}
-    unexpected = ["--adapter"] if options.source else ["FILE", "--lora-alpha", "--enable-lora", "--partial"]
-    for name in unexpected:
-        if values[name] is not None:
+    read, write = {"--adapter": options.adapter}, {"FILE": options.file, "--lora-alpha": options.lora_alpha}
+    write |= {"--enable-lora": options.enable_lora, "--partial": options.partial or None}
+    for name, value in (read if options.source else write).items():
+        if value is not None:
             raise ConfigError(f"{name} cannot be used with {'--from' if options.source else '--to'} loralib")
     model = _from_loralib(options) if options.source else _to_loralib(options)
     layers = _layer_constructors(model)
@@ -64,10 +63,13 @@ def _from_loralib(options: argparse.Namespace) -> PreTrainedModel:
     if options.output.exists() and not options.output.is_dir():
         raise ConfigError(f"--output {options.output}: expected a folder, found a file")
     if options.lora_alpha is None:
-        raise ConfigError(_alpha_hint(options.model))
+        raise ConfigError(
+            "--lora-alpha: required, because a loralib file does not record it; the recipes in configs/*_repo.yaml "
+            "have the values of the authors' scripts"
+        )
     if not 0 < options.lora_alpha < float("inf"):
         raise ConfigError(f"--lora-alpha: expected a number > 0, found {options.lora_alpha:g}")
-    enable_lora = _parse_enable_lora(options.enable_lora)
+    enable_lora = None if options.enable_lora is None else _true_or_false(options.enable_lora)
     from lora_hf.adapters.convert.checkpoint import read_loralib
     from lora_hf.adapters.convert.loralib import load_loralib, num_labels
     from lora_hf.adapters.save_load import save_adapter
@@ -131,29 +133,8 @@ def _layer_constructors(model: PreTrainedModel) -> dict[str, str]:
     return constructors
 
 
-def _parse_enable_lora(argument: str | None) -> list[bool] | None:
-    if argument is None:
-        return None
+def _true_or_false(argument: str) -> list[bool]:
     values = [word.strip().lower() for word in argument.split(",")]
     if not set(values) <= {"true", "false"}:
         raise ConfigError(f"--enable-lora: expected values like true,false,true, found {argument!r}")
     return [value == "true" for value in values]
-
-
-def _alpha_hint(model: str) -> str:
-    """The error for a missing alpha, with those of the recipes for this model, or of all recipes."""
-    from lora_hf.core.config.loader import RECIPE_FOLDERS, load_config
-
-    recipes: dict[str, dict[float, list[str]]] = {}
-    for file in sorted(next(folder for folder in RECIPE_FOLDERS[1:] if folder.is_dir()).glob("*.yaml")):
-        config = load_config(file)
-        if config.train.method == "lora":
-            alphas = recipes.setdefault(config.model.name.rpartition("/")[2], {})
-            alphas.setdefault(config.lora.lora_alpha, []).append(file.name)
-    name = model.rpartition("/")[2]
-    reason = "required, because a loralib file does not record it"
-    lines = [f"--lora-alpha: {reason}. Recipes use (those in _repo are the authors' scripts):"]
-    for base, alphas in {name: recipes[name]}.items() if name in recipes else recipes.items():
-        uses = [f"{alpha:g} ({files[0]}{', ...' if files[1:] else ''})" for alpha, files in sorted(alphas.items())]
-        lines.append(f"{base}: {', '.join(uses)}")
-    return "\n  ".join(lines)

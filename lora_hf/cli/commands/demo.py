@@ -35,8 +35,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print_json(report)
     else:
-        print("\n".join([*_classifier_lines(report), *_generator_lines(report["writing"])]))
-        print("\nNext: follow docs/start.md")
+        _print_report(report, report["writing"])
 
 
 def demo(output: str = "outputs") -> dict[str, Any]:
@@ -45,35 +44,30 @@ def demo(output: str = "outputs") -> dict[str, Any]:
     Returns:
         The scores, sizes and times of the runs' records, and the answers.
     """
-    runs = {
-        method: _train(CLASSIFIER_RECIPE, f"demo-{method}", output, f"train.method={method}")
-        for method in ("head", "lora")
-    }
-    head, lora = runs["head"].record, runs["lora"].record
-    return {
+    runs = [
+        _train(CLASSIFIER_RECIPE, f"demo-{method}", output, f"train.method={method}") for method in ("head", "lora")
+    ]
+    head, lora = (run.record for run in runs)
+    report = {
         "majority": head.majority["validation"]["accuracy"],
         "head": head.metrics["validation"]["accuracy"],
         "lora": lora.metrics["validation"]["accuracy"],
         "head_parameters": head.parameters["trainable"],
         "lora_parameters": lora.parameters["trainable"],
-        **_files(runs["lora"]),
+        **_files(runs[1]),
         "seconds": head.timings["total"] + lora.timings["total"],
-        "answers": _classify(runs["lora"]),
-        "writing": _train_generator(output),
+        "answers": _classify(runs[1]),
     }
-
-
-def _train_generator(output: str) -> dict[str, Any]:
-    run = _train(GENERATOR_RECIPE, "demo-writer", output)
-    record = run.record
-    return {
-        "perplexity": record.metrics["validation"]["perplexity"],
-        "rows": record.rows["validation"],
-        "parameters": record.parameters["trainable"],
-        **_files(run),
-        "seconds": record.timings["total"],
-        "texts": _generate(run),
+    writer = _train(GENERATOR_RECIPE, "demo-writer", output)
+    report["writing"] = {
+        "perplexity": writer.record.metrics["validation"]["perplexity"],
+        "rows": writer.record.rows["validation"],
+        "parameters": writer.record.parameters["trainable"],
+        **_files(writer),
+        "seconds": writer.record.timings["total"],
+        "texts": _generate(writer),
     }
+    return report
 
 
 def _train(recipe: str, name: str, output: str, *overrides: str) -> Run:
@@ -128,50 +122,42 @@ def _generate(run: Run) -> list[dict[str, str]]:
     ]
 
 
-def _classifier_lines(report: dict[str, Any]) -> list[str]:
-    rows = [
+def _print_report(report: dict[str, Any], writing: dict[str, Any]) -> None:
+    print("\nSentiment of rule-made sentences, 500 held-out rows:\n")
+    _print_scores(
+        "accuracy",
+        report["total_parameters"],
         ("most frequent class", report["majority"], 0),
         ("tiny base, head trained", report["head"], report["head_parameters"]),
         ("tiny base, LoRA and head trained", report["lora"], report["lora_parameters"]),
-    ]
-    lines = ["", "Sentiment of rule-made sentences, 500 held-out rows:", ""]
-    lines.append(f"  {'':34}{'accuracy':>10}{'trained parameters':>22}")
-    lines += [_score_line(name, accuracy, trained, report["total_parameters"]) for name, accuracy, trained in rows]
-    lines.append("")
+    )
+    print()
     for answer in report["answers"]:
         probability = max(answer["probabilities"].values())
         wrong = "" if answer["label"] == answer["right"] else ", wrong"
-        lines.append(f"  {answer['sentence']!r}: {answer['label']} ({probability:.2f}){wrong}")
-    return [*lines, *_file_lines(report)]
-
-
-def _generator_lines(report: dict[str, Any]) -> list[str]:
-    lines = ["", f"Descriptions of rule-made restaurants, {report['rows']} held-out rows:", ""]
-    lines.append(f"  {'':34}{'perplexity':>10}{'trained parameters':>22}")
-    total = report["total_parameters"]
-    lines.append(_score_line("tiny base, LoRA trained", report["perplexity"], report["parameters"], total))
-    for text in report["texts"]:
+        print(f"  {answer['sentence']!r}: {answer['label']} ({probability:.2f}){wrong}")
+    _print_files(report)
+    print(f"\nDescriptions of rule-made restaurants, {writing['rows']} held-out rows:\n")
+    row = ("tiny base, LoRA trained", writing["perplexity"], writing["parameters"])
+    _print_scores("perplexity", writing["total_parameters"], row)
+    for text in writing["texts"]:
         base = textwrap.shorten(text["base"], WIDTH - 11, placeholder="...")
-        lines += ["", *_wrap("input", text["input"]), *_wrap("base", base), *_wrap("LoRA", text["adapted"])]
-    return [*lines, *_file_lines(report)]
+        print()
+        for name, value in (("input", text["input"]), ("base", base), ("LoRA", text["adapted"])):
+            indent, start = " " * 11, f"  {name:9}"
+            lines = textwrap.wrap(value, WIDTH, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
+            print("\n".join(lines) or f"  {name}")
+    _print_files(writing)
+    print("\nNext: follow docs/start.md")
 
 
-def _score_line(name: str, score: float, trained: int, total: int) -> str:
-    share = f"{trained:,} ({100 * trained / total:.1f} %)" if trained else "0"
-    return f"  {name:34}{score:>10.3f}{share:>22}"
+def _print_scores(metric: str, total: int, *rows: tuple[str, float, int]) -> None:
+    print(f"  {'':34}{metric:>10}{'trained parameters':>22}")
+    for name, score, trained in rows:
+        share = f"{trained:,} ({100 * trained / total:.1f} %)" if trained else "0"
+        print(f"  {name:34}{score:>10.3f}{share:>22}")
 
 
-def _wrap(name: str, text: str) -> list[str]:
-    wrapped = textwrap.wrap(
-        text, WIDTH, initial_indent=f"  {name:9}", subsequent_indent=" " * 11, break_on_hyphens=False
-    )
-    return wrapped or [f"  {name}"]
-
-
-def _file_lines(report: dict[str, Any]) -> list[str]:
-    return [
-        "",
-        f"  adapter  {report['adapter']} ({report['adapter_bytes'] / 1e6:.2f} MB)",
-        f"  record   {report['record']}",
-        f"  trained and scored in {report['seconds']:.0f} s",
-    ]
+def _print_files(report: dict[str, Any]) -> None:
+    print(f"\n  adapter  {report['adapter']} ({report['adapter_bytes'] / 1e6:.2f} MB)\n  record   {report['record']}")
+    print(f"  trained and scored in {report['seconds']:.0f} s")

@@ -5,23 +5,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_type_hints
 
 from lora_hf.cli.terminal import add_adapter, add_json, print_rows, progress
+from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import ConfigError
 
 HELP = "generate texts from prompts"
-# The keys of the config's `generate` section that have an option.
-DECODING = {
-    "num_beams": int,
-    "length_penalty": float,
-    "no_repeat_ngram_size": int,
-    "max_new_tokens": int,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "seed": int,
-    "batch_size": int,
-}
+# The keys of the config's `generate` section that have an option. Sampling follows from temperature, top_p and top_k.
+DECODING = {name: kind for name, kind in get_type_hints(GenerateConfig).items() if name != "do_sample"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from lora_hf.adapters.resolve import find_saved_model
+    from lora_hf.data.input_files import read_rows
     from lora_hf.data.tasks.generation import TextGeneration
 
     saved = find_saved_model(options.adapter, options.revision)
@@ -49,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     if overrides.keys() & {"temperature", "top_p", "top_k"}:
         overrides = {"num_beams": 1, **overrides, "do_sample": True}
     decoding = replace(saved.generate, **overrides)
-    prompts = [options.prompt] if options.input is None else _read_prompts(options.input)
+    prompts = [options.prompt] if options.input is None else read_rows(options.input, ("prompt",))["prompt"]
     contexts = [task.context(prompt) for prompt in prompts]
     from lora_hf.inference.generate import Generator, write_texts
 
@@ -57,9 +50,3 @@ def run(options: argparse.Namespace) -> None:
     texts = list(stream) if options.output is None else write_texts(options.output, prompts, stream)
     rows = [{"prompt": prompt, **asdict(text)} for prompt, text in zip(prompts, texts, strict=True)]
     print_rows(options, "texts", rows, (text.text for text in texts))
-
-
-def _read_prompts(path: Path) -> list[str]:
-    from lora_hf.data.input_files import read_rows
-
-    return read_rows(path, ("prompt",))["prompt"]

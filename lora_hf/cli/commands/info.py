@@ -40,9 +40,8 @@ def run(options: argparse.Namespace) -> None:
         print_json(info)
         return
     for title, lines in _sections(info).items():
-        print(title)
-        for name, value in lines.items():
-            print(f"  {name:18}{value}")
+        if shown := {name: value for name, value in lines.items() if value}:
+            print("\n".join([title, *(f"  {name:18}{value}" for name, value in shown.items())]))
 
 
 def collect() -> dict[str, Any]:
@@ -54,27 +53,40 @@ def collect() -> dict[str, Any]:
         what only torch knows is left out.
     """
     optional, missing = _extras()
-    hardware: dict[str, Any] = machine() | {"usable_cores": _usable_cores(), "units": _cpu_flags()}
+    flags = cpuinfo("flags").split()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    hardware: dict[str, Any] = machine() | {
+        "usable_cores": cores,
+        "units": [each for each in CPU_FLAGS if each in flags],
+    }
     chosen: dict[str, Any] = {
         "padding_free": [kind for kind, entry in ARCHITECTURES.items() if not entry.padded_because],
         "padded": [kind for kind, entry in ARCHITECTURES.items() if entry.padded_because],
         "nf4": optional.get("bitsandbytes") is not None,
-        "int8_units": [flag for flag in INT8_FLAGS if flag in hardware["units"]],
+        "int8_units": [flag for flag in INT8_FLAGS if flag in flags],
         "java": shutil.which("java") is not None,
     }
     problem = None
     try:
-        hardware |= _torch_hardware()
-        chosen |= _auto_precision()
+        _add_what_torch_knows(hardware, chosen)
     except Exception as error:  # noqa: BLE001 - a torch that cannot be imported is something to report
         problem = f"{type(error).__name__}: {_hide_home(str(error))}"
+    data = os.environ.get("LORA_HF_DATA_DIR") or None
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
     return {
         "versions": versions(),
         "optional": optional,
         "code": git_state(),
         "machine": hardware,
         "chosen": chosen,
-        "places": _sources(),
+        "places": {
+            "data": data and _hide_home(data),
+            "data_is_there": bool(data) and Path(data).expanduser().is_dir(),
+            "cache": _hide_home(cache),
+            "offline": [name for name in OFFLINE if os.environ.get(name)],
+            "other_endpoint": bool(os.environ.get("HF_ENDPOINT")),
+            "proxy": any(os.environ.get(name) for name in PROXIES),
+        },
         "missing": missing,
         "problem": problem,
     }
@@ -99,44 +111,17 @@ def _extras() -> tuple[dict[str, str | None], dict[str, list[str]]]:
     return dict(sorted(optional.items())), missing
 
 
-def _usable_cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _cpu_flags() -> list[str]:
-    flags = cpuinfo("flags").split()
-    return [flag for flag in CPU_FLAGS if flag in flags]
-
-
-def _torch_hardware() -> dict[str, Any]:
+def _add_what_torch_knows(hardware: dict[str, Any], chosen: dict[str, Any]) -> None:
     import torch
 
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        capability = f"{gpu.major}.{gpu.minor}"
-        gpus.append({"name": gpu.name, "memory": gpu.total_memory, "compute_capability": capability})
-    return {"threads": torch.get_num_threads(), "cuda": torch.version.cuda, "gpus": gpus}
-
-
-def _auto_precision() -> dict[str, Any]:
     from lora_hf.lora.precision import FASTER, bf16_gain, resolve_precision
 
-    return {"auto_precision": resolve_precision("auto"), "bf16_gain": bf16_gain(), "bf16_from": FASTER}
-
-
-def _sources() -> dict[str, Any]:
-    """Where data and models come from."""
-    data = os.environ.get("LORA_HF_DATA_DIR") or None
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    return {
-        "data": data and _hide_home(data),
-        "data_is_there": bool(data) and Path(data).expanduser().is_dir(),
-        "cache": _hide_home(cache),
-        "offline": [name for name in OFFLINE if os.environ.get(name)],
-        "other_endpoint": bool(os.environ.get("HF_ENDPOINT")),
-        "proxy": any(os.environ.get(name) for name in PROXIES),
-    }
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    hardware["threads"], hardware["cuda"] = torch.get_num_threads(), torch.version.cuda
+    hardware["gpus"] = [
+        {"name": gpu.name, "memory": gpu.total_memory, "compute_capability": f"{gpu.major}.{gpu.minor}"} for gpu in gpus
+    ]
+    chosen |= {"auto_precision": resolve_precision("auto"), "bf16_gain": bf16_gain(), "bf16_from": FASTER}
 
 
 def _hide_home(text: str) -> str:
@@ -144,68 +129,54 @@ def _hide_home(text: str) -> str:
     return text.replace(home, "~") if len(home) > 1 else text
 
 
-def _sections(info: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """The lines to print, by section and name."""
-    code, places = info["code"], info["places"]
-    commit = {"commit": code["commit"][:12] + (", with local changes" if code["changed"] else "")} if code else {}
-    installed = {name: version for name, version in info["optional"].items() if version is not None}
-    sources = {
-        "data": "task.data_dir, otherwise the hub; LORA_HF_DATA_DIR is not set",
-        "models": f"{places['cache']}, then the hub",
+def _sections(info: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The lines to print, by section and name; empty ones are left out."""
+    code, hardware, chosen, places = info["code"], info["machine"], info["chosen"], info["places"]
+    cores = f"{hardware['cores']}, {hardware['usable_cores']} of them usable by this process"
+    gpus = {
+        f"GPU {number}": f"{gpu['name']}, {_gigabytes(gpu['memory'])}, capability {gpu['compute_capability']}"
+        for number, gpu in enumerate(hardware.get("gpus", ()))
     }
+    units = ", ".join(chosen["int8_units"])
+    data = "task.data_dir, otherwise the hub; LORA_HF_DATA_DIR is not set"
     if places["data"]:
-        sources["data"] = f"LORA_HF_DATA_DIR={places['data']}" + ("" if places["data_is_there"] else ": no such folder")
-    if places["offline"]:
-        sources["offline"] = f"{', '.join(places['offline'])}: the hub is not used"
-    if places["other_endpoint"]:
-        sources["endpoint"] = "HF_ENDPOINT replaces the hub"
-    if places["proxy"]:
-        sources["proxy"] = "set"
-    sections = {
-        "versions": {**info["versions"], **commit},
-        "optional packages": installed or {"none": ""},
-        "hardware": _hardware(info["machine"]),
-        "settings on this machine": _settings(info["chosen"], info["problem"]),
-        "data and models": sources,
+        data = f"LORA_HF_DATA_DIR={places['data']}" + ("" if places["data_is_there"] else ": no such folder")
+    return {
+        "versions": {
+            **info["versions"],
+            "commit": code and code["commit"][:12] + (", with local changes" if code["changed"] else ""),
+        },
+        "optional packages": {name: installed for name, installed in info["optional"].items() if installed},
+        "hardware": {
+            "system": hardware["system"],
+            "processor": hardware["processor"] or "unknown",
+            "cores": cores + (f", {hardware['threads']} threads" if "threads" in hardware else ""),
+            "memory": _gigabytes(hardware["memory"]),
+            "instructions": " ".join(hardware["units"]) or "unknown",
+            **(gpus or {"GPU": "none visible to torch"}),
+        },
+        "settings on this machine": {
+            "torch": info["problem"] and f"cannot be imported: {info['problem']}",
+            "precision: auto": "auto_precision" in chosen
+            and f"{chosen['auto_precision']}: bf16 runs {chosen['bf16_gain']:.1f} times as fast as fp32, and is used "
+            f"from {chosen['bf16_from']:g} times on",
+            "without padding": ", ".join(chosen["padding_free"]),
+            "with padding": ", ".join(chosen["padded"]),
+            "quantized: int8": f"yes, with {units}" if units else "yes, but without CPU instructions for it",
+            "quantized: nf4": "yes" if chosen["nf4"] else f"no: {how_to_install('quantised')}",
+            "METEOR, CIDEr": "yes" if chosen["java"] else "no, Java is missing: see docs/generation_metrics.md",
+        },
+        "data and models": {
+            "data": data,
+            "models": f"{places['cache']}, then the hub",
+            "offline": places["offline"] and f"{', '.join(places['offline'])}: the hub is not used",
+            "endpoint": places["other_endpoint"] and "HF_ENDPOINT replaces the hub",
+            "proxy": places["proxy"] and "set",
+        },
         "missing": {
             extra: f"{', '.join(packages)}: {how_to_install(extra)}" for extra, packages in info["missing"].items()
         },
     }
-    return {title: lines for title, lines in sections.items() if lines}
-
-
-def _hardware(machine: dict[str, Any]) -> dict[str, str]:
-    cores = f"{machine['cores']}, {machine['usable_cores']} of them usable by this process"
-    lines = {
-        "system": machine["system"],
-        "processor": machine["processor"] or "unknown",
-        "cores": cores + (f", {machine['threads']} threads" if "threads" in machine else ""),
-        "memory": _gigabytes(machine["memory"]),
-        "instructions": " ".join(machine["units"]) or "unknown",
-    }
-    for number, gpu in enumerate(machine.get("gpus", ())):
-        lines[f"GPU {number}"] = f"{gpu['name']}, {_gigabytes(gpu['memory'])}, capability {gpu['compute_capability']}"
-    if not machine.get("gpus"):
-        lines["GPU"] = "none visible to torch"
-    return lines
-
-
-def _settings(chosen: dict[str, Any], problem: str | None) -> dict[str, str]:
-    lines = {"torch": f"cannot be imported: {problem}"} if problem else {}
-    if "auto_precision" in chosen:
-        lines["precision: auto"] = (
-            f"{chosen['auto_precision']}: bf16 runs {chosen['bf16_gain']:.1f} times as fast as fp32, and is used from "
-            f"{chosen['bf16_from']:g} times on"
-        )
-    lines["LoRA layers"] = "fused forward and backward, in plain torch; rows of many adapters grouped"
-    lines["without padding"] = ", ".join(chosen["padding_free"])
-    if chosen["padded"]:
-        lines["with padding"] = ", ".join(chosen["padded"])
-    units = ", ".join(chosen["int8_units"])
-    lines["quantized: int8"] = f"yes, with {units}" if units else "yes, but without CPU instructions for it"
-    lines["quantized: nf4"] = "yes" if chosen["nf4"] else f"no: {how_to_install('quantised')}"
-    lines["METEOR, CIDEr"] = "yes" if chosen["java"] else "no, Java is missing: see docs/generation_metrics.md"
-    return lines
 
 
 def _gigabytes(size: int | None) -> str:

@@ -1,10 +1,10 @@
-"""METEOR, ROUGE_L and CIDEr as the official E2E scorer computes them: with pycocoevalcap, on Penn Treebank tokens."""
+"""ROUGE_L and CIDEr as the official E2E scorer computes them: with pycocoevalcap, on Penn Treebank tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_hf.data.metrics.java import running_meteor, tokenize_ptb
+from lora_hf.data.metrics.java import tokenize_ptb
 
 
 def caption_tokens(
@@ -20,12 +20,6 @@ def caption_tokens(
 
     tokens = (" ".join(token for token in line.split(" ") if token not in PUNCTUATIONS) for line in lines)
     return [next(tokens) for _ in predictions], [[next(tokens) for _ in group] for group in references]
-
-
-def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """METEOR 1.5 of one system, from 0 to 1; see `running_meteor`."""
-    with running_meteor() as process:
-        return process.score(predictions, references)
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:

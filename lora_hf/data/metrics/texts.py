@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lora_hf.core.errors import ConfigError, DataError, did_you_mean
-from lora_hf.data.metrics import captioning, translation
+from lora_hf.data.metrics import captioning, java, translation
 from lora_hf.data.metrics.requirements import ScorerError
 
 METRIC_NAMES: dict[str, tuple[str, ...]] = {
@@ -87,7 +87,7 @@ def _e2e_scorers(predictions: Sequence[str], references: list[list[str]]) -> Sco
     return {
         "BLEU": ("mteval-v13a", lambda: translation.mteval_bleu(predictions, references)),
         "NIST": ("mteval-v13a", lambda: translation.mteval_nist(predictions, references)),
-        "METEOR": ("METEOR 1.5 on PTB tokens", lambda: captioning.meteor(*tokens())),
+        "METEOR": ("METEOR 1.5 on PTB tokens", lambda: java.meteor(*tokens())),
         "ROUGE_L": ("pycocoevalcap on PTB tokens", lambda: captioning.rouge_l(*tokens())),
         "CIDEr": ("pycocoevalcap on PTB tokens", lambda: captioning.cider(*tokens())),
     }
@@ -97,6 +97,6 @@ def _triple_scorers(predictions: Sequence[str], references: list[list[str]], tok
     bleu, ter = ("multi-bleu.perl -lc", "tercom") if tokenized else ("multi-bleu-detok.perl -lc", "tercom -N")
     return {
         "BLEU": (bleu, lambda: translation.multi_bleu(predictions, references, tokenized)),
-        "METEOR": ("METEOR 1.5", lambda: captioning.meteor(predictions, references)),
+        "METEOR": ("METEOR 1.5", lambda: java.meteor(predictions, references)),
         "TER": (ter, lambda: translation.ter(predictions, references, tokenized)),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lora_hf.data.metrics.requirements import package_folder
 
@@ -36,9 +36,12 @@ def mteval_nist(predictions: Sequence[str], references: References) -> float:
 
     Source: Doddington 2002, equations 2 and 3; `NIST_ORDER` and the length penalty are the script's.
     """
-    tokenize = _tokenizer()
-    candidates = [tokenize(prediction) for prediction in predictions]
-    groups = [[tokenize(reference) for reference in group] for group in references]
+    package_folder("sacrebleu")
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    tokenize = Tokenizer13a()
+    candidates = [tokenize(prediction.lower()).split() for prediction in predictions]
+    groups = [[tokenize(reference.lower()).split() for reference in group] for group in references]
     counts: Counts = Counter()
     for reference in (reference for group in groups for reference in group):
         counts[()] += len(reference)
@@ -92,14 +95,6 @@ def _columns(references: References, fill: str | None) -> list[list[str]]:
     columns = range(max(map(len, references)))
     # sacrebleu skips None, and its types do not say so.
     return [[group[i] if i < len(group) else fill for group in references] for i in columns]  # pyright: ignore[reportReturnType]
-
-
-def _tokenizer() -> Callable[[str], list[str]]:
-    package_folder("sacrebleu")
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-
-    tokenize = Tokenizer13a()
-    return lambda text: tokenize(text.lower()).split()
 
 
 def _ngrams(words: list[str], order: int) -> Counts:

@@ -8,18 +8,17 @@ line), in the data folder or in `<task.name>/` below it. Nothing is guessed: a c
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.config.schema import TaskConfig
-from lora_hf.core.errors import ConfigError, DataError, did_you_mean
+from lora_hf.core.errors import ConfigError, DataError
 from lora_hf.data.readers import read_csv, read_json_lines, read_parquet, to_dataset
 from lora_hf.data.tasks.base import Task, TextClassification
 from lora_hf.data.tasks.generation import Example, TextGeneration
-from lora_hf.data.tasks.row_checks import check_columns, check_text
+from lora_hf.data.tasks.row_checks import check_columns, check_text, read_labels
 from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE, find_data_folder
 
 if TYPE_CHECKING:
@@ -148,47 +147,13 @@ class CustomFiles:
         features = Features({column: Value("string") for column in texts})
         features["label"] = ClassLabel(names=names) if names else Value("float32")
         columns: dict[str, Any] = {column: rows.data.column(column).cast(pyarrow.string()) for column in texts}
-        columns["label"] = self._labels(_class_names(rows, label), label, path)
+        columns["label"] = read_labels(_class_names(rows, label), names, str(path), label, "task.label_names")
         return to_dataset(pyarrow.table(columns, schema=features.arrow_schema))
-
-    def _labels(self, values: Sequence[Any], column: str, path: Path) -> list[float]:
-        """Returns the class ids, or the scores, of a column's values."""
-        labels = {_key(value): self._label(value) for value in values}
-        invalid = next((row for row, value in enumerate(values) if labels[_key(value)] is None), None)
-        if invalid is not None:
-            names = self.config.label_names or ()
-            expected = f"one of task.label_names ({', '.join(names)})" if names else "a number"
-            counts = Counter(map(str, values)).most_common(10)
-            found = f"; the column holds {', '.join(f'{name} ({count})' for name, count in counts)}" if names else ""
-            near = did_you_mean(str(values[invalid]), names)
-            raise DataError(
-                f"{path}: row {invalid} (counting from 0) has the label {values[invalid]!r:.100} in column {column!r}; "
-                f"expected {expected}{near}{found}"
-            )
-        return [label for value in values if (label := labels[_key(value)]) is not None]
-
-    def _label(self, value: Any) -> float | None:
-        names = self.config.label_names
-        if not names:
-            try:
-                return None if isinstance(value, bool) or value is None else float(value)
-            except (TypeError, ValueError):
-                return None
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        if text in names:
-            return names.index(text)
-        # If the classes are called 1 to 5, a 0 is a mistake and not a class id.
-        is_id = isinstance(value, (int, str)) and text.isdecimal() and not any(name.isdecimal() for name in names)
-        return int(text) if is_id and int(text) < len(names) else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CustomText(TextGeneration):
     """Generates a completion for a prompt. The prompt is used as written, the completion on one line."""
-
-    def check(self, rows: Dataset, split: str, origin: str) -> None:
-        check_text(rows, origin, self.text_columns)
-        super().check(rows, split, origin)
 
     def context(self, prompt: str) -> str:
         """Returns the prompt without surrounding white space."""
@@ -210,7 +175,3 @@ def _class_names(rows: Dataset, column: str) -> list[Any]:
     if names is None:
         return values
     return [names[value] if value is not None and 0 <= value < len(names) else value for value in values]
-
-
-def _key(value: Any) -> tuple[type, str]:
-    return type(value), str(value)

@@ -13,7 +13,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_hf.core.errors import DataError, ModelError
 from lora_hf.core.labels import IGNORE_INDEX
@@ -49,6 +49,7 @@ class TextGeneration(Task):
     best_metric: str = "perplexity"
     greater_is_better: bool = False
     subsets: tuple[str, ...] = ()
+    reads_text: ClassVar[bool] = True  # whether all columns hold text
 
     @abstractmethod
     def context(self, prompt: str) -> str:
@@ -64,7 +65,7 @@ class TextGeneration(Task):
 
     def check(self, rows: Dataset, split: str, origin: str) -> None:
         """Raises a DataError for no rows, a missing column, or a malformed row; warns about rows without a text."""
-        check_text(rows, origin, ())
+        check_text(rows, origin, self.text_columns if self.reads_text else ())
         check_columns(rows.column_names, self.text_columns, origin)
         without = sum(not example.references for example in self.examples(rows, origin))
         if without == len(rows):

@@ -9,17 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from lora_hf.core.errors import DataError, did_you_mean
 from lora_hf.data.synthetic import rule_restaurants
 from lora_hf.data.tasks.generation import Example, TextGeneration, shown
 from lora_hf.data.tasks.raw_formats import CommaSeparated, DartJson, WebNlgXml, dart_rows, web_nlg_rows
-from lora_hf.data.tasks.row_checks import check_text
 from lora_hf.data.tasks.sources import Embedded, LocalOrHub
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +23,6 @@ class SlotsToText(TextGeneration):
     """E2E (Novikova et al. 2017, arXiv 1706.09254): `name[The Vaults], eatType[pub]` with one reference per row."""
 
     text_columns: tuple[str, ...] = ("meaning_representation", "human_reference")
-
-    def check(self, rows: Dataset, split: str, origin: str) -> None:
-        check_text(rows, origin, self.text_columns)
-        super().check(rows, split, origin)
 
     def context(self, prompt: str) -> str:
         """Returns `name : The Vaults | Type : pub` for `name[The Vaults], eatType[pub]`."""
@@ -50,6 +42,7 @@ class SlotsToText(TextGeneration):
 class TriplesToText(TextGeneration):
     """Sets of (subject, relation, object), linearized as `subject : relation : object | subject : ...`."""
 
+    reads_text: ClassVar[bool] = False
     lower_case_relations: bool = False
 
     def context(self, prompt: str) -> str:

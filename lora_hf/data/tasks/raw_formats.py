@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from lora_hf.core.errors import DataError, did_you_mean
+from lora_hf.core.errors import DataError
 from lora_hf.core.labels import HIDDEN_LABEL
 from lora_hf.data.readers import read_csv, read_text, to_dataset
-from lora_hf.data.tasks.row_checks import check_columns
+from lora_hf.data.tasks.row_checks import check_columns, read_labels
 
 if TYPE_CHECKING:
     import pyarrow
@@ -72,30 +72,14 @@ class TabSeparated:
             column: [fields[position] for _, fields in complete] for column, position in positions.items()
         }
         table["idx"] = [number for number, _ in complete]
-        table["label"] = self._labels(table["label"], path) if "label" in table else [HIDDEN_LABEL] * len(complete)
+        if "label" in table:
+            table["label"] = read_labels(table["label"], self.label_names, str(path), columns["label"])
+        else:
+            table["label"] = [HIDDEN_LABEL] * len(complete)
         features = Features({column: Value("string") for column in self.columns})
         features["label"] = ClassLabel(names=list(self.label_names)) if self.label_names else Value("float32")
         features["idx"] = Value("int32")
         return to_dataset(pyarrow.table(table, schema=features.arrow_schema))
-
-    def _labels(self, texts: list[str], path: Path) -> list[float | None]:
-        labels = {text: self._label(text) for text in dict.fromkeys(texts)}
-        unknown = next((text for text, label in labels.items() if label is None), None)
-        if unknown is not None:
-            expected = f"one of {', '.join(self.label_names)}, or its number" if self.label_names else "a number"
-            raise DataError(
-                f"{path}: unknown label {unknown!r}{did_you_mean(unknown, self.label_names)}, first on row "
-                f"{texts.index(unknown)} (counting from 0); expected {expected}"
-            )
-        return [labels[text] for text in texts]
-
-    def _label(self, text: str) -> float | None:
-        if text in self.label_names:
-            return self.label_names.index(text)
-        try:
-            return int(text) if self.label_names else float(text)
-        except ValueError:
-            return None
 
 
 @dataclass(frozen=True)
@@ -165,16 +149,10 @@ def dart_rows(rows: Dataset) -> Dataset:
         return rows
     if not isinstance(rows[0]["annotations"], Mapping):
         return rows
-    adapted = [
-        {
-            **row,
-            "annotations": [
-                {"source": source, "text": text}
-                for source, text in zip(row["annotations"]["source"], row["annotations"]["text"], strict=True)
-            ],
-        }
-        for row in rows.to_list()
-    ]
+    adapted = rows.to_list()
+    for row in adapted:
+        texts = zip(row["annotations"]["source"], row["annotations"]["text"], strict=True)
+        row["annotations"] = [{"source": source, "text": text} for source, text in texts]
     return _to_dart_dataset(adapted, "the hub's rows")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import DataError, did_you_mean
 from lora_hf.core.labels import HIDDEN_LABEL
@@ -76,6 +77,44 @@ def check_labels(
     if not is_test and may_hide and HIDDEN_LABEL in labels:
         expected += f"; hidden labels ({HIDDEN_LABEL}) are only for test splits"
     _refuse(rows, "label", invalid, origin, expected)
+
+
+def read_labels(
+    values: Sequence[Any], names: Sequence[str], origin: str, column: str, setting: str = "the classes"
+) -> list[float]:
+    """Returns the class ids of the classes or ids in a column of a file, or without `names` its scores.
+
+    Args:
+        setting: what errors call `names`.
+
+    Raises:
+        DataError: a value is none of these, with its row and the nearest class.
+    """
+    labels = {(type(value), str(value)): _label(value, names) for value in values}
+    found = [labels[type(value), str(value)] for value in values]
+    if None in found:
+        row = found.index(None)
+        expected = f"one of {setting} ({', '.join(names)})" if names else "a number"
+        counts = ", ".join(f"{name} ({count})" for name, count in Counter(map(str, values)).most_common(10))
+        raise DataError(
+            f"{origin}: row {row} (counting from 0) has the label {values[row]!r:.100} in column {column!r}; expected "
+            f"{expected}{did_you_mean(str(values[row]), names)}{f'; the column holds {counts}' if names else ''}"
+        )
+    return found  # pyright: ignore[reportReturnType]: no None is left
+
+
+def _label(value: Any, names: Sequence[str]) -> float | None:
+    if not names:
+        try:
+            return None if isinstance(value, bool) or value is None else float(value)
+        except (TypeError, ValueError):
+            return None
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if text in names:
+        return names.index(text)
+    # If the classes are called 1 to 5, a 0 is a mistake and not a class id.
+    is_id = isinstance(value, (int, str)) and text.isdecimal() and not any(name.isdecimal() for name in names)
+    return int(text) if is_id and int(text) < len(names) else None
 
 
 def _is_null(rows: Dataset, column: str) -> np.ndarray:
