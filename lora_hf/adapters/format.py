@@ -29,23 +29,13 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 HEADER = "lora_hf"
 FLOAT32_MAX = 3.4e38
 
-# Fields of PEFT's LoraConfig that change what the adapter computes, each with the value that leaves the feature off.
-UNSUPPORTED = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "ensure_weight_tying": False,
-    "exclude_modules": None,
-    "kasa_config": None,
-    "layers_pattern": None,
-    "layer_replication": None,
-    "lora_bias": False,
-    "monteclora_config": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "velora_config": None,
-}
+# Fields of PEFT's LoraConfig that leave the outputs of a finished adapter alone: they concern its training, or what
+# `init_lora_weights` names.
+IGNORED = (
+    *("auto_mapping", "ensure_weight_tying", "eva_config", "corda_config", "inference_mode", "loftq_config"),
+    *("lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size"),
+    *("runtime_config", "lora_dropout"),
+)
 
 # Names in PEFT's init_lora_weights that keep the base weights, or change them in a way that can be computed again.
 KNOWN_INITS = ("gaussian", "eva", "olora", "orthogonal", "pissa", "true", "false", "none")
@@ -102,6 +92,19 @@ def _dict_of(check: Check) -> Check:
     return lambda value: isinstance(value, dict) and all(map(check, value.values()))
 
 
+def _is_names(value: Any) -> bool:
+    return _is_str(value) or _list_of(_is_str)(value)
+
+
+def _is_numbers(value: Any) -> bool:
+    return type(value) is int or _list_of(lambda each: type(each) is int)(value)
+
+
+def _is_tokens(value: Any) -> bool:
+    ids = _list_of(lambda each: type(each) is int and each >= 0)
+    return ids(value) or _dict_of(ids)(value)
+
+
 def _optional(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
@@ -110,6 +113,12 @@ def _optional(check: Check) -> Check:
 CONFIG_FIELDS: dict[str, tuple[str, Check]] = {
     "alpha_pattern": ("names with numbers > 0", _optional(_dict_of(_is_alpha))),
     "base_model_name_or_path": ("a name", _optional(_is_str)),
+    "exclude_modules": ("an expression or a list of names", _optional(_is_names)),
+    "layers_pattern": ("a name or a list of names", _optional(_is_names)),
+    "layers_to_transform": ("a number or a list of numbers", _optional(_is_numbers)),
+    "lora_bias": ("true or false", _optional(_is_bool)),
+    "target_modules": ("an expression or a list of names", _is_names),
+    "trainable_token_indices": ("token ids, or names with token ids", _optional(_is_tokens)),
     "bias": ("one of none, all, lora_only", lambda value: value in ("none", "all", "lora_only")),
     "fan_in_fan_out": ("true or false", _optional(_is_bool)),
     "inference_mode": ("true or false", _optional(_is_bool)),
@@ -207,9 +216,15 @@ def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMeta
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         method = config.get("peft_type") if isinstance(config, dict) else config
         raise AdapterError(f"{source}: expected peft_type LORA, found {method!r}; lora_hf loads only LoRA adapters")
-    used = [key for key, off in UNSUPPORTED.items() if config.get(key, off) not in (off, None, [])]
-    if used:
-        raise AdapterError(f"{source}: {', '.join(f'{key}={config[key]!r}' for key in used)} not supported")
+    unknown = {key: value for key, value in config.items() if value and key not in CONFIG_FIELDS and key not in IGNORED}
+    if config.get("ensure_weight_tying") and config.get("modules_to_save"):
+        unknown["ensure_weight_tying"] = True
+    if unknown:
+        listed = ", ".join(f"{key}={value!r:.60}" for key, value in unknown.items())
+        raise AdapterError(
+            f"{source}: {listed} not supported: the adapter would compute something else without it. Merge the adapter "
+            "with the library that wrote it, and load the merged model"
+        )
     for key, (expected, is_valid) in CONFIG_FIELDS.items():
         if key in config and not is_valid(config[key]):
             raise AdapterError(f"{source}: {key}: expected {expected}, found {config[key]!r:.100}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,9 @@ from transformers import PreTrainedModel
 
 from lora_hf.adapters.format import CONFIG_FILE, AdapterFile, AdapterMetadata
 from lora_hf.core.errors import AdapterError
-from lora_hf.lora.heads import outermost, plain_paths, task_type
+from lora_hf.lora.heads import outermost, plain_module, plain_paths, task_type
 from lora_hf.lora.layers import LoraLinear, LoraWeights, linear_shape
 from lora_hf.lora.slices import Slice, are_disjoint, block_diagonal, diagonal_blocks
-from lora_hf.lora.target_modules import in_layers
 from lora_hf.lora.variants.dora import DoraWeights
 
 PREFIX = "base_model.model."  # PEFT puts this before every module path
@@ -135,34 +134,90 @@ def modules_in_file(model: PreTrainedModel, file: AdapterFile) -> list[str]:
     """The modules that the file holds whole, by path.
 
     A file of lora_hf names the paths. PEFT compares the ends of paths without a dot before them, so that `classifier`
-    is also DistilBERT's `pre_classifier`.
+    is also DistilBERT's `pre_classifier`. It also saves embeddings that were resized, without naming them.
     """
-    names = tuple(file.config.get("modules_to_save") or ())
-    if not names:
-        return []
-    is_own = bool(file.metadata.fingerprint)
-    return outermost(
-        model, [path for path in plain_paths(model) if path in names or (not is_own and path.endswith(names))]
-    )
+    names, is_own = tuple(file.config.get("modules_to_save") or ()), bool(file.metadata.fingerprint)
+    paths = plain_paths(model)
+    found = [path for path in paths if path in names or (names and not is_own and path.endswith(names))]
+    unnamed = [path for path in paths if _holds_new_embedding(model, file, path)]
+    return outermost(model, [*found, *unnamed])
+
+
+def _holds_new_embedding(model: PreTrainedModel, file: AdapterFile, path: str) -> bool:
+    """Whether the file holds other embeddings or another output head than the base, at a path that it does not name."""
+    tensor = file.tensors.get(f"{PREFIX}{path}.weight")
+    if tensor is None:
+        return False
+    module: Any = model.get_submodule(path)
+    module = getattr(module, "original_module", module)
+    if module not in (model.get_input_embeddings(), model.get_output_embeddings()):
+        return False
+    return tensor.shape != module.weight.shape or not torch.equal(tensor.to(module.weight), module.weight)
+
+
+def token_rows_in_file(model: PreTrainedModel, file: AdapterFile) -> dict[str, list[int]]:
+    """The ids of the tokens whose embeddings the file holds, by the path of the embedding."""
+    indices = file.config.get("trainable_token_indices")
+    if not indices:
+        return {}
+    tokens = model.get_input_embeddings()
+    embedding = next(path for path in plain_paths(model) if plain_module(model, path) is tokens)
+    named = indices if isinstance(indices, dict) else {embedding: indices}
+    found = {}
+    for name, ids in named.items():
+        path = next((path for path in plain_paths(model) if path == name or path.endswith(f".{name}")), None)
+        if path is None or (isinstance(indices, dict) and plain_module(model, path) is not tokens):
+            raise AdapterError(
+                f"{file.folder}/{CONFIG_FILE}: trainable_token_indices: expected the token embeddings {embedding}, "
+                f"found {name!r}"
+            )
+        found[path] = list(ids)
+    return found
 
 
 def _target_paths(modules: Mapping[str, nn.Module], file: AdapterFile) -> list[str]:
+    """The paths that PEFT's `target_modules` names, as its `check_target_module_exists` reads them."""
     targets, source = file.config.get("target_modules"), f"{file.folder}/{CONFIG_FILE}"
-    if isinstance(targets, str):
-        try:
-            expression = re.compile(targets)
-        except re.error as error:
-            raise AdapterError(f"{source}: target_modules is not a regular expression: {error}") from error
-        paths = [path for path in modules if targets and expression.fullmatch(path)]
-    elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        numbers = file.config.get("layers_to_transform")
-        endings = tuple(f".{target}" for target in targets)
-        paths = [path for path in modules if path in targets or (path.endswith(endings) and in_layers(path, numbers))]
-    else:
-        raise AdapterError(f"{source}: target_modules: expected an expression or a list of names, found {targets!r}")
+    excluded = _selects(file.config.get("exclude_modules") or [], source, "exclude_modules")
+    selected = _selects(targets, source, "target_modules")
+    in_layers = _layer_filter(file) if isinstance(targets, list) else None
+    paths = [
+        path
+        for path in modules
+        if selected(path) and not excluded(path) and (in_layers is None or path in targets or in_layers(path))
+    ]
     if targets and not paths:
         raise AdapterError(f"{source}: target_modules {targets!r} matches no projection of this model")
     return paths
+
+
+def _selects(names: Any, source: str, field: str) -> Callable[[str], bool]:
+    """Whether a path matches an expression as a whole, or is or ends with one of a list of names."""
+    if isinstance(names, list):
+        endings = tuple(f".{name}" for name in names)
+        return lambda path: path in names or path.endswith(endings)
+    try:
+        expression = re.compile(names)
+    except (re.error, TypeError) as error:
+        raise AdapterError(f"{source}: {field} is not a regular expression: {error}") from error
+    return lambda path: bool(names) and expression.fullmatch(path) is not None
+
+
+def _layer_filter(file: AdapterFile) -> Callable[[str], bool] | None:
+    """Whether `layers_to_transform` names the layer of a path; None if it is not set."""
+    numbers = file.config.get("layers_to_transform")
+    if numbers is None or numbers == []:
+        return None
+    patterns = file.config.get("layers_pattern") or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    start = r"(?:^|.*?\.)" if file.config.get("layers_pattern") else r".*?\."
+    expressions = [re.compile(rf"{start}{pattern}\.(\d+)\.") for pattern in patterns]
+
+    def in_layers(path: str) -> bool:
+        match = next((match for expression in expressions if (match := expression.match(path))), None)
+        return match is not None and int(match[1]) in (numbers if isinstance(numbers, list) else [numbers])
+
+    return in_layers
 
 
 def _pattern_value(file: AdapterFile, pattern: str, path: str, default: str) -> float:
@@ -189,7 +244,9 @@ def factor_keys(layer: nn.Module) -> tuple[str, str]:
     return "lora_A.weight", "lora_B.weight"
 
 
-def expected_shapes(plain: nn.Module, r: int, use_dora: bool, bias: bool) -> dict[str, tuple[int, ...]]:
+def expected_shapes(
+    plain: nn.Module, r: int, use_dora: bool = False, bias: bool = False, lora_bias: bool = False
+) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors that a file with rank `r` must hold for a module, by their names relative to it."""
     in_features, out_features = linear_shape(plain)
     a, b = factor_keys(plain)
@@ -198,6 +255,8 @@ def expected_shapes(plain: nn.Module, r: int, use_dora: bool, bias: bool) -> dic
         shapes["lora_magnitude_vector"] = (out_features,)
     if bias and getattr(plain, "bias", None) is not None:
         shapes["base_layer.bias"] = (out_features,)
+    if lora_bias:
+        shapes["lora_B.bias"] = (out_features,)
     return shapes
 
 
@@ -215,6 +274,8 @@ def to_peft(layer: LoraLinear, name: str) -> dict[str, torch.Tensor]:
         tensors["lora_magnitude_vector"] = weights.magnitudes(layer.original_weight())
     if weights.bias is not None:
         tensors["base_layer.bias"] = weights.bias
+    if weights.lora_bias is not None:
+        tensors["lora_B.bias"] = weights.lora_bias
     return tensors
 
 
@@ -233,3 +294,5 @@ def from_peft(layer: LoraLinear, name: str, tensors: Mapping[str, torch.Tensor],
         weights.load_magnitudes(tensors[f"{prefix}.lora_magnitude_vector"].float())
     if weights.bias is not None:
         weights.bias.copy_(tensors[f"{prefix}.base_layer.bias"])
+    if weights.lora_bias is not None:
+        weights.lora_bias.copy_(tensors[f"{prefix}.lora_B.bias"])

@@ -6,34 +6,28 @@ wrong shape, another base or other labels raises AdapterError and leaves the mod
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_hf.adapters.fit import check_fit, check_shapes, in_head, labels_of, new_heads, trains_biases, without_copies
 from lora_hf.adapters.format import WEIGHTS_FILE, AdapterFile, AdapterMetadata, read_adapter, write_adapter
 from lora_hf.adapters.peft_config import (
     PREFIX,
     SavedLayer,
     base_dependent_init,
-    expected_shapes,
-    factor_keys,
     from_peft,
-    modules_in_file,
     peft_config,
-    read_layers,
     to_peft,
+    token_rows_in_file,
 )
 from lora_hf.adapters.resolve import SavedModel, fetch_adapter
 from lora_hf.core.errors import AdapterError
-from lora_hf.lora.active_adapter import AdapterState, Labels
 from lora_hf.lora.fingerprint import check_base, fingerprint
-from lora_hf.lora.heads import has_labels, head_paths, is_random, modules_to_train, outermost
+from lora_hf.lora.heads import has_labels
 from lora_hf.lora.inject import (
     adapter_heads,
     adapter_names,
@@ -47,19 +41,14 @@ from lora_hf.lora.inject import (
     merge,
     set_adapter,
 )
-from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
-from lora_hf.lora.slices import diagonal_blocks
-from lora_hf.lora.target_modules import adaptable_modules
 from lora_hf.lora.variants.biases import (
     add_biases,
-    check_no_standalone_biases,
     load_standalone_biases,
     standalone_biases,
-    unadapted_biases,
 )
 from lora_hf.lora.variants.dora import DoraWeights
-from lora_hf.lora.variants.embedding import is_base
 from lora_hf.lora.variants.table import Variant, initialise
+from lora_hf.lora.variants.tokens import FILE_KEY, add_token_rows, token_rows
 from lora_hf.models.load import dequantise, load_base, load_tokenizer, quantise
 
 
@@ -76,7 +65,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     heads = {
         path: head.modules_to_save[name] for path, head in adapter_heads(model).items() if name in head.modules_to_save
     }
-    if not layers and not heads:
+    if name not in adapter_state(model).names:
         raise AdapterError(f"no adapter {name!r} on this model; it has: {', '.join(adapter_names(model)) or 'none'}")
     tensors: dict[str, torch.Tensor] = {}
     for path, layer in layers.items():
@@ -85,6 +74,8 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
     tensors |= biases
     for path, head in heads.items():
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in head.state_dict().items()}
+    rows = token_rows(model, name)
+    tensors |= {f"{PREFIX}{path}.{FILE_KEY}": own.rows for path, own in rows.items()}
     all_weights = [layer.adapters[name] for layer in layers.values()]
     saved_layers = [SavedLayer.from_weights(path, layer.adapters[name]) for path, layer in layers.items()]
     labeled = has_labels(model)
@@ -109,6 +100,8 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         "use_rslora": any(weights.use_rslora for weights in all_weights),
         "bias": "all" if biases else "lora_only" if lora_biases else "none",
         "use_dora": any(isinstance(weights, DoraWeights) for weights in all_weights),
+        "lora_bias": any(weights.lora_bias is not None for weights in all_weights),
+        "trainable_token_indices": {path: own.ids.tolist() for path, own in rows.items()} or None,
     }
     config = peft_config(model, saved_layers, list(heads), metadata) | variant
     write_adapter(Path(folder), config, tensors, metadata)
@@ -137,11 +130,17 @@ def load_adapter(
     """
     check_new_name(model, name)
     file = read_adapter(fetch_adapter(folder, revision))
-    heads = _new_heads(model, file, own_head)
-    saved_layers, biases = _check_fit(model, file, heads, own_head)
+    heads = new_heads(model, file, own_head)
+    saved_layers, biases = check_fit(model, file, heads, own_head)
     init, holds_init = base_dependent_init(file)
     use_rslora, dropout = bool(file.config.get("use_rslora")), file.config.get("lora_dropout", 0.0)
-    variant = Variant(use_rslora, bool(file.config.get("use_dora")), init, _trains_biases(file))
+    variant = Variant(
+        use_rslora,
+        bool(file.config.get("use_dora")),
+        init,
+        trains_biases(file),
+        bool(file.config.get("lora_bias")),
+    )
     for saved in saved_layers:
         r, alpha = saved.adapter_rank_and_alpha(use_rslora)
         weights = add_weights(model, saved.path, name, saved.slices, r, alpha, dropout, variant)
@@ -152,8 +151,12 @@ def load_adapter(
     switch = adapter_state(model)
     add_biases(model, biases, name, switch)
     load_standalone_biases(model, name, file.tensors, PREFIX)
+    rows = token_rows_in_file(model, file)
+    add_token_rows(model, rows, name, switch)
+    for path, own in token_rows(model, name).items():
+        own.rows.data.copy_(file.tensors[f"{PREFIX}{path}.{FILE_KEY}"])
     if has_labels(model):
-        switch.labels[name] = _labels(switch, file, heads)
+        switch.labels[name] = labels_of(switch, file, heads)
     inject_head(model, name, heads)
     _load_heads(model, file, name)
     return set_adapter(model, name)
@@ -187,7 +190,7 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
                 f"{found_rslora}"
             )
     shapes |= {key: tuple(bias.shape) for key, bias in standalone_biases(model, name, PREFIX).items()}
-    found = {key: tensor for key, tensor in _without_copies(model, file).items() if not _in_head(model, key)}
+    found = {key: tensor for key, tensor in without_copies(model, file).items() if not in_head(model, key)}
     check_shapes(shapes, found, f"{file.folder}/{WEIGHTS_FILE}")
     for path, layer in layers.items():
         from_peft(layer, name, file.tensors, f"{PREFIX}{path}")
@@ -222,79 +225,8 @@ def load_saved_model(
     return model, tokenizer
 
 
-def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.Tensor], source: str) -> None:
-    """Raises AdapterError that lists the tensors that are missing, extra or of a wrong shape, five of each kind."""
-    problems = {
-        "missing": [f"{key} {expected[key]}" for key in expected if key not in found],
-        "extra": [f"{key} {tuple(found[key].shape)}" for key in found if key not in expected],
-        "wrong shape": [
-            f"{key}: expected {expected[key]}, found {tuple(found[key].shape)}"
-            for key in expected
-            if key in found and tuple(found[key].shape) != expected[key]
-        ],
-    }
-    lines = []
-    for kind, entries in problems.items():
-        lines += [f"{kind}: {entry}" for entry in entries[:5]]
-        lines += [f"{kind}: and {len(entries) - 5} more"] if len(entries) > 5 else []
-    if lines:
-        raise AdapterError("\n  ".join([f"{source} does not fit this model:", *lines]))
-
-
-def _trains_biases(file: AdapterFile) -> bool:
-    return file.config.get("bias", "none") != "none"
-
-
-def _in_head(model: PreTrainedModel, key: str) -> bool:
-    return key.startswith(tuple(f"{PREFIX}{path}." for path in adapter_heads(model)))
-
-
-def _without_copies(model: PreTrainedModel, file: AdapterFile) -> dict[str, torch.Tensor]:
-    """The tensors without PEFT's duplicates: of the head's biases (`bias: all`) and of base embeddings."""
-    whole = modules_in_file(model, file)
-    parts = ("modules_to_save.", "original_module.") if file.config.get("bias") == "all" else ()
-    copies = tuple(f"{PREFIX}{path}.{part}" for path in whole for part in parts)
-    owned = tuple(f"{PREFIX}{path}." for path in whole)
-    layers = adaptable_modules(model)
-    return {
-        key: tensor
-        for key, tensor in file.tensors.items()
-        if not key.startswith(copies)
-        and (key.startswith(owned) or not is_base(layers, key.removeprefix(PREFIX), tensor))
-    }
-
-
-def _new_heads(model: PreTrainedModel, file: AdapterFile, own_head: bool) -> dict[str, nn.Module]:
-    """Copies of the modules that the file holds whole, by path; with `own_head` the output layer gets its labels.
-
-    A head that the file does not hold is expected as well, unless the base's own comes from its checkpoint.
-    """
-    paths = modules_in_file(model, file)
-    missing = [path for path in modules_to_train(model) if is_random(model, path)]
-    heads: dict[str, nn.Module] = {}
-    for path in outermost(model, [*paths, *missing]):
-        module = model.get_submodule(path)
-        heads[path] = copy.deepcopy(module.original_module if isinstance(module, ModulesToSaveWrapper) else module)
-    own = [path for path in head_paths(model) if path in heads]
-    if own and own_head:
-        _resize_output(heads, own[-1], file)
-    return heads
-
-
-def _resize_output(heads: dict[str, nn.Module], path: str, file: AdapterFile) -> None:
-    """Gives the last linear layer of a head as many outputs as the file has labels."""
-    wrapper = nn.ModuleDict({"head": heads[path]})  # so that a head that is itself the output layer has a parent
-    inner = [each for each, module in wrapper.named_modules() if isinstance(module, nn.Linear)][-1]
-    old: Any = wrapper.get_submodule(inner)
-    weight = file.tensors.get(f"{PREFIX}{path}{inner.removeprefix('head')}.weight")
-    if weight is not None and weight.ndim == 2:
-        new = nn.Linear(old.in_features, len(weight), old.bias is not None, old.weight.device, old.weight.dtype)
-        wrapper.set_submodule(inner, new)
-        heads[path] = wrapper["head"]
-
-
 def _load_heads(model: PreTrainedModel, file: AdapterFile, name: str) -> None:
-    tensors = _without_copies(model, file)
+    tensors = without_copies(model, file)
     for path, head in adapter_heads(model).items():
         if name not in head.modules_to_save:
             continue
@@ -302,68 +234,3 @@ def _load_heads(model: PreTrainedModel, file: AdapterFile, name: str) -> None:
         head.modules_to_save[name].load_state_dict(
             {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         )
-
-
-def _labels(switch: AdapterState, file: AdapterFile, heads: Mapping[str, nn.Module]) -> Labels:
-    """The adapter's labels: those in its file, else those of the base, else transformers' default names."""
-    metadata, base = file.metadata, switch.labels[None]
-    if metadata.num_labels is not None:
-        return metadata.labels, metadata.problem_type
-    if not heads:
-        return base
-    count = [len(value) for value in list(heads.values())[-1].state_dict().values()][-1]
-    return base if len(base[0]) == count else (tuple(f"LABEL_{index}" for index in range(count)), None)
-
-
-def _check_fit(
-    model: PreTrainedModel, file: AdapterFile, heads: Mapping[str, nn.Module], own_head: bool
-) -> tuple[list[SavedLayer], dict[str, nn.Module]]:
-    """Checks the file against the model; returns its layers, and the modules of which it trains only the bias."""
-    if not own_head:
-        _check_labels(model, file)
-    owned = tuple(f"{path}." for path in heads)  # PEFT adapts no module that it trains whole
-    modules = {path: each for path, each in adaptable_modules(model).items() if not f"{path}.".startswith(owned)}
-    layers = read_layers(modules, file)
-    paths = [layer.path for layer in layers]
-    check_no_standalone_biases(model, paths)
-    biases = unadapted_biases(model, paths, heads) if file.config.get("bias") == "all" else {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in layers:
-        expected = expected_shapes(
-            modules[layer.path], layer.r, bool(file.config.get("use_dora")), _trains_biases(file)
-        )
-        shapes |= {f"{PREFIX}{layer.path}.{key}": shape for key, shape in expected.items()}
-    for path, module in biases.items():
-        shapes[f"{PREFIX}{path}.bias"] = tuple(module.bias.shape)  # type: ignore[union-attr]
-    for path, head in heads.items():
-        shapes |= {f"{PREFIX}{path}.{key}": tuple(value.shape) for key, value in head.state_dict().items()}
-    check_shapes(shapes, _without_copies(model, file), f"{file.folder}/{WEIGHTS_FILE}")
-    for layer in layers:
-        b = file.tensors[f"{PREFIX}{layer.path}.{factor_keys(modules[layer.path])[1]}"]
-        if sum(int(block.count_nonzero()) for block in diagonal_blocks(b, layer.slices)) != int(b.count_nonzero()):
-            raise AdapterError(f"{file.folder}: {layer.path}.lora_B is not zero outside its slices {layer.slices}")
-    if file.metadata.fingerprint:
-        check_base(model, file.metadata.fingerprint, str(file.folder))
-    return layers, biases
-
-
-def _check_labels(model: PreTrainedModel, file: AdapterFile) -> None:
-    metadata = file.metadata
-    if not has_labels(model) or metadata.num_labels is None:
-        return
-    names, _ = adapter_state(model).labels[None]
-    if metadata.num_labels != len(names):
-        raise AdapterError(
-            f"{file.folder} was trained for num_labels={metadata.num_labels} ({', '.join(metadata.labels)}); this "
-            f"model has num_labels={len(names)}. Load the base with num_labels={metadata.num_labels}, or the adapter "
-            "with own_head=True"
-        )
-    if _are_named(names) and _are_named(metadata.labels) and names != metadata.labels:
-        raise AdapterError(
-            f"{file.folder} was trained for the labels {', '.join(metadata.labels)}; this model has {', '.join(names)}"
-        )
-
-
-def _are_named(labels: tuple[str, ...]) -> bool:
-    """Whether the labels have names of their own, not transformers' default LABEL_0, LABEL_1, ..."""
-    return any(label != f"LABEL_{index}" for index, label in enumerate(labels))

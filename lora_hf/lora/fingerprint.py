@@ -20,6 +20,7 @@ from lora_hf.lora.heads import base_prefix, new_parameters
 from lora_hf.lora.layers import LoraLinear, LoraWeights
 from lora_hf.lora.quantization import Packed, QuantisedLinear
 from lora_hf.lora.variants.biases import Bias
+from lora_hf.lora.variants.tokens import TokenRows
 
 SAMPLES = 4
 # A base in another precision differs by one rounding: bf16 keeps 8 bits (2^-8 relative), fp16 has 2^-24 as its smallest
@@ -74,7 +75,7 @@ def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
         if isinstance(module, LoraLinear):  # before its `base_layer` comes
             unmerged = {"weight": module.unmerged_weight, "bias": module.unmerged_bias}
             tensors |= {f"{path}.{name}": tensor for name, tensor in unmerged.items() if tensor is not None}
-        if isinstance(module, (LoraWeights, Bias)) or ".modules_to_save." in path:
+        if isinstance(module, (LoraWeights, Bias, TokenRows)) or ".modules_to_save." in path:
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
             name = name.replace(".base_layer.", ".").replace(".original_module.", ".")

@@ -128,6 +128,14 @@ def outermost(model: PreTrainedModel, paths: Iterable[str]) -> list[str]:
     return [path for path in plain_paths(model) if path in chosen - within]
 
 
+def plain_module(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path of the plain model, without what adapters put around it."""
+    module: Any = model.get_submodule(path)
+    while inner := getattr(module, "original_module", None) or module._modules.get("base_layer"):
+        module = inner
+    return module
+
+
 def plain_paths(model: nn.Module) -> list[str]:
     """The paths of all modules as the plain model has them, in its order."""
     paths = dict.fromkeys(

@@ -26,6 +26,7 @@ from lora_hf.lora.target_modules import Site, comma_separated, plan, ranks_and_a
 from lora_hf.lora.variants.biases import add_biases, check_no_standalone_biases, unadapted_biases, unwrap_biases
 from lora_hf.lora.variants.embedding import check_not_tied
 from lora_hf.lora.variants.table import PLAIN, Variant, initialise, new_weights
+from lora_hf.lora.variants.tokens import token_modules
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,8 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
     for path, layer in layers.items():
         model.set_submodule(path, layer.base_layer)
     unwrap_biases(model, keep=merged)
+    for path, tokens in token_modules(model).items():
+        model.set_submodule(path, tokens.base_layer)
     for path, head in adapter_heads(model).items():
         plain = head.modules_to_save[head.active] if merged and head.active else head.original_module
         if head.within_base:
@@ -154,10 +157,10 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
     A quantized base rounds coarsely: a warning reports the error, and `merge_drift` returns it for each module.
 
     Raises:
-        AdapterError: it adapts a weight that the input embeddings and the output head share, which would change both.
-            Nothing is merged then.
+        AdapterError: it adapts a weight that the input embeddings and the output head share, which would change both,
+            trains rows of the embeddings, or adds a bias where the base has none. Nothing is merged then.
     """
-    check_not_tied(model)
+    check_mergeable(model)
     for layer in lora_layers(model).values():
         layer.merge()
     drifts = merge_drift(model).values()
@@ -169,6 +172,16 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
             max(drift.of_delta for drift in drifts),
         )
     return model
+
+
+def check_mergeable(model: PreTrainedModel) -> None:
+    """Raises AdapterError if the active adapter cannot be merged into the base."""
+    check_not_tied(model)
+    for path, layer in lora_layers(model).items():
+        if layer.active and layer.adapters[layer.active].lora_bias is not None and layer.bias is None:
+            raise AdapterError(f"{path}: the adapter adds a bias, and the base has none to merge it into")
+    if any(module.active for module in token_modules(model).values()):
+        raise AdapterError("the adapter has rows of its own for some tokens; use it without merging it")
 
 
 def merge_drift(model: nn.Module) -> dict[str, Drift]:

@@ -58,6 +58,7 @@ class LoraWeights(nn.Module):
         self.r = r
         self.use_rslora = use_rslora
         self.bias: nn.Parameter | None = None  # this adapter's copy of the projection's bias, if it trains one
+        self.lora_bias: nn.Parameter | None = None  # PEFT's bias of B, scaled like B
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
         width = sum(map(slice_width, slices))
@@ -73,7 +74,7 @@ class LoraWeights(nn.Module):
     @property
     def plain(self) -> bool:
         """Whether all it does is to add `scaling * B A` of its `factors`."""
-        return type(self).adapt is LoraWeights.adapt and self.bias is None
+        return type(self).adapt is LoraWeights.adapt and self.bias is None and self.lora_bias is None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The A and B to multiply, stacked like `lora_A` and `lora_B`, of any rank."""
@@ -97,6 +98,8 @@ class LoraWeights(nn.Module):
     def forward(self, base_layer: nn.Module, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`: the base layer with this adapter and its bias."""
         y = self.adapt(base_layer, x)
+        if self.lora_bias is not None:
+            y = y + (self.scaling * self.lora_bias).to(y.dtype)
         return y if self.bias is None else y + (self.bias - base_layer.bias).to(y.dtype)  # type: ignore[operator]
 
     def adapt(self, base_layer: nn.Module, x: Tensor) -> Tensor:
@@ -120,6 +123,13 @@ class LoraWeights(nn.Module):
         for columns, slice_a, slice_b in split_slices(a, b, self.slices):
             delta[columns] = slice_b @ slice_a * self.scaling
         return delta
+
+    def merged_bias(self, base: Tensor | None) -> Tensor | None:
+        """The bias that a merge writes over that of the base, or None if it stays."""
+        if base is None or (self.bias is None and self.lora_bias is None):
+            return None
+        bias = base.float() if self.bias is None else self.bias
+        return bias if self.lora_bias is None else bias + self.scaling * self.lora_bias
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, slices={self.slices}"
@@ -302,8 +312,8 @@ class LoraLinear(AdaptedModule):
         else:
             self.unmerged_weight = weight.detach().clone()
             weight.copy_(weight.float() + (delta.T if isinstance(self.base_layer, TRANSPOSED) else delta))
-        bias = self.adapters[self.active].bias
-        if bias is not None and self.bias is not None:
+        bias = self.adapters[self.active].merged_bias(self.bias)
+        if bias is not None:
             self.unmerged_bias = self.bias.detach().clone()
             self.bias.copy_(bias)
         self.merged = self.active

@@ -164,13 +164,6 @@ def layer_of(path: str) -> int | None:
     return int(number[1]) if number else None
 
 
-def in_layers(path: str, layers: list[int] | int | None) -> bool:
-    """Whether PEFT's layers_to_transform names the layer of a path: a list, a single number, or nothing for all."""
-    if layers is None or layers == []:
-        return True
-    return layer_of(path) in (layers if isinstance(layers, list) else [layers])
-
-
 def comma_separated(names: Iterable[str]) -> str:
     """Names as a message lists them."""
     return ", ".join(names) or "none"

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.adapters.convert.checkpoint import lora_paths, read_loralib, write_loralib
-from lora_hf.adapters.save_load import check_shapes
+from lora_hf.adapters.fit import check_shapes
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.heads import head_paths
 from lora_hf.lora.inject import (

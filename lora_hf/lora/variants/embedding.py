@@ -41,9 +41,9 @@ def embeddings_path(model: PreTrainedModel) -> str:
 
 
 def is_base(layers: Mapping[str, nn.Module], key: str, tensor: Tensor) -> bool:
-    """Whether a tensor of a file equals an embedding of the base: PEFT writes that too, next to A and B."""
-    layer: Any = layers.get(key.removesuffix(".base_layer.weight"))
-    if not isinstance(layer, nn.Embedding) or layer.weight.shape != tensor.shape:
+    """Whether a tensor of a file equals an embedding or the output head of the base, which PEFT writes too."""
+    layer: Any = layers.get(key.removesuffix(".weight").removesuffix(".base_layer"))
+    if layer is None or ".lora_" in key or not key.endswith(".weight") or layer.weight.shape != tensor.shape:
         return False
     return torch.equal(layer.weight, tensor.to(layer.weight))
 

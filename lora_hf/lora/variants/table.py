@@ -19,13 +19,14 @@ class Variant:
     """What an adapter does besides plain LoRA, in PEFT's words.
 
     `start` is `pissa` or `olora` if A and B start as a part of the weight; `bias` trains a projection's bias if it has
-    one.
+    one; `lora_bias` gives B a bias of its own.
     """
 
     use_rslora: bool = False
     use_dora: bool = False
     start: str = ""
     bias: bool = False
+    lora_bias: bool = False
 
 
 PLAIN = Variant()
@@ -45,6 +46,8 @@ def new_weights(
     bias = layer.bias if layer.unmerged_bias is None else layer.unmerged_bias
     if variant.bias and bias is not None:
         weights.bias = nn.Parameter(bias.detach().float().clone())
+    if variant.lora_bias:
+        weights.lora_bias = nn.Parameter(torch.zeros(layer.out_features, device=layer.device))
     return weights
 
 
