@@ -188,7 +188,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is no JSON": (lambda f: (f / CONFIG_FILE).write_text("{"), "damaged adapter"),
     "config is a list": (lambda f: (f / CONFIG_FILE).write_text("[]"), "expected peft_type LORA, found []"),
     "another method": (lambda f: reconfigure(f, peft_type="PREFIX_TUNING"), "expected peft_type LORA, found 'PREFIX"),
-    "an unsupported variant": (lambda f: reconfigure(f, lora_bias=True), "use_qalora=True not supported"),
+    "an unsupported variant": (lambda f: reconfigure(f, use_qalora=True), "use_qalora=True not supported"),
     "an unsupported start": (lambda f: reconfigure(f, init_lora_weights="corda"), "a base that PEFT changed"),
     "a variant it does not hold": (lambda f: reconfigure(f, use_dora=True), "missing: base_model.model.roberta"),
     "another rank": (lambda f: reconfigure(f, r=8), "expected (8, 32), found (4, 32)"),
