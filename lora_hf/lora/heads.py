@@ -8,16 +8,19 @@ file, the next process would draw other numbers.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from lora_hf.core.errors import ConfigError, ModelError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 NEW_PARAMETERS = "lora_hf_new_parameters"  # the attribute of a model with what `new_parameters` returned first
 WITH_LABELS = ("SEQ_CLS", "TOKEN_CLS")
@@ -79,9 +82,31 @@ def new_parameters(model: PreTrainedModel) -> frozenset[str] | None:
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if not _ADDED.search(name)
         }
-        known = any(marks.values())
-        setattr(model, NEW_PARAMETERS, frozenset(n for n, loaded in marks.items() if not loaded) if known else None)
+        new = frozenset(name for name, loaded in marks.items() if not loaded) | _resized_embeddings(model)
+        setattr(model, NEW_PARAMETERS, new if any(marks.values()) else None)
     return getattr(model, NEW_PARAMETERS)
+
+
+def _resized_embeddings(model: PreTrainedModel) -> frozenset[str]:
+    """The embeddings and the output head, if the vocabulary is not the one of the checkpoint."""
+    try:
+        saved = AutoConfig.from_pretrained(model.name_or_path, local_files_only=True).get_text_config().vocab_size
+    except (OSError, ValueError, AttributeError):  # not from a folder or from the cache
+        return frozenset()
+    size = model.config.get_text_config().vocab_size
+    if size == saved:
+        return frozenset()
+    modules = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if id(module) in modules]
+    logger.warning(
+        "the vocabulary was resized from %d to %d tokens, and the checkpoint lacks the new rows: %s are trained and "
+        "saved with the adapter",
+        saved,
+        size,
+        ", ".join(paths),
+    )
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return frozenset(name for name in names if name.startswith(tuple(f"{path}." for path in paths)))
 
 
 def is_random(model: PreTrainedModel, path: str) -> bool:

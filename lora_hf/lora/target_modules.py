@@ -26,6 +26,7 @@ from lora_hf.core.errors import ConfigError, did_you_mean
 from lora_hf.lora.architectures import ARCHITECTURES, Projection
 from lora_hf.lora.heads import base_prefix, modules_to_train
 from lora_hf.lora.layers import AdaptedModule, LoraLinear, linear_shape
+from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.quantization import QuantisedLinear
 from lora_hf.lora.role_guesses import guess_roles
 from lora_hf.lora.slices import Slice, are_disjoint, slice_width
@@ -93,7 +94,7 @@ def describe_guesses(kind: str, sites: Iterable[Site], prefix: str = "") -> str:
     """What a user should check before training a model type that is not in the role table."""
     paths: dict[str, list[str]] = {}
     for site in sites:
-        paths.setdefault(_with_stars(site.path.removeprefix(prefix)), []).append(site.role)
+        paths.setdefault(with_stars(site.path.removeprefix(prefix)), []).append(site.role)
     width = max(map(len, paths), default=0)
     rows = [f"  {path:<{width}}  {roles[0]} ({len(roles)} modules)" for path, roles in paths.items()]
     return "\n".join([f"model type {kind!r} is not in the role table; its roles are guessed from names:", *rows])
@@ -148,9 +149,10 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every plain projection and nn.Embedding by its path; one inside an adapted module by the path of that module."""
     modules: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if ".original_module" in path or ".modules_to_save" in path:  # trained whole: no adapter within
+        if ".original_module" in path or ".modules_to_save" in path:  # nothing within what is trained whole
             continue
         plain = module.base_layer if isinstance(module, AdaptedModule) else module
+        plain = plain.original_module if isinstance(plain, ModulesToSaveWrapper) else plain
         # Subclasses of nn.Embedding may do more than look up a row.
         is_adaptable = isinstance(plain, PROJECTIONS) or type(plain) is nn.Embedding or isinstance(module, LoraLinear)
         if is_adaptable and path.rpartition(".")[0] not in modules:
@@ -260,13 +262,14 @@ def _path_expression(pattern: str, prefix: str) -> re.Pattern[str]:
     return re.compile(f"(?:{re.escape(prefix)})?" + re.escape(pattern).replace(r"\*", r"[^.]+"))
 
 
-def _with_stars(path: str) -> str:
+def with_stars(path: str) -> str:
+    """A path with `*` for each number."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
 
 
 def _no_match(target: str, model: PreTrainedModel, modules: Mapping[str, nn.Module], prefix: str) -> str:
     kind = model.config.model_type
-    paths = dict.fromkeys(_with_stars(path.removeprefix(prefix)) for path in modules)
+    paths = dict.fromkeys(with_stars(path.removeprefix(prefix)) for path in modules)
     if target in ROLES or target in PRESETS:
         if kind not in ARCHITECTURES:
             return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -101,7 +101,7 @@ def load_model(model: ModelConfig, head: dict[str, Any] | None, seed: int = 0) -
     """
     auto: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     dtype = DTYPES[resolve_precision(model.precision)]
-    config = _config(model, head or {})
+    config = read_config(model, head or {})
     torch.manual_seed(seed)
     base = auto.from_config(config, dtype=dtype) if model.init == "random" else _pretrained(auto, model, config, dtype)
     _fuse_activations(base)
@@ -177,15 +177,12 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _fuse_activations(base: PreTrainedModel) -> None:
-    """Replaces GPT-2's `gelu_new`, eight elementwise operations, by torch's kernel for the same formula."""
-    for module in base.modules():
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+def read_config(model: ModelConfig, head: Mapping[str, Any]) -> PretrainedConfig:
+    """The config of the base, with the values in `head`; for `init: random`, of a published shape without the hub.
 
-
-def _config(model: ModelConfig, head: dict[str, Any]) -> PretrainedConfig:
+    Raises:
+        ModelError, HubError: as `load_base`.
+    """
     short = next((short for short, full in HUB_IDS.items() if full == model.name), model.name)
     if model.init == "random" and short in SHAPES and not Path(model.name).is_dir():
         shape = dict(SHAPES[short])
@@ -195,6 +192,14 @@ def _config(model: ModelConfig, head: dict[str, Any]) -> PretrainedConfig:
     if model.dropout is not None:
         config.update({name: model.dropout for name in DROPOUTS if hasattr(config, name)})
     return config
+
+
+def _fuse_activations(base: PreTrainedModel) -> None:
+    """Replaces GPT-2's `gelu_new`, eight elementwise operations, by torch's kernel for the same formula."""
+    for module in base.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 
 def _pretrained(auto: Any, model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from lora_hf.cli.commands.info import OFFLINE, collect
 from lora_hf.cli.main import main
+from lora_hf.core.config.schema import LoraConfig, ModelConfig
 from lora_hf.core.provenance import machine, versions
+from lora_hf.lora.inject import count_parameters, inject
+from lora_hf.models.load import load_model
 
 REPO = Path(__file__).parents[2]
 
@@ -30,7 +34,7 @@ def test_json_holds_everything(capsys: pytest.CaptureFixture[str]) -> None:
     chosen = info["chosen"]
     assert chosen["auto_precision"] == ("bf16" if chosen["bf16_gain"] >= chosen["bf16_from"] else "fp32")
     assert "roberta" in chosen["padding_free"]
-    assert chosen["padded"] == ["deberta-v2"]
+    assert "deberta-v2" in chosen["padded"]
     assert info["places"]["offline"] == list(OFFLINE), "the suite runs with the network cut"
     assert info["problem"] is None
 
@@ -109,3 +113,17 @@ def test_it_runs_without_a_working_torch(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_the_bug_template_asks_for_it() -> None:
     assert "lora-hf info" in (REPO / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8")
+
+
+def test_the_modules_of_a_model_are_shown_without_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--model", "tiny-gpt2", "--targets", "q,mlp.c_fc", "--r", "4", "--json"]) == 0
+    model = json.loads(capsys.readouterr().out)
+    assert [(site["role"], site["fused"]) for site in model["sites"]] == [("q", True), ("mlp.c_fc", False)]
+    counts = count_parameters(inject(base_of("tiny-gpt2"), LoraConfig(r=4, targets=("q", "mlp.c_fc"))))
+    assert model["parameters"] == counts.lora
+    assert main(["info", "--model", "tiny-gpt2", "--targets", "qq"]) == 2
+    assert "matches 'qq' (did you mean 'q'?)" in capsys.readouterr().err
+
+
+def base_of(name: str) -> PreTrainedModel:
+    return load_model(ModelConfig(name=name, precision="fp32"), None)

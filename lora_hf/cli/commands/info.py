@@ -1,4 +1,4 @@
-"""`info`: versions, hardware and settings, for a bug report.
+"""`info`: versions, hardware and settings, for a bug report; with `--model`, what a config would adapt of a model.
 
 The output contains no token, no address, and no name of the machine or its user.
 """
@@ -19,7 +19,7 @@ from lora_hf.core.errors import how_to_install
 from lora_hf.core.provenance import cpuinfo, git_state, machine, version, versions
 from lora_hf.lora.architectures import ARCHITECTURES
 
-HELP = "show versions, hardware and missing packages, for a bug report"
+HELP = "show versions, hardware and missing packages, or the modules of a model that targets name"
 DISTRIBUTION = "lora-hf"
 DEVELOPER_EXTRAS = ("dev", "docs", "test")  # no user misses these
 PEERS = ("loralib", "peft")
@@ -31,10 +31,20 @@ PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="NAME", help="show which modules of this base the targets name; loads no weights")
+    add("--targets", default="all", metavar="TARGET,...", help="with --model: lora.targets; default: all")
+    add("--r", type=int, default=8, metavar="N", help="with --model: the rank; default: 8")
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.model:
+        from lora_hf.cli.model_table import describe_model, format_model
+
+        model = describe_model(options.model, tuple(options.targets.split(",")), options.r)
+        print_json(model) if options.json else print(format_model(model))
+        return
     info = collect()
     if options.json:
         print_json(info)

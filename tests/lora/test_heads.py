@@ -1,0 +1,161 @@
+"""Which modules are trained whole: the head, what the checkpoint lacks, and what the user names."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from lora_hf.adapters.save_load import load_adapter, save_adapter
+from lora_hf.core.config.schema import LoraConfig
+from lora_hf.core.errors import AdapterError, ConfigError, ModelError
+from lora_hf.lora.heads import head_paths, modules_to_train, new_parameters, task_type
+from lora_hf.lora.inject import adapter_heads, inject, merge
+from tests.support.small_models import randomize_lora_b, small_config, small_model, token_ids
+from tests.tolerances import FILE_ROUNDTRIP
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A checkpoint of a bare BERT without a pooler."""
+    torch.manual_seed(0)
+    AutoModel.from_config(small_config("bert"), add_pooling_layer=False).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def classifier(folder: Path, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
+def test_a_new_pooler_is_trained_and_saved_like_the_head(bert: Path, tmp_path: Path) -> None:
+    model = classifier(bert)
+    assert modules_to_train(model) == ["bert.pooler", "classifier"]
+    inject(model, LoraConfig(r=2))
+    randomize_lora_b(model)
+    assert all(p.requires_grad for p in model.bert.pooler.modules_to_save.parameters())
+    logits = model(token_ids()).logits
+    save_adapter(model, tmp_path / "adapter")
+    other = load_adapter(classifier(bert, seed=1), tmp_path / "adapter")
+    assert torch.allclose(other(token_ids()).logits, logits, atol=FILE_ROUNDTRIP, rtol=0)
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+    save_file(kept, tmp_path / "adapter/adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match=r"missing: base_model.model.bert.pooler.dense.weight"):
+        load_adapter(classifier(bert, seed=1), tmp_path / "adapter")
+
+
+def test_a_pretrained_pooler_and_a_language_models_head_stay_frozen(tmp_path: Path) -> None:
+    small_model("bert", 2).save_pretrained(tmp_path / "whole")
+    assert modules_to_train(classifier(tmp_path / "whole")) == ["classifier"]
+    small_model("llama", tie_word_embeddings=False).save_pretrained(tmp_path / "llama")
+    assert modules_to_train(AutoModelForCausalLM.from_pretrained(tmp_path / "llama")) == []
+    small_model("llama").model.save_pretrained(tmp_path / "bare")
+    new = AutoModelForCausalLM.from_pretrained(tmp_path / "bare", tie_word_embeddings=False)
+    assert modules_to_train(new) == ["lm_head"], "the checkpoint holds no head"
+
+
+def test_a_new_masked_language_model_trains_what_is_random_of_its_head(bert: Path) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(bert)
+    assert modules_to_train(model) == ["cls.predictions.transform"], "the rest is tied, or zero in every process"
+
+
+def test_without_a_checkpoint_the_head_is_new(bert: Path) -> None:
+    assert new_parameters(small_model("electra", 2)) is None
+    assert modules_to_train(small_model("electra", 2)) == ["classifier"]
+    copied = copy.deepcopy(classifier(bert))
+    assert new_parameters(copied) is None, "a copy has lost what from_pretrained reported"
+    known = classifier(bert)
+    new_parameters(known)
+    assert new_parameters(copy.deepcopy(known)) == new_parameters(known)
+
+
+def test_a_layer_that_the_checkpoint_lacks_is_refused(bert: Path) -> None:
+    tensors = load_file(bert / "model.safetensors")
+    del tensors["encoder.layer.1.output.dense.weight"]
+    save_file(tensors, bert / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"does not hold bert.encoder.layer.1.output.dense.weight.*drew random numbers"
+    ):
+        inject(classifier(bert), LoraConfig(r=2))
+
+
+def test_a_resized_vocabulary_is_named_trained_and_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    small_model("llama", tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+
+    def larger(seed: int) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(103)
+        return model
+
+    model = inject(larger(1), LoraConfig(r=2))
+    assert "resized from 100 to 103 tokens" in caplog.text
+    assert list(adapter_heads(model)) == ["model.embed_tokens", "lm_head"]
+    ids = torch.tensor([[7, 100, 102, 8]])
+    logits = model(ids).logits
+    save_adapter(model, tmp_path / "adapter")
+    assert torch.allclose(
+        load_adapter(larger(2), tmp_path / "adapter")(ids).logits, logits, atol=FILE_ROUNDTRIP, rtol=0
+    )
+
+
+def test_modules_to_save_are_trained_besides_the_head_and_merged(tmp_path: Path) -> None:
+    small_model("llama", tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    model = inject(base, LoraConfig(r=2, modules_to_save=("lm_head", "model.norm")))
+    assert list(adapter_heads(model)) == ["model.norm", "lm_head"]
+    torch.nn.init.normal_(model.model.norm.modules_to_save["default"].weight)
+    logits = model(token_ids()).logits
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval(), tmp_path / "adapter")
+    assert torch.equal(again(token_ids()).logits, logits)
+    assert torch.allclose(merge(again)(token_ids()).logits, logits, atol=FILE_ROUNDTRIP, rtol=0)
+    with pytest.raises(ConfigError, match=r"no module of this llama is named 'lm_heat' \(did you mean 'lm_head'"):
+        modules_to_train(model, ("lm_heat",))
+
+
+def test_a_module_is_adapted_or_trained_whole_but_not_both() -> None:
+    model = inject(small_model("llama"), LoraConfig(r=2, targets=("embeddings",)))
+    with pytest.raises(AdapterError, match=r"model.embed_tokens: another adapter has A and B in this module"):
+        inject(model, LoraConfig(r=2, modules_to_save=("embed_tokens",)), name="other")
+    model = inject(small_model("llama"), LoraConfig(r=2, modules_to_save=("embed_tokens",)))
+    with pytest.raises(AdapterError, match=r"model.embed_tokens: another adapter trains this module whole"):
+        inject(model, LoraConfig(r=2, targets=("model.embed_tokens",)), name="other")
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_a_module_within_a_base_in_half_precision_gives_its_precision(precision: torch.dtype) -> None:
+    model = small_model("llama").to(precision)
+    inject(model, LoraConfig(r=2, modules_to_save=("embed_tokens", "norm")))
+    assert model.model.norm.modules_to_save["default"].weight.dtype == torch.float32
+    assert model.model(token_ids()).last_hidden_state.dtype == precision
+
+
+@pytest.mark.parametrize(
+    ("kind", "auto", "expected"),
+    [
+        ("t5", "AutoModelForQuestionAnswering", ("QUESTION_ANS", ["qa_outputs"])),
+        ("xlnet", "AutoModelForSequenceClassification", ("SEQ_CLS", ["sequence_summary", "logits_proj"])),
+        ("deberta-v2", "AutoModelForMultipleChoice", (None, ["pooler", "classifier"])),
+        ("bart", "AutoModelForSeq2SeqLM", ("SEQ_2_SEQ_LM", [])),
+        ("mpnet", "AutoModel", ("FEATURE_EXTRACTION", [])),
+        ("gpt2", "AutoModelForTokenClassification", ("TOKEN_CLS", ["classifier"])),
+    ],
+)
+def test_the_head_and_pefts_task_type(kind: str, auto: str, expected: tuple[str | None, list[str]]) -> None:
+    model = getattr(transformers, auto).from_config(small_config(kind))
+    assert (task_type(model), head_paths(model)) == expected
