@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import socket
-import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -43,12 +42,10 @@ def test_meteor_and_every_other_score_without_a_network(monkeypatch: pytest.Monk
 
 
 def test_a_program_is_stopped_after_its_time_limit() -> None:
-    begin = time.monotonic()
     with pytest.raises(ScorerError, match=r"the PTB tokenizer was stopped after 0\.01 seconds"):
         tokenize_ptb(["a"], time_limit=0.01)
-    with pytest.raises(ScorerError, match=r"METEOR was stopped after 0\.2 seconds"), running_meteor(0.2) as meteor:
+    with pytest.raises(ScorerError, match=r"METEOR was stopped after 0\.01 seconds"), running_meteor(0.01) as meteor:
         meteor.score(["a"], [["a"]])
-    assert time.monotonic() - begin < 60
 
 
 def test_the_process_ends_when_the_caller_fails() -> None:
