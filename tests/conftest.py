@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import ipaddress
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -97,8 +98,15 @@ def _cut_network() -> None:
     socket.getaddrinfo = guarded_getaddrinfo
 
 
+def _receive_sigint() -> None:
+    """Also where a shell has started the suite in the background, which ignores SIGINT, and so would its children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 _set_environment()
 _cut_network()
+_receive_sigint()
 
 
 def pytest_unconfigure() -> None:

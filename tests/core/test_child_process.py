@@ -86,6 +86,7 @@ def interrupt_at(instruction: int) -> bool:
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 decides in `settrace` whether there are opcode events
     sys.settrace(trace)
     try:
         with ChildProcesses() as children:
