@@ -6,15 +6,13 @@ pytest-xdist and the commands that tests start inherit it.
 
 from __future__ import annotations
 
-import functools
 import gc
 import ipaddress
 import os
+import signal
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ CACHE_PREFIX = "lora_hf_tests_"
 DISCARD = "http://127.0.0.1:9"  # nothing listens there: a command that tries the network fails at once
 
 _cache: tempfile.TemporaryDirectory[str] | None = None
-_while_running = ExitStack()
 
 
 def _set_environment() -> None:
@@ -101,26 +98,18 @@ def _cut_network() -> None:
     socket.getaddrinfo = guarded_getaddrinfo
 
 
+def _receive_sigint() -> None:
+    """Also where a shell has started the suite in the background, which ignores SIGINT, and so would its children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 _set_environment()
 _cut_network()
-
-
-def pytest_sessionstart() -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ and sys.platform == "linux":
-        _forks()  # before any test has left something behind in this process
-
-
-@functools.cache
-def _forks() -> tuple[Path, Path]:
-    """Starts what forks in place of `python`; ends with this process."""
-    from tests.support.warm import forking_python
-
-    folder = _while_running.enter_context(tempfile.TemporaryDirectory(prefix="warm"))  # a socket's path may not be long
-    return _while_running.enter_context(forking_python(Path(folder)))
+_receive_sigint()
 
 
 def pytest_unconfigure() -> None:
-    _while_running.close()
     if _cache is not None:
         _cache.cleanup()
 
@@ -132,16 +121,19 @@ def _what_is_loaded_stays() -> None:
     gc.freeze()
 
 
-@pytest.fixture(scope="module")
-def forked() -> Iterator[None]:
-    """The processes that a file's tests start need not load torch again: they are forks of one that has."""
-    if sys.platform != "linux":
+@pytest.fixture(scope="module", autouse=True)
+def _a_file_leaves_no_trace() -> Iterator[None]:
+    from tests.support.process_state import restored_process_state
+
+    with restored_process_state():
         yield
-        return
-    python, path = _forks()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "executable", str(python))
-        patch.setenv("WARM_SOCKET", str(path))
+
+
+@pytest.fixture(autouse=True)
+def _a_test_leaves_no_trace() -> Iterator[None]:
+    from tests.support.process_state import restored_process_state
+
+    with restored_process_state():
         yield
 
 

@@ -25,7 +25,7 @@ def test_json_holds_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert info["versions"] == versions()
-    assert info["versions"]["torch"] == torch.__version__
+    assert info["versions"]["torch"] == importlib.metadata.version("torch")
     assert info["optional"]["peft"] == importlib.metadata.version("peft")
     assert {key: info["machine"][key] for key in machine()} == machine()
     assert 1 <= info["machine"]["usable_cores"] <= info["machine"]["cores"]
@@ -43,7 +43,7 @@ def test_the_text_shows_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     output = capsys.readouterr().out
     for line in (
-        f"  torch             {torch.__version__}",
+        f"  torch             {importlib.metadata.version('torch')}",
         "  with padding      deberta-v2",
         "  offline           HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE, HF_DATASETS_OFFLINE: the hub is not used",
         f"  system            {machine()['system']}",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.network_audit import NETWORKED
+from tests.support.waiting import LIMIT
 
 pytestmark = pytest.mark.full
 
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.network_audit", str(folder)],
         cwd=REPO, env={**online, **TOKENS, "HF_HOME": str(folder / "cache")},
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True, timeout=LIMIT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (folder / "output.txt").write_text(done.stdout + done.stderr, encoding="utf-8")

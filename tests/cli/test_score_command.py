@@ -7,9 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.command_lines import ask
 
 REPO = Path(__file__).parents[2]
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="METEOR, ROUGE_L and CIDEr need Java 8 or newer")
@@ -28,20 +31,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def score(folder: Path, *words: str, code: int = 0, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the verb in an empty folder, with PATH set to `path` if given."""
-    done = subprocess.run(
-        [sys.executable, str(REPO / "scripts" / "score.py"), *words],
-        cwd=folder / "empty",
-        env=os.environ | ({"PATH": str(path)} if path else {}),
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(folder / "empty")
+    yield
     assert not list((folder / "empty").iterdir()), "nothing is written"
-    return done
 
 
 @pytest.mark.full
@@ -58,24 +52,25 @@ def test_json_holds_the_scores_and_their_tools(folder: Path) -> None:
     assert result["scores"]["METEOR"] == pytest.approx(1)
     assert result["tools"]["BLEU"] == "mteval-v13a"
     assert result["missing"] == {}
-    assert not list((folder / "empty").iterdir()), "nothing is written"
 
 
-def test_without_java_the_other_scores_are_printed(folder: Path) -> None:
+@pytest.mark.usefixtures("without_java")
+def test_without_java_the_other_scores_are_printed() -> None:
     words = ["--task", "dart", "--predictions", "../out.txt", "--references", "../lex"]
-    done = score(folder, *words, path=folder / "empty")
+    done = ask("score", *words)
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["BLEU", "METEOR", "TER"]
     assert "null" in done.stdout.splitlines()[1]
     assert "multi-bleu.perl -lc" in done.stdout.splitlines()[0]
     assert done.stderr.count("METEOR: needs Java 8") == 1
 
 
-def test_a_crash_of_java_is_reported(folder: Path) -> None:
+def test_a_crash_of_java_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(folder / "bin"))
     (folder / "bin").mkdir()
     (folder / "bin" / "java").write_text("#!/bin/sh\necho no runtime here >&2\nexit 3\n")
     (folder / "bin" / "java").chmod(0o755)
     words = ["--task", "e2e_nlg", "--predictions", "../out.txt", "--references", "../refs.txt", "--json"]
-    result = json.loads(score(folder, *words, path=folder / "bin").stdout)
+    result = json.loads(ask("score", *words).stdout)
     assert [name for name, value in result["scores"].items() if value is None] == ["METEOR", "ROUGE_L", "CIDEr"]
     assert "exit code 3" in result["missing"]["CIDEr"]
     assert "no runtime here" in result["missing"]["CIDEr"]
@@ -107,7 +102,7 @@ def test_an_error_is_one_message_and_exit_code_2(
     if predictions is not None:
         (folder / "bad.txt").write_bytes(predictions)
     words = ["--task", task, "--predictions", "../bad.txt", "--references", "../refs.txt"]
-    done = score(folder, *words, code=2)
+    done = ask("score", *words, code=2)
     assert message in done.stderr
     assert done.stderr.count("error:") == 1
     assert not done.stdout

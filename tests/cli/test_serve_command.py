@@ -12,6 +12,7 @@ import pytest
 from lora_hf.cli.main import main
 from tests.support.random_adapters import PROMPTS, save_random
 from tests.support.server_process import serving
+from tests.support.waiting import LIMIT
 
 TOKEN = "a-token-of-this-test"
 
@@ -26,7 +27,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_request_in_flight_is_answered_after_sigterm(folders: dict[str, Path]) -> None:
     adapters = ["--adapter", f"a={folders['a']}", "--adapter", f"w={folders['w']}"]
     with serving(*adapters, "--precision", "fp32", LORA_HF_TOKEN=TOKEN) as (process, address, lines):
-        with httpx.Client(base_url=address, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60) as client:
+        with httpx.Client(base_url=address, headers={"authorization": f"Bearer {TOKEN}"}, timeout=LIMIT) as client:
             assert httpx.get(f"{address}/v1/adapters").status_code == 401
             answer = client.post("/v1/classify", json={"adapter": "a", "inputs": ["a warm, funny film"]}).json()
             assert answer["answers"][0]["label"] in ("negative", "positive")
@@ -38,7 +39,7 @@ def test_a_request_in_flight_is_answered_after_sigterm(folders: dict[str, Path])
                 first = next(chunks)
                 process.send_signal(signal.SIGTERM)
                 whole = first + "".join(chunks)
-        assert process.wait(60) == 0
+        assert process.wait(LIMIT) == 0
         assert "event: text" in first
         assert "event: done" not in first, "the request must be in flight at the signal"
         assert "event: done" in whole

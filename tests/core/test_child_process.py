@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -20,8 +19,8 @@ from lora_hf.core import child_process
 from lora_hf.core.child_process import ChildProcesses
 from lora_hf.core.errors import Interrupted
 from tests.support.processes import processes_with
+from tests.support.waiting import LIMIT, wait_until
 
-LIMIT = 120  # seconds; nothing here takes nearly as long
 SLEEP = ["sleep", "600"]
 PARENT = """
 import sys, time
@@ -34,13 +33,6 @@ with ChildProcesses() as children:
     time.sleep(600)
 """
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.full
@@ -94,6 +86,7 @@ def interrupt_at(instruction: int) -> bool:
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 decides in `settrace` whether there are opcode events
     sys.settrace(trace)
     try:
         with ChildProcesses() as children:

@@ -80,10 +80,10 @@ def problem_with_link(page: Path, target: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_links_work(page: Path) -> None:
+def test_links_work() -> None:
     problems = [
         f"{page_name(page)}:{line} {target}: {problem}"
+        for page in PAGES
         for line, target in links(page)
         if (problem := problem_with_link(page, target))
     ]
@@ -127,14 +127,14 @@ def test_anchors_match_those_of_github(heading: str, anchor: str) -> None:
 # Code blocks
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_a_block_that_is_not_run_has_a_reason(page: Path) -> None:
-    skipped = [block for block in blocks(page) if block.not_run is not None]
-    wrong = [f"{block}: {block.not_run}" for block in skipped if not block.not_run.startswith(REASONS)]
-    assert not wrong, f"a reason begins with one of {REASONS}"
-    assert all(block.language in RUN for block in skipped)
-    comments = re.findall(r"(?m)^ *<!-- not run", page.read_text(encoding="utf-8"))
-    assert len(comments) == len(skipped), "put the comment directly before its block"
+def test_a_block_that_is_not_run_has_a_reason() -> None:
+    for page in PAGES:
+        skipped = [block for block in blocks(page) if block.not_run is not None]
+        wrong = [f"{block}: {block.not_run}" for block in skipped if not block.not_run.startswith(REASONS)]
+        assert not wrong, f"a reason begins with one of {REASONS}"
+        assert all(block.language in RUN for block in skipped), page
+        comments = re.findall(r"(?m)^ *<!-- not run", page.read_text(encoding="utf-8"))
+        assert len(comments) == len(skipped), f"{page}: put the comment directly before its block"
 
 
 def test_most_blocks_run() -> None:
@@ -229,12 +229,11 @@ def measured_numbers(text: str) -> list[str]:
     return MEASURED.findall(text)
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if not MARKER.search(page.read_text(encoding="utf-8"))], ids=page_name
-)
-def test_a_page_without_tables_has_no_measured_numbers(page: Path) -> None:
+def test_a_page_without_tables_has_no_measured_numbers() -> None:
     """tests/tools/test_report.py checks the numbers of the other pages."""
-    assert not measured_numbers(page.read_text(encoding="utf-8")), "render it from a record, see tools/report.py"
+    texts = {page_name(page): page.read_text(encoding="utf-8") for page in PAGES}
+    found = {page: measured_numbers(text) for page, text in texts.items() if not MARKER.search(text)}
+    assert {page: numbers for page, numbers in found.items() if numbers} == {}, "render it, see tools/report.py"
 
 
 def test_a_measured_number_is_found() -> None:

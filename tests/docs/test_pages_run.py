@@ -7,25 +7,19 @@ their English page (tests/docs/test_pages.py), so only English pages run.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import signal
-import socket
+import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
+from lora_hf.core.child_process import package_environment
 from lora_hf.data.synthetic import rule_restaurants, rule_sentiment
 from lora_hf.data.tasks.glue import GLUE
 from lora_hf.models.model_ids import HUB_IDS
-from tests.support import page_hooks
 from tests.support.pages import PAGES, REPO, RUN, blocks, page_name
-from tests.support.warm import Session, Warm
 
 ROWS = 24
 BASES = REPO / "lora_hf" / "models" / "bases"
@@ -40,10 +34,7 @@ PAGES_THAT_RUN = [
     if not page.name.endswith(".vi.md") and any(b.language in RUN and not b.not_run for b in blocks(page))
 ]
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(sys.platform != "linux", reason="commands are forked, and their sockets are Linux's"),
-]
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +66,8 @@ def _write(file: Path, columns: dict[str, list]) -> None:
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Warm]:
-    """The process that the commands of a page fork from, with the stand-ins in its cache of the hub."""
+def environment(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> dict[str, str]:
+    """The environment of a page, with the stand-ins in its cache of the hub."""
     hub = tmp_path_factory.mktemp("hf")
     for hub_id, base in STAND_INS.items():
         cached = hub / "hub" / f"models--{hub_id.replace('/', '--')}"
@@ -84,10 +75,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[War
         (cached / "refs" / "main").write_text(COMMIT)
         (cached / "snapshots").mkdir()
         (cached / "snapshots" / COMMIT).symlink_to(BASES / base)
-    with tempfile.TemporaryDirectory(prefix="warm") as folder:  # short, because the path of a socket must be
-        process = Warm(Path(folder), {"HF_HOME": str(hub), "LORA_HF_DATA_DIR": str(shared / "data")})
-        yield process
-        process.close()
+    return package_environment() | {"HF_HOME": str(hub), "LORA_HF_DATA_DIR": str(shared / "data")}
 
 
 @pytest.fixture
@@ -101,67 +89,34 @@ def checkout(tmp_path: Path, shared: Path) -> Path:
     return folder
 
 
+def run_page(page: Path, checkout: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs a page in a process of its own, which a reader's environment needs."""
+    command = [sys.executable, "-m", "tests.support.run_page", str(page)]
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=page_name)
-def test_the_page_runs(page: Path, warm: Warm, checkout: Path) -> None:
-    port = _free_port()
-    with warm.session(checkout) as session:
-        try:
-            _run_hook(session, f"before_{page.stem.lower()}")
-            for block in blocks(page):
-                if block.not_run or block.language not in RUN:
-                    continue
-                if block.language == "python":
-                    _run_python(session, block.text, str(block), block.line)
-                else:
-                    done = warm.shell(block.text, checkout, port)
-                    log = f"{block} ended with {done.returncode}\n{block.text}\n{done.stdout}{_server_log(checkout)}"
-                    assert done.returncode == 0, log
-            _run_hook(session, f"after_{page.stem.lower()}")
-        finally:
-            _stop_server(checkout)
+def test_the_page_runs(page: Path, checkout: Path, environment: dict[str, str]) -> None:
+    done = run_page(page, checkout, environment)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def _run_python(session: Session, text: str, name: str, line: int = 0) -> None:
-    ran, output = session.run(text, name, line)
-    assert ran, f"{name}\n{text}\n{output}"
-
-
-def _run_hook(session: Session, name: str) -> None:
-    if hasattr(page_hooks, name):
-        _run_python(session, f"from tests.support.page_hooks import {name}\n{name}(globals())\n", name)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def _server_log(checkout: Path) -> str:
-    log = checkout / "server.log"
-    return f"\nserver: {log.read_text(encoding='utf-8')}" if log.exists() else ""
-
-
-def _stop_server(checkout: Path) -> None:
-    if (checkout / "server.pid").exists():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int((checkout / "server.pid").read_text()), signal.SIGTERM)
-
-
-def test_a_failing_block_is_detected(warm: Warm, checkout: Path) -> None:
-    for text, code in (
-        ("python scripts/eval.py --adapter nowhere", 2),
-        ("lora-hf eval --adapter nowhere | cat", 2),
-        ("python -c 'import sys; sys.exit(7)'", 7),
-        ("python -m lora_hf.nowhere", 1),
-        ("make test", 99),
-        ("python -c 'print(1)'", 0),
-    ):
-        done = warm.shell(text, checkout, 0)
-        assert done.returncode == code, done.stdout
-    with warm.session(checkout) as session:
-        assert session.run("one = 1\n", "first") == (True, "")
-        ran, output = session.run("assert one == 2, 'two'\n", "second", line=6)
-        assert not ran
-        assert 'File "second", line 7' in output
-        assert "AssertionError: two" in output
+@pytest.mark.parametrize(
+    ("language", "text", "error"),
+    [
+        ("bash", "python scripts/eval.py --adapter nowhere", "exit code 2"),
+        ("bash", "lora-hf eval --nothing", "exit code 2"),
+        ("bash", "python scripts/eval.py --adapter nowhere | cat", "returned non-zero exit status 2"),
+        ("bash", "make test", "a block that calls make needs a comment"),
+        ("python", "one = 1\n\nassert one == 2, 'two'", "line 5, in <module>\n"),
+    ],
+)
+def test_a_failing_block_is_detected(
+    language: str, text: str, error: str, tmp_path: Path, checkout: Path, environment: dict[str, str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# Page\n```{language}\n{text}\n```\n")
+    done = run_page(page, checkout, environment)
+    assert done.returncode == 1
+    assert error in done.stderr
+    assert "-- page.md:2\n" in done.stderr

@@ -20,6 +20,7 @@ from lora_hf.lora.inject import adapter_heads, adapter_names, adapter_state, lor
 from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.models.load import quantise
 from tests.support.small_models import randomize_lora_b, small_model, token_ids
+from tests.support.waiting import LIMIT
 
 SETTINGS = {
     "a": LoraConfig(r=2, targets=("all",), use_dora=True),
@@ -135,7 +136,7 @@ def test_each_thread_keeps_its_own_choice() -> None:
     model = adapted("roberta")
     set_adapter(model, "a")
     expected = dict(zip((*SETTINGS, None), outputs(model), strict=False))
-    both_inside, found = threading.Barrier(3, timeout=60), {}
+    both_inside, found = threading.Barrier(3, timeout=LIMIT), {}
 
     def run(name: str | None) -> None:
         with use_adapter(model, name):

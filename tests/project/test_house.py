@@ -15,7 +15,7 @@ import pytest
 
 from lora_hf.core.config.loader import load_config
 from lora_hf.experiments.sweep.space import read_sweep
-from tests.support.pages import PAGES, blocks, page_name
+from tests.support.pages import PAGES, blocks
 
 REPO = Path(__file__).parents[2]
 PACKAGE = REPO / "lora_hf"
@@ -77,16 +77,17 @@ def test_the_package_contains_its_packages_and_nothing_else() -> None:
     assert found == {*PACKAGES, "__init__.py", "py.typed"}
 
 
-@pytest.mark.parametrize("module", sorted(module for module in MODULES if module != "lora_hf"))
-def test_imports_only_from_packages_before_it(module: str) -> None:
-    own = PACKAGES.index(package_of(module))
-    for imported, line in imports_of(module):
-        where = f"{MODULES[module].relative_to(REPO)}:{line}"
-        assert imported != "lora_hf", f"{where} imports the public names: import the file that defines them"
-        assert PACKAGES.index(package_of(imported)) <= own, (
-            f"{where} imports {imported}, but {package_of(module)} comes before {package_of(imported)} in PACKAGES. "
-            "Pass the value as an argument, or move the code"
-        )
+def test_a_package_imports_only_from_those_before_it() -> None:
+    imports = [(module, imported, line) for module in MODULES for imported, line in imports_of(module)]
+    inside = [each for each in imports if each[0] != "lora_hf"]
+    public = [f"{module}:{line}" for module, imported, line in inside if imported == "lora_hf"]
+    assert not public, "these import the public names: import the file that defines them"
+    later = [
+        f"{module}:{line} imports {imported}"
+        for module, imported, line in inside
+        if PACKAGES.index(package_of(imported)) > PACKAGES.index(package_of(module))
+    ]
+    assert not later, "a package imports only from those before it: pass the value as an argument, or move the code"
 
 
 def test_no_import_cycles() -> None:
@@ -104,17 +105,21 @@ def test_every_imported_module_exists() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_only_the_command_line_prints(module: str) -> None:
-    lines = [line for call, line in calls_of(module) if call == "print"]
-    if module.split(".")[1:2] != ["cli"]:
-        assert not lines, f"{MODULES[module].relative_to(REPO)} prints on lines {lines}: log it, or return it to cli/"
+def test_only_the_command_line_prints() -> None:
+    library = [module for module in MODULES if module.split(".")[1:2] != ["cli"]]
+    prints = [f"{module}:{line}" for module in library for call, line in calls_of(module) if call == "print"]
+    assert not prints, "log it, or return it to cli/"
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_nothing_is_pickled(module: str) -> None:
-    if module == "lora_hf.adapters.convert.checkpoint":
-        return  # the next test checks it
+def test_nothing_is_pickled() -> None:
+    reads_pickles = {"lora_hf.adapters.convert.checkpoint"}  # the next test checks it
+    found = [each for module in MODULES.keys() - reads_pickles for each in uses_of_pickle(module)]
+    assert not found, "use safetensors or json"
+
+
+def uses_of_pickle(module: str) -> list[str]:
+    """Imports of pickling packages, and torch's own pickling."""
+    uses = [f"{module}:{line} {call}" for call, line in calls_of(module) if call in ("torch.load", "torch.save")]
     pickling = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
@@ -127,11 +132,8 @@ def test_nothing_is_pickled(module: str) -> None:
                 found |= {alias.name for alias in node.names} & {"load", "save"}
         else:
             continue
-        assert not found, (
-            f"{MODULES[module].relative_to(REPO)}:{node.lineno} uses {sorted(found)}: use safetensors or json"
-        )
-    calls = [f"{call}, line {line}" for call, line in calls_of(module) if call in ("torch.load", "torch.save")]
-    assert not calls, f"{MODULES[module].relative_to(REPO)} calls {calls}: use safetensors"
+        uses += [f"{module}:{node.lineno} {name}" for name in sorted(found)]
+    return uses
 
 
 def test_the_one_module_that_reads_pickles_reads_only_tensors() -> None:
@@ -146,21 +148,20 @@ def test_the_one_module_that_reads_pickles_reads_only_tensors() -> None:
     }
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_no_input_is_executed(module: str) -> None:
+def test_no_input_is_executed() -> None:
     """Neither as Python, YAML tags or shell commands, nor as the code of a model."""
     running = {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.full_load", "yaml.unsafe_load"}
-    found = [f"{call}, line {line}" for call, line in calls_of(module) if call in running]
-    for node in ast.walk(TREES[module]):
-        if isinstance(node, ast.keyword) and node.arg in ("shell", "trust_remote_code"):
-            found += [f"{node.arg}, line {node.lineno}"] if ast.unparse(node.value) != "False" else []
-    assert not found, f"{MODULES[module].relative_to(REPO)}: {found}"
+    found = [f"{module}:{line} {call}" for module in MODULES for call, line in calls_of(module) if call in running]
+    for module, tree in TREES.items():
+        keywords = [node for node in ast.walk(tree) if isinstance(node, ast.keyword)]
+        running_keywords = [node for node in keywords if node.arg in ("shell", "trust_remote_code")]
+        found += [f"{module}:{n.lineno} {n.arg}" for n in running_keywords if ast.unparse(n.value) != "False"]
+    assert not found
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_files_stay_short(module: str) -> None:
-    lines = len(MODULES[module].read_text(encoding="utf-8").splitlines())
-    assert lines <= LONGEST_FILE, f"{MODULES[module].relative_to(REPO)} has {lines} lines: split it"
+def test_files_stay_short() -> None:
+    lengths = {module: len(file.read_text(encoding="utf-8").splitlines()) for module, file in MODULES.items()}
+    assert {module: lines for module, lines in lengths.items() if lines > LONGEST_FILE} == {}, "split them"
 
 
 def test_no_file_has_a_generic_name() -> None:
@@ -188,19 +189,6 @@ def test_import_is_light(module: str) -> None:
     assert result.returncode == 0, f"import {module} also imports {result.stderr.strip()}: import it inside a function"
 
 
-def recipes() -> list[str]:
-    return sorted(file.name for file in (REPO / "configs").glob("*.yaml"))
-
-
-def test_there_are_recipes() -> None:
-    assert recipes()
-
-
-@pytest.mark.parametrize("recipe", recipes())
-def test_a_recipe_loads(recipe: str) -> None:
-    load_config(REPO / "configs" / recipe)
-
-
 def commands_of(page: Path) -> list[list[str]]:
     """The words of every command in the bash blocks of a page, also of blocks that are not run."""
     texts = (block.text for block in blocks(page) if block.language == "bash")
@@ -208,10 +196,9 @@ def commands_of(page: Path) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_the_commands_of_a_page_exist(page: Path) -> None:
+def test_the_commands_of_the_pages_exist() -> None:
     targets = re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    for words in commands_of(page):
+    for page, words in [(each, words) for each in PAGES for words in commands_of(each)]:
         command = f"{page.name}: {' '.join(words)}"
         if words[0] == "make" and len(words) > 1:
             assert words[1] in targets, f"{command}: the Makefile has {targets}"

@@ -8,13 +8,12 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from lora_hf.core.errors import how_to_install
-from tests.support.pages import PAGES, page_name
+from tests.support.pages import PAGES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,31 +41,30 @@ def locked() -> dict[str, list[Requirement]]:
     return pins
 
 
-@pytest.mark.parametrize("requirement", THIRD_PARTY, ids=str)
-def test_a_requirement_has_one_lower_bound_and_the_lock_satisfies_it(requirement: Requirement) -> None:
-    bounds = [each for each in requirement.specifier if each.operator == ">="]
-    assert len(bounds) == 1, f"{requirement}: expected exactly one `>=`, with the oldest version that CI installs"
-    pins = locked()[canonicalize_name(requirement.name)]
-    assert pins, f"{requirement.name} is not in requirements.lock: run `make lock`"
-    for pin in pins:
-        (version,) = (each.version for each in pin.specifier)
-        assert requirement.specifier.contains(Version(version)), f"the lock's {pin} is outside {requirement}"
+def test_each_requirement_has_one_lower_bound_and_the_lock_satisfies_it() -> None:
+    locks = locked()
+    for requirement in THIRD_PARTY:
+        bounds = [each for each in requirement.specifier if each.operator == ">="]
+        assert len(bounds) == 1, f"{requirement}: expected exactly one `>=`, with the oldest version that CI installs"
+        pins = locks[canonicalize_name(requirement.name)]
+        assert pins, f"{requirement.name} is not in requirements.lock: run `make lock`"
+        for pin in pins:
+            (version,) = (each.version for each in pin.specifier)
+            assert requirement.specifier.contains(Version(version)), f"the lock's {pin} is outside {requirement}"
 
 
-@pytest.mark.parametrize("line", LOCK_LINES)
-def test_a_line_of_the_lock_is_one_exact_public_version(line: str) -> None:
-    assert re.fullmatch(r"[a-z0-9][a-z0-9-]*==[0-9][0-9a-z.]*( ; .+)?", line), (
-        "expected name==version, with no local +tag"
-    )
+def test_each_line_of_the_lock_is_one_exact_public_version() -> None:
+    wanted = re.compile(r"[a-z0-9][a-z0-9-]*==[0-9][0-9a-z.]*( ; .+)?")
+    assert [line for line in LOCK_LINES if not wanted.fullmatch(line)] == [], "expected name==version, with no +tag"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_a_page_installs_existing_extras_with_the_command_of_the_messages(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    assert "lora-hf[" not in text, "lora-hf is on no package index: expected the command of errors.how_to_install"
-    for extras in re.findall(r"\.\[([\w,]+)\]", text):
-        assert how_to_install(*extras.split(",")) in text
-        assert set(extras.split(",")) <= set(EXTRAS)
+def test_pages_install_existing_extras_with_the_command_of_the_messages() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert "lora-hf[" not in text, f"{page}: lora-hf is on no package index: expected errors.how_to_install"
+        for extras in re.findall(r"\.\[([\w,]+)\]", text):
+            assert how_to_install(*extras.split(",")) in text, page
+            assert set(extras.split(",")) <= set(EXTRAS), page
 
 
 def test_each_python_version_gets_at_most_one_version_of_a_package() -> None:

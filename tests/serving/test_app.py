@@ -34,11 +34,12 @@ from lora_hf.serving.middleware import AccessMiddleware
 from lora_hf.serving.requests import Request, digest_of
 from tests import tolerances
 from tests.support.random_adapters import PROMPTS, TEXTS, save_random
+from tests.support.waiting import LIMIT
 
 TOKEN = "a-token-of-this-test"
 AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance]
-LIMITS = Limits(max_inputs=4, max_queue=8, max_characters=200, max_new_tokens=32, max_bytes=4000, deadline=20)
+LIMITS = Limits(max_inputs=4, max_queue=8, max_characters=200, max_new_tokens=32, max_bytes=4000, deadline=600)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ CLASSIFY, GENERATE = "/v1/classify", "/v1/generate"
         (CLASSIFY, {"adapter": "pair", "inputs": ["x"]}, 422, "bad_input", "reads 2 texts (sentence1, sentence2)"),
         (CLASSIFY, {"adapter": "a", "inputs": ["x"], "top": 1}, 422, "invalid_request", "top: Extra inputs"),
         (CLASSIFY, {"inputs": ["x"]}, 422, "invalid_request", "adapter: Field required"),
-        (CLASSIFY, {"adapter": "a", "inputs": ["x"], "deadline": 21}, 413, "too_large", "less than or equal to 20"),
+        (CLASSIFY, {"adapter": "a", "inputs": ["x"], "deadline": 601}, 413, "too_large", "less than or equal to 600"),
         (GENERATE, {"adapter": "w", "prompt": "name[A], eatTipe[pub]"}, 422, "bad_input", "did you mean 'eatType'"),
         (GENERATE, {"adapter": "w", "prompt": "x" * 201}, 413, "too_large", "at most 200 characters"),
         (GENERATE, {"adapter": "w", "prompt": "name[A]", "num_beams": 17}, 413, "too_large", "num_beams"),
@@ -179,7 +180,7 @@ def test_a_body_of_unknown_length_is_read_only_up_to_the_limit() -> None:
 def test_a_full_queue_and_a_passed_deadline(client: TestClient, engine: Engine) -> None:
     blocked, resume = threading.Event(), threading.Event()
     engine._current["a"][1].call(lambda: blocked.set() or resume.wait())
-    assert blocked.wait(30)
+    assert blocked.wait(LIMIT)
     try:
         late = client.post(CLASSIFY, json={"adapter": "a", "inputs": ["x"], "deadline": 0.05})
         assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_passed")
@@ -191,7 +192,7 @@ def test_a_full_queue_and_a_passed_deadline(client: TestClient, engine: Engine) 
     finally:
         resume.set()
     for request in waiting:
-        request.future.result(30)
+        request.future.result(LIMIT)
 
 
 def test_health_readiness_and_metrics(engine: Engine) -> None:
@@ -310,7 +311,7 @@ def test_a_disconnect_cancels_the_request() -> None:
     async def gone() -> Any:
         return {"type": "http.disconnect"}
 
-    request = Request(version=None, deadline=time.monotonic() + 60)  # type: ignore[arg-type]
+    request = Request(version=None, deadline=time.monotonic() + LIMIT)  # type: ignore[arg-type]
     with pytest.raises(DeadlinePassedError):
         asyncio.run(_result(gone, request))
     assert request.future.cancelled()

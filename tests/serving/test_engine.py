@@ -39,6 +39,7 @@ from lora_hf.serving.limits import (
 from lora_hf.serving.requests import digest_of
 from tests import tolerances
 from tests.support.random_adapters import PROMPTS, TEXTS, save_random
+from tests.support.waiting import LIMIT
 
 TASKS = {"a": "rule-sentiment", "b": "rule-sentiment", "pair": "rte", "w": "rule-restaurants", "x": "rule-restaurants"}
 
@@ -60,7 +61,7 @@ def offline(folder: Path) -> np.ndarray:
 
 
 def served(folders: dict[str, Path], *names: str, **limits: Any) -> Engine:
-    engine = Engine(Limits(**limits), precision="fp32")
+    engine = Engine(Limits(**{"deadline": LIMIT, **limits}), precision="fp32")
     for name in names:
         engine.load(name, folders[name])
     return engine
@@ -71,7 +72,7 @@ def paused(engine: Engine, name: str) -> Iterator[None]:
     """Blocks the worker of an adapter's base."""
     blocked, resume = threading.Event(), threading.Event()
     engine._current[name][1].call(lambda: blocked.set() or resume.wait())
-    assert blocked.wait(30)
+    assert blocked.wait(LIMIT)
     try:
         yield
     finally:
@@ -126,7 +127,7 @@ def test_waiting_requests_share_batches(folders: dict[str, Path]) -> None:
             requests = [engine.submit_classify(name, TEXTS[:rows]) for name, rows in (("a", 3), ("b", 2), ("a", 1))]
             assert engine.waiting() == {"tiny-roberta": 6}
         for request in requests:
-            request.future.result(30)
+            request.future.result(LIMIT)
     assert batches == [["a", "a", "a", "b"], ["b", "a"]]
 
 
@@ -162,7 +163,7 @@ def test_streamed_pieces_join_to_the_text(folders: dict[str, Path]) -> None:
                 for name in pieces
             }
         for name, request in requests.items():
-            text = request.future.result(30).text
+            text = request.future.result(LIMIT).text
             assert "".join(pieces[name]) == text
         assert len(pieces["w"]) > 1
 
@@ -172,7 +173,7 @@ def test_bare_requests_match_the_base_without_adapter(folders: dict[str, Path]) 
     (wanted,) = generator.generate([generator.task.context(PROMPTS[0])], GenerateConfig(max_new_tokens=12))
     with served(folders, "w") as engine:
         adapted = engine.generate("w", PROMPTS[0], max_new_tokens=12)
-        bare = engine.submit_generate("w", PROMPTS[0], {"max_new_tokens": 12}, bare=True).future.result(30)
+        bare = engine.submit_generate("w", PROMPTS[0], {"max_new_tokens": 12}, bare=True).future.result(LIMIT)
         assert (bare.text, bare.version) == (wanted.text, None)
         assert engine.generate("w", PROMPTS[0], max_new_tokens=12) == adapted != bare
 
@@ -201,7 +202,7 @@ def test_an_adapter_that_cannot_be_merged_is_served_unmerged(tmp_path: Path) -> 
     with Engine() as engine:
         engine.load("tied", tied)
         alone = engine.generate("tied", PROMPTS[0], max_new_tokens=12)
-        bare = engine.submit_generate("tied", PROMPTS[0], {"max_new_tokens": 12}, bare=True).future.result(30)
+        bare = engine.submit_generate("tied", PROMPTS[0], {"max_new_tokens": 12}, bare=True).future.result(LIMIT)
         assert alone.score != bare.score
         assert engine.generate("tied", PROMPTS[0], max_new_tokens=12) == alone
 
@@ -229,15 +230,15 @@ def test_each_answer_comes_from_the_version_it_names_during_replacement(
             with paused(engine, "changing"):
                 old = engine.submit_classify("changing", TEXTS[:1])
                 replacing = threads.submit(engine.load, "changing", folders["b"])
-            assert old.future.result(30).version == versions[-1].digest == digest_of(folders["a"])
-            assert replacing.result(30).digest == engine.classify("changing", TEXTS[:1]).version
+            assert old.future.result(LIMIT).version == versions[-1].digest == digest_of(folders["a"])
+            assert replacing.result(LIMIT).digest == engine.classify("changing", TEXTS[:1]).version
         finally:
             stop.set()
         for each in asking:
-            each.result(30)
+            each.result(LIMIT)
         worker = engine._current["changing"][1]
-        assert worker.call(lambda: None).result(30) is None
-        assert worker.call(lambda: len(worker.versions)).result(30) == 2, "replaced versions are unloaded"
+        assert worker.call(lambda: None).result(LIMIT) is None
+        assert worker.call(lambda: len(worker.versions)).result(LIMIT) == 2, "replaced versions are unloaded"
     assert not wrong
     assert seen == set(expected)
 
@@ -270,8 +271,8 @@ def test_accepted_requests_are_answered_after_removal(
             engine.remove("a")
             with pytest.raises(UnknownAdapterError, match=r"'a'.*: w"):
                 engine.classify("a", TEXTS)
-        assert close_to(request.future.result(30).logits, expected[digest_of(folders["a"])])
-        worker.thread.join(10)
+        assert close_to(request.future.result(LIMIT).logits, expected[digest_of(folders["a"])])
+        worker.thread.join()
         assert not worker.thread.is_alive(), "a base without adapters is freed"
         assert [version.name for version in engine.adapters()] == ["w"]
         engine.load("a", folders["a"])
@@ -288,23 +289,23 @@ def test_a_full_queue_refuses_with_retry_after(folders: dict[str, Path]) -> None
             assert refused.value.retry_after >= 1
             waiting[0].future.cancel()
             waiting = [engine.submit_classify("a", TEXTS[:2])]  # the cancelled one freed its slots
-        assert len(waiting[0].future.result(30).answers) == 2
+        assert len(waiting[0].future.result(LIMIT).answers) == 2
 
 
 def test_late_and_cancelled_requests_never_reach_a_batch(folders: dict[str, Path]) -> None:
-    with served(folders, "a", deadline=20) as engine:
+    with served(folders, "a") as engine:
         batches: list[int] = []
         engine._current["a"][1].observer.on_batch = lambda base, rows, *_: batches.append(len(rows))
         with paused(engine, "a"):
-            late, cancelled = (engine.submit_classify("a", TEXTS[:1], seconds) for seconds in (0.01, 20))
+            late, cancelled = (engine.submit_classify("a", TEXTS[:1], seconds) for seconds in (0.01, LIMIT))
             cancelled.future.cancel()
             with pytest.raises(DeadlinePassedError, match="deadline"):
                 engine.classify("a", TEXTS[:1], deadline=0.05)
-            good = engine.submit_classify("a", TEXTS[:2], deadline=1000)
-            assert good.deadline < time.monotonic() + 21, "capped at the server's limit"
-        assert len(good.future.result(30).answers) == 2
+            good = engine.submit_classify("a", TEXTS[:2], deadline=2 * LIMIT)
+            assert good.deadline <= time.monotonic() + LIMIT, "capped at the server's limit"
+        assert len(good.future.result(LIMIT).answers) == 2
         with pytest.raises(DeadlinePassedError):
-            late.future.result(30)
+            late.future.result(LIMIT)
     assert batches == [2]
 
 
@@ -321,8 +322,8 @@ def test_generation_stops_when_its_client_is_gone(folders: dict[str, Path]) -> N
         with paused(engine, "w"):
             request = engine.submit_generate("w", PROMPTS[1], {"max_new_tokens": 24}, on_text=leave)
             other = engine.submit_generate("x", PROMPTS[1], {"max_new_tokens": 24})
-        asked.result(30)
-        assert other.future.result(30).text == engine.generate("x", PROMPTS[1], max_new_tokens=24).text
+        asked.result(LIMIT)
+        assert other.future.result(LIMIT).text == engine.generate("x", PROMPTS[1], max_new_tokens=24).text
     assert len(steps) == 1
 
 
@@ -336,9 +337,9 @@ def test_nonfinite_logits_fail_only_their_own_request(
         with paused(engine, "a"):
             requests = [engine.submit_classify(name, TEXTS) for name in ("a", "huge", "a")]
         for request in requests[::2]:
-            assert close_to(request.future.result(30).logits, expected[digest_of(folders["a"])])
+            assert close_to(request.future.result(LIMIT).logits, expected[digest_of(folders["a"])])
         with pytest.raises(AdapterError, match=r"huge.*not finite"):
-            requests[1].future.result(30)
+            requests[1].future.result(LIMIT)
 
 
 def test_a_failing_row_fails_only_its_own_request(
@@ -349,9 +350,9 @@ def test_a_failing_row_fails_only_its_own_request(
             requests = [engine.submit_classify(name, TEXTS[:2]) for name in ("a", "b", "a")]
             requests[1].inputs[1]["input_ids"][0] = 10**6  # type: ignore[attr-defined] - beyond the vocabulary
         for request in requests[::2]:
-            assert close_to(request.future.result(30).logits, expected[digest_of(folders["a"])][:2])
+            assert close_to(request.future.result(LIMIT).logits, expected[digest_of(folders["a"])][:2])
         with pytest.raises(IndexError):
-            requests[1].future.result(30)
+            requests[1].future.result(LIMIT)
         assert close_to(engine.classify("b", TEXTS).logits, expected[digest_of(folders["b"])])
 
 
@@ -373,7 +374,7 @@ def test_close_without_grace_fails_waiting_requests(folders: dict[str, Path]) ->
         request = engine.submit_classify("a", TEXTS)
         engine.close(grace=0)
     with pytest.raises(ClosingError, match="shut down"):
-        request.future.result(30)
+        request.future.result(LIMIT)
 
 
 @pytest.mark.parametrize(

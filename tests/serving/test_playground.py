@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from lora_hf.serving.engine import Engine
 from lora_hf.serving.limits import Limits
 from lora_hf.serving.metrics import Metrics
 from lora_hf.serving.playground import BARE, USER, Callbacks
-from tests.support.browser import Browser, browser, free_port, missing
+from tests.support.browser import Browser, browser, missing
 from tests.support.random_adapters import PROMPTS, TEXTS, save_random
+from tests.support.waiting import LIMIT, wait_until
 
 TOKEN = "a-token-of-this-test"
 TASKS = {"a": "rule-sentiment", "pair": "rte", "score": "stsb", "writer": "rule-restaurants"}
@@ -30,7 +30,7 @@ SHOWN = "const box = document.querySelector(arguments[0]); return box && box.off
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     root = tmp_path_factory.mktemp("adapters")
-    with Engine(Limits(max_inputs=4, max_new_tokens=16), "fp32", Metrics()) as engine:
+    with Engine(Limits(max_inputs=4, max_new_tokens=16, deadline=LIMIT), "fp32", Metrics()) as engine:
         for seed, (name, task) in enumerate(TASKS.items()):
             engine.load(name, save_random(root / name, task, seed))
         yield engine
@@ -40,12 +40,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 def address(engine: Engine) -> Iterator[str]:
     """The URL of the page, behind its login."""
     app = build_app(engine, ServerState(TOKEN, ready=True), Metrics(), playground=True)
-    server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_config=None))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{server.config.port}"
+    wait_until(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
     server.should_exit = True
     thread.join()
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
+import re
 import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,20 +13,15 @@ from typing import Any
 
 import httpx
 
+from tests.support.waiting import LIMIT, wait_until
+
 ARGUMENTS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,1000", "--disable-dev-shm-usage"]
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element in responses, set by the standard
-WAIT = 30.0
 
 
 def missing() -> str:
     """The programs that are not installed; empty if the browser can start."""
     return ", ".join(name for name in ("chromium", "chromedriver") if shutil.which(name) is None)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Browser:
@@ -56,21 +50,17 @@ class Browser:
         return self._session_request("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
     def find(self, css: str) -> str:
-        until = time.monotonic() + WAIT
-        while True:
+        def displayed() -> str | None:
             for element in self._session_request("POST", "/elements", {"using": "css selector", "value": css}):
                 if self._session_request("GET", f"/element/{element[ELEMENT]}/displayed"):
                     return element[ELEMENT]
-            assert time.monotonic() < until, f"no {css} on the page: {self.text('body')[:500]}"
-            time.sleep(0.1)
+            return None
+
+        return str(wait_until(displayed))
 
     def until(self, script: str, *arguments: Any) -> Any:
         """Repeats a script until it returns a true value."""
-        end = time.monotonic() + WAIT
-        while not (value := self.run(script, *arguments)):
-            assert time.monotonic() < end, f"timed out: {script}; the page shows {self.text('body')[:500]}"
-            time.sleep(0.1)
-        return value
+        return wait_until(lambda: self.run(script, *arguments))
 
     def picture(self, file: Path) -> None:
         file.write_bytes(base64.b64decode(self._session_request("GET", "/screenshot")))
@@ -86,24 +76,17 @@ class Browser:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    port = free_port()
-    command = [str(shutil.which("chromedriver")), f"--port={port}"]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
-            end = time.monotonic() + WAIT
-            while True:
+    command = [str(shutil.which("chromedriver")), "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as driver:
+        try:
+            assert driver.stdout is not None
+            started = next(line for line in driver.stdout if "started successfully on port" in line)
+            port = re.findall(r"\d+", started)[-1]
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIMIT, trust_env=False) as client:
+                page = Browser(client)
                 try:
-                    if client.get("/status").json()["value"]["ready"]:
-                        break
-                except httpx.TransportError:
-                    assert time.monotonic() < end, "chromedriver does not answer"
-                time.sleep(0.05)
-            page = Browser(client)
-            try:
-                yield page
-            finally:
-                client.delete(page.session)
-    finally:
-        driver.kill()
-        driver.wait()
+                    yield page
+                finally:
+                    client.delete(page.session)
+        finally:
+            driver.kill()

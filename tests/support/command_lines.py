@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from lora_hf.cli.main import main
+from tests.support.waiting import LIMIT
 
 REPO = Path(__file__).parents[2]
 
@@ -24,7 +26,7 @@ def run(verb: str, *words: str | Path, code: int = 0) -> subprocess.CompletedPro
         [sys.executable, str(REPO / "scripts" / f"{verb}.py"), *map(str, words)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=LIMIT,
     )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
@@ -32,10 +34,15 @@ def run(verb: str, *words: str | Path, code: int = 0) -> subprocess.CompletedPro
 
 
 def ask(verb: str, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Runs `main` in this process; its `stderr` does not contain log messages."""
+    """Runs `main` in this process."""
     given, out, err = [*map(str, words)], io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main(given, verb=verb)
+    logs = logging.StreamHandler(err)  # as `main` adds it, but not where pytest has added one
+    logging.getLogger().addHandler(logs)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(given, verb=verb)
+    finally:
+        logging.getLogger().removeHandler(logs)
     assert status == code, err.getvalue()
     return subprocess.CompletedProcess([verb, *given], status, out.getvalue(), err.getvalue())
 

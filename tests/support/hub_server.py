@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from tests.support.waiting import LIMIT
+
 REPO = Path(__file__).parents[2]
 TOKEN, USER = "hf_aTokenThatMayWrite", "someone"
 WEIGHTS = "adapter_model.safetensors"
@@ -82,7 +84,7 @@ class Hub:
         environment = self.environment(home, token) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
         done = subprocess.run(
             [sys.executable, start, *map(str, words[1:])],
-            capture_output=True, text=True, timeout=120, env=environment, cwd=REPO,
+            capture_output=True, text=True, timeout=LIMIT, env=environment, cwd=REPO,
         )  # fmt: skip
         assert done.returncode == code, done.stderr
         if code == 2:

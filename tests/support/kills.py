@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -24,18 +25,21 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers.trainer_pt_utils import safe_globals
 
+from lora_hf.core.child_process import ChildProcesses, package_environment
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.tasks.registry import get_task
+from lora_hf.training import checkpoints
 from lora_hf.training.checkpoints import MANIFEST_FILE, STATE_FILE, checkpoints_in, newest_valid
 from lora_hf.training.run import Run, train
-from tests.support.cpu import renew_thread_pool
+from tests.support.waiting import wait_until
 
 ROWS = {"train": 64, "validation": 20}
 # A checkpoint every other step, so that kills hit between checkpoints, within epochs and while one is written.
 EVERY = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
-START_TIMEOUT = 60.0  # seconds
+CHILD = "import sys; from tests.support.kills import run_child; run_child(sys.argv[1])"
+POLL = 0.001  # seconds between two looks at a run that is to be killed at a certain step
 
 
 def small_config(folder: Path, **train: Any) -> RunConfig:
@@ -116,61 +120,76 @@ def _untimed(record: RunRecord) -> list[dict[str, float]]:
     return [{key: value for key, value in entry.items() if not key.endswith(timed)} for entry in record.history]
 
 
-def kill_once(config: RunConfig, rows: Mapping[str, Dataset], when: Callable[[Path], bool]) -> dict[str, Any]:
-    """Starts the run, kills it once `when(run folder)` is true, and returns its progress."""
+def kill_once(
+    config: RunConfig, when: Callable[[Path], object] = lambda _: False, die_in: tuple[str, bool] | None = None
+) -> dict[str, Any]:
+    """Starts the run on `small_rows`, kills it once `when(run folder)` is true, and returns its progress.
+
+    With `die_in`, the arguments of `die_while_writing`, the run kills itself.
+    """
     folder = Path(config.output.dir) / str(config.output.name)
-    # A fork has loaded torch already, so the run starts at once.
-    process = multiprocessing.get_context("fork").Process(target=_train, args=(config, rows, None))
-    process.start()
-    start = time.monotonic()
-    while process.is_alive() and not when(folder):
-        time.sleep(0.001)
-        if time.monotonic() - start > START_TIMEOUT and not (folder / RUN_CONFIG_FILE).exists():
-            break
-    process.kill()
-    process.join()
+    request = json.dumps({"config": config.to_dict(), "die_in": die_in})
+    with ChildProcesses(grace=10.0) as children:
+        child = children.start([sys.executable, "-c", CHILD, request], env=package_environment())
+        wait_until(lambda: child.poll() is not None or (folder / RUN_CONFIG_FILE).exists(), POLL)
+        start = time.monotonic()
+        wait_until(lambda: child.poll() is not None or when(folder), POLL)
+        child.kill()
+        child.wait()
+        seconds = time.monotonic() - start
     checkpoint = newest_valid(folder / "checkpoints")
     log = folder / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     return {
-        "killed": process.exitcode == -9 and not (folder / RECORD_FILE).exists(),
-        "seconds": time.monotonic() - start,
+        "killed": child.returncode == -signal.SIGKILL and not (folder / RECORD_FILE).exists(),
+        "seconds": seconds,
         "logged_steps": len({json.loads(line)["step"] for line in lines if line.endswith("}")}),
         "checkpoint": checkpoint.name if checkpoint else None,
         "while_writing": any(not (each / MANIFEST_FILE).exists() for each in checkpoints_in(folder / "checkpoints")),
     }
 
 
-def finish(config: RunConfig, rows: Mapping[str, Dataset], resume: str | None = "auto") -> Run:
-    """Runs to the end in a process of its own."""
-    process = multiprocessing.get_context("fork").Process(target=_train, args=(config, rows, resume))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"the run ended with exit code {process.exitcode}")
-    folder = Path(config.output.dir) / str(config.output.name)
-    return Run(folder, RunRecord.load(folder / "record.json"))
+def run_child(request: str) -> None:
+    """The run that `kill_once` starts."""
+    job = json.loads(request)
+    if job["die_in"]:
+        die_while_writing(*job["die_in"])
+    train(RunConfig.from_dict(job["config"]), rows=small_rows())
 
 
-def _train(config: RunConfig, rows: Mapping[str, Dataset], resume: str | None) -> None:
-    renew_thread_pool()
-    train(config, resume, rows)
+def die_while_writing(name: str, complete: bool) -> None:
+    """Kills this process when all files of a checkpoint but the manifest are on the disk, or when all are."""
+    flush = checkpoints._flush
+
+    def flush_and_die(path: Path) -> None:
+        flush(path)
+        checkpoint = path if path.is_dir() else path.parent
+        if checkpoint.name == name and (path == checkpoint if complete else path.suffix == ".part"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoints._flush = flush_and_die
 
 
 def random_kills(count: int, folder: Path, seed: int = 0) -> dict[str, Any]:
     """Kills `count` runs, each at a random moment, resumes them and compares the results."""
     rows, draws = small_rows(), random.Random(seed)
     start = time.monotonic()
-    uninterrupted = finish(small_config(folder / "whole"), rows, None)
+    uninterrupted = train(small_config(folder / "whole"), rows=rows)
     length = time.monotonic() - start
     kills = []
     while len(kills) < count:
         config = small_config(folder / f"kill-{draws.random()}")
-        end = time.monotonic() + draws.uniform(0.05, 1.0) * length
-        kill = kill_once(config, rows, lambda _, end=end: time.monotonic() >= end)
+        delay = draws.uniform(0.05, 1.0) * length
+        begun: list[float] = []
+
+        def is_over(_: Path, delay: float = delay, begun: list[float] = begun) -> bool:
+            begun.append(time.monotonic())
+            return begun[-1] - begun[0] >= delay
+
+        kill = kill_once(config, is_over)
         if not kill.pop("killed"):
             continue  # the run ended before
-        kills.append(kill | {"differences": differences(uninterrupted, finish(config, rows).folder)})
+        kills.append(kill | {"differences": differences(uninterrupted, train(config, "auto", rows).folder)})
     return {
         "kind": "random kills",
         "run_seconds": length,

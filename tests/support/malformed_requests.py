@@ -27,6 +27,7 @@ from schemathesis import GenerationMode
 from lora_hf.core.provenance import git_state, machine, version, versions
 from tests.support.random_adapters import PROMPTS, TEXTS, save_random
 from tests.support.server_process import serving
+from tests.support.waiting import LIMIT
 
 TOKEN = "a-token-of-this-record"
 AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
@@ -119,20 +120,20 @@ def right_answers(client: httpx.Client) -> list[Any]:
 def malformed_requests(folder: Path, examples: int, seed: int = 0) -> dict[str, Any]:
     """Sends all of them one by one, with the same well-formed requests before and after, and returns the record."""
     allowed = folder / "allowed"
-    words: list[str | Path] = ["--precision", "fp32", "--allow-loading", allowed]
+    words: list[str | Path] = ["--precision", "fp32", "--allow-loading", allowed, "--deadline", str(LIMIT)]
     for number, (name, task) in enumerate(TASKS.items()):
         words += ["--adapter", f"{name}={save_random(allowed / name, task, number)}"]
     operations: dict[str, Counter[str]] = {}
     answers, failures = Counter(), []
     with serving(*words, LORA_HF_TOKEN=TOKEN) as (process, address, lines):
-        with httpx.Client(base_url=address, headers=AUTHORIZED, timeout=60) as client, requests.Session() as session:
+        with httpx.Client(base_url=address, headers=AUTHORIZED, timeout=LIMIT) as client, requests.Session() as session:
             before = right_answers(client)
             start = time.monotonic()
             schema = schemathesis.openapi.from_url(f"{address}/openapi.json", headers=AUTHORIZED)
             for operation, requests_of_operation in cases(schema, examples, seed):
                 counts = operations.setdefault(operation, Counter())
                 for case in requests_of_operation:
-                    response = case.call(session=session, headers=AUTHORIZED, timeout=60)
+                    response = case.call(session=session, headers=AUTHORIZED, timeout=LIMIT)
                     verdict, code = outcome(response.status_code, response.content)
                     counts.update(("requests", verdict))
                     answers[f"{response.status_code} {code}".strip()] += 1

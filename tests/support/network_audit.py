@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pyarrow import parquet
 
 from lora_hf.cli.main import main
 from lora_hf.core.hub_access import hub_is_reachable
+from tests.support.waiting import LIMIT
 
 BASE = Path(__file__).parents[2] / "lora_hf" / "models" / "bases" / "tiny-roberta"
 INPUT = "name[The Mill], eatType[pub]"
@@ -70,28 +72,24 @@ def _is_loopback(name: str) -> bool:
         return False
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+class QueryAndStop(logging.Handler):
+    """Queries the server of this process once it says that it is ready, then stops it with SIGTERM."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: list[Any] = []
 
-def query_and_stop(address: str, answers: list[Any]) -> None:
-    """Queries the server of this process once it is ready, then stops it with SIGTERM."""
-    with httpx.Client(
-        base_url=address, headers={"authorization": f"Bearer {os.environ['LORA_HF_TOKEN']}"}, trust_env=False
-    ) as client:
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            try:
-                if client.get("/readyz").status_code == 200:
-                    answers.append(client.get("/v1/adapters", headers={"authorization": "Bearer another"}).status_code)
-                    answers.append(client.post("/v1/classify", json={"adapter": "a", "inputs": ["a film"]}).json())
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.05)
-    os.kill(os.getpid(), signal.SIGTERM)
+    def emit(self, record: logging.LogRecord) -> None:
+        if ready := re.match(r"ready: .*(http://\S+)", record.getMessage()):
+            threading.Thread(target=self._query, args=(ready[1],), daemon=True).start()
+
+    def _query(self, address: str) -> None:
+        headers = {"authorization": f"Bearer {os.environ['LORA_HF_TOKEN']}"}
+        with httpx.Client(base_url=address, headers=headers, timeout=LIMIT, trust_env=False) as client:
+            another = {"authorization": "Bearer another"}
+            self.answers.append(client.get("/v1/adapters", headers=another).status_code)
+            self.answers.append(client.post("/v1/classify", json={"adapter": "a", "inputs": ["a film"]}).json())
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def write_rows(folder: Path) -> None:
@@ -122,7 +120,7 @@ def verbs(folder: Path) -> dict[str, list[str]]:
         "combine": ["--adapter", f"{adapter}=0.5", "--adapter", f"{adapter}=0.5", "--output", str(folder / "one")],
         "compare": [str(run.parent), "--output", str(folder / "report"), "--data-dir", str(data)],
         "push --dry-run": ["--adapter", str(adapter), "--repo-id", "someone/a-lora", "--dry-run"],
-        "serve": ["--adapter", f"a={adapter}", "--precision", "fp32"],
+        "serve": ["--adapter", f"a={adapter}", "--precision", "fp32", "--port", "0"],
         "push": ["--adapter", str(adapter), "--repo-id", "someone/a-lora"],
     }
 
@@ -136,16 +134,11 @@ def run_all(folder: Path) -> dict[str, Any]:
     save_random(folder / "writer", "rule-restaurants")
     (folder / "texts.txt").write_text("The Mill is a pub.\n", encoding="utf-8")
     (folder / "references.txt").write_text("The Mill is a pub.\n", encoding="utf-8")
-    audit, results = NetworkAudit(), {}
+    audit, queries, results = NetworkAudit(), QueryAndStop(), {}
+    logging.getLogger("lora_hf").addHandler(queries)
     for name, words in verbs(folder).items():
-        answers: list[Any] = []
-        if name == "serve":
-            port = free_port()
-            words = [*words, "--port", str(port)]
-            audit.take()
-            threading.Thread(target=query_and_stop, args=(f"http://127.0.0.1:{port}", answers), daemon=True).start()
         code = main([name.split()[0], *words])
-        results[name] = {"code": code, "answers": answers, **audit.take()}
+        results[name] = {"code": code, "answers": queries.answers if name == "serve" else [], **audit.take()}
     hub_is_reachable.cache_clear()
     hub_is_reachable()
     results["hub"] = audit.take()

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.waiting import LIMIT
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "serve.py"
 
 
@@ -35,14 +37,14 @@ def serving(*words: str | Path, **environment: str) -> Iterator[tuple[subprocess
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        assert ready.wait(120), lines
+        assert ready.wait(LIMIT), lines
         url = re.search(r"http://[\d.:]+", "".join(lines))
         assert url, lines
         yield process, url[0], lines
     finally:
         process.kill()
         process.wait()
-        reader.join(10)
+        reader.join()
         for pipe in (process.stdout, process.stderr):
             assert pipe is not None
             pipe.close()

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +30,29 @@ from lora_hf.training.run import Run, train
 from lora_hf.training.trainer import Optimizations
 from tests.support.distributed_runs import DEVELOPMENT, NONE_LEFT, WITH_FSDP, by_length, classify, generate, rows_of
 from tests.support.kills import differences, small_config
+from tests.support.waiting import LIMIT, wait_until
 from tests.tolerances import BF16_LOSS_RTOL, PROCESSES_FP32
 
 pytestmark = pytest.mark.full
 
 REPO = Path(__file__).parents[2]
-PYTHON = sys.executable  # itself, and no fork of the tests' process
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def start(python: str, *words: str) -> subprocess.Popen[str]:
+def start(*words: str) -> subprocess.Popen[str]:
     """Two processes, with this checkout's code."""
-    command, environment = [python, *TORCHRUN, *words], os.environ | {"PYTHONPATH": str(REPO)}
+    command, environment = [sys.executable, *TORCHRUN, *words], os.environ | {"PYTHONPATH": str(REPO)}
     return subprocess.Popen(
         command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
 @pytest.fixture(scope="module")
-def shared(forked: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the runs of `tests/support/distributed_runs.py`."""
     folder = tmp_path_factory.mktemp("shared")
-    process = start(sys.executable, "-m", "tests.support.distributed_runs", str(folder))
-    _, said = process.communicate(timeout=240)
+    process = start("-m", "tests.support.distributed_runs", str(folder))
+    _, said = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, said
     return folder
 
@@ -185,11 +184,10 @@ def test_what_one_process_decides_all_hear(seen: list[dict[str, Any]]) -> None:
 
 def test_a_killed_process_ends_the_other_with_one_message(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(small_config(tmp_path, epochs=50, batch_size=4).to_dict()))
-    process = start(PYTHON, "scripts/train.py", "--config", str(recipe))
+    recipe.write_text(yaml.safe_dump(small_config(tmp_path, epochs=10_000, batch_size=4).to_dict()))
+    process = start("scripts/train.py", "--config", str(recipe))
     checkpoints = tmp_path / "run" / "checkpoints"
-    while process.poll() is None and not list(checkpoints.glob(f"*/{MANIFEST_FILE}")):
-        time.sleep(0.05)
+    wait_until(lambda: process.poll() is not None or list(checkpoints.glob(f"*/{MANIFEST_FILE}")))
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         process.terminate()
@@ -200,7 +198,7 @@ def test_a_killed_process_ends_the_other_with_one_message(tmp_path: Path) -> Non
         if b"RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()
     ]
     os.kill(ranks[0], signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=LIMIT)
     assert process.returncode != 0
     assert len(re.findall(r"^error: process 0 lost another process", said, re.M)) == 1, said
     assert re.search(r"resume after step \d+ .*--resume auto", said)
@@ -226,9 +224,9 @@ def test_who_has_lost_another_says_so_before_it_is_ended(
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_mistake_is_told_once_and_only_training_is_shared(forked: None, tmp_path: Path) -> None:
-    process = start(sys.executable, "scripts/eval.py", "--adapter", str(tmp_path))
-    _, said = process.communicate(timeout=120)
+def test_a_mistake_is_told_once_and_only_training_is_shared(tmp_path: Path) -> None:
+    process = start("scripts/eval.py", "--adapter", str(tmp_path))
+    _, said = process.communicate(timeout=LIMIT)
     assert process.returncode != 0
     assert len(re.findall(r"^error: eval: expected one process, found 2", said, re.M)) == 1, said
     assert "lora_hf" not in said.split("Traceback")[-1].replace("error: ", "")

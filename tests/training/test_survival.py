@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import resource
@@ -12,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from lora_hf.core.errors import ConfigError, Interrupted, TrainingError
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.training import checkpoints
 from lora_hf.training.run import Run, train
-from tests.support.kills import differences, finish, kill_once, small_config, small_rows
+from tests.support.kills import differences, kill_once, small_config, small_rows
+from tests.support.waiting import LIMIT, wait_until
 
 REPO = Path(__file__).parents[2]
 
@@ -59,39 +59,28 @@ def test_the_same_seed_gives_the_same_run_to_the_last_bit(whole: Run, rows: dict
 def test_a_run_killed_at_random_ends_as_the_whole_one(
     number: int, whole: Run, rows: dict[str, Any], tmp_path: Path
 ) -> None:
-    step = random.Random(number).randrange(1, 9)  # of 16: near its end a run may be faster than the kill
+    step = random.Random(number).randrange(1, 9)  # of 16
 
     def logged(folder: Path) -> bool:
         log = folder / "log.jsonl"
         return log.exists() and f'"step": {step},' in log.read_text(encoding="utf-8")
 
-    config = small_config(tmp_path)
-    assert kill_once(config, rows, logged)["killed"]
-    assert not (tmp_path / "run" / "record.json").exists()
-    assert not differences(whole, finish(config, rows).folder)
+    attempts = (small_config(tmp_path / f"{attempt}") for attempt in count())  # a run may be faster than the kill
+    config = next(config for config in attempts if kill_once(config, logged)["killed"])
+    assert not differences(whole, train(config, "auto", rows).folder)
 
 
 @pytest.mark.parametrize("complete", [False, True])
 def test_a_run_killed_while_a_checkpoint_is_written_ends_as_the_whole_one(
-    complete: bool, whole: Run, rows: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    complete: bool, whole: Run, rows: dict[str, Any], tmp_path: Path
 ) -> None:
     """Killed with all files written but the manifest, or with the manifest just in its place."""
-    flush = checkpoints._flush
-
-    def die(path: Path) -> None:
-        flush(path)
-        checkpoint = path if path.is_dir() else path.parent
-        if checkpoint.name == "checkpoint-8" and (path == checkpoint if complete else path.suffix == ".part"):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(checkpoints, "_flush", die)
     config = small_config(tmp_path)
-    state = kill_once(config, rows, lambda _: False)
-    monkeypatch.undo()
+    state = kill_once(config, die_in=("checkpoint-8", complete))
     assert state["killed"]
     assert state["checkpoint"] == ("checkpoint-8" if complete else "checkpoint-6")
     assert state["while_writing"] == (not complete)
-    assert not differences(whole, finish(config, rows).folder)
+    assert not differences(whole, train(config, "auto", rows).folder)
 
 
 def stop_at(step: int, kind: signal.Signals) -> Any:
@@ -170,15 +159,14 @@ def test_a_thread_that_cannot_take_signals_trains(rows: dict[str, Any], tmp_path
     assert runs
 
 
-def test_the_command_ends_with_the_code_of_its_signal(forked: None, tmp_path: Path) -> None:
+def test_the_command_ends_with_the_code_of_its_signal(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(small_config(tmp_path, epochs=50).to_dict()))
+    recipe.write_text(yaml.safe_dump(small_config(tmp_path, epochs=10_000).to_dict()))
     command = [sys.executable, str(REPO / "scripts" / "train.py"), "--config", str(recipe)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
-            time.sleep(0.02)
+        wait_until(lambda: process.poll() is not None or (tmp_path / "run" / "log.jsonl").exists())
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=LIMIT)
     assert process.returncode == 143, said
     assert re.search(r"stopped by SIGTERM: resume after step \d+ .*--resume auto", said)
     assert "Traceback" not in said
@@ -257,10 +245,10 @@ def test_a_full_disk_ends_with_a_message(rows: dict[str, Any], tmp_path: Path) -
 
 def test_what_was_logged_after_the_checkpoint_is_logged_once(rows: dict[str, Any], tmp_path: Path) -> None:
     config = small_config(tmp_path)
-    kill_once(config, rows, lambda folder: (folder / "checkpoints" / "checkpoint-6").exists())
+    kill_once(config, die_in=("checkpoint-6", True))
     log = tmp_path / "run" / "log.jsonl"
     with log.open("a", encoding="utf-8") as file:
         file.write('{"step": 7, "loss": 9}\n{"step": 8, "lo')
-    finish(config, rows)
+    train(config, "auto", rows)
     steps = [entry["step"] for line in log.read_text().splitlines() if "loss" in (entry := json.loads(line))]
     assert steps == list(range(1, 17))

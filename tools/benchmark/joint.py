@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from lora_hf.adapters.format import WEIGHTS_FILE
+from lora_hf.core.child_process import ChildProcesses
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, UserError
 from lora_hf.core.provenance import peak_rss
@@ -105,11 +107,10 @@ def _configs(base: RunConfig, tasks: Sequence[str], seeds: Sequence[int], folder
 
 def _run_side(side: str, configs: Sequence[RunConfig]) -> dict[str, Any]:
     job = {"side": side, "configs": [config.to_dict() for config in configs]}
-    child = ChildProcess(side, json.dumps(job), sys.executable, "-m", MODULE)
-    try:
-        return child.finish()
-    finally:
-        child.stop()
+    with ChildProcesses(grace=10.0) as children:
+        child = ChildProcess(children, side, json.dumps(job), sys.executable, "-m", MODULE)
+        with closing(child):
+            return child.finish()
 
 
 def _weight_difference(folder: Path, name: str) -> dict[str, float]:

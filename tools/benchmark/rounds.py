@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lora_hf.core.child_process import ChildProcesses
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.lora.precision import resolve_precision
@@ -46,12 +47,12 @@ def measure(jobs: Mapping[str, Job]) -> dict[str, Measured]:
         ConfigError: a side rejects the config.
         TrainingError: the process of a side ended early.
     """
-    with ExitStack() as stack:
+    with ChildProcesses(grace=10.0) as children, ExitStack() as stack:
         workers: dict[str, WorkerProcess] = {}
         for name, job in jobs.items():
             logger.info("benchmark: building %s", name)
-            workers[name] = WorkerProcess(job)
-            stack.callback(workers[name].stop)
+            workers[name] = WorkerProcess(children, job)
+            stack.callback(workers[name].close)
         rounds = run_rounds(workers, min(job.rounds for job in jobs.values()) - 1)
         return {name: Measured(worker.ready, rounds[name], worker.finish()) for name, worker in workers.items()}
 

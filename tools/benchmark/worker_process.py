@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from typing import Any, TextIO
 
-from lora_hf.core.child_process import package_environment
+from lora_hf.core.child_process import ChildProcesses, package_environment
 from lora_hf.core.errors import ConfigError, TrainingError
 from tools.benchmark.job import Job
 
@@ -43,18 +44,18 @@ class Channel:
 
 
 class ChildProcess:
-    """The end of the parent: a process that gets its first line at once.
+    """The end of the parent: a process, one of `children`, that gets its first line at once.
 
     Every method raises:
         ConfigError: the child reports an error of the user.
         TrainingError: the process ended early. The message holds its exit code and the end of its standard error.
     """
 
-    def __init__(self, side: str, first_line: str, *command: str) -> None:
+    def __init__(self, children: ChildProcesses, side: str, first_line: str, *command: str) -> None:
         self.side = side
         # A file, because nothing reads it while the process runs, and a full pipe would block the process.
-        self.stderr = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - until stop
-        self.process = subprocess.Popen(
+        self.stderr = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - until close
+        self.process = children.start(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -69,11 +70,13 @@ class ChildProcess:
         """Waits for the last message."""
         return self._receive("done")
 
-    def stop(self) -> None:
-        """Kills the process."""
-        self.process.kill()
-        self.process.communicate()
-        self.stderr.close()
+    def close(self) -> None:
+        """Closes the pipes; `children` ends the process."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        for file in (self.process.stdin, self.process.stdout, self.stderr):
+            with suppress(BrokenPipeError):  # the process has died before it has read everything
+                file.close()
 
     def _send(self, line: str) -> None:
         assert self.process.stdin is not None
@@ -104,12 +107,12 @@ class ChildProcess:
 class WorkerProcess(ChildProcess):
     """A worker that has built its side and waits for the first round. Raises like `ChildProcess`."""
 
-    def __init__(self, job: Job, command: tuple[str, ...] | None = None) -> None:
-        super().__init__(job.side, job.to_line(), *(command or (sys.executable, "-m", MODULE)))
+    def __init__(self, children: ChildProcesses, job: Job, command: tuple[str, ...] | None = None) -> None:
+        super().__init__(children, job.side, job.to_line(), *(command or (sys.executable, "-m", MODULE)))
         try:
             self.ready: dict[str, Any] = self._receive("ready")
         except BaseException:
-            self.stop()
+            self.close()
             raise
 
     def run_round(self) -> dict[str, Any]:

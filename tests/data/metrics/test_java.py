@@ -37,5 +37,5 @@ def test_meteor_and_every_other_score_without_a_network(monkeypatch: pytest.Monk
 def test_a_program_is_stopped_after_its_time_limit() -> None:
     with pytest.raises(ScorerError, match=r"the PTB tokenizer was stopped after 0\.01 seconds"):
         tokenize_ptb(["a"], time_limit=0.01)
-    with pytest.raises(ScorerError, match=r"METEOR was stopped after 0\.2 seconds"):
-        meteor(["a"], [["a"]], time_limit=0.2)
+    with pytest.raises(ScorerError, match=r"METEOR was stopped after 0\.01 seconds"):
+        meteor(["a"], [["a"]], time_limit=0.01)

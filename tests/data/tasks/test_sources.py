@@ -318,28 +318,23 @@ def test_offline_mode_is_not_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_endpoint_that_never_answers_costs_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        start = time.monotonic()
-        assert not hub_is_reachable(timeout=0.2)
-        assert time.monotonic() - start < 1.0
+        assert not hub_is_reachable(timeout=0.2), "and without the timeout, it never returns"
 
 
 @pytest.mark.usefixtures("hub_allowed")
 def test_a_dns_lookup_that_hangs_costs_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: release.wait(10))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: release.wait())
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.localhost")
-    start = time.monotonic()
-    assert not hub_is_reachable(timeout=0.2)
-    assert time.monotonic() - start < 1.0
+    assert not hub_is_reachable(timeout=0.2), "and it returns although the lookup still hangs"
     release.set()
 
 
 @pytest.mark.usefixtures("hub_allowed")
-def test_no_hub_and_no_cache_is_an_error_at_once() -> None:
-    start = time.monotonic()
+def test_no_hub_and_no_cache_is_an_error_without_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("the client pauses before it asks again"))
     with pytest.raises(HubError) as error:
         columns("sst2", None)
-    assert time.monotonic() - start < 4.0
     found = str(error.value)
     assert found.startswith(
         "nyu-mll/glue sst2, split 'train': the hub (https://huggingface.co) is out of reach or switched off "

@@ -1,4 +1,4 @@
-"""Real suites, really small: tasks of a few rows, two optimiser steps a run, each run a process of its own."""
+"""Small suites: tasks of a few rows, two optimizer steps per run."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
 from lora_hf.cli.main import main
+from lora_hf.experiments.suite import run as suite_run
+from lora_hf.experiments.suite.plan import PlannedRun
 from tests.support.processes import processes_with
-
-pytestmark = pytest.mark.usefixtures("forked")
+from tests.support.waiting import wait_until
 
 REPO = Path(__file__).parents[3]
-PYTHON = sys.executable  # itself, and no fork of the tests' process
 SHORT = ["train.max_steps=2", "train.batch_size=4", "task.max_length=16"]
 CONFIG = ["--config", "tiny_glue_qv8.yaml"]
 
@@ -62,12 +64,34 @@ def words(data: Path, output: Path, tasks: str, *more: str) -> list[str]:
     ]
 
 
+@contextmanager
+def runs_in_this_process() -> Iterator[None]:
+    """A suite's runs take place here, where torch is imported already, one after the other."""
+
+    def start(_: object, run: PlannedRun, words: list[str], jobs: int) -> SimpleNamespace:
+        file = run.folder / suite_run.MESSAGES_FILE
+        with file.open("a", encoding="utf-8") as messages, redirect_stdout(messages), redirect_stderr(messages):
+            code = main(words)
+        return SimpleNamespace(returncode=code, poll=lambda: code)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite_run, "_start", start)
+        yield
+
+
+@pytest.fixture
+def in_this_process() -> Iterator[None]:
+    with runs_in_this_process():
+        yield
+
+
 @pytest.fixture(scope="module")
 def suite(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     """A finished suite in which RTE starts from MNLI, which has another seed: its words and its folder."""
     output = tmp_path_factory.mktemp("suite") / "here"
     said = words(data, output, "rte,mnli", "--from-mnli", "--jobs", "2", "rte:seeds=1", "rte:train.lr=2e-3")
-    assert main(said, verb="benchmark") == 0
+    with runs_in_this_process():
+        assert main(said, verb="benchmark") == 0
     return said, output
 
 
@@ -112,6 +136,7 @@ def test_rte_starts_from_the_mnli_adapter(suite: tuple[list[str], Path]) -> None
 def test_a_second_call_runs_only_what_is_missing(
     suite: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The one run that is missing has a process of its own, as outside the tests."""
     said, output = suite
     files = {name: output / name / "record.json" for name in (run["folder"] for run in record_of(output)["runs"])}
     before = {name: file.read_bytes() for name, file in files.items()}
@@ -140,6 +165,7 @@ def test_a_folder_with_a_run_of_another_config_is_refused(
     assert (output / "suite.json").read_bytes() == before
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_one_failure_stops_only_what_needs_it(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = "mnli:lora.targets=[no.such]"
     said = words(data, tmp_path, "rule-sentiment,rte,mnli", "--from-mnli", "--jobs", "2", "--json", broken)
@@ -154,7 +180,7 @@ def test_one_failure_stops_only_what_needs_it(data: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.full
-@pytest.mark.usefixtures("without_java")
+@pytest.mark.usefixtures("without_java", "in_this_process")
 def test_texts_are_written_and_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = ["nlg", "--tasks", "rule-restaurants", "--config", "rule_restaurants.yaml", "--output", str(tmp_path)]
     short = ["train.max_steps=2", "generate.max_new_tokens=3", "generate.num_beams=1", "--json"]
@@ -168,13 +194,12 @@ def test_texts_are_written_and_scored(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.full
 def test_an_interruption_leaves_no_process_behind(tmp_path: Path) -> None:
-    command = [PYTHON, "scripts/benchmark.py", "glue", "--tasks", "rule-sentiment", *CONFIG]
+    command = [sys.executable, "scripts/benchmark.py", "glue", "--tasks", "rule-sentiment", *CONFIG]
     process = subprocess.Popen(
         [*command, "--output", str(tmp_path / "here"), "--jobs", "2", "--seeds", "0,1", "train.epochs=10000"],
         cwd=REPO, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(REPO)},
     )  # fmt: skip
-    while len(processes_with(str(tmp_path))) < 3 and process.poll() is None:  # the suite and two runs
-        time.sleep(0.1)
+    wait_until(lambda: len(processes_with(str(tmp_path))) >= 3 or process.poll() is not None)  # the suite and two runs
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, error

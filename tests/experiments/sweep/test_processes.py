@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import optuna
@@ -19,8 +18,9 @@ from lora_hf.cli import main as cli
 from lora_hf.core.config.loader import load_config
 from lora_hf.core.records import SweepRecord
 from lora_hf.experiments.sweep import storage, study
+from tests.support.waiting import LIMIT, wait_until
 
-pytestmark = [pytest.mark.full, pytest.mark.usefixtures("forked")]
+pytestmark = pytest.mark.full
 
 REPO = Path(__file__).parents[3]
 WORDS = [
@@ -40,7 +40,7 @@ def started(output: Path, trials: int, *words: str) -> subprocess.Popen[str]:
 def test_two_processes_share_the_trials_of_one_sqlite_file(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/trials.db"
     processes = [started(tmp_path, 4, "--storage", url) for _ in range(2)]
-    answers = [process.communicate(timeout=250) for process in processes]
+    answers = [process.communicate(timeout=LIMIT) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], answers
     assert not any("Warning" in said or "Traceback" in said for _, said in answers), answers
     one, two = (json.loads(out) for out, _ in answers)
@@ -86,14 +86,13 @@ def test_a_sweep_goes_on_after_its_process_was_killed(
 
 def _wait_for_the_second_trial(output: Path, url: str) -> int:
     """Waits until one trial is complete and another has begun to train; returns the other's number."""
-    for _ in range(2000):
-        time.sleep(0.1)
-        if not (output / "shared" / "trial-1" / "config.yaml").exists():
-            continue
-        trials = optuna.load_study(study_name="shared", storage=url).trials
-        if trials[-1].state == TrialState.RUNNING and trials[-1].params:
-            return trials[-1].number
-    pytest.fail("no second trial")
+    wait_until((output / "shared" / "trial-1" / "config.yaml").exists)
+
+    def running() -> list[int]:
+        last = optuna.load_study(study_name="shared", storage=url).trials[-1]
+        return [last.number] if last.state == TrialState.RUNNING and last.params else []
+
+    return wait_until(running)[0]
 
 
 ERRORS = {

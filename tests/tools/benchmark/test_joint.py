@@ -19,7 +19,7 @@ from tests.tolerances import JOINT_FP32
 from tools.benchmark.__main__ import main as benchmark
 from tools.benchmark.joint import _run_side
 
-pytestmark = [pytest.mark.full, pytest.mark.usefixtures("forked")]
+pytestmark = pytest.mark.full
 
 FAST = ["model.precision=fp32", "train.max_steps=3", "train.batch_size=4", "train.lr=1e-4", "task.max_length=32"]
 

@@ -8,7 +8,7 @@ import pytest
 
 from tools.benchmark.__main__ import main
 
-pytestmark = [pytest.mark.full, pytest.mark.usefixtures("forked")]
+pytestmark = pytest.mark.full
 
 SMALL = ["--task", "rule-sentiment", "--model", "tiny-roberta", "--steps", "2", "--limit", "20"]
 

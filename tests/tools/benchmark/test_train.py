@@ -3,10 +3,13 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
 
+from lora_hf.core.child_process import ChildProcesses
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
 from tools.benchmark import rounds
@@ -15,8 +18,6 @@ from tools.benchmark.job import Job, train_sides
 from tools.benchmark.rounds import run_rounds
 from tools.benchmark.train import benchmark_train
 from tools.benchmark.worker_process import WorkerProcess
-
-pytestmark = pytest.mark.usefixtures("forked")
 
 JOB = Job("peft-best", {}, [], rounds=2)
 
@@ -87,36 +88,39 @@ def test_a_missing_output_folder_is_reported_before_anything_runs(capsys: pytest
     assert "no-such-folder" in capsys.readouterr().err
 
 
-def test_the_death_of_a_worker_is_reported_with_its_standard_error() -> None:
+@pytest.fixture
+def children() -> Iterator[ChildProcesses]:
+    with ChildProcesses() as children:
+        yield children
+
+
+def test_the_death_of_a_worker_is_reported_with_its_standard_error(children: ChildProcesses) -> None:
     with pytest.raises(TrainingError, match=r"peft-best .*3\)\n  no memory for this"):
-        WorkerProcess(JOB, script("sys.stderr.write('no memory for this\\n')", "sys.exit(3)"))
+        WorkerProcess(children, JOB, script("sys.stderr.write('no memory for this\\n')", "sys.exit(3)"))
     dies_later = script(
         "sys.stdin.readline()",
         "print('{\"ready\": {}}', flush=True)",
         "sys.stdin.readline()",
         "os.kill(os.getpid(), 9)",
     )
-    side = WorkerProcess(JOB, dies_later)
-    with pytest.raises(TrainingError, match="signal 9"):
+    with closing(WorkerProcess(children, JOB, dies_later)) as side, pytest.raises(TrainingError, match="signal 9"):
         side.run_round()
-    side.stop()
 
 
-def test_a_worker_reports_an_invalid_config() -> None:
+def test_a_worker_reports_an_invalid_config(children: ChildProcesses) -> None:
     with pytest.raises(ConfigError, match=r"peft-best: lora\.r is too large"):
-        WorkerProcess(JOB, script("sys.stdin.readline()", 'print(\'{"error": "lora.r is too large"}\')'))
+        WorkerProcess(children, JOB, script("sys.stdin.readline()", 'print(\'{"error": "lora.r is too large"}\')'))
 
 
-def test_workers_are_killed_when_a_benchmark_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_end_when_a_benchmark_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[WorkerProcess] = []
 
     class SecondFails(WorkerProcess):
-        def __init__(self, job: Job) -> None:
+        def __init__(self, children: ChildProcesses, job: Job) -> None:
             if started:
                 raise TrainingError("the second does not start")
-            super().__init__(
-                job, script("sys.stdin.readline()", "print('{\"ready\": {}}', flush=True)", "time.sleep(99)")
-            )
+            ready = script("sys.stdin.readline()", "print('{\"ready\": {}}', flush=True)", "time.sleep(99999)")
+            super().__init__(children, job, ready)
             started.append(self)
 
     monkeypatch.setattr(rounds, "WorkerProcess", SecondFails)

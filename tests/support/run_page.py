@@ -1,0 +1,100 @@
+"""Runs the blocks of one page in order: `python -m tests.support.run_page PAGE`, in the folder of a reader.
+
+Commands of the package run in this process, which has imported torch once, with a few rows and steps; servers run in
+their own. Python blocks share their names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lora_hf.cli.main import main
+from lora_hf.data.tasks.sources import Embedded
+from tests.support import page_hooks
+from tests.support.pages import RUN, Block, blocks
+from tests.support.server_process import serving
+
+ROWS = 48  # of an embedded task: pages show commands, not scores
+# What keeps a page's command small, and does not stand on the page.
+SMALL = {"train": ["train.max_steps=2"], "sweep": ["--trials", "1", "train.max_steps=2"]}
+COMMAND = re.compile(
+    r"(?P<environment>(?:\w+=\S+ )*)(?:python scripts/(?P<script>\w+)\.py|lora-hf (?P<verb>\w+))(?: (?P<rest>.*))?"
+)
+OTHERS = ("cat", "cp", "curl", "echo", "printf", "python")  # programs that blocks may call
+OPERATORS = {"|", ">", ">>", "<", ";", "&&", "||", "&"}
+
+
+class Page:
+    """The names of a page's Python blocks, and the address of its server if it has started one."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Any] = {"__name__": "__main__"}
+        self.server = ExitStack()
+        self.address = ""
+
+    def run(self, block: Block) -> None:
+        if block.language == "python":
+            exec(compile("\n" * block.line + block.text, str(block), "exec"), self.names)
+            return
+        for line in block.text.replace("\\\n", " ").splitlines():
+            if line.strip():
+                self._run_line(line)
+
+    def _run_line(self, line: str) -> None:
+        words = shlex.split(line)
+        command = COMMAND.fullmatch(line)
+        if command is None or OPERATORS & set(words):
+            self._run_in_bash(line)
+            return
+        verb, rest = command["script"] or command["verb"], shlex.split(command["rest"] or "")
+        environment = dict(word.split("=", 1) for word in command["environment"].split())
+        if verb == "serve":
+            self.server.close()
+            _, self.address, _ = self.server.enter_context(serving(*rest, **environment))
+            return
+        assert not environment, line
+        try:
+            code = main([*rest, *SMALL.get(verb, ())], verb=verb)
+        except SystemExit as end:
+            code = end.code  # of argparse
+        assert code == 0, f"{line}: exit code {code}"
+
+    def _run_in_bash(self, line: str) -> None:
+        program = re.sub(r"^(\w+=\S+ )*", "", line).split()[0]
+        assert program in OTHERS, f"{line}: a block that calls {program} needs a comment <!-- not run: REASON -->"
+        line = line.replace("localhost:8000", self.address).replace("curl ", "curl --fail-with-body ")
+        subprocess.run(["bash", "-euo", "pipefail", "-c", line], check=True, stdin=subprocess.DEVNULL)
+
+
+def cut_rows() -> None:
+    read = Embedded.read
+
+    def few(self: Embedded, split: str, data_dir: str | None) -> tuple[Any, str]:
+        rows, where = read(self, split, data_dir)
+        return rows.select(range(min(ROWS, len(rows)))), where
+
+    Embedded.read = few  # type: ignore[method-assign]
+
+
+def run_page(file: Path) -> None:
+    page, name = Page(), file.stem.lower()
+    with page.server:
+        getattr(page_hooks, f"before_{name}", lambda names: None)(page.names)
+        for block in blocks(file):
+            if block.language in RUN and not block.not_run:
+                print(f"-- {block}", file=sys.stderr, flush=True)
+                page.run(block)
+        getattr(page_hooks, f"after_{name}", lambda names: None)(page.names)
+
+
+if __name__ == "__main__":
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    cut_rows()
+    run_page(Path(sys.argv[1]))
