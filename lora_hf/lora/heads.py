@@ -156,7 +156,7 @@ def outermost(model: PreTrainedModel, paths: Iterable[str]) -> list[str]:
 def plain_module(model: nn.Module, path: str) -> nn.Module:
     """The module at a path of the plain model, without what adapters put around it."""
     module: Any = model.get_submodule(path)
-    while inner := getattr(module, "original_module", None) or module._modules.get("base_layer"):
+    while inner := getattr(module, "original_module", None) or getattr(module, "base_layer", None):
         module = inner
     return module
 

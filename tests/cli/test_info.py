@@ -44,7 +44,7 @@ def test_the_text_shows_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     for line in (
         f"  torch             {importlib.metadata.version('torch')}",
-        "  with padding      deberta-v2",
+        f"  with padding      {', '.join(collect()['chosen']['padded'])}",
         "  offline           HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE, HF_DATASETS_OFFLINE: the hub is not used",
         f"  system            {machine()['system']}",
     ):
