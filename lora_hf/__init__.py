@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_hf.adapters.combine import combine_adapters
     from lora_hf.adapters.convert.loralib import load_loralib, save_loralib
+    from lora_hf.adapters.pretrained import inject, load_adapter
     from lora_hf.adapters.push import push_adapter
-    from lora_hf.adapters.save_load import load_adapter, save_adapter
+    from lora_hf.adapters.save_load import save_adapter
     from lora_hf.core.config.schema import LoraConfig
     from lora_hf.core.errors import UserError
     from lora_hf.lora.inject import (
         count_parameters,
         eject,
-        inject,
         lora_state_dict,
         mark_only_lora_as_trainable,
         merge,
@@ -38,8 +38,8 @@ _HOME = {
     "count_parameters": "lora.inject",
     "dequantise": "models.load",
     "eject": "lora.inject",
-    "inject": "lora.inject",
-    "load_adapter": "adapters.save_load",
+    "inject": "adapters.pretrained",
+    "load_adapter": "adapters.pretrained",
     "load_loralib": "adapters.convert.loralib",
     "lora_state_dict": "lora.inject",
     "mark_only_lora_as_trainable": "lora.inject",

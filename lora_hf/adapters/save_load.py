@@ -6,6 +6,7 @@ wrong shape, another base or other labels raises AdapterError and leaves the mod
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,13 @@ from lora_hf.lora.variants.biases import (
 from lora_hf.lora.variants.dora import DoraWeights
 from lora_hf.lora.variants.table import Variant, initialise
 from lora_hf.lora.variants.tokens import FILE_KEY, add_token_rows, token_rows
+from lora_hf.lora.wrappers import on_plain_model
 from lora_hf.models.load import dequantise, load_base, load_tokenizer, quantise
 
+logger = logging.getLogger(__name__)
 
+
+@on_plain_model(changes=False)
 def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "default", task: str | None = None) -> Path:
     """Writes adapter `name` with its task head to `folder`, and returns the folder.
 
@@ -159,6 +164,8 @@ def load_adapter(
         switch.labels[name] = labels_of(switch, file, heads)
     inject_head(model, name, heads)
     _load_heads(model, file, name)
+    if saved_layers and not any(lora_layers(model)[layer.path].adapters[name].moved() for layer in saved_layers):
+        logger.warning("%s: lora_B is zero in every module, so this adapter changes no projection", folder)
     return set_adapter(model, name)
 
 

@@ -27,7 +27,7 @@ from lora_hf.adapters.resolve import SavedModel
 from lora_hf.adapters.save_load import load_saved_model
 from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.config.schema import GenerateConfig
-from lora_hf.core.errors import ConfigError
+from lora_hf.core.errors import AdapterError, ConfigError
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import ScoreRecord
 from lora_hf.data.metrics.nlg import NlgMetric
@@ -71,7 +71,11 @@ class Generator:
         """
         model, tokenizer = load_saved_model(saved, "fp32", adapted)
         tokenizer.padding_side = "left"  # the text continues at the end of the prompt
-        merge(dequantise(model))  # merging into a quantized base would round the adapter away
+        dequantise(model)  # merging into a quantized base would round the adapter away
+        try:
+            merge(model)
+        except AdapterError as error:  # it is only faster
+            logger.info("generating with the adapter beside its base: %s", error)
         positions = getattr(model.config, "max_position_embeddings", saved.max_length)
         return cls(model, tokenizer, saved.task, positions)  # type: ignore[arg-type]
 

@@ -28,6 +28,8 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """`(in, out)` of a linear layer, a `Conv1D` or an embedding, packed or not."""
     if isinstance(layer, QuantisedLinear):
         return layer.in_features, layer.out_features
+    if isinstance(layer, nn.Linear):  # the weight may be packed (bitsandbytes)
+        return layer.in_features, layer.out_features
     weight: Any = layer.weight
     rows, columns = weight.shape
     return (rows, columns) if isinstance(layer, TRANSPOSED) else (columns, rows)
@@ -294,6 +296,11 @@ class LoraLinear(AdaptedModule):
         if self.unmerged_packed is not None:
             return self.base_layer.unpacker(self.unmerged_packed)(torch.float32)
         weight = self.weight if self.unmerged_weight is None else self.unmerged_weight
+        if not weight.is_floating_point():
+            raise AdapterError(
+                f"{type(self.base_layer).__name__}: bitsandbytes has packed this weight, so it can be neither merged "
+                "nor decomposed; use the adapter beside the base, or quantise with lora_hf"
+            )
         return (weight.T if isinstance(self.base_layer, TRANSPOSED) else weight).detach().float()
 
     @torch.no_grad()

@@ -1,0 +1,66 @@
+"""`inject` and `load_adapter` for users' own code: what they return works wherever a model of transformers does.
+
+`Trainer` (its checkpoints too), accelerate and `push_to_hub` save a model with `save_pretrained`. The plain method
+would write a whole model under names that no other program knows. On a model from here it writes the adapter.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from lora_hf.adapters import save_load
+from lora_hf.core.config.schema import LoraConfig
+from lora_hf.core.errors import AdapterError
+from lora_hf.lora import inject as injection
+from lora_hf.lora.wrappers import on_plain_model
+
+
+@on_plain_model()
+def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> PreTrainedModel:
+    """Replaces the projections that `lora` names by LoRA layers, copies the task head and freezes the rest.
+
+    What the checkpoint did not fill is copied, trained and saved like the head. `model.save_pretrained` writes the
+    active adapter from then on, until `eject`.
+
+    Args:
+        model: a model of transformers, or a module that holds one; changed in place and returned.
+        name: of the adapter; a model takes any number of them.
+
+    Raises:
+        ModelError: no model of transformers, or one whose checkpoint left parameters random that cannot be saved.
+        ConfigError: a target that matches nothing, or a rank above the smaller side of a projection.
+        AdapterError: the model already has an adapter of that name, or the name cannot be one.
+    """
+    return _with_save_pretrained(injection.inject(model, lora, name))
+
+
+@on_plain_model()
+@functools.wraps(save_load.load_adapter)
+def load_adapter(model: PreTrainedModel, *arguments: Any, **named: Any) -> PreTrainedModel:
+    return _with_save_pretrained(save_load.load_adapter(model, *arguments, **named))
+
+
+def _with_save_pretrained(model: PreTrainedModel) -> PreTrainedModel:
+    model.save_pretrained = functools.partial(_save_pretrained, model)  # type: ignore[method-assign]
+    return model
+
+
+def _save_pretrained(
+    model: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, **ignored: Any
+) -> None:
+    """Writes the active adapter in PEFT's format, and its tensors once more for Trainer's `resume_from_checkpoint`."""
+    name = injection.adapter_state(model).active_adapter
+    if name is None:
+        raise AdapterError("save_pretrained: no adapter is active: set_adapter(model, name) chooses one to save")
+    if not is_main_process:
+        return
+    folder = save_load.save_adapter(model, save_directory, name)
+    # Trainer restores a model that is not PEFT's from this file, by the names of `state_dict`.
+    trained = {key: tensor.detach().clone() for key, tensor in model.named_parameters() if tensor.requires_grad}
+    save_file({key: tensor.cpu().contiguous() for key, tensor in trained.items()}, folder / SAFE_WEIGHTS_NAME)
