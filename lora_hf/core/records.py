@@ -114,7 +114,7 @@ class MergeRecord(_Record):
     adapter: str
     dtype: str
     config: dict[str, Any]
-    drift: dict[str, float]  # max_abs, largest_logit, relative, tolerance; of the probe's logits in fp32
+    drift: dict[str, float]  # of the probe's logits in fp32; rounding: of the base alone
     probe: dict[str, int]  # numbers of random and real rows, and the seed of the random ones
     files: dict[str, int] = field(default_factory=dict)  # sizes in bytes
     timings: dict[str, float] = field(default_factory=dict)

@@ -33,8 +33,11 @@ def run(options: argparse.Namespace) -> None:
         print_json({"output": str(options.output), "dtype": record.dtype, "drift": record.drift})
         return
     drift = record.drift
+    limit = f"within the tolerance of {drift['tolerance']:g}"
+    if "rounding" in drift:
+        limit = f"which rounding the base explains ({drift['rounding']:.3g})"
     print(
-        f"drift: {drift['relative']:.3g} of the largest logit, within the tolerance of {drift['tolerance']:g} "
+        f"drift: {drift['relative']:.3g} of the largest logit, {limit} "
         f"({drift['max_abs']:.3g} of {drift['largest_logit']:.3g})"
     )
     print(f"model:  {options.output} ({record.dtype})\nrecord: {options.output / MERGE_FILE}")
