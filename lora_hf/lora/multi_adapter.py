@@ -34,7 +34,6 @@ def mix_adapters(
     rows: Sequence[str | None],
     stacks: dict[Any, Any] | None = None,
     among: Sequence[str] = (),
-    masked: bool = False,
 ) -> Iterator[PreTrainedModel]:
     """Inside, this thread runs each row of a batch with its own adapter.
 
@@ -48,8 +47,6 @@ def mix_adapters(
             a new one after a weight has changed.
         among: adapters to stack together with those of the rows. If each batch has different ones, name all of them
             each time, so that `stacks` holds one entry.
-        masked: where gradients are taken, multiply each row by all plain adapters at once and mask those of other rows.
-            That is faster for many small adapters, but an infinite number in one of them spoils the others too.
 
     Raises:
         AdapterError: no rows, an adapter that the model does not have, or one that is merged into the base.
@@ -59,7 +56,7 @@ def mix_adapters(
         raise AdapterError("mix_adapters: expected the adapter of each row of the batch, found no rows")
     for name in dict.fromkeys((*rows, *among)):
         check_adapter_exists(state, name)
-    with state.override(BatchRouting(rows, stacks, among, masked)):
+    with state.override(BatchRouting(rows, stacks, among)):
         yield model
 
 
