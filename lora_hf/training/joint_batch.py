@@ -39,9 +39,6 @@ def add_gradients(model: PreTrainedModel, batches: Sequence[RunBatch]) -> list[T
     """Adds each run's gradients to those of its adapter, in one forward and one backward pass; returns its loss."""
     model.train()
     total, losses = _losses(model, batches)
-    if len(batches) > 1 and not total.isfinite():
-        # A run diverged. Rows that attention pads together would share its NaN, so each run computes alone.
-        return [loss for batch in batches for loss in add_gradients(model, [batch])]
     total.backward()  # type: ignore[no-untyped-call]
     return [loss.detach() for loss in losses]
 

@@ -164,7 +164,8 @@ def test_runs_that_end_early_leave_the_others_alone(tmp_path: Path, both: tuple[
     assert stopped.record.history[-1]["epoch"] == 1
     assert isinstance(well, Run)
     assert furthest(well, both[0][0]) < JOINT_FP32
-    assert [(tmp_path / str(each.output.name) / "record.json").exists() for each in configs] == [False, False, True, True]
+    finished = {file.parent.name for file in tmp_path.glob("*/record.json")}
+    assert finished == {"stopped", "first"}
     with pytest.raises(KeyError, match="pruned"):
         train_together([replace_name(each) for each in configs[1:3]], rows(), callbacks[1:3])
 

@@ -111,7 +111,6 @@ def test_gradients_add_up_over_batches(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["roberta", "gpt2"])
 def test_a_run_that_diverged_leaves_the_others_alone(kind: str, tmp_path: Path) -> None:
-    """Its rows come first: attention without padding fills shorter rows up with the first token of the batch."""
     model, (ill, *well) = adapted(kind, tmp_path), batches(kind)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
