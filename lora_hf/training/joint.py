@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,12 +22,11 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
-from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import UserError
 from lora_hf.data.tasks.registry import task_of
-from lora_hf.lora.inject import eject, set_adapter
-from lora_hf.lora.multi_adapter import unload_adapter
+from lora_hf.lora.inject import set_adapter
+from lora_hf.lora.multi_adapter import move_adapter, unload_adapter
 from lora_hf.lora.precision import flush_denormals
 from lora_hf.training.callbacks import EvaluationLines
 from lora_hf.training.checkpoints import translate_disk_full
@@ -177,11 +175,9 @@ def _prepare(
     for number, config in enumerate(configs):
         config, folder, _ = find_run(config)
         name, task = f"run{number:03d}", task_of(config.task)
-        with translate_disk_full(folder), tempfile.TemporaryDirectory() as adapter:
+        with translate_disk_full(folder):
             model, sites = prepare_model(config, task)
-            save_adapter(model, adapter)
-            base = eject(model) if base is None else base
-            load_adapter(base, adapter, name, own_head=True)
+            base = move_adapter(model, model if base is None else base, name)
             del model
             gc.collect()  # a model is part of reference cycles
             splits = rows.get(task.name) or task.load(config.task.data_dir, task.splits)

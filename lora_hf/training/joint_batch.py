@@ -17,6 +17,8 @@ from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.tasks.base import Task
 from lora_hf.lora.multi_adapter import mix_adapters
 
+CPU_TOKENS = 2048  # of a pass: more do not speed up its matrix products, and leave the cache between two operations
+
 
 @dataclass(frozen=True)
 class RunBatch:
@@ -36,11 +38,31 @@ class RunBatch:
 
 
 def add_gradients(model: PreTrainedModel, batches: Sequence[RunBatch]) -> list[Tensor]:
-    """Adds each run's gradients to those of its adapter, in one forward and one backward pass; returns its loss."""
+    """Adds each run's gradients to those of its adapter, and returns its loss.
+
+    All runs share a forward and a backward pass, or on a CPU as many as they fill with CPU_TOKENS each.
+    """
     model.train()
-    total, losses = _losses(model, batches)
-    total.backward()  # type: ignore[no-untyped-call]
-    return [loss.detach() for loss in losses]
+    found = []
+    for group in _groups(batches) if model.device.type == "cpu" else [batches]:
+        total, losses = _losses(model, group)
+        total.backward()
+        found += [loss.detach() for loss in losses]
+    return found
+
+
+def _groups(batches: Sequence[RunBatch]) -> list[list[RunBatch]]:
+    """The batches in order, as many in each group as have CPU_TOKENS tokens together."""
+    groups: list[list[RunBatch]] = [[]]
+    tokens = 0
+    for batch in batches:
+        count = int(batch.inputs["attention_mask"].sum())
+        if tokens and tokens + count > CPU_TOKENS:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(batch)
+        tokens += count
+    return groups
 
 
 def _losses(model: Any, batches: Sequence[RunBatch]) -> tuple[Tensor, list[Tensor]]:
