@@ -47,9 +47,7 @@ class BatchRouting:
         rows: Sequence[str | None],
         stacks: dict[Any, Any] | None = None,
         among: Sequence[str] = (),
-        masked: bool = False,
     ) -> None:
-        self.masked = masked
         self.names = tuple(sorted({name for name in (*rows, *among) if name is not None}))
         self.tokens: Segments | None = None
         self.stacks = {} if stacks is None else stacks

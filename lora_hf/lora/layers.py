@@ -253,7 +253,7 @@ class LoraLinear(AdaptedModule):
         if adapters and plain and torch.is_grad_enabled() and can_fuse(x, frozen_weight(self.base_layer), self.bias):
             parts = self._parts(x, routing)
             if parts is not None:
-                return lora_linear_parts(x, frozen_weight(self.base_layer), self.bias, parts, routing.masked)
+                return lora_linear_parts(x, frozen_weight(self.base_layer), self.bias, parts)
         y = self.base_layer(x)
         if not adapters:
             return y

@@ -10,7 +10,18 @@ from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import BatchRouting
-from lora_hf.lora.inject import adapter_dicts, adapter_state, check_adapter_exists, set_adapter
+from lora_hf.lora.inject import (
+    adapter_dicts,
+    adapter_heads,
+    adapter_state,
+    check_adapter_exists,
+    eject,
+    get_labels,
+    inject_head,
+    lora_layers,
+    set_adapter,
+)
+from lora_hf.lora.layers import LoraLinear
 
 
 @contextmanager
@@ -34,7 +45,6 @@ def mix_adapters(
     rows: Sequence[str | None],
     stacks: dict[Any, Any] | None = None,
     among: Sequence[str] = (),
-    masked: bool = False,
 ) -> Iterator[PreTrainedModel]:
     """Inside, this thread runs each row of a batch with its own adapter.
 
@@ -48,8 +58,6 @@ def mix_adapters(
             a new one after a weight has changed.
         among: adapters to stack together with those of the rows. If each batch has different ones, name all of them
             each time, so that `stacks` holds one entry.
-        masked: where gradients are taken, multiply each row by all plain adapters at once and mask those of other rows.
-            That is faster for many small adapters, but an infinite number in one of them spoils the others too.
 
     Raises:
         AdapterError: no rows, an adapter that the model does not have, or one that is merged into the base.
@@ -59,8 +67,29 @@ def mix_adapters(
         raise AdapterError("mix_adapters: expected the adapter of each row of the batch, found no rows")
     for name in dict.fromkeys((*rows, *among)):
         check_adapter_exists(state, name)
-    with state.override(BatchRouting(rows, stacks, among, masked)):
+    with state.override(BatchRouting(rows, stacks, among)):
         yield model
+
+
+def move_adapter(source: PreTrainedModel, target: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Moves the active adapter of one model, with its head, to another model of the same base, as adapter `name`.
+
+    The two may be the same model. The adapter is active and trainable on the target, which is returned; the source is
+    the plain model then.
+    """
+    weights = {path: layer.adapters[layer.active] for path, layer in lora_layers(source).items() if layer.active}
+    heads = {path: head.modules_to_save[head.active] for path, head in adapter_heads(source).items()}
+    labels = get_labels(source)
+    eject(source)
+    state = adapter_state(target)
+    for path, each in weights.items():
+        layer: Any = target.get_submodule(path)
+        if not isinstance(layer, LoraLinear):
+            target.set_submodule(path, layer := LoraLinear(layer, state))
+        layer.adapters[name] = each.to(layer.device)
+    if heads:
+        state.labels[name] = labels
+    return inject_head(target, name, {path: head.to(target.device) for path, head in heads.items()})
 
 
 def unload_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:

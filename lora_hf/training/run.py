@@ -66,7 +66,6 @@ from lora_hf.training.run_dir import LOG_FILE, begin_run, find_run_folder
 from lora_hf.training.trainer import (
     AdapterTrainer,
     RunTrainer,
-    SharedModel,
     completion_loss,
     enable_optimizations,
 )
@@ -89,13 +88,12 @@ class Run:
 
 
 @dataclass
-class _Prepared:
+class PreparedRun:
     """A run that is ready to train."""
 
     config: RunConfig
     task: Task
     folder: Path
-    checkpoint: Path | None  # to resume from
     rows: Mapping[str, Dataset]
     encoded: Mapping[str, Any]
     tokenizer: PreTrainedTokenizerBase
@@ -103,7 +101,8 @@ class _Prepared:
     trainer: RunTrainer
     record: RunRecord
     log_prefix: str
-    shared: SharedModel | None
+    started: float
+    adapter: str = "default"  # its name on the model
 
 
 @flush_denormals()
@@ -112,7 +111,6 @@ def train(
     resume: str | None = None,
     rows: Mapping[str, Dataset] | None = None,
     callbacks: Sequence[TrainerCallback] | None = None,
-    shared: SharedModel | None = None,
 ) -> Run:
     """Fine-tunes as the config says and writes the run folder.
 
@@ -123,7 +121,6 @@ def train(
         resume: a checkpoint folder, or `auto`: the newest checkpoint of the newest unfinished run of this very config.
         rows: the task's splits, where they have been read already.
         callbacks: for the Trainer, beside the run's own; None: a line on standard error for each evaluation.
-        shared: the model on which this run trains its adapter together with others (`training.joint`).
 
     Raises:
         UserError: the config, data, model or adapter cannot be used; nothing has been trained then.
@@ -131,6 +128,23 @@ def train(
         Interrupted: Ctrl-C or SIGTERM, after the step was finished and saved.
     """
     started = time.time()
+    config, folder, checkpoint = find_run(config, resume)
+    with translate_disk_full(folder), translate_lost_process(folder):
+        task = task_of(config.task)
+        rows = rows or task.load(config.task.data_dir, task.splits)
+        model, sites = prepare_model(config, task)
+        run = prepare_run(config, folder, rows, model, sites, started, callbacks, checkpoint)
+        training = time.time()
+        metrics = _fit(run, checkpoint)
+        return finish_run(run, metrics, training)
+
+
+def find_run(config: RunConfig, resume: str | None = None) -> tuple[RunConfig, Path, Path | None]:
+    """The config with its precision resolved, the folder of the run, and the checkpoint to resume from.
+
+    Raises:
+        UserError: the config cannot be used, or another run is in the way.
+    """
     check_run(config)
     hf = config.train.hf
     timeout = timedelta(seconds=hf["ddp_timeout"]) if "ddp_timeout" in hf else DEFAULT_TIMEOUT
@@ -139,23 +153,7 @@ def train(
     precision = run_on_rank(lambda: resolve_precision(config.model.precision))
     config = replace(config, model=replace(config.model, precision=precision))
     found = run_on_rank(lambda: [str(path) for path in find_run_folder(config, resume) if path is not None])
-    folder, checkpoint = Path(found[0]), Path(found[1]) if len(found) > 1 else None
-    with translate_disk_full(folder), translate_lost_process(folder):
-        run = _prepare(config, folder, checkpoint, rows, callbacks, shared, started)
-        training = time.time()
-        metrics = _fit(run)
-        scoring = time.time()
-        outputs = {
-            split: np.asarray(run.trainer.predict(run.encoded[split], metric_key_prefix=split).predictions)
-            for split in run.task.evaluation_splits
-        }
-        if rank():
-            barrier()
-            return Run(folder, RunRecord.load(folder / RECORD_FILE))
-        timings = {"setup": training - started, "train": scoring - training}
-        _write_results(run, metrics, outputs, timings, started, scoring)
-        barrier()
-        return Run(folder, run.record)
+    return config, Path(found[0]), Path(found[1]) if len(found) > 1 else None
 
 
 def prepare_model(config: RunConfig, task: Task) -> tuple[PreTrainedModel, list[Site]]:
@@ -165,6 +163,7 @@ def prepare_model(config: RunConfig, task: Task) -> tuple[PreTrainedModel, list[
         TrainingError: nothing would be trained.
         UserError: the base cannot be loaded or adapted.
     """
+    set_seed(config.train.seed)
     model_config = config.model
     if config.train.method == "full":
         # All weights are master weights here: they stay fp32, and autocast computes in the precision asked for.
@@ -185,24 +184,19 @@ def prepare_model(config: RunConfig, task: Task) -> tuple[PreTrainedModel, list[
     return model, sites
 
 
-def _prepare(
+def prepare_run(
     config: RunConfig,
     folder: Path,
-    checkpoint: Path | None,
-    rows: Mapping[str, Dataset] | None,
-    callbacks: Sequence[TrainerCallback] | None,
-    shared: SharedModel | None,
+    rows: Mapping[str, Dataset],
+    model: PreTrainedModel,
+    sites: Sequence[Site],
     started: float,
-) -> _Prepared:
-    """Loads data and model, and begins the run folder once nothing can be wrong with them any more."""
-    set_seed(config.train.seed)
-    task = task_of(config.task)
-    rows = rows or task.load(config.task.data_dir, task.splits)
-    tokenizer = load_tokenizer(config.model)
-    model, sites = prepare_model(config, task)
+    callbacks: Sequence[TrainerCallback] | None = None,
+    checkpoint: Path | None = None,
+) -> PreparedRun:
+    """Encodes the data, and begins the run folder once nothing can be wrong with data and model any more."""
+    task, tokenizer = task_of(config.task), load_tokenizer(config.model)
     counts = count_parameters(model)
-    if shared:
-        model = shared.attach(model)
     encoded: dict[str, Any] = {
         split: encode(task, part, tokenizer, config.task.max_length) for split, part in rows.items()
     }
@@ -213,9 +207,7 @@ def _prepare(
     run_on_rank(lambda: begin_run(config, folder, checkpoint))
     _check_shared_folder(folder)
     trainer = _new_trainer(config, task, model, tokenizer, encoded, arguments)
-    if shared:
-        trainer.shared, trainer.adapter = shared, shared.name
-    log_prefix = f"{folder.name}, " if shared or callbacks is not None else ""  # where there are several runs
+    log_prefix = f"{folder.name}, " if callbacks is not None else ""  # where there are several runs
     if callbacks is None:
         callbacks = [EvaluationLines(config.model.precision, log_prefix)]
     if rank():  # dropout differs between processes; the weights and the order of the rows are drawn already
@@ -240,13 +232,9 @@ def _prepare(
         rows={split: len(part) for split, part in rows.items()},
         versions=versions(),
         git=git_state(),
-        machine=machine()
-        | {"threads": shared.threads if shared else torch.get_num_threads(), "processes": arguments.world_size},
-        together=shared.runs if shared else 1,
+        machine=machine() | {"threads": torch.get_num_threads(), "processes": arguments.world_size},
     )
-    return _Prepared(
-        config, task, folder, checkpoint, rows, encoded, tokenizer, model, trainer, record, log_prefix, shared
-    )
+    return PreparedRun(config, task, folder, rows, encoded, tokenizer, model, trainer, record, log_prefix, started)
 
 
 def _check_shared_folder(folder: Path) -> None:
@@ -296,9 +284,9 @@ def _new_trainer(
     return trainer
 
 
-def _fit(run: _Prepared) -> Mapping[str, float]:
+def _fit(run: PreparedRun, checkpoint: Path | None) -> Mapping[str, float]:
     """Trains, from the start or from the checkpoint; the Trainer's metrics, empty where training had ended before."""
-    trainer, checkpoint = run.trainer, run.checkpoint
+    trainer = run.trainer
     handler = SignalHandler(run.folder)
     trainer.add_callback(handler)  # the last one: it stops the run once the others have done their part
     with handler:
@@ -309,13 +297,29 @@ def _fit(run: _Prepared) -> Mapping[str, float]:
         return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
 
 
+def finish_run(run: PreparedRun, metrics: Mapping[str, float], training: float) -> Run:
+    """Scores the trained model and writes the results.
+
+    Args:
+        metrics: of the Trainer.
+        training: when training started.
+    """
+    scoring = time.time()
+    outputs = {
+        split: np.asarray(run.trainer.predict(run.encoded[split], metric_key_prefix=split).predictions)
+        for split in run.task.evaluation_splits
+    }
+    if rank():
+        barrier()
+        return Run(run.folder, RunRecord.load(run.folder / RECORD_FILE))
+    run.record.timings = {"setup": training - run.started, "train": scoring - training}
+    _write_results(run, metrics, outputs, scoring)
+    barrier()
+    return Run(run.folder, run.record)
+
+
 def _write_results(
-    run: _Prepared,
-    metrics: Mapping[str, float],
-    outputs: Mapping[str, np.ndarray],
-    timings: dict[str, float],
-    started: float,
-    scoring: float,
+    run: PreparedRun, metrics: Mapping[str, float], outputs: Mapping[str, np.ndarray], scoring: float
 ) -> None:
     """Scores, weights, curves and, last, the record, whose presence means that the run is finished."""
     record, trainer = run.record, run.trainer
@@ -325,7 +329,7 @@ def _write_results(
         run.model.save_pretrained(weights)
         run.tokenizer.save_pretrained(weights)
     else:
-        save_adapter(run.model, weights, run.shared.name if run.shared else "default", run.task.name)
+        save_adapter(run.model, weights, run.adapter, run.task.name)
     state, skipped = trainer.state, trainer.loss_scaling.skipped
     if skipped:
         record.warnings.append(f"{skipped} of {state.global_step} steps were skipped: a gradient overflowed fp16")
@@ -337,7 +341,7 @@ def _write_results(
         "value": state.best_metric,
         "step": state.best_global_step,
     }
-    record.timings = timings | {"score": time.time() - scoring, "total": time.time() - started}
+    record.timings |= {"score": time.time() - scoring, "total": time.time() - run.started}
     record.throughput = {key: metrics.get(f"train_{key}_per_second", 0.0) for key in ("samples", "steps")}
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     record.memory = {"rss": peak_rss(), "cuda": cuda}

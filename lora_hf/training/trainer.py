@@ -6,12 +6,11 @@ reason, and fails with a clear message when a new transformers changes one.
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,15 +41,11 @@ class RunTrainer(Trainer):
     Attributes:
         prompts: of each training row the number of its prompt; rows of one prompt come together in a batch.
         loraplus_lr_ratio: how many times larger the learning rate of lora_B is (LoRA+).
-        adapter: the name of the adapter that is trained.
-        shared: the model that several runs train adapters on (`training.joint`).
         unsharded: under FSDP the trained parameters, which every process holds whole.
     """
 
     prompts: list[int] | None = None
     loraplus_lr_ratio: float | None = None
-    adapter: str = "default"
-    shared: SharedModel | None = None
     unsharded: Sequence[nn.Parameter] = ()
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -168,19 +163,10 @@ class AdapterTrainer(RunTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        if self.shared is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            if self.unsharded and self.accelerator.sync_gradients:
-                average_gradients(self.unsharded)
-            return loss
-        loss = self.shared.step(self, inputs, num_items_in_batch)
-        self.loss_monitor.add(loss, self.state.global_step)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.unsharded and self.accelerator.sync_gradients:
+            average_gradients(self.unsharded)
         return loss
-
-    def prediction_step(self, *batch: Any, **named: Any) -> Any:
-        if self.shared is None:
-            return super().prediction_step(*batch, **named)
-        return self.shared.compute(functools.partial(super().prediction_step, *batch, **named))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
@@ -193,14 +179,14 @@ class AdapterTrainer(RunTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = output_dir or self.args.output_dir
         if self.args.should_save and folder:
-            save_adapter(self.accelerator.unwrap_model(self.model), folder, self.adapter)
+            save_adapter(self.accelerator.unwrap_model(self.model), folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_adapter(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint, self.adapter)
+        restore_adapter(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if best := self.state.best_model_checkpoint:
-            restore_adapter(self.accelerator.unwrap_model(self.model), best, self.adapter)
+            restore_adapter(self.accelerator.unwrap_model(self.model), best)
 
 
 @dataclass(frozen=True)
@@ -230,26 +216,6 @@ def enable_optimizations(model: PreTrainedModel, label_smoothing: float = 0.0) -
     if padded_because:
         logger.warning("batches stay padded, and rows of similar length are grouped: %s", padded_because)
     return Optimizations(scores_labels_only, padded_because)
-
-
-class SharedModel(Protocol):
-    """One model on which several runs each train an adapter (`training.joint`), as one of them sees it."""
-
-    name: str  # of this run's adapter on the model
-    runs: int
-    threads: int  # that its batches are computed with
-
-    def attach(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Moves this run's adapter from `model` to the shared model, and returns that."""
-        ...
-
-    def step(self, trainer: Trainer, inputs: dict[str, Any], items: torch.Tensor | int | None) -> torch.Tensor:
-        """The loss of a batch, with its gradients on this run's parameters, as `Trainer.training_step` leaves them."""
-        ...
-
-    def compute(self, function: Callable[[], Any]) -> Any:
-        """Calls the function in the thread of the shared model."""
-        ...
 
 
 def completion_loss(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,11 @@ from lora_hf.data.tasks.registry import task_of
 from lora_hf.models.model_ids import check_model_exists
 from lora_hf.training.distributed import world_size
 
+# Beginnings of the TrainingArguments that joint training obeys. `save_` is without effect: there are no checkpoints.
+JOINT_ARGUMENTS = ("adam_", "data", "disable_tqdm", "eval_", "greater_is_better", "length_column_name",
+                   "load_best_model_at_end", "logging_", "lr_scheduler_kwargs", "metric_for_best_model", "optim",
+                   "report_to", "run_name", "save_", "train_sampling_strategy", "use_cpu")  # fmt: skip
+
 
 def check_run(config: RunConfig) -> None:
     """Checks a run's settings against its task and against each other.
@@ -52,15 +57,18 @@ def _check_training_arguments(hf: Mapping[str, Any]) -> None:
         raise ConfigError(f"train.hf: {'; '.join(problems)}")
 
 
-def check_together(configs: Sequence[RunConfig], resume: str | None) -> None:
+def check_together(configs: Sequence[RunConfig], resume: str | None = None) -> None:
     """Raises ConfigError, with all problems, where the runs cannot share one base (`training.joint`)."""
-    if resume not in (None, "auto"):
-        raise ConfigError(f"resume={resume}: a checkpoint belongs to one run, found {len(configs)} runs; expected auto")
     problems = []
+    if resume is not None:
+        problems.append(
+            f"resume={resume}: runs that train together save no checkpoints; start them again without it, or resume a "
+            "run that was trained alone by itself"
+        )
     if len(configs) < 2:
         problems.append(f"expected at least 2 runs, found {len(configs)}")
     for number, config in enumerate(configs):
-        problems += [f"run {number + 1}: {problem}" for problem in _joint_problems(config)]
+        problems += [f"run {number + 1}: {problem}" for problem in joint_problems(config)]
     if any(config.model != configs[0].model for config in configs):
         problems.append("expected the same model section in every run: they share one base")
     sections = {replace(config.task, max_length=TaskConfig.max_length) for config in configs}
@@ -79,7 +87,8 @@ def check_together(configs: Sequence[RunConfig], resume: str | None) -> None:
         raise ConfigError("\n  ".join(["these runs cannot train together:", *problems]))
 
 
-def _joint_problems(config: RunConfig) -> list[str]:
+def joint_problems(config: RunConfig) -> list[str]:
+    """Why a run cannot train together with any other; empty where it can."""
     problems = []
     if config.train.method != "lora":
         problems.append(f"train.method={config.train.method} does not keep the shared base frozen; expected lora")
@@ -91,4 +100,6 @@ def _joint_problems(config: RunConfig) -> list[str]:
         problems.append("model.precision=fp16: each run would need its own loss scale; expected fp32 or bf16")
     if config.train.label_smoothing:
         problems.append("train.label_smoothing: expected 0")
+    if other := [name for name in config.train.hf if not name.startswith(JOINT_ARGUMENTS)]:
+        problems.append(f"train.hf: joint training does not support {', '.join(other)}; leave them out")
     return problems

@@ -80,7 +80,7 @@ def _train_together(options: argparse.Namespace, configs: Sequence[RunConfig], r
     from lora_hf.training.joint import train_together
     from lora_hf.training.run import Run
 
-    outcomes = train_together(configs, options.resume, rows)
+    outcomes = train_together(configs, rows)
     runs = [outcome for outcome in outcomes if isinstance(outcome, Run)]
     if options.json:
         print_json({"runs": [_summary(run) for run in runs]})

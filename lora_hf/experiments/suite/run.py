@@ -28,6 +28,7 @@ from lora_hf.experiments.suite.plan import (
     write_config,
 )
 from lora_hf.experiments.suite.results import base_bytes, compare_all, run_result
+from lora_hf.training.validation import joint_problems
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ def run_suite(options: SuiteOptions, jobs: int = 1, joint: int = 1) -> tuple[Sui
     """Starts every unfinished run and updates the record whenever one ends.
 
     A failed run does not stop the others. An interruption ends all processes; a later call with the same options
-    keeps the finished runs and resumes the others from their checkpoints.
+    keeps the finished runs and resumes the others from their checkpoints. Runs that train together have none and start
+    again.
 
     Args:
         jobs: how many processes run at the same time.
@@ -137,10 +139,13 @@ def _run_all(
 def _next_ready(waiting: Sequence[PlannedRun], finished: set[str], joint: int) -> list[PlannedRun]:
     """The next run whose required run is finished, with up to `joint - 1` others that can train together with it."""
     ready = [run for run in waiting if run.needs is None or run.needs in finished]
-    if not ready or joint == 1 or ready[0].config.train.method != "lora":
+    if not ready or joint == 1 or not _can_join(ready[0]):
         return ready[:1]
-    same = [run for run in ready if run.config.train.method == "lora" and run.config.model == ready[0].config.model]
-    return same[:joint]
+    return [run for run in ready if _can_join(run) and run.config.model == ready[0].config.model][:joint]
+
+
+def _can_join(run: PlannedRun) -> bool:
+    return not joint_problems(run.config) and not can_resume(run)
 
 
 def _commands(runs: Sequence[PlannedRun]) -> list[list[str]]:

@@ -22,7 +22,7 @@ class _Group:
     """Rows of similar length, padded to the longest of them.
 
     Attributes:
-        index: `(rows, length)`, the token at each position; 0 for padding.
+        index: `(rows, length)`, the token at each position; the row's last one for padding.
         padding: `(rows, length)`, True for padding; None if there is none.
         unseen: `(rows, length, length)`, True if a token does not see another; None if `is_causal` decides.
     """
@@ -63,7 +63,8 @@ class Rows:
             length = self.lengths[rows[0]]
             positions = torch.arange(length)
             padding = positions >= lengths[rows][:, None]
-            index = (positions + starts[rows][:, None]).masked_fill(padding, 0)
+            # A token of another row would bring its NaN along: a weight of 0 does not remove it.
+            index = positions.minimum(lengths[rows][:, None] - 1) + starts[rows][:, None]
             any_padding = padding.to(self.device) if bool(padding.any()) else None
             groups.append(_Group(index.to(self.device), length, any_padding, self._unseen(rows, length)))
         return groups
@@ -80,7 +81,7 @@ class Rows:
     def indices(self, heads: int) -> list[tuple[Tensor, Tensor]]:
         """For each group the source and the target of its `(rows, heads, length)` vectors among `tokens * heads`.
 
-        Padding reads the first token and writes after the last.
+        Padding reads the row's last token, and writes after the last of all.
         """
         if heads not in self._indices:
             self._indices[heads] = []

@@ -7,7 +7,6 @@ nothing below is trained.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from torch.nn.functional import linear
 from lora_hf.lora.slices import Slices, block_diagonal, diagonal_blocks
 
 STEPS = 2**16  # resolution of a dropout probability
-MASKED = 128  # columns of A that parts may share: few next to a projection's and to the calls that they save
 
 # A frozen weight, or the function that unpacks it to a precision for each product, so that it is not kept in between.
 Weight = Tensor | Callable[[torch.dtype], Tensor]
@@ -66,58 +64,20 @@ def lora_linear(
     return lora_linear_parts(x, weight, bias, [Part(0, x.shape[:-1].numel(), lora_A, lora_B, scaling, slices, dropout)])
 
 
-def lora_linear_parts(
-    x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[Part], masked: bool = False
-) -> Tensor:
+def lora_linear_parts(x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
     """`lora_linear` with an adapter for each part of the rows of x, `(rows, in)` once flattened.
 
     A row in no part gets the frozen projection alone.
-
-    Args:
-        masked: multiply every row by the factors of all parts without dropout and mask those of other parts: a few
-            large products instead of many small ones. An infinite number in one part then spoils the others too.
     """
-    groups, factors = [], []
-    for members in _grouped(parts) if masked else [[part] for part in parts]:
-        dropout, keep = members[0].dropout, None
-        rows = slice(members[0].start, members[-1].stop)
+    settings, factors = [], []
+    for part in parts:
+        dropout, keep = part.dropout, None
         if dropout:
             dropout = min(max(1, round(dropout * STEPS)), STEPS - 1) / STEPS
-            keep = dropout_mask((rows.stop - rows.start, x.shape[-1]), dropout, x.device)
-        scaling = members[0].scaling / (1 - dropout) if len(members) == 1 else _mask(members, x)
-        groups.append((rows, scaling, [part.slices for part in members], keep))
-        factors += [factor for part in members for factor in (part.lora_A, part.lora_B)]
-    return _LoraLinear.apply(x, weight, bias, groups, *factors)  # type: ignore[return-value]
-
-
-def _grouped(parts: Sequence[Part]) -> list[list[Part]]:
-    """The parts in order; consecutive parts without dropout and with at most MASKED columns are in one group."""
-    groups: list[list[Part]] = []
-    for part in parts:
-        last = groups[-1] if groups else [part]
-        columns = sum(len(member.lora_A) for member in (*last, part))
-        if groups and columns <= MASKED and not part.dropout and not last[0].dropout:
-            last.append(part)
-        else:
-            groups.append([part])
-    return groups
-
-
-def _mask(parts: Sequence[Part], x: Tensor) -> Tensor:
-    """`(rows of the parts, their columns)`: each part's scaling in its own rows and columns, zero elsewhere."""
-    blocks = tuple(
-        (part.start - parts[0].start, part.stop - parts[0].start, len(part.lora_A), part.scaling) for part in parts
-    )
-    return _block_mask(blocks, x.dtype, x.device)
-
-
-@functools.lru_cache(maxsize=4)  # the layers of a model use the same few
-def _block_mask(blocks: tuple[tuple[int, int, int, float], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    mask, column = torch.zeros(blocks[-1][1], sum(width for _, _, width, _ in blocks), dtype=dtype, device=device), 0
-    for start, stop, width, scaling in blocks:
-        mask[start:stop, column : column + width] = scaling
-        column += width
-    return mask
+            keep = dropout_mask((part.stop - part.start, x.shape[-1]), dropout, x.device)
+        settings.append((slice(part.start, part.stop), part.scaling / (1 - dropout), part.slices, keep))
+        factors += [part.lora_A, part.lora_B]
+    return _LoraLinear.apply(x, weight, bias, settings, *factors)  # type: ignore[return-value]
 
 
 def dropout_mask(shape: Sequence[int], dropout: float, device: torch.device) -> Tensor:
@@ -142,15 +102,14 @@ def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:
     return is_frozen and not torch.is_autocast_enabled(x.device.type)
 
 
-# Parts that are multiplied together: their rows, the scaling (with that of the dropout) or the mask that holds it, the
-# slices of each, and the dropout mask.
-_Group = tuple[slice, "float | Tensor", list[Slices], "Tensor | None"]
+# Of a part: its rows, its scaling with that of the dropout, its slices, and the dropout mask.
+_Setting = tuple[slice, float, Slices, "Tensor | None"]
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, groups: Sequence[_Group], *factors: Tensor
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, settings: Sequence[_Setting], *factors: Tensor
     ) -> Tensor:
         inputs = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         tensor = weight if isinstance(weight, Tensor) else None
@@ -158,21 +117,16 @@ class _LoraLinear(torch.autograd.Function):
         # Not a view: some models go on in place, which autograd refuses for a view that a function returns.
         output = linear(x, weight if isinstance(weight, Tensor) else weight(x.dtype), bias)
         y = output.view(len(inputs), output.shape[-1])
-        saved, pairs = [], zip(factors[::2], factors[1::2], strict=True)
-        for rows, scaling, slices, keep in groups:
-            own = [next(pairs) for _ in slices]
-            down = _cat([a.to(x.dtype) for a, _ in own], 0)
-            up = _cat(
-                [block_diagonal(b.to(x.dtype), at, y.shape[1]) for at, (_, b) in zip(slices, own, strict=True)], 1
-            )
+        saved = []
+        for (rows, scaling, slices, keep), lora_A, lora_B in zip(settings, factors[::2], factors[1::2], strict=True):
+            down, up = lora_A.to(x.dtype), block_diagonal(lora_B.to(x.dtype), slices, y.shape[1])
             dropped = inputs[rows] if keep is None else inputs[rows] * keep
             # Scaling is cheapest on the smallest tensor, (rows, r).
             projected = (dropped @ down.T).mul_(scaling)
             y[rows].addmm_(projected, up.T)
             saved += [projected, down, up, keep]
         ctx.save_for_backward(x, tensor, *saved)
-        ctx.groups = [(rows, scaling, slices) for rows, scaling, slices, _ in groups]
-        ctx.widths = [len(lora_A) for lora_A in factors[::2]]
+        ctx.settings = [(rows, scaling, slices) for rows, scaling, slices, _ in settings]
         ctx.dtypes = [factor.dtype for factor in factors]
         return output
 
@@ -184,30 +138,22 @@ class _LoraLinear(torch.autograd.Function):
         dy = gradients[0].reshape(len(inputs), gradients[0].shape[-1])
         dx = dy @ (ctx.unpacker(x.dtype) if tensor is None else tensor) if ctx.needs_input_grad[0] else None
         dfactors: list[Tensor | None] = []
-        for number, (rows, scaling, slices) in enumerate(ctx.groups):
+        for number, (rows, scaling, slices) in enumerate(ctx.settings):
             projected, down, up, keep = saved[4 * number : 4 * number + 4]
-            first, count = len(dfactors), len(slices)
-            needed = ctx.needs_input_grad[4 + first : 4 + first + 2 * count]
-            widths = ctx.widths[first // 2 : first // 2 + count]
+            needs_dA, needs_dB = ctx.needs_input_grad[4 + 2 * number : 6 + 2 * number]
             dprojected = (dy[rows] @ up).mul_(scaling)
-            dA: Sequence[Tensor | None] = [None] * count
-            dB: Sequence[Tensor | None] = [None] * count
+            dA = dB = None
             if dx is not None and keep is None:
                 dx[rows].addmm_(dprojected, down)
             elif dx is not None:
                 dx[rows].addcmul_(dprojected @ down, keep.to(dx.dtype))
-            if any(needed[::2]):
+            if needs_dA:
                 dropped = inputs[rows] if keep is None else inputs[rows] * keep
-                dA = (dprojected.T @ dropped).split(widths)
-            if any(needed[1::2]):
+                dA = (dprojected.T @ dropped).to(ctx.dtypes[2 * number])
+            if needs_dB:
                 # The transposed product is twice as fast, because it has so few rows.
-                dup = (projected.T @ dy[rows]).split(widths)
-                dB = [_cat(diagonal_blocks(part.T, at), 0) for part, at in zip(dup, slices, strict=True)]
-            for factor in (factor for pair in zip(dA, dB, strict=True) for factor in pair):
-                dtype = ctx.dtypes[len(dfactors)]
-                dfactors.append(None if factor is None else factor.to(dtype, memory_format=torch.contiguous_format))
+                blocks = diagonal_blocks((projected.T @ dy[rows]).T, slices)
+                dB = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+                dB = dB.to(ctx.dtypes[2 * number + 1], memory_format=torch.contiguous_format)
+            dfactors += [dA, dB]
         return None if dx is None else dx.view_as(x), None, None, None, *dfactors
-
-
-def _cat(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -131,41 +131,6 @@ def test_each_part_is_what_its_adapter_gives_alone(dropout: float) -> None:
     assert apart([lora_linear_parts(x, weight, bias, swapped).detach()], found[1][:1]) > FUSED_RTOL[torch.float64]
 
 
-@pytest.mark.parametrize("dtype", FUSED_RTOL, ids=str)
-@pytest.mark.parametrize("shared", [4, 6, 100])
-def test_masked_parts_are_the_parts(dtype: torch.dtype, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_hf.lora.kernels.fused.MASKED", shared)
-    torch.manual_seed(0)
-    weight, bias, x = draw(7, 5, dtype=dtype, frozen=True), draw(7, dtype=dtype, frozen=True), draw(12, 5, dtype=dtype)
-    slices = [SLICES[name] for name in ("whole", "two", "whole", "whole")]
-    adapters = [parameters(each, dtype) for each in slices]
-    adapters[2][0].requires_grad_(False)
-    places = [(0, 3), (4, 6), (6, 6), (6, 11)]  # a place of the bare base in between, one at the end, a part of none
-    inputs = [x, *(factor for factors in adapters for factor in factors if factor.requires_grad)]
-    upstream, found = torch.randn(12, 7).to(dtype), []
-    for masked in (False, True):
-        parts = [
-            Part(*at, *factors, scaling, each)
-            for at, factors, scaling, each in zip(places, adapters, (SCALING, 0.3, 2.0, 0.5), slices, strict=True)
-        ]
-        y = lora_linear_parts(x, weight, bias, parts, masked)
-        found.append([y.detach(), *torch.autograd.grad(y, inputs, upstream)])
-    assert [each.dtype for each in found[1]] == [each.dtype for each in found[0]]
-    for ours, theirs in zip(found[1], found[0], strict=True):
-        assert (ours - theirs).abs().max() <= FUSED_RTOL[dtype] * theirs.abs().max()
-
-
-def test_a_broken_part_spoils_others_only_where_they_share_a_product() -> None:
-    torch.manual_seed(0)
-    weight, x = draw(7, 5, frozen=True), draw(6, 5)
-    (a, b), (broken, other) = parameters(SLICES["whole"], torch.float64), parameters(SLICES["whole"], torch.float64)
-    broken.data[0, 0] = torch.nan
-    parts = [Part(0, 3, a, b, SCALING, SLICES["whole"]), Part(3, 6, broken, other, SCALING, SLICES["whole"])]
-    for masked in (False, True):
-        y = lora_linear_parts(x, weight, None, parts, masked)
-        assert y[:3].isfinite().all() != masked
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_come_in_the_masters_precision_and_only_where_asked(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
