@@ -159,3 +159,12 @@ def models_dir(data_dir: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no models in {folder}: put Hugging Face model folders there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_models() -> Path:
+    """The folder with the real pretrained models `minilm` and `smollm2`, from $LORA_HF_MODELS."""
+    folder = Path(os.environ.get("LORA_HF_MODELS", ""))
+    if not all((folder / name / "config.json").is_file() for name in ("minilm", "smollm2")):
+        pytest.skip("set LORA_HF_MODELS to a folder that holds the models minilm and smollm2")
+    return folder

@@ -169,6 +169,6 @@ def _check_drift(drift: dict[str, float], rounding: Callable[[], float], dtype: 
     # Also for NaN, which a weight beyond the range of fp16 produces.
     raise AdapterError(
         f"output {output}: not written: merging in {dtype} changed the outputs by more than the tolerance: a logit "
-        f"moved by {drift['max_abs']:.3g}, the largest being {drift['largest_logit']:.3g}; expected a relative drift of "
+        f"moved by {drift['max_abs']:.3g}, the largest is {drift['largest_logit']:.3g}; expected a relative drift of "
         f"at most {max(tolerance, ROUNDING_FACTOR * drift['rounding']):.3g}, found {relative:.3g}. {ADVICE[dtype]}"
     )

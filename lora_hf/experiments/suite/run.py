@@ -145,7 +145,11 @@ def _next_ready(waiting: Sequence[PlannedRun], finished: set[str], joint: int) -
 
 
 def _can_join(run: PlannedRun) -> bool:
-    return not joint_problems(run.config) and not can_resume(run)
+    return not joint_problems(run.config) and not _has_checkpoint(run)
+
+
+def _has_checkpoint(run: PlannedRun) -> bool:
+    return any((run.folder / "checkpoints").glob("checkpoint-*"))
 
 
 def _commands(runs: Sequence[PlannedRun]) -> list[list[str]]:
@@ -153,8 +157,7 @@ def _commands(runs: Sequence[PlannedRun]) -> list[list[str]]:
     commands = []
     missing = [run for run in runs if not (run.folder / RECORD_FILE).is_file()]
     if missing:
-        unfinished = any(any((run.folder / "checkpoints").glob("checkpoint-*")) for run in missing)
-        resume = ["--resume", "auto"] if unfinished else []
+        resume = ["--resume", "auto"] if any(map(_has_checkpoint, missing)) else []
         configs = [word for run in missing for word in ("--config", str(write_config(run)))]
         commands.append(["train", *configs, *resume, "--json"])
     for run in runs:
