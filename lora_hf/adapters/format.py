@@ -54,6 +54,10 @@ def _is_hex(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]*", value) is not None
 
 
+def _is_decimal(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?(e[+-]?\d+)?", value) is not None
+
+
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -77,7 +81,12 @@ def _is_init(value: Any) -> bool:
 
 def _is_fingerprint(value: Any) -> bool:
     checks = {"sha256": _is_hex, "dtype": _is_str, "tensors": _is_rank, "samples": _is_hex}
-    return isinstance(value, dict) and (not value or all(key in value and checks[key](value[key]) for key in checks))
+    if not isinstance(value, dict) or not isinstance(value.get("settings", {}), dict):
+        return False
+    pairs = value.get("projections", [])
+    if not _list_of(lambda pair: isinstance(pair, list) and len(pair) == 2 and all(map(_is_decimal, pair)))(pairs):
+        return False
+    return not value or all(key in value and checks[key](value[key]) for key in checks)
 
 
 def _is_slice(value: Any) -> bool:

@@ -164,6 +164,10 @@ def load_adapter(
         switch.labels[name] = labels_of(switch, file, heads)
     inject_head(model, name, heads)
     _load_heads(model, file, name)
+    if not file.metadata.fingerprint:
+        logger.warning(
+            "%s: PEFT records no fingerprint, so nobody can check that the adapter was trained on these weights", folder
+        )
     if saved_layers and not any(lora_layers(model)[layer.path].adapters[name].moved() for layer in saved_layers):
         logger.warning("%s: lora_B is zero in every module, so this adapter changes no projection", folder)
     return set_adapter(model, name)

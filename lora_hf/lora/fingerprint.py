@@ -1,12 +1,14 @@
 """The fingerprint of a base model, which tells whether an adapter was trained on these weights.
 
 An adapter on other weights of the same shape loads without an error and gives wrong answers. The fingerprint holds a
-hash, which compares bases of one precision, and samples, which compare bases of different precisions.
+hash, which compares bases of one precision, projections of whole tensors, which compare bases of different precisions,
+and the settings of the config that change what the weights compute.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,6 +28,21 @@ SAMPLES = 4
 # A base in another precision differs by one rounding: bf16 keeps 8 bits (2^-8 relative), fp16 has 2^-24 as its smallest
 # step. Other weights differ by about their own size.
 RELATIVE, ABSOLUTE = 2.0**-7, 2.0**-23
+BLOCK = 4096  # numbers that share the sign of a block in a projection
+# Rounding n numbers to bf16 moves a projection by about 2^-9 / sqrt(3) of the tensor's norm; another order or other
+# numbers move it by about the norm itself.
+PROJECTION_TOLERANCE = 2.0**-5
+
+# Settings that change what the same weights compute, over all model types.
+SETTINGS = (
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation"),
+    *("activation_function", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps", "rope_theta"),
+    *("rope_parameters", "rotary_pct", "rotary_dim", "partial_rotary_factor", "sliding_window"),
+    *("layer_types", "local_attention", "attn_logit_softcapping", "final_logit_softcapping", "alibi"),
+    *("query_pre_attn_scalar", "attention_multiplier", "residual_multiplier", "embedding_multiplier"),
+    *("logits_scaling", "logit_scale", "scale_attn_weights", "relative_attention_num_buckets", "multi_query"),
+    *("new_decoder_architecture", "parallel_attn", "use_parallel_residual"),
+)
 STORED = "lora_hf_stored_fingerprint"  # the attribute of a model that `store_fingerprint` sets
 
 # What was computed from the tensors of each model, and their `_state` then. Copied and pickled models are not in it.
@@ -40,8 +57,8 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """
     stored = getattr(model, STORED, None)
     if stored is not None and stored["packed"] == _once(model, _digest, _packed_tensors(model)):
-        return dict(stored["fingerprint"])
-    return dict(_once(model, _fingerprint, base_tensors(model)))
+        return stored["fingerprint"] | {"settings": _settings(model)}
+    return _once(model, _fingerprint, base_tensors(model)) | {"settings": _settings(model)}
 
 
 def store_fingerprint(model: PreTrainedModel, before: dict[str, Any]) -> None:
@@ -52,10 +69,21 @@ def store_fingerprint(model: PreTrainedModel, before: dict[str, Any]) -> None:
 def check_base(model: PreTrainedModel, recorded: dict[str, Any], adapter: str) -> None:
     """Raises AdapterError if the model's base weights are not the recorded ones."""
     current = fingerprint(model)
+    other = {
+        name: (value, current["settings"][name])
+        for name, value in recorded.get("settings", {}).items()
+        if current["settings"].get(name, value) != value
+    }
+    if other:
+        name, (expected, found) = next(iter(other.items()))
+        raise AdapterError(
+            f"{adapter} was trained on another base: expected {name}={expected!r} in its config, found {found!r}. Load "
+            "the base that its adapter_config.json names"
+        )
     if current["dtype"] == recorded["dtype"]:
         same = current["sha256"] == recorded["sha256"]
     else:
-        same = current["tensors"] == recorded["tensors"] and _close(current["samples"], recorded["samples"])
+        same = current["tensors"] == recorded["tensors"] and _close(current, recorded)
     if not same:
         raise AdapterError(
             f"{adapter} was trained on another base: expected weights {recorded['sha256'][:12]} "
@@ -133,7 +161,34 @@ def _fingerprint(tensors: dict[str, Tensor]) -> dict[str, Any]:
     # As hexadecimal bf16, 800 tensors take 13 KB.
     packed = torch.tensor(samples, dtype=torch.float32).to(torch.bfloat16).view(torch.uint8).numpy().tobytes().hex()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    return {"sha256": _digest(tensors), "dtype": dtype, "tensors": len(tensors), "samples": packed}
+    projections = [_project(tensor) for tensor in tensors.values()]
+    return {
+        "sha256": _digest(tensors),
+        "dtype": dtype,
+        "tensors": len(tensors),
+        "samples": packed,
+        "projections": [[f"{number:.6g}" for number in pair] for pair in projections],
+    }
+
+
+def _settings(model: PreTrainedModel) -> dict[str, Any]:
+    config = model.config.get_text_config()
+    values = {name: getattr(config, name, None) for name in SETTINGS}
+    return {name: json.loads(json.dumps(value)) for name, value in values.items() if value is not None}
+
+
+def _project(tensor: Tensor) -> tuple[float, float]:
+    """The sum of all numbers with fixed random signs, and the norm of the tensor.
+
+    The signs are those of a block times those within each block: a matrix product, not a random number for each.
+    """
+    flat = tensor.detach().reshape(-1).float()
+    blocks = nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    generator = torch.Generator().manual_seed(0)
+    within = torch.randint(0, 2, (BLOCK,), generator=generator).float() * 2 - 1
+    between = torch.randint(0, 2, (len(blocks),), generator=generator).float() * 2 - 1
+    signed = (blocks @ within.to(blocks.device)).double() @ between.to(blocks.device).double()
+    return float(signed), float(flat.double().norm())
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -144,11 +199,16 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _close(samples: str, recorded: str) -> bool:
-    if len(samples) != len(recorded):
+def _close(current: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are those of the same weights in different precisions."""
+    samples = [bytearray.fromhex(each["samples"]) for each in (current, recorded)]
+    if len(samples[0]) != len(samples[1]):
         return False
-    a, b = (
-        torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8).view(torch.bfloat16).float()
-        for text in (samples, recorded)
+    a, b = (torch.frombuffer(each, dtype=torch.uint8).view(torch.bfloat16).float() for each in samples)
+    if not torch.allclose(a, b, rtol=RELATIVE, atol=ABSOLUTE):
+        return False
+    pairs = zip(current["projections"], recorded.get("projections", current["projections"]), strict=False)
+    return all(
+        abs(float(here[0]) - float(there[0])) <= PROJECTION_TOLERANCE * max(float(here[1]), ABSOLUTE)
+        for here, there in pairs
     )
-    return torch.allclose(a, b, rtol=RELATIVE, atol=ABSOLUTE)

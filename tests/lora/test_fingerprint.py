@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lora_hf import eject, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_hf.core.config.schema import LoraConfig
+from lora_hf.core.errors import AdapterError
 from lora_hf.lora import fingerprint as module
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.models.load import dequantise, quantise
@@ -146,7 +147,7 @@ def test_a_stored_fingerprint_stands_for_a_base_without_packed_weights() -> None
     """A sharded base: no process holds it."""
     model = small_model("gpt2", 2)
     store_fingerprint(model, {"sha256": "stored"})
-    assert fingerprint(model) == {"sha256": "stored"}
+    assert fingerprint(model)["sha256"] == "stored"
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 8, 13])
@@ -159,3 +160,52 @@ def test_the_checksum_covers_every_byte(size: int, dtype: torch.dtype) -> None:
         assert module._checksum(values) != plain
         values[index] = 0
     assert module._checksum(values) == plain
+
+
+def shuffle_rows(model: PreTrainedModel) -> None:
+    weight = model.base_model.embeddings.word_embeddings.weight
+    weight.data = torch.cat([weight.data[:1], weight.data[1:-1].flip(0), weight.data[-1:]])
+
+
+def scale_one_layer(model: PreTrainedModel) -> None:
+    weight = model.base_model.encoder.layer[0].output.dense.weight
+    weight.data[1:-1] *= 1.5
+
+
+@pytest.mark.parametrize("other", [shuffle_rows, scale_one_layer])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_weights_are_noticed_in_another_precision(
+    other: Callable[[PreTrainedModel], None], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    save_adapter(adapted(), tmp_path)
+    load_adapter(small_model("roberta", 2).to(dtype), tmp_path)  # the same weights, rounded
+    changed = small_model("roberta", 2)
+    other(changed)
+    with pytest.raises(AdapterError, match="was trained on another base: expected weights"):
+        load_adapter(changed.to(dtype), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [
+        ("roberta", "num_attention_heads", 2),
+        ("roberta", "layer_norm_eps", 1e-3),
+        ("roberta", "hidden_act", "relu"),
+        ("llama", "rms_norm_eps", 1e-2),
+        ("llama", "rope_parameters", {"rope_theta": 500.0, "rope_type": "default"}),
+    ],
+)
+def test_the_same_weights_that_compute_something_else_are_refused(
+    kind: str, setting: str, value: Any, tmp_path: Path
+) -> None:
+    model = inject(small_model(kind, 2), LoraConfig(r=2))
+    save_adapter(model, tmp_path)
+    with pytest.raises(AdapterError, match=f"another base: expected {setting}=.* in its config, found"):
+        load_adapter(small_model(kind, 2, **{setting: value}), tmp_path)
+
+
+def test_a_fingerprint_without_projections_still_loads(tmp_path: Path) -> None:
+    """As written before they were recorded."""
+    model = adapted()
+    recorded = {key: value for key, value in fingerprint(model).items() if key not in ("projections", "settings")}
+    module.check_base(small_model("roberta", 2).to(torch.bfloat16), recorded, "adapter")
