@@ -70,8 +70,9 @@ def test_minilm_learns_sst2_from_the_command_line(
     assert main(["train", "--config", "glue_sst2.yaml", "--json", *options]) == 0
     metrics = json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]["validation"]
     assert metrics["accuracy"] > 0.6, "half of the labels are right by chance"
-    texts = [word for text in TEXTS[:2] for word in ("--text", text)]
-    assert main(["predict", "--adapter", str(tmp_path / "run/adapter"), *texts]) == 0
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS[:2]), encoding="utf-8")
+    words = ["--adapter", str(tmp_path / "run/adapter"), "--input", str(tmp_path / "texts.txt")]
+    assert main(["predict", *words]) == 0
     answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
     assert answers == ["positive", "negative"]
 
