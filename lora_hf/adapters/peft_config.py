@@ -148,11 +148,11 @@ def _holds_new_embedding(model: PreTrainedModel, file: AdapterFile, path: str) -
     tensor = file.tensors.get(f"{PREFIX}{path}.weight")
     if tensor is None:
         return False
-    module: Any = model.get_submodule(path)
-    module = getattr(module, "original_module", module)
-    if module not in (model.get_input_embeddings(), model.get_output_embeddings()):
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    if model.get_submodule(path) not in embeddings:
         return False
-    return tensor.shape != module.weight.shape or not torch.equal(tensor.to(module.weight), module.weight)
+    weight: Any = plain_module(model, path).weight
+    return tensor.shape != weight.shape or not torch.equal(tensor.to(weight), weight)
 
 
 def token_rows_in_file(model: PreTrainedModel, file: AdapterFile) -> dict[str, list[int]]:
@@ -177,7 +177,8 @@ def token_rows_in_file(model: PreTrainedModel, file: AdapterFile) -> dict[str, l
 
 def _target_paths(modules: Mapping[str, nn.Module], file: AdapterFile) -> list[str]:
     """The paths that PEFT's `target_modules` names, as its `check_target_module_exists` reads them."""
-    targets, source = file.config.get("target_modules"), f"{file.folder}/{CONFIG_FILE}"
+    targets: Any = file.config.get("target_modules")
+    source = f"{file.folder}/{CONFIG_FILE}"
     excluded = _selects(file.config.get("exclude_modules") or [], source, "exclude_modules")
     selected = _selects(targets, source, "target_modules")
     in_layers = _layer_filter(file) if isinstance(targets, list) else None

@@ -11,7 +11,7 @@ transformers' own results.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -189,15 +189,17 @@ _EXPERTS = "its experts are one tensor for all, not projections"
 _NO_EXPERTS = dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), _EXPERTS)
 
 
-def _decoder(projections: Mapping[str, Projection], **values: Any) -> Architecture:
-    return Architecture(projections, causal=True, **({"plain_logits": True} | values))
+def _decoder(
+    projections: Mapping[str, Projection], plain_logits: bool = True, padded_because: str = ""
+) -> Architecture:
+    return Architecture(projections, padded_because, causal=True, plain_logits=plain_logits)
 
 
 _ENCODER = Architecture(_BERT)
 _ROBERTA = Architecture(_BERT, counts_from_padding=True)
 _LLAMA_LIKE = _decoder(_LLAMA)
 _SCALED_LOGITS = _decoder(_LLAMA, plain_logits=False)
-_MOE = _decoder(_ATTENTION, refused=_NO_EXPERTS)
+_MOE = replace(_decoder(_ATTENTION), refused=_NO_EXPERTS)
 _SUMMARIZER = Architecture(_BART, padded_because="an encoder and a decoder")
 _TEXT_TO_TEXT = Architecture(_T5, padded_because="an attention with relative positions")
 

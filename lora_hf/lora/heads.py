@@ -90,7 +90,7 @@ def new_parameters(model: PreTrainedModel) -> frozenset[str] | None:
 def _resized_embeddings(model: PreTrainedModel) -> frozenset[str]:
     """The embeddings and the output head, if the vocabulary is not the one of the checkpoint."""
     try:
-        saved = AutoConfig.from_pretrained(model.name_or_path, local_files_only=True).get_text_config().vocab_size
+        saved = AutoConfig.from_pretrained(model.name_or_path or "", local_files_only=True).get_text_config().vocab_size
     except (OSError, ValueError, AttributeError):  # not from a folder or from the cache
         return frozenset()
     size = model.config.get_text_config().vocab_size

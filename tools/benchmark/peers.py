@@ -55,7 +55,7 @@ def with_loralib(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     import loralib
 
     layers = projections(model)
-    slices: dict[str, list[tuple[int, int] | None]] = {}
+    slices: dict[str, list[Any]] = {}
     for site in plan(model, lora):
         slices.setdefault(site.path, []).append(site.slice)
     for path, columns in slices.items():
