@@ -36,6 +36,7 @@ HTTP_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
 LIMIT_ERRORS = ("too_long", "string_too_long", "less_than_equal")  # pydantic's types for a value above a limit
 CLASSIFY, PLAYGROUND = "/v1/classify", "/playground"
 DISCONNECT_CHECK = 0.2  # seconds: asking whether the client is still there costs more than a faster answer
+BROKEN_ADAPTER = "broken_adapter"
 INTERNAL_ERROR = "the server failed to answer this request; see its log"
 JSON_HINT = f"send a JSON object with the header 'content-type: {JSON}'; see /docs for examples"
 
@@ -142,7 +143,8 @@ async def _classify(engine: Engine, body: Any, receive: Any) -> dict[str, Any]:
     submit = engine.submit_classify
     request = submit(*arguments) if short else await run_in_threadpool(submit, *arguments)
     result = await _result(receive, request)
-    return {"adapter": result.adapter, "version": result.version, "answers": result.answers}
+    answer = {"adapter": result.adapter, "version": result.version, "answers": result.answers}
+    return {**answer, "truncated": result.truncated}
 
 
 async def _result(receive: Any, request: Any) -> Any:
@@ -175,9 +177,9 @@ async def _events(request: Any, pieces: "asyncio.Queue[str | None]") -> AsyncIte
             yield _event("text", {"text": piece})
         if not request.future.cancelled():
             yield _event("done", asdict(request.future.result()))
-    except (asyncio.TimeoutError, RefusalError) as reason:
-        error = reason if isinstance(reason, RefusalError) else DeadlinePassedError()
-        yield _event("error", error_body(error.code, str(error)))
+    except (asyncio.TimeoutError, UserError) as reason:
+        error = reason if isinstance(reason, UserError) else DeadlinePassedError()
+        yield _event("error", error_body(getattr(error, "code", BROKEN_ADAPTER), str(error)))
     except Exception:  # noqa: BLE001 - the worker has logged it
         yield _event("error", error_body("internal", INTERNAL_ERROR))
     finally:
@@ -303,7 +305,7 @@ def _add_error_handlers(app: FastAPI, state: ServerState) -> None:
 
 def _error_response(state: ServerState, error: UserError) -> Response:
     if not isinstance(error, RefusalError):
-        return _failure(500, "broken_adapter", str(error))
+        return _failure(500, BROKEN_ADAPTER, str(error))
     if isinstance(error, UnknownAdapterError) and not state.ready:
         error = _not_ready()
     headers = {"retry-after": str(error.retry_after)} if error.status == 503 else None
