@@ -21,7 +21,6 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response, Streamin
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
-from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from lora_hf.core.errors import UserError
 from lora_hf.core.records import RUN_CONFIG_FILE
 from lora_hf.models.model_ids import base_name
@@ -241,7 +240,8 @@ def _resolve_below_root(state: ServerState, folder: str) -> Path:
     refused = RefusalError(f"{folder!r} is not a folder below the server's adapter folder", "outside", 403)
     try:
         path = (root / folder).resolve()
-        paths = [path, *(path / name for name in (CONFIG_FILE, WEIGHTS_FILE, RUN_CONFIG_FILE))]
+        # A file of the adapter, or the run's config above it, may itself be a link.
+        paths = [path, path.parent / RUN_CONFIG_FILE, *(path.iterdir() if path.is_dir() else ())]
         inside = path != root and all(each.resolve().is_relative_to(root) for each in paths)
     except (OSError, ValueError, RuntimeError):
         raise refused from None

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from lora_hf.adapters.format import CONFIG_FILE
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.inference.classify import Predictor
 from lora_hf.serving.app import ServerState, _result, build_app
@@ -261,7 +263,13 @@ def test_only_folders_below_the_adapter_root_are_loaded(
     for file in outside.iterdir():
         (root / "half" / file.name).symlink_to(file)
     (root / "empty").mkdir()
+    inside = save_random(root / "run" / "adapter", seed=4)
+    links = {"merge": "merge.json", "combine": "combine.json", "config": "config.yaml", "run": "../config.yaml"}
+    for name, link in links.items():
+        shutil.copytree(inside, root / f"linked-{name}" / "adapter")
+        (root / f"linked-{name}" / "adapter" / link).symlink_to(outside / CONFIG_FILE)
     for folder in (
+        *(f"linked-{name}/adapter" for name in links),
         str(outside),
         "../outside",
         f"a/../../{outside.name}",
@@ -270,6 +278,7 @@ def test_only_folders_below_the_adapter_root_are_loaded(
         ".",
         "a\0",
         "a\\b",
+        "a" * 1000,
         "nowhere",
     ):
         found = guarded.put("/v1/adapters/a", json={"folder": folder}, headers=AUTHORIZED)
