@@ -25,9 +25,9 @@ from lora_hf.core.errors import UserError
 from lora_hf.core.records import RUN_CONFIG_FILE
 from lora_hf.models.model_ids import base_name
 from lora_hf.serving.engine import CHUNK, Engine
-from lora_hf.serving.limits import ClosingError, DeadlinePassedError, RefusalError, UnknownAdapterError
+from lora_hf.serving.limits import ClosingError, DeadlinePassedError, RefusalError, UnknownAdapterError, error_body
 from lora_hf.serving.metrics import Metrics
-from lora_hf.serving.middleware import JSON, AccessMiddleware, FastPathMiddleware, error_body
+from lora_hf.serving.middleware import JSON, AccessMiddleware, FastPathMiddleware
 from lora_hf.serving.requests import AdapterVersion
 from lora_hf.serving.schema import Adapter, Adapters, ClassifyAnswer, Failure, GenerateAnswer, Load, bodies
 
@@ -47,10 +47,12 @@ class ServerState:
     Attributes:
         token: the bearer token that every request must send; None: no authentication.
         adapter_root: clients may load adapters from below this folder; None: they may not load any.
+        hosts: the names in Host headers that the server answers to; None: any.
     """
 
     token: str | None = None
     adapter_root: Path | None = None
+    hosts: frozenset[str] | None = None
     ready: bool = False
     draining: bool = False
 
@@ -62,7 +64,7 @@ def build_app(
     engine: Engine, state: ServerState, metrics: Metrics, lifespan: Lifespan | None = None, playground: bool = False
 ) -> FastAPI:
     """Builds the application; `engine` may still be loading adapters until `state.ready` is set."""
-    errors = (400, 401, 403, 404, 405, 413, 415, 422, 500, 503, 504)
+    errors = (400, 401, 403, 404, 405, 413, 415, 422, 431, 500, 503, 504)
     app = FastAPIOffline(
         redoc_url=None,
         title="lora_hf",
@@ -82,9 +84,10 @@ def build_app(
     app.add_middleware(
         AccessMiddleware,
         token=state.token,
-        max_bytes=engine.limits.max_bytes,
+        limits=engine.limits,
         metrics=metrics,
-        own_login=PLAYGROUND if playground else None,
+        hosts=state.hosts,
+        playground=PLAYGROUND if playground else None,
     )
     _add_error_handlers(app, state)
     _add_inference(app, engine, ClassifyBody, GenerateBody)

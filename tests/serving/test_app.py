@@ -177,7 +177,7 @@ def test_a_body_of_unknown_length_is_read_only_up_to_the_limit() -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": CLASSIFY, "headers": []}
-    asyncio.run(AccessMiddleware(None, None, 4000, Metrics())(scope, receive, send))
+    asyncio.run(AccessMiddleware(None, None, LIMITS, Metrics())(scope, receive, send))
     assert len(read) == 5
     assert sent[0]["status"] == 413
 
