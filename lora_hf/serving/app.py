@@ -21,14 +21,13 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response, Streamin
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
-from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from lora_hf.core.errors import UserError
 from lora_hf.core.records import RUN_CONFIG_FILE
 from lora_hf.models.model_ids import base_name
 from lora_hf.serving.engine import CHUNK, Engine
-from lora_hf.serving.limits import ClosingError, DeadlinePassedError, RefusalError, UnknownAdapterError
+from lora_hf.serving.limits import ClosingError, DeadlinePassedError, RefusalError, UnknownAdapterError, error_body
 from lora_hf.serving.metrics import Metrics
-from lora_hf.serving.middleware import JSON, AccessMiddleware, FastPathMiddleware, error_body
+from lora_hf.serving.middleware import JSON, AccessMiddleware, FastPathMiddleware
 from lora_hf.serving.requests import AdapterVersion
 from lora_hf.serving.schema import Adapter, Adapters, ClassifyAnswer, Failure, GenerateAnswer, Load, bodies
 
@@ -36,6 +35,7 @@ HTTP_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
 LIMIT_ERRORS = ("too_long", "string_too_long", "less_than_equal")  # pydantic's types for a value above a limit
 CLASSIFY, PLAYGROUND = "/v1/classify", "/playground"
 DISCONNECT_CHECK = 0.2  # seconds: asking whether the client is still there costs more than a faster answer
+BROKEN_ADAPTER = "broken_adapter"
 INTERNAL_ERROR = "the server failed to answer this request; see its log"
 JSON_HINT = f"send a JSON object with the header 'content-type: {JSON}'; see /docs for examples"
 
@@ -47,10 +47,12 @@ class ServerState:
     Attributes:
         token: the bearer token that every request must send; None: no authentication.
         adapter_root: clients may load adapters from below this folder; None: they may not load any.
+        hosts: the names in Host headers that the server answers to; None: any.
     """
 
     token: str | None = None
     adapter_root: Path | None = None
+    hosts: frozenset[str] | None = None
     ready: bool = False
     draining: bool = False
 
@@ -62,7 +64,7 @@ def build_app(
     engine: Engine, state: ServerState, metrics: Metrics, lifespan: Lifespan | None = None, playground: bool = False
 ) -> FastAPI:
     """Builds the application; `engine` may still be loading adapters until `state.ready` is set."""
-    errors = (400, 401, 403, 404, 405, 413, 415, 422, 500, 503, 504)
+    errors = (400, 401, 403, 404, 405, 413, 415, 422, 431, 500, 503, 504)
     app = FastAPIOffline(
         redoc_url=None,
         title="lora_hf",
@@ -82,9 +84,10 @@ def build_app(
     app.add_middleware(
         AccessMiddleware,
         token=state.token,
-        max_bytes=engine.limits.max_bytes,
+        limits=engine.limits,
         metrics=metrics,
-        own_login=PLAYGROUND if playground else None,
+        hosts=state.hosts,
+        playground=PLAYGROUND if playground else None,
     )
     _add_error_handlers(app, state)
     _add_inference(app, engine, ClassifyBody, GenerateBody)
@@ -142,7 +145,8 @@ async def _classify(engine: Engine, body: Any, receive: Any) -> dict[str, Any]:
     submit = engine.submit_classify
     request = submit(*arguments) if short else await run_in_threadpool(submit, *arguments)
     result = await _result(receive, request)
-    return {"adapter": result.adapter, "version": result.version, "answers": result.answers}
+    answer = {"adapter": result.adapter, "version": result.version, "answers": result.answers}
+    return {**answer, "truncated": result.truncated}
 
 
 async def _result(receive: Any, request: Any) -> Any:
@@ -175,9 +179,9 @@ async def _events(request: Any, pieces: "asyncio.Queue[str | None]") -> AsyncIte
             yield _event("text", {"text": piece})
         if not request.future.cancelled():
             yield _event("done", asdict(request.future.result()))
-    except (asyncio.TimeoutError, RefusalError) as reason:
-        error = reason if isinstance(reason, RefusalError) else DeadlinePassedError()
-        yield _event("error", error_body(error.code, str(error)))
+    except (asyncio.TimeoutError, UserError) as reason:
+        error = reason if isinstance(reason, UserError) else DeadlinePassedError()
+        yield _event("error", error_body(getattr(error, "code", BROKEN_ADAPTER), str(error)))
     except Exception:  # noqa: BLE001 - the worker has logged it
         yield _event("error", error_body("internal", INTERNAL_ERROR))
     finally:
@@ -239,7 +243,8 @@ def _resolve_below_root(state: ServerState, folder: str) -> Path:
     refused = RefusalError(f"{folder!r} is not a folder below the server's adapter folder", "outside", 403)
     try:
         path = (root / folder).resolve()
-        paths = [path, *(path / name for name in (CONFIG_FILE, WEIGHTS_FILE, RUN_CONFIG_FILE))]
+        # A file of the adapter, or the run's config above it, may itself be a link.
+        paths = [path, path.parent / RUN_CONFIG_FILE, *(path.iterdir() if path.is_dir() else ())]
         inside = path != root and all(each.resolve().is_relative_to(root) for each in paths)
     except (OSError, ValueError, RuntimeError):
         raise refused from None
@@ -303,7 +308,7 @@ def _add_error_handlers(app: FastAPI, state: ServerState) -> None:
 
 def _error_response(state: ServerState, error: UserError) -> Response:
     if not isinstance(error, RefusalError):
-        return _failure(500, "broken_adapter", str(error))
+        return _failure(500, BROKEN_ADAPTER, str(error))
     if isinstance(error, UnknownAdapterError) and not state.ready:
         error = _not_ready()
     headers = {"retry-after": str(error.retry_after)} if error.status == 503 else None

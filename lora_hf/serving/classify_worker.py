@@ -53,4 +53,4 @@ def _finish(request: ClassifyRequest) -> None:
         request.fail(AdapterError(f"{version.name} (version {version.digest}): returned logits that are not finite"))
         return
     answers = [format_prediction(version.saved.task, row) for row in logits]
-    request.finish(ClassifyResult(version.name, version.digest, answers, logits))
+    request.finish(ClassifyResult(version.name, version.digest, answers, logits, request.truncated))

@@ -175,7 +175,8 @@ class Engine:
         """
         with self._acquired(adapter, ClassifyWorker.kind) as (version, worker):
             columns = self._columns(version, inputs)
-            request = ClassifyRequest(version, self._deadline(deadline), inputs=self._encode(version, worker, columns))
+            encoded, truncated = self._encode(version, worker, columns)
+            request = ClassifyRequest(version, self._deadline(deadline), inputs=encoded, truncated=truncated)
             return self._submit(request, worker)
 
     def submit_generate(
@@ -300,11 +301,13 @@ class Engine:
 
     def _encode(
         self, version: AdapterVersion, worker: Worker, columns: Mapping[str, list[str]]
-    ) -> list[dict[str, list[int]]]:
+    ) -> tuple[list[dict[str, list[int]]], list[int]]:
+        """The model inputs of each row, and the indices of the rows that were cut to the adapter's `max_length`."""
         task, rows = version.saved.task, len(next(iter(columns.values())))
         lengths = [sum(len(texts[row]) for texts in columns.values()) for row in range(rows)]
         limit = min(version.saved.max_length, worker.request_tokenizer.model_max_length)
         inputs: list[dict[str, list[int]]] = []
+        truncated: list[int] = []
         start = 0
         while start < rows:
             stop = start + 1
@@ -313,9 +316,14 @@ class Engine:
             with worker.tokenizer_lock:
                 chunk = {name: texts[start:stop] for name, texts in columns.items()}
                 encoded = task.encode(chunk, worker.request_tokenizer, limit)
+                full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= limit]
+                if full:  # one more token tells a text that just fits from one that was cut
+                    chunk = {name: [texts[row] for row in full] for name, texts in chunk.items()}
+                    longer = task.encode(chunk, worker.request_tokenizer, limit + 1)["input_ids"]
+                    truncated += [start + row for row, ids in zip(full, longer, strict=True) if len(ids) > limit]
             inputs += [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
             start = stop
-        return inputs
+        return inputs, truncated
 
     def _settings(self, saved: SavedModel, overrides: Mapping[str, Any]) -> GenerateConfig:
         values = {key: value for key, value in overrides.items() if value is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from lora_hf.core.errors import AdapterError
 from lora_hf.inference.generate import Generator
 from lora_hf.serving.requests import GenerateRequest, GenerateResult
 from lora_hf.serving.worker import RNG_LOCK, Worker
@@ -60,6 +62,9 @@ class GenerateWorker(Worker):
             tokens += len(self.tokenizer(generated.text)["input_ids"]) + 1  # type: ignore[arg-type] - and the end token
             if request.abandoned:
                 request.expire()  # stopped half-way
+            elif not math.isfinite(generated.score):
+                name = f"{request.version.name} (version {request.version.digest})"
+                request.fail(AdapterError(f"{name}: returned logits that are not finite"))
             else:
                 request.finish(GenerateResult(request.version.name, version, generated.text, generated.score))
         return tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from lora_hf.core.errors import ConfigError, UserError
 
@@ -24,6 +25,11 @@ class Limits:
     max_beams: int = 16
     max_bytes: int = 2_000_000  # per request body
     deadline: float = 30.0  # the longest that a request may ask for, and its default
+    max_connections: int = 1000
+    max_header_bytes: int = 65_536  # per request, its first line included
+    header_seconds: float = 10.0  # until a request's header has arrived
+    body_seconds: float = 30.0  # until its body has arrived, and for the client to read an answer
+    max_logins: int = 10  # failed log-ins to the playground per client and minute
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -34,6 +40,11 @@ class Limits:
                 f"max_queue: expected at least max_inputs, {self.max_inputs}, found {self.max_queue}: a full request "
                 "would never fit; raise max_queue"
             )
+
+
+def error_body(code: str, message: str) -> dict[str, Any]:
+    """The body of every error response."""
+    return {"error": {"code": code, "message": message}}
 
 
 class RefusalError(UserError):

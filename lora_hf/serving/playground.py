@@ -20,6 +20,7 @@ from lora_hf.serving.limits import BadInputError, RefusalError, TooLargeError
 from lora_hf.serving.requests import AdapterVersion
 
 BARE = "(the base without an adapter)"
+KEEP_FILES = 3600  # seconds until an uploaded file is deleted
 USER = "token"  # the user name of the login; the password is the server's token
 
 
@@ -30,10 +31,12 @@ def mount(app: FastAPI, engine: Engine, token: str | None, path: str) -> None:
         assert token is not None
         return user == USER and hmac.compare_digest(password.encode(), token.encode())
 
+    page = build(engine)
+    page.has_launched = True  # only then does gradio check that a file it is to read was uploaded
     theme = Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     gradio.mount_gradio_app(
         app,
-        build(engine),
+        page,
         path=path,
         auth=None if token is None else authenticate,
         auth_message=None if token is None else f"User: {USER}. Password: the server's token.",
@@ -47,7 +50,7 @@ def mount(app: FastAPI, engine: Engine, token: str | None, path: str) -> None:
 def build(engine: Engine) -> Any:
     """Builds the page, a `gradio.Blocks`."""
     callbacks = Callbacks(engine)
-    with gradio.Blocks(title="lora_hf", analytics_enabled=False) as page:
+    with gradio.Blocks(title="lora_hf", analytics_enabled=False, delete_cache=(KEEP_FILES, KEEP_FILES)) as page:
         gradio.Markdown("# lora_hf\nTry the adapters of this server.")
         with gradio.Tab("Ask"):
             adapter = gradio.Dropdown(label="Adapter", elem_id="ask-adapter")
@@ -158,7 +161,12 @@ class Callbacks:
             raise BadInputError(f"{version.name} classifies, and the bare base has no trained head; choose a generator")
         count = len(version.saved.task.text_columns)
         inputs = [line[:count] if count > 1 else line[0] for line in lines]
-        return self.engine.classify(version.name, inputs).answers
+        result = self.engine.classify(version.name, inputs)
+        if result.truncated:
+            gradio.Warning(
+                f"{len(result.truncated)} texts are longer than {version.name} reads; their ends were ignored"
+            )
+        return result.answers
 
     def _version(self, adapter: str | None) -> AdapterVersion:
         for version in self.engine.adapters():

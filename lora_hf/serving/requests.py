@@ -65,12 +65,16 @@ def digest_of(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class ClassifyResult:
-    """For each input, in order, its answer, as of `Predictor.predict`, and its `(num_labels,)` logits."""
+    """For each input, in order, its answer, as of `Predictor.predict`, and its `(num_labels,)` logits.
+
+    `truncated` are the indices of the inputs whose end the model did not read.
+    """
 
     adapter: str
     version: str
     answers: list[dict[str, Any]]
     logits: list[np.ndarray]
+    truncated: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ class ClassifyRequest(Request):
     """Tokenized rows to classify, possibly split across batches; the first `taken` rows have left the queue."""
 
     inputs: list[dict[str, list[int]]] = field(default_factory=list)
+    truncated: list[int] = field(default_factory=list)
     taken: int = 0
     logits: dict[int, np.ndarray] = field(default_factory=dict)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, create_model
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag, create_model
 
 from lora_hf.serving.limits import Limits
 
@@ -31,6 +31,10 @@ class ClassifyAnswer(BaseModel):
     version: str = Field(description="a hash of the adapter's files", examples=["1058a1ae93b4"])
     answers: list[dict[str, Any]] = Field(
         examples=[[{"label": "positive", "probabilities": {"negative": 0.0312, "positive": 0.9688}}]]
+    )
+    truncated: list[int] = Field(
+        description="the indices of the inputs that are longer than the adapter reads; their ends were ignored",
+        examples=[[]],
     )
 
 
@@ -75,6 +79,11 @@ def bodies(limits: Limits) -> tuple[Any, Any]:
     name = Annotated[StrictStr, Field(min_length=1, max_length=64, description="as listed by /v1/adapters")]
     text = Annotated[StrictStr, Field(min_length=1, max_length=limits.max_characters)]
     pair = Annotated[list[text], Field(min_length=2, max_length=2)]  # type: ignore[valid-type]
+    # By its type, so that the errors are those of a text or of a pair, and not of both.
+    either = Annotated[
+        Annotated[text, Tag("text")] | Annotated[pair, Tag("pair")],  # type: ignore[valid-type]
+        Discriminator(lambda value: "pair" if isinstance(value, list | tuple) else "text"),
+    ]
     inputs = Field(min_length=1, max_length=limits.max_inputs, description="texts, or pairs if the task reads two")
     seconds = Field(None, gt=0, le=limits.deadline, description="how long to wait, in seconds")
     stream = Field(False, description="send server-sent events: `text` for each piece, then `done` or `error`")
@@ -99,7 +108,7 @@ def bodies(limits: Limits) -> tuple[Any, Any]:
             "ClassifyBody",
             __config__=STRICT | ConfigDict(json_schema_extra={"examples": [classify]}),
             adapter=(name, ...),
-            inputs=(Annotated[list[text | pair], inputs], ...),  # type: ignore[valid-type]
+            inputs=(Annotated[list[either], inputs], ...),  # type: ignore[valid-type]
             deadline=(float | None, seconds),
         ),
         create_model(

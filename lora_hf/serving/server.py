@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from lora_hf.core.errors import ConfigError
+from lora_hf.serving.connections import ConnectionGuard
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -36,6 +37,12 @@ class _Server(uvicorn.Server):
     """On SIGTERM or SIGINT, exits with success once the requests in flight are answered."""
 
     state: ServerState
+    guard: ConnectionGuard
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # uvicorn calls this ten times a second
+            self.guard.sweep(self.server_state.connections)
+        return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -93,11 +100,19 @@ def serve(
         await asyncio.to_thread(engine.close, grace)
 
     app = build_app(engine, state, metrics, lifespan, playground)
-    timeout = max(1, round(grace))
+    guard = ConnectionGuard(engine.limits)
     server = _Server(
-        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=timeout, server_header=False)
+        uvicorn.Config(
+            app,
+            http=guard.protocol,  # type: ignore[arg-type]
+            ws="none",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=max(1, round(grace)),
+            server_header=False,
+        )
     )
-    server.state = state
+    server.state, server.guard = state, guard
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL)
     logger.info("listening on %s, loading %d adapters", url, len(adapters))

@@ -61,7 +61,8 @@ def test_a_request_in_flight_is_answered_after_sigterm(folders: dict[str, Path])
         (["--adapter", "a=x", "--token-file", "nowhere"], "cannot be read"),
         (["--adapter", "a=x", "--port", "70000"], "--port: expected 0 to 65535, found 70000"),
         (["--adapter", "a=x", "--max-batch", "0"], "--max-batch: expected a number above 0"),
-        (["--adapter", "a=someone/x", "--host", "192.0.2.1"], "--host 192.0.2.1 --port 0: cannot listen"),
+        (["--adapter", "a=someone/x", "--host", "127.0.0.1:1"], "--host 127.0.0.1:1: other machines"),
+        (["--adapter", "a=x", "--max-connections", "0"], "--max-connections: expected a number above 0"),
     ],
 )
 def test_errors_are_reported_before_serving(
@@ -70,3 +71,31 @@ def test_errors_are_reported_before_serving(
     monkeypatch.delenv("LORA_HF_TOKEN", raising=False)
     assert main([*words, "--port", "0"] if "--port" not in words else words, verb="serve") == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "message"),
+    [
+        ("0.0.0.0", None, "--host 0.0.0.0: other machines could use the server without a token"),
+        ("0.0.0.0", "", "without a token"),
+        ("0.0.0.0", " \t\n", "LORA_HF_TOKEN: expected one word"),
+        ("::", "", "without a token"),
+        ("192.0.2.1", None, "without a token"),
+        ("lora.example", None, "without a token"),
+        ("127.0.0.1", "  ", "LORA_HF_TOKEN: expected one word"),
+        ("192.0.2.1", TOKEN, "--host 192.0.2.1 --port 0: cannot listen"),
+        ("127.0.0.1", "", "a=nowhere"),
+        ("::1", None, "a=nowhere"),
+        ("127.0.0.2", None, "a=nowhere"),
+        ("localhost", None, "a=nowhere"),
+    ],
+)
+def test_other_machines_need_a_token(
+    host: str, token: str | None, message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LORA_HF_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("LORA_HF_TOKEN", token)
+    adapter = "someone/x" if "cannot listen" in message else "nowhere/at/all"
+    assert main(["--adapter", f"a={adapter}", "--host", host, "--port", "0"], verb="serve") == 2
+    assert message.removeprefix("a=") in capsys.readouterr().err

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from lora_hf.adapters.format import CONFIG_FILE
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.inference.classify import Predictor
 from lora_hf.serving.app import ServerState, _result, build_app
@@ -124,6 +126,9 @@ CLASSIFY, GENERATE = "/v1/classify", "/v1/generate"
         (CLASSIFY, {"adapter": "a", "inputs": []}, 422, "invalid_request", "inputs: List should have at least 1 item"),
         (CLASSIFY, {"adapter": "a", "inputs": [" "]}, 422, "bad_input", "inputs[0]: expected a text"),
         (CLASSIFY, {"adapter": "a", "inputs": ["x"] * 5}, 413, "too_large", "at most 4 items"),
+        (CLASSIFY, {"adapter": "a", "inputs": ["x", "x" * 201]}, 413, "too_large", "inputs.1.text: String should"),
+        (CLASSIFY, {"adapter": "pair", "inputs": [["x", "x" * 201]]}, 413, "too_large", "inputs.0.pair.1: String"),
+        (CLASSIFY, {"adapter": "a", "inputs": [1]}, 422, "invalid_request", "inputs.0.text: Input should be a"),
         (CLASSIFY, {"adapter": "pair", "inputs": ["x"]}, 422, "bad_input", "reads 2 texts (sentence1, sentence2)"),
         (CLASSIFY, {"adapter": "a", "inputs": ["x"], "top": 1}, 422, "invalid_request", "top: Extra inputs"),
         (CLASSIFY, {"inputs": ["x"]}, 422, "invalid_request", "adapter: Field required"),
@@ -172,7 +177,7 @@ def test_a_body_of_unknown_length_is_read_only_up_to_the_limit() -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": CLASSIFY, "headers": []}
-    asyncio.run(AccessMiddleware(None, None, 4000, Metrics())(scope, receive, send))
+    asyncio.run(AccessMiddleware(None, None, LIMITS, Metrics())(scope, receive, send))
     assert len(read) == 5
     assert sent[0]["status"] == 413
 
@@ -258,7 +263,13 @@ def test_only_folders_below_the_adapter_root_are_loaded(
     for file in outside.iterdir():
         (root / "half" / file.name).symlink_to(file)
     (root / "empty").mkdir()
+    inside = save_random(root / "run" / "adapter", seed=4)
+    links = {"merge": "merge.json", "combine": "combine.json", "config": "config.yaml", "run": "../config.yaml"}
+    for name, link in links.items():
+        shutil.copytree(inside, root / f"linked-{name}" / "adapter")
+        (root / f"linked-{name}" / "adapter" / link).symlink_to(outside / CONFIG_FILE)
     for folder in (
+        *(f"linked-{name}/adapter" for name in links),
         str(outside),
         "../outside",
         f"a/../../{outside.name}",
@@ -267,6 +278,7 @@ def test_only_folders_below_the_adapter_root_are_loaded(
         ".",
         "a\0",
         "a\\b",
+        "a" * 1000,
         "nowhere",
     ):
         found = guarded.put("/v1/adapters/a", json={"folder": folder}, headers=AUTHORIZED)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
@@ -121,6 +122,28 @@ def test_the_page_requires_the_token(engine: Engine) -> None:
         assert client.get(PLAYGROUND).status_code == 404, "the page is off by default"
 
 
+def test_only_uploaded_files_are_read(address: str, tmp_path: Path) -> None:
+    """The page names the file by its path, and so may anybody who sends the same request."""
+    own, secret = tmp_path / "own.txt", tmp_path / "secret.txt"
+    for file in (own, secret):
+        file.write_text(f"{file.stem} text\n", encoding="utf-8")
+    with httpx.Client(base_url=f"{address}{PLAYGROUND}", timeout=LIMIT) as client:
+        assert client.post("/login", data={"username": USER, "password": TOKEN}).status_code == 200
+        functions = {each["api_name"]: each["id"] for each in client.get("/config").json()["dependencies"]}
+
+        def call(function: str, *data: Any) -> str:
+            body = {"data": data, "fn_index": functions[function], "session_hash": "s"}
+            assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+            return client.get("/gradio_api/queue/data", params={"session_hash": "s"}).text
+
+        call("list_adapters")
+        (uploaded,) = client.post("/gradio_api/upload", files={"files": (own.name, own.read_bytes())}).json()
+        for path, read in ((uploaded, "own text"), (str(secret), "not uploaded")):
+            found = call("ask_file", "a", {"path": path, "meta": {"_type": "gradio.FileData"}})
+            assert read in found
+            assert "secret text" not in found
+
+
 def answered(parts: Any) -> list[Any]:
     return [part.value for part in parts]
 
@@ -176,6 +199,11 @@ def test_a_file_of_pairs(engine: Engine, tmp_path: Path) -> None:
     pairs = [["It rained.", "It was dry."], ["A man walks.", "A man moves."]]
     assert [row[:2] for row in found["data"]] == pairs
     assert [row[2] for row in found["data"]] == [each["label"] for each in engine.classify("pair", pairs).answers]
+
+
+def test_a_text_that_is_not_read_to_its_end_is_reported(engine: Engine) -> None:
+    with pytest.warns(UserWarning, match="1 texts are longer than a reads"):
+        Callbacks(engine).ask("a", "film " * 1000, "")
 
 
 def test_only_generators_can_be_compared_with_their_base(engine: Engine) -> None:

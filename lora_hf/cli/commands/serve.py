@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import ipaddress
 import os
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from lora_hf.core.errors import ConfigError, how_to_install
 HELP = "serve adapters over HTTP"
 TOKEN_VARIABLE = "LORA_HF_TOKEN"
 REQUIRED_PACKAGES = ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client")
-LIMITS = ("max_queue", "max_batch", "max_inputs", "max_characters", "max_new_tokens", "deadline")
+LIMITS = ("max_queue", "max_batch", "max_inputs", "max_characters", "max_new_tokens", "deadline", "max_connections")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "fp32", "bf16", "fp16"],
         help="of classifiers; default: that of the first adapter's run; texts are always generated in fp32",
     )
-    add("--host", default="127.0.0.1", help="0.0.0.0 also accepts other machines: set a token then; default: 127.0.0.1")
+    add("--host", default="127.0.0.1", help="0.0.0.0 also accepts other machines, with a token; default: 127.0.0.1")
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name by which clients address the server, as in their Host header; '*': any; repeat",
+    )
     add("--port", type=int, default=8000, help="0 picks a free port; default: 8000")
     add(
         "--token-file",
@@ -44,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-inputs", type=int, metavar="N", help="inputs per request")
     add("--max-characters", type=int, metavar="N", help="characters per text")
     add("--max-new-tokens", type=int, metavar="N", help="tokens per generated text")
+    add("--max-connections", type=int, metavar="N", help="connections open at a time")
     add("--deadline", type=float, metavar="S", help="seconds that a request may take")
     add("--grace", type=float, default=30.0, metavar="S", help="seconds to finish requests after SIGTERM; default: 30")
     add("--playground", action="store_true", help="add a web page for trying the adapters, /playground")
@@ -55,6 +65,11 @@ def run(options: argparse.Namespace) -> None:
 
     adapters = parse_named_adapters(options.adapter)
     token = _read_token(options.token_file)
+    if token is None and not _is_loopback(options.host):
+        raise ConfigError(
+            f"--host {options.host}: other machines could use the server without a token; give --token-file or set "
+            f"{TOKEN_VARIABLE} to a word that is hard to guess, or leave --host out"
+        )
     adapter_root = options.allow_loading
     if adapter_root is not None and token is None:
         raise ConfigError(f"--allow-loading {adapter_root}: needs a token; give --token-file or set {TOKEN_VARIABLE}")
@@ -78,21 +93,37 @@ def run(options: argparse.Namespace) -> None:
 
         metrics = Metrics()
         engine = Engine(limits, options.precision, metrics)
-        state = ServerState(token, adapter_root)
+        state = ServerState(token, adapter_root, _allowed_hosts(options.host, options.allow_host))
         serve(engine, adapters, metrics, state, listener, options.grace, options.playground)
 
 
 def _read_token(file: Path | None) -> str | None:
     """The token; never from an argument, which every user of the machine could read."""
     if file is None:
-        return os.environ.get(TOKEN_VARIABLE) or None
-    try:
-        token = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--token-file {file}: cannot be read: {error}") from error
+        source, token = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE, "")
+        if not token:
+            return None
+    else:
+        source = f"--token-file {file}"
+        try:
+            token = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{source}: cannot be read: {error}") from error
+    token = token.strip()
     if not token or not token.isascii() or any(character.isspace() for character in token):
-        raise ConfigError(f"--token-file {file}: expected one word of ASCII characters")
+        raise ConfigError(f"{source}: expected one word of ASCII characters")
     return token
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _allowed_hosts(host: str, more: list[str]) -> frozenset[str] | None:
+    return None if "*" in more else frozenset(name.lower().strip("[]") for name in (*LOOPBACK, host, *more))
 
 
 def _check_installed(playground: bool) -> None:

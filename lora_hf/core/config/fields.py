@@ -85,8 +85,8 @@ def _convert(value: Any, kind: Any, rules: Mapping[str, Any]) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        near = did_you_mean(str(value), arguments)
-        raise ValueError(f"expected one of {', '.join(arguments)}, found {value!r}{near}")
+        near = did_you_mean(value, arguments) if isinstance(value, str) else ""
+        raise ValueError(f"expected one of {', '.join(arguments)}, found {describe_value(value)}{near}")
     if origin is tuple:
         items = [value] if type(value) is arguments[0] else value
         if isinstance(items, (list, tuple)) and all(type(item) is arguments[0] for item in items):
@@ -135,5 +135,6 @@ def _convert_number(value: Any, kind: type, rules: Mapping[str, Any]) -> float:
 
 def describe_value(value: Any) -> str:
     """Returns how a message shows a value: its kind, or the value itself."""
-    descriptions = {dict: "keys and values", list: "a list", type(None): "nothing", bool: str(value).lower()}
-    return descriptions.get(type(value), repr(value))
+    # Aliases let a few lines of YAML make a list of billions of words, so a list is never written out.
+    descriptions = {dict: "keys and values", list: "a list", type(None): "nothing"}
+    return descriptions.get(type(value)) or (str(value).lower() if isinstance(value, bool) else repr(value))
