@@ -34,6 +34,7 @@ from lora_hf.data.tasks.registry import task_of
 from lora_hf.lora.inject import eject, set_adapter
 from lora_hf.lora.multi_adapter import mix_adapters
 from lora_hf.lora.precision import flush_denormals
+from lora_hf.models.align import padding_side
 from lora_hf.training.run import Run, train
 from lora_hf.training.validation import check_together
 
@@ -228,7 +229,8 @@ class _Together:
         """The sum of the losses, to differentiate, and the loss that each run logs."""
         generates = waiting[0].task.model_kind == "causal-lm"
         keys = [key for key in batches[0] if generates or key != "labels"]
-        inputs = {key: _stacked([batch[key] for batch in batches], self._padding_value(key)) for key in keys}
+        left = padding_side(self.model) == "left"
+        inputs = {key: _stacked([batch[key] for batch in batches], self._padding_value(key), left) for key in keys}
         if generates:
             return self._token_losses(waiting, inputs, counts)
         losses = []
@@ -272,7 +274,8 @@ def _put(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor | 
         parameter.grad = gradient
 
 
-def _stacked(parts: Sequence[torch.Tensor], padding_value: int) -> torch.Tensor:
+def _stacked(parts: Sequence[torch.Tensor], padding_value: int, left: bool) -> torch.Tensor:
     """`(rows, seq)`: the rows of all parts, padded to the longest."""
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([pad(part, (0, width - part.shape[1]), value=padding_value) for part in parts])
+    missing = [max(part.shape[1] for part in parts) - part.shape[1] for part in parts]
+    sides = [(count, 0) if left else (0, count) for count in missing]
+    return torch.cat([pad(part, side, value=padding_value) for part, side in zip(parts, sides, strict=True)])
