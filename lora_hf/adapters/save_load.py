@@ -51,6 +51,7 @@ from lora_hf.lora.variants.dora import DoraWeights
 from lora_hf.lora.variants.table import Variant, initialise
 from lora_hf.lora.variants.tokens import FILE_KEY, add_token_rows, token_rows
 from lora_hf.lora.wrappers import on_plain_model
+from lora_hf.models.align import align_tokenizer
 from lora_hf.models.load import dequantise, load_base, load_tokenizer, quantise
 
 logger = logging.getLogger(__name__)
@@ -226,6 +227,7 @@ def load_saved_model(
     config = replace(saved.model, precision="fp32" if dynamic else precision)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(config)
     model = load_base(config, saved.task, saved.seed)
+    align_tokenizer(tokenizer, model)
     if adapted and not saved.is_full_model:
         load_adapter(model, saved.folder)
     model.eval()

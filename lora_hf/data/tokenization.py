@@ -61,7 +61,8 @@ def _key(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, backend:
     key = hashlib.sha256(buffer.getvalue())
     # Every call sets truncation and padding anew, so the state that earlier calls left behind does not matter.
     state = json.loads(backend) | {"truncation": None, "padding": None}
-    values = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.padding_side, limit, repr(task), state]
+    names = tokenizer.model_input_names
+    values = [type(tokenizer).__name__, tokenizer.special_tokens_map, names, limit, repr(task), state]
     key.update(json.dumps(values, sort_keys=True, default=str).encode())
     for source in sorted((Path(__file__).parent / "tasks").glob("*.py")):
         key.update(source.read_bytes())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_hf.adapters.resolve import SavedModel
 from lora_hf.adapters.save_load import load_adapter, load_saved_model
@@ -20,6 +20,7 @@ from lora_hf.lora.inject import adapter_state, check_adapter_exists
 from lora_hf.lora.multi_adapter import mix_adapters
 from lora_hf.lora.precision import flush_denormals
 from lora_hf.lora.unpadding import enable_unpadding
+from lora_hf.models.align import align_tokenizer, check_tokens, padding_side
 
 Progress = Any  # a callable that wraps an iterable, such as tqdm
 
@@ -33,6 +34,10 @@ class Predictor:
     task: Task
     max_length: int = 512
 
+    def __post_init__(self) -> None:
+        align_tokenizer(self.tokenizer, self.model)
+        self.max_length = min(self.max_length, self.tokenizer.model_max_length)
+
     @classmethod
     def load(cls, saved: SavedModel, precision: str | None = None) -> Predictor:
         """Loads an adapter on its base, or a full model, as `load_saved_model`; by default in the run's precision.
@@ -42,11 +47,11 @@ class Predictor:
         """
         model, tokenizer = load_saved_model(saved, precision or saved.model.precision)
         enable_unpadding(model)
-        return cls(model, tokenizer, saved.task, min(saved.max_length, tokenizer.model_max_length))
+        return cls(model, tokenizer, saved.task, saved.max_length)
 
     def logits(self, rows: dict[str, list], batch_size: int = 64, progress: Progress = iter) -> np.ndarray:
         """The fp32 logits `(rows, num_labels)`, in the order of the rows. A batch holds rows of similar length."""
-        inputs = _encode(self.task, rows, self.tokenizer, self.max_length)
+        inputs = _encode(self.task, rows, self.tokenizer, self.model, self.max_length)
         return np.stack(batched_logits(self.model, self.tokenizer, inputs, batch_size, progress))
 
     def predict(self, rows: dict[str, list], batch_size: int = 64, progress: Progress = iter) -> list[dict[str, Any]]:
@@ -102,7 +107,8 @@ class MultiAdapterPredictor:
             saved, indices = self.saved[name], [index for index, other in enumerate(names) if other == name]
             columns = {key: [rows[index][1][key] for index in indices] for key in saved.task.text_columns}
             max_length = min(saved.max_length, self.tokenizer.model_max_length)
-            for index, row in zip(indices, _encode(saved.task, columns, self.tokenizer, max_length), strict=True):
+            encoded = _encode(saved.task, columns, self.tokenizer, self.model, max_length)
+            for index, row in zip(indices, encoded, strict=True):
                 inputs[index] = row
         logits = batched_logits(self.model, self.tokenizer, inputs, batch_size, progress, names)
         widths = [self.saved[name].task.num_labels for name in names]
@@ -129,12 +135,20 @@ def format_prediction(task: Task, logits: np.ndarray) -> dict[str, Any]:
 
 
 def _encode(
-    task: Task, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
+    task: Task, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
 ) -> list[dict[str, list[int]]]:
     """The model inputs of each row, without padding."""
     encoded = task.encode(rows, tokenizer, max_length)
     encoded.pop("labels", None)
+    check_tokens(task, encoded["input_ids"], tokenizer, model)
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+
+
+def pad_rows(
+    rows: Sequence[dict[str, list[int]]], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> BatchEncoding:
+    """The rows as a batch `(rows, seq)` on the model's device."""
+    return tokenizer.pad(list(rows), padding_side=padding_side(model), return_tensors="pt").to(model.device)
 
 
 @flush_denormals()
@@ -157,7 +171,7 @@ def batched_logits(
     with torch.inference_mode():
         for start in progress(range(0, len(order), batch_size)):
             indices = order[start : start + batch_size]
-            batch = tokenizer.pad([inputs[index] for index in indices], return_tensors="pt").to(model.device)
+            batch = pad_rows([inputs[index] for index in indices], tokenizer, model)
             with mix_adapters(model, [adapters[index] for index in indices], stacks) if adapters else nullcontext():
                 logits = model(**batch).logits
             for index, row in zip(indices, logits.float().cpu().numpy(), strict=True):

@@ -34,6 +34,7 @@ from lora_hf.data.metrics.nlg import NlgMetric
 from lora_hf.data.tasks.generation import Example, TextGeneration
 from lora_hf.lora.inject import merge
 from lora_hf.lora.precision import flush_denormals
+from lora_hf.models.align import check_tokens
 from lora_hf.models.load import dequantise
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,6 @@ class Generator:
             AdapterError, ModelError, HubError: as `load_saved_model`.
         """
         model, tokenizer = load_saved_model(saved, "fp32", adapted)
-        tokenizer.padding_side = "left"  # the text continues at the end of the prompt
         dequantise(model)  # merging into a quantized base would round the adapter away
         try:
             merge(model)
@@ -86,6 +86,7 @@ class Generator:
             DataError: a context leaves no space for `max_new_tokens`. It is raised before anything is generated.
         """
         prompts = self.task.prompts(contexts, self.tokenizer, self.max_length - decoding.max_new_tokens)
+        check_tokens(self.task, prompts, self.tokenizer, self.model)
         torch.manual_seed(decoding.seed)
         size = decoding.batch_size
         batches = (prompts[start : start + size] for start in range(0, len(prompts), size))
@@ -103,7 +104,9 @@ class Generator:
         Args:
             stopping: criteria to stop at, in addition to the end-of-text token and `max_new_tokens`.
         """
-        batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.model.device)
+        # Padded in front, as the text continues at the end of the prompt.
+        padded = self.tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
+        batch = padded.to(self.model.device)
         width = batch["input_ids"].shape[1]
         size = decoding.no_repeat_ngram_size
         with flush_denormals():

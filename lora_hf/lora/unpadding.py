@@ -207,7 +207,7 @@ def _trees(base: PreTrainedModel, named: dict[str, Any], tokens: Tensor, lengths
     if not ARCHITECTURES[base.config.model_type].causal or any(named.get(name) is not None for name in other):
         return None
     if bool((named["attention_mask"].diff(dim=1) > 0).any()):
-        return None  # padded on the left or inside: equal prefixes have different positions
+        return None  # padded in front, or inside a row, where equal prefixes have different positions
     ids = named["input_ids"].flatten()[tokens].split(lengths)
     return share_prefixes([row.tolist() for row in ids], base.config.hidden_size)
 
@@ -221,14 +221,17 @@ def _filling(tokens: int) -> int:
 
 
 def _positions(base: PreTrainedModel, named: dict[str, Any]) -> Tensor:
-    """`(batch, length)`: each token's position in the padded batch, as the model itself would count it."""
-    mask, given = named["attention_mask"], named.get("position_ids")
+    """`(batch, length)`: the positions that the model itself would count in a row without padding in front."""
+    mask, given = named["attention_mask"].long(), named.get("position_ids")
     if given is not None:
         return given.expand(mask.shape)
     if ARCHITECTURES[base.config.model_type].counts_from_padding:
-        # RoBERTa counts the tokens that are not padding, starting after the id of the padding token.
-        return mask.long().cumsum(1) + base.config.pad_token_id
-    return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+        # RoBERTa counts the tokens other than the padding token, which a text may contain too, from the id after it.
+        padding, ids = base.embeddings.padding_idx, named.get("input_ids")
+        counted = mask if ids is None else mask * (ids != padding)
+        return counted.cumsum(1) * counted + padding
+    length = torch.arange(mask.shape[1], device=mask.device)
+    return (length - mask.argmax(1, keepdim=True)).clamp(min=0)
 
 
 def _attention(

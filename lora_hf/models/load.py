@@ -26,9 +26,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from lora_hf.core.config.schema import ModelConfig
-from lora_hf.core.errors import ConfigError, HubError, ModelError, did_you_mean
+from lora_hf.core.errors import ConfigError, HubError, ModelError, UserError, did_you_mean
 from lora_hf.core.hub_access import explain_hub_error, hub_is_reachable, hub_unreachable, is_hub_error
 from lora_hf.data.tasks.base import Task
+from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.lora.heads import head_paths
 from lora_hf.lora.inject import lora_layers
@@ -103,11 +104,10 @@ def load_model(model: ModelConfig, head: dict[str, Any] | None, seed: int = 0) -
     dtype = DTYPES[resolve_precision(model.precision)]
     config = read_config(model, head or {})
     torch.manual_seed(seed)
-    base = auto.from_config(config, dtype=dtype) if model.init == "random" else _pretrained(auto, model, config, dtype)
+    _check_padding(config, model.name)
+    base = _random(auto, model, config, dtype) if model.init == "random" else _pretrained(auto, model, config, dtype)
     _fuse_activations(base)
     base.name_or_path = model.name
-    if base.config.pad_token_id is None:
-        base.config.pad_token_id = base.config.eos_token_id
     return quantise(base, model.quantised) if model.quantised else base
 
 
@@ -173,6 +173,12 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     revision = model.revision if model.tokenizer is None else None
     tokenizer = _from_pretrained(name, revision, AutoTokenizer.from_pretrained)
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                f"{name}: the tokenizer has neither a padding token (pad_token) nor an end token (eos_token), and "
+                "batches need one of them. Set pad_token in tokenizer_config.json, or name another tokenizer with "
+                "model.tokenizer"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -192,6 +198,28 @@ def read_config(model: ModelConfig, head: Mapping[str, Any]) -> PretrainedConfig
     if model.dropout is not None:
         config.update({name: model.dropout for name in DROPOUTS if hasattr(config, name)})
     return config
+
+
+def _check_padding(config: PretrainedConfig, name: str) -> None:
+    """Removes a padding token that has no embedding, such as Llama's -1: a tokenizer brings its own (`align`)."""
+    text = config.get_text_config()
+    pad, vocabulary = text.pad_token_id, getattr(text, "vocab_size", None)
+    if pad is not None and (not vocabulary or 0 <= pad < vocabulary):
+        return
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is not None and architecture.counts_from_padding:
+        raise ModelError(
+            f"{name}: config.json has the pad_token_id {pad}, but {config.model_type} counts positions from it; "
+            f"expected the id with which it was trained, below {vocabulary}"
+        )
+    config.pad_token_id = text.pad_token_id = None
+
+
+def _random(auto: Any, model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return auto.from_config(config, dtype=dtype)
+    except Exception as error:  # transformers does not check a config
+        raise _cannot_load(model.name, error) from error
 
 
 def _fuse_activations(base: PreTrainedModel) -> None:
@@ -264,13 +292,21 @@ def _from_pretrained(name: str, revision: str | None, load: Callable[..., T]) ->
             f"{name}: refused: its pickled weights ask for more than tensors. None of its code was run; expected "
             "model.safetensors"
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # transformers checks neither the configs nor the files of a base
         if options.get("local_files_only"):
             raise HubError(
                 f"{name}{suggest_model(name)}: {hub_unreachable()}, and the local cache does not hold this model. Set "
                 f"model.name to a local folder or to an embedded base ({', '.join(EMBEDDED)}), or set HF_ENDPOINT to a "
                 "mirror"
             ) from error
-        text = explain_hub_error(error, revision) if is_hub_error(error) else str(error).strip()
-        reason = (text or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{name}: cannot be loaded: {reason}{suggest_model(name)}") from error
+        raise _cannot_load(name, error, revision) from error
+
+
+def _cannot_load(name: str, error: Exception, revision: str | None = None) -> ModelError:
+    text = explain_hub_error(error, revision) if is_hub_error(error) else str(error).strip()
+    reason = (text or type(error).__name__).splitlines()[0]
+    if not isinstance(error, (OSError, ValueError, ImportError)):  # the text of others assumes a reader of their code
+        reason = f"check config.json, its values and the files it comes with ({type(error).__name__}: {reason})"
+    return ModelError(f"{name}: cannot be loaded: {reason}{suggest_model(name)}")

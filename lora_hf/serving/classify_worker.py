@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lora_hf.core.errors import AdapterError
-from lora_hf.inference.classify import format_prediction
+from lora_hf.inference.classify import format_prediction, pad_rows
 from lora_hf.serving.requests import ClassifyRequest, ClassifyResult
 from lora_hf.serving.worker import Worker
 
@@ -37,8 +37,7 @@ class ClassifyWorker(Worker):
         batch = sorted(batch, key=lambda row: (row[0].slot is None, row[0].slot or ""))
         inputs = [request.inputs[index] for request, index in batch]
         with torch.inference_mode(), self._adapters_of_rows([request.slot for request, _ in batch]):
-            padded = self.tokenizer.pad(inputs, return_tensors="pt").to(self.model.device)
-            logits = self.model(**padded).logits.float().cpu().numpy()
+            logits = self.model(**pad_rows(inputs, self.tokenizer, self.model)).logits.float().cpu().numpy()
         for (request, index), row in zip(batch, logits, strict=True):
             request.logits[index] = row[: request.version.saved.task.num_labels]
             if len(request.logits) == len(request.inputs):

@@ -21,6 +21,7 @@ from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import AdapterError, DataError, did_you_mean
 from lora_hf.data.tasks.generation import TextGeneration
 from lora_hf.lora.unpadding import enable_unpadding
+from lora_hf.models.align import check_tokens
 from lora_hf.models.load import dequantise
 from lora_hf.serving.classify_worker import ClassifyWorker
 from lora_hf.serving.generate_worker import GenerateWorker
@@ -209,6 +210,7 @@ class Engine:
                 context = task.context(prompt)
                 with worker.tokenizer_lock:
                     tokens = task.prompts([context], worker.request_tokenizer, positions - settings.max_new_tokens)[0]
+                    check_tokens(task, [tokens], worker.request_tokenizer, worker.model)
             except DataError as error:
                 raise BadInputError(str(error)) from error
             request = GenerateRequest(version, self._deadline(deadline), Future(), tokens, settings, bare, on_text)
@@ -323,6 +325,11 @@ class Engine:
                     truncated += [start + row for row, ids in zip(full, longer, strict=True) if len(ids) > limit]
             inputs += [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
             start = stop
+        with worker.tokenizer_lock:
+            try:
+                check_tokens(task, [row["input_ids"] for row in inputs], worker.request_tokenizer, worker.model)
+            except DataError as error:
+                raise BadInputError(str(error)) from error
         return inputs, truncated
 
     def _settings(self, saved: SavedModel, overrides: Mapping[str, Any]) -> GenerateConfig:
@@ -348,7 +355,6 @@ class Engine:
             precision = "fp32" if generates else self.precision or saved.model.precision
             model, tokenizer = load_saved_model(saved, precision, adapted=False)
         if generates:
-            tokenizer.padding_side = "left"
             dequantise(model)
         else:
             enable_unpadding(model)

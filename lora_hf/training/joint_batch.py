@@ -16,6 +16,7 @@ from lora_hf.core.errors import TrainingError
 from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.tasks.base import Task
 from lora_hf.lora.multi_adapter import mix_adapters
+from lora_hf.models.align import padding_side
 
 CPU_TOKENS = 2048  # of a pass: more do not speed up its matrix products, and leave the cache between two operations
 
@@ -69,8 +70,9 @@ def _losses(model: Any, batches: Sequence[RunBatch]) -> tuple[Tensor, list[Tenso
     """The sum of the losses, to differentiate, and the loss of each run."""
     generates = batches[0].task.model_kind == "causal-lm"
     padding = {"input_ids": model.config.pad_token_id, "labels": IGNORE_INDEX}
+    side = padding_side(model)
     inputs = {
-        key: pad_sequence([row for batch in batches for row in batch.inputs[key]], True, padding.get(key, 0))
+        key: pad_sequence([row for batch in batches for row in batch.inputs[key]], True, padding.get(key, 0), side)
         for key in batches[0].inputs
         if generates or key != "labels"
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from lora_hf.data.tokenization import encode
 from lora_hf.lora.inject import count_parameters, inject_at, inject_head
 from lora_hf.lora.precision import flush_denormals, resolve_precision
 from lora_hf.lora.target_modules import Site, plan
+from lora_hf.models.align import align_tokenizer, check_tokens, padding_side
 from lora_hf.models.load import load_base, load_tokenizer
 from lora_hf.training.arguments import training_arguments
 from lora_hf.training.callbacks import (
@@ -196,10 +198,13 @@ def prepare_run(
 ) -> PreparedRun:
     """Encodes the data, and begins the run folder once nothing can be wrong with data and model any more."""
     task, tokenizer = task_of(config.task), load_tokenizer(config.model)
+    align_tokenizer(tokenizer, model)
     counts = count_parameters(model)
     encoded: dict[str, Any] = {
         split: encode(task, part, tokenizer, config.task.max_length) for split, part in rows.items()
     }
+    for part in encoded.values():
+        check_tokens(task, part.data.column("input_ids"), tokenizer, model)
     optimizations = enable_optimizations(model, config.train.label_smoothing)
     arguments = training_arguments(config, task, folder, optimizations)
     keep, arguments.save_total_limit = arguments.save_total_limit, None  # CheckpointCallback deletes old ones
@@ -261,7 +266,7 @@ def _new_trainer(
         args=arguments,
         train_dataset=encoded[task.train_split],
         eval_dataset={split: encoded[split] for split in task.evaluation_splits},
-        data_collator=DataCollatorForSeq2Seq(tokenizer) if generates else DataCollatorWithPadding(tokenizer),
+        data_collator=padding_collator(model, tokenizer, generates),
         compute_metrics=lambda outcome: task.score(outcome.predictions, outcome.label_ids),
         preprocess_logits_for_metrics=completion_loss if generates else None,
     )
@@ -282,6 +287,15 @@ def _new_trainer(
     if config.train.patience:
         trainer.add_callback(EarlyStoppingCallback(config.train.patience))
     return trainer
+
+
+def padding_collator(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generates: bool
+) -> DataCollatorForSeq2Seq | DataCollatorWithPadding:
+    """Pads a batch on the base's side; `tokenizer` keeps its own, with which it is saved."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.padding_side = padding_side(model)
+    return DataCollatorForSeq2Seq(tokenizer) if generates else DataCollatorWithPadding(tokenizer)
 
 
 def _fit(run: PreparedRun, checkpoint: Path | None) -> Mapping[str, float]:

@@ -116,14 +116,28 @@ def test_the_numbers_of_tokens_are_few(tokens: int) -> None:
     assert len({size + _filling(size) for size in range(tokens, 2 * tokens)}) <= 65
 
 
-def test_left_padding_keeps_the_models_own_positions() -> None:
-    inputs = {name: tensor.flip(1) for name, tensor in batch().items()}
-    model = small_model("gpt2")
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta", "llama"])
+def test_padding_in_front_moves_no_position(kind: str) -> None:
+    inputs = batch()
+    model = small_model(kind)
+    alone = [model(ids[None, :length]).logits[0] for ids, length in zip(inputs["input_ids"], LENGTHS, strict=True)]
+    enable_unpadding(model)
+    left = {
+        name: [row.roll(7 - length) for row, length in zip(rows, LENGTHS, strict=True)] for name, rows in inputs.items()
+    }
+    for side in (inputs, {name: torch.stack(rows) for name, rows in left.items()}):
+        inside = side["attention_mask"].bool()
+        free = model(**side).logits[inside]
+        torch.testing.assert_close(free, torch.cat(alone), atol=tolerances.PADDING_FREE_FP32, rtol=0)
+
+
+def test_a_padding_token_in_a_text_has_the_models_own_position() -> None:
+    inputs = batch()
+    inputs["input_ids"][0, 3] = 1  # RoBERTa counts positions by this id, not by the mask
+    model = small_model("roberta", 2)
     padded = model(**inputs).logits
     enable_unpadding(model)
-    inside = inputs["attention_mask"].bool()
-    free = model(**inputs).logits
-    torch.testing.assert_close(free[inside], padded[inside], atol=tolerances.PADDING_FREE_FP32, rtol=0)
+    torch.testing.assert_close(model(**inputs).logits, padded, atol=tolerances.PADDING_FREE_FP32, rtol=0)
 
 
 def test_generation_is_left_alone() -> None:

@@ -121,12 +121,17 @@ class TextClassification(Task):
     def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         """Returns the tokenizer's outputs (input_ids, attention_mask, BERT's token_type_ids) and `labels`.
 
-        Rows of more than `max_length` tokens are truncated, the longer text first. Labels are ints, or floats for a
+        Rows of more than `max_length` tokens are truncated, the longer text first. A row without tokens becomes the
+        token that begins or, failing that, ends a text. Labels are ints, or floats for a
         regression; without labels, or with hidden ones, there is no `labels`.
         """
         texts = [rows[column] for column in self.text_columns]
         pairs = texts[1] if len(texts) == 2 else None
         encoded = dict(tokenizer(texts[0], pairs, truncation="longest_first", max_length=max_length, padding=False))
+        for row, ids in enumerate(encoded["input_ids"]):
+            if not ids:  # a decoder's tokenizer adds nothing to an empty text, and no model reads zero tokens
+                for key, value in _empty_row(tokenizer).items():
+                    encoded[key][row] = value
         labels = rows.get("label")
         if labels is not None and not (self._may_hide_labels and HIDDEN_LABEL in labels):
             encoded["labels"] = list(map(float, labels)) if self.problem_type == "regression" else list(labels)
@@ -169,3 +174,9 @@ class TextClassification(Task):
                 f"splits; score one of {', '.join(self.evaluation_splits)}, or predict without scoring"
             )
         return GlueMetric(self.metric).compute(predictions=predictions, references=references) or {}
+
+
+def _empty_row(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    tokens = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    values = {"input_ids": next(token for token in tokens if token is not None), "attention_mask": 1}
+    return {key: [int(values.get(key, 0))] for key in tokenizer.model_input_names}

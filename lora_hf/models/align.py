@@ -1,0 +1,137 @@
+"""Holds a base and its tokenizer against each other: padding, length, inputs and token ids."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_hf.core.errors import DataError, ModelError
+from lora_hf.data.tasks.base import Task
+
+# The names that transformers gives to embeddings of absolute positions: position_embeddings, embed_positions, wpe.
+_POSITIONS = re.compile(r"(^|_)(pos|positions?)(_|$)|^wpe$")
+
+
+def align_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Makes the two agree, in place, before either is used.
+
+    The config gets the tokenizer's padding token. The tokenizer's `model_max_length` is at most the number of the
+    base's positions, and it returns only inputs that the base reads.
+
+    Raises:
+        ModelError: the base cannot be padded with the padding token, or no text fits into `model_max_length`.
+    """
+    name, config = model.name_or_path, model.config.get_text_config()
+    pad, vocabulary = tokenizer.pad_token_id, getattr(config, "vocab_size", None)
+    if not isinstance(pad, int) or (vocabulary and pad >= vocabulary):
+        raise ModelError(
+            f"{name}: the tokenizer's padding token {tokenizer.pad_token!r} has id {pad}, but the base has embeddings "
+            f"for ids below {vocabulary} only. Set pad_token in tokenizer_config.json to a token that the base has, or "
+            "name another tokenizer with model.tokenizer"
+        )
+    if _reads_end_token(model) and pad == model.config.eos_token_id:
+        raise ModelError(
+            f"{name}: the tokenizer pads with the end token {tokenizer.pad_token!r} (id {pad}), where "
+            f"{type(model).__name__} reads its answer. Set pad_token in tokenizer_config.json to another token"
+        )
+    if not _counts_from_padding(model):
+        model.config.pad_token_id = config.pad_token_id = pad
+    limit = position_limit(model)
+    if limit is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    special = tokenizer.num_special_tokens_to_add()
+    if tokenizer.model_max_length <= special:
+        raise ModelError(
+            f"{name}: expected space for {special} special tokens and a text, found a model_max_length of "
+            f"{tokenizer.model_max_length}; set it in tokenizer_config.json to the number of tokens that the base reads"
+        )
+    unread = [each for each in tokenizer.model_input_names if not _reads(model, each)]
+    if unread:
+        tokenizer.model_input_names = [each for each in tokenizer.model_input_names if each not in unread]
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens that the base has positions for; None for rotary, relative and other unlimited ones."""
+    limits = []
+    for path, module in model.base_model.named_modules():
+        if isinstance(module, nn.Embedding) and _POSITIONS.search(path.rpartition(".")[2]):
+            padding = -1 if module.padding_idx is None else module.padding_idx  # RoBERTa counts from the id after it
+            limits.append(module.num_embeddings - int(getattr(module, "offset", padding + 1)))
+        elif isinstance(table := getattr(module, "embed_positions", None), nn.Buffer):  # GPT-J's table of angles
+            limits.append(len(table))
+    return min(limits, default=None)
+
+
+def padding_side(model: PreTrainedModel) -> Literal["left", "right"]:
+    """Where batches are padded for everything but generation, whatever side the tokenizer was saved with.
+
+    Padding in front would move a row's absolute positions with the length of its batch. XLNet's positions are relative,
+    and its classifier reads the last position, padding or not.
+    """
+    return "left" if model.config.model_type == "xlnet" else "right"
+
+
+def check_tokens(
+    task: Task,
+    ids: pa.ChunkedArray | Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+) -> None:
+    """Checks encoded rows: the base can read every token, and an encoder-decoder's classifier finds its end tokens.
+
+    Raises:
+        DataError: the first row that the model cannot read.
+    """
+    rows: Any = pa.array(ids, pa.list_(pa.int64())) if isinstance(ids, Sequence) else ids.combine_chunks()
+    if not len(rows):
+        return
+    values, parents = rows.flatten().to_numpy(), rows.value_parent_indices().to_numpy()
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    if vocabulary and len(values) and values.max() >= vocabulary:
+        first = int((values >= vocabulary).argmax())
+        token = tokenizer.convert_ids_to_tokens(int(values[first]))
+        raise DataError(
+            f"{task.name}: row {parents[first]} (counting from 0) has the token {token!r} with id {values[first]}, but "
+            f"{model.name_or_path} has embeddings for ids below {vocabulary} only. Remove it from the text, name the "
+            "base's own tokenizer with model.tokenizer, or resize the base's embeddings"
+        )
+    if _reads_end_token(model):
+        end = model.config.eos_token_id
+        usual: Any = tokenizer(*["a"] * len(task.text_columns))
+        expected, ends = usual["input_ids"].count(end), np.bincount(parents[values == end], minlength=len(rows))
+        other = (ends != expected) | (ends == 0)
+        if other.any():
+            row = int(other.argmax())
+            raise DataError(
+                f"{task.name}: row {row} (counting from 0) has {ends[row]} tokens with the id {end}, where "
+                f"{type(model).__name__} reads its answer; expected {max(expected, 1)}, which the base's own tokenizer "
+                f"adds. Remove {tokenizer.convert_ids_to_tokens(end)!r} from the text, or set model.tokenizer"
+            )
+
+
+def _counts_from_padding(model: PreTrainedModel) -> bool:
+    """Whether positions start after the padding token's id, as in RoBERTa, so that the config must keep this id."""
+    return any(
+        isinstance(module, nn.Embedding)
+        and module.padding_idx is not None
+        and _POSITIONS.search(path.rpartition(".")[2])
+        for path, module in model.base_model.named_modules()
+    )
+
+
+def _reads_end_token(model: PreTrainedModel) -> bool:
+    """Whether this is the classifier of an encoder-decoder, whose answer is at the end token."""
+    return model.config.is_encoder_decoder and hasattr(model, "classification_head")
+
+
+def _reads(model: PreTrainedModel, name: str) -> bool:
+    if name == "token_type_ids" and getattr(model.config, "type_vocab_size", None) == 1:
+        return False  # a second segment would have no embedding
+    return name in inspect.signature(type(model).forward).parameters
