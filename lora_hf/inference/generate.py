@@ -128,10 +128,17 @@ class Generator:
         for text, score in zip(texts, scores.tolist(), strict=True):
             yield GeneratedText(" ".join(text.split()), round(score, 4))  # one line, whatever the model wrote
 
+    @property
+    def _end_tokens(self) -> list[int]:
+        """The tokenizer's end token and those of the base: chat models also end a turn with one of their own."""
+        sources = (self.tokenizer, self.model.generation_config, self.model.config)
+        found = [getattr(source, "eos_token_id", None) for source in sources]
+        ids = [token for each in found for token in (each if isinstance(each, list) else [each])]
+        return list(dict.fromkeys(token for token in ids if token is not None))
+
     def _lengths(self, tokens: torch.Tensor) -> torch.Tensor:
         """The number of tokens of each row `(batch,)`, end-of-text token included."""
-        end: Any = self.tokenizer.eos_token_id
-        ended = tokens.eq(end).cumsum(1)
+        ended = torch.isin(tokens, torch.tensor(self._end_tokens, device=tokens.device)).cumsum(1)
         return ((ended == 0).sum(1) + 1).clamp(max=tokens.shape[1])
 
     def _generation_config(self, decoding: GenerateConfig) -> GenerationConfig:
@@ -140,7 +147,7 @@ class Generator:
         unused |= {"length_penalty"} if decoding.num_beams == 1 else set()
         return GenerationConfig(
             **{name: value for name, value in asdict(decoding).items() if name not in unused},
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self._end_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
             return_dict_in_generate=True,
             output_scores=True,
