@@ -204,7 +204,7 @@ def _prepare(
     if shared:
         model = shared.attach(model)
     encoded: dict[str, Any] = {
-        split: encode(task, part, tokenizer, config.task.max_length) for split, part in rows.items()
+        split: encode(task, part, tokenizer, config.task.max_length, split) for split, part in rows.items()
     }
     optimizations = enable_optimizations(model, config.train.label_smoothing)
     arguments = training_arguments(config, task, folder, optimizations)
