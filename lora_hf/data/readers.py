@@ -1,37 +1,133 @@
-"""Readers of UTF-8 text, CSV, JSON lines and parquet. Every error names the file, and the line where it can."""
+"""The reader of every file that a user brings: CSV, TSV, JSON lines, JSON, parquet and plain text.
+
+The suffix tells the format. Every error names the file, and the row or line where it can.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
-from collections import Counter
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_hf.core.errors import DataError
+from lora_hf.core.errors import DataError, did_you_mean
+from lora_hf.data.tasks.row_checks import check_columns, check_text, nfc
 
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
+# csv itself stops at 131,072 characters; how long a text may be is for `check_text` to say.
+csv.field_size_limit(2**31 - 1)
 
-def read_text(path: Path) -> str:
-    """Returns the text of a UTF-8 file, without a byte-order mark.
+_ENCODINGS = {  # by byte-order mark; that of UTF-32 begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_OTHER_FORMATS = {
+    b"PAR1": "this is a parquet file; name it .parquet",
+    b"PK\x03\x04": "this is a zip archive or an Excel workbook; save the table as CSV",
+    b"\xd0\xcf\x11\xe0": "this is an Excel workbook; save the table as CSV",
+    b"\x1f\x8b": "this is a gzip file; unpack it first",
+}
+
+
+def read_rows(
+    path: Path,
+    columns: Iterable[str],
+    optional: Iterable[str] = (),
+    other_names: Mapping[str, Sequence[str]] | None = None,
+) -> Dataset:
+    """Returns columns of a file; the others are ignored. The values of CSV, TSV and text files are text.
+
+    Args:
+        optional: further columns, which the file may lack.
+        other_names: what else a column may be called in the file.
 
     Raises:
-        DataError: it cannot be read, or is not UTF-8.
+        DataError: an unknown suffix, a missing or repeated column, or a file that is not of its format.
+    """
+    if path.suffix.lower() not in _READERS:
+        raise DataError(f"{path}: unknown suffix {path.suffix!r}; expected a file that ends in {_or(_READERS)}")
+    return _READERS[path.suffix.lower()](path, _Wanted(path, tuple(columns), tuple(optional), other_names or {}))
+
+
+def read_texts(
+    path: Path, columns: Sequence[str], other_names: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, list[str]]:
+    """Returns the texts of a file to answer, by column. No row is left out.
+
+    Raises:
+        DataError: as `read_rows`; also a value that is no text, or an empty one.
+    """
+    rows = read_rows(path, columns, other_names=other_names)
+    check_text(rows, str(path), tuple(columns))
+    texts = {column: rows[column][:] for column in columns}
+    for column in columns:
+        for row, text in enumerate(texts[column]):
+            _check_filled(text, column, path, row)
+    return texts
+
+
+def read_texts_of_adapters(path: Path, columns: Mapping[str, Sequence[str]]) -> list[tuple[str, dict[str, str]]]:
+    """Returns the adapter and the texts of each row of a file whose rows name their adapter under "adapter".
+
+    Args:
+        columns: the columns of each adapter's task.
+
+    Raises:
+        DataError: as `read_texts`; also an unknown adapter.
+    """
+    names = dict.fromkeys(column for of_adapter in columns.values() for column in of_adapter)
+    rows = read_rows(path, ("adapter",), optional=names)
+    check_text(rows, str(path), ("adapter",))
+    texts = []
+    for number, row in enumerate(rows.to_list()):
+        adapter = row["adapter"]
+        if adapter not in columns:
+            raise DataError(
+                f"{path}: row {number} (counting from 0): no adapter {adapter!r} was given"
+                f"{did_you_mean(adapter, columns)}; expected one of {', '.join(columns)}"
+            )
+        for column in columns[adapter]:
+            _check_filled(row.get(column), column, path, number)
+        texts.append((adapter, {column: row[column] for column in columns[adapter]}))
+    return texts
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a UTF-8 file, or one in UTF-16 or UTF-32 with a byte-order mark, without the mark.
+
+    Raises:
+        DataError: it cannot be read, or is neither.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    for magic, what in _OTHER_FORMATS.items():
+        if content.startswith(magic):
+            raise DataError(f"{path}: {what}")
+    encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), "utf-8")
     try:
-        return content.decode("utf-8").removeprefix("\ufeff")
+        text = content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         byte = f"{content[error.start]:#04x}"
-        raise DataError(f"{path}, line {line}: not UTF-8: found the byte {byte}; save the file as UTF-8") from error
+        name = encoding.upper()
+        raise DataError(f"{path}, line {line}: not {name}: found the byte {byte}; save the file as UTF-8") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{path}, line {line}: a NUL character, as in UTF-16 without a mark; save the file as UTF-8")
+    return text
 
 
 def read_lines(path: Path) -> list[str]:
@@ -46,70 +142,7 @@ def read_lines(path: Path) -> list[str]:
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
-def parse_object(line: str, location: str) -> dict[str, Any]:
-    """Returns a JSON object.
-
-    Raises:
-        DataError: it is none; the message begins with `location`.
-    """
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{location}: not a JSON object: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f'{location}: expected an object such as {{"text": ...}}, found {line:.50}')
-    return value
-
-
-def read_json_lines(path: Path) -> Dataset:
-    """Returns the rows of a file with a JSON object on each line; a key that a row lacks is null there.
-
-    Raises:
-        DataError: as `read_lines` and `parse_object`; also a key with values of several types.
-    """
-    import pyarrow
-
-    lines = enumerate(read_lines(path), start=1)
-    rows = [parse_object(line, f"{path}, line {number}") for number, line in lines if line.strip()]
-
-    def column(name: str) -> pyarrow.Array:
-        try:
-            return pyarrow.array([row.get(name) for row in rows])
-        except (pyarrow.ArrowException, OverflowError, ValueError) as error:
-            raise DataError(f"{path}: {name!r} has values of several types: {error}") from error
-
-    names = dict.fromkeys(name for row in rows for name in row)
-    return to_dataset(pyarrow.table({name: column(name) for name in names}))
-
-
-def read_csv(path: Path) -> Dataset:
-    """Returns the rows of a CSV file with a header; all values are text, and empty lines are left out.
-
-    Raises:
-        DataError: not UTF-8, a repeated column, a row with too few or too many fields, a quote that is never closed.
-    """
-    import pyarrow
-
-    lines = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    rows: list[list[str]] = []
-    try:
-        header = next(lines, [])
-        for fields in filter(None, lines):
-            if len(fields) != len(header):
-                raise DataError(
-                    f"{path}: the row that ends in line {lines.line_num} has {len(fields)} fields; expected "
-                    f"{len(header)} ({', '.join(header)}). Put fields that hold commas into double quotes."
-                )
-            rows.append(fields)
-    except csv.Error as error:
-        raise DataError(f"{path} cannot be read as CSV: line {lines.line_num}: {error}.") from error
-    if repeated := [name for name, count in Counter(header).items() if count > 1]:
-        raise DataError(f"{path}: the header names {', '.join(map(repr, repeated))} more than once; rename one")
-    columns = {name: [row[index] for row in rows] for index, name in enumerate(header)}
-    return to_dataset(pyarrow.table({name: pyarrow.array(cells, pyarrow.string()) for name, cells in columns.items()}))
-
-
-def read_parquet(path: Path) -> Dataset:
+def read_parquet(path: Path, wanted: _Wanted | None = None) -> Dataset:
     """Returns the rows of a parquet file.
 
     Raises:
@@ -119,7 +152,15 @@ def read_parquet(path: Path) -> Dataset:
     from pyarrow import parquet
 
     try:
-        return to_dataset(parquet.read_table(path))
+        table = parquet.read_table(path)
+        if wanted is None:
+            return to_dataset(table)
+        found = wanted.find(table.column_names)
+        table = table.select(list(found.values()))
+        for index, column in enumerate(table.schema):
+            if pyarrow.types.is_dictionary(column.type):  # a category of pandas
+                table = table.set_column(index, column.name, table.column(index).cast(column.type.value_type))
+        return to_dataset(table).rename_columns(dict(zip(table.column_names, found, strict=True)))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}. Download or write the file again.") from error
 
@@ -130,3 +171,207 @@ def to_dataset(table: pyarrow.Table) -> Dataset:
     from datasets.table import InMemoryTable
 
     return Dataset(InMemoryTable(table))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The columns that a caller of `read_rows` asks for."""
+
+    path: Path
+    columns: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    other_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def find(self, names: Sequence[str], hint: str = "") -> dict[str, int]:
+        """Returns the position of each wanted column among the names in the file, whatever their Unicode normal form.
+
+        Raises:
+            DataError: a column is missing, which ends with `hint`, or there more than once.
+        """
+        in_file, found = [nfc(name) for name in names], {}
+        for column in (*self.columns, *self.optional):
+            called = [name for name in map(nfc, (column, *self.other_names.get(column, ()))) if name in in_file]
+            if called:
+                if in_file.count(called[0]) > 1:
+                    raise DataError(f"{self.path}: the header names {called[0]!r} more than once; rename one")
+                found[column] = in_file.index(called[0])
+            elif column in self.columns:
+                check_columns(names, (column,), str(self.path), hint)
+        return found
+
+
+def _read_csv(path: Path, wanted: _Wanted, delimiter: str = ",") -> Dataset:
+    """Reads a table with a header.
+
+    Lines without anything are no rows, and columns at the end without a name, as Excel writes them, must be empty.
+    """
+    lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    rows: list[list[str]] = []
+    start = empty_line = 0
+    try:
+        header = next(filter(None, lines), [])
+        width = max((index for index, name in enumerate(header, start=1) if name), default=0)
+        found = wanted.find(header[:width], _explain_header(header, delimiter))
+        start = lines.line_num + 1
+        for fields in lines:
+            if not fields:
+                empty_line = empty_line or lines.line_num
+            elif len(fields) < width or any(fields[width:]):
+                raise DataError(
+                    f"{path}: the row that ends in line {lines.line_num} has {len(fields)} fields; expected "
+                    f"{width} ({', '.join(header[:width])}). Put fields that hold {_SEPARATORS[delimiter]} into double "
+                    "quotes."
+                )
+            elif empty_line and width == 1:
+                raise DataError(f'{path}, line {empty_line}: empty; expected a row, such as "" for an empty text')
+            else:
+                rows.append(fields)
+            start = lines.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path} cannot be read as CSV: line {start}: {error}. Put a field that holds a "
+            "double quote into double quotes, and write the quote twice."
+        ) from error
+    return _to_dataset({name: [row[index] for row in rows] for name, index in found.items()}, path)
+
+
+_SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
+
+
+def _explain_header(header: list[str], delimiter: str) -> str:
+    if len(header) == 1:
+        for other, name in _SEPARATORS.items():
+            if other in header[0] and other != delimiter:
+                how = {"\t": "name it .tsv", ",": "name it .csv"}.get(other, "save it with commas")
+                return f". {name.capitalize()} seem to separate the fields; {how}"
+    return ". The first line names the columns"
+
+
+def _read_json(path: Path, wanted: _Wanted) -> Dataset:
+    """Reads an object on each line, or one array of objects; a key that a row lacks is null there."""
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        entries = _parse(text, str(path), "an array of objects")
+        rows = [
+            _checked_object(entry, repr(entry), f"{path}: entry {number} (counting from 0)")
+            for number, entry in enumerate(entries)
+        ]
+    else:
+        lines = read_lines(path)
+        while not lines[-1].strip():
+            lines.pop()
+        rows = [parse_object(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    found = wanted.find(names)
+    return _to_dataset({column: [row.get(names[index]) for row in rows] for column, index in found.items()}, path)
+
+
+def parse_object(line: str, location: str) -> dict[str, Any]:
+    """Returns a JSON object.
+
+    Raises:
+        DataError: it is none; the message begins with `location`.
+    """
+    return _checked_object(_parse(line, location, "a JSON object"), line, location)
+
+
+def _parse(text: str, location: str, what: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeated_keys)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{location}: not {what}: {error}") from error
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there more than once")
+    return values
+
+
+def _checked_object(value: Any, text: str, location: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f'{location}: expected an object such as {{"text": ...}}, found {text:.50}')
+    return value
+
+
+def _read_txt(path: Path, wanted: _Wanted) -> Dataset:
+    """Reads a text from each line."""
+    if len(wanted.columns) != 1 or wanted.optional:
+        names = " and ".join(dict.fromkeys((*wanted.columns, *wanted.optional)))
+        raise DataError(f"{path}: expected a file with the columns {names}, which ends in {_or(TABLE_SUFFIXES)}")
+    lines = read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise DataError(f"{path}, line {number}: empty; expected a text")
+    names = {nfc(name) for name in (*wanted.columns, *wanted.other_names.get(wanted.columns[0], ()))}
+    cells = [cell.strip(' "') for cell in re.split(r"[,;\t]", nfc(lines[0]))]
+    if len(cells) > 1 and names & set(cells):
+        raise DataError(f"{path}, line 1: a header, {lines[0]!r:.100}; name a table .csv (commas) or .tsv (tabs)")
+    if any(re.match(rf'\{{.*"{re.escape(name)}"\s*:', nfc(lines[0])) for name in names):
+        raise DataError(f"{path}, line 1: a JSON object, {lines[0]!r:.100}; name a file of JSON lines .jsonl")
+    return _to_dataset({wanted.columns[0]: lines}, path)
+
+
+def _to_dataset(columns: Mapping[str, list[Any]], path: Path) -> Dataset:
+    import pyarrow
+
+    return to_dataset(pyarrow.table({name: _to_array(values, name, path) for name, values in columns.items()}))
+
+
+def _to_array(values: list[Any], column: str, path: Path) -> pyarrow.Array:
+    import pyarrow
+
+    if not values:
+        return pyarrow.array(values, pyarrow.string())
+    try:
+        return pyarrow.array(values)
+    except UnicodeEncodeError as error:
+        row = next(row for row, value in enumerate(values) if re.search("[\ud800-\udfff]", str(value)))
+        raise DataError(
+            f"{path}: row {row} (counting from 0): {column!r} holds half of a surrogate pair; write the whole character"
+        ) from error
+    except (pyarrow.ArrowException, OverflowError, ValueError) as error:
+        row, expected = _first_of_another_type(values)
+        raise DataError(
+            f"{path}: {column!r} has values of several types: row {row} (counting from 0) has {values[row]!r:.100}; "
+            f"expected {expected}"
+        ) from error
+
+
+def _first_of_another_type(values: list[Any]) -> tuple[int, str]:
+    """Returns the first row whose value is not of the type of the first one, and what that is in words."""
+    words = {
+        str: "a text",
+        int: "a number",
+        float: "a number",
+        bool: "true or false",
+        list: "a list",
+        dict: "an object",
+    }
+    kinds = [words.get(type(value)) for value in values]
+    first = next(filter(None, kinds), "a value")
+    others = (row for row, kind in enumerate(kinds) if kind not in (None, first))
+    return next(others, 0), f"{first}, as in the rows before" if first else "a value"
+
+
+def _check_filled(value: Any, column: str, path: Path, row: int) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{path}: row {row} (counting from 0): expected a text in column {column!r}, found {value!r}")
+
+
+def _or(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
+
+
+_READERS: dict[str, Callable[[Path, _Wanted], Any]] = {
+    ".parquet": read_parquet,
+    ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".txt": _read_txt,
+}
+TABLE_SUFFIXES = tuple(suffix for suffix in _READERS if suffix != ".txt")

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from lora_hf.core.errors import DataError
-from lora_hf.data.readers import read_lines
+from lora_hf.data.readers import TABLE_SUFFIXES, read_lines, read_texts
 
 _NUMBERED_FILE = re.compile(r"(?P<stem>.*reference)(?P<number>\d+)(\.\w+)?", re.IGNORECASE)
 
@@ -23,12 +23,15 @@ class References:
 
 
 def read_predictions(path: Path, references: References) -> list[str]:
-    """Reads a prediction from each line.
+    """Reads a prediction from each line, or from each row of a table such as `.jsonl` the column `text`.
 
     Raises:
         DataError: the file is missing, empty, not UTF-8, has an empty line, or not one line per group of references.
     """
-    lines = read_lines(path)
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        lines = [" ".join(text.split()) for text in read_texts(path, ("text",), {"text": ("output",)})["text"]]
+    else:
+        lines = read_lines(path)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise DataError(f"{path}, line {number}: empty; expected a prediction")
@@ -52,6 +55,9 @@ def read_references(paths: Sequence[Path]) -> References:
             reference, or a folder does not hold exactly one set of files.
     """
     files = _numbered_files(paths[0]) if len(paths) == 1 and paths[0].is_dir() else list(paths)
+    for file in files:
+        if file.suffix.lower() in TABLE_SUFFIXES:
+            raise DataError(f"{file}: expected references as lines of text, found a {file.suffix} file")
     if len(files) == 1 and files[0].suffix != ".lex":
         return References(_read_groups(files[0]), tokenized=False)
     return References(_read_columns(files), tokenized=all(file.suffix == ".lex" for file in files))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,30 @@ logger = logging.getLogger(__name__)
 MIN_CACHED_ROWS = 2000  # tokenizing fewer takes less time than computing their key
 
 
-def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Returns the rows of a split as unpadded model inputs, without other columns.
+TRUNCATED = "truncated"  # a column of the cached rows
+
+
+def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, split: str = "") -> Dataset:
+    """Returns the rows of a split as unpadded model inputs, without other columns; warns about truncated rows.
 
     Many rows are cached under `$HF_DATASETS_CACHE/lora_hf`, which may be deleted at any time. Their key depends on
     everything that the tokens do: the rows, the tokenizer, the length, and the code of the tasks.
     """
     limit = min(max_length, tokenizer.model_max_length)
+    encoded = _encode(task, rows, tokenizer, limit)
+    task.warn_truncated(encoded[TRUNCATED][:], tokenizer, limit, split)
+    return encoded.remove_columns(TRUNCATED)
 
-    encode_batch = partial(task.encode, tokenizer=tokenizer, max_length=limit)
+
+def _encode_batch(
+    rows: Mapping[str, list], task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list]:
+    encoded, truncated = task.encode_and_flag(rows, tokenizer, max_length)
+    return {**encoded, TRUNCATED: truncated}
+
+
+def _encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
+    encode_batch = partial(_encode_batch, task=task, tokenizer=tokenizer, max_length=limit)
     encode_rows = partial(rows.map, encode_batch, batched=True, remove_columns=rows.column_names)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     disable_progress_bar()

@@ -50,9 +50,15 @@ class Predictor:
         return cls(model, tokenizer, saved.task, saved.max_length)
 
     def logits(self, rows: dict[str, list], batch_size: int = 64, progress: Progress = iter) -> np.ndarray:
-        """The fp32 logits `(rows, num_labels)`, in the order of the rows. A batch holds rows of similar length."""
+        """The fp32 logits `(rows, num_labels)`, in the order of the rows. A batch holds rows of similar length.
+
+        Raises:
+            TrainingError: a logit is not finite.
+        """
         inputs = _encode(self.task, rows, self.tokenizer, self.model, self.max_length)
-        return np.stack(batched_logits(self.model, self.tokenizer, inputs, batch_size, progress))
+        logits = np.stack(batched_logits(self.model, self.tokenizer, inputs, batch_size, progress))
+        self.task.check_finite(logits, "logits")
+        return logits
 
     def predict(self, rows: dict[str, list], batch_size: int = 64, progress: Progress = iter) -> list[dict[str, Any]]:
         """The `format_prediction` of each row."""
@@ -99,6 +105,7 @@ class MultiAdapterPredictor:
 
         Raises:
             AdapterError: an adapter that is not loaded.
+            TrainingError: a logit is not finite.
         """
         names = [name for name, _ in rows]
         inputs: list[dict[str, list[int]]] = [{} for _ in rows]
@@ -111,8 +118,11 @@ class MultiAdapterPredictor:
             for index, row in zip(indices, encoded, strict=True):
                 inputs[index] = row
         logits = batched_logits(self.model, self.tokenizer, inputs, batch_size, progress, names)
-        widths = [self.saved[name].task.num_labels for name in names]
-        return [row[:width] for row, width in zip(logits, widths, strict=True)]
+        logits = [row[: self.saved[name].task.num_labels] for name, row in zip(names, logits, strict=True)]
+        for name in dict.fromkeys(names):
+            of_adapter = [row for row, other in zip(logits, names, strict=True) if other == name]
+            self.saved[name].task.check_finite(np.stack(of_adapter), f"logits of {name}")
+        return logits
 
     def predict(
         self, rows: Sequence[tuple[str, Mapping[str, str]]], batch_size: int = 64, progress: Progress = iter
@@ -137,8 +147,9 @@ def format_prediction(task: Task, logits: np.ndarray) -> dict[str, Any]:
 def _encode(
     task: Task, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
 ) -> list[dict[str, list[int]]]:
-    """The model inputs of each row, without padding."""
-    encoded = task.encode(rows, tokenizer, max_length)
+    """The model inputs of each row, without padding; warns about truncated rows."""
+    encoded, truncated = task.encode_and_flag(rows, tokenizer, max_length)
+    task.warn_truncated(truncated, tokenizer, max_length)
     encoded.pop("labels", None)
     check_tokens(task, encoded["input_ids"], tokenizer, model)
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]

@@ -27,11 +27,11 @@ from lora_hf.adapters.resolve import SavedModel
 from lora_hf.adapters.save_load import load_saved_model
 from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.config.schema import GenerateConfig
-from lora_hf.core.errors import AdapterError, ConfigError
+from lora_hf.core.errors import AdapterError, ConfigError, TrainingError
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import ScoreRecord
 from lora_hf.data.metrics.nlg import NlgMetric
-from lora_hf.data.tasks.generation import Example, TextGeneration
+from lora_hf.data.tasks.generation import Example, TextGeneration, one_line
 from lora_hf.lora.inject import merge
 from lora_hf.lora.precision import flush_denormals
 from lora_hf.models.align import check_tokens
@@ -113,7 +113,9 @@ class Generator:
             output: Any = self.model.generate(  # type: ignore[operator]
                 **batch,
                 generation_config=self._generation_config(decoding),
-                logits_processor=LogitsProcessorList([NoRepeatedNGram(size, width)] if size else []),
+                logits_processor=LogitsProcessorList(
+                    [FiniteLogits(), *([NoRepeatedNGram(size, width)] if size else [])]
+                ),
                 stopping_criteria=StoppingCriteriaList(stopping),
             )
         tokens = output.sequences[:, width:]
@@ -126,7 +128,7 @@ class Generator:
             scores = steps.where(inside, 0.0).sum(1) / lengths**decoding.length_penalty
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for text, score in zip(texts, scores.tolist(), strict=True):
-            yield GeneratedText(" ".join(text.split()), round(score, 4))  # one line, whatever the model wrote
+            yield GeneratedText(self.task.clean(text), round(score, 4))
 
     @property
     def _end_tokens(self) -> list[int]:
@@ -152,6 +154,18 @@ class Generator:
             return_dict_in_generate=True,
             output_scores=True,
         )
+
+
+class FiniteLogits(LogitsProcessor):
+    """Raises a TrainingError for logits that are NaN or infinite: decoding would go on, with any token."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not scores.amax(-1).isfinite().all():  # -inf may mask single tokens
+            raise TrainingError(
+                "the logits of a generated token are not finite; the model has diverged: train with a lower learning "
+                "rate, or check the adapter and its base for damage"
+            )
+        return scores
 
 
 class NoRepeatedNGram(LogitsProcessor):
@@ -180,8 +194,9 @@ def score_subsets(task: TextGeneration, examples: Sequence[Example], texts: Sequ
     for part, indices in parts.items():
         if indices:
             metric = NlgMetric(task.metric)
-            references = [list(examples[index].references) for index in indices]
-            scores[part] = metric.compute(predictions=[texts[index] for index in indices], references=references) or {}
+            references = [list(map(one_line, examples[index].references)) for index in indices]
+            predictions = [one_line(texts[index]) for index in indices]  # as the scorers read their files
+            scores[part] = metric.compute(predictions=predictions, references=references) or {}
     for name, reason in metric.reasons.items():
         logger.warning("%s: %s", name, reason)
     return scores
@@ -244,8 +259,8 @@ def write_texts(path: Path, prompts: Sequence[str], texts: Iterator[GeneratedTex
     """Writes each text as soon as it is generated, and returns all of them.
 
     `path` gets one text per line, in the order of the prompts; the `.jsonl` file of the same name gets prompt, text and
-    score. Both files are named `.part` until the last text: an interruption keeps the texts so far there, and leaves
-    older files unchanged.
+    score, and keeps the line breaks of a text. Both files are named `.part` until the last text: an interruption keeps
+    the texts so far there, and leaves older files unchanged.
 
     Raises:
         ConfigError: the folder cannot be written to.
@@ -259,7 +274,7 @@ def write_texts(path: Path, prompts: Sequence[str], texts: Iterator[GeneratedTex
             partial_files[1].open("w", encoding="utf-8") as rows,
         ):
             for prompt, text in zip(prompts, texts, strict=True):
-                lines.write(f"{text.text}\n")
+                lines.write(f"{one_line(text.text)}\n")
                 rows.write(json.dumps({"prompt": prompt, **asdict(text)}, ensure_ascii=False) + "\n")
                 lines.flush()
                 rows.flush()

@@ -94,7 +94,7 @@ class StreamingCriteria(StoppingCriteria):
 
     def _stream(self, row: int, request: GenerateRequest, tokens: torch.Tensor) -> None:
         words: Any = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        text = " ".join(words.split())
+        text = request.version.saved.task.clean(words)  # type: ignore[attr-defined]
         sent = self.streamed[row]
         # A token may end inside a character, and the next token may change how the text so far is decoded.
         if text.startswith(sent) and not text.endswith("\ufffd") and len(text) > len(sent):

@@ -201,7 +201,7 @@ def prepare_run(
     align_tokenizer(tokenizer, model)
     counts = count_parameters(model)
     encoded: dict[str, Any] = {
-        split: encode(task, part, tokenizer, config.task.max_length) for split, part in rows.items()
+        split: encode(task, part, tokenizer, config.task.max_length, split) for split, part in rows.items()
     }
     for part in encoded.values():
         check_tokens(task, part.data.column("input_ids"), tokenizer, model)

@@ -30,7 +30,7 @@ from lora_hf.core.config.loader import load_config
 from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import UserError
 from lora_hf.core.provenance import git_state, machine, versions
-from lora_hf.data.input_files import read_rows
+from lora_hf.data.readers import read_texts
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.inject import eject
 from lora_hf.models.load import load_base
@@ -309,7 +309,7 @@ class Data:
         task = get_task("sst2")
         rows: Any
         if (folder / "rows.jsonl").exists():
-            rows = read_rows(folder / "rows.jsonl", task.text_columns)
+            rows = read_texts(folder / "rows.jsonl", task.text_columns)
         else:
             rows = task.load(str(folder), ["train"])["train"][:]
         encoded = task.encode(rows, self.tokenizer, 64)

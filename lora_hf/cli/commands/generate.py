@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
 from lora_hf.cli.terminal import add_adapter, add_json, print_rows, progress
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lora_hf.data.tasks.generation import TextGeneration
 
 HELP = "generate texts from prompts"
 # The keys of the config's `generate` section that have an option. Sampling follows from temperature, top_p and top_k.
@@ -20,7 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="one prompt, such as 'name[The Vaults], eatType[pub]'")
-    source.add_argument("--input", type=Path, metavar="FILE", help="a file with one prompt per line")
+    source.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help=".csv, .tsv, .jsonl, .json or .parquet with the task's column, or with 'prompt'; .txt with one prompt per "
+        "line",
+    )
     for name, kind in DECODING.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="default: that of the run's config")
     parser.add_argument(
@@ -31,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from lora_hf.adapters.resolve import find_saved_model
-    from lora_hf.data.input_files import read_rows
-    from lora_hf.data.tasks.generation import TextGeneration
+    from lora_hf.data.tasks.generation import TextGeneration, one_line
 
     saved = find_saved_model(options.adapter, options.revision)
     task = saved.task
@@ -42,11 +51,23 @@ def run(options: argparse.Namespace) -> None:
     if overrides.keys() & {"temperature", "top_p", "top_k"}:
         overrides = {"num_beams": 1, **overrides, "do_sample": True}
     decoding = replace(saved.generate, **overrides)
-    prompts = [options.prompt] if options.input is None else read_rows(options.input, ("prompt",))["prompt"]
+    prompts = [options.prompt] if options.input is None else _read_prompts(options.input, task)
     contexts = [task.context(prompt) for prompt in prompts]
     from lora_hf.inference.generate import Generator, write_texts
 
     stream = progress(Generator.load(saved).generate(contexts, decoding), total=len(prompts))
     texts = list(stream) if options.output is None else write_texts(options.output, prompts, stream)
     rows = [{"prompt": prompt, **asdict(text)} for prompt, text in zip(prompts, texts, strict=True)]
-    print_rows(options, "texts", rows, (text.text for text in texts))
+    # One text is shown as it is; of several, each is a line.
+    print_rows(options, "texts", rows, (text.text if len(texts) == 1 else one_line(text.text) for text in texts))
+    joined = sum("\n" in text.text for text in texts)
+    if joined and (options.output is not None or (len(texts) > 1 and not options.json)):
+        source = "--json prints" if options.output is None else f"{options.output.with_suffix('.jsonl')} has"
+        print(f"{joined} texts of several lines are written on one; {source} them as generated", file=sys.stderr)
+
+
+def _read_prompts(path: Path, task: TextGeneration) -> list[str]:
+    from lora_hf.data.readers import read_texts
+
+    column = task.text_columns[0] if task.reads_text else "prompt"
+    return read_texts(path, (column,), {column: ("prompt",)})[column]

@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="one text")
     source.add_argument(
-        "--input", type=Path, metavar="FILE", help="a file with one text per line, or .jsonl with the task's columns"
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help=".csv, .tsv, .jsonl, .json or .parquet with the task's columns, or .txt with one text per line",
     )
     parser.add_argument("--text-pair", metavar="TEXT", help="the second text, for tasks that read two")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write .jsonl there instead of standard output")
@@ -68,9 +71,9 @@ def _predict_one(options: argparse.Namespace, adapter: str) -> list[dict[str, An
         raise ConfigError(f"{adapter} was trained for {saved.task.name}, which generates texts; use generate instead")
     columns = saved.task.text_columns
     if options.input is not None:
-        from lora_hf.data.input_files import read_rows
+        from lora_hf.data.readers import read_texts
 
-        rows = read_rows(options.input, columns)
+        rows = read_texts(options.input, columns)
     else:
         rows = _row_of_texts(saved.task, options.text, options.text_pair)
     from lora_hf.inference.classify import Predictor
@@ -81,12 +84,12 @@ def _predict_one(options: argparse.Namespace, adapter: str) -> list[dict[str, An
 
 def _predict_mixed(options: argparse.Namespace, adapters: dict[str, str]) -> list[dict[str, Any]]:
     from lora_hf.adapters.resolve import find_saved_model
-    from lora_hf.data.input_files import read_mixed_rows
+    from lora_hf.data.readers import read_texts_of_adapters
 
     if options.input is None:
         raise ConfigError("--text works with one adapter; for several give an --input file whose rows name theirs")
     saved = {name: find_saved_model(adapter, options.revision) for name, adapter in adapters.items()}
-    rows = read_mixed_rows(options.input, {name: each.task.text_columns for name, each in saved.items()})
+    rows = read_texts_of_adapters(options.input, {name: each.task.text_columns for name, each in saved.items()})
     from lora_hf.inference.classify import MultiAdapterPredictor
 
     answers = MultiAdapterPredictor.load(saved, options.precision).predict(rows, progress=progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import types
 import typing
@@ -15,6 +16,11 @@ from lora_hf.core.errors import ConfigError, did_you_mean
 def bounded(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
     """Returns a dataclass field whose value must satisfy `low <= value <= high` and `value > above`."""
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+def names() -> Any:
+    """Returns an optional dataclass field of names, which may look like numbers."""
+    return dataclasses.field(default=None, metadata={"names": True})
 
 
 class Section:
@@ -87,10 +93,15 @@ def _convert(value: Any, kind: Any, rules: Mapping[str, Any]) -> Any:
             return value
         near = did_you_mean(value, arguments) if isinstance(value, str) else ""
         raise ValueError(f"expected one of {', '.join(arguments)}, found {describe_value(value)}{near}")
+    if rules.get("names"):
+        value = _numbers_as_text(value)
     if origin is tuple:
         items = [value] if type(value) is arguments[0] else value
-        if isinstance(items, (list, tuple)) and all(type(item) is arguments[0] for item in items):
-            return tuple(items)
+        if isinstance(items, (list, tuple)):
+            others = [item for item in items if type(item) is not arguments[0]]
+            if not others:
+                return tuple(items)
+            value = others[0]
         expected = "a word or a list of words" if arguments[0] is str else "a whole number or a list of whole numbers"
     elif origin is dict:
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
@@ -102,7 +113,23 @@ def _convert(value: Any, kind: Any, rules: Mapping[str, Any]) -> Any:
         if isinstance(value, kind):
             return value
         expected = "true or false" if kind is bool else "text"
-    raise ValueError(f"expected {expected}, found {describe_value(value)}")
+    is_text = kind is str or (origin is tuple and arguments[0] is str)
+    raise ValueError(f"expected {expected}, found {describe_value(value)}{_quote_hint(value) if is_text else ''}")
+
+
+def _numbers_as_text(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_numbers_as_text(item) for item in value]
+    is_number = type(value) is int or (type(value) is float and math.isfinite(value))
+    return str(value) if is_number else value
+
+
+def _quote_hint(value: Any) -> str:
+    """Returns what to do about a word that YAML 1.1 takes for something else."""
+    if isinstance(value, bool):
+        words = "yes, on and true" if value else "no, off and false"
+        return f" (YAML reads {words} as {str(value).lower()}: put the word into quotes)"
+    return " (put it into quotes)" if isinstance(value, datetime.date) else ""
 
 
 def _convert_dict(values: dict[str, Any], kind: Any, rules: Mapping[str, Any]) -> dict[str, Any]:

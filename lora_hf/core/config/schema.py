@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from lora_hf.core.config.fields import Section, bounded, build_section
+from lora_hf.core.config.fields import Section, bounded, build_section, names
 from lora_hf.core.config.hints import OWN_KEYS, hint_for_key
 from lora_hf.core.errors import ConfigError, did_you_mean
 
@@ -79,9 +79,9 @@ class TaskConfig(Section):
     data_dir: str | None = None
     max_length: int = bounded(512, low=4)
     kind: Literal["classification", "regression", "generation"] | None = None
-    text_columns: tuple[str, ...] | None = None  # by default text, or prompt for generation
-    label_column: str | None = None  # by default label, or completion
-    label_names: tuple[str, ...] | None = None  # of the classes, in the order of their ids
+    text_columns: tuple[str, ...] | None = names()  # by default text, or prompt for generation
+    label_column: str | None = names()  # by default label, or completion
+    label_names: tuple[str, ...] | None = names()  # of the classes, in the order of their ids
     metric: Literal["accuracy", "macro_f1", "matthews_correlation", "pearson", "spearmanr"] | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+RARE = 0.1  # a class with fewer training rows than this part of an even share is named
 
 ModelKind = Literal["sequence-classification", "causal-lm"]
 ProblemType = Literal["single_label_classification", "regression"]
@@ -68,12 +73,34 @@ class Task(ABC):
         """Raises a DataError that begins with `origin` for rows that the task cannot use."""
         check_text(rows, origin, self.text_columns)
 
-    @abstractmethod
     def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
-        """Returns a batch of rows as unpadded model inputs, for `Dataset.map(batched=True)` without the old columns.
+        """Returns a batch of rows as unpadded model inputs.
 
         A classification returns one entry per row, a generation task one per reference of a row.
         """
+        return self.encode_and_flag(rows, tokenizer, max_length)[0]
+
+    @abstractmethod
+    def encode_and_flag(
+        self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> tuple[dict[str, list], list[bool]]:
+        """Returns what `encode` does, and for each entry whether `max_length` truncated it; see `warn_truncated`."""
+
+    @abstractmethod
+    def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Returns what a row that is too long loses, such as "the end of their texts"."""
+
+    def warn_truncated(
+        self, truncated: Sequence[bool], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str = ""
+    ) -> None:
+        """Logs how many rows were truncated, and the first of them."""
+        if count := sum(truncated):
+            _log.warning(
+                "%s: truncated %d of %d rows, which are longer than %d tokens (task.max_length, or the model's own "
+                "limit): the model does not read %s; the first is row %d (counting from 0)",
+                f"{self.name}, {split}" if split else self.name, count, len(truncated), max_length,
+                self.truncated_part(tokenizer), list(truncated).index(True),
+            )  # fmt: skip
 
     @abstractmethod
     def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
@@ -91,7 +118,8 @@ class Task(ABC):
         if diverged.size:
             raise TrainingError(
                 f"{self.name}: the {name} of {diverged.size} of {len(values)} rows are not finite, the first is row "
-                f"{diverged[0]} (counting from 0); the model has diverged: lower the learning rate or train in fp32"
+                f"{diverged[0]} (counting from 0); the model has diverged: lower the learning rate or train in fp32; "
+                "an adapter trained elsewhere may be damaged, or need fp32 (--precision fp32)"
             )
 
 
@@ -114,11 +142,46 @@ class TextClassification(Task):
         highest = len(self.label_names) - 1 if self.label_names else self.highest_score
         check_labels(rows, origin, split, self.label_names, self.lowest_score, highest)
 
+    def load(self, data_dir: str | None, splits: Sequence[str]) -> dict[str, Dataset]:
+        """As `Task.load`; also names the classes of which there are no or few training rows."""
+        loaded = super().load(data_dir, splits)
+        if self.label_names and self.train_split in loaded:
+            self._warn_about_classes(loaded)
+        return loaded
+
+    def _warn_about_classes(self, loaded: Mapping[str, Dataset]) -> None:
+        import numpy as np
+
+        counts = {
+            split: np.bincount(np.clip(rows["label"], HIDDEN_LABEL, None) + 1, minlength=self.num_labels + 1)[1:]
+            for split, rows in loaded.items()
+            if "label" in rows.column_names
+        }
+        in_training = counts.pop(self.train_split)
+        few = RARE * in_training.sum() / self.num_labels
+        for label, name in enumerate(self.label_names):
+            elsewhere = "".join(f", {split} has {part[label]}" for split, part in counts.items())
+            if not in_training[label]:
+                _log.warning(
+                    "%s: no row of %s has the class %r%s; the model cannot learn it",
+                    self.name, self.train_split, name, elsewhere,
+                )  # fmt: skip
+            elif in_training[label] < few:
+                _log.warning(
+                    "%s: only %d of %d rows of %s have the class %r%s",
+                    self.name, in_training[label], in_training.sum(), self.train_split, name, elsewhere,
+                )  # fmt: skip
+
     @property
     def _may_hide_labels(self) -> bool:
         return self.lowest_score > HIDDEN_LABEL
 
-    def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+    def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        return f"the {'start' if tokenizer.truncation_side == 'left' else 'end'} of their texts"
+
+    def encode_and_flag(
+        self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> tuple[dict[str, list], list[bool]]:
         """Returns the tokenizer's outputs (input_ids, attention_mask, BERT's token_type_ids) and `labels`.
 
         Rows of more than `max_length` tokens are truncated, the longer text first. A row without tokens becomes the
@@ -127,7 +190,12 @@ class TextClassification(Task):
         """
         texts = [rows[column] for column in self.text_columns]
         pairs = texts[1] if len(texts) == 2 else None
-        encoded = dict(tokenizer(texts[0], pairs, truncation="longest_first", max_length=max_length, padding=False))
+        tokens = tokenizer(texts[0], pairs, truncation="longest_first", max_length=max_length, padding=False)
+        if tokens.encodings is not None:
+            truncated = [bool(encoding.overflowing) for encoding in tokens.encodings]
+        else:  # a tokenizer in Python, which does not say
+            truncated = [len(ids) > max_length for ids in tokenizer(texts[0], pairs, verbose=False)["input_ids"]]  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
+        encoded: dict[str, list] = dict(tokens)
         for row, ids in enumerate(encoded["input_ids"]):
             if not ids:  # a decoder's tokenizer adds nothing to an empty text, and no model reads zero tokens
                 for key, value in _empty_row(tokenizer).items():
@@ -135,7 +203,7 @@ class TextClassification(Task):
         labels = rows.get("label")
         if labels is not None and not (self._may_hide_labels and HIDDEN_LABEL in labels):
             encoded["labels"] = list(map(float, labels)) if self.problem_type == "regression" else list(labels)
-        return encoded
+        return encoded, truncated
 
     def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
         """Returns the metrics of logits `(rows, num_labels)` for labels `(rows,)`.

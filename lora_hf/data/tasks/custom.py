@@ -1,8 +1,8 @@
 """Custom tasks: a config describes the task, and its rows come from the user's files.
 
-The files of a split are `<split>.parquet`, `<split>.csv` (UTF-8, commas, a header) or `<split>.jsonl` (an object per
-line), in the data folder or in `<task.name>/` below it. Nothing is guessed: a class that is missing from
-`task.label_names`, two files for one split, or a number instead of a text is an error.
+A split is one file that `data.readers` knows, such as `<split>.csv` or `<split>.jsonl`, in the data folder or in
+`<task.name>/` below it. Nothing is guessed: a class that is missing from `task.label_names`, two files for one split,
+or a number instead of a text is an error.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import ConfigError, DataError
-from lora_hf.data.readers import read_csv, read_json_lines, read_parquet, to_dataset
+from lora_hf.data.readers import TABLE_SUFFIXES, read_rows, to_dataset
 from lora_hf.data.tasks.base import Task, TextClassification
 from lora_hf.data.tasks.generation import Example, TextGeneration
-from lora_hf.data.tasks.row_checks import check_columns, check_text, read_labels
+from lora_hf.data.tasks.row_checks import check_text, nfc, read_labels
 from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE, find_data_folder
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ METRICS = {
     "generation": (),
 }
 LARGEST_SCORE = 1e30  # labels are float32, whose largest number is 3e38
-READERS = {".parquet": read_parquet, ".csv": read_csv, ".jsonl": read_json_lines}
 
 
 def custom_task(config: TaskConfig) -> Task:
@@ -86,7 +85,7 @@ def _check(config: TaskConfig) -> None:
         problems.append(f"task.label_column: {config.label_column!r} is one of task.text_columns")
     elif "label" in texts and config.kind != "generation":
         problems.append("task.text_columns: a text column cannot be called 'label'; rename it")
-    if config.kind == "classification" and (len(names) < 2 or len(set(names)) < len(names)):
+    if config.kind == "classification" and (len(names) < 2 or len(set(map(nfc, names))) < len(names)):
         problems.append(
             "task.label_names: expected two or more different classes in the order of their ids, such as "
             f"[negative, positive], found {', '.join(names) or 'none'}"
@@ -114,26 +113,26 @@ class CustomFiles:
             DataError: no folder, not exactly one file, a missing column, a label that is not one of the classes.
         """
         path = self._file(split, data_dir)
-        rows = READERS[path.suffix](path)
         texts, label = self.config.text_columns or (), self.config.label_column or ""
-        check_columns(rows.column_names, (*texts, label), str(path))
+        rows = read_rows(path, (*texts, label))
         if self.config.kind == "generation":
-            return rows.select_columns([*texts, label]), str(path)
+            return rows, str(path)
         return self._with_labels(rows, texts, label, path), str(path)
 
     def _file(self, split: str, data_dir: str | None) -> Path:
         name = self.config.name
         how_to = (
-            f"Set task.data_dir=DIR or {DATA_DIR_VARIABLE}=DIR to a folder with {split}.csv, {split}.jsonl or "
-            f"{split}.parquet, in DIR itself or in DIR/{name}."
+            f"Set task.data_dir=DIR or {DATA_DIR_VARIABLE}=DIR to a folder with a file {split} that ends in "
+            f"{', '.join(TABLE_SUFFIXES)}, in DIR itself or in DIR/{name}."
         )
         root, setting = find_data_folder(data_dir, how_to)
         if root is None:
             raise DataError(f"{name}: no data folder is set. {how_to}")
-        candidates = [root / subfolder / f"{split}{suffix}" for subfolder in (name, "") for suffix in READERS]
-        files = [path for path in candidates if path.is_file()]
+        named = [path for folder in (root / name, root) for path in sorted(folder.glob("*")) if path.stem == split]
+        files = [path for path in named if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()]
         if not files:
-            raise DataError(f"{name}: no file with the rows of split {split!r} in {root} ({setting}). {how_to}")
+            found = f"; found {', '.join(path.name for path in named)}" if named else ""
+            raise DataError(f"{name}: no file with the rows of split {split!r} in {root} ({setting}){found}. {how_to}")
         if len(files) > 1:
             raise DataError(f"{name}: split {split!r} is in {' and in '.join(map(str, files))}; keep one of them")
         return files[0]
@@ -153,7 +152,7 @@ class CustomFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class CustomText(TextGeneration):
-    """Generates a completion for a prompt. The prompt is used as written, the completion on one line."""
+    """Generates a completion for a prompt. Both are used as written, without the white space around them."""
 
     def context(self, prompt: str) -> str:
         """Returns the prompt without surrounding white space."""
@@ -165,8 +164,11 @@ class CustomText(TextGeneration):
         prompt, completion = values
         if not prompt.strip():
             raise ValueError(f"{self.text_columns[0]!r} is empty; expected a prompt")
-        completion = " ".join(completion.split())  # texts are generated and scored on one line
+        completion = completion.strip()
         return Example(prompt.strip(), (completion,) if completion else ())
+
+    def clean(self, text: str) -> str:
+        return text.strip()
 
 
 def _class_names(rows: Dataset, column: str) -> list[Any]:

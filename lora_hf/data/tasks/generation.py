@@ -100,12 +100,21 @@ class TextGeneration(Task):
                 grouped[example.context] = Example(example.context, references, example.subset)
         return list(grouped.values())
 
-    def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+    def clean(self, text: str) -> str:
+        """Returns a generated text as it is shown and scored: on one line, whatever the model wrote."""
+        return one_line(text)
+
+    def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        return "the start of their prompts"
+
+    def encode_and_flag(
+        self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> tuple[dict[str, list], list[bool]]:
         """Returns input_ids, attention_mask and labels, one entry for each reference of each row.
 
         Context and separator have the label `IGNORE_INDEX`: the separator predicts the completion's first token, and
         its last token predicts the end. A row of more than `max_length` tokens is truncated at the start of its
-        context, with a warning.
+        context.
 
         Raises:
             DataError: a completion so long that no token of context would remain.
@@ -116,7 +125,7 @@ class TextGeneration(Task):
         contexts = _tokens(tokenizer, [context for context, _ in pairs])
         completions = _tokens(tokenizer, [f" {text}" for _, text in pairs])
         encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
-        truncated = 0
+        truncated = []
         for (_, text), context, completion in zip(pairs, contexts, completions, strict=True):
             answer = [*completion, end]
             longest = max_length - len(answer) - 1
@@ -126,17 +135,12 @@ class TextGeneration(Task):
                     f"input within {max_length} tokens (task.max_length, or the model's own limit): {shown(text)}. "
                     "Set a greater task.max_length, or leave the row out."
                 )
-            truncated += len(context) > longest
+            truncated.append(len(context) > longest)
             prompt = [*context[-longest:], end]
             encoded["input_ids"].append(prompt + answer)
             encoded["attention_mask"].append([1] * (len(prompt) + len(answer)))
             encoded["labels"].append([IGNORE_INDEX] * len(prompt) + answer)
-        if truncated:
-            _log.warning(
-                "%s: truncated the inputs of %d of %d rows, which are longer than %d tokens; see task.max_length",
-                self.name, truncated, len(pairs), max_length,
-            )  # fmt: skip
-        return encoded
+        return encoded, truncated
 
     def prompts(self, contexts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
         """Returns the tokens to generate from, unpadded: each context with the separator.
@@ -172,6 +176,10 @@ class TextGeneration(Task):
         self.check_finite(sums, "likelihoods")
         loss, tokens = sums.sum(axis=0)
         return {"perplexity": math.exp(loss / tokens)}
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def shown(value: object, longest: int = 160) -> str:

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 from lora_hf.core.errors import DataError
 from lora_hf.core.labels import HIDDEN_LABEL
-from lora_hf.data.readers import read_csv, read_text, to_dataset
+from lora_hf.data.readers import read_rows, read_text, to_dataset
 from lora_hf.data.tasks.row_checks import check_columns, read_labels
 
 if TYPE_CHECKING:
@@ -93,13 +93,10 @@ class CommaSeparated:
         """Returns the rows in file order.
 
         Raises:
-            DataError: as `read_csv`; also a missing column.
+            DataError: as `read_rows`.
         """
-        rows = read_csv(path)
-        check_columns(rows.column_names, self.columns.values(), str(path))
-        return rows.select_columns(list(self.columns.values())).rename_columns(
-            {name: column for column, name in self.columns.items()}
-        )
+        rows = read_rows(path, self.columns.values())
+        return rows.rename_columns({name: column for column, name in self.columns.items()})
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,17 @@ if TYPE_CHECKING:
 LONGEST_TEXT = 1_000_000  # bytes; a tokenizer takes a hundred times as much memory
 
 
-def check_columns(found: Sequence[str], required: Iterable[str], origin: str) -> None:
-    """Raises a DataError for the first of `required` that is not among `found`, with the nearest name."""
+def nfc(text: str) -> str:
+    """Returns Unicode's composed form: `e` with a combining accent and `é` are the same name."""
+    return unicodedata.normalize("NFC", text)
+
+
+def check_columns(found: Sequence[str], required: Iterable[str], origin: str, hint: str = "") -> None:
+    """Raises a DataError for the first of `required` that is not among `found`, with the nearest name and `hint`."""
     for column in required:
         if column not in found:
-            raise DataError(
-                f"{origin}: no column {column!r}{did_you_mean(column, found)}; found: {', '.join(found) or 'none'}"
-            )
+            names = ", ".join(f"{name:.100}" for name in found[:50]) or "none"
+            raise DataError(f"{origin}: no column {column!r}{did_you_mean(column, found)}; found: {names}{hint}")
 
 
 def check_text(rows: Dataset, origin: str, columns: tuple[str, ...]) -> None:
@@ -90,7 +95,8 @@ def read_labels(
     Raises:
         DataError: a value is none of these, with its row and the nearest class.
     """
-    labels = {(type(value), str(value)): _label(value, names) for value in values}
+    composed = [nfc(name) for name in names]
+    labels = {(type(value), str(value)): _label(value, composed) for value in values}
     found = [labels[type(value), str(value)] for value in values]
     if None in found:
         row = found.index(None)
@@ -104,12 +110,16 @@ def read_labels(
 
 
 def _label(value: Any, names: Sequence[str]) -> float | None:
+    if value is None or value != value:  # a class may be called None or nan
+        return None
     if not names:
         try:
-            return None if isinstance(value, bool) or value is None else float(value)
+            return None if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
             return None
-    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = nfc(str(value))
+    if isinstance(value, bool) and text not in names:
+        text = text.lower()  # as JSON writes it
     if text in names:
         return names.index(text)
     # If the classes are called 1 to 5, a 0 is a mistake and not a class id.

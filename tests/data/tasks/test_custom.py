@@ -107,7 +107,7 @@ def test_texts_to_write(tmp_path: Path) -> None:
     task = cast(TextGeneration, task_of(ANSWERS))
     rows = task.load(str(tmp_path), ["train"])["train"]
     (group,) = task.groups(rows)
-    assert (group.context, group.references) == ("Say\nhello", ("Hello you.", "Hi."))
+    assert (group.context, group.references) == ("Say\nhello", ("Hello\nyou.", "Hi."))
     assert task.context(" Say\nhello ") == group.context
 
 
@@ -153,7 +153,7 @@ def test_which_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert columns(TEAMS, None) == ROWS
     parquet.write_table(pyarrow.table({"subject": ["a"]}), tmp_path / "train.parquet")
     assert message(TEAMS, tmp_path) == (
-        f"tickets: split 'train' is in {tmp_path}/train.parquet and in {tmp_path}/train.csv; keep one of them"
+        f"tickets: split 'train' is in {tmp_path}/train.csv and in {tmp_path}/train.parquet; keep one of them"
     )
 
 

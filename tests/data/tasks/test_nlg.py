@@ -235,16 +235,19 @@ def test_a_long_row_loses_the_first_of_its_input_and_never_its_end(
     (whole,), (labels,) = (task.encode(ROW, tokenizer, 64)[column] for column in ("input_ids", "labels"))
     answer = [token for token in labels if token != IGNORE_INDEX]
     assert tokenizer.decode(answer) == " A fine pub.<|endoftext|>"
-    assert not caplog.messages
 
     shortest = len(answer) + 2
-    with caplog.at_level(logging.WARNING):
-        encoded = task.encode(ROW, tokenizer, shortest)
+    encoded, truncated = task.encode_and_flag(ROW, tokenizer, shortest)
     assert encoded["input_ids"] == [whole[-shortest:]]
     assert encoded["labels"] == [[IGNORE_INDEX, IGNORE_INDEX, *answer]]
-    assert caplog.messages == [
-        f"e2e_nlg: truncated the inputs of 1 of 1 rows, which are longer than {shortest} tokens; see task.max_length"
-    ]
+    task.warn_truncated(task.encode_and_flag(ROW, tokenizer, 64)[1], tokenizer, 64)
+    assert not caplog.messages
+    task.warn_truncated(truncated, tokenizer, shortest)
+    (message,) = caplog.messages
+    assert message.startswith(
+        f"e2e_nlg: truncated 1 of 1 rows, which are longer than {shortest} tokens (task.max_length"
+    )
+    assert "the start of their prompts" in message
     with pytest.raises(DataError) as error:
         task.encode(ROW, tokenizer, shortest - 1)
     assert f"a reference of {len(answer)} tokens" in str(error.value)
