@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.errors import AdapterError
+from lora_hf.core.parsing import parse_json, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -206,11 +207,11 @@ def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMeta
                 f"{folder}: not an adapter folder: expected {name}, found {_contents(folder)}{suggest_adapter(folder)}"
             )
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG_FILE)
         with safe_open(folder / WEIGHTS_FILE, framework="np") as file:  # checks that the file holds every tensor
             header = file.metadata() or {}
-        metadata = _parse_metadata(json.loads(header[HEADER])) if HEADER in header else AdapterMetadata()
-    except (ValueError, TypeError, AttributeError, RecursionError, SafetensorError, OSError) as error:
+        metadata = _parse_metadata(parse_json(header[HEADER])) if HEADER in header else AdapterMetadata()
+    except (ValueError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise AdapterError(f"{folder}: damaged adapter: {error}. Copy it again, or train it again") from error
     source = folder / CONFIG_FILE
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":

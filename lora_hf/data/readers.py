@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import DataError
+from lora_hf.core.parsing import parse_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -53,8 +53,8 @@ def parse_object(line: str, location: str) -> dict[str, Any]:
         DataError: it is none; the message begins with `location`.
     """
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line)
+    except ValueError as error:
         raise DataError(f"{location}: not a JSON object: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f'{location}: expected an object such as {{"text": ...}}, found {line:.50}')
