@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 
 from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from lora_hf.core.errors import UserError
-from lora_hf.core.records import RUN_CONFIG_FILE
+from lora_hf.core.records import COMBINE_FILE, MERGE_FILE, RUN_CONFIG_FILE
 from lora_hf.models.model_ids import base_name
 from lora_hf.serving.engine import CHUNK, Engine
 from lora_hf.serving.limits import ClosingError, DeadlinePassedError, RefusalError, UnknownAdapterError
@@ -55,6 +55,7 @@ class ServerState:
     draining: bool = False
 
 
+READ_FILES = (CONFIG_FILE, WEIGHTS_FILE, RUN_CONFIG_FILE, MERGE_FILE, COMBINE_FILE)  # of an adapter folder
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
@@ -239,7 +240,7 @@ def _resolve_below_root(state: ServerState, folder: str) -> Path:
     refused = RefusalError(f"{folder!r} is not a folder below the server's adapter folder", "outside", 403)
     try:
         path = (root / folder).resolve()
-        paths = [path, *(path / name for name in (CONFIG_FILE, WEIGHTS_FILE, RUN_CONFIG_FILE))]
+        paths = [path, path.parent / RUN_CONFIG_FILE, *(path / name for name in READ_FILES)]
         inside = path != root and all(each.resolve().is_relative_to(root) for each in paths)
     except (OSError, ValueError, RuntimeError):
         raise refused from None

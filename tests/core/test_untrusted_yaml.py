@@ -20,7 +20,8 @@ LEVELS = "abcdefghij"
 def bomb(kind: str) -> str:
     """Each level holds the one before ten times over: 10^9 values in a few hundred bytes."""
     lines = [f"a: &a {'[x, x]' if kind == 'list' else '{x: x}'}"]
-    for before, level in zip(LEVELS, LEVELS[1:], strict=False):
+    for index, level in enumerate(LEVELS[1:]):
+        before = LEVELS[index]
         parts = ", ".join([f"*{before}"] * 10)
         keyed = ", ".join(f"{key}: *{before}" for key in LEVELS)
         value = {"list": f"[{parts}]", "map": f"{{{keyed}}}", "merge": f"{{<<: [{parts}]}}"}[kind]
@@ -64,7 +65,7 @@ def test_yaml_that_people_write(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200 + "1" + "}" * 200, "[1", ""])
 def test_json_that_is_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         parse_json(text)
     (tmp_path / "record.json").write_text(text)
     with pytest.raises(DataError, match="not a readable record"):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -258,7 +259,14 @@ def test_only_folders_below_the_adapter_root_are_loaded(
     for file in outside.iterdir():
         (root / "half" / file.name).symlink_to(file)
     (root / "empty").mkdir()
+    (tmp_path / "record").write_text("{}")
+    for name in ("config.yaml", "merge.json", "combine.json", "../config.yaml"):
+        linked = root / name.replace("../", "above-") / "adapter"
+        shutil.copytree(folders["a"], linked)
+        (linked / name).unlink(missing_ok=True)
+        (linked / name).symlink_to(tmp_path / "record")
     for folder in (
+        *(f"{name}/adapter" for name in ("config.yaml", "merge.json", "combine.json", "above-config.yaml")),
         str(outside),
         "../outside",
         f"a/../../{outside.name}",
