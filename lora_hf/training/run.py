@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -42,12 +44,14 @@ from lora_hf.training.arguments import training_arguments
 from lora_hf.training.callbacks import (
     CheckpointCallback,
     EvaluationLines,
+    EvaluationStoppedError,
     LogFile,
     SignalHandler,
     TrainingGuard,
     install_callbacks,
 )
 from lora_hf.training.checkpoints import (
+    evaluation_is_due,
     read_progress,
     translate_disk_full,
     translate_lost_process,
@@ -62,7 +66,7 @@ from lora_hf.training.distributed import (
     run_on_rank,
 )
 from lora_hf.training.results import draw_curves, score_outputs
-from lora_hf.training.run_dir import LOG_FILE, begin_run, find_run_folder
+from lora_hf.training.run_dir import LOG_FILE, begin_run, find_run_folder, run_lock, run_state
 from lora_hf.training.trainer import (
     AdapterTrainer,
     RunTrainer,
@@ -130,7 +134,7 @@ def train(
         TrainingError: there is nothing to train, the run does not train, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM, after the step was finished and saved.
     """
-    started = time.time()
+    started, clock = datetime.now(timezone.utc), time.monotonic()
     check_run(config)
     hf = config.train.hf
     timeout = timedelta(seconds=hf["ddp_timeout"]) if "ddp_timeout" in hf else DEFAULT_TIMEOUT
@@ -140,11 +144,13 @@ def train(
     config = replace(config, model=replace(config.model, precision=precision))
     found = run_on_rank(lambda: [str(path) for path in find_run_folder(config, resume) if path is not None])
     folder, checkpoint = Path(found[0]), Path(found[1]) if len(found) > 1 else None
-    with translate_disk_full(folder), translate_lost_process(folder):
-        run = _prepare(config, folder, checkpoint, rows, callbacks, shared, started)
-        training = time.time()
+    before = run_state(folder)
+    with translate_disk_full(folder), translate_lost_process(folder), run_lock(folder) as lock:
+        begin = partial(begin_run, config, folder, checkpoint, lock, before)
+        run = _prepare(config, folder, checkpoint, rows, callbacks, shared, started, begin)
+        training = time.monotonic()
         metrics = _fit(run)
-        scoring = time.time()
+        scoring = time.monotonic()
         outputs = {
             split: np.asarray(run.trainer.predict(run.encoded[split], metric_key_prefix=split).predictions)
             for split in run.task.evaluation_splits
@@ -152,8 +158,8 @@ def train(
         if rank():
             barrier()
             return Run(folder, RunRecord.load(folder / RECORD_FILE))
-        timings = {"setup": training - started, "train": scoring - training}
-        _write_results(run, metrics, outputs, timings, started, scoring)
+        timings = {"setup": training - clock, "train": scoring - training}
+        _write_results(run, metrics, outputs, timings, clock, scoring)
         barrier()
         return Run(folder, run.record)
 
@@ -192,7 +198,8 @@ def _prepare(
     rows: Mapping[str, Dataset] | None,
     callbacks: Sequence[TrainerCallback] | None,
     shared: SharedModel | None,
-    started: float,
+    started: datetime,
+    begin: Callable[[], None],
 ) -> _Prepared:
     """Loads data and model, and begins the run folder once nothing can be wrong with them any more."""
     set_seed(config.train.seed)
@@ -210,7 +217,7 @@ def _prepare(
     arguments = training_arguments(config, task, folder, optimizations)
     keep, arguments.save_total_limit = arguments.save_total_limit, None  # CheckpointCallback deletes old ones
     barrier()  # a problem in any process is reported before anything is written
-    run_on_rank(lambda: begin_run(config, folder, checkpoint))
+    run_on_rank(begin)
     _check_shared_folder(folder)
     trainer = _new_trainer(config, task, model, tokenizer, encoded, arguments)
     if shared:
@@ -234,7 +241,7 @@ def _prepare(
         model=config.model.name,
         config=config.to_dict(),
         seed=config.train.seed,
-        started=datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+        started=started.isoformat(timespec="seconds"),
         parameters=asdict(counts),
         sites=[asdict(site) for site in sites],
         rows={split: len(part) for split, part in rows.items()},
@@ -302,11 +309,24 @@ def _fit(run: _Prepared) -> Mapping[str, float]:
     handler = SignalHandler(run.folder)
     trainer.add_callback(handler)  # the last one: it stops the run once the others have done their part
     with handler:
-        if checkpoint and read_progress(checkpoint)["finished"]:
-            trainer.finish_from(checkpoint)
+        try:
+            if checkpoint and evaluation_is_due(checkpoint):
+                trainer.evaluate_checkpoint(checkpoint)
+            if checkpoint and read_progress(checkpoint)["finished"]:
+                trainer.finish_from(checkpoint)
+                handler.stop_if_signaled()
+                return {}
+            return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        except EvaluationStoppedError:
+            if trainer.is_in_train and trainer.state.global_step:
+                trainer.save_unevaluated()
             handler.stop_if_signaled()
-            return {}
-        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+            raise
+        except UnpicklingError as error:
+            raise ConfigError(
+                f"{checkpoint}: refused: its state asks for more than tensors, and none of its code was run. "
+                "Resume from another checkpoint, or start again"
+            ) from error
 
 
 def _write_results(
@@ -314,7 +334,7 @@ def _write_results(
     metrics: Mapping[str, float],
     outputs: Mapping[str, np.ndarray],
     timings: dict[str, float],
-    started: float,
+    clock: float,
     scoring: float,
 ) -> None:
     """Scores, weights, curves and, last, the record, whose presence means that the run is finished."""
@@ -337,7 +357,7 @@ def _write_results(
         "value": state.best_metric,
         "step": state.best_global_step,
     }
-    record.timings = timings | {"score": time.time() - scoring, "total": time.time() - started}
+    record.timings = timings | {"score": time.monotonic() - scoring, "total": time.monotonic() - clock}
     record.throughput = {key: metrics.get(f"train_{key}_per_second", 0.0) for key in ("samples", "steps")}
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     record.memory = {"rss": peak_rss(), "cuda": cuda}
