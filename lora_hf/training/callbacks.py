@@ -19,10 +19,10 @@ from lora_hf.core.errors import Interrupted, TrainingError
 from lora_hf.core.progress import ProgressTimer
 from lora_hf.lora.inject import lora_layers
 from lora_hf.training.checkpoints import (
-    PROGRESS_FILE,
     resume_hint,
     rotate_checkpoints,
     write_manifest,
+    write_progress,
 )
 from lora_hf.training.distributed import all_reduce_max, barrier, world_size
 
@@ -157,6 +157,7 @@ class CheckpointCallback(TrainerCallback):
         self.trainer, self.resumed_from, self.keep = trainer, resumed_from, keep
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.training_began = True
         if self.resumed_from is not None:
             self.trainer.restore_progress(self.resumed_from)
 
@@ -175,7 +176,7 @@ class CheckpointCallback(TrainerCallback):
                 "processes": args.world_size,
                 "evaluation_due": self.trainer.evaluation_due,
             }
-            (checkpoint / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
+            write_progress(checkpoint, progress)
             write_manifest(checkpoint)
             rotate_checkpoints(folder, self.keep, state.best_global_step)
         barrier()

@@ -70,6 +70,11 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
         raise ConfigError(f"{checkpoint}: not a checkpoint of lora_hf: {error}") from error
 
 
+def write_progress(checkpoint: Path, progress: Mapping[str, Any]) -> None:
+    with atomic_path(checkpoint / PROGRESS_FILE) as partial:
+        partial.write_text(json.dumps(progress), encoding="utf-8")
+
+
 def evaluation_is_due(checkpoint: Path) -> bool:
     """Whether a signal stopped the evaluation that belongs to this checkpoint."""
     return bool(read_progress(checkpoint).get("evaluation_due"))

@@ -40,7 +40,7 @@ from lora_hf.lora.inject import count_parameters, inject_at, inject_head
 from lora_hf.lora.precision import flush_denormals, resolve_precision
 from lora_hf.lora.target_modules import Site, plan
 from lora_hf.models.load import load_base, load_tokenizer
-from lora_hf.training.arguments import training_arguments
+from lora_hf.training.arguments import explain_argument_errors, training_arguments
 from lora_hf.training.callbacks import (
     CheckpointCallback,
     EvaluationLines,
@@ -219,7 +219,8 @@ def _prepare(
     barrier()  # a problem in any process is reported before anything is written
     run_on_rank(begin)
     _check_shared_folder(folder)
-    trainer = _new_trainer(config, task, model, tokenizer, encoded, arguments)
+    with explain_argument_errors(config.train.hf):
+        trainer = _new_trainer(config, task, model, tokenizer, encoded, arguments)
     if shared:
         trainer.shared, trainer.adapter = shared, shared.name
     log_prefix = f"{folder.name}, " if shared or callbacks is not None else ""  # where there are several runs
@@ -308,7 +309,7 @@ def _fit(run: _Prepared) -> Mapping[str, float]:
     trainer, checkpoint = run.trainer, run.checkpoint
     handler = SignalHandler(run.folder)
     trainer.add_callback(handler)  # the last one: it stops the run once the others have done their part
-    with handler:
+    with handler, explain_argument_errors(run.config.train.hf, lambda: trainer.training_began):
         try:
             if checkpoint and evaluation_is_due(checkpoint):
                 trainer.evaluate_checkpoint(checkpoint)

@@ -23,18 +23,17 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lora_hf.adapters.save_load import restore_adapter, save_adapter
-from lora_hf.core.atomic_io import write_json_atomic
 from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.sampling import EpochSampler, PromptSampler, last_batch_share
 from lora_hf.lora.chunked_loss import enable_chunked_loss
 from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.training.checkpoints import (
-    PROGRESS_FILE,
     STATE_FILE,
     best_checkpoint,
     is_evaluation,
     read_progress,
     write_manifest,
+    write_progress,
 )
 from lora_hf.training.distributed import average_gradients
 from lora_hf.training.loss_monitor import LossMonitor
@@ -62,6 +61,7 @@ class RunTrainer(Trainer):
     adapter: str = "default"
     shared: SharedModel | None = None
     unsharded: Sequence[nn.Parameter] = ()
+    training_began: bool = False
     evaluation_due: bool = False  # the checkpoint being saved still needs its evaluation
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -209,7 +209,7 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every process has written its random state
         if self.args.should_save:
             state.save_to_json(str(checkpoint / STATE_FILE))
-            write_json_atomic(checkpoint / PROGRESS_FILE, progress)
+            write_progress(checkpoint, progress)
             write_manifest(checkpoint)
         self.accelerator.wait_for_everyone()
 

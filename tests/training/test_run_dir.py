@@ -122,6 +122,7 @@ def test_two_runs_without_a_name_get_two_folders(tmp_path: Path, monkeypatch: py
     find_run_folder(long, None)[0].mkdir()
 
 
+@pytest.mark.full
 def test_a_second_run_of_a_name_is_refused(rows: dict[str, Any], tmp_path: Path) -> None:
     refused: list[str] = []
 
@@ -179,7 +180,8 @@ def test_names_that_no_file_system_takes(word: str, said: str) -> None:
 
 @pytest.mark.parametrize("word", ["task.data_dir", "model.name", "train.start_from", "output.dir"])
 def test_a_long_path_is_one_message(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["train", "--config", "sst2.yaml", f"output.dir={tmp_path}", f"{word}=/{'n' * 1000}"])
+    words = ["task.name=mine", "task.kind=regression", f"output.dir={tmp_path}", f"{word}=/{'n' * 1000}"]
+    code = main(["train", "--config", "rule_sentiment.yaml", *words])
     assert code == 2
     assert "nnn" in capsys.readouterr().err
 
@@ -215,6 +217,7 @@ def test_a_full_disk_names_our_file() -> None:
         assert "inline_container" not in str(told.value)
 
 
+@pytest.mark.full
 def test_the_log_of_a_killed_run_is_read_within_limits(rows: dict[str, Any], tmp_path: Path) -> None:
     config = small_config(tmp_path)
     assert kill_once(config, die_in=("checkpoint-4", True))["killed"]

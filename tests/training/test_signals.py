@@ -48,7 +48,7 @@ def rows() -> dict[str, Any]:
         (8, signal.SIGTERM, {}),  # the end of an epoch
         (8, signal.SIGTERM, {"hf": {}}),  # evaluated at each end of an epoch
         (FINAL, signal.SIGTERM, {}),
-        (12, signal.SIGTERM, {"patience": 1, "lr": 1e-9}),  # its evaluation is the one that ends the run
+        (8, signal.SIGTERM, {"patience": 1, "lr": 1e-9}),  # its evaluation is the one that ends the run
         (8, signal.SIGTERM, {"method": "full", "lr": 1e-4}),
     ],
 )

@@ -85,14 +85,18 @@ def run(options: argparse.Namespace) -> None:
 
 def _read_token(file: Path | None) -> str | None:
     """The token; never from an argument, which every user of the machine could read."""
-    if file is None:
-        return os.environ.get(TOKEN_VARIABLE) or None
+    source = f"${TOKEN_VARIABLE}" if file is None else f"--token-file {file}"
     try:
-        token = file.read_text(encoding="utf-8").strip()
+        text = os.environ.get(TOKEN_VARIABLE) if file is None else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--token-file {file}: cannot be read: {error}") from error
+        raise ConfigError(f"{source}: cannot be read: {error}") from error
+    if not text:
+        if file is None:
+            return None
+        raise ConfigError(f"{source}: expected a token, found an empty file")
+    token = text.strip()
     if not token or not token.isascii() or any(character.isspace() for character in token):
-        raise ConfigError(f"--token-file {file}: expected one word of ASCII characters")
+        raise ConfigError(f"{source}: expected one word of ASCII characters")
     return token
 
 

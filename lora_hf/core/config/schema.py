@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lora_hf.core.config.fields import Section, bounded, build_section
-from lora_hf.core.config.hints import OWN_KEYS, hint_for_key
+from lora_hf.core.config.hints import OWN_KEYS, REFUSED_FIELDS, hint_for_key
 from lora_hf.core.errors import ConfigError, did_you_mean
 
 ROLES = ("q", "k", "v", "o", "ffn_up", "ffn_gate", "ffn_down")
@@ -63,6 +63,7 @@ def _name_problem(name: str | None) -> str:
 def _hf_problem(hf: dict[str, Any]) -> str:
     # `training.validation` checks the names against transformers.TrainingArguments.
     problems = [f"{name}: set {OWN_KEYS[name]} instead" for name in hf if name in OWN_KEYS]
+    problems += [f"{name}: {REFUSED_FIELDS[name]}; leave it out" for name in hf if name in REFUSED_FIELDS]
     tokens = [name for name in hf if name.endswith("_token")]
     problems += [f"{name}: the run folder would hold the token; set HF_TOKEN instead" for name in tokens]
     return "; ".join(problems)
