@@ -183,16 +183,17 @@ class RunTrainer(Trainer):
         state = self.state
         state.log_history = [entry for entry in state.log_history if not is_evaluation(entry, state.global_step)]
         self.evaluation_due = True
-        self._save_checkpoint(self.model_wrapped, trial=None)
+        model: Any = self.model_wrapped
+        self._save_checkpoint(model, trial=None)
         self.callback_handler.on_save(self.args, state, self.control)
 
     def evaluate_checkpoint(self, checkpoint: Path) -> None:
         """Makes the evaluation that a checkpoint still needs, and stores its outcome there."""
         state = self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
         stateful = [each for each in self.callback_handler.callbacks if isinstance(each, ExportableState)]
+        states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         for callback in stateful:  # how long patience has lasted
-            saved: Any = state.stateful_callbacks.get(type(callback).__name__, {})
-            vars(callback).update(saved.get("attributes", {}))
+            vars(callback).update(states.get(type(callback).__name__, {}).get("attributes", {}))
         self._load_from_checkpoint(str(checkpoint))
         self._load_rng_state(str(checkpoint))
         metrics = self.evaluate()
@@ -203,7 +204,7 @@ class RunTrainer(Trainer):
             state.best_metric, state.best_global_step = value, state.global_step
             state.best_model_checkpoint = str(checkpoint)
         for callback in stateful:
-            state.stateful_callbacks[type(callback).__name__] = callback.state()
+            states[type(callback).__name__] = callback.state()
         progress = read_progress(checkpoint)
         progress |= {"evaluation_due": False, "finished": progress["finished"] or self.control.should_training_stop}
         self.accelerator.wait_for_everyone()  # every process has written its random state
