@@ -166,10 +166,14 @@ def combine_saved(
     density: float | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    model: str | None = None,
 ) -> CombineRecord:
     """`combine_adapters` for adapter folders, each with its weight. Writes the new adapter and its record to `output`.
 
     The new adapter has the base, the tokenizer, the decoding settings and the task of the first one.
+
+    Args:
+        model: where the base is now, a folder or a hub id; by default where the adapters say.
 
     Raises:
         AdapterError: a folder is no readable adapter; the adapters were trained on different bases or for different
@@ -178,7 +182,7 @@ def combine_saved(
         ModelError, HubError: the base cannot be loaded.
     """
     _check_method(len(adapters), method, rank, density)
-    saved = [find_saved_model(folder) for folder, _ in adapters]
+    saved = [find_saved_model(folder, model=model) for folder, _ in adapters]
     for one in saved:
         if one.is_full_model:
             raise AdapterError(f"{one.folder}: a full model; expected an adapter folder")
@@ -186,11 +190,11 @@ def combine_saved(
     weights = {f"adapter_{index}": weight for index, (_, weight) in enumerate(adapters)}
     first = saved[0]
     with atomic_folder(output, COMBINE_FILE, overwrite) as folder:
-        model, _ = load_saved_model(first, "fp32", adapted=False)
+        base, _ = load_saved_model(first, "fp32", adapted=False)
         for name, one in zip(weights, saved, strict=True):
-            load_adapter(model, one.folder, name)
-        combination = combine_adapters(model, weights, "combined", method, rank, density, seed)
-        save_adapter(model, folder, "combined", task=first.task.name)
+            load_adapter(base, one.folder, name)
+        combination = combine_adapters(base, weights, "combined", method, rank, density, seed)
+        save_adapter(base, folder, "combined", task=first.task.name)
         record = CombineRecord(
             task=first.task.name,
             base=first.model.name,

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.errors import AdapterError
+from lora_hf.core.parsing import parse_json, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 HEADER = "lora_hf"
 FLOAT32_MAX = 3.4e38
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Fields of PEFT's LoraConfig that leave the outputs of a finished adapter alone: they concern its training, or what
 # `init_lora_weights` names.
@@ -212,14 +214,15 @@ def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMeta
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise AdapterError(
-                f"{folder}: not an adapter folder: expected {name}, found {_contents(folder)}{suggest_adapter(folder)}"
+                f"{folder}: not an adapter folder: expected {name}, found {_contents(folder)}"
+                f"{_pickled_advice(folder)}{suggest_adapter(folder)}"
             )
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG_FILE)
         with safe_open(folder / WEIGHTS_FILE, framework="np") as file:  # checks that the file holds every tensor
             header = file.metadata() or {}
-        metadata = _parse_metadata(json.loads(header[HEADER])) if HEADER in header else AdapterMetadata()
-    except (ValueError, TypeError, AttributeError, RecursionError, SafetensorError, OSError) as error:
+        metadata = _parse_metadata(parse_json(header[HEADER])) if HEADER in header else AdapterMetadata()
+    except (ValueError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise AdapterError(f"{folder}: damaged adapter: {error}. Copy it again, or train it again") from error
     source = folder / CONFIG_FILE
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -244,6 +247,11 @@ def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMeta
             "Save the adapter in PEFT with path_initial_model_for_weight_conversion"
         )
     return config, metadata
+
+
+def base_of(config: Mapping[str, Any], metadata: AdapterMetadata) -> str:
+    """The base that an adapter names; empty if none. adapter_config.json comes first: its value can be edited."""
+    return config.get("base_model_name_or_path") or metadata.base
 
 
 def read_adapter(folder: str | Path) -> AdapterFile:
@@ -286,6 +294,18 @@ def suggest_adapter(folder: Path) -> str:
                     adapters.setdefault(sibling.name, adapter)
     close = difflib.get_close_matches(first, adapters, n=1)
     return f" (did you mean {str(adapters[close[0]])!r}?)" if close else ""
+
+
+def _pickled_advice(folder: Path) -> str:
+    """What to do with a folder that holds pickled weights alone."""
+    pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLED_SUFFIXES)
+    if not pickled:
+        return ""
+    return (
+        f". Pickled files such as {pickled[0]} are not read, because they can run code. If you trust this one, save it "
+        "again as safetensors: peft.PeftModel.from_pretrained(base, folder).save_pretrained(folder). For a checkpoint "
+        "of loralib use convert"
+    )
 
 
 def _contents(folder: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_hf.adapters.format import AdapterMetadata
+from lora_hf.adapters.format import AdapterMetadata, base_of
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.formatting import table
 from lora_hf.core.records import RunRecord, ScoreRecord
@@ -37,7 +37,7 @@ class Facts:
 
     @property
     def base(self) -> str:
-        return self.metadata.base or self.config.get("base_model_name_or_path") or ""
+        return base_of(self.config, self.metadata)
 
     @property
     def hub_base(self) -> str | None:

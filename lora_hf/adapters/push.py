@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE, read_adapter, read_adapter_config, write_adapter
+from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE, base_of, read_adapter, read_adapter_config, write_adapter
 from lora_hf.adapters.model_card import Facts, model_card
 from lora_hf.adapters.resolve import run_config
 from lora_hf.core.config.schema import RunConfig
@@ -33,7 +33,9 @@ class Push:
     url: str = ""
 
 
-def push_adapter(folder: str | Path, repo_id: str, private: bool = False, dry_run: bool = False) -> Push:
+def push_adapter(
+    folder: str | Path, repo_id: str, private: bool = False, dry_run: bool = False, model: str | None = None
+) -> Push:
     """Uploads the adapter in `folder` to the hub repository `repo_id`, and creates the repository if needed.
 
     The upload is one commit, so the repository gets all files or none. The record and the config of the run come from
@@ -42,6 +44,7 @@ def push_adapter(folder: str | Path, repo_id: str, private: bool = False, dry_ru
     Args:
         private: create a private repository; fails if the repository exists and is public.
         dry_run: upload nothing and do not use the network.
+        model: the base to name, such as its hub id; by default what the adapter names.
 
     Raises:
         HubError: an invalid repository id, no token, or the hub is out of reach, refuses or drops the connection.
@@ -49,7 +52,7 @@ def push_adapter(folder: str | Path, repo_id: str, private: bool = False, dry_ru
         ConfigError, DataError: the config or the record of the run is damaged.
     """
     _check_repo_id(repo_id)
-    facts, contents = _read(Path(folder))
+    facts, contents = _read(Path(folder), model)
     card = model_card(repo_id, facts)
     contents[CARD_FILE] = card.encode()
     if facts.run is not None:
@@ -73,20 +76,22 @@ def _check_repo_id(repo_id: str) -> None:
         )
 
 
-def _read(folder: Path) -> tuple[Facts, dict[str, bytes]]:
+def _read(folder: Path, model: str | None) -> tuple[Facts, dict[str, bytes]]:
     """The facts for the model card, and the two files of the adapter without local paths."""
     config, metadata = read_adapter_config(folder)
-    facts = Facts(config, metadata)
+    base = model or base_of(config, metadata)
+    names = {base, base_of(config, metadata), metadata.base}
+    facts = Facts({**config, "base_model_name_or_path": base}, metadata)
     run, run_folder = run_config(folder), folder.resolve().parent
-    if run is not None and run.model.name == facts.base:
-        facts = replace(facts, run=_without_paths(run))
+    if run is not None and run.model.name in names:
+        facts = replace(facts, run=_without_paths(replace(run, model=replace(run.model, name=base))))
     record = RunRecord.load(run_folder / RECORD_FILE) if (run_folder / RECORD_FILE).is_file() else None
-    if record is not None and (record.task, record.model) == (metadata.task, facts.base):  # else it is another run's
+    if record is not None and record.task == metadata.task and record.model in names:  # else it is another run's
         scores = [ScoreRecord.load(file) for file in sorted(run_folder.glob("scores-*.json"))]
         facts = replace(facts, record=record, scores=[score for score in scores if score.adapted])
-    if not is_local(facts.base):
+    if len(names) == 1 and not is_local(base):
         return facts, _adapter_files(folder)
-    public = base_name(facts.base)
+    public = base_name(base) if is_local(base) else base
     with tempfile.TemporaryDirectory() as tmp:
         config = {**config, "base_model_name_or_path": public}
         write_adapter(Path(tmp), config, read_adapter(folder).tensors, replace(metadata, base=public))

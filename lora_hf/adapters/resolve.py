@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE, AdapterMetadata, read_adapter_config, suggest_adapter
+from lora_hf.adapters.format import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterMetadata,
+    base_of,
+    read_adapter_config,
+    suggest_adapter,
+)
 from lora_hf.core.config.loader import load_config
 from lora_hf.core.config.schema import GenerateConfig, ModelConfig, RunConfig
 from lora_hf.core.errors import AdapterError, HubError
@@ -15,7 +22,7 @@ from lora_hf.core.records import COMBINE_FILE, MERGE_FILE, RECORD_FILE, RUN_CONF
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.custom import task_section
 from lora_hf.data.tasks.registry import get_task, task_names, task_of
-from lora_hf.models.model_ids import is_hub_id
+from lora_hf.models.model_ids import is_hub_id, is_path
 
 
 @dataclass(frozen=True)
@@ -41,16 +48,18 @@ class SavedModel:
         return parent if (parent / RECORD_FILE).is_file() and not derived else None
 
 
-def find_saved_model(folder: str | Path, revision: str | None = None) -> SavedModel:
+def find_saved_model(folder: str | Path, revision: str | None = None, model: str | None = None) -> SavedModel:
     """Resolves an adapter or a full model to its task, its base and the settings of its run.
 
     Args:
         folder: `outputs/<run>/adapter` or `outputs/<run>/model`; a copy of an adapter folder; a merged model or a
             combined adapter; or the hub id of an adapter, `user/name`.
         revision: a branch, tag or commit of the hub repository.
+        model: where the base is now, a folder or a hub id; by default where the adapter says.
 
     Raises:
-        AdapterError: the folder is none of these, is damaged, or does not record its base and task.
+        AdapterError: the folder is none of these, is damaged, or does not record its base and task; or the folder of
+            its base is missing.
         DataError: the record of a merge or combination is damaged.
         HubError: as `fetch_adapter`.
     """
@@ -61,16 +70,25 @@ def find_saved_model(folder: str | Path, revision: str | None = None) -> SavedMo
             raise AdapterError(
                 f"{folder}: a full model outside its run folder: expected ../{RUN_CONFIG_FILE}, which names its task"
             )
-        merged = (folder / MERGE_FILE).is_file()
-        model = ModelConfig(name=str(folder), precision=run.model.precision if merged else "auto")
-        return SavedModel(folder, True, task_of(run.task), model, 0, run.task.max_length, run.generate)
+        if model is not None:
+            raise AdapterError(f"model={model}: {folder} is a full model, which needs no base; leave it out")
+        precision = run.model.precision if (folder / MERGE_FILE).is_file() else "auto"
+        full = ModelConfig(name=str(folder), precision=precision)
+        return SavedModel(folder, True, task_of(run.task), full, 0, run.task.max_length, run.generate)
     config, metadata = read_adapter_config(folder)
-    base = metadata.base or config.get("base_model_name_or_path") or ""
+    named = base_of(config, metadata)
+    base = model or named
     task = _task_of(metadata, base, run, folder)
-    if run is None or run.model.name != base:
+    if is_path(base) and not Path(base).is_dir():
+        raise AdapterError(
+            f"{folder}: its base {base}: no such folder. Name the base's new place with model=NAME_OR_FOLDER, or in "
+            f"base_model_name_or_path of {CONFIG_FILE}"
+        )
+    if run is None or run.model.name not in (base, named, metadata.base):
         return SavedModel(folder, False, task, ModelConfig(name=base))
     # Only the run records another tokenizer than the base's, or a random base and its seed.
-    return SavedModel(folder, False, task, run.model, run.train.seed, run.task.max_length, run.generate)
+    moved = run.model if run.model.name == base else replace(run.model, name=base, revision=None)
+    return SavedModel(folder, False, task, moved, run.train.seed, run.task.max_length, run.generate)
 
 
 def _task_of(metadata: AdapterMetadata, base: str, run: RunConfig | None, folder: Path) -> Task:

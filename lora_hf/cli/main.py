@@ -7,6 +7,7 @@ config or input (with one message), 130 and 143 after Ctrl-C and SIGTERM, 1 for 
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -78,6 +79,10 @@ def exit_code_of(run: Callable[[], None], verb: str, options: Iterable[str] = ()
         run()
     except UserError as error:
         message, code = f"error: {with_flags(str(error), options)}", 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        message, code = f"error: {error.filename!s:.60}...: the name is too long for this file system", 2
     except Interrupted as stop:
         # Sweeps and benchmarks skip what is finished and have no --resume; the demo starts anew.
         hint = f"run the same command again{' to start over' if verb == 'demo' else ' to continue'}"

@@ -35,6 +35,13 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
         "--adapter", required=True, metavar="DIR", help="outputs/<run>/adapter, or USER/NAME on the hub"
     )
     add_revision(parser)
+    add_model(parser)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="NAME_OR_FOLDER", help="where the base is now; default: what the adapter names"
+    )
 
 
 def add_revision(parser: argparse.ArgumentParser) -> None:

@@ -5,13 +5,13 @@ Every number shown anywhere is read from a record.
 
 from __future__ import annotations
 
-import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_hf.core.atomic_io import write_json_atomic
 from lora_hf.core.errors import DataError
+from lora_hf.core.parsing import read_json
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -225,7 +225,7 @@ def read_json_record(file: Path) -> Any:
         DataError: it is missing or damaged.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: not a readable record: {error}") from error
 

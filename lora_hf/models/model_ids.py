@@ -6,6 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
+from lora_hf.core.config.schema import OutputConfig
 from lora_hf.core.errors import ModelError, did_you_mean
 
 EMBEDDED = ("tiny-roberta", "tiny-gpt2")
@@ -44,8 +45,8 @@ def suggest_model(name: str) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name cannot be a hub id: `./x`, `~/x`, an absolute path, or more than one slash."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    """Whether a name cannot be a hub id: `./x`, `~/x`, `outputs/x`, an absolute path, or more than one slash."""
+    return name.startswith((".", "/", "~", f"{OutputConfig.dir}/")) or name.count("/") > 1 or "\\" in name
 
 
 def is_local(name: str) -> bool:
@@ -54,8 +55,9 @@ def is_local(name: str) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form `user/name` and no local file or folder has that name."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and not Path(name).exists()
+    """Whether a name has the form `user/name`, and no local file or folder has that name or that of the user."""
+    match = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*", name, re.ASCII)
+    return match is not None and not is_path(name) and not Path(name).exists() and not Path(match[1]).is_dir()
 
 
 def base_name(path: str) -> str:

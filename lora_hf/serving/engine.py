@@ -60,12 +60,17 @@ class Engine:
     Args:
         precision: of classification bases, as in a config; default: that of the run of a base's first adapter.
             Generation always runs in fp32, as `Generator` does.
+        model: where the base of all adapters is now, a folder or a hub id; by default where each adapter says.
     """
 
     def __init__(
-        self, limits: Limits | None = None, precision: str | None = None, observer: Observer | None = None
+        self,
+        limits: Limits | None = None,
+        precision: str | None = None,
+        observer: Observer | None = None,
+        model: str | None = None,
     ) -> None:
-        self.limits, self.precision = limits or Limits(), precision
+        self.limits, self.precision, self._model = limits or Limits(), precision, model
         self._observer = observer or Observer()
         self._lock = threading.Lock()
         self._loading = threading.Lock()
@@ -102,7 +107,7 @@ class Engine:
                 f"{name!r} cannot name an adapter: expected at most 64 letters, digits, '-', '_' and '.', the first "
                 "a letter or digit"
             )
-        saved = find_saved_model(adapter, revision)
+        saved = find_saved_model(adapter, revision, self._model)
         if saved.is_full_model:
             raise AdapterError(f"{adapter}: expected an adapter, found a whole model, which cannot share its base")
         with self._loading:

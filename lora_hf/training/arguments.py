@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,37 @@ from lora_hf.data.tasks.base import Task
 from lora_hf.training.checkpoints import KEPT_CHECKPOINTS
 from lora_hf.training.distributed import world_size
 from lora_hf.training.trainer import Optimizations
+
+# The largest share: the Trainer rounds up, so this means all steps.
+BELOW_ONE = math.nextafter(1.0, 0.0)
+
+# What transformers, accelerate and torch raise about a value they cannot use. Not any OSError: that may be a full disk.
+ARGUMENT_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError),
+    *(FileNotFoundError, RuntimeError, TypeError, ValueError),
+)
+
+
+@contextmanager
+def explain_argument_errors(hf: Mapping[str, Any], began: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Names `train.hf` in an error of transformers, accelerate or torch about the arguments of the Trainer.
+
+    Args:
+        began: whether the training has begun; later errors have other reasons.
+
+    Raises:
+        ConfigError: `train.hf` holds a value that cannot be used.
+    """
+    try:
+        yield
+    except ARGUMENT_ERRORS as error:
+        # Out of memory, or without another process, a RuntimeError has nothing to do with the arguments.
+        if not hf or began() or isinstance(error, torch.OutOfMemoryError) or world_size() > 1:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"train.hf: {', '.join(f'{key}={value!r:.60}' for key, value in hf.items())}: {reason}"
+        ) from error
 
 
 class _OneDeviceArguments(TrainingArguments):
@@ -42,8 +76,8 @@ def training_arguments(config: RunConfig, task: Task, folder: Path, optimization
         "gradient_accumulation_steps": train.gradient_accumulation,
         "learning_rate": train.lr,
         "weight_decay": train.weight_decay,
-        # The Trainer reads a value below 1 as a share of all steps.
-        "warmup_steps": train.warmup_ratio if train.warmup_steps is None else train.warmup_steps,
+        # The Trainer reads a value below 1 as a share of all steps, and 1.0 as one step.
+        "warmup_steps": min(train.warmup_ratio, BELOW_ONE) if train.warmup_steps is None else train.warmup_steps,
         "lr_scheduler_type": train.schedule,
         "max_grad_norm": train.max_grad_norm,
         **optimizations.training_arguments(train.label_smoothing),
@@ -70,10 +104,8 @@ def training_arguments(config: RunConfig, task: Task, folder: Path, optimization
     }
     if config.model.precision == "fp16":
         values["optim"] = "adamw_torch"  # a fused optimizer hides from accelerate that an overflow skipped its step
-    try:
+    with explain_argument_errors(train.hf):
         arguments = _OneDeviceArguments(**(values | train.hf))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"train.hf: {error}") from error
     if arguments.fp16 and arguments.device.type == "cpu":
         setting = "train.hf.fp16" if train.hf.get("fp16") else f"model.precision=fp16 with train.method={train.method}"
         # Accelerate would compute in fp32 without a word.

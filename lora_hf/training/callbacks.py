@@ -19,10 +19,10 @@ from lora_hf.core.errors import Interrupted, TrainingError
 from lora_hf.core.progress import ProgressTimer
 from lora_hf.lora.inject import lora_layers
 from lora_hf.training.checkpoints import (
-    PROGRESS_FILE,
     resume_hint,
     rotate_checkpoints,
     write_manifest,
+    write_progress,
 )
 from lora_hf.training.distributed import all_reduce_max, barrier, world_size
 
@@ -157,6 +157,7 @@ class CheckpointCallback(TrainerCallback):
         self.trainer, self.resumed_from, self.keep = trainer, resumed_from, keep
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.training_began = True
         if self.resumed_from is not None:
             self.trainer.restore_progress(self.resumed_from)
 
@@ -173,19 +174,24 @@ class CheckpointCallback(TrainerCallback):
                 "finished": control.should_training_stop,
                 "skipped": self.trainer.loss_scaling.skipped,
                 "processes": args.world_size,
+                "evaluation_due": self.trainer.evaluation_due,
             }
-            (checkpoint / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
+            write_progress(checkpoint, progress)
             write_manifest(checkpoint)
             rotate_checkpoints(folder, self.keep, state.best_global_step)
         barrier()
 
 
+class EvaluationStoppedError(Exception):
+    """A signal came during an evaluation."""
+
+
 class SignalHandler(TrainerCallback):
     """On Ctrl-C or SIGTERM: finishes the step, saves a checkpoint and stops; a second signal stops at once.
 
-    The checkpoint waits for what belongs to the step: after the last step of an epoch the evaluation comes first, or
-    the resumed run would never make it. With several processes a signal may arrive in different steps, or in one
-    process only: they agree after each step and all stop at the same one.
+    An evaluation may take long, so it stops after its current batch, and the resumed run repeats it. With several
+    processes a signal may arrive in different steps, or in one process only: they agree after each step and all stop
+    at the same one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -219,6 +225,11 @@ class SignalHandler(TrainerCallback):
     def _agree(self) -> None:
         number = all_reduce_max(self.received or 0)
         self.agreed = signal.Signals(number) if number else None
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._agree()
+        if self.agreed is not None:
+            raise EvaluationStoppedError
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._agree()

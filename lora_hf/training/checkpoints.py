@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.errors import ConfigError, TrainingError
+from lora_hf.core.parsing import read_json
 from lora_hf.training.distributed import rank, world_size
 
 logger = logging.getLogger(__name__)
@@ -64,9 +65,24 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
         ConfigError: it is missing or damaged.
     """
     try:
-        return json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
+        return read_json(checkpoint / PROGRESS_FILE)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{checkpoint}: not a checkpoint of lora_hf: {error}") from error
+
+
+def write_progress(checkpoint: Path, progress: Mapping[str, Any]) -> None:
+    with atomic_path(checkpoint / PROGRESS_FILE) as partial:
+        partial.write_text(json.dumps(progress), encoding="utf-8")
+
+
+def evaluation_is_due(checkpoint: Path) -> bool:
+    """Whether a signal stopped the evaluation that belongs to this checkpoint."""
+    return bool(read_progress(checkpoint).get("evaluation_due"))
+
+
+def is_evaluation(entry: Mapping[str, Any], step: int) -> bool:
+    """Whether a logged entry is an evaluation at `step`."""
+    return entry["step"] == step and any(key.startswith("eval_") for key in entry)
 
 
 def write_manifest(checkpoint: Path) -> None:
@@ -92,7 +108,7 @@ def find_damage(checkpoint: Path, check_best: bool = True) -> str:
     if not (checkpoint / MANIFEST_FILE).is_file():
         return f"{checkpoint.name} is incomplete: the run stopped while it was written"
     try:
-        digests: dict[str, str] = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
+        digests: dict[str, str] = read_json(checkpoint / MANIFEST_FILE)
         missing = [name for name in digests if not (checkpoint / name).is_file()]
         changed = [
             name for name, known in digests.items() if name not in missing and sha256(checkpoint / name) != known
@@ -100,7 +116,7 @@ def find_damage(checkpoint: Path, check_best: bool = True) -> str:
         if missing or changed:
             damage = [*(f"{name} is missing" for name in missing), *(f"{name} has changed" for name in changed)]
             return f"{checkpoint.name} is damaged: {', '.join(damage)}"
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        state = read_json(checkpoint / STATE_FILE)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{checkpoint.name} is damaged: {error}"
     best = checkpoint.with_name(f"checkpoint-{state.get('best_global_step')}")
@@ -170,8 +186,11 @@ def translate_disk_full(folder: Path) -> Iterator[None]:
         for checkpoint in checkpoints_in(folder / "checkpoints"):
             if not (checkpoint / MANIFEST_FILE).is_file():
                 shutil.rmtree(checkpoint, ignore_errors=True)
+        file = getattr(error, "filename", None) or folder
+        # safetensors and torch name a line of their C++ or Rust source instead.
+        reason = getattr(error, "strerror", None) or "the disk is full, or a limit on file sizes is reached"
         raise TrainingError(
-            f"{folder}: cannot be written: {str(error).splitlines()[0]}. Free some space, then {resume_hint(folder)}"
+            f"{file}: cannot be written: {reason}. Free some space, then {resume_hint(folder)}"
         ) from error
 
 

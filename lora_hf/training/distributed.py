@@ -29,12 +29,30 @@ _groups: list[Any] = []  # of processes, on the CPU: small messages need not wai
 
 def world_size() -> int:
     """How many processes were started together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default  # `check_environment` reports other values
+
+
+def check_environment() -> None:
+    """Raises ConfigError for variables of a launcher that do not belong together."""
+    found = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if os.environ.get(name)}
+    numbers = all(value.isdecimal() for value in found.values())
+    together = "WORLD_SIZE" in found and ("RANK" in found or world_size() == 1)
+    if found and not (numbers and together and rank() < world_size()):
+        listed = ", ".join(f"{name}={value}" for name, value in found.items())
+        raise ConfigError(
+            f"expected RANK and WORLD_SIZE together, as torchrun and accelerate launch set them, found {listed}; unset "
+            "them to train in one process"
+        )
 
 
 def init_processes(cpu: bool = False, backend: str | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> int:

@@ -14,6 +14,9 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ from lora_hf.training.callbacks import EvaluationLines
 from lora_hf.training.checkpoints import translate_disk_full
 from lora_hf.training.joint_batch import RunBatch, add_gradients
 from lora_hf.training.run import PreparedRun, Run, find_run, finish_run, prepare_model, prepare_run
+from lora_hf.training.run_dir import begin_run, run_lock, run_state
 from lora_hf.training.validation import check_together
 
 logger = logging.getLogger(__name__)
@@ -63,12 +67,13 @@ def train_together(
         UserError: `train` cannot start one of them; nothing has been trained then.
     """
     check_together(configs)
-    members = waiting = _prepare(configs, rows or {}, callbacks, (UserError, *catch))
-    logger.info("%d runs train together", len(members))
-    while waiting := [member for member in waiting if member.proceed()]:
-        losses = add_gradients(waiting[0].run.model, [member.batch for member in waiting])
-        for member, loss in zip(waiting, losses, strict=True):
-            member.run.trainer.loss_monitor.add(loss, member.run.trainer.state.global_step)
+    with ExitStack() as locks:
+        members = waiting = _prepare(configs, rows or {}, callbacks, (UserError, *catch), locks)
+        logger.info("%d runs train together", len(members))
+        while waiting := [member for member in waiting if member.proceed()]:
+            losses = add_gradients(waiting[0].run.model, [member.batch for member in waiting])
+            for member, loss in zip(waiting, losses, strict=True):
+                member.run.trainer.loss_monitor.add(loss, member.run.trainer.state.global_step)
     return [member.outcome for member in members if member.outcome is not None]
 
 
@@ -110,7 +115,8 @@ class _Member:
         _, optimizer = trainer.accelerator.prepare(self.run.model, trainer.optimizer)
         trainer.optimizer, schedule = optimizer, trainer.create_scheduler(max_steps, optimizer)
         handler.train_dataloader, handler.optimizer, handler.lr_scheduler = loader, optimizer, schedule
-        training, max_norm, norm, rate = time.time(), args.max_grad_norm or math.inf, 0.0, args.learning_rate
+        training, clock = time.time(), time.monotonic()
+        max_norm, norm, rate = args.max_grad_norm or math.inf, 0.0, args.learning_rate
         handler.on_train_begin(args, state, control)
         if args.eval_on_start:
             trainer.evaluate()
@@ -147,7 +153,7 @@ class _Member:
             for parameter, best in zip(self.parameters, self.best, strict=True):
                 parameter.data.copy_(best)
         handler.on_train_end(args, state, control)
-        return finish_run(self.run, metrics, training)
+        return finish_run(self.run, metrics, clock)
 
     def _log_and_evaluate(self, norm: float, rate: float) -> None:
         trainer = self.run.trainer
@@ -169,11 +175,13 @@ def _prepare(
     rows: Mapping[str, Mapping[str, Dataset]],
     callbacks: Sequence[Sequence[TrainerCallback]] | None,
     catch: tuple[type[Exception], ...],
+    locks: ExitStack,
 ) -> list[_Member]:
     """Loads each run as `train` would, and moves its adapter onto the base of the first."""
-    started, base, members = time.time(), None, list[_Member]()
+    started, base, members = (datetime.now(timezone.utc), time.monotonic()), None, list[_Member]()
     for number, config in enumerate(configs):
         config, folder, _ = find_run(config)
+        begin = partial(begin_run, config, folder, None, locks.enter_context(run_lock(folder)), run_state(folder))
         name, task = f"run{number:03d}", task_of(config.task)
         with translate_disk_full(folder):
             model, sites = prepare_model(config, task)
@@ -182,7 +190,7 @@ def _prepare(
             gc.collect()  # a model is part of reference cycles
             splits = rows.get(task.name) or task.load(config.task.data_dir, task.splits)
             own = callbacks[number] if callbacks else [EvaluationLines(config.model.precision, f"{folder.name}, ")]
-            run = prepare_run(config, folder, splits, base, sites, started, own)
+            run = prepare_run(config, folder, splits, base, sites, started, begin, own)
         run.adapter, run.record.together = name, len(configs)
         members.append(_Member(run, catch))
     for member in members:

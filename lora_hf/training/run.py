@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -40,16 +42,18 @@ from lora_hf.lora.precision import flush_denormals, resolve_precision
 from lora_hf.lora.target_modules import Site, plan
 from lora_hf.models.align import align_tokenizer, check_tokens, padding_side
 from lora_hf.models.load import load_base, load_tokenizer
-from lora_hf.training.arguments import training_arguments
+from lora_hf.training.arguments import explain_argument_errors, training_arguments
 from lora_hf.training.callbacks import (
     CheckpointCallback,
     EvaluationLines,
+    EvaluationStoppedError,
     LogFile,
     SignalHandler,
     TrainingGuard,
     install_callbacks,
 )
 from lora_hf.training.checkpoints import (
+    evaluation_is_due,
     read_progress,
     translate_disk_full,
     translate_lost_process,
@@ -64,7 +68,7 @@ from lora_hf.training.distributed import (
     run_on_rank,
 )
 from lora_hf.training.results import draw_curves, score_outputs
-from lora_hf.training.run_dir import LOG_FILE, begin_run, find_run_folder
+from lora_hf.training.run_dir import LOG_FILE, begin_run, find_run_folder, run_lock, run_state
 from lora_hf.training.trainer import (
     AdapterTrainer,
     RunTrainer,
@@ -103,7 +107,7 @@ class PreparedRun:
     trainer: RunTrainer
     record: RunRecord
     log_prefix: str
-    started: float
+    clock: float  # when it started, on the monotonic clock
     adapter: str = "default"  # its name on the model
 
 
@@ -129,14 +133,16 @@ def train(
         TrainingError: there is nothing to train, the run does not train, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM, after the step was finished and saved.
     """
-    started = time.time()
+    started, clock = datetime.now(timezone.utc), time.monotonic()
     config, folder, checkpoint = find_run(config, resume)
-    with translate_disk_full(folder), translate_lost_process(folder):
+    before = run_state(folder)
+    with translate_disk_full(folder), translate_lost_process(folder), run_lock(folder) as lock:
         task = task_of(config.task)
         rows = rows or task.load(config.task.data_dir, task.splits)
         model, sites = prepare_model(config, task)
-        run = prepare_run(config, folder, rows, model, sites, started, callbacks, checkpoint)
-        training = time.time()
+        begin = partial(begin_run, config, folder, checkpoint, lock, before)
+        run = prepare_run(config, folder, rows, model, sites, (started, clock), begin, callbacks, checkpoint)
+        training = time.monotonic()
         metrics = _fit(run, checkpoint)
         return finish_run(run, metrics, training)
 
@@ -192,11 +198,17 @@ def prepare_run(
     rows: Mapping[str, Dataset],
     model: PreTrainedModel,
     sites: Sequence[Site],
-    started: float,
+    started: tuple[datetime, float],
+    begin: Callable[[], None],
     callbacks: Sequence[TrainerCallback] | None = None,
     checkpoint: Path | None = None,
 ) -> PreparedRun:
-    """Encodes the data, and begins the run folder once nothing can be wrong with data and model any more."""
+    """Encodes the data, and begins the run folder once nothing can be wrong with data and model any more.
+
+    Args:
+        started: when the run started, and the monotonic clock then.
+        begin: creates the run folder.
+    """
     task, tokenizer = task_of(config.task), load_tokenizer(config.model)
     align_tokenizer(tokenizer, model)
     counts = count_parameters(model)
@@ -209,9 +221,10 @@ def prepare_run(
     arguments = training_arguments(config, task, folder, optimizations)
     keep, arguments.save_total_limit = arguments.save_total_limit, None  # CheckpointCallback deletes old ones
     barrier()  # a problem in any process is reported before anything is written
-    run_on_rank(lambda: begin_run(config, folder, checkpoint))
+    run_on_rank(begin)
     _check_shared_folder(folder)
-    trainer = _new_trainer(config, task, model, tokenizer, encoded, arguments)
+    with explain_argument_errors(config.train.hf):
+        trainer = _new_trainer(config, task, model, tokenizer, encoded, arguments)
     log_prefix = f"{folder.name}, " if callbacks is not None else ""  # where there are several runs
     if callbacks is None:
         callbacks = [EvaluationLines(config.model.precision, log_prefix)]
@@ -231,7 +244,7 @@ def prepare_run(
         model=config.model.name,
         config=config.to_dict(),
         seed=config.train.seed,
-        started=datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+        started=started[0].isoformat(timespec="seconds"),
         parameters=asdict(counts),
         sites=[asdict(site) for site in sites],
         rows={split: len(part) for split, part in rows.items()},
@@ -239,7 +252,7 @@ def prepare_run(
         git=git_state(),
         machine=machine() | {"threads": torch.get_num_threads(), "processes": arguments.world_size},
     )
-    return PreparedRun(config, task, folder, rows, encoded, tokenizer, model, trainer, record, log_prefix, started)
+    return PreparedRun(config, task, folder, rows, encoded, tokenizer, model, trainer, record, log_prefix, started[1])
 
 
 def _check_shared_folder(folder: Path) -> None:
@@ -303,12 +316,25 @@ def _fit(run: PreparedRun, checkpoint: Path | None) -> Mapping[str, float]:
     trainer = run.trainer
     handler = SignalHandler(run.folder)
     trainer.add_callback(handler)  # the last one: it stops the run once the others have done their part
-    with handler:
-        if checkpoint and read_progress(checkpoint)["finished"]:
-            trainer.finish_from(checkpoint)
+    with handler, explain_argument_errors(run.config.train.hf, lambda: trainer.training_began):
+        try:
+            if checkpoint and evaluation_is_due(checkpoint):
+                trainer.evaluate_checkpoint(checkpoint)
+            if checkpoint and read_progress(checkpoint)["finished"]:
+                trainer.finish_from(checkpoint)
+                handler.stop_if_signaled()
+                return {}
+            return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        except EvaluationStoppedError:
+            if trainer.is_in_train and trainer.state.global_step:
+                trainer.save_unevaluated()
             handler.stop_if_signaled()
-            return {}
-        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+            raise
+        except UnpicklingError as error:
+            raise ConfigError(
+                f"{checkpoint}: refused: its state asks for more than tensors, and none of its code was run. "
+                "Resume from another checkpoint, or start again"
+            ) from error
 
 
 def finish_run(run: PreparedRun, metrics: Mapping[str, float], training: float) -> Run:
@@ -318,7 +344,7 @@ def finish_run(run: PreparedRun, metrics: Mapping[str, float], training: float) 
         metrics: of the Trainer.
         training: when training started.
     """
-    scoring = time.time()
+    scoring = time.monotonic()
     outputs = {
         split: np.asarray(run.trainer.predict(run.encoded[split], metric_key_prefix=split).predictions)
         for split in run.task.evaluation_splits
@@ -326,7 +352,7 @@ def finish_run(run: PreparedRun, metrics: Mapping[str, float], training: float) 
     if rank():
         barrier()
         return Run(run.folder, RunRecord.load(run.folder / RECORD_FILE))
-    run.record.timings = {"setup": training - run.started, "train": scoring - training}
+    run.record.timings = {"setup": training - run.clock, "train": scoring - training}
     _write_results(run, metrics, outputs, scoring)
     barrier()
     return Run(run.folder, run.record)
@@ -355,7 +381,7 @@ def _write_results(
         "value": state.best_metric,
         "step": state.best_global_step,
     }
-    record.timings |= {"score": time.time() - scoring, "total": time.time() - run.started}
+    record.timings |= {"score": time.monotonic() - scoring, "total": time.monotonic() - run.clock}
     record.throughput = {key: metrics.get(f"train_{key}_per_second", 0.0) for key in ("samples", "steps")}
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     record.memory = {"rss": peak_rss(), "cuda": cuda}

@@ -2,59 +2,67 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError
+from lora_hf.core.parsing import parse_json, read_yaml
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE
 from lora_hf.training.checkpoints import (
     STATE_FILE,
     check_world_size,
     checkpoints_in,
     delete_newer,
+    evaluation_is_due,
     find_damage,
+    is_evaluation,
     newest_valid,
 )
+from lora_hf.training.distributed import rank
 
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
+LOCK_FILE = ".lock"  # held while a run trains in the folder; the system releases it when the process dies
+
+# What a run may change when it resumes from a checkpoint that is named: it concerns no step of the training. The
+# fingerprint in the checkpoint proves that a base of another name has the same weights.
+FREE_TO_CHANGE = ("model.name", "task.data_dir", "train.eval_batch_size", "generate.", "output.")
 
 
 def find_run_folder(config: RunConfig, resume: str | None) -> tuple[Path, Path | None]:
     """The folder of the run and the checkpoint to resume from; nothing is created or written yet.
 
+    `resume=auto` never replaces anything, whatever `output.overwrite` says.
+
     Raises:
-        ConfigError: another run is in the way, or `resume` is no checkpoint.
+        ConfigError: another run is in the way, or still training there; `resume` is no checkpoint, or one of a run with
+            another config.
     """
     if resume is not None and resume != "auto":
-        checkpoint = Path(resume)
-        if not (checkpoint / STATE_FILE).is_file():
-            raise ConfigError(f"resume={resume}: expected a checkpoint folder with {STATE_FILE}, or auto")
-        if damage := find_damage(checkpoint):
-            raise ConfigError(f"resume={resume}: {damage}; resume=auto takes the newest valid checkpoint")
-        check_world_size(checkpoint)
-        return checkpoint.resolve().parent.parent, checkpoint.resolve()
+        return _resume_from(config, Path(resume))
     if resume == "auto":
         folder = _unfinished(config)
         if folder is not None:
+            _check_unlocked(folder)
             newest = newest_valid(folder / CHECKPOINTS_FOLDER)
             if newest is not None:
                 check_world_size(newest)
             return folder, newest
     folder = Path(config.output.dir) / (config.output.name or _default_name(config))
-    _check_free(folder, config)
+    _check_free(folder, config, resume)
     if resume == "auto":
         logger.warning("resume=auto: found no unfinished run of this config with a checkpoint; starting a new run")
     return folder, None
@@ -65,73 +73,167 @@ def check_run_folder(config: RunConfig, resume: str | None) -> None:
     if resume != "auto":
         find_run_folder(config, resume)
     elif config.output.name is not None and _unfinished(config) is None:
-        _check_free(Path(config.output.dir) / config.output.name, config)
+        _check_free(Path(config.output.dir) / config.output.name, config, resume)
+
+
+def _resume_from(config: RunConfig, checkpoint: Path) -> tuple[Path, Path]:
+    """The run folder of a checkpoint that the user names, and the checkpoint."""
+    if not (checkpoint / STATE_FILE).is_file():
+        raise ConfigError(f"resume={checkpoint}: expected a checkpoint folder with {STATE_FILE}, or auto")
+    if damage := find_damage(checkpoint):
+        raise ConfigError(f"resume={checkpoint}: {damage}; resume=auto takes the newest valid checkpoint")
+    check_world_size(checkpoint)
+    checkpoint = checkpoint.resolve()
+    folder = checkpoint.parent.parent
+    _check_unlocked(folder)
+    saved = _saved_config(folder)
+    if saved is None:
+        raise ConfigError(f"resume={checkpoint}: expected the config of its run in {folder / RUN_CONFIG_FILE}")
+    differences = config_differences(saved, config.to_dict())
+    changed = [each for each in differences if not each.startswith(FREE_TO_CHANGE)]
+    if changed:
+        raise ConfigError(
+            f"resume={checkpoint}: its run has another config: {_listed(changed)}. A run resumes with the config it "
+            "began with. Set these values again; or begin another run, which train.start_from=ADAPTER starts from "
+            "these LoRA weights"
+        )
+    newer = [other.name for other in checkpoints_in(checkpoint.parent) if _step(other) > _step(checkpoint)]
+    newer = [name for name in newer if not find_damage(checkpoint.with_name(name))]
+    in_the_way = [RECORD_FILE] * (folder / RECORD_FILE).exists() + newer
+    if in_the_way and not config.output.overwrite:
+        raise ConfigError(
+            f"resume={checkpoint}: {', '.join(in_the_way)} in {folder} would be replaced; set output.overwrite=true to "
+            "go back to this checkpoint" + ("" if RECORD_FILE in in_the_way else ", or use resume=auto for the newest")
+        )
+    for difference in differences:
+        logger.info("resume=%s: %s", checkpoint, difference)
+    return folder, checkpoint
 
 
 def config_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """The keys whose values differ between two configs, in words.
 
-    The precision may differ where `auto` is asked for: torch has yet to choose it.
+    The precision may differ where `auto` is asked for: torch has yet to choose it. Whether a run may replace another
+    is no difference between two runs.
     """
     return [
         f"{section}.{key} is {old.get(key)!r} there and {new.get(key)!r} here"
         for section, new in here.items()
         for old in [there.get(section) or {}]
         for key in dict.fromkeys([*new, *old])
-        if old.get(key) != new.get(key) and (key, new.get(key)) != ("precision", "auto")
+        if old.get(key) != new.get(key) and (key, new.get(key)) != ("precision", "auto") and key != "overwrite"
     ]
 
 
 def _default_name(config: RunConfig) -> str:
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{config.task.name}-{Path(config.model.name).name}-{config.train.method}-{stamp}"
+    return f"{config.task.name:.60}-{Path(config.model.name).name:.60}-{config.train.method}-{time_stamp()}"
 
 
-def _check_free(folder: Path, config: RunConfig) -> None:
+def time_stamp() -> str:
+    """The time, to tell runs without a name apart, also those of one second."""
+    return datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+
+
+def _listed(differences: Sequence[str]) -> str:
+    more = f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
+    return f"{'; '.join(differences[:4])}{more}"
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _check_free(folder: Path, config: RunConfig, resume: str | None) -> None:
     """Raises ConfigError where a new run cannot begin in `folder`."""
-    if config.output.overwrite:
+    _check_unlocked(folder)
+    if config.output.overwrite and resume is None:
         return
+    replace = "leave out resume=auto" if config.output.overwrite else "set output.overwrite=true"
     if (folder / RECORD_FILE).exists():
-        raise ConfigError(f"{folder}: holds a finished run; choose another output.name, or set output.overwrite=true")
+        raise ConfigError(f"{folder}: holds a finished run; choose another output.name, or {replace}")
     if not checkpoints_in(folder / CHECKPOINTS_FOLDER):
         return
     saved = _saved_config(folder)
     if saved is None:
         content = f"an unfinished run without a readable {RUN_CONFIG_FILE}"
     elif differences := config_differences(saved, config.to_dict()):
-        more = f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
-        content = f"an unfinished run of another config: {'; '.join(differences[:4])}{more}"
+        content = f"an unfinished run of another config: {_listed(differences)}"
     else:
         content = "an unfinished run of this config; continue it with resume=auto"
-    raise ConfigError(f"{folder}: holds {content}; choose another output.name, or set output.overwrite=true")
+    raise ConfigError(f"{folder}: holds {content}; choose another output.name, or {replace}")
 
 
-def begin_run(config: RunConfig, folder: Path, checkpoint: Path | None) -> None:
-    """Creates the folder and writes its config; deletes what a run wrote after the checkpoint, or before a new start.
+@contextmanager
+def run_lock(folder: Path) -> Iterator[FileLock]:
+    """Yields the lock that `begin_run` acquires, and releases it at the end."""
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def run_state(folder: Path) -> list[str]:
+    """What `begin_run` may delete: the record, and the checkpoints."""
+    names = [checkpoint.name for checkpoint in checkpoints_in(folder / CHECKPOINTS_FOLDER)]
+    return [RECORD_FILE] * (folder / RECORD_FILE).exists() + names
+
+
+def begin_run(
+    config: RunConfig, folder: Path, checkpoint: Path | None, lock: FileLock, before: Sequence[str] | None = None
+) -> None:
+    """Creates and locks the folder and writes its config; deletes what a run wrote after the checkpoint, or before.
+
+    Args:
+        before: the `run_state` on which the choice of folder and checkpoint rests.
 
     Raises:
-        ConfigError: the folder cannot be created.
+        ConfigError: the folder cannot be created, or another run has used it in the meantime.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _acquire(lock, folder)
     except OSError as error:
         raise ConfigError(f"output.dir: cannot create {folder}: {error.strerror}") from error
+    if before is not None and run_state(folder) != list(before):
+        raise ConfigError(f"{folder}: another run has written here since this one started; start this one again")
     (folder / RECORD_FILE).unlink(missing_ok=True)
     if checkpoint is None:
         (folder / LOG_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
     else:
         delete_newer(checkpoint)
-        _cut_log(folder / LOG_FILE, int(checkpoint.name.rpartition("-")[2]))
+        _cut_log(folder / LOG_FILE, checkpoint)
     with atomic_path(folder / RUN_CONFIG_FILE) as partial:
         partial.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Drops the lines of a log after `step`, and one that was cut off: the resumed run writes them again."""
+def _acquire(lock: FileLock, folder: Path) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{folder}: another run is training here; wait until it ends, or choose another output.name"
+        ) from None
+    except NotImplementedError:
+        logger.warning("%s: this file system has no locks, so a second run of this name is not detected", folder)
+
+
+def _check_unlocked(folder: Path) -> None:
+    """Raises ConfigError where a run is training in `folder`."""
+    if rank() or not (folder / LOCK_FILE).is_file():  # two processes of one run must not meet here
+        return
+    with run_lock(folder) as lock, suppress(OSError):  # without write permission, `begin_run` will say so
+        _acquire(lock, folder)
+
+
+def _cut_log(path: Path, checkpoint: Path) -> None:
+    """Drops the lines of a log after the checkpoint, and one that was cut off: the resumed run writes them again."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    complete = (line for line in lines if line.endswith("\n"))
-    path.write_text("".join(line for line in complete if json.loads(line)["step"] <= step), encoding="utf-8")
+    entries = [(line, parse_json(line)) for line in lines if line.endswith("\n")]
+    step, due = _step(checkpoint), evaluation_is_due(checkpoint)
+    kept = [line for line, entry in entries if entry["step"] <= step and not (due and is_evaluation(entry, step))]
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 def _unfinished(config: RunConfig) -> Path | None:
@@ -149,8 +251,8 @@ def _unfinished(config: RunConfig) -> Path | None:
 def _saved_config(folder: Path) -> dict[str, Any] | None:
     """The sections of the config that a run was started with; None where they cannot be read."""
     try:
-        sections = yaml.safe_load((folder / RUN_CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        sections = read_yaml(folder / RUN_CONFIG_FILE)
+    except (OSError, ValueError):
         return None
     good = isinstance(sections, dict) and all(isinstance(keys, dict) for keys in sections.values())
     return sections if good else None

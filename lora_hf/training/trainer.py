@@ -1,12 +1,13 @@
 """The Hugging Face Trainer with adapter-only checkpoints, in one process or several.
 
-Of the Trainer's private methods only four are overridden; `tests/project/test_private_members.py` lists them with the
-reason, and fails with a clear message when a new transformers changes one.
+Of the Trainer's private methods only four are overridden and three called; `tests/project/test_private_members.py`
+lists them with the reason, and fails with a clear message when a new transformers changes one.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lora_hf.adapters.save_load import restore_adapter, save_adapter
@@ -24,7 +26,14 @@ from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.sampling import EpochSampler, PromptSampler, last_batch_share
 from lora_hf.lora.chunked_loss import enable_chunked_loss
 from lora_hf.lora.unpadding import enable_unpadding
-from lora_hf.training.checkpoints import STATE_FILE, best_checkpoint, read_progress
+from lora_hf.training.checkpoints import (
+    STATE_FILE,
+    best_checkpoint,
+    is_evaluation,
+    read_progress,
+    write_manifest,
+    write_progress,
+)
 from lora_hf.training.distributed import average_gradients
 from lora_hf.training.loss_monitor import LossMonitor
 from lora_hf.training.loss_scaling import LossScaling
@@ -47,9 +56,12 @@ class RunTrainer(Trainer):
     prompts: list[int] | None = None
     loraplus_lr_ratio: float | None = None
     unsharded: Sequence[nn.Parameter] = ()
+    training_began: bool = False
+    evaluation_due: bool = False  # the checkpoint being saved still needs its evaluation
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        self._started: dict[str, float] = {}  # when each duration that is logged began
         model: Any = self.model
         self.loss_monitor = LossMonitor(self.args.device)
         self.loss_scaling = LossScaling(model, self.accelerator, self.args)
@@ -107,7 +119,24 @@ class RunTrainer(Trainer):
                 logs.pop("grad_norm", None)  # inf or NaN, which JSON cannot hold
             elif self.loss_scaling.grad_norm is not None:
                 logs["grad_norm"] = self.loss_scaling.grad_norm
+        for key in [key for key in logs if key.endswith("model_preparation_time")]:
+            del logs[key]  # logged by an evaluation before training only
+        self._correct_durations(logs)
         super().log(logs, start_time)
+
+    def _correct_durations(self, logs: dict[str, float]) -> None:
+        """Replaces durations by the Trainer's wall clock, which may be set back, by those of the monotonic clock."""
+        for prefix in [key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")]:
+            if prefix not in self._started:
+                continue
+            wall, logs[f"{prefix}_runtime"] = logs[f"{prefix}_runtime"], time.monotonic() - self._started[prefix]
+            for rate in (f"{prefix}_samples_per_second", f"{prefix}_steps_per_second"):
+                if rate in logs:
+                    logs[rate] *= wall / logs[f"{prefix}_runtime"]
+
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        self._started["train"] = time.monotonic()
+        return super().train(*arguments, **named)
 
     def evaluation_loop(
         self,
@@ -118,6 +147,7 @@ class RunTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """With several processes the Trainer's loss counts rows that pad the last batch twice; the scores do not."""
+        self._started[metric_key_prefix] = time.monotonic()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.args.world_size > 1 and output.metrics:
             output.metrics[f"{metric_key_prefix}_loss"] = self._evaluation_loss(output.predictions, output.label_ids)
@@ -136,6 +166,48 @@ class RunTrainer(Trainer):
         model: Any = self.model
         regression = getattr(model.config, "problem_type", None) == "regression"
         return float(mse_loss(outputs.reshape(-1), labels.float()) if regression else cross_entropy(outputs, labels))
+
+    def evaluate(self, eval_dataset: Any = None, *rest: Any, **named: Any) -> dict[str, float]:
+        if eval_dataset is None:  # else one of several, called from here
+            self._random_state = torch.get_rng_state()
+        return super().evaluate(eval_dataset, *rest, **named)
+
+    def save_unevaluated(self) -> None:
+        """Saves a checkpoint from within an evaluation. `evaluate_checkpoint` repeats the evaluation."""
+        torch.set_rng_state(self._random_state)  # each loader of evaluation rows draws a seed
+        state = self.state
+        state.log_history = [entry for entry in state.log_history if not is_evaluation(entry, state.global_step)]
+        self.evaluation_due = True
+        model: Any = self.model_wrapped
+        self._save_checkpoint(model, trial=None)
+        self.callback_handler.on_save(self.args, state, self.control)
+
+    def evaluate_checkpoint(self, checkpoint: Path) -> None:
+        """Makes the evaluation that a checkpoint still needs, and stores its outcome there."""
+        state = self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        stateful = [each for each in self.callback_handler.callbacks if isinstance(each, ExportableState)]
+        states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
+        for callback in stateful:  # how long patience has lasted
+            vars(callback).update(states.get(type(callback).__name__, {}).get("attributes", {}))
+        self._load_from_checkpoint(str(checkpoint))
+        self._load_rng_state(str(checkpoint))
+        metrics = self.evaluate()
+        self._save_rng_state(str(checkpoint))
+        value = metrics.get(str(self.args.metric_for_best_model))
+        best, sign = state.best_metric, 1 if self.args.greater_is_better else -1
+        if value is not None and (best is None or sign * value > sign * best):
+            state.best_metric, state.best_global_step = value, state.global_step
+            state.best_model_checkpoint = str(checkpoint)
+        for callback in stateful:
+            states[type(callback).__name__] = callback.state()
+        progress = read_progress(checkpoint)
+        progress |= {"evaluation_due": False, "finished": progress["finished"] or self.control.should_training_stop}
+        self.accelerator.wait_for_everyone()  # every process has written its random state
+        if self.args.should_save:
+            state.save_to_json(str(checkpoint / STATE_FILE))
+            write_progress(checkpoint, progress)
+            write_manifest(checkpoint)
+        self.accelerator.wait_for_everyone()
 
     def finish_from(self, checkpoint: Path) -> None:
         """Takes the state and the best weights of a run whose training had ended, without another step."""

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lora_hf.adapters.format import read_adapter_config
+from lora_hf.core.config.fields import describe_value
 from lora_hf.core.config.schema import RunConfig, TaskConfig
 from lora_hf.core.errors import ConfigError, did_you_mean
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.models.model_ids import check_model_exists
-from lora_hf.training.distributed import world_size
+from lora_hf.training.distributed import check_environment, world_size
+
+# Values that transformers takes without a look, and that fail in the middle of a run.
+LOWEST = {
+    "ddp_timeout": 1,
+    "eval_accumulation_steps": 1,
+    "eval_delay": 0,
+    "neftune_noise_alpha": 0,
+    "save_total_limit": 1,
+    **dict.fromkeys(("eval_steps", "logging_steps", "save_steps"), 1e-9),
+}
+CHOICES = {
+    "torch_compile_mode": ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+}
 
 # Beginnings of the TrainingArguments that joint training obeys. `save_` is without effect: there are no checkpoints.
 JOINT_ARGUMENTS = ("adam_", "data", "disable_tqdm", "eval_", "greater_is_better", "length_column_name",
@@ -28,6 +45,7 @@ def check_run(config: RunConfig) -> None:
         AdapterError: `train.start_from` is no adapter folder.
         DataError: there is no such task.
     """
+    check_environment()
     check_model_exists(config.model.name)
     if config.model.tokenizer is not None:
         check_model_exists(config.model.tokenizer)
@@ -45,16 +63,46 @@ def check_run(config: RunConfig) -> None:
 
 
 def _check_training_arguments(hf: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a name that is no field of TrainingArguments; only then transformers is imported."""
+    """Raises ConfigError for an unknown field of TrainingArguments, or a value of another type or out of range.
+
+    Values of a right type that transformers refuses are reported by `training.arguments`.
+    """
     from transformers import TrainingArguments
 
+    kinds = get_type_hints(TrainingArguments)
     known = [field.name for field in fields(TrainingArguments)]
-    if problems := [
-        f"{name} is not a field of transformers.TrainingArguments{did_you_mean(name, known)}"
-        for name in hf
-        if name not in known
-    ]:
+    problems = []
+    for name, value in hf.items():
+        if name not in known:
+            problems.append(f"{name} is not a field of transformers.TrainingArguments{did_you_mean(name, known)}")
+        elif not _has_type(value, kinds[name]):
+            expected = str(getattr(kinds[name], "__name__", kinds[name])).replace("typing.", "")
+            hint = (
+                " (YAML reads 1e-8 as text; write 1.0e-8)" if "e" in str(value) and _has_type(0.5, kinds[name]) else ""
+            )
+            problems.append(f"{name}: expected {expected}, found {describe_value(value)}{hint}")
+        elif isinstance(value, (int, float)) and not value >= LOWEST.get(name, value):
+            problems.append(f"{name}: expected a number >= {LOWEST[name]}, found {value}")
+        elif value not in CHOICES.get(name, (value,)):
+            problems.append(f"{name}: expected one of {', '.join(CHOICES[name])}, found {value!r}")
+    if problems:
         raise ConfigError(f"train.hf: {'; '.join(problems)}")
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether a value from YAML can be one of the type. Words and mappings stand for enums and classes."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    plain = {get_origin(option) or option for option in options}
+    if value is None or Any in plain:
+        return True  # transformers has fields whose default is None and whose type does not say so
+    if isinstance(value, bool):
+        return bool in plain or any(issubclass(option, Enum) for option in plain)  # YAML reads `no` as false
+    if isinstance(value, int) and float in plain:
+        return True
+    if any(isinstance(value, option) for option in plain):
+        return True
+    others = plain - {bool, int, float, str, list, dict, NoneType}
+    return isinstance(value, (str, dict)) and bool(others)
 
 
 def check_together(configs: Sequence[RunConfig], resume: str | None = None) -> None:

@@ -49,9 +49,14 @@ def test_the_card_says_what_the_record_says(facts: Facts) -> None:
         assert said in card
 
 
+def on_base(facts: Facts, name: str) -> Facts:
+    return replace(facts, config={**facts.config, "base_model_name_or_path": name})
+
+
 @pytest.mark.parametrize(("name", "hub_id"), [("roberta-base", "FacebookAI/roberta-base"), ("a/b", "a/b")])
 def test_a_base_and_a_data_set_of_the_hub_are_linked(name: str, hub_id: str, facts: Facts) -> None:
-    card = model_card(NAME, replace(facts, metadata=replace(facts.metadata, base=name, task="sst2", revision="abc123")))
+    metadata = replace(facts.metadata, task="sst2", revision="abc123")
+    card = model_card(NAME, replace(on_base(facts, name), metadata=metadata))
     data = card_data(card)
     assert (data.base_model, data.datasets, data["base_model_relation"]) == (hub_id, ["nyu-mll/glue"], "adapter")
     assert data.eval_results[0].dataset_config == "sst2"
@@ -70,7 +75,8 @@ def test_the_scores_of_texts_are_told_with_how_they_were_written(facts: Facts) -
         precision="float32",
     )
     record = replace(facts.record, task="e2e_nlg", metrics={"validation": {"perplexity": 3.5}}, majority={})
-    metadata, config = AdapterMetadata(base="gpt2", task="e2e_nlg"), {**facts.config, "task_type": "CAUSAL_LM"}
+    metadata = AdapterMetadata(base="gpt2", task="e2e_nlg")
+    config = {**on_base(facts, "gpt2").config, "task_type": "CAUSAL_LM"}
     card = model_card(NAME, Facts(config, metadata, facts.run, record, [scores]))
     assert "| test | BLEU | 0.6694 |  |" in card
     assert "| test, seen | BLEU | 0.7001 |  |" in card
@@ -99,7 +105,7 @@ def test_a_file_of_peft_alone_says_what_is_not_known(facts: Facts) -> None:
 
 def test_a_local_base_is_called_by_its_base_name(facts: Facts, tmp_path: Path) -> None:
     (tmp_path / "my-base").mkdir()
-    card = model_card(NAME, replace(facts, metadata=replace(facts.metadata, base=str(tmp_path / "my-base"))))
+    card = model_card(NAME, on_base(facts, str(tmp_path / "my-base")))
     assert str(tmp_path) not in card
     assert "`my-base`, a base from a local folder that is not known on the hub," in card
     assert 'from_pretrained("path/to/my-base"' in card

@@ -3,16 +3,18 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lora_hf.adapters.push import push_adapter
+from lora_hf.adapters.push import _read, push_adapter
 from lora_hf.adapters.resolve import fetch_adapter, find_saved_model
 from lora_hf.adapters.save_load import load_adapter
 from lora_hf.core.errors import AdapterError, HubError
+from lora_hf.models.load import EMBEDDED_FOLDER
 from tests.support.adapters_on_disk import run_folder
 from tests.support.command_lines import ask
 from tests.support.hub_server import USER, WEIGHTS, Hub, Repository
@@ -208,3 +210,68 @@ def test_what_was_pulled_can_be_pushed_again(hub: Hub, tmp_path: Path) -> None:
     assert "config.yaml" in push.files
     assert "## Recipe" in push.card
     assert "**Not known:**" in push.card, "the record did not come with it"
+
+
+@pytest.fixture
+def moved(tmp_path: Path) -> Path:
+    """An adapter whose base is no longer where it was trained, but in `new`."""
+    shutil.copytree(EMBEDDED_FOLDER / "tiny-roberta", tmp_path / "old")
+    adapter = run_folder(tmp_path / "run", base=str(tmp_path / "old"))
+    (tmp_path / "old").rename(tmp_path / "new")
+    return adapter
+
+
+def edit_base(file: Path) -> None:
+    file.write_text(file.read_text().replace("/old", "/new"))
+
+
+@pytest.mark.parametrize("edited", [["adapter_config.json"], ["adapter_config.json", "../config.yaml"], []])
+def test_the_base_is_where_the_user_says(moved: Path, edited: list[str], tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"old: no such folder.*model=NAME_OR_FOLDER.*adapter_config\.json"):
+        find_saved_model(moved)
+    for name in edited:
+        edit_base(moved / name)
+    saved = find_saved_model(moved, model=None if edited else str(tmp_path / "new"))
+    assert saved.model.name == str(tmp_path / "new")
+    assert (saved.model.precision, saved.max_length) == ("fp32", 64), "those of its run"
+
+
+def test_every_verb_takes_the_new_place_of_the_base(moved: Path, tmp_path: Path) -> None:
+    new, out = tmp_path / "new", tmp_path / "out"
+    assert "--model NAME_OR_FOLDER" in ask("predict", "--adapter", moved, *TEXT, code=2).stderr
+    assert ask("predict", "--adapter", moved, "--model", new, *TEXT).stdout
+    assert ask("eval", "--adapter", moved, "--model", new, "--json").stdout
+    ask("merge", "--adapter", moved, "--model", new, "--output", out / "merged")
+    ask("combine", "--adapter", f"{moved}=1", "--model", new, "--output", out / "combined")
+    assert find_saved_model(out / "combined").model.name == str(new)
+    ask("convert", "--to", "loralib", "--adapter", moved, "--model", new, "--output", tmp_path / "a.bin")
+    pushed = ask("push", "--adapter", moved, "--model", "FacebookAI/x", "--repo-id", NAME, "--dry-run").stdout
+    assert "FacebookAI/x" in pushed
+    assert "/old" not in pushed
+    assert "leave it out" in ask("predict", "--adapter", out / "merged", "--model", new, *TEXT, code=2).stderr
+
+
+def test_a_pushed_adapter_names_the_edited_base_everywhere(moved: Path) -> None:
+    edit_base(moved / "adapter_config.json")
+    facts, contents = _read(moved, "FacebookAI/x")
+    assert facts.base == "FacebookAI/x"
+    assert facts.run is not None
+    assert facts.run.model.name == "FacebookAI/x"
+    assert facts.record is not None
+    assert all(b"/old" not in content and b"/new" not in content for content in contents.values())
+
+
+def test_a_missing_output_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("outputs/typo", "mine/typo"):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        with pytest.raises(AdapterError, match=f"{name}: not an adapter folder.*no such folder"):
+            fetch_adapter(name) and find_saved_model(name)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "pytorch_model.bin"])
+def test_pickled_weights_alone_are_refused_with_a_way(name: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / name).write_bytes(b"a pickle")
+    with pytest.raises(AdapterError, match=rf"{name} are not read.*safetensors: peft\."):
+        find_saved_model(tmp_path)

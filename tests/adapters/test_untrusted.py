@@ -25,7 +25,7 @@ from lora_hf.lora.inject import inject
 from lora_hf.models.load import EMBEDDED_FOLDER, load_base, load_tokenizer
 from lora_hf.training.checkpoints import MANIFEST_FILE, sha256
 from lora_hf.training.run import train
-from lora_hf.training.run_dir import begin_run, find_run_folder
+from lora_hf.training.run_dir import begin_run, find_run_folder, run_lock
 from tests.support.adapters_on_disk import TASK, run_folder
 from tests.support.kills import small_config, small_rows
 from tests.support.small_models import small_model
@@ -110,8 +110,9 @@ def test_code_in_a_checkpoint_is_not_run(proof: Path, tmp_path: Path) -> None:
     torch.save(Malicious(proof), checkpoint / "optimizer.pt")
     listed = json.loads((checkpoint / MANIFEST_FILE).read_text())
     (checkpoint / MANIFEST_FILE).write_text(json.dumps(listed | {"optimizer.pt": sha256(checkpoint / "optimizer.pt")}))
-    # No mistake of a person: the manifest was forged to fit.
-    with pytest.raises(pickle.UnpicklingError, match=r"posix\.mkdir"):
+    # The manifest was forged to fit.
+    shutil.rmtree(checkpoint.with_name("checkpoint-4"))
+    with pytest.raises(ConfigError, match=r"checkpoint-2: refused: .*none of its code was run"):
         train(small_config(tmp_path, max_steps=4), resume=str(checkpoint), rows=rows)
 
 
@@ -131,7 +132,8 @@ def test_a_run_lies_in_its_folder(name: str, tmp_path: Path) -> None:
 def test_a_name_made_from_a_base_is_a_name(base: str, tmp_path: Path) -> None:
     config = RunConfig.from_dict({"model": {"name": base}, "output": {"dir": str(tmp_path / "outputs")}})
     folder, _ = find_run_folder(config, None)
-    begin_run(config, folder, None)
+    with run_lock(folder) as lock:
+        begin_run(config, folder, None, lock)
     assert folder.resolve().parent == tmp_path / "outputs"
 
 

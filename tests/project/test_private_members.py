@@ -24,6 +24,12 @@ TRAINER_METHODS = {
     "_load_from_checkpoint": (["self", "resume_from_checkpoint", "model"], "a checkpoint holds the adapter alone"),
     "_load_best_model": (["self"], "the best checkpoint holds the adapter alone"),
 }
+# Called, not overridden.
+TRAINER_CALLS = {
+    "_save_checkpoint": (["self", "model", "trial"], "a signal in an evaluation saves what was trained before it"),
+    "_load_rng_state": (["self", "checkpoint"], "an evaluation that is repeated draws the same numbers"),
+    "_save_rng_state": (["self", "output_dir"], "what follows a repeated evaluation draws the same numbers"),
+}
 CONFIG_ATTRIBUTES = {"_attn_implementation": "whether a model's attention was chosen by the user"}
 TORCH_ATTRIBUTES = {
     "_version": "the counter of in-place changes detects a base that changed after it was hashed",
@@ -34,11 +40,11 @@ TORCH_ATTRIBUTES = {
 OURS = {"_apply", "_replace", "_asdict", "_fields", "_build_data_dir", "_info", "_compute", "_buffers", "_parameters"}
 
 
-@pytest.mark.parametrize("name", TRAINER_METHODS)
+@pytest.mark.parametrize("name", [*TRAINER_METHODS, *TRAINER_CALLS])
 def test_the_trainer_still_has_the_method(name: str) -> None:
-    parameters, reason = TRAINER_METHODS[name]
+    parameters, reason = (TRAINER_METHODS | TRAINER_CALLS)[name]
     method = getattr(Trainer, name, None)
-    assert method is not None, f"transformers dropped Trainer.{name}, which training/trainer.py overrides: {reason}"
+    assert method is not None, f"transformers dropped Trainer.{name}, which training/trainer.py needs: {reason}"
     found = list(inspect.signature(method).parameters)
     assert found == parameters, f"transformers changed Trainer.{name} to take {found}; training/trainer.py: {reason}"
 

@@ -23,6 +23,7 @@ from lora_hf.lora.inject import lora_layers, merge
 from lora_hf.lora.layers import LoraLinear
 from lora_hf.training import run as training
 from lora_hf.training.run import Run, train
+from lora_hf.training.run_dir import LOCK_FILE
 from lora_hf.training.trainer import AdapterTrainer
 from tests.tolerances import ACCUMULATION_FP32
 
@@ -53,7 +54,7 @@ def test_the_run_folder_holds_what_a_run_is(tmp_path: Path, few_rows: dict[str, 
     wanted = config(tmp_path, seed=3)
     run = train(wanted, rows=few_rows)
     names = {"config.yaml", "adapter", "record.json", "predictions-validation.jsonl", "log.jsonl", "curves.png"}
-    assert {path.name for path in run.folder.iterdir()} == names | {"checkpoints"}
+    assert {path.name for path in run.folder.iterdir()} == names | {"checkpoints", LOCK_FILE}
     assert RunConfig.from_dict(yaml.safe_load((run.folder / "config.yaml").read_text())) == wanted
     record = RunRecord.load(run.folder / "record.json")
     assert record == run.record

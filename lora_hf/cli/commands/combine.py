@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lora_hf.cli.terminal import add_json, print_json
+from lora_hf.cli.terminal import add_json, add_model, print_json
 from lora_hf.core.errors import ConfigError
 
 HELP = "combine several adapters of one base into one"
@@ -14,6 +14,7 @@ HELP = "combine several adapters of one base into one"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--adapter", required=True, action="append", metavar="DIR=WEIGHT", help="such as outputs/a/adapter=0.7; repeat")
+    add_model(parser)
     add("--method", default="linear", choices=["linear", "svd", "ties", "dare"], help="default: linear, the exact sum")
     add("--rank", type=int, metavar="R", help="rank of the new adapter; default: the largest given")
     add("--density", type=float, metavar="D", help="share of entries that ties and dare keep")
@@ -33,7 +34,14 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.adapters.combine import combine_saved
 
     record = combine_saved(
-        adapters, options.output, options.method, options.rank, options.density, options.seed, options.overwrite
+        adapters,
+        options.output,
+        options.method,
+        options.rank,
+        options.density,
+        options.seed,
+        options.overwrite,
+        options.model,
     )
     if options.json:
         result = {"ranks": record.ranks, "errors": record.errors, "error": record.error}

@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("file", nargs="?", type=Path, metavar="FILE", help="with --from: the .bin or .pt checkpoint")
     add("--adapter", type=Path, metavar="DIR", help="with --to: the adapter folder")
     add("--output", required=True, type=Path, metavar="PATH", help="the folder or file to write")
-    add("--model", metavar="NAME", help="the base model; with --to it defaults to the one that the adapter names")
+    add(
+        "--model",
+        metavar="NAME_OR_FOLDER",
+        help="the base model; with --to it defaults to the one that the adapter names",
+    )
     add("--task", metavar="NAME", help="the task it was trained for, which eval, predict and generate need to know")
     add(
         "--lora-alpha", type=float, metavar="A", help="with --from: alpha of the layers, which the file does not record"
@@ -90,12 +94,12 @@ def _to_loralib(options: argparse.Namespace) -> PreTrainedModel:
     if not options.output.parent.is_dir() or options.output.is_dir():
         raise ConfigError(f"--output {options.output}: expected a file in an existing folder")
     from lora_hf.adapters.convert.loralib import num_labels, save_loralib
-    from lora_hf.adapters.format import read_adapter
+    from lora_hf.adapters.format import base_of, read_adapter
     from lora_hf.adapters.peft_config import PREFIX
     from lora_hf.adapters.save_load import load_adapter
 
     file = read_adapter(options.adapter)
-    name = options.model or file.metadata.base or file.config.get("base_model_name_or_path")
+    name = options.model or base_of(file.config, file.metadata)
     if not name:
         raise ConfigError(f"{options.adapter} does not name its base: expected --model NAME")
     labels = num_labels({key.removeprefix(PREFIX): tensor for key, tensor in file.tensors.items()})

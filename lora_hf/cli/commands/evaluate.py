@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from lora_hf.adapters.resolve import find_saved_model
 
-    saved = find_saved_model(options.adapter, options.revision)
+    saved = find_saved_model(options.adapter, options.revision, options.model)
     if options.without_adapter and saved.is_full_model:
         raise ConfigError(f"--without-adapter: {options.adapter} is a whole model and has no adapter to leave out")
     splits = saved.task.evaluation_splits if options.split in (None, "validation") else (options.split,)

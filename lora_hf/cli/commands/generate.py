@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.adapters.resolve import find_saved_model
     from lora_hf.data.tasks.generation import TextGeneration, one_line
 
-    saved = find_saved_model(options.adapter, options.revision)
+    saved = find_saved_model(options.adapter, options.revision, options.model)
     task = saved.task
     if not isinstance(task, TextGeneration):
         raise ConfigError(f"{options.adapter} was trained for {task.name}, which classifies; use predict instead")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lora_hf.cli.terminal import add_json, print_json
+from lora_hf.cli.terminal import add_json, add_model, print_json
 
 HELP = "merge an adapter into its base and save a plain Hugging Face model"
 
@@ -13,6 +13,7 @@ HELP = "merge an adapter into its base and save a plain Hugging Face model"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--adapter", required=True, type=Path, metavar="DIR", help="outputs/<run>/adapter")
+    add_model(parser)
     add("--output", required=True, type=Path, metavar="DIR", help="model folder to write")
     add("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the saved weights")
     add("--overwrite", action="store_true", help="replace the output of an earlier merge")
@@ -24,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.core.atomic_io import check_output_folder
     from lora_hf.core.records import MERGE_FILE
 
-    saved = find_saved_model(options.adapter)
+    saved = find_saved_model(options.adapter, model=options.model)
     check_output_folder(options.output, MERGE_FILE, options.overwrite)  # before importing torch takes seconds
     from lora_hf.adapters.merge import merge_adapter
 

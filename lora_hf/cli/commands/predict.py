@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_hf.cli.terminal import (
     add_json,
+    add_model,
     add_precision,
     add_revision,
     parse_named_adapters,
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "adapter in the column 'adapter'",
     )
     add_revision(parser)
+    add_model(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="one text")
     source.add_argument(
@@ -66,7 +68,7 @@ def _named_adapters(arguments: list[str]) -> dict[str, str]:
 def _predict_one(options: argparse.Namespace, adapter: str) -> list[dict[str, Any]]:
     from lora_hf.adapters.resolve import find_saved_model
 
-    saved = find_saved_model(adapter, options.revision)
+    saved = find_saved_model(adapter, options.revision, options.model)
     if saved.task.model_kind != "sequence-classification":
         raise ConfigError(f"{adapter} was trained for {saved.task.name}, which generates texts; use generate instead")
     columns = saved.task.text_columns
@@ -88,7 +90,7 @@ def _predict_mixed(options: argparse.Namespace, adapters: dict[str, str]) -> lis
 
     if options.input is None:
         raise ConfigError("--text works with one adapter; for several give an --input file whose rows name theirs")
-    saved = {name: find_saved_model(adapter, options.revision) for name, adapter in adapters.items()}
+    saved = {name: find_saved_model(adapter, options.revision, options.model) for name, adapter in adapters.items()}
     rows = read_texts_of_adapters(options.input, {name: each.task.text_columns for name, each in saved.items()})
     from lora_hf.inference.classify import MultiAdapterPredictor
 

@@ -8,7 +8,7 @@ import ipaddress
 import os
 from pathlib import Path
 
-from lora_hf.cli.terminal import parse_named_adapters
+from lora_hf.cli.terminal import add_model, parse_named_adapters
 from lora_hf.core.errors import ConfigError, how_to_install
 
 HELP = "serve adapters over HTTP"
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=DIR",
         help="name for clients, and outputs/<run>/adapter or USER/NAME on the hub; repeat",
     )
+    add_model(parser)
     add(
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16"],
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     limits = Limits(**{name: getattr(options, name) for name in LIMITS if getattr(options, name) is not None})
     for adapter in adapters.values():
         if not is_hub_id(adapter):  # the server downloads those while it reports that it is not ready
-            find_saved_model(adapter)
+            find_saved_model(adapter, model=options.model)
     from lora_hf.serving.server import listen, serve
 
     with listen(options.host, options.port) as listener:  # before importing torch takes seconds
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
         from lora_hf.serving.metrics import Metrics
 
         metrics = Metrics()
-        engine = Engine(limits, options.precision, metrics)
+        engine = Engine(limits, options.precision, metrics, options.model)
         state = ServerState(token, adapter_root, _allowed_hosts(options.host, options.allow_host))
         serve(engine, adapters, metrics, state, listener, options.grace, options.playground)
 

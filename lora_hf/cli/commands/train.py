@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +68,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _with_output_names(configs: Sequence[RunConfig], files: Sequence[str]) -> list[RunConfig]:
     """The configs, those without an `output.name` named after their file."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    from lora_hf.training.run_dir import time_stamp
+
+    stamp = time_stamp()
     return [
         replace(config, output=replace(config.output, name=config.output.name or f"{Path(file).stem}-{stamp}"))
         for file, config in zip(files, configs, strict=True)

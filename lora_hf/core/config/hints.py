@@ -24,6 +24,25 @@ OWN_KEYS = {
     "output_dir": "output.dir",
 }
 
+# Fields of transformers.TrainingArguments that must not be set, and why.
+_BEST = "the metric of the task decides which checkpoint is the best one; a custom task sets task.metric"
+_PUBLISHES = "would publish the run while it trains; use push once it has ended"
+_NO_EFFECT = "has no effect here"
+REFUSED_FIELDS = {
+    **dict.fromkeys(("greater_is_better", "metric_for_best_model", "load_best_model_at_end"), _BEST),
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision"), _PUBLISHES),
+    "hub_always_push": _PUBLISHES,
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), _NO_EFFECT),
+    "resume_from_checkpoint": "use resume=auto, or resume=CHECKPOINT",
+    "data_seed": "set train.seed instead",
+    "auto_find_batch_size": "set train.batch_size and train.gradient_accumulation instead",
+    "save_only_model": "a checkpoint without the state of the optimizer could not be resumed from",
+    "prediction_loss_only": "the run could not score its predictions",
+    "batch_eval_metrics": "the metrics of the tasks need all predictions at once",
+    "label_names": "the task names its labels",
+    "remove_unused_columns": "the rows are encoded already, and hold what the model reads",
+}
+
 # What people write in any section, by the key that they mean.
 _OTHER_NAMES = {
     "train.batch_size": ("train_batch_size",),

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lora_hf.core.config.fields import describe_value
 from lora_hf.core.config.hints import find_keys
 from lora_hf.core.config.schema import RunConfig, known_keys
 from lora_hf.core.errors import ConfigError, did_you_mean
+from lora_hf.core.parsing import parse_yaml, read_yaml
 
 OVERRIDE_FORM = "expected an override of the form section.key=value, such as"
 RECIPE_FOLDERS = (Path("configs"), Path(__file__).parents[3] / "configs", Path(__file__).parents[2] / "configs")
@@ -34,8 +33,8 @@ def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     """
     file = _find_recipe(Path(path))
     try:
-        sections = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        sections = read_yaml(file)
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: not a readable YAML file: {error}") from error
     if not isinstance(sections, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' and 'task:', found {describe_value(sections)}")
@@ -44,8 +43,8 @@ def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         if not equals:
             raise ConfigError(f"{override!r}: {OVERRIDE_FORM} lora.r=16")
         try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            value = parse_yaml(text)
+        except ValueError as error:
             raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from error
         set_value(sections, key, value, override)
     return sections

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lora_hf.core.config.fields import Section, bounded, build_section, names
-from lora_hf.core.config.hints import OWN_KEYS, hint_for_key
+from lora_hf.core.config.hints import OWN_KEYS, REFUSED_FIELDS, hint_for_key
 from lora_hf.core.errors import ConfigError, did_you_mean
 
 ROLES = ("q", "k", "v", "o", "ffn_up", "ffn_gate", "ffn_down")
@@ -22,6 +22,7 @@ PRESETS = {
     "ffn": ("ffn_up", "ffn_gate", "ffn_down"),
     "all": ROLES,
 }
+MAX_NAME, MAX_PATH = 200, 4000  # bytes of a folder's name, and characters of a path: file systems take 255 and 4096
 INITS = ("default", "gaussian", "pissa", "olora")
 
 
@@ -37,19 +38,32 @@ def _init_problem(init: str) -> str:
 
 
 def _path_problem(path: str) -> str:
-    return "" if path.isprintable() and path else f"expected a folder, found {path!r}"
+    if not path.isprintable() or not path:
+        return f"expected a folder, found {path!r}"
+    longest = max(re.split(r"[/\\]", path), key=_byte_length)
+    return _length_problem(longest) or ("" if len(path) < MAX_PATH else f"expected a shorter path, found {path!r:.60}")
+
+
+def _length_problem(name: str) -> str:
+    length = _byte_length(name)
+    return "" if length <= MAX_NAME else f"expected a name of at most {MAX_NAME} bytes, found {name!r:.60} of {length}"
+
+
+def _byte_length(name: str) -> int:
+    return len(name.encode("utf-8", "surrogatepass"))
 
 
 def _name_problem(name: str | None) -> str:
     # A name with a path would put the run folder outside output.dir.
     if name is None or (name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\")):
-        return ""
+        return "" if name is None else _length_problem(name)
     return f"expected the name of a folder in output.dir, without a path, found {name!r}"
 
 
 def _hf_problem(hf: dict[str, Any]) -> str:
     # `training.validation` checks the names against transformers.TrainingArguments.
     problems = [f"{name}: set {OWN_KEYS[name]} instead" for name in hf if name in OWN_KEYS]
+    problems += [f"{name}: {REFUSED_FIELDS[name]}; leave it out" for name in hf if name in REFUSED_FIELDS]
     tokens = [name for name in hf if name.endswith("_token")]
     problems += [f"{name}: the run folder would hold the token; set HF_TOKEN instead" for name in tokens]
     return "; ".join(problems)

@@ -76,8 +76,11 @@ def task_section(task: Task) -> dict[str, Any]:
 def _check(config: TaskConfig) -> None:
     problems = []
     texts, names = config.text_columns or (), config.label_names or ()
-    if not re.fullmatch(r"[\w.-]+", config.name):
-        problems.append(f"task.name: expected letters, digits, '_', '-' and '.', found {config.name!r}")
+    if not re.fullmatch(r"\w[\w.-]{0,99}", config.name):  # it also names a folder in data_dir
+        problems.append(
+            "task.name: expected at most 100 letters, digits, '_', '-' and '.', the first no '-' or '.', found "
+            f"{config.name!r:.110}"
+        )
     if len(texts) > (1 if config.kind == "generation" else 2) or len(set(texts)) < len(texts):
         expected = "one column" if config.kind == "generation" else "one or two columns"
         problems.append(f"task.text_columns: expected {expected}, found {', '.join(texts)}")

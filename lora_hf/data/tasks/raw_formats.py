@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from xml.etree import ElementTree
 
 from lora_hf.core.errors import DataError
 from lora_hf.core.labels import HIDDEN_LABEL
+from lora_hf.core.parsing import parse_json
 from lora_hf.data.readers import read_rows, read_text, to_dataset
 from lora_hf.data.tasks.row_checks import check_columns, read_labels
 
@@ -112,8 +112,8 @@ class DartJson:
             DataError: not UTF-8, not JSON, or not of that form.
         """
         try:
-            entries = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
+            entries = parse_json(read_text(path))
+        except ValueError as error:
             raise DataError(f"{path} cannot be read as JSON: {error}. Download the file again.") from error
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise DataError(f"{path}: expected a list of entries, each with 'tripleset' and 'annotations'")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import DataError, UserError
+from lora_hf.core.parsing import parse_json
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord, ScoreRecord
 from lora_hf.data.metrics.classification import compute_metrics
 from lora_hf.data.tasks.base import Task, TextClassification
@@ -254,6 +254,6 @@ def _read_texts(path: Path) -> ScoredTexts:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+            return [parse_json(line) for line in lines]
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable: {error}") from error

@@ -14,11 +14,10 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from lora_hf.core.config.loader import read_sections, set_value
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, did_you_mean
+from lora_hf.core.parsing import parse_yaml
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -254,7 +253,7 @@ def _parse_part(key: str, text: str) -> Range | Choice | Multiple | None:
         raise ConfigError("a choice is empty")
     try:
         values = [_parse_value(piece) for piece in texts]
-    except yaml.YAMLError:
+    except ValueError:
         raise ConfigError("a choice is not valid YAML; separate choices that contain commas by |") from None
     if any(value in values[:index] for index, value in enumerate(values)):
         raise ConfigError("a choice is given twice")
@@ -277,7 +276,7 @@ def _parse_range(key: str, low_text: str, high_text: str, scale: str | None) -> 
 
 def _parse_value(text: str) -> Any:
     # PyYAML reads 1e-3 as text.
-    return _parse_number(text) if re.fullmatch(NUMBER, text) else yaml.safe_load(text)
+    return _parse_number(text) if re.fullmatch(NUMBER, text) else parse_yaml(text)
 
 
 def _parse_number(text: str) -> float:
