@@ -37,7 +37,10 @@ def parse_yaml(text: str) -> Any:
         ValueError: invalid YAML, or a document beyond the limits.
     """
     _check_size(len(text), MAX_YAML_BYTES)
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = yaml.SafeLoader(text)  # refuses characters that YAML does not allow
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
     try:
         node = loader.get_single_node()
         if node is None:

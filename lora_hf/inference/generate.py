@@ -98,24 +98,27 @@ class Generator:
         prompts: Sequence[list[int]],
         decoding: GenerateConfig,
         stopping: Sequence[StoppingCriteria] = (),
+        finite: bool = True,
     ) -> Iterator[GeneratedText]:
         """Yields a text for each encoded prompt, generated in one batch.
 
         Args:
             stopping: criteria to stop at, in addition to the end-of-text token and `max_new_tokens`.
+            finite: raise a TrainingError for logits that are not finite. Without it their row has such a score, and the
+                other rows, which may belong to other adapters, are right.
         """
         # Padded in front, as the text continues at the end of the prompt.
         padded = self.tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
         batch = padded.to(self.model.device)
         width = batch["input_ids"].shape[1]
         size = decoding.no_repeat_ngram_size
+        processors: list[LogitsProcessor] = [FiniteLogits()] if finite else []
+        processors += [NoRepeatedNGram(size, width)] if size else []
         with flush_denormals():
             output: Any = self.model.generate(  # type: ignore[operator]
                 **batch,
                 generation_config=self._generation_config(decoding),
-                logits_processor=LogitsProcessorList(
-                    [FiniteLogits(), *([NoRepeatedNGram(size, width)] if size else [])]
-                ),
+                logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList(stopping),
             )
         tokens = output.sequences[:, width:]

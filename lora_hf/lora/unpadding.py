@@ -227,7 +227,8 @@ def _positions(base: PreTrainedModel, named: dict[str, Any]) -> Tensor:
         return given.expand(mask.shape)
     if ARCHITECTURES[base.config.model_type].counts_from_padding:
         # RoBERTa counts the tokens other than the padding token, which a text may contain too, from the id after it.
-        padding, ids = base.embeddings.padding_idx, named.get("input_ids")
+        embeddings: Any = base.embeddings
+        padding, ids = embeddings.padding_idx, named.get("input_ids")
         counted = mask if ids is None else mask * (ids != padding)
         return counted.cumsum(1) * counted + padding
     length = torch.arange(mask.shape[1], device=mask.device)

@@ -104,7 +104,8 @@ def check_tokens(
         )
     if _reads_end_token(model):
         end = model.config.eos_token_id
-        usual: Any = tokenizer(*["a"] * len(task.text_columns))
+        encode: Any = tokenizer
+        usual = encode(*["a"] * len(task.text_columns))
         expected, ends = usual["input_ids"].count(end), np.bincount(parents[values == end], minlength=len(rows))
         other = (ends != expected) | (ends == 0)
         if other.any():

@@ -55,7 +55,7 @@ class GenerateWorker(Worker):
         with RNG_LOCK if decoding.do_sample else nullcontext(), self._adapters_of_rows(slots):
             if decoding.do_sample:
                 torch.manual_seed(decoding.seed)
-            texts = list(generator.generate_batch(prompts, decoding, [streaming]))
+            texts = list(generator.generate_batch(prompts, decoding, [streaming], finite=False))
         tokens = sum(map(len, prompts))
         for request, generated in zip(requests, texts, strict=True):
             version = None if request.bare else request.version.digest

@@ -112,14 +112,15 @@ def _load_base(name: str, task: str | None, num_labels: int | None) -> PreTraine
     """The base in fp32, with the head for the task, or without a task for `num_labels`."""
     from lora_hf.core.config.schema import ModelConfig
     from lora_hf.data.tasks.registry import get_task
-    from lora_hf.lora.heads import task_type
+    from lora_hf.lora.architectures import ARCHITECTURES
     from lora_hf.models.load import load_base, load_model
 
     config = ModelConfig(name=name, precision="fp32")
     if task is not None:
         return load_base(config, get_task(task))
     model = load_model(config, None if num_labels is None else {"num_labels": num_labels})
-    if num_labels is None and task_type(model) != "CAUSAL_LM":
+    architecture = ARCHITECTURES.get(model.config.model_type)
+    if num_labels is None and architecture and not architecture.causal:
         raise ConfigError(f"{name} is not a causal language model and the file has no head: expected --task NAME")
     return model
 
