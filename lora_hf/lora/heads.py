@@ -87,6 +87,13 @@ def new_parameters(model: PreTrainedModel) -> frozenset[str] | None:
     return getattr(model, NEW_PARAMETERS)
 
 
+def mark_head_as_new(model: PreTrainedModel) -> None:
+    """Records that the head alone is new, for a model that was drawn at random as a whole."""
+    heads = tuple(f"{path}." for path in head_paths(model))
+    new = frozenset(name for name, _ in model.named_parameters() if name.startswith(heads)) if heads else frozenset()
+    setattr(model, NEW_PARAMETERS, new)
+
+
 def _resized_embeddings(model: PreTrainedModel) -> frozenset[str]:
     """The embeddings and the output head, if the vocabulary is not the one of the checkpoint."""
     try:

@@ -90,7 +90,12 @@ def inject_head(
     state.names.setdefault(name)
     heads = dict.fromkeys(modules_to_train(model)) if heads is None else heads
     if heads and new_parameters(model) is None:
-        logger.info("this model came from no checkpoint: %s is trained as a new head", comma_separated(heads))
+        logger.log(
+            logging.WARNING if model.name_or_path else logging.INFO,
+            "from_pretrained left no marks on this model (copies lose them, from_config makes none): %s is trained as a "
+            "new head, and the rest is taken for pretrained",
+            comma_separated(heads),
+        )
     for path, own in heads.items():
         module = model.get_submodule(path)
         if not isinstance(module, ModulesToSaveWrapper):

@@ -31,7 +31,7 @@ from lora_hf.core.hub_access import explain_hub_error, hub_is_reachable, hub_unr
 from lora_hf.data.tasks.base import Task
 from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
-from lora_hf.lora.heads import head_paths
+from lora_hf.lora.heads import head_paths, mark_head_as_new
 from lora_hf.lora.inject import lora_layers
 from lora_hf.lora.precision import flush_denormals, resolve_precision
 from lora_hf.lora.quantization import SCHEMES, QuantisedLinear
@@ -107,6 +107,8 @@ def load_model(model: ModelConfig, head: dict[str, Any] | None, seed: int = 0) -
     _check_padding(config, model.name)
     base = _random(auto, model, config, dtype) if model.init == "random" else _pretrained(auto, model, config, dtype)
     _fuse_activations(base)
+    if model.init == "random":
+        mark_head_as_new(base)
     base.name_or_path = model.name
     return quantise(base, model.quantised) if model.quantised else base
 

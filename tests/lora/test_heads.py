@@ -71,11 +71,13 @@ def test_a_new_masked_language_model_trains_what_is_random_of_its_head(bert: Pat
     assert modules_to_train(model) == ["cls.predictions.transform"], "the rest is tied, or zero in every process"
 
 
-def test_without_a_checkpoint_the_head_is_new(bert: Path) -> None:
+def test_without_a_checkpoint_the_head_is_new(bert: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert new_parameters(small_model("electra", 2)) is None
     assert modules_to_train(small_model("electra", 2)) == ["classifier"]
     copied = copy.deepcopy(classifier(bert))
     assert new_parameters(copied) is None, "a copy has lost what from_pretrained reported"
+    inject(copied, LoraConfig(r=2))
+    assert "classifier is trained as a new head, and the rest is taken for pretrained" in caplog.text
     known = classifier(bert)
     new_parameters(known)
     assert new_parameters(copy.deepcopy(known)) == new_parameters(known)
