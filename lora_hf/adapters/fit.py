@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_hf.adapters.format import WEIGHTS_FILE, AdapterFile
+from lora_hf.adapters.format import WEIGHTS_FILE, AdapterFile, are_named
 from lora_hf.adapters.peft_config import (
     PREFIX,
     SavedLayer,
@@ -166,12 +166,7 @@ def _check_labels(model: PreTrainedModel, file: AdapterFile) -> None:
             f"model has num_labels={len(names)}. Load the base with num_labels={metadata.num_labels}, or the adapter "
             "with own_head=True"
         )
-    if _are_named(names) and _are_named(metadata.labels) and names != metadata.labels:
+    if are_named(names) and are_named(metadata.labels) and names != metadata.labels:
         raise AdapterError(
             f"{file.folder} was trained for the labels {', '.join(metadata.labels)}; this model has {', '.join(names)}"
         )
-
-
-def _are_named(labels: tuple[str, ...]) -> bool:
-    """Whether the labels have names of their own, not transformers' default LABEL_0, LABEL_1, ..."""
-    return any(label != f"LABEL_{index}" for index, label in enumerate(labels))

@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,11 @@ def _is_fingerprint(value: Any) -> bool:
 
 def _is_slice(value: Any) -> bool:
     return isinstance(value, list) and len(value) in (2, 4) and all(type(edge) is int for edge in value)
+
+
+def are_named(labels: Sequence[str]) -> bool:
+    """Whether labels have names of their own, not transformers' default LABEL_0, LABEL_1, ..."""
+    return any(label != f"LABEL_{index}" for index, label in enumerate(labels))
 
 
 def _list_of(check: Check) -> Check:
@@ -195,13 +200,24 @@ def write_adapter(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], metadata: AdapterMetadata
 ) -> None:
     """Writes both files atomically: a process that dies here leaves complete files, old or new."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    content = save(plain, metadata={"format": "pt", HEADER: json.dumps(asdict(metadata))})
     with atomic_path(folder / CONFIG_FILE) as config_tmp, atomic_path(folder / WEIGHTS_FILE) as weights_tmp:
-        save_file(plain, weights_tmp, metadata={"format": "pt", HEADER: json.dumps(asdict(metadata))})
+        weights_tmp.write_bytes(_with_sorted_metadata(content))
         config_tmp.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file with the keys of its metadata in order: safetensors draws it, so equal runs would differ."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMetadata]:

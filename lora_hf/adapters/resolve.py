@@ -10,6 +10,7 @@ from lora_hf.adapters.format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterMetadata,
+    are_named,
     base_of,
     read_adapter_config,
     suggest_adapter,
@@ -110,7 +111,8 @@ def _task_of(metadata: AdapterMetadata, base: str, run: RunConfig | None, folder
             f"{folder} was trained for {name!r}, which is no task of lora_hf. The {RUN_CONFIG_FILE} of a run describes "
             "its custom task: copy that file into this folder"
         )
-    if task.label_names and task.label_names != metadata.labels:
+    unnamed = not are_named(metadata.labels) and len(metadata.labels) == len(task.label_names or ())
+    if task.label_names and task.label_names != metadata.labels and not unnamed:
         raise AdapterError(
             f"{folder} was trained for the labels {', '.join(metadata.labels)}; task {task.name} has "
             f"{', '.join(task.label_names)}"

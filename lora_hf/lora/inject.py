@@ -92,8 +92,8 @@ def inject_head(
     if heads and new_parameters(model) is None:
         logger.log(
             logging.WARNING if model.name_or_path else logging.INFO,
-            "from_pretrained left no marks on this model (copies lose them, from_config makes none): %s is trained as a "
-            "new head, and the rest is taken for pretrained",
+            "from_pretrained left no marks on this model (copies lose them, from_config makes none): %s is trained as "
+            "a new head, and the rest is taken for pretrained",
             comma_separated(heads),
         )
     for path, own in heads.items():

@@ -15,13 +15,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from lora_hf.adapters.format import CONFIG_FILE, HEADER, WEIGHTS_FILE, read_adapter
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import load_adapter, save_adapter
+from lora_hf.cli.main import main
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.inject import adapter_names, inject, inject_head, lora_layers
+from lora_hf.models.load import EMBEDDED_FOLDER
 from tests.support.small_models import randomize_lora_b, small_model, token_ids
 
 QUERY = "base_model.model.roberta.encoder.layer.0.attention.self.query"
@@ -276,3 +279,24 @@ def test_an_adapter_without_its_task_says_how_to_save_one(tmp_path: Path) -> Non
     saved = save_adapter(trained(), tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"adapter_model.safetensors: does not say which .*task.*task=\"sst2\""):
         find_saved_model(saved)
+
+
+def test_equal_adapters_give_equal_files(tmp_path: Path) -> None:
+    """safetensors alone draws the order of its metadata."""
+    model = inject(small_model("roberta", 2), LoraConfig(r=2))
+    for number in range(6):
+        save_adapter(model, tmp_path / str(number), task="rule-sentiment")
+    files = {(tmp_path / str(number) / WEIGHTS_FILE).read_bytes() for number in range(6)}
+    assert len(files) == 1
+    assert list(load_file(tmp_path / "0" / WEIGHTS_FILE)) == list(read_adapter(tmp_path / "0").tensors)
+
+
+def test_an_adapter_of_a_model_without_label_names_gets_those_of_its_task(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in the README: `from_pretrained(num_labels=2)`, then `save_adapter(task=...)`."""
+    base = EMBEDDED_FOLDER / "tiny-roberta"
+    model = inject(AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), LoraConfig(r=2))
+    save_adapter(model, tmp_path / "adapter", task="rule-sentiment")
+    assert main(["predict", "--adapter", str(tmp_path / "adapter"), "--text", "A warm film."]) == 0
+    assert json.loads(capsys.readouterr().out)["label"] in ("negative", "positive")
