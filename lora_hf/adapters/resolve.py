@@ -133,7 +133,7 @@ def run_sections(saved: SavedModel) -> dict[str, Any]:
 def run_config(folder: Path) -> RunConfig | None:
     """The config of the run that produced the weights in `folder`, or None if it is unknown.
 
-    It is in the record of a merge or combination, in the run folder above the weights, or next to downloaded weights.
+    It is in the record of a merge or combination, in the run folder above the weights, or next to copied weights.
 
     Raises:
         ConfigError, DataError: the config or the record cannot be read.
@@ -141,7 +141,8 @@ def run_config(folder: Path) -> RunConfig | None:
     for name, record in ((MERGE_FILE, MergeRecord), (COMBINE_FILE, CombineRecord)):
         if (folder / name).is_file():
             return RunConfig.from_dict(record.load(folder / name).config, str(folder / name))
-    for parent in (folder, folder.resolve().parent):
+    run = folder.resolve().parent  # there a user edits the config, so it counts more than the copy in the folder
+    for parent in (run, folder) if (run / RECORD_FILE).is_file() else (folder, run):
         if (parent / RUN_CONFIG_FILE).is_file():
             return load_config(parent / RUN_CONFIG_FILE)
     return None

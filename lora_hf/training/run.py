@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -370,6 +371,8 @@ def _write_results(
         run.tokenizer.save_pretrained(weights)
     else:
         save_adapter(run.model, weights, run.adapter, run.task.name)
+    # So that a copy of the folder still has the run's tokenizer, length, task and decoding.
+    shutil.copyfile(run.folder / RUN_CONFIG_FILE, weights / RUN_CONFIG_FILE)
     state, skipped = trainer.state, trainer.loss_scaling.skipped
     if skipped:
         record.warnings.append(f"{skipped} of {state.global_step} steps were skipped: a gradient overflowed fp16")

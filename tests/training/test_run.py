@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,11 @@ def test_the_run_folder_holds_what_a_run_is(tmp_path: Path, few_rows: dict[str, 
     assert RunConfig.from_dict(yaml.safe_load((run.folder / "config.yaml").read_text())) == wanted
     record = RunRecord.load(run.folder / "record.json")
     assert record == run.record
+    shutil.copytree(run.weights, tmp_path / "copied")
+    here, elsewhere = find_saved_model(run.weights), find_saved_model(tmp_path / "copied")
+    assert elsewhere == replace(here, folder=elsewhere.folder), (
+        "a copy has the length, tokenizer and decoding of its run"
+    )
     assert record.rows == {"train": ROWS, "validation": 100}
     assert record.parameters["trainable"] == record.parameters["lora"] + record.parameters["head"]
     assert record.files["adapter"] == sum(file.stat().st_size for file in run.weights.iterdir())
