@@ -28,8 +28,8 @@ MODULES = (
     "core.config.schema", "core.config.loader", "core.errors", "core.records", "lora.inject", "lora.layers",
     "lora.target_modules", "lora.architectures", "lora.variants.table", "lora.kernels.reference",
     "lora.kernels.fused", "lora.unpadding", "lora.multi_adapter", "data.tasks.base", "data.tasks.generation",
-    "data.metrics.glue", "data.metrics.texts", "models.load", "adapters.save_load", "adapters.merge",
-    "adapters.combine", "adapters.push", "adapters.convert.loralib", "training.run", "training.joint",
+    "data.metrics.glue", "data.metrics.texts", "models.load", "adapters.pretrained", "adapters.save_load",
+    "adapters.merge", "adapters.combine", "adapters.push", "adapters.convert.loralib", "training.run", "training.joint",
     "inference.classify", "inference.generate", "experiments.sweep.study", "experiments.compare.comparison",
     "serving.engine",
 )  # fmt: skip

@@ -41,9 +41,29 @@ def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> P
 
 
 @on_plain_model()
-@functools.wraps(save_load.load_adapter)
-def load_adapter(model: PreTrainedModel, *arguments: Any, **named: Any) -> PreTrainedModel:
-    return _with_save_pretrained(save_load.load_adapter(model, *arguments, **named))
+def load_adapter(
+    model: PreTrainedModel,
+    folder: str | Path,
+    name: str = "default",
+    own_head: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Adds the adapter in `folder` to a plain or already adapted model as adapter `name`, and activates it.
+
+    `model.save_pretrained` writes the active adapter from then on, until `eject`.
+
+    Args:
+        folder: an adapter folder, or the hub id of an adapter, `user/name`.
+        own_head: accept labels other than the model's, also another number of them. The model has these labels while
+            the adapter is active. Adapters of several tasks on one base need this.
+        revision: a branch, tag or commit of the hub repository.
+
+    Raises:
+        HubError: the hub is out of reach, refuses, or has no such adapter.
+        AdapterError: the folder is no readable adapter, or does not fit this model: a missing or extra tensor, a wrong
+            shape, another base, other labels. The model is unchanged.
+    """
+    return _with_save_pretrained(save_load.load_adapter(model, folder, name, own_head, revision))
 
 
 def _with_save_pretrained(model: PreTrainedModel) -> PreTrainedModel:

@@ -27,6 +27,7 @@ from lora_hf.training.arguments import training_arguments
 from lora_hf.training.callbacks import SignalHandler
 from lora_hf.training.checkpoints import MANIFEST_FILE, checkpoints_in, find_damage
 from lora_hf.training.run import Run, train
+from lora_hf.training.run_dir import LOCK_FILE
 from lora_hf.training.trainer import Optimizations
 from tests.support.distributed_runs import DEVELOPMENT, NONE_LEFT, WITH_FSDP, by_length, classify, generate, rows_of
 from tests.support.kills import differences, small_config
@@ -157,7 +158,7 @@ def test_both_processes_return_the_run_that_the_first_wrote(shared: Path, seen: 
     assert seen[1]["classify"]["metrics"] == RunRecord.load(folder / "record.json").metrics
     files = {path.name for path in folder.iterdir()}
     written = {"config.yaml", "adapter", "record.json", "predictions-validation.jsonl", "log.jsonl", "curves.png"}
-    assert files == written | {"checkpoints"}
+    assert files == written | {"checkpoints", LOCK_FILE}
     checkpoints = folder / "checkpoints"
     assert all((each / MANIFEST_FILE).exists() for each in checkpoints_in(checkpoints))
     assert not [find_damage(checkpoint) for checkpoint in checkpoints_in(checkpoints) if find_damage(checkpoint)]

@@ -23,6 +23,7 @@ from lora_hf.experiments.sweep import storage, trials
 from lora_hf.experiments.sweep.space import read_sweep
 from lora_hf.experiments.sweep.study import sweep
 from lora_hf.training.run import train
+from lora_hf.training.run_dir import LOCK_FILE
 from tests.tolerances import FLAT_RSS
 
 pytestmark = pytest.mark.full
@@ -76,7 +77,7 @@ def test_only_the_best_trial_keeps_its_adapter(swept: tuple[Path, SweepRecord]) 
         light = {"record.json", "config.yaml", "log.jsonl", "curves.png"}
         is_best = trial["number"] == record.best["number"]
         assert (folder / "best").samefile(folder / f"trial-{trial['number']}") == is_best
-        assert kept == (light | {"adapter", "predictions-validation.jsonl"} if is_best else light)
+        assert kept - {LOCK_FILE} == (light | {"adapter", "predictions-validation.jsonl"} if is_best else light)
     for name in ("importance.png", "parallel.png", "history.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob(".results-*"))
