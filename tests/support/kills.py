@@ -74,7 +74,9 @@ def differences(uninterrupted: Run, folder: Path) -> list[str]:
     last = checkpoints_in(uninterrupted.folder / "checkpoints")[0]
     files = [*uninterrupted.weights.iterdir(), *uninterrupted.folder.glob("predictions-*.jsonl"), *last.iterdir()]
     paths = [
-        path.relative_to(uninterrupted.folder) for path in sorted(files) if path.name not in (STATE_FILE, MANIFEST_FILE)
+        path.relative_to(uninterrupted.folder)
+        for path in sorted(files)
+        if path.name not in (STATE_FILE, MANIFEST_FILE, RUN_CONFIG_FILE)  # the last holds the folder's own path
     ]
     found = [
         str(path)
