@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,19 +63,20 @@ def in_head(model: PreTrainedModel, key: str) -> bool:
     return key.startswith(tuple(f"{PREFIX}{path}." for path in adapter_heads(model)))
 
 
-def without_copies(model: PreTrainedModel, file: AdapterFile) -> dict[str, torch.Tensor]:
-    """The tensors without PEFT's duplicates: of the head's biases (`bias: all`) and of base embeddings."""
+def without_copies(model: PreTrainedModel, file: AdapterFile) -> AdapterFile:
+    """The file without PEFT's duplicates: of the head's biases (`bias: all`) and of base embeddings."""
     whole = modules_in_file(model, file)
     parts = ("modules_to_save.", "original_module.") if file.config.get("bias") == "all" else ()
     copies = tuple(f"{PREFIX}{path}.{part}" for path in whole for part in parts)
     owned = tuple(f"{PREFIX}{path}." for path in whole)
     layers = adaptable_modules(model)
-    return {
+    tensors = {
         key: tensor
         for key, tensor in file.tensors.items()
         if not key.startswith(copies)
         and (key.startswith(owned) or not is_base(layers, key.removeprefix(PREFIX), tensor))
     }
+    return replace(file, tensors=tensors)
 
 
 def new_heads(model: PreTrainedModel, file: AdapterFile, own_head: bool) -> dict[str, nn.Module]:
@@ -119,7 +121,11 @@ def labels_of(switch: AdapterState, file: AdapterFile, heads: Mapping[str, nn.Mo
 def check_fit(
     model: PreTrainedModel, file: AdapterFile, heads: Mapping[str, nn.Module], own_head: bool
 ) -> tuple[list[SavedLayer], dict[str, nn.Module]]:
-    """Checks the file against the model; returns its layers, and the modules of which it trains only the bias."""
+    """Checks the file, without copies, against the model.
+
+    Returns:
+        Its layers, and the modules of which it trains only the bias.
+    """
     if not own_head:
         _check_labels(model, file)
     owned = tuple(f"{path}." for path in heads)  # PEFT adapts no module that it trains whole
@@ -145,7 +151,7 @@ def check_fit(
     for path, ids in token_rows_in_file(model, file).items():
         hidden = plain_module(model, path).weight.shape[1]  # type: ignore[union-attr]
         shapes[f"{PREFIX}{path}.{FILE_KEY}"] = (len(ids), int(hidden))  # type: ignore[arg-type]
-    check_shapes(shapes, without_copies(model, file), f"{file.folder}/{WEIGHTS_FILE}")
+    check_shapes(shapes, file.tensors, f"{file.folder}/{WEIGHTS_FILE}")
     for layer in layers:
         b = file.tensors[f"{PREFIX}{layer.path}.{factor_keys(modules[layer.path])[1]}"]
         if sum(int(block.count_nonzero()) for block in diagonal_blocks(b, layer.slices)) != int(b.count_nonzero()):

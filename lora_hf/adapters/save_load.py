@@ -121,21 +121,9 @@ def load_adapter(
     own_head: bool = False,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """Adds the adapter in `folder` to a plain or already adapted model as adapter `name`, and activates it.
-
-    Args:
-        folder: an adapter folder, or the hub id of an adapter, `user/name`.
-        own_head: accept labels other than the model's, also another number of them. The model has these labels while
-            the adapter is active. Adapters of several tasks on one base need this.
-        revision: a branch, tag or commit of the hub repository.
-
-    Raises:
-        HubError: the hub is out of reach, refuses, or has no such adapter.
-        AdapterError: the folder is no readable adapter, or does not fit this model: a missing or extra tensor, a wrong
-            shape, another base, other labels. The model is unchanged.
-    """
+    """`pretrained.load_adapter`, without changing what `save_pretrained` does."""
     check_new_name(model, name)
-    file = read_adapter(fetch_adapter(folder, revision))
+    file = without_copies(model, read_adapter(fetch_adapter(folder, revision)))
     heads = new_heads(model, file, own_head)
     saved_layers, biases = check_fit(model, file, heads, own_head)
     init, holds_init = base_dependent_init(file)
@@ -169,14 +157,15 @@ def load_adapter(
         logger.warning(
             "%s: PEFT records no fingerprint, so nobody can check that the adapter was trained on these weights", folder
         )
-    if saved_layers and not any(lora_layers(model)[layer.path].adapters[name].moved() for layer in saved_layers):
+    layers = lora_layers(model)
+    if saved_layers and not any(layers[saved.path].adapters[name].moved() for saved in saved_layers):
         logger.warning("%s: lora_B is zero in every module, so this adapter changes no projection", folder)
     return set_adapter(model, name)
 
 
 def restore_adapter(model: PreTrainedModel, folder: str | Path, name: str = "default") -> None:
     """Copies the tensors in `folder`, a checkpoint of the same run, into adapter `name` of the model."""
-    file = read_adapter(folder)
+    file = without_copies(model, read_adapter(folder))
     copy_lora_weights(model, file, name)
     _load_heads(model, file, name)
 
@@ -202,7 +191,7 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
                 f"{found_rslora}"
             )
     shapes |= {key: tuple(bias.shape) for key, bias in standalone_biases(model, name, PREFIX).items()}
-    found = {key: tensor for key, tensor in without_copies(model, file).items() if not in_head(model, key)}
+    found = {key: tensor for key, tensor in without_copies(model, file).tensors.items() if not in_head(model, key)}
     check_shapes(shapes, found, f"{file.folder}/{WEIGHTS_FILE}")
     for path, layer in layers.items():
         from_peft(layer, name, file.tensors, f"{PREFIX}{path}")
@@ -239,11 +228,10 @@ def load_saved_model(
 
 
 def _load_heads(model: PreTrainedModel, file: AdapterFile, name: str) -> None:
-    tensors = without_copies(model, file)
     for path, head in adapter_heads(model).items():
         if name not in head.modules_to_save:
             continue
         prefix = f"{PREFIX}{path}."
         head.modules_to_save[name].load_state_dict(
-            {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            {key.removeprefix(prefix): value for key, value in file.tensors.items() if key.startswith(prefix)}
         )

@@ -112,7 +112,7 @@ _BERT = _in_layer(
     ffn_up="intermediate.dense",
     ffn_down="output.dense",
 )
-_FFN_OF_BERT = {role: _BERT[role] for role in ("o", "ffn_up", "ffn_down")}
+_BERT_BESIDE_QKV = {role: _BERT[role] for role in ("o", "ffn_up", "ffn_down")}
 _MPNET = _in_layer("encoder.layer.*", **{role: f"attention.attn.{role}" for role in "qkvo"}) | {
     role: _BERT[role] for role in ("ffn_up", "ffn_down")
 }
@@ -185,6 +185,7 @@ _T5 = _in_layer(
     ffn_down="DenseReluDense.wo",
 )
 
+_RELATIVE = "an attention with relative positions"
 _EXPERTS = "its experts are one tensor for all, not projections"
 _NO_EXPERTS = dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), _EXPERTS)
 
@@ -201,7 +202,7 @@ _LLAMA_LIKE = _decoder(_LLAMA)
 _SCALED_LOGITS = _decoder(_LLAMA, plain_logits=False)
 _MOE = replace(_decoder(_ATTENTION), refused=_NO_EXPERTS)
 _SUMMARIZER = Architecture(_BART, padded_because="an encoder and a decoder")
-_TEXT_TO_TEXT = Architecture(_T5, padded_because="an attention with relative positions")
+_TEXT_TO_TEXT = Architecture(_T5, padded_because=_RELATIVE)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _ENCODER,
@@ -212,15 +213,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "camembert": _ROBERTA,
     "distilbert": Architecture(_DISTILBERT),
     "albert": Architecture(_ALBERT),
-    "mpnet": Architecture(_MPNET, padded_because="an attention with relative positions"),
+    "mpnet": Architecture(_MPNET, padded_because=_RELATIVE),
     "modernbert": Architecture(_MODERNBERT, padded_because="a sliding-window attention"),
     "deberta": Architecture(
-        _fused("encoder.layer.*.attention.self.in_proj", "q", "k", "v", columns=_by_head) | _FFN_OF_BERT,
-        padded_because="an attention with relative positions",
+        _fused("encoder.layer.*.attention.self.in_proj", "q", "k", "v", columns=_by_head) | _BERT_BESIDE_QKV,
+        padded_because=_RELATIVE,
     ),
     "deberta-v2": Architecture(
         _BERT | {role: Projection(f"{_BERT[role].path}_proj") for role in "qkv"},
-        padded_because="an attention with relative positions",
+        padded_because=_RELATIVE,
     ),
     "gpt2": _decoder(_GPT2),
     "gpt_neo": _decoder(_GPT_NEO, padded_because="a sliding-window attention"),

@@ -28,6 +28,8 @@ from lora_hf.experiments.suite.plan import (
     write_config,
 )
 from lora_hf.experiments.suite.results import base_bytes, compare_all, run_result
+from lora_hf.training.checkpoints import checkpoints_in
+from lora_hf.training.run_dir import CHECKPOINTS_FOLDER
 from lora_hf.training.validation import joint_problems
 
 logger = logging.getLogger(__name__)
@@ -149,7 +151,7 @@ def _can_join(run: PlannedRun) -> bool:
 
 
 def _has_checkpoint(run: PlannedRun) -> bool:
-    return any((run.folder / "checkpoints").glob("checkpoint-*"))
+    return bool(checkpoints_in(run.folder / CHECKPOINTS_FOLDER))
 
 
 def _commands(runs: Sequence[PlannedRun]) -> list[list[str]]:
