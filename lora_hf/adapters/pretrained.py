@@ -18,10 +18,10 @@ from lora_hf.adapters import save_load
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora import inject as injection
-from lora_hf.lora.wrappers import on_plain_model
+from lora_hf.lora.wrappers import on_unwrapped_model
 
 
-@on_plain_model()
+@on_unwrapped_model()
 def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> PreTrainedModel:
     """Replaces the projections that `lora` names by LoRA layers, copies the task head and freezes the rest.
 
@@ -40,7 +40,7 @@ def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> P
     return _with_save_pretrained(injection.inject(model, lora, name))
 
 
-@on_plain_model()
+@on_unwrapped_model()
 def load_adapter(
     model: PreTrainedModel,
     folder: str | Path,

@@ -50,14 +50,14 @@ from lora_hf.lora.variants.biases import (
 from lora_hf.lora.variants.dora import DoraWeights
 from lora_hf.lora.variants.table import Variant, initialise
 from lora_hf.lora.variants.tokens import FILE_KEY, add_token_rows, token_rows
-from lora_hf.lora.wrappers import on_plain_model
+from lora_hf.lora.wrappers import on_unwrapped_model
 from lora_hf.models.align import align_tokenizer
 from lora_hf.models.load import dequantise, load_base, load_tokenizer, quantise
 
 logger = logging.getLogger(__name__)
 
 
-@on_plain_model(changes=False)
+@on_unwrapped_model(changes=False)
 def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "default", task: str | None = None) -> Path:
     """Writes adapter `name` with its task head to `folder`, and returns the folder.
 

@@ -27,7 +27,7 @@ from lora_hf.lora.variants.biases import add_biases, check_no_standalone_biases,
 from lora_hf.lora.variants.embedding import check_not_tied
 from lora_hf.lora.variants.table import PLAIN, Variant, initialise, new_weights
 from lora_hf.lora.variants.tokens import token_modules
-from lora_hf.lora.wrappers import on_plain_model, plain_model
+from lora_hf.lora.wrappers import on_unwrapped_model, unwrap_model
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def add_weights(
     return weights
 
 
-@on_plain_model()
+@on_unwrapped_model()
 def eject(model: PreTrainedModel) -> PreTrainedModel:
     """Restores the plain model: with its own projections and head or, after `merge`, the merged ones.
 
@@ -159,7 +159,7 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@on_plain_model()
+@on_unwrapped_model()
 def merge(model: PreTrainedModel) -> PreTrainedModel:
     """Adds the active adapter to the base weights (in fp32, rounded once); doing it again changes nothing.
 
@@ -198,7 +198,7 @@ def merge_drift(model: nn.Module) -> dict[str, Drift]:
     return {path: layer.drift for path, layer in lora_layers(model).items() if layer.drift}
 
 
-@on_plain_model()
+@on_unwrapped_model()
 def unmerge(model: PreTrainedModel) -> PreTrainedModel:
     """Restores the base weights bit for bit."""
     for layer in lora_layers(model).values():
@@ -207,7 +207,7 @@ def unmerge(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@on_plain_model(changes=False)
+@on_unwrapped_model(changes=False)
 def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     """Makes adapter `name` the active one for everyone who has not chosen another; None is the bare base.
 
@@ -227,7 +227,7 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
 
 def adapter_state(model: PreTrainedModel) -> AdapterState:
     """The state that all LoRA layers and heads of the model share; a plain model gets a new one."""
-    model = plain_model(model)
+    model = unwrap_model(model)
     base = model.base_model
     if not hasattr(base, STATE_ATTRIBUTE):
         state = AdapterState()

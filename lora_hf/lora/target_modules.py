@@ -31,7 +31,7 @@ from lora_hf.lora.quantization import QuantisedLinear
 from lora_hf.lora.role_guesses import guess_roles
 from lora_hf.lora.slices import Slice, are_disjoint, slice_width
 from lora_hf.lora.variants.embedding import embeddings_path
-from lora_hf.lora.wrappers import plain_model
+from lora_hf.lora.wrappers import unwrap_model
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def plan(model: PreTrainedModel, lora: LoraConfig) -> list[Site]:
         ConfigError: a target that matches nothing, two targets that adapt the same columns, or a layer that the model
             does not have.
     """
-    model = plain_model(model, changes=True)
+    model = unwrap_model(model, changes=True)
     modules, prefix = adaptable_modules(model), base_prefix(model)
     whole = tuple(f"{path}." for path in modules_to_train(model, lora.modules_to_save))
     modules = {path: module for path, module in modules.items() if not f"{path}.".startswith(whole)}

@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 PARALLEL = (DataParallel, DistributedDataParallel)
 
 
-def plain_model(model: Any, changes: bool = False) -> PreTrainedModel:
+def unwrap_model(model: Any, changes: bool = False) -> PreTrainedModel:
     """The transformers model inside `model`.
 
     Args:
@@ -37,7 +37,7 @@ def plain_model(model: Any, changes: bool = False) -> PreTrainedModel:
         if changes:
             wrapper = kind if isinstance(model, PARALLEL) else "torch.compile"
             raise ModelError(f"{wrapper} has wrapped this model; change the plain model first, and wrap it again")
-        return plain_model(inner)
+        return unwrap_model(inner)
     if hasattr(model, "peft_config"):
         raise ModelError(
             f"{kind} is a model of PEFT: save its adapter with save_pretrained, and load it here with load_adapter "
@@ -55,13 +55,13 @@ def plain_model(model: Any, changes: bool = False) -> PreTrainedModel:
     return found[0]
 
 
-def on_plain_model(changes: bool = True) -> Callable[[F], F]:
+def on_unwrapped_model(changes: bool = True) -> Callable[[F], F]:
     """A function of a model that also takes wrappers; it returns the wrapper where it would return the model."""
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
         def call(model: Any, *arguments: Any, **named: Any) -> Any:
-            inner = plain_model(model, changes)
+            inner = unwrap_model(model, changes)
             result = function(inner, *arguments, **named)
             return model if result is inner else result
 
