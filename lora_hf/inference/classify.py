@@ -61,8 +61,8 @@ class Predictor:
         return logits
 
     def predict(self, rows: dict[str, list], batch_size: int = 64, progress: Progress = iter) -> list[dict[str, Any]]:
-        """The `format_prediction` of each row."""
-        return [format_prediction(self.task, row) for row in self.logits(rows, batch_size, progress)]
+        """The answer for each row, as `Task.format_answer`."""
+        return [self.task.format_answer(row) for row in self.logits(rows, batch_size, progress)]
 
 
 @dataclass
@@ -127,21 +127,9 @@ class MultiAdapterPredictor:
     def predict(
         self, rows: Sequence[tuple[str, Mapping[str, str]]], batch_size: int = 64, progress: Progress = iter
     ) -> list[dict[str, Any]]:
-        """The `format_prediction` of each row."""
+        """The answer for each row, as `Task.format_answer`."""
         logits = self.logits(rows, batch_size, progress)
-        return [format_prediction(self.saved[name].task, row) for (name, _), row in zip(rows, logits, strict=True)]
-
-
-def format_prediction(task: Task, logits: np.ndarray) -> dict[str, Any]:
-    """The label and the probability of each label, from logits `(num_labels,)`; the score for a regression."""
-    if task.problem_type == "regression":
-        return {"score": round(float(logits[0]), 4)}
-    exponentials = np.exp(logits - logits.max())
-    probabilities = zip(task.label_names, exponentials / exponentials.sum(), strict=True)
-    return {
-        "label": task.label_names[int(logits.argmax())],
-        "probabilities": {name: round(float(probability), 4) for name, probability in probabilities},
-    }
+        return [self.saved[name].task.format_answer(row) for (name, _), row in zip(rows, logits, strict=True)]
 
 
 def _encode(
@@ -201,5 +189,5 @@ def evaluate(
     task, metrics = predictor.task, {}
     for split, rows in splits.items():
         columns = {column: list(rows[column]) for column in task.text_columns}
-        metrics[split] = task.score(predictor.logits(columns, progress=progress), np.asarray(rows["label"]))
+        metrics[split] = task.score_rows(predictor.logits(columns, progress=progress), rows)
     return metrics

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import ConfigError, HubError, ModelError, UserError, did_you_mean
 from lora_hf.core.hub_access import explain_hub_error, hub_is_reachable, hub_unreachable, is_hub_error
-from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.base import ModelKind, Task
 from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.lora.heads import head_paths, mark_head_as_new
@@ -73,6 +73,11 @@ DROPOUTS = (
     "pooler_dropout",
 )
 
+AUTO_CLASSES: dict[ModelKind, type] = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "causal-lm": AutoModelForCausalLM,
+}
+
 T = TypeVar("T")
 
 
@@ -84,23 +89,19 @@ def load_base(model: ModelConfig, task: Task, seed: int = 0) -> PreTrainedModel:
         HubError: the model is only on the hub, and the hub is out of reach.
         ConfigError: `model.quantised` needs a package that is not installed.
     """
-    if task.model_kind != "sequence-classification":
-        return load_model(model, None, seed)
-    head: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": task.problem_type}
-    labels = task.label_names
-    if labels:
-        head |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    return load_model(model, head, seed)
+    return load_model(model, task.model_kind, task.head_config(), seed)
 
 
 @flush_denormals()
-def load_model(model: ModelConfig, head: dict[str, Any] | None, seed: int = 0) -> PreTrainedModel:
-    """`load_base` without a task: a classifier with the config values in `head`, or a causal LM if it is None.
+def load_model(
+    model: ModelConfig, kind: ModelKind, head: dict[str, Any] | None = None, seed: int = 0
+) -> PreTrainedModel:
+    """`load_base` without a task: a model of the given kind, with the config values in `head`.
 
     Raises:
         ModelError, HubError: as `load_base`.
     """
-    auto: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+    auto: Any = AUTO_CLASSES[kind]
     dtype = DTYPES[resolve_precision(model.precision)]
     config = read_config(model, head or {})
     torch.manual_seed(seed)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lora_hf.core.errors import AdapterError
-from lora_hf.inference.classify import format_prediction, pad_rows
+from lora_hf.inference.classify import pad_rows
 from lora_hf.serving.requests import ClassifyRequest, ClassifyResult
 from lora_hf.serving.worker import Worker
 
@@ -51,5 +51,5 @@ def _finish(request: ClassifyRequest) -> None:
     if not all(np.isfinite(row).all() for row in logits):
         request.fail(AdapterError(f"{version.name} (version {version.digest}): returned logits that are not finite"))
         return
-    answers = [format_prediction(version.saved.task, row) for row in logits]
+    answers = [version.saved.task.format_answer(row) for row in logits]
     request.finish(ClassifyResult(version.name, version.digest, answers, logits, request.truncated))

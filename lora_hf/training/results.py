@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -24,49 +26,38 @@ def score_outputs(
     folder: Path,
     log_prefix: str = "",
 ) -> None:
-    """Puts the scores of each evaluation split on the record, and writes a classifier's predictions to `folder`.
+    """Puts the scores of each evaluation split on the record, and writes the predictions for its rows to `folder`.
 
     Args:
-        outputs: by split the logits `(rows, num_labels)`, or for a generation task what its `score` takes.
+        outputs: by split what the task's `score_rows` takes.
         log_prefix: opens each warning, to name the run where there are several.
     """
     for split, values in outputs.items():
-        if task.model_kind == "causal-lm":
-            record.metrics[split] = task.score(values, ())
-            continue
-        _write_predictions(folder / f"predictions-{split}.jsonl", task, rows[split], values)
-        _score_classifier(record, task, split, values, rows, log_prefix)
+        scores = task.score_rows(values, rows[split])
+        majority = task.majority_of_rows(rows[split], rows[task.train_split])
+        record.metrics[split] = scores
+        warnings = task.weaknesses(values)
+        if majority:
+            record.majority[split] = majority
+            warnings += _no_better_than(majority, scores, task.best_metric)
+        for warning in warnings:
+            record.warnings.append(f"{split}: {warning}")
+            logger.warning("%s%s: %s", log_prefix, split, warning)
+        _write_predictions(folder / f"predictions-{split}.jsonl", task.prediction_lines(values, rows[split]))
 
 
-def _score_classifier(
-    record: RunRecord, task: Task, split: str, logits: np.ndarray, rows: Mapping[str, Dataset], log_prefix: str
-) -> None:
-    labels, train_labels = np.asarray(rows[split]["label"]), np.asarray(rows[task.train_split]["label"])
-    scores, majority = task.score(logits, labels), task.majority(labels, train_labels)
-    record.metrics[split], record.majority[split] = scores, majority
-    warnings = []
-    if task.problem_type != "regression" and len(np.unique(logits.argmax(axis=1))) == 1:
-        only = task.label_names[int(logits[0].argmax())]
-        warnings.append(f"{split}: the model predicts {only!r} for every row; it has collapsed to one class")
-    best = task.best_metric
-    if scores[best] <= majority[best]:
-        warnings.append(
-            f"{split}: {best} {scores[best]:.4f} is no better than the majority class ({majority[best]:.4f}); train "
-            "longer, or with another learning rate"
-        )
-    record.warnings += warnings
-    for warning in warnings:
-        logger.warning("%s%s", log_prefix, warning)
+def _no_better_than(majority: Mapping[str, float], scores: Mapping[str, float], metric: str) -> list[str]:
+    if scores[metric] > majority[metric]:
+        return []
+    found = f"{metric} {scores[metric]:.4f} is no better than the majority class ({majority[metric]:.4f})"
+    return [f"{found}; train longer, or with another learning rate"]
 
 
-def _write_predictions(path: Path, task: Task, rows: Dataset, logits: np.ndarray) -> None:
-    """One JSON object a row, in the order of the split: row number, label, prediction and logits."""
-    with path.open("w", encoding="utf-8") as file:
-        for index, (label, row) in enumerate(zip(rows["label"], np.asarray(logits, dtype=float), strict=True)):
-            regression = task.problem_type == "regression"
-            prediction = float(row.reshape(-1)[0]) if regression else int(row.argmax())
-            line = {"row": index, "label": label, "prediction": prediction, "logits": row.reshape(-1).round(6).tolist()}
-            file.write(json.dumps(line) + "\n")
+def _write_predictions(path: Path, lines: Iterator[dict[str, Any]]) -> None:
+    """Writes one JSON object a row, in the order of the split; no file for tasks without lines."""
+    if first := next(lines, None):
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in itertools.chain([first], lines))
 
 
 def draw_curves(record: RunRecord, path: Path) -> None:

@@ -35,7 +35,7 @@ from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.core.provenance import folder_size, git_state, machine, peak_rss, versions
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.sampling import number_prompts
-from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.base import ModelKind, Task
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.data.tokenization import encode
 from lora_hf.lora.inject import count_parameters, inject_at, inject_head
@@ -280,7 +280,7 @@ def _new_trainer(
         args=arguments,
         train_dataset=encoded[task.train_split],
         eval_dataset={split: encoded[split] for split in task.evaluation_splits},
-        data_collator=padding_collator(model, tokenizer, generates),
+        data_collator=padding_collator(model, tokenizer, task.model_kind),
         compute_metrics=lambda outcome: task.score(outcome.predictions, outcome.label_ids),
         preprocess_logits_for_metrics=completion_loss if generates else None,
     )
@@ -303,13 +303,17 @@ def _new_trainer(
     return trainer
 
 
-def padding_collator(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generates: bool
-) -> DataCollatorForSeq2Seq | DataCollatorWithPadding:
-    """Pads a batch on the base's side; `tokenizer` keeps its own, with which it is saved."""
+COLLATORS: dict[ModelKind, Callable[[PreTrainedTokenizerBase], Any]] = {
+    "sequence-classification": DataCollatorWithPadding,
+    "causal-lm": DataCollatorForSeq2Seq,
+}
+
+
+def padding_collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> Any:
+    """Returns what pads a batch on the base's side; `tokenizer` keeps its own, with which it is saved."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.padding_side = padding_side(model)
-    return DataCollatorForSeq2Seq(tokenizer) if generates else DataCollatorWithPadding(tokenizer)
+    return COLLATORS[kind](tokenizer)
 
 
 def _fit(run: PreparedRun, checkpoint: Path | None) -> Mapping[str, float]:

@@ -126,4 +126,4 @@ def test_the_modules_of_a_model_are_shown_without_its_weights(capsys: pytest.Cap
 
 
 def base_of(name: str) -> PreTrainedModel:
-    return load_model(ModelConfig(name=name, precision="fp32"), None)
+    return load_model(ModelConfig(name=name, precision="fp32"), "causal-lm")

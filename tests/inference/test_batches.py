@@ -100,7 +100,7 @@ def test_the_likelihoods_of_a_perplexity(
     rows = {"prompt": ["w1", "w2 " * 15, "w3 <pad> w4 </s>"], "completion": ["w5", "w6 w7 </s> w8", "w9 " * 12]}
     encoded = task.encode(rows, tokenizer, 60)
     rows_encoded = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
-    collate = padding_collator(model, tokenizer, generates=True)
+    collate = padding_collator(model, tokenizer, "causal-lm")
 
     def likelihoods(batch: list[Any]) -> torch.Tensor:
         inputs = collate([dict(row) for row in batch])

@@ -29,7 +29,7 @@ from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.core.records import RUN_CONFIG_FILE
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.inference.classify import MultiAdapterPredictor, format_prediction
+from lora_hf.inference.classify import MultiAdapterPredictor
 from lora_hf.lora.inject import adapter_heads, inject, lora_layers
 from lora_hf.models.load import load_base
 from lora_hf.serving.requests import digest_of
@@ -187,7 +187,7 @@ def _offline(folders: list[Path], texts: list[str], column: str, precision: str)
     expected = {}
     for folder in folders:
         logits = predictor.logits([(folder.name, {column: text}) for text in texts])
-        expected[digest_of(folder)] = [format_prediction(saved[folder.name].task, row) for row in logits]
+        expected[digest_of(folder)] = [saved[folder.name].task.format_answer(row) for row in logits]
     return expected
 
 

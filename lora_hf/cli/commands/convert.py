@@ -118,7 +118,11 @@ def _load_base(name: str, task: str | None, num_labels: int | None) -> PreTraine
     config = ModelConfig(name=name, precision="fp32")
     if task is not None:
         return load_base(config, get_task(task))
-    model = load_model(config, None if num_labels is None else {"num_labels": num_labels})
+    model = (
+        load_model(config, "causal-lm")
+        if num_labels is None
+        else load_model(config, "sequence-classification", {"num_labels": num_labels})
+    )
     architecture = ARCHITECTURES.get(model.config.model_type)
     if num_labels is None and architecture and not architecture.causal:
         raise ConfigError(f"{name} is not a causal language model and the file has no head: expected --task NAME")

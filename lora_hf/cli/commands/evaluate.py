@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--without-adapter: {options.adapter} is a whole model and has no adapter to leave out")
     splits = saved.task.evaluation_splits if options.split in (None, "validation") else (options.split,)
     rows = saved.task.load(options.data_dir, splits)
-    if saved.task.model_kind == "causal-lm":
+    if saved.task.verb == "generate":
         if options.precision:
             raise ConfigError(f"--precision: {saved.task.name} is always generated in fp32; leave the option out")
         scores = _evaluate_texts(saved, rows, adapted=not options.without_adapter)

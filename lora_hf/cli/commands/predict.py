@@ -69,7 +69,7 @@ def _predict_one(options: argparse.Namespace, adapter: str) -> list[dict[str, An
     from lora_hf.adapters.resolve import find_saved_model
 
     saved = find_saved_model(adapter, options.revision, options.model)
-    if saved.task.model_kind != "sequence-classification":
+    if saved.task.verb != "predict":
         raise ConfigError(f"{adapter} was trained for {saved.task.name}, which generates texts; use generate instead")
     columns = saved.task.text_columns
     if options.input is not None:

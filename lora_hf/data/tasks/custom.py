@@ -8,7 +8,6 @@ or a number instead of a text is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,24 +15,16 @@ from typing import TYPE_CHECKING, Any
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import ConfigError, DataError
 from lora_hf.data.readers import TABLE_SUFFIXES, read_rows, to_dataset
-from lora_hf.data.tasks.base import Task, TextClassification
+from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.classification import TextClassification
 from lora_hf.data.tasks.generation import Example, TextGeneration
+from lora_hf.data.tasks.kind import Kind
 from lora_hf.data.tasks.row_checks import check_text, nfc, read_labels
-from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE, find_data_folder
+from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE, Source, find_data_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-DEFAULT_COLUMNS = {
-    "classification": (("text",), "label"),
-    "regression": (("text",), "label"),
-    "generation": (("prompt",), "completion"),
-}
-METRICS = {
-    "classification": ("accuracy", "macro_f1", "matthews_correlation"),
-    "regression": ("pearson", "spearmanr"),
-    "generation": (),
-}
 LARGEST_SCORE = 1e30  # labels are float32, whose largest number is 3e38
 
 
@@ -43,26 +34,12 @@ def custom_task(config: TaskConfig) -> Task:
     Raises:
         ConfigError: everything that is missing or inconsistent, in one message.
     """
-    kind = config.kind
-    assert kind is not None
-    default_texts, default_label = DEFAULT_COLUMNS[kind]
-    texts, label = config.text_columns or default_texts, config.label_column or default_label
-    source = CustomFiles(replace(config, data_dir=None, text_columns=texts, label_column=label))
-    _check(source.config)
-    if kind == "generation":
-        return CustomText(name=config.name, source=source, text_columns=(*texts, label), metric="e2e_nlg")
-    lowest, highest = (-LARGEST_SCORE, LARGEST_SCORE) if kind == "regression" else (0.0, 0.0)
-    return TextClassification(
-        name=config.name,
-        source=source,
-        text_columns=texts,
-        label_names=config.label_names or (),
-        problem_type="regression" if kind == "regression" else "single_label_classification",
-        metric=kind,
-        best_metric=config.metric or METRICS[kind][0],
-        lowest_score=lowest,
-        highest_score=highest,
-    )
+    assert config.kind is not None
+    kind = KINDS[config.kind]
+    texts, label = config.text_columns or kind.text_columns, config.label_column or kind.label_column
+    config = replace(config, data_dir=None, text_columns=texts, label_column=label)
+    _check(config, kind)
+    return kind.build(config, CustomFiles(config))
 
 
 def task_section(task: Task) -> dict[str, Any]:
@@ -73,31 +50,22 @@ def task_section(task: Task) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in ("data_dir", "max_length")}
 
 
-def _check(config: TaskConfig) -> None:
+def _check(config: TaskConfig, kind: Kind) -> None:
     problems = []
-    texts, names = config.text_columns or (), config.label_names or ()
+    texts = config.text_columns or ()
     if not re.fullmatch(r"\w[\w.-]{0,99}", config.name):  # it also names a folder in data_dir
         problems.append(
             "task.name: expected at most 100 letters, digits, '_', '-' and '.', the first no '-' or '.', found "
             f"{config.name!r:.110}"
         )
-    if len(texts) > (1 if config.kind == "generation" else 2) or len(set(texts)) < len(texts):
-        expected = "one column" if config.kind == "generation" else "one or two columns"
+    if len(texts) > kind.max_texts or len(set(texts)) < len(texts):
+        expected = "one column" if kind.max_texts == 1 else "one or two columns"
         problems.append(f"task.text_columns: expected {expected}, found {', '.join(texts)}")
     if config.label_column in texts:
         problems.append(f"task.label_column: {config.label_column!r} is one of task.text_columns")
-    elif "label" in texts and config.kind != "generation":
-        problems.append("task.text_columns: a text column cannot be called 'label'; rename it")
-    if config.kind == "classification" and (len(names) < 2 or len(set(map(nfc, names))) < len(names)):
-        problems.append(
-            "task.label_names: expected two or more different classes in the order of their ids, such as "
-            f"[negative, positive], found {', '.join(names) or 'none'}"
-        )
-    if config.kind != "classification" and names:
-        problems.append(f"task.label_names: task.kind={config.kind} has no classes; leave it out")
-    metrics = METRICS[config.kind or "generation"]
-    if config.metric is not None and config.metric not in metrics:
-        expected = f"one of {', '.join(metrics)}" if metrics else "none, as perplexity chooses the best checkpoint"
+    problems += kind.check(config)
+    if config.metric is not None and config.metric not in kind.metrics:
+        expected = f"one of {', '.join(kind.metrics)}" if kind.metrics else "none, as perplexity chooses the checkpoint"
         problems.append(f"task.metric: expected {expected}, found {config.metric}")
     if problems:
         raise ConfigError("\n  ".join([f"task.kind={config.kind}:", *problems]))
@@ -118,9 +86,7 @@ class CustomFiles:
         path = self._file(split, data_dir)
         texts, label = self.config.text_columns or (), self.config.label_column or ""
         rows = read_rows(path, (*texts, label))
-        if self.config.kind == "generation":
-            return rows, str(path)
-        return self._with_labels(rows, texts, label, path), str(path)
+        return KINDS[self.config.kind or "classification"].convert(self.config, rows, path), str(path)
 
     def _file(self, split: str, data_dir: str | None) -> Path:
         name = self.config.name
@@ -139,18 +105,6 @@ class CustomFiles:
         if len(files) > 1:
             raise DataError(f"{name}: split {split!r} is in {' and in '.join(map(str, files))}; keep one of them")
         return files[0]
-
-    def _with_labels(self, rows: Dataset, texts: Sequence[str], label: str, path: Path) -> Dataset:
-        import pyarrow
-        from datasets import ClassLabel, Features, Value
-
-        check_text(rows, str(path), tuple(texts))
-        names = list(self.config.label_names or ())
-        features = Features({column: Value("string") for column in texts})
-        features["label"] = ClassLabel(names=names) if names else Value("float32")
-        columns: dict[str, Any] = {column: rows.data.column(column).cast(pyarrow.string()) for column in texts}
-        columns["label"] = read_labels(_class_names(rows, label), names, str(path), label, "task.label_names")
-        return to_dataset(pyarrow.table(columns, schema=features.arrow_schema))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +128,84 @@ class CustomText(TextGeneration):
         return text.strip()
 
 
+def _check_classes(config: TaskConfig) -> list[str]:
+    names, problems = config.label_names or (), _check_label_column(config)
+    if len(names) < 2 or len(set(map(nfc, names))) < len(names):
+        problems.append(
+            "task.label_names: expected two or more different classes in the order of their ids, such as "
+            f"[negative, positive], found {', '.join(names) or 'none'}"
+        )
+    return problems
+
+
+def _check_no_classes(config: TaskConfig) -> list[str]:
+    problems = _check_label_column(config) if config.kind == "regression" else []
+    if config.label_names:
+        problems.append(f"task.label_names: task.kind={config.kind} has no classes; leave it out")
+    return problems
+
+
+def _check_label_column(config: TaskConfig) -> list[str]:
+    if config.label_column != "label" and "label" in (config.text_columns or ()):
+        return ["task.text_columns: a text column cannot be called 'label'; rename it"]
+    return []
+
+
+def _classification(config: TaskConfig, source: Source) -> Task:
+    regression = config.kind == "regression"
+    return TextClassification(
+        name=config.name,
+        source=source,
+        text_columns=config.text_columns or (),
+        label_names=config.label_names or (),
+        problem_type="regression" if regression else "single_label_classification",
+        metric=config.kind or "",
+        best_metric=config.metric or KINDS[config.kind or "classification"].metrics[0],
+        lowest_score=-LARGEST_SCORE if regression else 0.0,
+        highest_score=LARGEST_SCORE if regression else 0.0,
+    )
+
+
+def _generation(config: TaskConfig, source: Source) -> Task:
+    columns = (*(config.text_columns or ()), config.label_column or "")
+    return CustomText(name=config.name, source=source, text_columns=columns, metric="e2e_nlg")
+
+
+def _with_labels(config: TaskConfig, rows: Dataset, path: Path) -> Dataset:
+    """Returns the text columns under their own names, and the class or score as `label`."""
+    import pyarrow
+    from datasets import ClassLabel, Features, Value
+
+    texts, label, names = config.text_columns or (), config.label_column or "", list(config.label_names or ())
+    check_text(rows, str(path), texts)
+    features = Features({column: Value("string") for column in texts})
+    features["label"] = ClassLabel(names=names) if names else Value("float32")
+    columns: dict[str, Any] = {column: rows.data.column(column).cast(pyarrow.string()) for column in texts}
+    columns["label"] = read_labels(_class_names(rows, label), names, str(path), label, "task.label_names")
+    return to_dataset(pyarrow.table(columns, schema=features.arrow_schema))
+
+
 def _class_names(rows: Dataset, column: str) -> list[Any]:
     """Returns the values of a column; the ids of a file that names its classes become these names."""
     values, names = rows[column][:], getattr(rows.features[column], "names", None)
     if names is None:
         return values
     return [names[value] if value is not None and 0 <= value < len(names) else value for value in values]
+
+
+def _as_written(config: TaskConfig, rows: Dataset, path: Path) -> Dataset:
+    return rows
+
+
+KINDS: dict[str, Kind] = {
+    "classification": Kind(
+        ("text",),
+        "label",
+        ("accuracy", "macro_f1", "matthews_correlation"),
+        _classification,
+        _check_classes,
+        _with_labels,
+    ),
+    "regression": Kind(("text",), "label", ("pearson", "spearmanr"), _classification, _check_no_classes, _with_labels),
+    "generation": Kind(("prompt",), "completion", (), _generation, _check_no_classes, _as_written, max_texts=1),
+}

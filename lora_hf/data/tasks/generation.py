@@ -13,7 +13,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_hf.core.errors import DataError, ModelError
 from lora_hf.core.labels import IGNORE_INDEX
@@ -43,6 +43,8 @@ class TextGeneration(Task):
 
     `metric` names the task whose official scorer is used; `subsets` are parts of a test split with their own scores.
     """
+
+    verb: ClassVar[Literal["predict", "generate"]] = "generate"
 
     metric: str
     model_kind: ModelKind = "causal-lm"

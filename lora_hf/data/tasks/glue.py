@@ -8,7 +8,7 @@ those of https://gluebenchmark.com/tasks. The best checkpoint is chosen by the m
 from __future__ import annotations
 
 from lora_hf.data.synthetic import rule_sentiment
-from lora_hf.data.tasks.base import TextClassification
+from lora_hf.data.tasks.classification import TextClassification
 from lora_hf.data.tasks.raw_formats import TabSeparated
 from lora_hf.data.tasks.sources import Embedded, LocalOrHub
 

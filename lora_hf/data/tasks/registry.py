@@ -7,7 +7,7 @@ from dataclasses import replace
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import ConfigError, did_you_mean
 from lora_hf.data.tasks.base import Task
-from lora_hf.data.tasks.custom import custom_task
+from lora_hf.data.tasks.custom import KINDS, custom_task
 from lora_hf.data.tasks.glue import GLUE, RULE_SENTIMENT
 from lora_hf.data.tasks.nlg import NLG, RULE_RESTAURANTS
 
@@ -39,7 +39,7 @@ def task_of(config: TaskConfig) -> Task:
         if replace(config, data_dir=None, max_length=TaskConfig.max_length) != TaskConfig(config.name):
             raise ConfigError(
                 "task.text_columns, label_column, label_names and metric describe a custom task; also set task.kind "
-                "(classification, regression or generation), or leave them out"
+                f"({', '.join(KINDS)}), or leave them out"
             )
         return get_task(config.name)
     if config.name in _TASKS_AND_ALIASES:

@@ -17,7 +17,8 @@ from lora_hf.core.errors import DataError, UserError
 from lora_hf.core.parsing import parse_json
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord, ScoreRecord
 from lora_hf.data.metrics.classification import compute_metrics
-from lora_hf.data.tasks.base import Task, TextClassification
+from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.classification import TextClassification
 from lora_hf.data.tasks.registry import get_task, task_names, task_of
 
 # The official metric of STS-B rounds to float32. Predictions of another run differ by far more.

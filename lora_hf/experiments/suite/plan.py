@@ -46,7 +46,7 @@ class PlannedRun:
     @property
     def writes_texts(self) -> bool:
         """Whether the run is followed by generating and scoring texts."""
-        return get_task(self.task).model_kind == "causal-lm"
+        return get_task(self.task).verb == "generate"
 
 
 @dataclass(frozen=True)

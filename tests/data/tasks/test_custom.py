@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from lora_hf.core.config.schema import ModelConfig, TaskConfig
 from lora_hf.core.errors import ConfigError
-from lora_hf.data.tasks.base import TextClassification
+from lora_hf.data.tasks.classification import TextClassification
 from lora_hf.data.tasks.custom import task_section
 from lora_hf.data.tasks.generation import TextGeneration
 from lora_hf.data.tasks.registry import task_of

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lora_hf.core.errors import ConfigError, DataError, TrainingError
-from lora_hf.data.tasks.base import TextClassification
+from lora_hf.data.tasks.classification import TextClassification
 from lora_hf.data.tasks.glue import GLUE
 from lora_hf.data.tasks.registry import get_task, task_names
 

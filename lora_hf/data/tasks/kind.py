@@ -1,0 +1,37 @@
+"""What a value of `task.kind` means: the columns of its files, its checks, and the task it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_hf.core.config.schema import TaskConfig
+from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.sources import Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The description of a kind of custom task.
+
+    Attributes:
+        text_columns, label_column: of the files, by default.
+        metrics: what `task.metric` may be; the first is the default.
+        build: makes the task of a config whose columns are set, and of the source of its rows.
+        check: returns what is wrong with such a config.
+        convert: turns the rows of a file into those of the task.
+        max_texts: how many text columns a row may have.
+    """
+
+    text_columns: tuple[str, ...]
+    label_column: str
+    metrics: tuple[str, ...]
+    build: Callable[[TaskConfig, Source], Task]
+    check: Callable[[TaskConfig], list[str]]
+    convert: Callable[[TaskConfig, Dataset, Path], Dataset]
+    max_texts: int = 2
