@@ -21,6 +21,7 @@ from tools.tables import models as model_tables
 from tools.tables import robustness as robustness_tables
 from tools.tables import serving as serving_tables
 from tools.tables import speed as speed_tables
+from tools.tables.config import config_keys
 from tools.tables.suite import from_results, guide
 
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -220,6 +221,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "malformed-answers": robustness_tables.malformed_answers,
     "kills": robustness_tables.kills,
     "model-types": model_tables.model_types,
+    "config-keys": config_keys,
     "tiny-bases": _bases,
     "tiny-fills": _fills,
     "tiny-continuations": _continuations,

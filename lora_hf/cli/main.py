@@ -26,6 +26,7 @@ from lora_hf.cli.commands import (
     merge,
     predict,
     push,
+    schema,
     score,
     serve,
     sweep,
@@ -49,6 +50,7 @@ VERBS = {
     "push": push,
     "serve": serve,
     "benchmark": benchmark,
+    "schema": schema,
     "info": info,
     "demo": demo,
 }

@@ -97,9 +97,9 @@ def recipe(name: str) -> Path:
 
 
 def header(file: Path) -> list[str]:
-    """The comment lines that a file opens with."""
+    """The comment lines that a file opens with, after the one that names the schema."""
     lines = file.read_text(encoding="utf-8").splitlines()
-    return lines[: next(index for index, line in enumerate(lines) if not line.startswith("#"))]
+    return lines[1 : next(index for index, line in enumerate(lines) if not line.startswith("#"))]
 
 
 def test_the_glue_recipes_are_the_published_ones() -> None:

@@ -27,7 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a YAML file, or a recipe's name in configs/; repeat to train several runs together on one base",
     )
     parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue from the last, or this, checkpoint")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as lora.r=16 train.epochs=1")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="such as lora.r=16 train.epochs=1; docs/config.md lists all keys",
+    )
     add_json(parser)
 
 

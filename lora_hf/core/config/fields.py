@@ -13,21 +13,23 @@ from typing import Any, Literal
 from lora_hf.core.errors import ConfigError, did_you_mean
 
 
-def bounded(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
-    """Returns a dataclass field whose value must satisfy `low <= value <= high` and `value > above`."""
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above})
+def setting(default: Any, doc: str, **rules: Any) -> Any:
+    """Returns a field of a config section.
 
-
-def names() -> Any:
-    """Returns an optional dataclass field of names, which may look like numbers."""
-    return dataclasses.field(default=None, metadata={"names": True})
+    Args:
+        default: a dict is copied for each section.
+        doc: what the key means, in one line; the reference of the config and editors show it.
+        rules: `low <= value <= high` and `value > above`; `names=True` for names, which may look like numbers; and
+            `check`, a function that returns what is wrong with a value, or "".
+    """
+    metadata = {"doc": doc, **rules}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Section:
-    """Base class of config sections: checks its values when it is created, from a file or in Python alike.
-
-    The metadata of a field may hold a `check`: a function that returns what is wrong with a value, or "".
-    """
+    """Base class of config sections: checks its values when it is created, from a file or in Python alike."""
 
     def __post_init__(self) -> None:
         values, problems = _convert_fields(type(self), vars(self))
@@ -133,7 +135,9 @@ def _quote_hint(value: Any) -> str:
 
 
 def _convert_dict(values: dict[str, Any], kind: Any, rules: Mapping[str, Any]) -> dict[str, Any]:
-    bounds = {name: rule for name, rule in rules.items() if name != "check"}  # the check is one of the whole dict
+    bounds = {
+        name: rules[name] for name in ("low", "high", "above") if name in rules
+    }  # the check is one of the whole dict
     converted, problems = _convert_all(values, dict.fromkeys(values, kind), dict.fromkeys(values, bounds))
     if problems:
         raise ValueError("; ".join(problems))

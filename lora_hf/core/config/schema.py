@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from lora_hf.core.config.fields import Section, bounded, build_section, names
+from lora_hf.core.config.fields import Section, build_section, setting
 from lora_hf.core.config.hints import OWN_KEYS, REFUSED_FIELDS, hint_for_key
 from lora_hf.core.errors import ConfigError, did_you_mean
 
@@ -71,32 +71,35 @@ def _hf_problem(hf: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    """The base model: `name` is a hub id, a local folder, or an embedded base (`tiny-roberta`, `tiny-gpt2`)."""
+    """The base model."""
 
-    name: str = "FacebookAI/roberta-base"
-    revision: str | None = None
-    tokenizer: str | None = None  # a hub id or folder; by default the model's own
-    init: Literal["pretrained", "random"] = "pretrained"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the base; auto: bf16 if it is faster
-    quantised: Literal["int8", "nf4"] | None = None  # storage of the projections; they compute in `precision`
-    dropout: float | None = bounded(None, low=0, high=0.99)  # all dropouts of the base; by default the model's own
+    name: str = setting(
+        "FacebookAI/roberta-base", "a hub id, a local folder, or an embedded base (tiny-roberta, tiny-gpt2)"
+    )
+    revision: str | None = setting(None, "a branch, tag or commit of the hub repository")
+    tokenizer: str | None = setting(None, "a hub id or folder; by default the model's own")
+    init: Literal["pretrained", "random"] = setting("pretrained", "random draws all weights from train.seed")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "of the base; auto is bf16 where it is faster")
+    quantised: Literal["int8", "nf4"] | None = setting(None, "storage of the projections; they compute in precision")
+    dropout: float | None = setting(None, "all dropouts of the base; by default the model's own", low=0, high=0.99)
 
 
 @dataclass(frozen=True)
 class TaskConfig(Section):
-    """The data: from the local folder `data_dir`, else `$LORA_HF_DATA_DIR`, else the hub.
+    """The data. `kind` declares a custom task; the keys after it describe the columns of its files."""
 
-    `kind` declares a custom task; the keys after it describe the columns of its files.
-    """
-
-    name: str = "sst2"
-    data_dir: str | None = None
-    max_length: int = bounded(512, low=4)
-    kind: Literal["classification", "regression", "generation"] | None = None
-    text_columns: tuple[str, ...] | None = names()  # by default text, or prompt for generation
-    label_column: str | None = names()  # by default label, or completion
-    label_names: tuple[str, ...] | None = names()  # of the classes, in the order of their ids
-    metric: Literal["accuracy", "macro_f1", "matthews_correlation", "pearson", "spearmanr"] | None = None
+    name: str = setting("sst2", "a built-in task, or with kind the name of your own")
+    data_dir: str | None = setting(None, "folder with the rows; by default $LORA_HF_DATA_DIR, else the hub")
+    max_length: int = setting(512, "tokens of a row; longer ones are truncated", low=4)
+    kind: Literal["classification", "regression", "generation"] | None = setting(None, "what your own task is")
+    text_columns: tuple[str, ...] | None = setting(
+        None, "columns of the inputs; by default text, or prompt for generation", names=True
+    )
+    label_column: str | None = setting(None, "column of the answers; by default label, or completion", names=True)
+    label_names: tuple[str, ...] | None = setting(None, "the classes, in the order of their ids", names=True)
+    metric: Literal["accuracy", "macro_f1", "matthews_correlation", "pearson", "spearmanr"] | None = setting(
+        None, "what chooses the best checkpoint; by default the kind's first metric"
+    )
 
 
 @dataclass(frozen=True)
@@ -111,69 +114,72 @@ class LoraConfig(Section):
     `alpha_pattern` have such targets as keys; the first key that matches a module sets its rank or alpha.
     """
 
-    r: int = bounded(8, low=1)
-    lora_alpha: float = bounded(8, above=0)
-    lora_dropout: float = bounded(0.0, low=0, high=0.99)
-    targets: tuple[str, ...] = field(default=("q", "v"), metadata={"check": _target_problem})
-    layers: tuple[int, ...] | None = None  # -1 is the last; by default all
-    modules_to_save: tuple[str, ...] = ()  # trained and saved whole besides the head: paths or ends of paths
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"low": 1})
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"above": 0})
-    use_rslora: bool = False  # scaling = lora_alpha / sqrt(r): arXiv 2312.03732
-    use_dora: bool = False  # arXiv 2402.09353
-    bias: Literal["none", "all", "lora_only"] = "none"  # which biases of the base are trained
-    init_lora_weights: str = field(default="default", metadata={"check": _init_problem})
+    r: int = setting(8, "rank of A and B", low=1)
+    lora_alpha: float = setting(8, "the adapter is scaled by lora_alpha / r", above=0)
+    lora_dropout: float = setting(0.0, "dropout of the adapter's input", low=0, high=0.99)
+    targets: tuple[str, ...] = setting(
+        ("q", "v"), "adapted modules: roles, presets, paths, or PEFT's target_modules", check=_target_problem
+    )
+    layers: tuple[int, ...] | None = setting(None, "numbers of the adapted layers, -1 is the last; by default all")
+    modules_to_save: tuple[str, ...] = setting((), "modules trained whole besides the head: paths or ends of paths")
+    rank_pattern: dict[str, int] = setting({}, "rank of single targets", low=1)
+    alpha_pattern: dict[str, float] = setting({}, "lora_alpha of single targets", above=0)
+    use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r): arXiv 2312.03732")
+    use_dora: bool = setting(False, "train magnitude and direction apart: arXiv 2402.09353")
+    bias: Literal["none", "all", "lora_only"] = setting("none", "which biases of the base are trained")
+    init_lora_weights: str = setting("default", f"start of A and B: {', '.join(INITS)}", check=_init_problem)
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """The fine-tuning. The baselines of LoRA are `method: head` (the task head alone) and `full` (all weights)."""
+    """The fine-tuning."""
 
-    method: Literal["lora", "full", "head"] = "lora"
-    epochs: float = bounded(3.0, above=0, high=1e6)
-    max_steps: int | None = bounded(None, low=1)  # overrides epochs
-    batch_size: int = bounded(16, low=1)
-    eval_batch_size: int = bounded(64, low=1)
-    gradient_accumulation: int = bounded(1, low=1)
-    lr: float = bounded(5e-4, above=0)
-    loraplus_lr_ratio: float | None = bounded(None, above=0)  # LoRA+: lr of B / lr, arXiv 2402.12354
-    weight_decay: float = bounded(0.0, low=0)
-    warmup_ratio: float = bounded(0.06, low=0, high=1)
-    warmup_steps: int | None = bounded(None, low=0)  # overrides warmup_ratio
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    max_grad_norm: float = bounded(1.0, low=0)  # 0: no clipping
-    label_smoothing: float = bounded(0.0, low=0, high=1)
-    group_by_prompt: bool = False  # generation: batches rows of one prompt, which is computed once
-    seed: int = bounded(0, low=0, high=2**32 - 1)
-    patience: int | None = bounded(None, low=1)  # early stopping after this many evaluations without a better score
-    start_from: str | None = None  # an adapter to take LoRA weights, but not the head, from
-    # Other fields of transformers.TrainingArguments.
-    hf: dict[str, Any] = field(default_factory=dict, metadata={"check": _hf_problem})
+    method: Literal["lora", "full", "head"] = setting("lora", "full trains all weights, head the task head alone")
+    epochs: float = setting(3.0, "passes over the training rows", above=0, high=1e6)
+    max_steps: int | None = setting(None, "overrides epochs", low=1)
+    batch_size: int = setting(16, "training rows per step and process", low=1)
+    eval_batch_size: int = setting(64, "rows per evaluation batch", low=1)
+    gradient_accumulation: int = setting(1, "batches per optimizer step", low=1)
+    lr: float = setting(5e-4, "peak learning rate", above=0)
+    loraplus_lr_ratio: float | None = setting(None, "learning rate of B / lr (LoRA+, arXiv 2402.12354)", above=0)
+    weight_decay: float = setting(0.0, "of AdamW", low=0)
+    warmup_ratio: float = setting(0.06, "share of the steps with a rising learning rate", low=0, high=1)
+    warmup_steps: int | None = setting(None, "overrides warmup_ratio", low=0)
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting(
+        "linear", "the learning rate after warm-up"
+    )
+    max_grad_norm: float = setting(1.0, "gradient clipping; 0 turns it off", low=0)
+    label_smoothing: float = setting(0.0, "share of a label that is spread over all classes", low=0, high=1)
+    group_by_prompt: bool = setting(False, "generation: batch the rows of one prompt, which is computed once")
+    seed: int = setting(0, "of weights, row order and dropout", low=0, high=2**32 - 1)
+    patience: int | None = setting(None, "stop after this many evaluations without a better score", low=1)
+    start_from: str | None = setting(None, "an adapter to take LoRA weights, but not the head, from")
+    hf: dict[str, Any] = setting({}, "other fields of transformers.TrainingArguments", check=_hf_problem)
 
 
 @dataclass(frozen=True)
 class GenerateConfig(Section):
     """Decoding: greedy with `num_beams: 1`, beam search with more, sampling with `do_sample: true`."""
 
-    num_beams: int = bounded(1, low=1)
-    length_penalty: float = bounded(1.0, low=-10, high=10)  # of a beam's score: log-probability / length ** this
-    no_repeat_ngram_size: int = bounded(0, low=0)  # 0: no limit
-    max_new_tokens: int = bounded(64, low=1)
-    do_sample: bool = False
-    temperature: float = bounded(1.0, above=0)
-    top_p: float = bounded(1.0, above=0, high=1)
-    top_k: int = bounded(0, low=0)  # 0: all tokens
-    seed: int = bounded(0, low=0, high=2**32 - 1)
-    batch_size: int = bounded(16, low=1)
+    num_beams: int = setting(1, "beams of beam search; 1 is greedy", low=1)
+    length_penalty: float = setting(1.0, "a beam's score is log-probability / length ** this", low=-10, high=10)
+    no_repeat_ngram_size: int = setting(0, "no n-gram of this size occurs twice; 0 turns it off", low=0)
+    max_new_tokens: int = setting(64, "longest text, in tokens", low=1)
+    do_sample: bool = setting(False, "draw tokens instead of taking the likeliest")
+    temperature: float = setting(1.0, "of sampling", above=0)
+    top_p: float = setting(1.0, "sample from the likeliest tokens with this total probability", above=0, high=1)
+    top_k: int = setting(0, "sample from this many likeliest tokens; 0 is all", low=0)
+    seed: int = setting(0, "of sampling", low=0, high=2**32 - 1)
+    batch_size: int = setting(16, "prompts per batch", low=1)
 
 
 @dataclass(frozen=True)
 class OutputConfig(Section):
-    """The run folder `<dir>/<name>`; the default name is made of task, model, method and time."""
+    """The run folder `<dir>/<name>`."""
 
-    dir: str = field(default="outputs", metadata={"check": _path_problem})
-    name: str | None = field(default=None, metadata={"check": _name_problem})
-    overwrite: bool = False
+    dir: str = setting("outputs", "parent of the run folders", check=_path_problem)
+    name: str | None = setting(None, "by default made of task, model, method and time", check=_name_problem)
+    overwrite: bool = setting(False, "replace the results of an earlier run of this name")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,23 @@
+"""`schema`: the JSON schema of a config, for editors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+HELP = "print the JSON schema of a config, by which editors complete and check YAML"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write it there instead of standard output")
+
+
+def run(options: argparse.Namespace) -> None:
+    from lora_hf.core.atomic_io import write_json_atomic
+    from lora_hf.core.config.reference import json_schema
+
+    if options.output is None:
+        print(json.dumps(json_schema(), indent=2))
+    else:
+        write_json_atomic(options.output, json_schema())
