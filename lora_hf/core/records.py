@@ -70,6 +70,7 @@ class RunRecord(_Record):
     timings: dict[str, float] = field(default_factory=dict)
     throughput: dict[str, float] = field(default_factory=dict)  # of training, in examples and steps per second
     memory: dict[str, int] = field(default_factory=dict)  # peaks: rss, and cuda on a GPU
+    estimate: dict[str, Any] = field(default_factory=dict)  # of time and memory, and measured / estimated
     files: dict[str, int] = field(default_factory=dict)  # sizes
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)

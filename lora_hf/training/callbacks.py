@@ -27,6 +27,9 @@ from lora_hf.training.checkpoints import (
 from lora_hf.training.distributed import all_reduce_max, barrier, world_size
 
 if TYPE_CHECKING:
+    from lora_hf.data.overview import DataOverview
+    from lora_hf.lora.inject import ParameterCounts
+    from lora_hf.training.estimate import Estimator
     from lora_hf.training.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
@@ -85,17 +88,27 @@ class ProgressLines(TrainerCallback):
         self.evaluated = 0
 
 
-class EvaluationLines(TrainerCallback):
-    """A line on standard error at the start and after each evaluation, above any progress bars."""
+class RunLines(TrainerCallback):
+    """Lines on standard error, above any progress bars: what is trained on what, an estimate, and each evaluation."""
 
-    def __init__(self, precision: str, log_prefix: str = "") -> None:
-        self.precision, self.log_prefix = precision, log_prefix
+    def __init__(
+        self, precision: str, data: DataOverview, parameters: ParameterCounts, estimator: Estimator, log_prefix: str = ""
+    ) -> None:
+        self.precision, self.data, self.parameters, self.estimator = precision, data, parameters, estimator
+        self.log_prefix = log_prefix
+        self.estimated = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            rows = len(kwargs["train_dataloader"].dataset)
-            summary = f"{state.max_steps:,} steps; {rows:,} training rows; {self.precision} on {args.device.type}"
-            tqdm.write(f"{self.log_prefix}{summary}", file=sys.stderr)
+            trained = f"trains {self.parameters.trainable:,} of {self.parameters.total:,} parameters"
+            steps = f"{state.max_steps:,} steps; {trained}; {self.precision} on {args.device.type}"
+            for line in (*self.data.lines(), steps):
+                tqdm.write(f"{self.log_prefix}{line}", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.estimator.estimate and not self.estimated and state.is_world_process_zero:
+            self.estimated = True
+            tqdm.write(f"{self.log_prefix}{self.estimator.estimate.line()}", file=sys.stderr)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         scores = {key.removeprefix("eval_"): value for key, value in (logs or {}).items() if key.startswith("eval_")}

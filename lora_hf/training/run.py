@@ -34,6 +34,7 @@ from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.core.provenance import folder_size, git_state, machine, peak_rss, versions
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
+from lora_hf.data.overview import DataOverview, describe_data
 from lora_hf.data.sampling import number_prompts
 from lora_hf.data.tasks.base import ModelKind, Task
 from lora_hf.data.tasks.registry import task_of
@@ -46,7 +47,7 @@ from lora_hf.models.load import load_base, load_tokenizer
 from lora_hf.training.arguments import explain_argument_errors, training_arguments
 from lora_hf.training.callbacks import (
     CheckpointCallback,
-    EvaluationLines,
+    RunLines,
     EvaluationStoppedError,
     LogFile,
     SignalHandler,
@@ -68,6 +69,7 @@ from lora_hf.training.distributed import (
     rank,
     run_on_rank,
 )
+from lora_hf.training.estimate import Estimator
 from lora_hf.training.results import draw_curves, score_outputs
 from lora_hf.training.run_dir import LOG_FILE, begin_run, find_run_folder, run_lock, run_state
 from lora_hf.training.trainer import (
@@ -107,6 +109,8 @@ class PreparedRun:
     model: Any
     trainer: RunTrainer
     record: RunRecord
+    data: DataOverview
+    estimator: Estimator
     log_prefix: str
     clock: float  # when it started, on the monotonic clock
     adapter: str = "default"  # its name on the model
@@ -227,8 +231,10 @@ def prepare_run(
     with explain_argument_errors(config.train.hf):
         trainer = _new_trainer(config, task, model, tokenizer, encoded, arguments)
     log_prefix = f"{folder.name}, " if callbacks is not None else ""  # where there are several runs
+    data = describe_data(task, rows, tokenizer, config.task.max_length)
+    estimator = Estimator(trainer, data, task.train_split)
     if callbacks is None:
-        callbacks = [EvaluationLines(config.model.precision, log_prefix)]
+        callbacks = [RunLines(config.model.precision, data, counts, estimator, log_prefix)]
     if rank():  # dropout differs between processes; the weights and the order of the rows are drawn already
         set_seed((config.train.seed + rank()) % 2**32)
     install_callbacks(
@@ -237,6 +243,7 @@ def prepare_run(
         TrainingGuard(config.train.method),
         LogFile(folder / LOG_FILE),
         CheckpointCallback(trainer, checkpoint, keep),
+        estimator,
         *callbacks,
     )
     record = RunRecord(
@@ -253,7 +260,9 @@ def prepare_run(
         git=git_state(),
         machine=machine() | {"threads": torch.get_num_threads(), "processes": arguments.world_size},
     )
-    return PreparedRun(config, task, folder, rows, encoded, tokenizer, model, trainer, record, log_prefix, started[1])
+    return PreparedRun(
+        config, task, folder, rows, encoded, tokenizer, model, trainer, record, data, estimator, log_prefix, started[1]
+    )
 
 
 def _check_shared_folder(folder: Path) -> None:
@@ -392,6 +401,8 @@ def _write_results(
     record.throughput = {key: metrics.get(f"train_{key}_per_second", 0.0) for key in ("samples", "steps")}
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     record.memory = {"rss": peak_rss(), "cuda": cuda}
+    if estimate := run.estimator.estimate:
+        record.estimate = estimate.compared(record.timings["train"], cuda or record.memory["rss"])
     record.files = {weights.name: folder_size(weights)}
     draw_curves(record, run.folder / "curves.png")
     record.save(run.folder)

@@ -50,11 +50,13 @@ class RunTrainer(Trainer):
     Attributes:
         prompts: of each training row the number of its prompt; rows of one prompt come together in a batch.
         loraplus_lr_ratio: how many times larger the learning rate of lora_B is (LoRA+).
+        batch_sizes: of each batch the tokens, without and with padding, while `training.estimate` asks for them.
         unsharded: under FSDP the trained parameters, which every process holds whole.
     """
 
     prompts: list[int] | None = None
     loraplus_lr_ratio: float | None = None
+    batch_sizes: list[tuple[int, int]] | None = None
     unsharded: Sequence[nn.Parameter] = ()
     training_began: bool = False
     evaluation_due: bool = False  # the checkpoint being saved still needs its evaluation
@@ -106,8 +108,12 @@ class RunTrainer(Trainer):
         loss = super().compute_loss(model, inputs, *rest, **named)
         return loss if share == 1.0 else loss * share
 
-    def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
-        loss = super().training_step(*arguments, **named)
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> torch.Tensor:
+        if self.batch_sizes is not None:
+            ids = inputs["input_ids"]
+            mask = inputs.get("attention_mask")
+            self.batch_sizes.append((ids.numel() if mask is None else int(mask.sum()), ids.numel()))
+        loss = super().training_step(model, inputs, *rest, **named)
         self.loss_monitor.add(loss, self.state.global_step)
         return loss
 

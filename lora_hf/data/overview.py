@@ -1,0 +1,116 @@
+"""What a run's rows are like: their lengths, labels, duplicates, and two of them as the model reads them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, groupby
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lora_hf.core.labels import IGNORE_INDEX
+from lora_hf.data.tasks.base import Task
+
+SAMPLE = 2000  # rows whose full length is measured; the first ones of a split
+UNLIMITED = 10**9
+QUANTILES = {"median": 0.5, "95 %": 0.95, "longest": 1.0}
+SHOWN = 2
+
+
+@dataclass
+class SplitOverview:
+    """One split.
+
+    Attributes:
+        rows: of the file; `encoded` of them, with several references each, are model inputs.
+        measured: how many encoded rows the quantiles of the lengths, in tokens, come from.
+        cut: how many of these are longer than `limit` tokens, and lose `loses`.
+        tokens: estimate of all tokens of the split, after the cut.
+        labels: rows by class; empty without classes.
+    """
+
+    rows: int
+    measured: int
+    lengths: dict[str, int]
+    limit: int
+    cut: int
+    loses: str
+    tokens: int
+    labels: dict[str, int]
+
+
+@dataclass
+class DataOverview:
+    """All splits of a task; `duplicates` counts the rows of one split whose texts are in another."""
+
+    splits: dict[str, SplitOverview]
+    duplicates: dict[str, int]
+    examples: list[list[tuple[str, bool]]] = field(default_factory=list)  # pieces of text, and whether each is trained
+
+    def lines(self) -> list[str]:
+        """Returns a few lines for a terminal."""
+        lines = []
+        for name, split in self.splits.items():
+            lengths = ", ".join(f"{word} {length:,}" for word, length in split.lengths.items())
+            cut = f"; {split.cut:,} of {split.measured:,} are cut at {split.limit:,}: they lose {split.loses}"
+            labels = f"; {', '.join(f'{label} {count:,}' for label, count in split.labels.items())}"
+            lines.append(f"{name}: {split.rows:,} rows; tokens: {lengths}{cut if split.cut else ''}"
+                         f"{labels if split.labels else ''}")  # fmt: skip
+        lines += [f"{count:,} rows of {pair}" for pair, count in self.duplicates.items() if count]
+        return lines
+
+
+def describe_data(
+    task: Task, rows: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> DataOverview:
+    """Returns what the rows of the task's splits are like.
+
+    Raises:
+        DataError: as `Task.encode`.
+    """
+    limit = min(max_length, tokenizer.model_max_length)
+    splits = {name: _describe_split(task, part, tokenizer, limit) for name, part in rows.items()}
+    texts = {name: list(zip(*(part[column] for column in _text_columns(task, part)), strict=True))
+             for name, part in rows.items()}  # fmt: skip
+    duplicates = {}
+    for first, second in combinations(texts, 2):
+        known = set(map(repr, texts[first]))
+        duplicates[f"{second} are also in {first}"] = sum(repr(row) in known for row in texts[second])
+    return DataOverview(splits, duplicates, _examples(task, rows[task.train_split], tokenizer, limit))
+
+
+def _describe_split(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> SplitOverview:
+    sample = rows[:SAMPLE]
+    lengths = np.array([len(ids) for ids in task.encode(sample, tokenizer, UNLIMITED)["input_ids"]])
+    per_row = np.minimum(lengths, limit).sum() / min(len(rows), SAMPLE)
+    counts = Counter(rows["label"]) if task.label_names and "label" in rows.column_names else {}
+    return SplitOverview(
+        rows=len(rows),
+        measured=len(lengths),
+        lengths={word: int(np.quantile(lengths, share)) for word, share in QUANTILES.items()},
+        limit=limit,
+        cut=int((lengths > limit).sum()),
+        loses=task.truncated_part(tokenizer),
+        tokens=round(per_row * len(rows)),
+        labels={name: counts[index] for index, name in enumerate(task.label_names) if index in counts},
+    )
+
+
+def _text_columns(task: Task, rows: Dataset) -> list[str]:
+    return [column for column in task.text_columns if column in rows.column_names]
+
+
+def _examples(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[list[tuple[str, bool]]]:
+    encoded = task.encode(rows[:SHOWN], tokenizer, limit)
+    labels: Sequence[Any] = encoded.get("labels", ())
+    examples = []
+    for index, ids in enumerate(encoded["input_ids"][:SHOWN]):
+        by_token = isinstance(labels[index], list) if len(labels) > index else False
+        trained = [label != IGNORE_INDEX for label in labels[index]] if by_token else [False] * len(ids)
+        pieces = groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])
+        examples.append([(tokenizer.decode([token for token, _ in part]), flag) for flag, part in pieces])
+    return examples

@@ -1,0 +1,70 @@
+"""What a run will do and cost, before it is run: rows, modules, memory, time and files."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from lora_hf.core.config.schema import RunConfig
+from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE
+from lora_hf.data.overview import DataOverview
+from lora_hf.data.tasks.registry import task_of
+from lora_hf.training.estimate import Estimate
+from lora_hf.training.run import find_run, prepare_model, prepare_run
+from lora_hf.training.run_dir import CHECKPOINTS_FOLDER, LOG_FILE
+
+
+@dataclass
+class RunPlan:
+    """What a run will do: its folder and the files there, its data, and `modules`, the adapted modules by role."""
+
+    folder: Path
+    data: DataOverview
+    modules: dict[str, list[str]]
+    parameters: dict[str, int]
+    steps: int
+    estimate: Estimate
+    files: list[str]
+
+
+def plan_run(config: RunConfig) -> RunPlan:
+    """Reads the data, loads and adapts the model, and trains for a few steps in a temporary folder.
+
+    Raises:
+        UserError, TrainingError: as `train`.
+    """
+    started = (datetime.now(timezone.utc), time.monotonic())
+    config, folder, _ = find_run(config)
+    task = task_of(config.task)
+    rows = task.load(config.task.data_dir, task.splits)
+    model, sites = prepare_model(config, task)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary) / folder.name
+        inside = replace(config, output=replace(config.output, dir=temporary, name=folder.name))
+
+        def begin() -> None:
+            scratch.mkdir()
+            (scratch / RUN_CONFIG_FILE).touch()
+
+        run = prepare_run(inside, scratch, rows, model, sites, started, begin, callbacks=())
+        run.estimator.stop = True
+        arguments = run.trainer.args
+        arguments.eval_strategy, arguments.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
+        arguments.load_best_model_at_end = False
+        run.trainer.train()
+    estimate = run.estimator.estimate
+    assert estimate is not None, "a training has at least one step"
+    weights = "model" if config.train.method == "full" else "adapter"
+    files = [RUN_CONFIG_FILE, f"{weights}/", RECORD_FILE, LOG_FILE, "curves.png", f"{CHECKPOINTS_FOLDER}/"]
+    files += [f"predictions-{split}.jsonl" for split in task.evaluation_splits if task.verb == "predict"]
+    roles = Counter(site.role for site in sites)
+    modules = {role: [site.path for site in sites if site.role == role] for role in roles}
+    return RunPlan(
+        folder, run.data, modules, run.record.parameters, run.trainer.state.max_steps, estimate, files
+    )
