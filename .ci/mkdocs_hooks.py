@@ -29,7 +29,7 @@ MODULES = (
     "lora.target_modules", "lora.architectures", "lora.variants.table", "lora.kernels.reference",
     "lora.kernels.fused", "lora.unpadding", "lora.multi_adapter", "data.tasks.base", "data.tasks.generation",
     "data.metrics.glue", "data.metrics.texts", "models.load", "adapters.pretrained", "adapters.save_load",
-    "adapters.merge", "adapters.combine", "adapters.push", "adapters.convert.loralib", "training.run", "training.joint",
+    "adapters.merge", "adapters.combine", "adapters.push", "adapters.convert.loralib", "training.run",
     "inference.classify", "inference.generate", "experiments.sweep.study", "experiments.compare.comparison",
     "serving.engine",
 )  # fmt: skip

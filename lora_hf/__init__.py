@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from lora_hf.lora.target_modules import Site, plan
     from lora_hf.models.load import dequantise, quantise
     from lora_hf.serving.engine import Engine
-    from lora_hf.training.joint import train_together
 
 _HOME = {
     "Engine": "serving.engine",
@@ -52,7 +51,6 @@ _HOME = {
     "save_adapter": "adapters.save_load",
     "save_loralib": "adapters.convert.loralib",
     "set_adapter": "lora.inject",
-    "train_together": "training.joint",
     "unload_adapter": "lora.multi_adapter",
     "unmerge": "lora.inject",
     "use_adapter": "lora.multi_adapter",
@@ -81,7 +79,6 @@ __all__ = [
     "save_adapter",
     "save_loralib",
     "set_adapter",
-    "train_together",
     "unload_adapter",
     "unmerge",
     "use_adapter",

@@ -68,14 +68,6 @@ MIXED_GRADIENT_RTOL = 1e-4
 """Every gradient of an adapter in a mixed batch against the sum over its rows one by one, relative to its largest
 value: float32 sums in another order."""
 
-JOINT_GRADIENT = 1e-5
-"""Loss and gradients of a run in a batch shared with other runs against its own batch: the same float32 products in
-larger matrices."""
-
-JOINT_FP32 = 1e-5
-"""Weights after steps shared with other runs against those of the run alone: the same float32 products in larger
-matrices, over a few steps of AdamW, which divides by the size of the gradient."""
-
 FAST_TRAINING_FP32 = 1e-5
 """Losses over 50 AdamW steps, without padding and fused against padded and by definition: what float32 sums in another
 order grow to."""

@@ -204,7 +204,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "answering": speed_tables.answering,
     "switching": speed_tables.switching,
     "grouping": _grouping,
-    "joint": speed_tables.joint,
     "sweep": _sweep,
     "serving": serving_tables.serving,
     "restarts": serving_tables.restarts,

@@ -77,7 +77,6 @@ class RunRecord(_Record):
     git: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     skipped_steps: int = 0  # of all steps, those without an update because a gradient overflowed in fp16
-    together: int = 1  # jointly trained runs, this one included; times, throughput and memory are those of all
 
     def save(self, folder: Path) -> Path:
         return self.write(folder / RECORD_FILE)

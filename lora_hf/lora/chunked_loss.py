@@ -62,7 +62,7 @@ def _forward(
     num_items_in_batch: Tensor | int | None = None,
     **named: Any,
 ) -> Any:
-    """`num_items_in_batch` divides the sum of the losses: one number, or one for each row."""
+    """`num_items_in_batch` divides the sum of the losses."""
     if labels is None:
         return plain_forward(*inputs, **named)
     hidden = model.base_model(*inputs, **named)[0]
@@ -76,7 +76,5 @@ def _forward(
     smoothing = smoothing if model.training else 0.0
     losses, nll = token_losses(hidden[row, position], weight, targets[row, position], smoothing)
     count = len(row) if num_items_in_batch is None else num_items_in_batch
-    if isinstance(count, Tensor) and count.ndim:
-        count = count[row]
     sums = nll.new_zeros(len(labels), 2).index_add(0, row, torch.stack([nll, torch.ones_like(nll)], 1))
     return CompletionOutput(loss=(losses / count).sum(), rows=sums)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import AdapterState, BatchRouting
-from lora_hf.lora.kernels.fused import Part, Weight, can_fuse, lora_linear, lora_linear_parts
+from lora_hf.lora.kernels.fused import Weight, can_fuse, lora_linear
 from lora_hf.lora.kernels.grouped import Stack, add_grouped
 from lora_hf.lora.kernels.reference import add_lora
 from lora_hf.lora.precision import keep_dtype
@@ -249,39 +249,22 @@ class LoraLinear(AdaptedModule):
     def _run_mixed(self, x: Tensor, routing: BatchRouting) -> Tensor:
         """Each item of the batch with its own adapter."""
         adapters = [self.adapters[name] for name in routing.names if name in self.adapters]
-        plain = all(weights.plain for weights in adapters)
-        if adapters and plain and torch.is_grad_enabled() and can_fuse(x, frozen_weight(self.base_layer), self.bias):
-            parts = self._parts(x, routing)
-            if parts is not None:
-                return lora_linear_parts(x, frozen_weight(self.base_layer), self.bias, parts)
         y = self.base_layer(x)
         if not adapters:
             return y
-        if not plain:
+        # Gradients and dropout are those of each adapter alone; only inference is worth a kernel of its own.
+        if torch.is_grad_enabled() or not all(weights.plain for weights in adapters):
             return routing.apply(
                 y, x, lambda name, items, _: self.adapters[name](self.base_layer, items), self.adapters
             )
         inputs, outputs, segments = routing.items(x, y)
         return add_grouped(outputs, inputs, self._stack(routing, x.dtype), segments.order, segments.ends).view_as(y)
 
-    def _parts(self, x: Tensor, routing: BatchRouting) -> list[Part] | None:
-        """What each adapter multiplies; None if the items are not sorted by adapter."""
-        inputs, _, segments = routing.items(x, x)
-        if segments.order is not None:
-            return None
-        inner, parts = inputs.shape[1:-1].numel(), []
-        for name, start, end in routing.spans(segments, self.adapters):
-            weights = self.adapters[name]
-            dropout = weights.lora_dropout if weights.training else 0.0
-            a, b = weights.factors()
-            parts.append(Part(start * inner, end * inner, a, b, weights.scaling, weights.slices, dropout))
-        return parts
-
     def _stack(self, routing: BatchRouting, dtype: torch.dtype) -> Stack:
-        """The stacked weights of the adapters, cached where no gradients are taken."""
+        """The stacked weights of the adapters, cached."""
         key = (id(self), routing.names, dtype)
         stack = routing.stacks.get(key)
-        if stack is None or torch.is_grad_enabled():
+        if stack is None:
             adapters = dict(self.adapters.items())
             stack = stack_weights([adapters.get(name) for name in routing.names], self.out_features, dtype)
             routing.stacks[key] = stack

@@ -12,16 +12,10 @@ from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import BatchRouting
 from lora_hf.lora.inject import (
     adapter_dicts,
-    adapter_heads,
     adapter_state,
     check_adapter_exists,
-    eject,
-    get_labels,
-    inject_head,
-    lora_layers,
     set_adapter,
 )
-from lora_hf.lora.layers import LoraLinear
 
 
 @contextmanager
@@ -69,27 +63,6 @@ def mix_adapters(
         check_adapter_exists(state, name)
     with state.override(BatchRouting(rows, stacks, among)):
         yield model
-
-
-def move_adapter(source: PreTrainedModel, target: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Moves the active adapter of one model, with its head, to another model of the same base, as adapter `name`.
-
-    The two may be the same model. The adapter is active and trainable on the target, which is returned; the source is
-    the plain model then.
-    """
-    weights = {path: layer.adapters[layer.active] for path, layer in lora_layers(source).items() if layer.active}
-    heads = {path: head.modules_to_save[head.active] for path, head in adapter_heads(source).items()}
-    labels = get_labels(source)
-    eject(source)
-    state = adapter_state(target)
-    for path, each in weights.items():
-        layer: Any = target.get_submodule(path)
-        if not isinstance(layer, LoraLinear):
-            target.set_submodule(path, layer := LoraLinear(layer, state))
-        layer.adapters[name] = each.to(layer.device)
-    if heads:
-        state.labels[name] = labels
-    return inject_head(target, name, {path: head.to(target.device) for path, head in heads.items()})
 
 
 def unload_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:

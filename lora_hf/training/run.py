@@ -113,7 +113,6 @@ class PreparedRun:
     estimator: Estimator
     log_prefix: str
     clock: float  # when it started, on the monotonic clock
-    adapter: str = "default"  # its name on the model
 
 
 @flush_denormals()
@@ -383,7 +382,7 @@ def _write_results(
         run.model.save_pretrained(weights)
         run.tokenizer.save_pretrained(weights)
     else:
-        save_adapter(run.model, weights, run.adapter, run.task.name)
+        save_adapter(run.model, weights, task=run.task.name)
     # So that a copy of the folder still has the run's tokenizer, length, task and decoding.
     shutil.copyfile(run.folder / RUN_CONFIG_FILE, weights / RUN_CONFIG_FILE)
     state, skipped = trainer.state, trainer.loss_scaling.skipped

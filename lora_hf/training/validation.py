@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import fields
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lora_hf.adapters.format import read_adapter_config
 from lora_hf.core.config.fields import describe_value
-from lora_hf.core.config.schema import RunConfig, TaskConfig
+from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, did_you_mean
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.models.model_ids import check_model_exists
-from lora_hf.training.distributed import check_environment, world_size
+from lora_hf.training.distributed import check_environment
 
 # Values that transformers takes without a look, and that fail in the middle of a run.
 LOWEST = {
@@ -29,11 +29,6 @@ CHOICES = {
     "torch_compile_mode": ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
 }
-
-# Beginnings of the TrainingArguments that joint training obeys. `save_` is without effect: there are no checkpoints.
-JOINT_ARGUMENTS = ("adam_", "data", "disable_tqdm", "eval_", "greater_is_better", "length_column_name",
-                   "load_best_model_at_end", "logging_", "lr_scheduler_kwargs", "metric_for_best_model", "optim",
-                   "report_to", "run_name", "save_", "train_sampling_strategy", "use_cpu")  # fmt: skip
 
 
 def check_run(config: RunConfig) -> None:
@@ -103,51 +98,3 @@ def _has_type(value: Any, kind: Any) -> bool:
         return True
     others = plain - {bool, int, float, str, list, dict, NoneType}
     return isinstance(value, (str, dict)) and bool(others)
-
-
-def check_together(configs: Sequence[RunConfig], resume: str | None = None) -> None:
-    """Raises ConfigError, with all problems, where the runs cannot share one base (`training.joint`)."""
-    problems = []
-    if resume is not None:
-        problems.append(
-            f"resume={resume}: runs that train together save no checkpoints; start them again without it, or resume a "
-            "run that was trained alone by itself"
-        )
-    if len(configs) < 2:
-        problems.append(f"expected at least 2 runs, found {len(configs)}")
-    for number, config in enumerate(configs):
-        problems += [f"run {number + 1}: {problem}" for problem in joint_problems(config)]
-    if any(config.model != configs[0].model for config in configs):
-        problems.append("expected the same model section in every run: they share one base")
-    sections = {replace(config.task, max_length=TaskConfig.max_length) for config in configs}
-    if len(sections) > len({section.name for section in sections}):
-        problems.append("expected the same task section, except for max_length, in all runs of a task")
-    if len({task_of(config.task).model_kind for config in configs}) > 1:
-        problems.append("expected tasks of one kind, found both classification and generation")
-    if configs and configs[0].model.init == "random" and len({config.train.seed for config in configs}) > 1:
-        problems.append("model.init=random draws another base for each train.seed; expected one seed")
-    names = [config.output.name for config in configs]
-    if None in names or len(set(names)) < len(names):
-        problems.append("output.name: expected a different one for each run")
-    if world_size() > 1:
-        problems.append(f"expected one process, found {world_size()}; start it without torchrun or accelerate launch")
-    if problems:
-        raise ConfigError("\n  ".join(["these runs cannot train together:", *problems]))
-
-
-def joint_problems(config: RunConfig) -> list[str]:
-    """Why a run cannot train together with any other; empty where it can."""
-    problems = []
-    if config.train.method != "lora":
-        problems.append(f"train.method={config.train.method} does not keep the shared base frozen; expected lora")
-    if config.lora.init_lora_weights not in ("default", "gaussian"):
-        problems.append(f"lora.init_lora_weights={config.lora.init_lora_weights} changes the shared base")
-    if config.lora.bias != "none":
-        problems.append(f"lora.bias={config.lora.bias} trains biases of the shared base")
-    if config.model.precision == "fp16":
-        problems.append("model.precision=fp16: each run would need its own loss scale; expected fp32 or bf16")
-    if config.train.label_smoothing:
-        problems.append("train.label_smoothing: expected 0")
-    if other := [name for name in config.train.hf if not name.startswith(JOINT_ARGUMENTS)]:
-        problems.append(f"train.hf: joint training does not support {', '.join(other)}; leave them out")
-    return problems

@@ -29,7 +29,6 @@ from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.kernels import fused
 from lora_hf.training import trainer
 from lora_hf.training.distributed import all_reduce_max, destroy_processes, init_processes, rank, run_on_rank
-from lora_hf.training.joint import train_together
 from lora_hf.training.run import train
 from lora_hf.training.trainer import AdapterTrainer
 from tests.support.kills import small_config, small_rows
@@ -117,7 +116,6 @@ def main(folder: Path) -> dict[str, Any]:
     trainer.last_batch_share = last_batch_share
     train(generate(folder, "generate", 2), rows=rows_of("rule-restaurants"))
     train(generate(folder, "generate_bf16", 2, "bf16"), rows=rows_of("rule-restaurants"))
-    seen["joint"] = error_of(lambda: train_together([classify(folder, "a", 2), classify(folder, "b", 2)]), ConfigError)
 
     # With dropout: a run that is stopped and resumed equals an uninterrupted one.
     original, masks = fused.dropout_mask, []

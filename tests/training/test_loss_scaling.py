@@ -18,7 +18,6 @@ from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, Interrupted, TrainingError
 from lora_hf.core.records import RunRecord
 from lora_hf.training import loss_scaling
-from lora_hf.training.joint import train_together
 from lora_hf.training.run import Run, train
 from lora_hf.training.trainer import AdapterTrainer
 from tests.support.kills import differences, small_config, small_rows
@@ -181,11 +180,6 @@ def test_autocast_to_fp16_without_a_gpu_is_refused(
     with pytest.raises(ConfigError, match=message):
         train(fp16(tmp_path, **more), rows=rows)
     assert not list(tmp_path.iterdir())
-
-
-def test_runs_together_take_no_base_in_fp16(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"run 1: model\.precision=fp16: each run would need its own loss scale"):
-        train_together([fp16(tmp_path / name) for name in "ab"])
 
 
 def test_other_precisions_are_not_scaled(rows: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,8 @@ import pytest
 import yaml
 
 from lora_hf.core.config.loader import load_config
-from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import AdapterError, ConfigError
-from lora_hf.training.validation import check_run, check_together
+from lora_hf.training.validation import check_run
 
 REPO = Path(__file__).parents[2]
 TRAIN = ["train", "--config", "rule_sentiment.yaml", "output.dir=."]
@@ -91,37 +90,3 @@ def test_settings_that_do_not_go_together(words: list[str], kind: type[Exception
 
 def test_what_is_fine_passes() -> None:
     check_run(load_config("rule_sentiment.yaml", ["train.loraplus_lr_ratio=4"]))
-    check_together([named("a"), named("b", "train.hf={optim: sgd, eval_steps: 5}", "train.seed=1", "lora.r=2")])
-
-
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [
-        ("train.method=head", "run 2: train.method=head"),
-        ("lora.init_lora_weights=pissa", "run 2: lora.init_lora_weights=pissa"),
-        ("lora.bias=all", "run 2: lora.bias=all"),
-        ("train.label_smoothing=0.1", "run 2: train.label_smoothing: expected 0"),
-        ("train.hf={neftune_noise_alpha: 5}", "run 2: train.hf: joint training does not support neftune_noise_alpha"),
-        ("model.precision=bf16", "the same model section"),
-        ("task.name=rule-restaurants", "tasks of one kind"),
-        ("task.data_dir=elsewhere", "the same task section"),
-        ("output.name=a", "output.name: expected a different one"),
-    ],
-)
-def test_runs_that_cannot_train_together(word: str, said: str) -> None:
-    with pytest.raises(ConfigError, match="cannot train together") as refusal:
-        check_together([named("a"), named("b", word)])
-    assert said in str(refusal.value)
-
-
-def test_one_run_random_bases_and_resuming_cannot_train_together() -> None:
-    with pytest.raises(ConfigError, match="at least 2 runs, found 1"):
-        check_together([named("a")])
-    with pytest.raises(ConfigError, match="another base for each"):
-        check_together([named(name, "model.init=random", f"train.seed={seed}") for seed, name in enumerate("ab")])
-    with pytest.raises(ConfigError, match="resume=auto: runs that train together save no checkpoints"):
-        check_together([named("a"), named("b")], "auto")
-
-
-def named(name: str, *words: str) -> RunConfig:
-    return load_config("rule_sentiment.yaml", [f"output.name={name}", *words])

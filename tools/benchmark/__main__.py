@@ -28,8 +28,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "precision": {"choices": ["auto", "fp32", "bf16", "fp16"], "help": "precision of our frozen base"},
     "base_dropout": {"type": float, "metavar": "P", "help": "dropout of the base"},
     "task": {"metavar": "NAME", "help": "task whose rows are used"},
-    "tasks": {"metavar": "TASK,...", "help": "tasks, with one run for each seed"},
-    "seeds": {"metavar": "N,...", "help": "seeds of each task"},
     "data_dir": {"metavar": "DIR", "help": "folder with the data"},
     "r": {"type": int, "metavar": "N", "help": "rank of each adapter, and its lora_alpha"},
     "targets": {"metavar": "ROLE,...", "help": "lora.targets of each adapter"},
@@ -185,24 +183,6 @@ def _report_serve(record: Record) -> Iterator[str]:
     yield f"{'restart':18}{record['started_again_in_seconds']:9.1f} s"
 
 
-def _joint(options: argparse.Namespace) -> Record:
-    from lora_hf.experiments.suite.plan import parse_seeds
-    from tools.benchmark.joint import benchmark_joint
-
-    base = _config(options, max_steps=options.steps, batch_size=options.batch_size, lr=options.lr)
-    seeds = parse_seeds(options.seeds, f"--seeds {options.seeds}")
-    return benchmark_joint(base, options.tasks.split(","), seeds, options.rounds)
-
-
-def _report_joint(record: Record) -> Iterator[str]:
-    for name, side in record["sides"].items():
-        speed, memory = _spread(side["examples_per_second"]), side["rss"]["median"] / 1e6
-        yield f"{name:10}{speed} examples/s, peak memory {memory:,.0f} MB"
-    yield f"joint training is {_spread(record['ratios']['together/apart'])} times as fast"
-    difference = max(each["difference"] for each in record["weights_apart"].values())
-    yield f"largest weight difference between the same runs: {difference:.1e}"
-
-
 def _quantised(options: argparse.Namespace) -> Record:
     from tools.benchmark.quantised import benchmark_quantised
 
@@ -246,24 +226,6 @@ VERBS = {
         {**BASE, **TASK, **LORA, "rows": 256, "clients": 16, "adapters": 8, "seconds": 20.0, "replacements": 10},
         _serve,
         _report_serve,
-    ),
-    "joint": Verb(
-        "compare joint training of several runs with sequential training",
-        {
-            **BASE,
-            "precision": "fp32",
-            "tasks": "cola,mrpc,rte,stsb",
-            "seeds": "0",
-            "data_dir": None,
-            "r": 8,
-            "targets": "q,v",
-            "lr": 1e-4,
-            "batch_size": 16,
-            "steps": 100,
-            "rounds": 3,
-        },
-        _joint,
-        _report_joint,
     ),
     "quantised": Verb(
         "compare accuracy, speed and memory of storage formats of the base",

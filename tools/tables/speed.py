@@ -138,27 +138,6 @@ def peers(results: Path) -> str:
     return table(["workload", *(f"vs. {name}" for name in PEERS.values())], rows)
 
 
-def joint(results: Path) -> str:
-    rows = []
-    for file, record in _records(results / "joint"):
-        work, sides = record["work"], record["sides"]
-        lora = f"r={work['lora']['r']} on {' '.join(work['lora']['targets'])}"
-        tasks = dict.fromkeys(name.rpartition("-seed")[0] for name in work["runs"])
-        rows.append(
-            [
-                f"[{work['model']} in {work['precision']}, {lora}](results/joint/{file.name})",
-                f"{len(work['runs'])}: {', '.join(tasks)}",
-                f"{work['steps']} x {work['batch_size']}",
-                *(_spread(sides[side]["examples_per_second"], 1) for side in ("together", "apart")),
-                _spread(record["ratios"]["together/apart"], 2),
-                *(f"{sides[side]['rss']['median'] / 1e6:,.0f}" for side in ("together", "apart")),
-                f"{max(each['difference'] for each in record['weights_apart'].values()):.2g}",
-            ]
-        )
-    head = ["workload (record)", "runs", "steps x batch size", "joint, examples/s", "sequential, examples/s", "speedup"]
-    return table([*head, "joint, peak MB", "sequential, peak MB", "largest weight difference"], rows)
-
-
 def quantised(results: Path) -> str:
     rows = []
     for file, record in _records(results / "quantised"):

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from lora_hf.core.records import SuiteRecord
 
 HELP = "train and score every task of GLUE, or of E2E, DART and WebNLG"
-JOINT = 8  # runs trained together: one per task of GLUE
 FAMILIES = {
     "glue": ("cola,sst2,mrpc,qqp,stsb,mnli,qnli,rte", "train and score one adapter for each GLUE task on one base"),
     "nlg": ("e2e_nlg,dart,web_nlg", "train one adapter for each generation task on one base, and score its texts"),
@@ -41,15 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--from-mnli", action="store_true", help="start the LoRA runs of mrpc, rte and stsb from the MNLI adapter")
         add("--output", type=Path, metavar="DIR", help=f"default: outputs/{family}")
         add("--jobs", type=int, default=1, metavar="N", help="parallel runs, which share the cores")
-        add(
-            "--joint",
-            type=int,
-            nargs="?",
-            const=JOINT,
-            default=1,
-            metavar="N",
-            help=f"train N LoRA runs together on one copy of the base; without N: {JOINT}",
-        )
         add_json(parser)
         add(
             "overrides",
@@ -73,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
         from_mnli=options.from_mnli,
         overrides=tuple(options.overrides),
     )
-    record, file = run_suite(suite, options.jobs, options.joint)
+    record, file = run_suite(suite, options.jobs)
     plots = []
     if record.runs:
         from lora_hf.experiments.suite.plots import draw_suite

@@ -123,7 +123,7 @@ def _summarize(each: Configuration, samples: Samples | None, quality: float, pri
     first = records[0]
     reached = [seconds for run in each.runs if (seconds := run.time_to(quality)) is not None]
     training = [record.timings["train"] for record in records]
-    total_cost = sum(seconds / first.together for seconds in training) / 3600 * (price or 0)
+    total_cost = sum(training) / 3600 * (price or 0)
     return {
         "key": each.key,
         "label": each.label,
@@ -153,7 +153,6 @@ def _summarize(each: Configuration, samples: Samples | None, quality: float, pri
         "checkpoint": sum(first.files.values()),
         "train_seconds": spread(training),
         "time_to_quality": {"reached": len(reached), "seconds": spread(reached)["mean"] if reached else None},
-        "together": first.together,
         "cost": None if price is None else {"mean": total_cost / len(records), "all": total_cost},
         "curves": [run.curves for run in each.runs],
         "middle": str(each.median_run.folder),

@@ -98,7 +98,6 @@ def _machine(run: FinishedRun) -> dict[str, Any]:
         "threads": machine.get("threads"),
         "memory, GB": round(memory / 1e9) if memory else None,  # the exact number varies between boots
         "GPU": "yes" if run.record.memory["cuda"] else "no",
-        "runs in the same batches": run.record.together,
     }
 
 

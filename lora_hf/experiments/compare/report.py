@@ -205,11 +205,6 @@ def _explanation(record: ComparisonRecord, task: dict[str, Any]) -> str:
     if options.get("price_per_hour") is not None:
         price = f"{options['price_per_hour']:g} {escape(options['currency'])}"
         sentences.append(f"The cost is the training time at {price} an hour.")
-    if together := [f"{row['key']} ({row['together']} runs)" for row in rows if row["together"] > 1]:
-        sentences.append(
-            f"Trained together in the same batches: {', '.join(together)}. Their speed, time and memory are those of "
-            "all runs together; the cost of each is its share."
-        )
     return " ".join(sentences)
 
 

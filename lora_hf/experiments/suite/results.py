@@ -18,7 +18,7 @@ WEIGHTS = ("*.safetensors", "*.bin")
 TEXT_METRIC = "BLEU"  # compares runs of a generation task
 COPIED = (
     "seed", "method", "metrics", "majority", "best", "rows", "parameters", "timings", "throughput", "memory",
-    "together", "files", "warnings",
+    "files", "warnings",
 )  # fmt: skip
 
 

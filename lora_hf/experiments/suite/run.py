@@ -30,7 +30,6 @@ from lora_hf.experiments.suite.plan import (
 from lora_hf.experiments.suite.results import base_bytes, compare_all, run_result
 from lora_hf.training.checkpoints import checkpoints_in
 from lora_hf.training.run_dir import CHECKPOINTS_FOLDER
-from lora_hf.training.validation import joint_problems
 
 logger = logging.getLogger(__name__)
 
@@ -43,24 +42,22 @@ POLL = 0.2  # seconds between two checks of the processes
 
 @dataclass
 class _Job:
-    """Runs that train in one process; for generation, further processes then score their texts."""
+    """A run that trains in one process; for generation, another process then scores its texts."""
 
-    runs: list[PlannedRun]
+    run: PlannedRun
     process: subprocess.Popen[bytes]
     remaining: list[list[str]]  # commands to start after this process
     started: float = field(default_factory=time.monotonic)
 
 
-def run_suite(options: SuiteOptions, jobs: int = 1, joint: int = 1) -> tuple[SuiteRecord, Path]:
+def run_suite(options: SuiteOptions, jobs: int = 1) -> tuple[SuiteRecord, Path]:
     """Starts every unfinished run and updates the record whenever one ends.
 
     A failed run does not stop the others. An interruption ends all processes; a later call with the same options
-    keeps the finished runs and resumes the others from their checkpoints. Runs that train together have none and start
-    again.
+    keeps the finished runs and resumes the others from their checkpoints.
 
     Args:
         jobs: how many processes run at the same time.
-        joint: how many LoRA runs one process trains together on one copy of the base.
 
     Returns:
         The record, with the failed runs in `failures`, and the `suite.json` that holds it.
@@ -69,9 +66,8 @@ def run_suite(options: SuiteOptions, jobs: int = 1, joint: int = 1) -> tuple[Sui
         ConfigError, DataError, ModelError, HubError: the suite cannot start; raised before the first run.
         Interrupted: SIGINT or SIGTERM, after all processes have ended.
     """
-    for name, value in (("jobs", jobs), ("joint", joint)):
-        if value < 1:
-            raise ConfigError(f"{name}: expected a whole number >= 1, found {value}")
+    if jobs < 1:
+        raise ConfigError(f"jobs: expected a whole number >= 1, found {jobs}")
     runs = plan_suite(options)
     finished = {run.name for run in runs if is_finished(run)}
     _check_base_and_data(runs)
@@ -95,13 +91,11 @@ def run_suite(options: SuiteOptions, jobs: int = 1, joint: int = 1) -> tuple[Sui
         raise ConfigError(f"{options.output}: cannot create the output folder: {error.strerror}") from error
     if finished:
         logger.info("%d of %d runs are already finished", len(finished), len(runs))
-    _run_all(runs, finished, jobs, joint, record, file)
+    _run_all(runs, finished, jobs, record, file)
     return record, file
 
 
-def _run_all(
-    runs: Sequence[PlannedRun], finished: set[str], max_jobs: int, joint: int, record: SuiteRecord, file: Path
-) -> None:
+def _run_all(runs: Sequence[PlannedRun], finished: set[str], max_jobs: int, record: SuiteRecord, file: Path) -> None:
     waiting = [run for run in runs if run.name not in finished]
     total, suite_started = len(waiting), time.monotonic()
     jobs: list[_Job] = []
@@ -111,62 +105,46 @@ def _run_all(
             for run in [run for run in waiting if run.needs in record.failures]:
                 waiting.remove(run)
                 record.failures[run.name] = f"the run it starts from failed: {run.needs}"
-            while len(jobs) < max_jobs and (ready := _next_ready(waiting, finished, joint)):
-                waiting = [run for run in waiting if run not in ready]
-                (ready[0].folder / MESSAGES_FILE).unlink(missing_ok=True)
-                first, *remaining = _commands(ready)
-                jobs.append(_Job(ready, _start(children, ready[0], first, max_jobs), remaining))
+            while len(jobs) < max_jobs and (run := _next_ready(waiting, finished)):
+                waiting.remove(run)
+                (run.folder / MESSAGES_FILE).unlink(missing_ok=True)
+                first, *remaining = _commands(run)
+                jobs.append(_Job(run, _start(children, run, first, max_jobs), remaining))
             time.sleep(POLL)
             for job in [job for job in jobs if job.process.poll() is not None]:
                 succeeded = job.process.returncode == 0
                 if succeeded and job.remaining:
-                    job.process = _start(children, job.runs[0], job.remaining.pop(0), max_jobs)
+                    job.process = _start(children, job.run, job.remaining.pop(0), max_jobs)
                     continue
                 jobs.remove(job)
-                for run in job.runs:
-                    # Of runs that train together, some may have finished before another one failed.
-                    if is_finished(run) and (succeeded or len(job.runs) > 1):
-                        finished.add(run.name)
-                        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
-                    else:
-                        record.failures[run.name] = _failure(job)
+                if succeeded and is_finished(job.run):
+                    finished.add(job.run.name)
+                    shutil.rmtree(job.run.folder / CHECKPOINTS_FOLDER, ignore_errors=True)
+                else:
+                    record.failures[job.run.name] = _failure(job)
                 _update(record, runs, finished, file)
-                done = total - len(waiting) - sum(len(other.runs) for other in jobs)
+                done = total - len(waiting) - len(jobs)
                 # The time left assumes that the other runs take as long on average.
                 minutes_left = (time.monotonic() - suite_started) / max(done, 1) * (total - done) / 60
                 _log_progress(job, record, f"{done}/{total}", minutes_left)
     _update(record, runs, finished, file)
 
 
-def _next_ready(waiting: Sequence[PlannedRun], finished: set[str], joint: int) -> list[PlannedRun]:
-    """The next run whose required run is finished, with up to `joint - 1` others that can train together with it."""
-    ready = [run for run in waiting if run.needs is None or run.needs in finished]
-    if not ready or joint == 1 or not _can_join(ready[0]):
-        return ready[:1]
-    return [run for run in ready if _can_join(run) and run.config.model == ready[0].config.model][:joint]
+def _next_ready(waiting: Sequence[PlannedRun], finished: set[str]) -> PlannedRun | None:
+    """The next run whose required run is finished."""
+    return next((run for run in waiting if run.needs is None or run.needs in finished), None)
 
 
-def _can_join(run: PlannedRun) -> bool:
-    return not joint_problems(run.config) and not _has_checkpoint(run)
-
-
-def _has_checkpoint(run: PlannedRun) -> bool:
-    return bool(checkpoints_in(run.folder / CHECKPOINTS_FOLDER))
-
-
-def _commands(runs: Sequence[PlannedRun]) -> list[list[str]]:
-    """The missing steps: training all runs in one process and, for generation, scoring the texts of each."""
+def _commands(run: PlannedRun) -> list[list[str]]:
+    """The missing steps: training and, for generation, scoring the texts."""
     commands = []
-    missing = [run for run in runs if not (run.folder / RECORD_FILE).is_file()]
-    if missing:
-        resume = ["--resume", "auto"] if any(map(_has_checkpoint, missing)) else []
-        configs = [word for run in missing for word in ("--config", str(write_config(run)))]
-        commands.append(["train", *configs, *resume, "--json"])
-    for run in runs:
-        if run.writes_texts:
-            weights = run.folder / ("model" if run.config.train.method == "full" else "adapter")
-            data = ["--data-dir", run.config.task.data_dir] if run.config.task.data_dir else []
-            commands.append(["eval", "--adapter", str(weights), "--split", "test", *data, "--json"])
+    if not (run.folder / RECORD_FILE).is_file():
+        resume = ["--resume", "auto"] if checkpoints_in(run.folder / CHECKPOINTS_FOLDER) else []
+        commands.append(["train", "--config", str(write_config(run)), *resume, "--json"])
+    if run.writes_texts:
+        weights = run.folder / ("model" if run.config.train.method == "full" else "adapter")
+        data = ["--data-dir", run.config.task.data_dir] if run.config.task.data_dir else []
+        commands.append(["eval", "--adapter", str(weights), "--split", "test", *data, "--json"])
     return commands
 
 
@@ -184,7 +162,7 @@ def _start(children: ChildProcesses, run: PlannedRun, words: list[str], jobs: in
 
 
 def _failure(job: _Job) -> str:
-    text = (job.runs[0].folder / MESSAGES_FILE).read_text(encoding="utf-8", errors="replace")
+    text = (job.run.folder / MESSAGES_FILE).read_text(encoding="utf-8", errors="replace")
     lines = [line for line in text.splitlines() if line.strip()][-TAIL:]
     code = job.process.returncode
     reason = f"killed by signal {-code} (9 usually means out of memory)" if code < 0 else f"exit code {code}"
@@ -193,12 +171,10 @@ def _failure(job: _Job) -> str:
 
 
 def _log_progress(job: _Job, record: SuiteRecord, count: str, minutes_left: float) -> None:
-    """Logs how each run of the job ended."""
     results = {result["folder"]: f"{result['metric']} {result['value']:.4f}" for result in record.runs}
-    for run in job.runs:
-        outcome = results.get(run.name) or f"failed: {record.failures[run.name]}"
-        taken = (time.monotonic() - job.started) / 60
-        logger.info("[%s] %s: %s, %.1f min; about %.1f min left", count, run.name, outcome, taken, minutes_left)
+    outcome = results.get(job.run.name) or f"failed: {record.failures[job.run.name]}"
+    taken = (time.monotonic() - job.started) / 60
+    logger.info("[%s] %s: %s, %.1f min; about %.1f min left", count, job.run.name, outcome, taken, minutes_left)
 
 
 def _update(record: SuiteRecord, runs: Sequence[PlannedRun], finished: set[str], file: Path) -> None:

@@ -50,9 +50,9 @@ def resources(record: SuiteRecord) -> str:
             name,
             f"{runs[0]['rows']['train']:,}",
             f"{runs[0]['parameters']['trainable']:,}",
-            minutes(_mean(runs, lambda run: run["timings"]["train"] / run.get("together", 1))),
+            minutes(_mean(runs, lambda run: run["timings"]["train"])),
             minutes(_mean(runs, seconds)),
-            f"{_mean(runs, lambda run: run['throughput']['samples'] * run.get('together', 1)):,.0f}",
+            f"{_mean(runs, lambda run: run['throughput']['samples']):,.0f}",
             _megabytes(_mean(runs, _peak_memory)),
             _megabytes(_mean(runs, file_bytes), 2),
         ]
@@ -171,8 +171,8 @@ def metric_label(run: Run) -> str:
 
 
 def seconds(run: Run) -> float:
-    """The time of the run, with generating and scoring texts. Runs that trained together share their time."""
-    return run["timings"]["total"] / run.get("together", 1) + sum(run.get("texts", {}).get("timings", {}).values())
+    """The time of the run, with generating and scoring texts."""
+    return run["timings"]["total"] + sum(run.get("texts", {}).get("timings", {}).values())
 
 
 def file_bytes(run: Run) -> int:

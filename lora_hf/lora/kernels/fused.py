@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,19 +22,6 @@ STEPS = 2**16  # resolution of a dropout probability
 
 # A frozen weight, or the function that unpacks it to a precision for each product, so that it is not kept in between.
 Weight = Tensor | Callable[[torch.dtype], Tensor]
-
-
-@dataclass(frozen=True)
-class Part:
-    """The low-rank product of one adapter on the rows `start:stop` of a batch; the other fields as in `lora_linear`."""
-
-    start: int
-    stop: int
-    lora_A: Tensor  # noqa: N815
-    lora_B: Tensor  # noqa: N815
-    scaling: float
-    slices: Slices
-    dropout: float = 0.0
 
 
 def lora_linear(
@@ -61,23 +47,11 @@ def lora_linear(
     Returns:
         `(..., out)`, in the precision of x.
     """
-    return lora_linear_parts(x, weight, bias, [Part(0, x.shape[:-1].numel(), lora_A, lora_B, scaling, slices, dropout)])
-
-
-def lora_linear_parts(x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
-    """`lora_linear` with an adapter for each part of the rows of x, `(rows, in)` once flattened.
-
-    A row in no part gets the frozen projection alone.
-    """
-    settings, factors = [], []
-    for part in parts:
-        dropout, keep = part.dropout, None
-        if dropout:
-            dropout = min(max(1, round(dropout * STEPS)), STEPS - 1) / STEPS
-            keep = dropout_mask((part.stop - part.start, x.shape[-1]), dropout, x.device)
-        settings.append((slice(part.start, part.stop), part.scaling / (1 - dropout), part.slices, keep))
-        factors += [part.lora_A, part.lora_B]
-    return _LoraLinear.apply(x, weight, bias, settings, *factors)  # type: ignore[return-value]
+    keep = None
+    if dropout:
+        dropout = min(max(1, round(dropout * STEPS)), STEPS - 1) / STEPS
+        keep = dropout_mask((x.shape[:-1].numel(), x.shape[-1]), dropout, x.device)
+    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling / (1 - dropout), slices, keep)  # type: ignore[return-value]
 
 
 def dropout_mask(shape: Sequence[int], dropout: float, device: torch.device) -> Tensor:
@@ -102,58 +76,57 @@ def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:
     return is_frozen and not torch.is_autocast_enabled(x.device.type)
 
 
-# Of a part: its rows, its scaling with that of the dropout, its slices, and the dropout mask.
-_Setting = tuple[slice, float, Slices, "Tensor | None"]
-
-
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, settings: Sequence[_Setting], *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        slices: Slices,
+        keep: Tensor | None,
     ) -> Tensor:
+        """`scaling` includes that of the dropout, and `keep` is its mask."""
         inputs = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         tensor = weight if isinstance(weight, Tensor) else None
         ctx.unpacker = None if isinstance(weight, Tensor) else weight
         # Not a view: some models go on in place, which autograd refuses for a view that a function returns.
         output = linear(x, weight if isinstance(weight, Tensor) else weight(x.dtype), bias)
         y = output.view(len(inputs), output.shape[-1])
-        saved = []
-        for (rows, scaling, slices, keep), lora_A, lora_B in zip(settings, factors[::2], factors[1::2], strict=True):
-            down, up = lora_A.to(x.dtype), block_diagonal(lora_B.to(x.dtype), slices, y.shape[1])
-            dropped = inputs[rows] if keep is None else inputs[rows] * keep
-            # Scaling is cheapest on the smallest tensor, (rows, r).
-            projected = (dropped @ down.T).mul_(scaling)
-            y[rows].addmm_(projected, up.T)
-            saved += [projected, down, up, keep]
-        ctx.save_for_backward(x, tensor, *saved)
-        ctx.settings = [(rows, scaling, slices) for rows, scaling, slices, _ in settings]
-        ctx.dtypes = [factor.dtype for factor in factors]
+        down, up = lora_A.to(x.dtype), block_diagonal(lora_B.to(x.dtype), slices, y.shape[1])
+        dropped = inputs if keep is None else inputs * keep
+        # Scaling is cheapest on the smallest tensor, (rows, r).
+        projected = (dropped @ down.T).mul_(scaling)
+        y.addmm_(projected, up.T)
+        ctx.save_for_backward(x, tensor, projected, down, up, keep)
+        ctx.scaling, ctx.slices, ctx.dtypes = scaling, slices, (lora_A.dtype, lora_B.dtype)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, tensor, *saved = ctx.saved_tensors
+        x, tensor, projected, down, up, keep = ctx.saved_tensors
+        needs_dx, _, _, needs_dA, needs_dB, *_ = ctx.needs_input_grad
         inputs = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         dy = gradients[0].reshape(len(inputs), gradients[0].shape[-1])
-        dx = dy @ (ctx.unpacker(x.dtype) if tensor is None else tensor) if ctx.needs_input_grad[0] else None
-        dfactors: list[Tensor | None] = []
-        for number, (rows, scaling, slices) in enumerate(ctx.settings):
-            projected, down, up, keep = saved[4 * number : 4 * number + 4]
-            needs_dA, needs_dB = ctx.needs_input_grad[4 + 2 * number : 6 + 2 * number]
-            dprojected = (dy[rows] @ up).mul_(scaling)
-            dA = dB = None
-            if dx is not None and keep is None:
-                dx[rows].addmm_(dprojected, down)
-            elif dx is not None:
-                dx[rows].addcmul_(dprojected @ down, keep.to(dx.dtype))
-            if needs_dA:
-                dropped = inputs[rows] if keep is None else inputs[rows] * keep
-                dA = (dprojected.T @ dropped).to(ctx.dtypes[2 * number])
-            if needs_dB:
-                # The transposed product is twice as fast, because it has so few rows.
-                blocks = diagonal_blocks((projected.T @ dy[rows]).T, slices)
-                dB = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-                dB = dB.to(ctx.dtypes[2 * number + 1], memory_format=torch.contiguous_format)
-            dfactors += [dA, dB]
-        return None if dx is None else dx.view_as(x), None, None, None, *dfactors
+        dprojected = (dy @ up).mul_(ctx.scaling)
+        dx = dA = dB = None
+        if needs_dx:
+            dx = dy @ (ctx.unpacker(x.dtype) if tensor is None else tensor)
+            if keep is None:
+                dx.addmm_(dprojected, down)
+            else:
+                dx.addcmul_(dprojected @ down, keep.to(dx.dtype))
+            dx = dx.view_as(x)
+        if needs_dA:
+            dropped = inputs if keep is None else inputs * keep
+            dA = (dprojected.T @ dropped).to(ctx.dtypes[0])
+        if needs_dB:
+            # The transposed product is twice as fast, because it has so few rows.
+            blocks = diagonal_blocks((projected.T @ dy).T, ctx.slices)
+            dB = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+            dB = dB.to(ctx.dtypes[1], memory_format=torch.contiguous_format)
+        return dx, None, None, dA, dB, None, None, None

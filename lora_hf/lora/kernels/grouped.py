@@ -33,7 +33,7 @@ class Stack:
 def add_grouped(base_output: Tensor, x: Tensor, stack: Stack, order: Tensor | None, ends: Sequence[int]) -> Tensor:
     """`base_output[i] + x[i] A_n B_n` for every item i of adapter n; items after the last end keep `base_output`.
 
-    Without gradients the sum is written into `base_output`: a new tensor for it would cost more than the products.
+    The sum is written into `base_output`, so no gradients can be taken: a new tensor would cost more than the products.
 
     Args:
         base_output: `(items, ..., out)`, the output of the frozen projection.
@@ -49,12 +49,6 @@ def add_grouped(base_output: Tensor, x: Tensor, stack: Stack, order: Tensor | No
     adapted = x[:stop] if items is None else x.index_select(0, items)
     rows = adapted.reshape(stop * inner, x.shape[-1])
     row_ends = tuple(end * inner for end in ends)
-    if torch.is_grad_enabled():
-        added = _project_wide(rows, stack, row_ends) @ stack.lora_B.flatten(0, 1)
-        added = added.view(stop, *base_output.shape[1:])
-        if items is not None:
-            return base_output.index_add(0, items, added)
-        return torch.cat([base_output[:stop] + added, base_output[stop:]])
     if items is None:
         _add(base_output[:stop].view(len(rows), -1), rows, stack, row_ends)
         return base_output
@@ -71,26 +65,20 @@ def _add(outputs: Tensor, rows: Tensor, stack: Stack, ends: tuple[int, ...]) -> 
         projected = grouped_mm(rows, stack.lora_A.transpose(0, 1), offs=offsets)
         outputs += grouped_mm(projected, stack.lora_B, offs=offsets)
     elif rows.dtype != torch.float32 and adapters * r <= WIDE:
-        outputs.addmm_(_project_wide(rows, stack, ends), stack.lora_B.flatten(0, 1))
+        mask = _other_adapters_mask(ends, r, rows.device)
+        outputs.addmm_((rows @ stack.lora_A.flatten(1)).masked_fill_(mask, 0), stack.lora_B.flatten(0, 1))
     else:
         for number, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
             if end > start:
                 outputs[start:end].addmm_(rows[start:end] @ stack.lora_A[:, number], stack.lora_B[number])
 
 
-def _project_wide(rows: Tensor, stack: Stack, ends: tuple[int, ...]) -> Tensor:
-    """`(rows, n * r)`: each row times all A at once, with zeros in the columns of other adapters."""
-    mask = _other_adapters_mask(ends, stack.lora_A.shape[-1], rows.device)
-    return (rows @ stack.lora_A.flatten(1)).masked_fill_(mask, 0)
-
-
 @functools.lru_cache(maxsize=16)  # the projections of a model use the same
 def _other_adapters_mask(ends: tuple[int, ...], r: int, device: torch.device) -> Tensor:
     """`(rows, n * r)`: True at the columns of other adapters."""
-    with torch.inference_mode(False):  # a later backward pass could not save an inference tensor
-        counts = torch.tensor([end - start for start, end in zip((0, *ends), ends, strict=False)], device=device)
-        numbers = torch.arange(len(ends), device=device)
-        return numbers.repeat_interleave(counts)[:, None] != numbers.repeat_interleave(r)
+    counts = torch.tensor([end - start for start, end in zip((0, *ends), ends, strict=False)], device=device)
+    numbers = torch.arange(len(ends), device=device)
+    return numbers.repeat_interleave(counts)[:, None] != numbers.repeat_interleave(r)
 
 
 @functools.cache

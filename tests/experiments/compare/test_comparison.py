@@ -248,10 +248,6 @@ def other_threads(values: dict[str, Any]) -> None:
     values["machine"]["threads"] += 6
 
 
-def other_company(values: dict[str, Any]) -> None:
-    values["together"] = 4
-
-
 def other_recipe(values: dict[str, Any]) -> None:
     values["config"]["train"]["batch_size"] = 4
 
@@ -264,7 +260,6 @@ def other_rows(values: dict[str, Any]) -> None:
     ("how", "aspect", "words"),
     [
         (other_threads, "machine", r"threads \d+, not \d+"),
-        (other_company, "machine", "runs in the same batches 4, not 1"),
         (other_recipe, "recipe", "batch_size 4, not 8"),
         (other_rows, "data", "train rows 7, not 2000"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from lora_hf.lora.kernels.fused import STEPS, Part, can_fuse, dropout_mask, lora_linear, lora_linear_parts
+from lora_hf.lora.kernels.fused import STEPS, can_fuse, dropout_mask, lora_linear
 from lora_hf.lora.kernels.reference import add_lora
 from tests.tolerances import FUSED_RTOL, GRADCHECK
 
@@ -89,46 +89,6 @@ def test_fused_is_the_reference_and_nothing_near_it(slices: list, dtype: torch.d
     assert apart(results("fused", dtype, slices, dropout), wanted) < FUSED_RTOL[dtype]
     for wrong in ("no scaling", "wrong slice", *(["no dropout"] if dropout else [])):
         assert apart(results(wrong, dtype, slices, dropout), wanted) > FUSED_RTOL[dtype], f"{wrong} would pass"
-
-
-@pytest.mark.parametrize("stored", ["(out, in)", "(in, out)"])
-def test_gradcheck_of_parts(stored: str) -> None:
-    torch.manual_seed(0)
-    weight = draw(7, 5, frozen=True) if stored == "(out, in)" else draw(5, 7, frozen=True).T
-    first, second = parameters(SLICES["two"], torch.float64), parameters(SLICES["whole"], torch.float64)
-
-    def run(x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
-        parts = [Part(0, 2, *factors[:2], SCALING, SLICES["two"]), Part(3, 6, *factors[2:], 0.3, SLICES["whole"])]
-        return lora_linear_parts(x, weight, None, parts)
-
-    assert torch.autograd.gradcheck(run, (draw(2, 4, 5), *first, *second), **GRADCHECK)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_each_part_is_what_its_adapter_gives_alone(dropout: float) -> None:
-    torch.manual_seed(0)
-    weight, bias, x = draw(7, 5, frozen=True), draw(7, frozen=True), draw(8, 5)
-    adapters = [(parameters(SLICES[name], torch.float64), SLICES[name]) for name in ("two", "whole")]
-    places, found = [(0, 3), (3, 6)], []
-    for together in (True, False):
-        torch.manual_seed(1)
-        parts = [
-            Part(*at, *factors, SCALING, slices, dropout)
-            for at, (factors, slices) in zip(places, adapters, strict=True)
-        ]
-        if together:
-            y = lora_linear_parts(x, weight, bias, parts)
-        else:
-            rows = [
-                lora_linear(x[start:stop], weight, bias, *factors, SCALING, slices, dropout)
-                for (start, stop), (factors, slices) in zip(places, adapters, strict=True)
-            ]
-            y = torch.cat([*rows, linear(x[6:], weight, bias)])
-        inputs = [x, *(factor for factors, _ in adapters for factor in factors)]
-        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), inputs)])
-    assert apart(found[0], found[1]) < FUSED_RTOL[torch.float64]
-    swapped = [Part(*at, *factors, SCALING, s) for at, (factors, s) in zip(places[::-1], adapters, strict=True)]
-    assert apart([lora_linear_parts(x, weight, bias, swapped).detach()], found[1][:1]) > FUSED_RTOL[torch.float64]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
