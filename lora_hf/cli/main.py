@@ -24,6 +24,7 @@ from lora_hf.cli.commands import (
     generate,
     info,
     merge,
+    plan,
     predict,
     push,
     schema,
@@ -37,6 +38,7 @@ from lora_hf.training.distributed import claim_error_report, rank, require_singl
 
 # Each has HELP, `add_arguments` and `run`.
 VERBS = {
+    "plan": plan,
     "train": train,
     "sweep": sweep,
     "eval": evaluate,

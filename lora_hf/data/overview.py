@@ -104,7 +104,9 @@ def _text_columns(task: Task, rows: Dataset) -> list[str]:
     return [column for column in task.text_columns if column in rows.column_names]
 
 
-def _examples(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[list[tuple[str, bool]]]:
+def _examples(
+    task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> list[list[tuple[str, bool]]]:
     encoded = task.encode(rows[:SHOWN], tokenizer, limit)
     labels: Sequence[Any] = encoded.get("labels", ())
     examples = []

@@ -92,7 +92,12 @@ class RunLines(TrainerCallback):
     """Lines on standard error, above any progress bars: what is trained on what, an estimate, and each evaluation."""
 
     def __init__(
-        self, precision: str, data: DataOverview, parameters: ParameterCounts, estimator: Estimator, log_prefix: str = ""
+        self,
+        precision: str,
+        data: DataOverview,
+        parameters: ParameterCounts,
+        estimator: Estimator,
+        log_prefix: str = "",
     ) -> None:
         self.precision, self.data, self.parameters, self.estimator = precision, data, parameters, estimator
         self.log_prefix = log_prefix

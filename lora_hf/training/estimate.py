@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -81,8 +82,7 @@ class Estimator(TrainerCallback):
         control.should_training_stop = control.should_training_stop or self.stop
 
     def _seconds(self, args: Any, state: Any) -> float:
-        timed = self.steps[UNTIMED:] or self.steps
-        per_token = sum(seconds for seconds, _, _ in timed) / sum(tokens for _, tokens, _ in timed)
+        per_token = median(seconds / tokens for seconds, tokens, _ in self.steps[UNTIMED:] or self.steps)
         rows: Any = self.trainer.train_dataset
         per_step = args.train_batch_size * args.gradient_accumulation_steps
         epochs = state.max_steps * per_step * args.world_size / len(rows)

@@ -15,6 +15,7 @@ from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE
 from lora_hf.data.overview import DataOverview
 from lora_hf.data.tasks.registry import task_of
+from lora_hf.training.callbacks import ProgressLines
 from lora_hf.training.estimate import Estimate
 from lora_hf.training.run import find_run, prepare_model, prepare_run
 from lora_hf.training.run_dir import CHECKPOINTS_FOLDER, LOG_FILE
@@ -54,6 +55,7 @@ def plan_run(config: RunConfig) -> RunPlan:
 
         run = prepare_run(inside, scratch, rows, model, sites, started, begin, callbacks=())
         run.estimator.stop = True
+        run.trainer.remove_callback(ProgressLines)
         arguments = run.trainer.args
         arguments.eval_strategy, arguments.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
         arguments.load_best_model_at_end = False
@@ -65,6 +67,4 @@ def plan_run(config: RunConfig) -> RunPlan:
     files += [f"predictions-{split}.jsonl" for split in task.evaluation_splits if task.verb == "predict"]
     roles = Counter(site.role for site in sites)
     modules = {role: [site.path for site in sites if site.role == role] for role in roles}
-    return RunPlan(
-        folder, run.data, modules, run.record.parameters, run.trainer.state.max_steps, estimate, files
-    )
+    return RunPlan(folder, run.data, modules, run.record.parameters, run.trainer.state.max_steps, estimate, files)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
 import time
@@ -18,8 +17,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import (
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,20 +33,21 @@ from lora_hf.core.provenance import folder_size, git_state, machine, peak_rss, v
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.overview import DataOverview, describe_data
 from lora_hf.data.sampling import number_prompts
-from lora_hf.data.tasks.base import ModelKind, Task
+from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.data.tokenization import encode
 from lora_hf.lora.inject import count_parameters, inject_at, inject_head
 from lora_hf.lora.precision import flush_denormals, resolve_precision
 from lora_hf.lora.target_modules import Site, plan
-from lora_hf.models.align import align_tokenizer, check_tokens, padding_side
+from lora_hf.models.align import align_tokenizer, check_tokens
 from lora_hf.models.load import load_base, load_tokenizer
 from lora_hf.training.arguments import explain_argument_errors, training_arguments
+from lora_hf.training.batches import padding_collator
 from lora_hf.training.callbacks import (
     CheckpointCallback,
-    RunLines,
     EvaluationStoppedError,
     LogFile,
+    RunLines,
     SignalHandler,
     TrainingGuard,
     install_callbacks,
@@ -309,19 +307,6 @@ def _new_trainer(
     if config.train.patience:
         trainer.add_callback(EarlyStoppingCallback(config.train.patience))
     return trainer
-
-
-COLLATORS: dict[ModelKind, Callable[[PreTrainedTokenizerBase], Any]] = {
-    "sequence-classification": DataCollatorWithPadding,
-    "causal-lm": DataCollatorForSeq2Seq,
-}
-
-
-def padding_collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> Any:
-    """Returns what pads a batch on the base's side; `tokenizer` keeps its own, with which it is saved."""
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.padding_side = padding_side(model)
-    return COLLATORS[kind](tokenizer)
 
 
 def _fit(run: PreparedRun, checkpoint: Path | None) -> Mapping[str, float]:

@@ -15,7 +15,7 @@ from lora_hf.inference.classify import Predictor
 from lora_hf.inference.generate import Generator
 from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.models.align import align_tokenizer
-from lora_hf.training.run import padding_collator
+from lora_hf.training.batches import padding_collator
 from lora_hf.training.trainer import completion_loss, enable_optimizations
 from tests.support.small_models import small_model
 from tests.support.word_tokenizer import word_tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,11 @@ def test_a_run_without_a_terminal_prints_lines(
     train(load_config("rule_sentiment.yaml", words), rows=rows)
     out, err = capsys.readouterr()
     assert out == ""
-    first, *rest = err.splitlines()
-    assert first == "3 steps; 24 training rows; fp32 on cpu"
+    training, validation, steps, *rest = err.splitlines()
+    assert training.startswith("train: 24 rows; tokens: median ")
+    assert validation.startswith("validation: 24 rows; tokens: ")
+    assert re.fullmatch(r"3 steps; trains [\d,]+ of [\d,]+ parameters; fp32 on cpu", steps)
+    assert sum(line.startswith("training takes about ") for line in rest) == 1
     assert [line.split(":")[0] for line in rest if " steps: loss " in line] == [
         f"{step} of 3 steps" for step in (1, 2, 3)
     ]

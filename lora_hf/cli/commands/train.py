@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from lora_hf.cli.commands.plan import show_plan
 from lora_hf.cli.terminal import add_json, print_json
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="such as lora.r=16 train.epochs=1; docs/config.md lists all keys",
     )
+    parser.add_argument("--dry-run", action="store_true", help="show what the run will do and cost, as plan does")
     add_json(parser)
 
 
@@ -35,6 +37,9 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     # Report every error that is known before reading the data and importing the Trainer take seconds.
     check_run(config)
+    if options.dry_run:
+        show_plan(config, options.json)
+        return
     check_run_folder(config, options.resume)
     task = task_of(config.task)
     rows = task.load(config.task.data_dir, task.splits)
