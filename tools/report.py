@@ -220,6 +220,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "malformed-answers": robustness_tables.malformed_answers,
     "kills": robustness_tables.kills,
     "model-types": model_tables.model_types,
+    "model-classes": model_tables.model_classes,
     "config-keys": config_keys,
     "tiny-bases": _bases,
     "tiny-fills": _fills,

@@ -139,6 +139,14 @@ def modules_in_file(model: PreTrainedModel, file: AdapterFile) -> list[str]:
     names, is_own = tuple(file.config.get("modules_to_save") or ()), bool(file.metadata.fingerprint)
     paths = plain_paths(model)
     found = [path for path in paths if path in names or (names and not is_own and path.endswith(names))]
+    outer = outermost(model, found)
+    inner = [path for path in found if path not in outer and any(True for _ in plain_module(model, path).parameters())]
+    if inner and not is_own:
+        raise AdapterError(
+            f"{file.folder}/{CONFIG_FILE}: modules_to_save {list(names)} names {inner[0]} and a module around it. PEFT "
+            "then saves a copy of the inner one that the trained model did not use, so nobody can restore that model; "
+            "train it again with only the outer one in modules_to_save"
+        )
     unnamed = [path for path in paths if _holds_new_embedding(model, file, path)]
     return outermost(model, [*found, *unnamed])
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from lora_hf.core.errors import ConfigError, ModelError, did_you_mean
+from lora_hf.lora.checkpoint_header import loaded_from_header
 
 logger = logging.getLogger(__name__)
 
@@ -72,18 +73,17 @@ def base_prefix(model: PreTrainedModel) -> str:
 
 
 def new_parameters(model: PreTrainedModel) -> frozenset[str] | None:
-    """The parameters that `from_pretrained` initialized; None for a model that did not come from a checkpoint."""
+    """The parameters that `from_pretrained` initialized; None where neither the model nor a checkpoint tells.
+
+    A copied model has lost the marks of `from_pretrained`, and `from_config` makes none. The header of the checkpoint
+    that such a model names decides then, if it is on this machine.
+    """
     if not hasattr(model, NEW_PARAMETERS):
-        # transformers marks each parameter that it loaded. A copied model has lost the marks.
-        marks = {
-            name.replace(".original_module.", ".").replace(".base_layer.", "."): hasattr(
-                parameter, "_is_hf_initialized"
-            )
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if not _ADDED.search(name)
-        }
-        new = frozenset(name for name, loaded in marks.items() if not loaded) | _resized_embeddings(model)
-        setattr(model, NEW_PARAMETERS, new if any(marks.values()) else None)
+        filled, parameters = _filled(model), _plain_parameters(model)
+        if not filled:
+            filled = _filled_by_checkpoint(model)
+        new = frozenset(parameters) - filled | _resized_embeddings(model) if filled else None
+        setattr(model, NEW_PARAMETERS, new)
     return getattr(model, NEW_PARAMETERS)
 
 
@@ -92,6 +92,49 @@ def mark_head_as_new(model: PreTrainedModel) -> None:
     heads = tuple(f"{path}." for path in head_paths(model))
     new = frozenset(name for name, _ in model.named_parameters() if name.startswith(heads)) if heads else frozenset()
     setattr(model, NEW_PARAMETERS, new)
+
+
+def _plain_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The parameters without those of adapters, by their names in the plain model; tied ones by each name."""
+    return {
+        name.replace(".original_module.", ".").replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not _ADDED.search(name)
+    }
+
+
+def _filled(model: PreTrainedModel) -> frozenset[str]:
+    """The names of the parameters that transformers has marked as loaded."""
+    parameters = _plain_parameters(model)
+    return frozenset(name for name, each in parameters.items() if hasattr(each, "_is_hf_initialized"))
+
+
+def _filled_by_checkpoint(model: PreTrainedModel) -> frozenset[str]:
+    """The parameters of which the model's checkpoint holds a tensor of that shape.
+
+    None if there is no checkpoint, or if it lacks some of the layers: then the model is not the one in it.
+    """
+    loaded = loaded_from_header(model)
+    if loaded is None:
+        return frozenset()
+    names, theirs, parameters = _filled(loaded), _plain_parameters(loaded), _plain_parameters(model)
+    filled = frozenset(
+        name
+        for name, each in parameters.items()
+        if name in names and (each.shape == theirs[name].shape or not each.is_floating_point())  # packed weights
+    )
+    heads = tuple(f"{path}." for path in head_paths(model))
+    lacking = [name for name in parameters if name not in filled]
+    if any(part.isdigit() for name in lacking if not name.startswith(heads) for part in name.split(".")):
+        return frozenset()
+    logger.log(
+        logging.WARNING if lacking else logging.INFO,
+        "from_pretrained left no marks on this model (copies lose them, from_config makes none), so the tensor names "
+        "in the checkpoint %s decide what is pretrained; it lacks: %s",
+        model.name_or_path,
+        ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in lacking)) or "nothing",
+    )
+    return filled
 
 
 def _resized_embeddings(model: PreTrainedModel) -> frozenset[str]:

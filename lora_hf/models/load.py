@@ -23,13 +23,13 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import ConfigError, HubError, ModelError, UserError, did_you_mean
 from lora_hf.core.hub_access import explain_hub_error, hub_is_reachable, hub_unreachable, is_hub_error
 from lora_hf.data.tasks.base import ModelKind, Task
 from lora_hf.lora.architectures import ARCHITECTURES
+from lora_hf.lora.checkpoint_header import quiet_transformers
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.lora.heads import head_paths, mark_head_as_new
 from lora_hf.lora.inject import lora_layers
@@ -238,15 +238,8 @@ def _pretrained(auto: Any, model: ModelConfig, config: PretrainedConfig, dtype: 
         auto.from_pretrained, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     # transformers warns at length about the new head; the check below reports the weights that must not be missing.
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
+    with quiet_transformers():
         base, info = _from_pretrained(model.name, model.revision, load)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
     _check_filled(base, info, model.name)
     return base
 

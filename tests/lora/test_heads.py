@@ -75,12 +75,55 @@ def test_without_a_checkpoint_the_head_is_new(bert: Path, caplog: pytest.LogCapt
     assert new_parameters(small_model("electra", 2)) is None
     assert modules_to_train(small_model("electra", 2)) == ["classifier"]
     copied = copy.deepcopy(classifier(bert))
+    (bert / "model.safetensors").unlink()
     assert new_parameters(copied) is None, "a copy has lost what from_pretrained reported"
     inject(copied, LoraConfig(r=2))
     assert "classifier is trained as a new head, and the rest is taken for pretrained" in caplog.text
+
+
+def test_the_checkpoint_tells_what_is_new_in_a_copy(bert: Path, caplog: pytest.LogCaptureFixture) -> None:
     known = classifier(bert)
-    new_parameters(known)
-    assert new_parameters(copy.deepcopy(known)) == new_parameters(known)
+    state = torch.get_rng_state()
+    copied = copy.deepcopy(known)
+    assert new_parameters(copied) == new_parameters(known) == new_parameters(copy.deepcopy(known))
+    assert modules_to_train(copied) == ["bert.pooler", "classifier"]
+    assert "it lacks: bert.pooler.dense, classifier" in caplog.text
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_copied_language_model_trains_its_head_only_if_the_checkpoint_lacks_it(tmp_path: Path, shards: bool) -> None:
+    size = {"max_shard_size": "20KB"} if shards else {}
+    model = small_model("qwen3", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "whole", **size)
+    model.model.save_pretrained(tmp_path / "bare", **size)
+    assert (tmp_path / "bare/model.safetensors.index.json").exists() is shards
+    for name, expected in (("whole", []), ("bare", ["lm_head"])):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, tie_word_embeddings=False)
+        assert modules_to_train(copy.deepcopy(loaded)) == modules_to_train(loaded) == expected
+        built = AutoModelForCausalLM.from_config(loaded.config)
+        assert modules_to_train(built) == expected
+
+
+def test_a_checkpoint_in_the_hubs_cache_tells_it_too(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = copy.deepcopy(classifier(bert))
+    copied.name_or_path = "someone/bert"
+    snapshot = tmp_path / "hub/models--someone--bert/snapshots/1234"
+    snapshot.parent.mkdir(parents=True)
+    bert.rename(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("1234")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert modules_to_train(copied) == ["bert.pooler", "classifier"]
+
+
+def test_a_model_with_more_layers_than_its_checkpoint_is_not_the_one_in_it(bert: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(bert, num_hidden_layers=3)
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert model.name_or_path == str(bert)
+    assert new_parameters(model) is None
 
 
 def test_a_layer_that_the_checkpoint_lacks_is_refused(bert: Path) -> None:

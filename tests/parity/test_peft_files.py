@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -138,6 +139,16 @@ def test_a_field_that_is_switched_on_and_unknown_is_refused_by_name(bases: Path,
                 load_adapter(model, tmp_path)
         else:
             load_adapter(model, tmp_path)
+
+
+def test_a_module_that_peft_saved_within_another_is_refused(bases: Path, tmp_path: Path) -> None:
+    auto, base = "AutoModelForTokenClassification", bases / "roberta"
+    theirs = save_with_peft(base, auto, ["query"], {"modules_to_save": ["embeddings"]}, tmp_path)
+    with pytest.raises(AdapterError, match=r"names roberta.embeddings.word_embeddings and a module around it"):
+        load_adapter(from_base(auto, base, seed=2), tmp_path)
+    with contextlib.suppress(KeyError):  # what PEFT's own reader says
+        again: Any = peft.PeftModel.from_pretrained(from_base(auto, base, seed=2), tmp_path)
+        assert not torch.allclose(outputs_of(again.get_base_model().eval()), theirs, atol=1e-3), "PEFT reads it again"
 
 
 def test_embeddings_that_peft_saved_unchanged_are_those_of_the_base(bases: Path, tmp_path: Path) -> None:

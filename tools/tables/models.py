@@ -1,4 +1,4 @@
-"""The table of model types: what the role table and transformers say of each."""
+"""The tables of model types: what the role table and transformers say of each, and what the tests cover."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from transformers.models.auto import modeling_auto as auto
 
 from lora_hf.core.formatting import table
 from lora_hf.lora.architectures import ARCHITECTURES, Architecture
+from tests.support.left_out import LEFT_OUT
+from tests.support.small_models import SHAPES, UNKNOWN_SHAPES
 
-# The classes of tests/adapters/test_model_classes.py besides the bare base, by the word of the table.
+# The classes of tests/support/model_classes.py, by the word of the table.
 CLASSES = {
+    "base": auto.MODEL_MAPPING_NAMES,
     "classes": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "tokens": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "answers": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
@@ -23,7 +26,7 @@ CLASSES = {
 
 
 def model_types(_: Path) -> str:
-    """For each model type its roles and fused projections, the fast paths, and the classes that tests adapt."""
+    """For each model type its roles and fused projections, and the fast paths."""
     rows = [
         [
             f"`{kind}`",
@@ -31,13 +34,28 @@ def model_types(_: Path) -> str:
             _fused(entry),
             f"no: {entry.padded_because}" if entry.padded_because else "yes",
             "yes" if entry.plain_logits else "no" if kind in CLASSES["text"] else "-",
-            ", ".join(["base", *(word for word, mapping in CLASSES.items() if kind in mapping)]),
         ]
         for kind, entry in sorted(ARCHITECTURES.items())
         if kind in CONFIG_MAPPING
     ]
-    head = ["model type", "roles", "fused", "runs without padding", "logits at labels only", "classes tested"]
-    return table(head, rows, text_columns=6)
+    head = ["model type", "roles", "fused", "runs without padding", "logits at labels only"]
+    return table(head, rows, text_columns=5)
+
+
+def model_classes(_: Path) -> str:
+    """Which classes of each model type the tests adapt, and what is left out of them."""
+    notes = [(f"({index})", each) for index, each in enumerate(LEFT_OUT, 1)]
+    rows = []
+    for kind in sorted(SHAPES | UNKNOWN_SHAPES):
+        marks = [number for number, each in notes if kind in each.model_types]
+        cells = [" ".join(["yes", *marks]) if kind in mapping else "-" for mapping in CLASSES.values()]
+        rows.append([f"`{kind}`", *cells])
+    reasons = [
+        [number, ", ".join(f"`{kind}`" for kind in each.model_types), each.writer, each.setting, each.reason]
+        for number, each in notes
+    ]
+    matrix = table(["model type", *CLASSES], rows, text_columns=1 + len(CLASSES))
+    return matrix + "\n\n" + table(["", "model types", "written by", "setting", "reason"], reasons, text_columns=5)
 
 
 def _fused(entry: Architecture) -> str:
