@@ -112,6 +112,9 @@ def _examples(
     examples = []
     for index, ids in enumerate(encoded["input_ids"][:SHOWN]):
         by_token = isinstance(labels[index], list) if len(labels) > index else False
+        if by_token and len(labels[index]) != len(ids):  # a target of its own
+            examples.append([(tokenizer.decode(ids), False), (tokenizer.decode(labels[index]), True)])
+            continue
         trained = [label != IGNORE_INDEX for label in labels[index]] if by_token else [False] * len(ids)
         pieces = groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])
         examples.append([(tokenizer.decode([token for token, _ in part]), flag) for flag, part in pieces])

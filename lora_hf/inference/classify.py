@@ -55,14 +55,20 @@ class Predictor:
         Raises:
             TrainingError: a logit is not finite.
         """
-        inputs = _encode(self.task, rows, self.tokenizer, self.model, self.max_length)
-        logits = np.stack(batched_logits(self.model, self.tokenizer, inputs, batch_size, progress))
-        self.task.check_finite(logits, "logits")
-        return logits
+        return self.outputs(rows, batch_size, progress)
 
-    def predict(self, rows: dict[str, list], batch_size: int = 64, progress: Progress = iter) -> list[dict[str, Any]]:
+    def outputs(self, rows: Mapping[str, list], batch_size: int = 64, progress: Progress = iter) -> Any:
+        """What the model says about each row, as `Task.row_outputs` returns it, in the order of the rows."""
+        encoded = _encode(self.task, rows, self.tokenizer, self.model, self.max_length)
+        inputs = model_inputs(encoded, self.tokenizer)
+        outputs = batched_logits(self.model, self.tokenizer, inputs, batch_size, progress)
+        return self.task.row_outputs(outputs, encoded, rows)
+
+    def predict(
+        self, rows: Mapping[str, list], batch_size: int = 64, progress: Progress = iter
+    ) -> list[dict[str, Any]]:
         """The answer for each row, as `Task.format_answer`."""
-        return [self.task.format_answer(row) for row in self.logits(rows, batch_size, progress)]
+        return [self.task.format_answer(output) for output in self.outputs(rows, batch_size, progress)]
 
 
 @dataclass
@@ -115,7 +121,7 @@ class MultiAdapterPredictor:
             columns = {key: [rows[index][1][key] for index in indices] for key in saved.task.text_columns}
             max_length = min(saved.max_length, self.tokenizer.model_max_length)
             encoded = _encode(saved.task, columns, self.tokenizer, self.model, max_length)
-            for index, row in zip(indices, encoded, strict=True):
+            for index, row in zip(indices, model_inputs(encoded, self.tokenizer), strict=True):
                 inputs[index] = row
         logits = batched_logits(self.model, self.tokenizer, inputs, batch_size, progress, names)
         logits = [row[: self.saved[name].task.num_labels] for name, row in zip(names, logits, strict=True)]
@@ -134,13 +140,18 @@ class MultiAdapterPredictor:
 
 def _encode(
     task: Task, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
-) -> list[dict[str, list[int]]]:
-    """The model inputs of each row, without padding; warns about truncated rows."""
+) -> dict[str, list]:
+    """What the task encodes of the rows, without padding; warns about truncated rows."""
     encoded, truncated = task.encode_and_flag(rows, tokenizer, max_length)
     task.warn_truncated(truncated, tokenizer, max_length)
-    encoded.pop("labels", None)
     check_tokens(task, encoded["input_ids"], tokenizer, model)
-    return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+    return encoded
+
+
+def model_inputs(encoded: Mapping[str, list], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
+    """The model's inputs of each entry, without labels and what else a task encodes."""
+    inputs = {name: encoded[name] for name in tokenizer.model_input_names if name in encoded}
+    return [dict(zip(inputs, values, strict=True)) for values in zip(*inputs.values(), strict=True)]
 
 
 def pad_rows(
@@ -148,6 +159,13 @@ def pad_rows(
 ) -> BatchEncoding:
     """The rows as a batch `(rows, seq)` on the model's device."""
     return tokenizer.pad(list(rows), padding_side=padding_side(model), return_tensors="pt").to(model.device)
+
+
+def output_logits(output: Any) -> torch.Tensor:
+    """The logits of a batch; those of the starts and ends of answers as `(batch, seq, 2)`."""
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    return output.logits
 
 
 @flush_denormals()
@@ -161,6 +179,8 @@ def batched_logits(
 ) -> list[np.ndarray]:
     """The logits of each row, in the order of `inputs`. A batch holds rows of similar length.
 
+    Logits of tokens are padded on the right.
+
     Args:
         adapters: the adapter of each row; by default the active one.
     """
@@ -172,7 +192,7 @@ def batched_logits(
             indices = order[start : start + batch_size]
             batch = pad_rows([inputs[index] for index in indices], tokenizer, model)
             with mix_adapters(model, [adapters[index] for index in indices], stacks) if adapters else nullcontext():
-                logits = model(**batch).logits
+                logits = output_logits(model(**batch))
             for index, row in zip(indices, logits.float().cpu().numpy(), strict=True):
                 results[index] = row
     return results
@@ -188,6 +208,6 @@ def evaluate(
     """
     task, metrics = predictor.task, {}
     for split, rows in splits.items():
-        columns = {column: list(rows[column]) for column in task.text_columns}
-        metrics[split] = task.score_rows(predictor.logits(columns, progress=progress), rows)
+        columns = {column: list(rows[column]) for column in rows.column_names}
+        metrics[split] = task.score_rows(predictor.outputs(columns, progress=progress), rows)
     return metrics

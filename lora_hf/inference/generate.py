@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,7 @@ class Generator:
             merge(model)
         except AdapterError as error:  # it is only faster
             logger.info("generating with the adapter beside its base: %s", error)
-        positions = getattr(model.config, "max_position_embeddings", saved.max_length)
-        return cls(model, tokenizer, saved.task, positions)  # type: ignore[arg-type]
+        return cls(model, tokenizer, saved.task, text_limit(model, saved.max_length))  # type: ignore[arg-type]
 
     def generate(self, contexts: Sequence[str], decoding: GenerateConfig) -> Iterator[GeneratedText]:
         """Yields a text for each context, in order, batch by batch. A text does not depend on its batch.
@@ -85,7 +85,9 @@ class Generator:
         Raises:
             DataError: a context leaves no space for `max_new_tokens`. It is raised before anything is generated.
         """
-        prompts = self.task.prompts(contexts, self.tokenizer, self.max_length - decoding.max_new_tokens)
+        decoding = resolve_decoding(decoding, self.model)
+        limit = prompt_limit(self.model, self.max_length, decoding)
+        prompts = self.task.prompts(contexts, self.tokenizer, limit)
         check_tokens(self.task, prompts, self.tokenizer, self.model)
         torch.manual_seed(decoding.seed)
         size = decoding.batch_size
@@ -107,10 +109,12 @@ class Generator:
             finite: raise a TrainingError for logits that are not finite. Without it their row has such a score, and the
                 other rows, which may belong to other adapters, are right.
         """
-        # Padded in front, as the text continues at the end of the prompt.
-        padded = self.tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
+        encodes = self.model.config.is_encoder_decoder
+        # Padded in front where the text continues at the end of the prompt.
+        side = "right" if encodes else "left"
+        padded = self.tokenizer.pad({"input_ids": list(prompts)}, padding_side=side, return_tensors="pt")
         batch = padded.to(self.model.device)
-        width = batch["input_ids"].shape[1]
+        width = 1 if encodes else batch["input_ids"].shape[1]  # a decoder of its own starts with one token
         size = decoding.no_repeat_ngram_size
         processors: list[LogitsProcessor] = [FiniteLogits()] if finite else []
         processors += [NoRepeatedNGram(size, width)] if size else []
@@ -147,16 +151,52 @@ class Generator:
         return ((ended == 0).sum(1) + 1).clamp(max=tokens.shape[1])
 
     def _generation_config(self, decoding: GenerateConfig) -> GenerationConfig:
-        unused = {"seed", "batch_size", "no_repeat_ngram_size"}
+        unused = {"seed", "batch_size", "no_repeat_ngram_size", "from_base"}
         unused |= set() if decoding.do_sample else {"temperature", "top_p", "top_k"}
         unused |= {"length_penalty"} if decoding.num_beams == 1 else set()
-        return GenerationConfig(
-            **{name: value for name, value in asdict(decoding).items() if name not in unused},
-            eos_token_id=self._end_tokens,
-            pad_token_id=self.tokenizer.pad_token_id,
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
+        values = {name: value for name, value in asdict(decoding).items() if name not in unused} | {
+            "eos_token_id": self._end_tokens,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "return_dict_in_generate": True,
+            "output_scores": True,
+        }
+        if not self.model.config.is_encoder_decoder:
+            return GenerationConfig(**values)
+        # What has no setting here stays the base's own, such as the shortest length and forced tokens.
+        own: Any = copy.deepcopy(self.model.generation_config)
+        others: dict[str, Any] = {
+            "max_length": None,
+            "no_repeat_ngram_size": None,
+            **dict.fromkeys(unused & vars(own).keys()),
+        }
+        first = self.task.first_token(self.tokenizer)
+        forced = {} if first is None else {"forced_bos_token_id": first}
+        own.update(**(others | values | forced))
+        return own
+
+
+def text_limit(model: PreTrainedModel, run_length: int) -> int:
+    """The most tokens of a text: the positions of a decoder, or what the encoder read in the run."""
+    positions = getattr(model.config, "max_position_embeddings", run_length)
+    return min(run_length, positions) if model.config.is_encoder_decoder else positions
+
+
+def prompt_limit(model: PreTrainedModel, text_limit: int, decoding: GenerateConfig) -> int:
+    """The most tokens of a prompt. A decoder alone continues it, and needs positions for the new tokens."""
+    return text_limit if model.config.is_encoder_decoder else text_limit - decoding.max_new_tokens
+
+
+def resolve_decoding(decoding: GenerateConfig, model: PreTrainedModel) -> GenerateConfig:
+    """The settings with those of `from_base` taken from the base's generation_config, for an encoder-decoder."""
+    names = decoding.from_base
+    if not model.config.is_encoder_decoder or names == ():
+        return decoding
+    names = decoding.with_base_settings().from_base if names is None else names
+    own = model.generation_config
+    values = {name: value for name in names or () if (value := getattr(own, name, None)) is not None}
+    if "max_new_tokens" in (names or ()) and "max_new_tokens" not in values and (own.max_length or 0) > 1:
+        values["max_new_tokens"] = own.max_length - 1  # it counts the token that the decoder starts with
+    return replace(decoding, **values, from_base=())
 
 
 class FiniteLogits(LogitsProcessor):
@@ -237,7 +277,7 @@ def evaluate_texts(
                 adapted=adapted,
                 split=split,
                 inputs=len(examples),
-                decoding=asdict(saved.generate),
+                decoding=asdict(resolve_decoding(saved.generate, generator.model)),
                 metrics=scores[split],
                 precision=str(generator.model.dtype).removeprefix("torch."),
                 timings={"generate": generated - started, "score": time.perf_counter() - generated},

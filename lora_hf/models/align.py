@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_hf.core.errors import DataError, ModelError
 from lora_hf.data.tasks.base import Task
+from lora_hf.lora.heads import task_type
 
 # The names that transformers gives to embeddings of absolute positions: position_embeddings, embed_positions, wpe.
 _POSITIONS = re.compile(r"(^|_)(pos|positions?)(_|$)|^wpe$")
@@ -73,9 +74,11 @@ def padding_side(model: PreTrainedModel) -> Literal["left", "right"]:
     """Where batches are padded for everything but generation, whatever side the tokenizer was saved with.
 
     Padding in front would move a row's absolute positions with the length of its batch. XLNet's positions are relative,
-    and its classifier reads the last position, padding or not.
+    and its classifier reads the last position, padding or not. Where each token has an output, padding is always
+    behind: outputs of several batches are padded there.
     """
-    return "left" if model.config.model_type == "xlnet" else "right"
+    has_token_outputs = task_type(model) in ("TOKEN_CLS", "QUESTION_ANS")
+    return "left" if model.config.model_type == "xlnet" and not has_token_outputs else "right"
 
 
 def check_tokens(

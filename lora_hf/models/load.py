@@ -15,7 +15,10 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -76,6 +79,9 @@ DROPOUTS = (
 AUTO_CLASSES: dict[ModelKind, type] = {
     "sequence-classification": AutoModelForSequenceClassification,
     "causal-lm": AutoModelForCausalLM,
+    "token-classification": AutoModelForTokenClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
 }
 
 T = TypeVar("T")

@@ -227,7 +227,7 @@ def _describe(version: AdapterVersion) -> Adapter:
         task=task.name,
         kind=version.kind,
         labels=list(task.label_names),
-        reads=list(task.text_columns) if task.label_names or task.problem_type else ["prompt"],
+        reads=list(task.text_columns) if task.verb == "predict" else ["prompt"],
     )
 
 

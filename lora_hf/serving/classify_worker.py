@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lora_hf.core.errors import AdapterError
-from lora_hf.inference.classify import pad_rows
+from lora_hf.inference.classify import output_logits, pad_rows
 from lora_hf.serving.requests import ClassifyRequest, ClassifyResult
 from lora_hf.serving.worker import Worker
 
@@ -16,7 +16,7 @@ from lora_hf.serving.worker import Worker
 class ClassifyWorker(Worker):
     """Takes up to `max_batch` rows and `max_tokens` tokens per batch, first come, first served."""
 
-    kind = "sequence-classification"
+    verb = "predict"
 
     def _next_batch(self) -> list[tuple[ClassifyRequest, int]]:
         batch: list[tuple[ClassifyRequest, int]] = []
@@ -37,9 +37,10 @@ class ClassifyWorker(Worker):
         batch = sorted(batch, key=lambda row: (row[0].slot is None, row[0].slot or ""))
         inputs = [request.inputs[index] for request, index in batch]
         with torch.inference_mode(), self._adapters_of_rows([request.slot for request, _ in batch]):
-            logits = self.model(**pad_rows(inputs, self.tokenizer, self.model)).logits.float().cpu().numpy()
+            output = self.model(**pad_rows(inputs, self.tokenizer, self.model))
+            logits = output_logits(output).float().cpu().numpy()
         for (request, index), row in zip(batch, logits, strict=True):
-            request.logits[index] = row[: request.version.saved.task.num_labels]
+            request.logits[index] = row[..., : request.version.saved.task.num_labels]
             if len(request.logits) == len(request.inputs):
                 _finish(request)
         return sum(len(row["input_ids"]) for row in inputs)
@@ -51,5 +52,7 @@ def _finish(request: ClassifyRequest) -> None:
     if not all(np.isfinite(row).all() for row in logits):
         request.fail(AdapterError(f"{version.name} (version {version.digest}): returned logits that are not finite"))
         return
-    answers = [version.saved.task.format_answer(row) for row in logits]
-    request.finish(ClassifyResult(version.name, version.digest, answers, logits, request.truncated))
+    task = version.saved.task
+    outputs = list(task.row_outputs(logits, request.encoded, request.rows))
+    answers = [task.format_answer(output) for output in outputs]
+    request.finish(ClassifyResult(version.name, version.digest, answers, outputs, request.truncated))

@@ -14,12 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from lora_hf.adapters.resolve import SavedModel, find_saved_model
 from lora_hf.adapters.save_load import load_saved_model
 from lora_hf.core.config.fields import build_section
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import AdapterError, DataError, did_you_mean
 from lora_hf.data.tasks.generation import TextGeneration
+from lora_hf.inference.classify import model_inputs
+from lora_hf.inference.generate import prompt_limit, resolve_decoding, text_limit
 from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.models.align import check_tokens
 from lora_hf.models.load import dequantise
@@ -179,10 +183,13 @@ class Engine:
             UnknownAdapterError, WrongKindError, BadInputError, TooLargeError: the request is invalid.
             QueueFullError, ClosingError: the server cannot take it now.
         """
-        with self._acquired(adapter, ClassifyWorker.kind) as (version, worker):
+        with self._acquired(adapter, ClassifyWorker.verb) as (version, worker):
             columns = self._columns(version, inputs)
             encoded, truncated = self._encode(version, worker, columns)
-            request = ClassifyRequest(version, self._deadline(deadline), inputs=encoded, truncated=truncated)
+            entries = model_inputs(encoded, worker.request_tokenizer)
+            request = ClassifyRequest(
+                version, self._deadline(deadline), rows=columns, encoded=encoded, inputs=entries, truncated=truncated
+            )
             return self._submit(request, worker)
 
     def submit_generate(
@@ -206,15 +213,15 @@ class Engine:
         Raises:
             RefusalError: as `submit_classify`.
         """
-        with self._acquired(adapter, GenerateWorker.kind) as (version, worker):
+        with self._acquired(adapter, GenerateWorker.verb) as (version, worker):
             self._check_text(prompt, "prompt")
-            settings = self._settings(version.saved, decoding or {})
+            settings = self._settings(version.saved, decoding or {}, worker.model)
             task: TextGeneration = version.saved.task  # type: ignore[assignment]
-            positions = getattr(worker.model.config, "max_position_embeddings", version.saved.max_length)
+            limit = prompt_limit(worker.model, text_limit(worker.model, version.saved.max_length), settings)
             try:
                 context = task.context(prompt)
                 with worker.tokenizer_lock:
-                    tokens = task.prompts([context], worker.request_tokenizer, positions - settings.max_new_tokens)[0]
+                    tokens = task.prompts([context], worker.request_tokenizer, limit)[0]
                     check_tokens(task, [tokens], worker.request_tokenizer, worker.model)
             except DataError as error:
                 raise BadInputError(str(error)) from error
@@ -253,15 +260,15 @@ class Engine:
         return self._current[name]
 
     @contextmanager
-    def _acquired(self, name: str, kind: str) -> Iterator[tuple[AdapterVersion, Worker]]:
+    def _acquired(self, name: str, verb: str) -> Iterator[tuple[AdapterVersion, Worker]]:
         """The current version of an adapter, kept on its base until its request is answered or refused."""
         with self._lock:
             if self._closing:
                 raise ClosingError(SHUTTING_DOWN)
             version, worker = self._find(name)
-            if version.kind != kind:
-                verb = "generate" if version.kind == GenerateWorker.kind else "classify"
-                raise WrongKindError(f"{name} was trained for {version.saved.task.name}; use {verb} instead")
+            if version.verb != verb:
+                other = "generate" if version.verb == GenerateWorker.verb else "classify"
+                raise WrongKindError(f"{name} was trained for {version.saved.task.name}; use {other} instead")
             worker.acquire(version)
         try:
             yield version, worker
@@ -308,12 +315,12 @@ class Engine:
 
     def _encode(
         self, version: AdapterVersion, worker: Worker, columns: Mapping[str, list[str]]
-    ) -> tuple[list[dict[str, list[int]]], list[int]]:
-        """The model inputs of each row, and the indices of the rows that were cut to the adapter's `max_length`."""
+    ) -> tuple[dict[str, list], list[int]]:
+        """What the task encodes of the rows, and the indices of the rows cut to the adapter's `max_length`."""
         task, rows = version.saved.task, len(next(iter(columns.values())))
         lengths = [sum(len(texts[row]) for texts in columns.values()) for row in range(rows)]
         limit = min(version.saved.max_length, worker.request_tokenizer.model_max_length)
-        inputs: list[dict[str, list[int]]] = []
+        whole: dict[str, list] = {}
         truncated: list[int] = []
         start = 0
         while start < rows:
@@ -322,22 +329,22 @@ class Engine:
                 stop += 1
             with worker.tokenizer_lock:
                 chunk = {name: texts[start:stop] for name, texts in columns.items()}
-                encoded = task.encode(chunk, worker.request_tokenizer, limit)
-                full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= limit]
-                if full:  # one more token tells a text that just fits from one that was cut
-                    chunk = {name: [texts[row] for row in full] for name, texts in chunk.items()}
-                    longer = task.encode(chunk, worker.request_tokenizer, limit + 1)["input_ids"]
-                    truncated += [start + row for row, ids in zip(full, longer, strict=True) if len(ids) > limit]
-            inputs += [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+                try:
+                    encoded, cut = task.encode_and_flag(chunk, worker.request_tokenizer, limit)
+                except DataError as error:
+                    raise BadInputError(str(error)) from error
+            for name, values in encoded.items():
+                whole.setdefault(name, []).extend(values)
+            truncated += [start + row for row, lost in enumerate(cut) if lost]
             start = stop
         with worker.tokenizer_lock:
             try:
-                check_tokens(task, [row["input_ids"] for row in inputs], worker.request_tokenizer, worker.model)
+                check_tokens(task, whole["input_ids"], worker.request_tokenizer, worker.model)
             except DataError as error:
                 raise BadInputError(str(error)) from error
-        return inputs, truncated
+        return whole, truncated
 
-    def _settings(self, saved: SavedModel, overrides: Mapping[str, Any]) -> GenerateConfig:
+    def _settings(self, saved: SavedModel, overrides: Mapping[str, Any], model: PreTrainedModel) -> GenerateConfig:
         values = {key: value for key, value in overrides.items() if value is not None}
         if values.keys() & {"temperature", "top_p", "top_k"}:
             values = {"num_beams": 1, **values, "do_sample": True}
@@ -345,8 +352,9 @@ class Engine:
         if problems:
             raise BadInputError("; ".join(problems))
         limits = self.limits
-        tokens = min(saved.generate.max_new_tokens, limits.max_new_tokens)
-        settings = replace(saved.generate, **{"max_new_tokens": tokens, **values, "batch_size": 1})
+        settings = resolve_decoding(saved.generate.override(**values, batch_size=1), model)
+        if "max_new_tokens" not in values:
+            settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, limits.max_new_tokens))
         for key, limit in (("max_new_tokens", limits.max_new_tokens), ("num_beams", limits.max_beams)):
             if getattr(settings, key) > limit:
                 raise TooLargeError(f"{key}: expected at most {limit}, found {getattr(settings, key)}")
@@ -355,7 +363,7 @@ class Engine:
         return settings if settings.do_sample else replace(settings, seed=0, temperature=1.0, top_p=1.0, top_k=0)
 
     def _load_base(self, saved: SavedModel) -> Worker:
-        generates = saved.task.model_kind == GenerateWorker.kind
+        generates = saved.task.verb == GenerateWorker.verb
         with RNG_LOCK:
             precision = "fp32" if generates else self.precision or saved.model.precision
             model, tokenizer = load_saved_model(saved, precision, adapted=False)

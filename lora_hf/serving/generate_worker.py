@@ -26,7 +26,7 @@ class GenerateWorker(Worker):
     A sampling request runs alone with its own seed, so its text matches `scripts/generate.py` whatever else is served.
     """
 
-    kind = "causal-lm"
+    verb = "generate"
 
     def _next_batch(self) -> list[tuple[GenerateRequest, int]]:
         if not self._queue:
@@ -50,7 +50,9 @@ class GenerateWorker(Worker):
         positions = getattr(self.model.config, "max_position_embeddings", 0)
         generator = Generator(self.model, self.tokenizer, requests[0].version.saved.task, positions)  # type: ignore[arg-type]
         prompts = [request.prompt for request in requests]
-        streaming = StreamingCriteria(requests, self.tokenizer, max(map(len, prompts)), decoding.num_beams)
+        # The decoder of an encoder-decoder starts with one token, and not with the prompt.
+        width = 1 if self.model.config.is_encoder_decoder else max(map(len, prompts))
+        streaming = StreamingCriteria(requests, self.tokenizer, width, decoding.num_beams)
         slots = [request.slot for request in requests]
         with RNG_LOCK if decoding.do_sample else nullcontext(), self._adapters_of_rows(slots):
             if decoding.do_sample:

@@ -116,7 +116,7 @@ class Callbacks:
         """The choices of the four adapter lists; generators can also be compared with their bare base."""
         versions = self.engine.adapters()
         names = [version.name for version in versions]
-        bare = [BARE] if any(version.kind == GenerateWorker.kind for version in versions) else []
+        bare = [BARE] if any(version.verb == GenerateWorker.verb for version in versions) else []
         choices = (names, names, [*names, *bare], names)
         return [gradio.Dropdown(choices=each, value=each[0] if each else None) for each in choices]
 
@@ -145,7 +145,7 @@ class Callbacks:
         lines = _read_lines(Path(file))
         if len(lines) > self.engine.limits.max_inputs:
             raise TooLargeError(f"file: expected at most {self.engine.limits.max_inputs} lines, found {len(lines)}")
-        columns = ("prompt",) if version.kind == GenerateWorker.kind else version.saved.task.text_columns
+        columns = ("prompt",) if version.verb == GenerateWorker.verb else version.saved.task.text_columns
         answers = self._answers(version, lines)
         for answer in answers:
             if "probabilities" in answer:
@@ -154,7 +154,7 @@ class Callbacks:
         return {"headers": [*columns, *answers[0]], "data": data}
 
     def _answers(self, version: AdapterVersion, lines: list[list[str]], bare: bool = False) -> list[dict[str, Any]]:
-        if version.kind == GenerateWorker.kind:
+        if version.verb == GenerateWorker.verb:
             requests = [self.engine.submit_generate(version.name, line[0], bare=bare) for line in lines]
             return [{"text": self.engine.wait(request).text} for request in requests]
         if bare:

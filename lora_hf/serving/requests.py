@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +42,13 @@ class AdapterVersion:
 
     @property
     def kind(self) -> str:
-        """`sequence-classification` or `causal-lm`."""
+        """A `ModelKind`, such as `sequence-classification` or `causal-lm`."""
         return self.saved.task.model_kind
+
+    @property
+    def verb(self) -> str:
+        """`predict` or `generate`."""
+        return self.saved.task.verb
 
 
 def digest_of(folder: Path) -> str:
@@ -65,7 +70,7 @@ def digest_of(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class ClassifyResult:
-    """For each input, in order, its answer, as of `Predictor.predict`, and its `(num_labels,)` logits.
+    """For each input, in order, its answer, as of `Predictor.predict`, and what the task made of its logits.
 
     `truncated` are the indices of the inputs whose end the model did not read.
     """
@@ -73,7 +78,7 @@ class ClassifyResult:
     adapter: str
     version: str
     answers: list[dict[str, Any]]
-    logits: list[np.ndarray]
+    logits: list[Any]
     truncated: list[int] = field(default_factory=list)
 
 
@@ -123,8 +128,13 @@ class Request:
 
 @dataclass(eq=False)
 class ClassifyRequest(Request):
-    """Tokenized rows to classify, possibly split across batches; the first `taken` rows have left the queue."""
+    """Tokenized rows to classify, possibly split across batches; the first `taken` inputs have left the queue.
 
+    `encoded` is what the task encoded of `rows`; a long row may have several inputs.
+    """
+
+    rows: Mapping[str, list[str]] = field(default_factory=dict)
+    encoded: Mapping[str, list] = field(default_factory=dict)
     inputs: list[dict[str, list[int]]] = field(default_factory=list)
     truncated: list[int] = field(default_factory=list)
     taken: int = 0

@@ -25,7 +25,7 @@ class Failure(BaseModel):
 
 
 class ClassifyAnswer(BaseModel):
-    """One answer per input: `label` and `probabilities`, or a `score` for regression."""
+    """One answer per input: `label` and `probabilities`, a `score` for regression, or what else the task answers."""
 
     adapter: str = Field(examples=["sst2"])
     version: str = Field(description="a hash of the adapter's files", examples=["1058a1ae93b4"])

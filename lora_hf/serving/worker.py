@@ -45,7 +45,7 @@ class Observer:
 class Worker(ABC):
     """Only `thread` touches the base's model; other threads queue requests and calls for it."""
 
-    kind: ClassVar[str]
+    verb: ClassVar[str]  # of the tasks that it serves
 
     def __init__(
         self, base: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: Limits, observer: Observer

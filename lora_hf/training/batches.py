@@ -1,4 +1,4 @@
-"""How rows become the batches of a training."""
+"""How the rows of each kind of model become a padded batch, and what an evaluation keeps of its outputs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,33 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lora_hf.data.tasks.base import ModelKind
 from lora_hf.models.align import padding_side
+from lora_hf.training.trainer import completion_loss, stack_places, target_loss
 
-COLLATORS: dict[ModelKind, Callable[[PreTrainedTokenizerBase], Any]] = {
-    "sequence-classification": DataCollatorWithPadding,
-    "causal-lm": DataCollatorForSeq2Seq,
+COLLATORS: dict[ModelKind, Callable[[PreTrainedTokenizerBase, PreTrainedModel], Any]] = {
+    "sequence-classification": lambda tokenizer, model: DataCollatorWithPadding(tokenizer),
+    "causal-lm": lambda tokenizer, model: DataCollatorForSeq2Seq(tokenizer),
+    "token-classification": lambda tokenizer, model: DataCollatorForTokenClassification(tokenizer),
+    "question-answering": lambda tokenizer, model: DataCollatorWithPadding(tokenizer),
+    # The model makes the inputs of its decoder from the labels, which label smoothing takes away from it.
+    "seq2seq-lm": lambda tokenizer, model: DataCollatorForSeq2Seq(tokenizer, model),
+}
+
+# What an evaluation keeps of the outputs of a batch, where that is not their logits.
+EVALUATION_OUTPUTS: dict[ModelKind, Callable[..., torch.Tensor]] = {
+    "causal-lm": completion_loss,
+    "question-answering": stack_places,
+    "seq2seq-lm": target_loss,
 }
 
 
@@ -21,4 +40,4 @@ def padding_collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """Returns what pads a batch on the base's side; `tokenizer` keeps its own, with which it is saved."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.padding_side = padding_side(model)
-    return COLLATORS[kind](tokenizer)
+    return COLLATORS[kind](tokenizer, model)

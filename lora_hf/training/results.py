@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 
 from lora_hf.core.records import RunRecord
@@ -21,7 +20,7 @@ logger = logging.getLogger(__name__)
 def score_outputs(
     record: RunRecord,
     task: Task,
-    outputs: Mapping[str, np.ndarray],
+    outputs: Mapping[str, Any],
     rows: Mapping[str, Dataset],
     folder: Path,
     log_prefix: str = "",
@@ -29,7 +28,7 @@ def score_outputs(
     """Puts the scores of each evaluation split on the record, and writes the predictions for its rows to `folder`.
 
     Args:
-        outputs: by split what the task's `score_rows` takes.
+        outputs: by split what the task's `row_outputs` returned.
         log_prefix: opens each warning, to name the run where there are several.
     """
     for split, values in outputs.items():

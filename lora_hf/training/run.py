@@ -13,11 +13,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from transformers import (
     EarlyStoppingCallback,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -42,7 +42,7 @@ from lora_hf.lora.target_modules import Site, plan
 from lora_hf.models.align import align_tokenizer, check_tokens
 from lora_hf.models.load import load_base, load_tokenizer
 from lora_hf.training.arguments import explain_argument_errors, training_arguments
-from lora_hf.training.batches import padding_collator
+from lora_hf.training.batches import EVALUATION_OUTPUTS, padding_collator
 from lora_hf.training.callbacks import (
     CheckpointCallback,
     EvaluationStoppedError,
@@ -73,7 +73,6 @@ from lora_hf.training.run_dir import LOG_FILE, begin_run, find_run_folder, run_l
 from lora_hf.training.trainer import (
     AdapterTrainer,
     RunTrainer,
-    completion_loss,
     enable_optimizations,
 )
 from lora_hf.training.validation import check_run
@@ -226,7 +225,7 @@ def prepare_run(
     run_on_rank(begin)
     _check_shared_folder(folder)
     with explain_argument_errors(config.train.hf):
-        trainer = _new_trainer(config, task, model, tokenizer, encoded, arguments)
+        trainer = _new_trainer(config, task, model, tokenizer, rows, encoded, arguments)
     log_prefix = f"{folder.name}, " if callbacks is not None else ""  # where there are several runs
     data = describe_data(task, rows, tokenizer, config.task.max_length)
     estimator = Estimator(trainer, data, task.train_split)
@@ -276,10 +275,14 @@ def _new_trainer(
     task: Task,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
+    rows: Mapping[str, Dataset],
     encoded: Mapping[str, Any],
     arguments: TrainingArguments,
 ) -> RunTrainer:
-    generates = task.model_kind == "causal-lm"
+    def compute_metrics(outcome: EvalPrediction) -> dict[str, float]:
+        split = trainer.evaluated if trainer.evaluated in rows else trainer.evaluated.removeprefix("eval_")
+        return task.score_rows(task.row_outputs(outcome.predictions, encoded[split], rows[split]), rows[split])
+
     trainer_class = RunTrainer if config.train.method == "full" else AdapterTrainer
     trainer = trainer_class(
         model=model,
@@ -287,9 +290,10 @@ def _new_trainer(
         train_dataset=encoded[task.train_split],
         eval_dataset={split: encoded[split] for split in task.evaluation_splits},
         data_collator=padding_collator(model, tokenizer, task.model_kind),
-        compute_metrics=lambda outcome: task.score(outcome.predictions, outcome.label_ids),
-        preprocess_logits_for_metrics=completion_loss if generates else None,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=EVALUATION_OUTPUTS.get(task.model_kind),
     )
+    trainer.reports_likelihoods = task.verb == "generate"
     if trainer.is_fsdp_enabled:
         plugin = trainer.accelerator.state.fsdp_plugin
         trainer.unsharded = configure_fsdp(model, plugin, trainer.accelerator.device)
@@ -299,11 +303,11 @@ def _new_trainer(
     model._ddp_params_and_buffers_to_ignore = [name for name, _ in model.named_buffers()]
     trainer.loraplus_lr_ratio = config.train.loraplus_lr_ratio
     if config.train.group_by_prompt:
-        rows = encoded[task.train_split]
-        trainer.prompts = number_prompts(rows["labels"], rows["input_ids"])
+        training_rows = encoded[task.train_split]
+        trainer.prompts = number_prompts(training_rows["labels"], training_rows["input_ids"])
     # A classifier's forward accepts any keyword, so the Trainer assumes that it divides its loss by the number of items
     # of all accumulated batches, and does not divide itself: gradients would grow with gradient_accumulation.
-    trainer.model_accepts_loss_kwargs = generates
+    trainer.model_accepts_loss_kwargs = task.model_kind == "causal-lm"
     if config.train.patience:
         trainer.add_callback(EarlyStoppingCallback(config.train.patience))
     return trainer
@@ -343,10 +347,10 @@ def finish_run(run: PreparedRun, metrics: Mapping[str, float], training: float) 
         training: when training started.
     """
     scoring = time.monotonic()
-    outputs = {
-        split: np.asarray(run.trainer.predict(run.encoded[split], metric_key_prefix=split).predictions)
-        for split in run.task.evaluation_splits
-    }
+    outputs = {}
+    for split in run.task.evaluation_splits:
+        predictions = run.trainer.predict(run.encoded[split], metric_key_prefix=split).predictions
+        outputs[split] = run.task.row_outputs(predictions, run.encoded[split], run.rows[split])
     if rank():
         barrier()
         return Run(run.folder, RunRecord.load(run.folder / RECORD_FILE))
@@ -356,9 +360,7 @@ def finish_run(run: PreparedRun, metrics: Mapping[str, float], training: float) 
     return Run(run.folder, run.record)
 
 
-def _write_results(
-    run: PreparedRun, metrics: Mapping[str, float], outputs: Mapping[str, np.ndarray], scoring: float
-) -> None:
+def _write_results(run: PreparedRun, metrics: Mapping[str, float], outputs: Mapping[str, Any], scoring: float) -> None:
     """Scores, weights, curves and, last, the record, whose presence means that the run is finished."""
     record, trainer = run.record, run.trainer
     score_outputs(record, run.task, outputs, run.rows, run.folder, run.log_prefix)

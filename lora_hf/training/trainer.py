@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
@@ -59,6 +60,8 @@ class RunTrainer(Trainer):
     batch_sizes: list[tuple[int, int]] | None = None
     unsharded: Sequence[nn.Parameter] = ()
     training_began: bool = False
+    reports_likelihoods: bool = False  # the outputs of an evaluation are those of `completion_loss` or `target_loss`
+    evaluated: str = ""  # the prefix of the metrics of the current evaluation, which ends with the name of its split
     evaluation_due: bool = False  # the checkpoint being saved still needs its evaluation
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -154,15 +157,17 @@ class RunTrainer(Trainer):
     ) -> Any:
         """With several processes the Trainer's loss counts rows that pad the last batch twice; the scores do not."""
         self._started[metric_key_prefix] = time.monotonic()
+        self.evaluated = metric_key_prefix
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self.args.world_size > 1 and output.metrics:
+        # Where each token has an output, the Trainer's loss is good enough: it chooses no checkpoint.
+        if self.args.world_size > 1 and output.metrics and np.ndim(output.predictions) == 2:
             output.metrics[f"{metric_key_prefix}_loss"] = self._evaluation_loss(output.predictions, output.label_ids)
         return output
 
     def _evaluation_loss(self, predictions: Any, label_ids: Any) -> float:
         """The loss that one process with the same total batch size would report."""
         outputs, labels = torch.as_tensor(predictions).float(), torch.as_tensor(label_ids)
-        if self.model_accepts_loss_kwargs:  # (rows, 2), see completion_loss: a mean over tokens for each batch
+        if self.reports_likelihoods:  # (rows, 2): a mean over tokens for each batch
             batches = outputs.split(self.args.eval_batch_size * self.args.world_size)
             sums = [batch.sum(0) for batch in batches]
             means = [float(nll / tokens) * len(batch) for (nll, tokens), batch in zip(sums, batches, strict=True)]
@@ -307,5 +312,19 @@ def completion_loss(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: tor
         return logits
     logits = logits[:, :-1].float()
     targets = labels[:, 1:]
+    return _row_losses(logits, targets)
+
+
+def target_loss(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """`completion_loss` of an encoder-decoder, whose logits are those of the labels at the same positions."""
+    return _row_losses((logits[0] if isinstance(logits, tuple) else logits).float(), labels)
+
+
+def _row_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     losses = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
     return torch.stack([losses.sum(1), (targets != IGNORE_INDEX).sum(1).float()], dim=1)
+
+
+def stack_places(logits: tuple[torch.Tensor, ...], labels: Any) -> torch.Tensor:
+    """`(batch, seq, 2)`: the start and end logits of a model that answers questions."""
+    return torch.stack(logits[:2], dim=-1)

@@ -49,6 +49,8 @@ def check_run(config: RunConfig) -> None:
         _check_training_arguments(settings.hf)
     if settings.group_by_prompt and task.model_kind != "causal-lm":
         raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave the key out")
+    if settings.label_smoothing and task.model_kind == "question-answering":
+        raise ConfigError(f"train.label_smoothing: {task.name} learns positions, not labels; leave the key out")
     if settings.loraplus_lr_ratio is not None and settings.method != "lora":
         raise ConfigError(
             f"train.loraplus_lr_ratio: train.method={settings.method} trains no lora_B; leave the key out"

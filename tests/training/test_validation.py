@@ -32,7 +32,6 @@ MISTAKES = [
     ([*TRAIN, "output.name=unread"], "without a readable config.yaml"),
     ([*TRAIN, "--resume", "nowhere"], "--resume nowhere: expected a checkpoint folder"),
     ([*TRAIN, "train.start_from=nowhere"], "nowhere: not an adapter folder"),
-    ([*TRAIN, "--config", "rule_sentiment.yaml", "output.name=both"], "output.name: expected a different one for each"),
     ([*SWEEP, "--trials", "0"], "trials: expected a whole number >= 1, found 0"),
     ([*SWEEP, "--trials", "1", "--study", "a/b"], "study 'a/b': expected a name for a folder"),
     ([*SWEEP, "--trials", "1", "--storage", "here"], "storage: expected a URL"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 HELP = "generate texts from prompts"
 # The keys of the config's `generate` section that have an option. Sampling follows from temperature, top_p and top_k.
-DECODING = {name: kind for name, kind in get_type_hints(GenerateConfig).items() if name != "do_sample"}
+DECODING = {
+    name: kind for name, kind in get_type_hints(GenerateConfig).items() if name not in ("do_sample", "from_base")
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     overrides = {name: getattr(options, name) for name in DECODING if getattr(options, name) is not None}
     if overrides.keys() & {"temperature", "top_p", "top_k"}:
         overrides = {"num_beams": 1, **overrides, "do_sample": True}
-    decoding = replace(saved.generate, **overrides)
+    decoding = saved.generate.override(**overrides)
     prompts = [options.prompt] if options.input is None else _read_prompts(options.input, task)
     contexts = [task.context(prompt) for prompt in prompts]
     from lora_hf.inference.generate import Generator, write_texts

@@ -73,9 +73,7 @@ def _predict_one(options: argparse.Namespace, adapter: str) -> list[dict[str, An
         raise ConfigError(f"{adapter} was trained for {saved.task.name}, which generates texts; use generate instead")
     columns = saved.task.text_columns
     if options.input is not None:
-        from lora_hf.data.readers import read_texts
-
-        rows = read_texts(options.input, columns)
+        rows = saved.task.read_inputs(options.input)
     else:
         rows = _row_of_texts(saved.task, options.text, options.text_pair)
     from lora_hf.inference.classify import Predictor

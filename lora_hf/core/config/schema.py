@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -91,15 +92,30 @@ class TaskConfig(Section):
     name: str = setting("sst2", "a built-in task, or with kind the name of your own")
     data_dir: str | None = setting(None, "folder with the rows; by default $LORA_HF_DATA_DIR, else the hub")
     max_length: int = setting(512, "tokens of a row; longer ones are truncated", low=4)
-    kind: Literal["classification", "regression", "generation"] | None = setting(None, "what your own task is")
+    kind: Literal["classification", "regression", "generation", "tokens", "question_answering", "seq2seq"] | None = (
+        setting(None, "what your own task is")
+    )
     text_columns: tuple[str, ...] | None = setting(
-        None, "columns of the inputs; by default text, or prompt for generation", names=True
+        None, "columns of the inputs; by default those of the kind, such as text or prompt", names=True
     )
-    label_column: str | None = setting(None, "column of the answers; by default label, or completion", names=True)
+    label_column: str | None = setting(
+        None, "column of the answers; by default that of the kind, such as label", names=True
+    )
     label_names: tuple[str, ...] | None = setting(None, "the classes, in the order of their ids", names=True)
-    metric: Literal["accuracy", "macro_f1", "matthews_correlation", "pearson", "spearmanr"] | None = setting(
-        None, "what chooses the best checkpoint; by default the kind's first metric"
+    metric: (
+        Literal["accuracy", "macro_f1", "matthews_correlation", "pearson", "spearmanr", "f1", "exact_match"] | None
+    ) = setting(None, "what chooses the best checkpoint; by default the kind's first metric")
+    stride: int | None = setting(
+        None,
+        "tokens, question_answering: tokens that two windows of a long row share; by default max_length / 3",
+        low=0,
     )
+    null_score_threshold: float | None = setting(
+        None, "question_answering: there may be no answer; it is given if its score leads by more than this"
+    )
+    prefix: str = setting("", "seq2seq: text before each source, such as 'summarize: '")
+    source_lang: str | None = setting(None, "seq2seq: the tokenizer's code for the sources' language, such as en_XX")
+    target_lang: str | None = setting(None, "seq2seq: the tokenizer's code for the targets' language")
 
 
 @dataclass(frozen=True)
@@ -159,7 +175,10 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True)
 class GenerateConfig(Section):
-    """Decoding: greedy with `num_beams: 1`, beam search with more, sampling with `do_sample: true`."""
+    """Decoding: greedy with `num_beams: 1`, beam search with more, sampling with `do_sample: true`.
+
+    A seq2seq task decodes as the base's generation_config says; the settings that a config gives take precedence.
+    """
 
     num_beams: int = setting(1, "beams of beam search; 1 is greedy", low=1)
     length_penalty: float = setting(1.0, "a beam's score is log-probability / length ** this", low=-10, high=10)
@@ -171,6 +190,24 @@ class GenerateConfig(Section):
     top_k: int = setting(0, "sample from this many likeliest tokens; 0 is all", low=0)
     seed: int = setting(0, "of sampling", low=0, high=2**32 - 1)
     batch_size: int = setting(16, "prompts per batch", low=1)
+    from_base: tuple[str, ...] | None = setting(
+        None, "seq2seq: settings that are those of the base's generation_config; by default the ones not given"
+    )
+
+    def override(self, **values: Any) -> GenerateConfig:
+        """Returns the config with these values, which the base's own settings do not replace."""
+        kept = None if self.from_base is None else tuple(name for name in self.from_base if name not in values)
+        return dataclasses.replace(self, **values, from_base=kept)
+
+    def with_base_settings(self, given: Iterable[str] | None = None) -> GenerateConfig:
+        """Returns the config with `from_base`: what is not in `given`, by default what has its default value."""
+        if self.from_base is not None:
+            return self
+        plain = GenerateConfig()
+        names = [name for name in vars(plain) if name not in ("seed", "batch_size", "from_base")]
+        if given is None:
+            given = [name for name in names if getattr(self, name) != getattr(plain, name)]
+        return dataclasses.replace(self, from_base=tuple(name for name in names if name not in given))
 
 
 @dataclass(frozen=True)
@@ -199,12 +236,17 @@ class RunConfig:
                 f"model.quantised={self.model.quantised}: train.method=full cannot train quantized weights; leave "
                 "model.quantised out, or set train.method=lora"
             )
+        if self.task.kind == "seq2seq":
+            object.__setattr__(self, "generate", self.generate.with_base_settings())
 
     def to_dict(self) -> dict[str, Any]:
         """Returns values for YAML and JSON, which `from_dict` turns into an equal config."""
         sections = dataclasses.asdict(self)
         for section in sections.values():
             section.update({key: list(value) for key, value in section.items() if isinstance(value, tuple)})
+        generate = sections["generate"]
+        for name in generate.pop("from_base") or ():  # what is not given, is the base's own
+            del generate[name]
         return sections
 
     @classmethod
@@ -234,6 +276,9 @@ class RunConfig:
             problems += [f"{name}.{problem}" for problem in wrong]
         if problems:
             return None, problems
+        if "task" in built and built["task"].kind == "seq2seq":
+            generate = built.get("generate") or GenerateConfig()
+            built["generate"] = generate.with_base_settings(sections.get("generate") or ())
         try:
             return cls(**built), []
         except ConfigError as error:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 
 from lora_hf.core.errors import ConfigError, DataError, did_you_mean
-from lora_hf.data.metrics import captioning, java, translation
+from lora_hf.data.metrics import captioning, java, summaries, translation
 from lora_hf.data.metrics.requirements import ScorerError
 
 METRIC_NAMES: dict[str, tuple[str, ...]] = {
     "e2e_nlg": ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"),
     "dart": ("BLEU", "METEOR", "TER"),
     "web_nlg": ("BLEU", "METEOR", "TER"),
+    "rouge_bleu": ("ROUGE_1", "ROUGE_2", "ROUGE_L", "BLEU", "chrF"),  # custom tasks of encoder-decoders
 }
 
 Scorers = dict[str, tuple[str, Callable[[], float]]]  # by metric: the official script, and a function for its score
@@ -39,7 +40,7 @@ def score_texts(
 ) -> TextScores:
     """Scores the texts of one system.
 
-    BLEU, METEOR, ROUGE_L and TER are fractions of 1.
+    All but NIST and CIDEr are fractions of 1.
 
     Args:
         references: one or more for each prediction.
@@ -59,9 +60,12 @@ def score_texts(
     groups = [[reference for reference in group if reference.strip()] for group in references]
     if [] in groups:
         raise DataError(f"{task}: prediction {groups.index([]) + 1} has no reference; add at least one")
-    scorers = (
-        _e2e_scorers(predictions, groups) if task == "e2e_nlg" else _triple_scorers(predictions, groups, tokenized)
-    )
+    if task == "e2e_nlg":
+        scorers = _e2e_scorers(predictions, groups)
+    elif task == "rouge_bleu":
+        scorers = _seq2seq_scorers(predictions, groups)
+    else:
+        scorers = _triple_scorers(predictions, groups, tokenized)
     reasons: dict[str, str] = {}
 
     def score(name: str) -> float | None:
@@ -90,6 +94,17 @@ def _e2e_scorers(predictions: Sequence[str], references: list[list[str]]) -> Sco
         "METEOR": ("METEOR 1.5 on PTB tokens", lambda: java.meteor(*tokens())),
         "ROUGE_L": ("pycocoevalcap on PTB tokens", lambda: captioning.rouge_l(*tokens())),
         "CIDEr": ("pycocoevalcap on PTB tokens", lambda: captioning.cider(*tokens())),
+    }
+
+
+def _seq2seq_scorers(predictions: Sequence[str], references: list[list[str]]) -> Scorers:
+    rouge = cache(lambda: summaries.rouge(predictions, references))
+    return {
+        "ROUGE_1": ("rouge_score with stemming", lambda: rouge()["rouge1"]),
+        "ROUGE_2": ("rouge_score with stemming", lambda: rouge()["rouge2"]),
+        "ROUGE_L": ("rouge_score with stemming", lambda: rouge()["rougeL"]),
+        "BLEU": ("sacrebleu", lambda: translation.sacre_bleu(predictions, references)),
+        "chrF": ("sacrebleu", lambda: translation.chrf(predictions, references)),
     }
 
 

@@ -1,8 +1,8 @@
-"""BLEU and NIST as mteval-v13a, BLEU as multi-bleu.perl, and TER as tercom compute them.
+"""BLEU and NIST as mteval-v13a, BLEU as multi-bleu.perl and as sacrebleu, TER as tercom compute them, and chrF.
 
-BLEU and TER are sacrebleu's, from the extra `nlg`; without it each function raises a `ScorerError`. No library has
-mteval's NIST: nltk's takes the best single reference, mteval clips over all of them. BLEU and TER are fractions of 1
-(papers often print them times 100), NIST is in bits per word.
+BLEU, chrF and TER are sacrebleu's, from the extra `nlg`; without it each function raises a `ScorerError`. No library
+has mteval's NIST: nltk's takes the best single reference, mteval clips over all of them. All but NIST, which is in bits
+per word, are fractions of 1 (papers often print them times 100).
 """
 
 from __future__ import annotations
@@ -88,6 +88,22 @@ def ter(predictions: Sequence[str], references: References, tokenized: bool) -> 
 
     rate = TER(normalized=not tokenized)
     return rate.corpus_score(list(predictions), _columns(references, fill=None)).score / 100
+
+
+def sacre_bleu(predictions: Sequence[str], references: References) -> float:
+    """BLEU as `sacrebleu` computes it by default: 13a tokens, case-sensitive."""
+    package_folder("sacrebleu")
+    from sacrebleu.metrics.bleu import BLEU
+
+    return BLEU().corpus_score(list(predictions), _columns(references, fill=None)).score / 100
+
+
+def chrf(predictions: Sequence[str], references: References) -> float:
+    """chrF2 as `sacrebleu` computes it by default."""
+    package_folder("sacrebleu")
+    from sacrebleu.metrics.chrf import CHRF
+
+    return CHRF().corpus_score(list(predictions), _columns(references, fill=None)).score / 100
 
 
 def _columns(references: References, fill: str | None) -> list[list[str]]:

@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_hf.core.errors import TrainingError
@@ -13,14 +14,14 @@ from lora_hf.data.tasks.row_checks import check_text
 from lora_hf.data.tasks.sources import Source
 
 if TYPE_CHECKING:
-    import numpy as np
     from datasets import Dataset
     from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
-ModelKind = Literal["sequence-classification", "causal-lm"]  # keys of `models.load.AUTO_CLASSES`
+# The keys of `models.load.AUTO_CLASSES`.
+ModelKind = Literal["sequence-classification", "causal-lm", "token-classification", "question-answering", "seq2seq-lm"]
 ProblemType = Literal["single_label_classification", "regression"]
 
 
@@ -113,31 +114,53 @@ class Task(ABC):
         """Returns the scores of a constant prediction; empty for tasks that have none."""
         return {}
 
-    def score_rows(self, outputs: np.ndarray, rows: Dataset) -> dict[str, float]:
-        """Returns the task's metrics of the model's outputs for the rows of a split, in their order."""
+    def read_inputs(self, path: Path) -> dict[str, list]:
+        """Returns the rows of a file to answer, as `encode` takes them, without labels.
+
+        Raises:
+            DataError: as `readers.read_texts`.
+        """
+        from lora_hf.data.readers import read_texts
+
+        return read_texts(path, self.text_columns)
+
+    def row_outputs(self, outputs: Any, entries: Mapping[str, Any] | Dataset, rows: Mapping[str, Any] | Dataset) -> Any:
+        """Returns a sequence with what `score_rows` and `format_answer` take for each row.
+
+        Args:
+            outputs: of the model for each entry that `encode` returned, in order, perhaps padded on the right.
+            entries: the columns that `encode` returned.
+            rows: the columns that `encode` took.
+        """
+        import numpy as np
+
+        return np.asarray(outputs)
+
+    def score_rows(self, outputs: Any, rows: Dataset) -> dict[str, float]:
+        """Returns the task's metrics for the rows of a split, in their order, from what `row_outputs` returned."""
         return self.score(outputs, ())
 
     def majority_of_rows(self, rows: Dataset, train_rows: Dataset) -> dict[str, float]:
         """Returns the scores of `majority` on the rows of a split; empty for tasks that have none."""
         return {}
 
-    def format_answer(self, output: np.ndarray) -> dict[str, Any]:
-        """Returns the answer for one row, as `predict` prints it, from the model's output for that row."""
+    def format_answer(self, output: Any) -> dict[str, Any]:
+        """Returns the answer for one row, as `predict` prints it, from what `row_outputs` returned for that row."""
         raise NotImplementedError(f"{self.name}: tasks of this kind have no answers to single rows")
 
-    def prediction_lines(self, outputs: np.ndarray, rows: Dataset) -> Iterator[dict[str, Any]]:
+    def prediction_lines(self, outputs: Any, rows: Dataset) -> Iterator[dict[str, Any]]:
         """Yields what a run writes about each row of a split to `predictions-<split>.jsonl`."""
         yield from ()
 
-    def weaknesses(self, outputs: np.ndarray) -> list[str]:
+    def weaknesses(self, outputs: Any) -> list[str]:
         """Returns what is suspicious about the outputs for a split, such as one class for every row."""
         return []
 
-    def check_finite(self, values: np.ndarray, name: str) -> None:
+    def check_finite(self, values: Any, name: str) -> None:
         """Raises a TrainingError if some of the model's outputs are not finite; the first axis is the row."""
         import numpy as np
 
-        diverged = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+        diverged = np.flatnonzero([not np.isfinite(row).all() for row in values])
         if diverged.size:
             raise TrainingError(
                 f"{self.name}: the {name} of {diverged.size} of {len(values)} rows are not finite, the first is row "

@@ -138,6 +138,14 @@ class TextClassification(Task):
         prediction = known.mean() if self.problem_type == "regression" else values[counts.argmax()]
         return self._score_predictions(np.full(references.shape, prediction), references)
 
+    def row_outputs(
+        self, outputs: Any, entries: Mapping[str, Any] | Dataset, rows: Mapping[str, Any] | Dataset
+    ) -> np.ndarray:
+        """Returns the logits `(rows, num_labels)`."""
+        logits = super().row_outputs(outputs, entries, rows)
+        self.check_finite(logits, "logits")
+        return logits
+
     def score_rows(self, outputs: np.ndarray, rows: Dataset) -> dict[str, float]:
         import numpy as np
 

@@ -14,13 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import ConfigError, DataError
-from lora_hf.data.readers import TABLE_SUFFIXES, read_rows, to_dataset
+from lora_hf.data.readers import TABLE_SUFFIXES, to_dataset
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.classification import TextClassification
 from lora_hf.data.tasks.generation import Example, TextGeneration
-from lora_hf.data.tasks.kind import Kind
+from lora_hf.data.tasks.kind import Kind, as_read
+from lora_hf.data.tasks.question_answering import METRICS as ANSWER_METRICS
+from lora_hf.data.tasks.question_answering import check_questions_config, question_answering_task, read_question_rows
 from lora_hf.data.tasks.row_checks import check_text, nfc, read_labels
+from lora_hf.data.tasks.seq2seq import seq2seq_task
 from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE, Source, find_data_folder
+from lora_hf.data.tasks.token_files import CONLL, TAGS, TOKENS
+from lora_hf.data.tasks.tokens import METRICS as TAG_METRICS
+from lora_hf.data.tasks.tokens import check_tokens_config, read_tokens, tokens_task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,12 +69,24 @@ def _check(config: TaskConfig, kind: Kind) -> None:
         problems.append(f"task.text_columns: expected {expected}, found {', '.join(texts)}")
     if config.label_column in texts:
         problems.append(f"task.label_column: {config.label_column!r} is one of task.text_columns")
-    problems += kind.check(config)
+    problems += kind.check(config) + _check_keys(config, kind)
     if config.metric is not None and config.metric not in kind.metrics:
         expected = f"one of {', '.join(kind.metrics)}" if kind.metrics else "none, as perplexity chooses the checkpoint"
         problems.append(f"task.metric: expected {expected}, found {config.metric}")
     if problems:
         raise ConfigError("\n  ".join([f"task.kind={config.kind}:", *problems]))
+
+
+def _check_keys(config: TaskConfig, kind: Kind) -> list[str]:
+    """Returns which keys belong to other kinds only."""
+    default = TaskConfig(config.name)
+    others = {key: [name for name, other in KINDS.items() if key in other.keys]
+              for each in KINDS.values() for key in each.keys if key not in kind.keys}  # fmt: skip
+    return [
+        f"task.{key}: only for task.kind={' or '.join(kinds)}; leave it out"
+        for key, kinds in others.items()
+        if getattr(config, key) != getattr(default, key)
+    ]
 
 
 @dataclass(frozen=True)
@@ -83,22 +101,21 @@ class CustomFiles:
         Raises:
             DataError: no folder, not exactly one file, a missing column, a label that is not one of the classes.
         """
-        path = self._file(split, data_dir)
-        texts, label = self.config.text_columns or (), self.config.label_column or ""
-        rows = read_rows(path, (*texts, label))
-        return KINDS[self.config.kind or "classification"].convert(self.config, rows, path), str(path)
+        kind = KINDS[self.config.kind or "classification"]
+        path = self._file(split, data_dir, kind.suffixes)
+        return kind.convert(self.config, kind.read(self.config, path), path), str(path)
 
-    def _file(self, split: str, data_dir: str | None) -> Path:
+    def _file(self, split: str, data_dir: str | None, suffixes: tuple[str, ...]) -> Path:
         name = self.config.name
         how_to = (
             f"Set task.data_dir=DIR or {DATA_DIR_VARIABLE}=DIR to a folder with a file {split} that ends in "
-            f"{', '.join(TABLE_SUFFIXES)}, in DIR itself or in DIR/{name}."
+            f"{', '.join(suffixes)}, in DIR itself or in DIR/{name}."
         )
         root, setting = find_data_folder(data_dir, how_to)
         if root is None:
             raise DataError(f"{name}: no data folder is set. {how_to}")
         named = [path for folder in (root / name, root) for path in sorted(folder.glob("*")) if path.stem == split]
-        files = [path for path in named if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()]
+        files = [path for path in named if path.suffix.lower() in suffixes and path.is_file()]
         if not files:
             found = f"; found {', '.join(path.name for path in named)}" if named else ""
             raise DataError(f"{name}: no file with the rows of split {split!r} in {root} ({setting}){found}. {how_to}")
@@ -193,10 +210,6 @@ def _class_names(rows: Dataset, column: str) -> list[Any]:
     return [names[value] if value is not None and 0 <= value < len(names) else value for value in values]
 
 
-def _as_written(config: TaskConfig, rows: Dataset, path: Path) -> Dataset:
-    return rows
-
-
 KINDS: dict[str, Kind] = {
     "classification": Kind(
         ("text",),
@@ -207,5 +220,37 @@ KINDS: dict[str, Kind] = {
         _with_labels,
     ),
     "regression": Kind(("text",), "label", ("pearson", "spearmanr"), _classification, _check_no_classes, _with_labels),
-    "generation": Kind(("prompt",), "completion", (), _generation, _check_no_classes, _as_written, max_texts=1),
+    "generation": Kind(("prompt",), "completion", (), _generation, _check_no_classes, as_read, max_texts=1),
+    "tokens": Kind(
+        (TOKENS,),
+        TAGS,
+        TAG_METRICS,
+        tokens_task,
+        check_tokens_config,
+        as_read,
+        max_texts=1,
+        read=read_tokens,
+        suffixes=(*TABLE_SUFFIXES, CONLL, ".txt"),
+        keys=("stride",),
+    ),
+    "question_answering": Kind(
+        ("question", "context"),
+        "answers",
+        ANSWER_METRICS,
+        question_answering_task,
+        check_questions_config,
+        as_read,
+        read=read_question_rows,
+        keys=("stride", "null_score_threshold"),
+    ),
+    "seq2seq": Kind(
+        ("source",),
+        "target",
+        (),
+        seq2seq_task,
+        _check_no_classes,
+        as_read,
+        max_texts=1,
+        keys=("prefix", "source_lang", "target_lang"),
+    ),
 }

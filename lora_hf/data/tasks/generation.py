@@ -162,6 +162,10 @@ class TextGeneration(Task):
                 )
         return prompts
 
+    def first_token(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """Returns the token with which every generated text begins, if the task and not the model chooses one."""
+        return None
+
     def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
         """Returns the perplexity of the references; ignores `labels`.
 

@@ -8,11 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_hf.core.config.schema import TaskConfig
+from lora_hf.data.readers import TABLE_SUFFIXES, read_rows
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.sources import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+def read_columns(config: TaskConfig, path: Path) -> Dataset:
+    """Returns the text columns and the label column of a file."""
+    return read_rows(path, (*(config.text_columns or ()), config.label_column or ""))
+
+
+def as_read(config: TaskConfig, rows: Dataset, path: Path) -> Dataset:
+    return rows
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,10 @@ class Kind:
         check: returns what is wrong with such a config.
         convert: turns the rows of a file into those of the task.
         max_texts: how many text columns a row may have.
+        read: returns the rows of a file of a split, with what `convert` takes; by default the text columns and the
+            label column.
+        suffixes: of such files.
+        keys: of the `task` section that only some kinds have, and this one does.
     """
 
     text_columns: tuple[str, ...]
@@ -35,3 +49,6 @@ class Kind:
     check: Callable[[TaskConfig], list[str]]
     convert: Callable[[TaskConfig, Dataset, Path], Dataset]
     max_texts: int = 2
+    read: Callable[[TaskConfig, Path], Dataset] = read_columns
+    suffixes: tuple[str, ...] = TABLE_SUFFIXES
+    keys: tuple[str, ...] = ()

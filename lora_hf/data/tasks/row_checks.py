@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import DataError, did_you_mean
@@ -28,6 +29,12 @@ def check_columns(found: Sequence[str], required: Iterable[str], origin: str, hi
         if column not in found:
             names = ", ".join(f"{name:.100}" for name in found[:50]) or "none"
             raise DataError(f"{origin}: no column {column!r}{did_you_mean(column, found)}; found: {names}{hint}")
+
+
+def wrong_value(path: Path, row: int, column: str, expected: str, found: object) -> DataError:
+    """Returns the error about one value of a file."""
+    shown = found if isinstance(found, str) else repr(found)
+    return DataError(f"{path}: row {row} (counting from 0), column {column!r}: expected {expected}; found {shown:.300}")
 
 
 def check_text(rows: Dataset, origin: str, columns: tuple[str, ...]) -> None:

@@ -1,0 +1,135 @@
+"""Encoder-decoder models: a target text for a source, such as a summary or a translation."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_hf.core.config.schema import TaskConfig
+from lora_hf.core.errors import ConfigError, DataError, did_you_mean
+from lora_hf.data.tasks.base import ModelKind, Task
+from lora_hf.data.tasks.generation import Example, TextGeneration, shown
+from lora_hf.data.tasks.sources import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2Seq(TextGeneration):
+    """Writes a target for a source, with `prefix` in front of every source. Both lose the white space around them."""
+
+    model_kind: ModelKind = "seq2seq-lm"
+    prefix: str = ""
+    source_lang: str | None = None
+    target_lang: str | None = None
+
+    def context(self, prompt: str) -> str:
+        if not prompt.strip():
+            raise DataError(f"{self.name}: expected a source text, found nothing")
+        return self.prefix + prompt.strip()
+
+    def _example(self, *values: Any) -> Example:
+        source, target = values
+        if not source.strip():
+            raise ValueError(f"{self.text_columns[0]!r} is empty; expected a text")
+        return Example(self.context(source), (target.strip(),) if target.strip() else ())
+
+    def clean(self, text: str) -> str:
+        return text.strip()
+
+    def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        return "the end of their sources"
+
+    def encode_and_flag(
+        self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> tuple[dict[str, list], list[bool]]:
+        """Returns the inputs of the encoder, and the target's tokens with its end as `labels`.
+
+        One entry for each target of each row. The model makes the inputs of its decoder from the labels. A source of
+        more than `max_length` tokens loses its end.
+
+        Raises:
+            DataError: a target of more than `max_length` tokens.
+        """
+        pairs = [(example.context, text) for example in self.examples(rows) for text in example.references]
+        if not pairs:
+            return {name: [] for name in (*tokenizer.model_input_names, "labels")}, []
+        encoded, truncated = self._sources([source for source, _ in pairs], tokenizer, max_length)
+        with self._languages(tokenizer):
+            targets: Any = tokenizer(text_target=[target for _, target in pairs], verbose=False)["input_ids"]
+        for (_, target), tokens in zip(pairs, targets, strict=True):
+            if len(tokens) > max_length:
+                raise DataError(
+                    f"{self.name}: a target of {len(tokens)} tokens, its end included; expected at most {max_length} "
+                    f"(task.max_length, or the model's own limit): {shown(target)}. Set a greater task.max_length, "
+                    "or leave the row out."
+                )
+        return {**encoded, "labels": targets}, truncated
+
+    def prompts(self, contexts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
+        """Returns the tokens of the sources; those of more than `max_length` lose their end, with a warning."""
+        encoded, truncated = self._sources(contexts, tokenizer, max_length)
+        self.warn_truncated(truncated, tokenizer, max_length)
+        return encoded["input_ids"]
+
+    def _sources(
+        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> tuple[dict[str, list], list[bool]]:
+        with self._languages(tokenizer):
+            tokens: Any = tokenizer(list(texts), truncation=True, max_length=max_length)
+            if tokens.encodings is not None:
+                truncated = [bool(encoding.overflowing) for encoding in tokens.encodings]
+            else:  # a tokenizer in Python, such as Marian's, which does not say
+                whole: Any = tokenizer(list(texts), verbose=False)["input_ids"]
+                truncated = [len(ids) > max_length for ids in whole]
+        return {name: tokens[name] for name in tokenizer.model_input_names if name in tokens}, truncated
+
+    @contextlib.contextmanager
+    def _languages(self, tokenizer: Any) -> Iterator[None]:
+        """Tells a tokenizer of many languages which two it reads."""
+        languages = {"src_lang": self.source_lang, "tgt_lang": self.target_lang}
+        before = {}
+        for name, value in languages.items():
+            if value is not None:
+                self._check_language(tokenizer, name, value)
+                before[name] = getattr(tokenizer, name)
+                setattr(tokenizer, name, value)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(tokenizer, name, value)
+
+    def _check_language(self, tokenizer: Any, name: str, value: str) -> None:
+        key = {"src_lang": "source_lang", "tgt_lang": "target_lang"}[name]
+        if not hasattr(tokenizer, name):
+            raise ConfigError(f"task.{key}={value}: the tokenizer of this model has no languages; leave it out")
+        known = getattr(tokenizer, "lang_code_to_id", None) or {}
+        if known and value not in known:
+            raise ConfigError(f"task.{key}={value}: expected one of {', '.join(known)}{did_you_mean(value, known)}")
+
+    def first_token(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """Returns the token of the target language, with which every text begins; None for other models."""
+        if self.target_lang is None:
+            return None
+        token: Any = tokenizer.convert_tokens_to_ids(self.target_lang)
+        return token
+
+
+def seq2seq_task(config: TaskConfig, source: Source) -> Task:
+    """Returns the task of a checked config."""
+    return Seq2Seq(
+        name=config.name,
+        source=source,
+        text_columns=(*(config.text_columns or ()), config.label_column or ""),
+        metric="rouge_bleu",
+        prefix=config.prefix,
+        source_lang=config.source_lang,
+        target_lang=config.target_lang,
+    )
