@@ -30,7 +30,8 @@ MODULES = (
     "lora.kernels.fused", "lora.unpadding", "lora.multi_adapter", "data.tasks.base", "data.tasks.generation",
     "data.metrics.glue", "data.metrics.texts", "models.load", "adapters.pretrained", "adapters.save_load",
     "adapters.merge", "adapters.combine", "adapters.push", "adapters.convert.loralib", "training.run",
-    "inference.classify", "inference.generate", "experiments.sweep.study", "experiments.compare.comparison",
+    "inference.classify", "inference.generate", "experiments.sweep.study", "experiments.sweep.lr_find",
+    "experiments.compare.comparison",
     "serving.engine",
 )  # fmt: skip
 BLANK_LINE = "\n\n"

@@ -22,6 +22,7 @@ from tools.tables import robustness as robustness_tables
 from tools.tables import serving as serving_tables
 from tools.tables import speed as speed_tables
 from tools.tables.config import config_keys
+from tools.tables.lr_find import lr_find
 from tools.tables.suite import from_results, guide
 
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -205,6 +206,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "switching": speed_tables.switching,
     "grouping": _grouping,
     "sweep": _sweep,
+    "lr-find": lr_find,
     "serving": serving_tables.serving,
     "restarts": serving_tables.restarts,
     "quantised": speed_tables.quantised,

@@ -39,6 +39,14 @@ class TrainingError(UserError):
     """A run that does not train: no trainable parameters, no gradients, a loss that is not finite."""
 
 
+class DivergedError(TrainingError):
+    """The loss is NaN or infinite at optimizer step `step`."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class Interrupted(KeyboardInterrupt):
     """A run ended by the signal `kind` (Ctrl-C or SIGTERM); `code` is the exit code a shell expects."""
 

@@ -183,9 +183,10 @@ class SweepRecord(_Record):
     config: dict[str, Any]  # the same in all trials
     space: list[str]  # what differs, as given
     seed: int  # of the sampler
-    trials: list[dict[str, Any]]  # number, state, values, score, evaluations, seconds, record, error
+    trials: list[dict[str, Any]]  # number, state, values, score, evaluations, loss, steps, times, record, error
     best: dict[str, Any]  # one of `trials`; empty if none is complete
     importance: dict[str, float] = field(default_factory=dict)  # by key, in total 1
+    pruner: str = "median"  # what stopped trials early
     versions: dict[str, str] = field(default_factory=dict)
     git: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
-from lora_hf.core.errors import TrainingError
+from lora_hf.core.errors import DivergedError
 from lora_hf.training.checkpoints import newest_valid
 from lora_hf.training.distributed import all_reduce_max, run_on_rank
 
@@ -22,7 +22,7 @@ class LossMonitor(TrainerCallback):
     """Sees every batch's loss.
 
     Raises:
-        TrainingError: in all processes, for the first batch whose loss is NaN or infinite.
+        DivergedError: in all processes, for the first batch whose loss is NaN or infinite.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,7 +63,8 @@ class LossMonitor(TrainerCallback):
         first = len(losses) if finite else next(n for n, (_, loss) in enumerate(losses) if not loss.isfinite())
         earliest = -all_reduce_max(-first)
         reporter = all_reduce_max(args.process_index if first == earliest else -1)
-        raise TrainingError(run_on_rank(lambda: _message(args, dataloader, losses, earliest), reporter))
+        message = run_on_rank(lambda: _message(args, dataloader, losses, earliest), reporter)
+        raise DivergedError(message, losses[earliest][0] + 1)
 
 
 def _message(args: Any, dataloader: Any, losses: list[tuple[int, torch.Tensor]], index: int) -> str:

@@ -126,12 +126,8 @@ def config_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> lis
 
 
 def _default_name(config: RunConfig) -> str:
-    return f"{config.task.name:.60}-{Path(config.model.name).name:.60}-{config.train.method}-{time_stamp()}"
-
-
-def time_stamp() -> str:
-    """The time, to tell runs without a name apart, also those of one second."""
-    return datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    time = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # tells also those of one second apart
+    return f"{config.task.name:.60}-{Path(config.model.name).name:.60}-{config.train.method}-{time}"
 
 
 def _listed(differences: Sequence[str]) -> str:

@@ -23,9 +23,14 @@ from tests.support.server_process import serving
 
 ROWS = 48  # of an embedded task: pages show commands, not scores
 # What keeps a page's command small, and does not stand on the page.
-SMALL = {"train": ["train.max_steps=2"], "sweep": ["--trials", "1", "train.max_steps=2"]}
+SMALL = {
+    "train": ["train.max_steps=2"],
+    "sweep": ["--trials", "1", "train.max_steps=2"],
+    "lr-find": ["--rates", "1e-4,1e-3", "--steps", "2"],
+}
 COMMAND = re.compile(
-    r"(?P<environment>(?:\w+=\S+ )*)(?:python scripts/(?P<script>\w+)\.py|lora-hf (?P<verb>\w+))(?: (?P<rest>.*))?"
+    r"(?P<environment>(?:\w+=\S+ )*)"
+    r"(?:python scripts/(?P<script>[\w-]+)\.py|lora-hf (?P<verb>[\w-]+))(?: (?P<rest>.*))?"
 )
 OTHERS = ("cat", "cp", "curl", "echo", "printf", "python")  # programs that blocks may call
 OPERATORS = {"|", ">", ">>", "<", ";", "&&", "||", "&"}

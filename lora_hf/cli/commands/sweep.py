@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--storage", metavar="URL", help="a database to share: sqlite:///sweep.db, postgresql://...")
     add("--study", metavar="NAME", help="default: the config's name; an existing study is continued")
     add("--output", metavar="DIR", help="parent of the study's folder; default: outputs")
+    add("--pruner", default="halving", metavar="NAME", help="halving (default), hyperband, median or none")
     add("--seed", type=int, default=0, metavar="N", help="of the sampler; default: 0")
     add_json(parser)
     add(
@@ -37,13 +38,12 @@ def run(options: argparse.Namespace) -> None:
     config, space = read_sweep(options.config, options.overrides)
     if options.seed < 0:
         raise ConfigError(f"--seed: expected a whole number >= 0, found {options.seed}")
-    if importlib.util.find_spec("optuna") is None:
-        raise ConfigError(f"sweep needs Optuna: {how_to_install('sweep')}")
+    require_optuna("sweep")
     from lora_hf.experiments.sweep.study import BEST, BEST_CONFIG, SWEEP_RECORD, sweep, typed
 
     name = options.study or Path(options.config).stem
     config = replace(config, output=replace(config.output, dir=options.output or config.output.dir))
-    folder, record = sweep(config, space, options.trials, name, options.storage, options.seed)
+    folder, record = sweep(config, space, options.trials, name, options.storage, options.seed, pruner=options.pruner)
     best, count = record.best, Counter(trial["state"] for trial in record.trials)
     files = {"run": BEST, "config": BEST_CONFIG, "record": SWEEP_RECORD}
     paths = {label: str(folder / file) for label, file in files.items()}
@@ -55,3 +55,9 @@ def run(options: argparse.Namespace) -> None:
     print("trials:  " + ", ".join(f"{number} {state}" for state, number in count.items()))
     for label, path in paths.items():
         print(f"{label + ':':9}{path}")
+
+
+def require_optuna(verb: str) -> None:
+    """Raises ConfigError if Optuna is missing."""
+    if importlib.util.find_spec("optuna") is None:
+        raise ConfigError(f"{verb} needs Optuna: {how_to_install('sweep')}")

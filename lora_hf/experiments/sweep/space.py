@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 SCALES = ("log", "log2")
+RATE, RANK = "train.lr", "lora.r"
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 RANGE = re.compile(rf"({NUMBER})\.\.({NUMBER})(?::(\w*))?")
 MULTIPLE = re.compile(rf"({NUMBER})\*([a-z_]+\.[\w.]+)")

@@ -5,31 +5,43 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
-from optuna.samplers import TPESampler
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from lora_hf.core.config.loader import flatten
-from lora_hf.core.errors import ConfigError
+from lora_hf.core.errors import ConfigError, did_you_mean
 
 HEARTBEAT = 10  # seconds between two heartbeats of a running trial
 GRACE = 60  # seconds without a heartbeat after which the trial's process counts as dead
 LOCK_TIMEOUT = 60  # seconds to wait for the lock of a SQLite file
 ATTEMPTS = 10  # to open a file while other processes create its tables
-STARTUP = 5  # complete trials before any trial is pruned
+STARTUP = 5  # complete trials before the median prunes
+REDUCTION = 2  # successive halving keeps one of this many trials, after 1, 2, 4, 8, ... evaluations
 ERROR = "error"  # attribute of a failed trial: the reason
+MEASURED = "measured"  # attribute of a trial that ended by itself: what it reached, and its cost
 PRECISION = "precision"  # attribute of a trial: the resolved `model.precision`
 DEFINITION = "lora_hf"  # attribute of a study: what its trials have in common
+
+
+PRUNERS: dict[str, Callable[[], BasePruner]] = {
+    "halving": lambda: SuccessiveHalvingPruner(min_resource=1, reduction_factor=REDUCTION),
+    "hyperband": lambda: HyperbandPruner(min_resource=1),
+    "median": lambda: MedianPruner(n_startup_trials=STARTUP),
+    "none": NopPruner,
+}
 
 
 class TrialFailed(Exception):  # noqa: N818
@@ -88,10 +100,13 @@ def parse_url(storage: str) -> URL:
     return url
 
 
-def open_study(url: URL, name: str, sampler: TPESampler, maximize: bool, definition: dict[str, Any]) -> optuna.Study:
+def open_study(
+    url: URL, name: str, sampler: BaseSampler, maximize: bool, definition: dict[str, Any], pruner: str = "halving"
+) -> optuna.Study:
     """Opens or creates the study of this name.
 
     Args:
+        pruner: one of PRUNERS; what stops trials early.
         definition: what its trials have in common (config, space, seed); stored with the study.
 
     Raises:
@@ -102,7 +117,7 @@ def open_study(url: URL, name: str, sampler: TPESampler, maximize: bool, definit
     study = optuna.create_study(
         storage=_open_storage(url),
         sampler=sampler,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
+        pruner=_make_pruner(pruner),
         study_name=name,
         direction="maximize" if maximize else "minimize",
         load_if_exists=True,
@@ -122,6 +137,13 @@ def open_study(url: URL, name: str, sampler: TPESampler, maximize: bool, definit
             "choose another study name\n  " + "\n  ".join(lines)
         )
     return study
+
+
+def _make_pruner(name: str) -> BasePruner:
+    if name not in PRUNERS:
+        raise ConfigError(f"pruner: expected one of {', '.join(PRUNERS)}, found {name!r}{did_you_mean(name, PRUNERS)}")
+    with ignore_experimental():
+        return PRUNERS[name]()
 
 
 def _open_storage(url: URL) -> RDBStorage:
@@ -151,6 +173,27 @@ def _open_storage(url: URL) -> RDBStorage:
 def is_finished(trial: FrozenTrial) -> bool:
     """Whether the trial ended by itself. Interrupted trials did not, and do not count."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or ERROR in trial.user_attrs
+
+
+class OrderedSampler(BaseSampler):
+    """Draws the choices of each key once, in their order; interrupted trials are drawn again."""
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        assert isinstance(param_distribution, CategoricalDistribution)
+        others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
+        taken = [each.params.get(param_name) for each in others if not each.state.is_finished() or is_finished(each)]
+        choices = param_distribution.choices
+        return next((choice for choice in choices if choice not in taken), choices[0])
 
 
 class SeededSampler(TPESampler):

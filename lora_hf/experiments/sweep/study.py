@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,14 @@ from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, SweepRecord
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.registry import task_of
-from lora_hf.experiments.sweep.plots import draw_plots
+from lora_hf.experiments.sweep.plots import draw_importance, draw_learning_rates, draw_losses
 from lora_hf.experiments.sweep.space import Space, with_values
 from lora_hf.experiments.sweep.storage import (
     ERROR,
     GRACE,
+    MEASURED,
     PRECISION,
+    OrderedSampler,
     SeededSampler,
     TrialFailed,
     check_study,
@@ -49,17 +51,28 @@ logger = logging.getLogger(__name__)
 DATABASE, BEST, BEST_CONFIG, SWEEP_RECORD = "study.db", "best", "best.yaml", "trials.json"
 KEPT = (RECORD_FILE, RUN_CONFIG_FILE, LOG_FILE, "curves.png")  # of every trial; the best one keeps more
 POLL = 1.0  # seconds between two checks of the trials of other processes
-STATES = {state: state.name.lower() for state in TrialState} | {TrialState.FAIL: "failed"}
 
 
 @dataclass(frozen=True)
 class SweepSettings:
+    """What a study runs.
+
+    Attributes:
+        trials: in the study, of all processes together.
+        rungs: steps at which the losses of trials are compared, see `trials.PruningCallback`; the trials are then the
+            choices of the space, in their order.
+        recipe: what `best.yaml` holds besides the best values; default: `config`.
+    """
+
     config: RunConfig
     space: Space
     name: str
     folder: Path
-    trials: int  # in the study, of all processes together
-    seed: int
+    trials: int
+    seed: int = 0
+    pruner: str = "halving"
+    rungs: Mapping[int, int] = field(default_factory=dict)
+    recipe: RunConfig | None = None
 
     @property
     def task(self) -> Task:
@@ -89,8 +102,9 @@ def sweep(
     storage: str | None = None,
     seed: int = 0,
     rows: Mapping[str, Dataset] | None = None,
+    pruner: str = "halving",
 ) -> tuple[Path, SweepRecord]:
-    """Runs trials until the study has `trials` complete, pruned or failed ones, and writes the results.
+    """Runs trials until the study has `trials` complete, pruned, diverged or failed ones, and writes the results.
 
     Args:
         config: what all trials share; the folder of the study is created in `output.dir`.
@@ -98,6 +112,7 @@ def sweep(
         storage: URL of a database that processes can share; default: a SQLite file in the folder.
         seed: seed of the sampler.
         rows: the task's splits; by default they are loaded.
+        pruner: what stops trials early, one of `storage.PRUNERS`.
 
     Returns:
         The folder, which contains `best` (a link to the best trial), `best.yaml`, `trials.json` and plots, and the
@@ -108,11 +123,18 @@ def sweep(
         TrainingError: all trials failed.
         UserError: an error in the config or the data that affects every trial.
     """
-    check_study(name, trials)
     folder = Path(config.output.dir) / name
+    return run_study(SweepSettings(config, space, name, folder, trials, seed, pruner), storage, rows)
+
+
+def run_study(
+    settings: SweepSettings, storage: str | None = None, rows: Mapping[str, Dataset] | None = None
+) -> tuple[Path, SweepRecord]:
+    """What `sweep` does, with settings that only `lr_find` has."""
+    name, folder = settings.name, settings.folder
+    check_study(name, settings.trials)
     url = parse_url(storage or f"sqlite:///{folder / DATABASE}")
-    settings = SweepSettings(config, space, name, folder, trials, seed)
-    rows = rows or settings.task.load(config.task.data_dir, settings.task.splits)
+    rows = rows or settings.task.load(settings.config.task.data_dir, settings.task.splits)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -120,14 +142,16 @@ def sweep(
     # Before the study is read: folders that other processes create later belong to its trials.
     existing = sorted(file.parent.name for file in folder.glob(f"trial-*/{RECORD_FILE}"))
     with database_errors(url):
-        study = open_study(url, name, SeededSampler(seed), settings.maximize, settings.definition())
+        sampler = OrderedSampler() if settings.rungs else SeededSampler(settings.seed)
+        study = open_study(url, name, sampler, settings.maximize, settings.definition(), settings.pruner)
         found = study.get_trials(deepcopy=False)
         if existing and not found:
             raise ConfigError(
                 f"{folder}: contains {existing[0]} of a study that is not in the storage; choose another study name or "
                 "output folder"
             )
-        logger.info("study %s: %d trials, %d of them already finished", name, trials, sum(map(is_finished, found)))
+        done = sum(map(is_finished, found))
+        logger.info("study %s: %d trials, %d of them already finished", name, settings.trials, done)
         _run_trials(settings, study, rows)
         found = study.get_trials(deepcopy=False)
     return folder, _write_results(settings, found)
@@ -179,7 +203,7 @@ def _run_one(settings: SweepSettings, study: optuna.Study, rows: Mapping[str, Da
         config = with_values(settings.config, settings.space.values(trial.params), f"trial {trial.number}")
         output = replace(config.output, dir=str(settings.folder), name=trial_folder(trial.number), overwrite=True)
         try:
-            return trials.run_trial(trial, replace(config, output=output), settings.task, rows)
+            return trials.run_trial(trial, replace(config, output=output), settings.task, rows, settings.rungs)
         finally:
             given_up = study.get_trials(deepcopy=False)[trial.number].state != TrialState.RUNNING
 
@@ -189,8 +213,8 @@ def _run_one(settings: SweepSettings, study: optuna.Study, rows: Mapping[str, Da
         remove_files(settings.folder, found, best)
         if trial.params:
             logger.info("%s", _summary(settings, trial, best))
-        complete = [other for other in found if other.state == TrialState.COMPLETE]
-        if [other.number for other in complete] == [trial.number] and len(trial.intermediate_values) < 2:
+        complete = [other.number for other in found if other.state == TrialState.COMPLETE]
+        if complete == [trial.number] and len(trial.intermediate_values) < 2 and settings.pruner != "none":
             logger.info(
                 "trials are evaluated only at their end, so none can be pruned; for more evaluations set "
                 "train.epochs > 1 or "
@@ -210,10 +234,12 @@ def _summary(settings: SweepSettings, trial: FrozenTrial, best: FrozenTrial | No
     if trial.state == TrialState.COMPLETE:
         outcome = f"{settings.score} {trial.value:.4f}"
     elif trial.state == TrialState.PRUNED:
-        last = trial.intermediate_values[max(trial.intermediate_values)]
-        outcome = f"pruned after evaluation {len(trial.intermediate_values)}, {settings.score} {last:.4f}"
+        measured = trial.user_attrs[MEASURED]
+        scores, loss = measured["evaluations"], measured["loss"]
+        reached = f"{settings.score} {scores[-1]:.4f}" if scores else f"loss {loss:.4f}"
+        outcome = f"pruned at step {measured['steps']}, {reached}"
     else:
-        outcome = f"failed: {trial.user_attrs.get(ERROR, 'interrupted')}"
+        outcome = f"{_state(trial)}: {trial.user_attrs.get(ERROR, 'run the same command again')}"
     best_so_far = f"; best so far {best.value:.4f}, trial {best.number}" if best else ""
     return f"trial {trial.number}: {typed(settings.space.values(trial.params))}: {outcome}{best_so_far}"
 
@@ -247,10 +273,14 @@ def _write_results(settings: SweepSettings, trials: Sequence[FrozenTrial]) -> Sw
         versions=versions() | {"optuna": optuna.__version__},
         git=git_state(),
         machine=machine(),
+        pruner=settings.pruner,
     )
     with tempfile.TemporaryDirectory(prefix=".results-", dir=settings.folder) as name:
         partial = Path(name)
-        record.importance = draw_plots(started, settings.space, settings.maximize, settings.score, partial)
+        if not settings.rungs:
+            record.importance = draw_importance(started, settings.space, settings.maximize, settings.score, partial)
+        draw_learning_rates(record, partial / "learning-rate.png")
+        draw_losses(record, settings.folder, partial / "losses.png")
         record.write(partial / SWEEP_RECORD)
         if best:
             (partial / BEST).symlink_to(trial_folder(best.number))
@@ -264,16 +294,23 @@ def _write_results(settings: SweepSettings, trials: Sequence[FrozenTrial]) -> Sw
     return record
 
 
+def _state(trial: FrozenTrial) -> str:
+    if trial.state != TrialState.FAIL:
+        return trial.state.name.lower()
+    if not is_finished(trial):
+        return "interrupted"
+    return "diverged" if trial.user_attrs.get(MEASURED, {}).get("diverged") else "failed"
+
+
 def _trial_entry(settings: SweepSettings, trial: FrozenTrial) -> dict[str, Any]:
-    # Optuna also marks interrupted trials as failed.
-    interrupted = trial.state == TrialState.FAIL and not is_finished(trial)
     complete = trial.state == TrialState.COMPLETE
+    measured = trial.user_attrs.get(MEASURED, {"evaluations": []})
     entry = {
         "number": trial.number,
-        "state": "interrupted" if interrupted else STATES[trial.state],
+        "state": _state(trial),
         "values": settings.space.values(trial.params),
         "score": trial.value if complete else None,
-        "evaluations": [trial.intermediate_values[step] for step in sorted(trial.intermediate_values)],
+        **{key: value for key, value in measured.items() if key != "diverged"},
         "seconds": trial.duration.total_seconds() if trial.duration else None,
     }
     if complete:
@@ -284,7 +321,8 @@ def _trial_entry(settings: SweepSettings, trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _best_config(settings: SweepSettings, best: FrozenTrial) -> str:
-    sections = with_values(settings.config, settings.space.values(best.params), f"trial {best.number}").to_dict()
+    recipe, values = settings.recipe or settings.config, settings.space.values(best.params)
+    sections = with_values(recipe, values, f"trial {best.number}").to_dict()
     del sections["output"]
     sections["model"]["precision"] = best.user_attrs[PRECISION]
     header = (
@@ -300,9 +338,14 @@ def trial_folder(number: int) -> str:
 
 
 def best_trial(trials: Sequence[FrozenTrial], maximize: bool) -> FrozenTrial | None:
-    """The complete trial with the best value, the first of equal ones."""
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    return min(complete, key=lambda trial: ((trial.value or 0) * (-1 if maximize else 1), trial.number), default=None)
+    """The complete trial with the best value; of equal ones that with the smallest loss, then the first."""
+    sign = -1 if maximize else 1
+
+    def order(trial: FrozenTrial) -> tuple[float, float, int]:
+        loss = trial.user_attrs.get(MEASURED, {}).get("loss")
+        return sign * (trial.value or 0), 0 if loss is None else loss, trial.number
+
+    return min((trial for trial in trials if trial.state == TrialState.COMPLETE), key=order, default=None)
 
 
 def remove_files(folder: Path, trials: Sequence[FrozenTrial], best: FrozenTrial | None) -> None:

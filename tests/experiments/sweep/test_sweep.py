@@ -46,6 +46,7 @@ def rows() -> dict[str, Dataset]:
 def run(output: Path, rows: dict[str, Dataset], *words: str, trials: int = 3, **more: Any) -> tuple[Path, SweepRecord]:
     config, space = read_sweep("rule_sentiment.yaml", [*QUICK, *steps(words), *words])
     config = replace(config, output=OutputConfig(dir=str(output)))
+    more.setdefault("pruner", "none")  # so that few trials are complete
     return sweep(config, space, trials, more.pop("name", "s"), rows=rows, **more)
 
 
@@ -78,7 +79,7 @@ def test_only_the_best_trial_keeps_its_adapter(swept: tuple[Path, SweepRecord]) 
         is_best = trial["number"] == record.best["number"]
         assert (folder / "best").samefile(folder / f"trial-{trial['number']}") == is_best
         assert kept - {LOCK_FILE} == (light | {"adapter", "predictions-validation.jsonl"} if is_best else light)
-    for name in ("importance.png", "parallel.png", "history.png"):
+    for name in ("importance.png", "parallel.png", "history.png", "learning-rate.png", "losses.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob(".results-*"))
 
@@ -108,7 +109,7 @@ def test_a_study_goes_on_and_repeats_itself(
     assert caplog.messages[0].endswith(": 3 trials, 1 of them already finished")
     assert [line.split(":")[0] for line in caplog.messages if line.startswith("trial ")] == ["trial 1", "trial 2"]
     for ours, theirs in zip(gone_on.trials, record.trials, strict=True):
-        assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+        assert ours | {"seconds": 0, "cpu_seconds": 0} == theirs | {"seconds": 0, "cpu_seconds": 0}
     _, same = run(tmp_path, rows, *SPACE, trials=2)
     assert same.trials == gone_on.trials, "there are enough already"
     with pytest.raises(ConfigError, match="another config, space or seed"):
@@ -141,7 +142,7 @@ def test_trials_below_the_median_are_pruned_on_the_way(
 ) -> None:
     monkeypatch.setattr(storage, "STARTUP", 1)
     with caplog.at_level(logging.INFO, logger="lora_hf"):
-        folder, record = run(tmp_path, rows, SECOND_STEPS, "train.lr=1e-5..3e-3:log", trials=4)
+        folder, record = run(tmp_path, rows, SECOND_STEPS, "train.lr=1e-5..3e-3:log", trials=4, pruner="median")
     complete = [trial for trial in record.trials if trial["state"] == "complete"]
     pruned = [trial for trial in record.trials if trial["state"] == "pruned"]
     assert pruned
@@ -154,22 +155,47 @@ def test_trials_below_the_median_are_pruned_on_the_way(
         assert max(trial["evaluations"]) <= others[len(others) // 2]
         assert not (folder / f"trial-{trial['number']}" / "checkpoints").exists()
         assert any(
-            f"trial {trial['number']}: " in line and "pruned after evaluation" in line for line in caplog.messages
+            f"trial {trial['number']}: " in line and f"pruned at step {2 * at}" in line for line in caplog.messages
         )
+
+
+def test_successive_halving_stops_all_but_the_better_half(tmp_path: Path, rows: dict[str, Dataset]) -> None:
+    _, record = run(tmp_path, rows, SECOND_STEPS, "train.lr=1e-6..3e-3:log", trials=6, pruner="halving")
+    assert record.pruner == "halving"
+    pruned = [trial for trial in record.trials if trial["state"] == "pruned"]
+    assert 0 < len(pruned) < 6
+    for trial in record.trials:
+        for rung in (1, 2, 4)[: len(trial["evaluations"])]:
+            reached = [each for each in record.trials if len(each["evaluations"]) >= rung]
+            seen = sorted(each["evaluations"][rung - 1] for each in reached if each["number"] <= trial["number"])
+            best = seen[-max(1, len(seen) // 2)]
+            stopped = trial["state"] == "pruned" and len(trial["evaluations"]) == rung
+            assert stopped == (trial["evaluations"][rung - 1] < best), (trial, rung)
+    for trial in pruned:
+        assert trial["steps"] == 2 * len(trial["evaluations"])
+        assert trial["score"] is None
+        assert trial["cpu_seconds"] > 0
+
+
+def test_an_unknown_pruner_is_refused(tmp_path: Path, rows: dict[str, Dataset]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"pruner: expected one of halving, .*found 'halvin' \(did you mean 'halving'"
+    ):
+        run(tmp_path, rows, "train.lr=1e-6..3e-3:log", pruner="halvin")
 
 
 def test_a_trial_that_fails_is_recorded_and_the_sweep_goes_on(
     tmp_path: Path, rows: dict[str, Dataset], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="lora_hf"):
-        _, record = run(tmp_path, rows, "train.lr=1e-3,1e36", "train.max_steps=4", trials=3)
-    failed = [trial for trial in record.trials if trial["state"] == "failed"]
+        _, record = run(tmp_path, rows, "train.lr=1e-3,1e36", "train.max_steps=4", trials=3, pruner="halving")
+    failed = [trial for trial in record.trials if trial["state"] != "complete"]
     assert 0 < len(failed) < 3
-    assert {trial["state"] for trial in record.trials} == {"complete", "failed"}
+    assert {trial["state"] for trial in failed} <= {"diverged", "failed"}
     for trial in failed:
         assert trial["values"]["train.lr"] == 1e36
         assert "not" in trial["error"] or "nan" in trial["error"]
-        assert any(f"trial {trial['number']}: train.lr=1e+36: failed: " in line for line in caplog.messages)
+        assert any(f"trial {trial['number']}: train.lr=1e+36: {trial['state']}: " in line for line in caplog.messages)
     assert record.best["values"]["train.lr"] == 1e-3
     assert any("so none can be pruned" in line for line in caplog.messages)
 
