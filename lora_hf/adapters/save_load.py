@@ -214,7 +214,7 @@ def load_saved_model(
     """
     dynamic = precision == "int8"
     config = replace(saved.model, precision="fp32" if dynamic else precision)  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(config)
+    tokenizer = saved.task.prepare_tokenizer(load_tokenizer(config))
     model = load_base(config, saved.task, saved.seed)
     align_tokenizer(tokenizer, model)
     if adapted and not saved.is_full_model:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from lora_hf.cli.commands import (
     benchmark,
+    chat,
     combine,
     compare,
     convert,
@@ -46,6 +47,7 @@ VERBS = {
     "eval": evaluate,
     "predict": predict,
     "generate": generate,
+    "chat": chat,
     "score": score,
     "merge": merge,
     "combine": combine,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import DataError, did_you_mean
+from lora_hf.data.json_objects import checked_object, parse_json, parse_object
 from lora_hf.data.tasks.row_checks import check_columns, check_text, nfc
 
 if TYPE_CHECKING:
@@ -58,6 +58,29 @@ def read_rows(
     if path.suffix.lower() not in _READERS:
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; expected a file that ends in {_or(_READERS)}")
     return _READERS[path.suffix.lower()](path, _Wanted(path, tuple(columns), tuple(optional), other_names or {}))
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """Returns all columns of a table as they are, also lists and objects inside, without the nulls in these.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in TABLE_SUFFIXES:
+        raise DataError(f"{path}: unknown suffix {path.suffix!r}; expected a file that ends in {_or(TABLE_SUFFIXES)}")
+    if _READERS[suffix] is _read_json:
+        return _json_objects(path)
+    return _without_nulls(_READERS[suffix](path, _Everything(path, ())).to_list())
+
+
+def _without_nulls(value: Any) -> Any:
+    """Parquet gives each object of a column the keys of all of them."""
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return value
 
 
 def read_texts(
@@ -200,6 +223,13 @@ class _Wanted:
         return found
 
 
+class _Everything(_Wanted):
+    """All columns of a file."""
+
+    def find(self, names: Sequence[str], hint: str = "") -> dict[str, int]:
+        return _Wanted(self.path, tuple(names)).find(names, hint)
+
+
 def _read_csv(path: Path, wanted: _Wanted, delimiter: str = ",") -> Dataset:
     """Reads a table with a header.
 
@@ -248,52 +278,26 @@ def _explain_header(header: list[str], delimiter: str) -> str:
 
 
 def _read_json(path: Path, wanted: _Wanted) -> Dataset:
-    """Reads an object on each line, or one array of objects; a key that a row lacks is null there."""
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        entries = _parse(text, str(path), "an array of objects")
-        rows = [
-            _checked_object(entry, repr(entry), f"{path}: entry {number} (counting from 0)")
-            for number, entry in enumerate(entries)
-        ]
-    else:
-        lines = read_lines(path)
-        while not lines[-1].strip():
-            lines.pop()
-        rows = [parse_object(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    """Reads the objects of a file; a key that a row lacks is null there."""
+    rows = _json_objects(path)
     names = list(dict.fromkeys(name for row in rows for name in row))
     found = wanted.find(names)
     return _to_dataset({column: [row.get(names[index]) for row in rows] for column, index in found.items()}, path)
 
 
-def parse_object(line: str, location: str) -> dict[str, Any]:
-    """Returns a JSON object.
-
-    Raises:
-        DataError: it is none; the message begins with `location`.
-    """
-    return _checked_object(_parse(line, location, "a JSON object"), line, location)
-
-
-def _parse(text: str, location: str, what: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_without_repeated_keys)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{location}: not {what}: {error}") from error
-
-
-def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there more than once")
-    return values
-
-
-def _checked_object(value: Any, text: str, location: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f'{location}: expected an object such as {{"text": ...}}, found {text:.50}')
-    return value
+def _json_objects(path: Path) -> list[dict[str, Any]]:
+    """Reads an object on each line, or one array of objects."""
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        entries = parse_json(text, str(path), "an array of objects")
+        return [
+            checked_object(entry, repr(entry), f"{path}: entry {number} (counting from 0)")
+            for number, entry in enumerate(entries)
+        ]
+    lines = read_lines(path)
+    while not lines[-1].strip():
+        lines.pop()
+    return [parse_object(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def _read_txt(path: Path, wanted: _Wanted) -> Dataset:

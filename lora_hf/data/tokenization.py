@@ -32,7 +32,7 @@ def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_le
     everything that the tokens do: the rows, the tokenizer, the length, and the code of the tasks.
     """
     limit = min(max_length, tokenizer.model_max_length)
-    encoded = _encode(task, rows, tokenizer, limit)
+    encoded = task.select_encoded(_encode(task, rows, tokenizer, limit), rows, tokenizer, limit, split)
     task.warn_truncated(encoded[TRUNCATED][:], tokenizer, limit, split)
     return encoded.remove_columns(TRUNCATED)
 
@@ -79,6 +79,7 @@ def _key(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, backend:
     state = json.loads(backend) | {"truncation": None, "padding": None}
     names = tokenizer.model_input_names
     values = [type(tokenizer).__name__, tokenizer.special_tokens_map, names, limit, repr(task), state]
+    values.append(tokenizer.chat_template)
     key.update(json.dumps(values, sort_keys=True, default=str).encode())
     for source in sorted((Path(__file__).parent / "tasks").glob("*.py")):
         key.update(source.read_bytes())

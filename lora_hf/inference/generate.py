@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
+    TextStreamer,
 )
 
 from lora_hf.adapters.resolve import SavedModel
@@ -94,6 +95,17 @@ class Generator:
         batches = (prompts[start : start + size] for start in range(0, len(prompts), size))
         return (text for batch in batches for text in self.generate_batch(batch, decoding))
 
+    def reply(self, context: str, decoding: GenerateConfig, on_text: Callable[[str], None]) -> GeneratedText:
+        """Generates the text for one context, and calls `on_text` with each new piece of it.
+
+        Raises:
+            DataError: as `generate`.
+        """
+        prompts = self.task.prompts([context], self.tokenizer, self.max_length - decoding.max_new_tokens)
+        check_tokens(self.task, prompts, self.tokenizer, self.model)
+        (text,) = self.generate_batch(prompts, decoding, streamer=_Streamer(self.tokenizer, on_text))
+        return text
+
     @torch.inference_mode()
     def generate_batch(
         self,
@@ -101,6 +113,7 @@ class Generator:
         decoding: GenerateConfig,
         stopping: Sequence[StoppingCriteria] = (),
         finite: bool = True,
+        streamer: TextStreamer | None = None,
     ) -> Iterator[GeneratedText]:
         """Yields a text for each encoded prompt, generated in one batch.
 
@@ -108,6 +121,7 @@ class Generator:
             stopping: criteria to stop at, in addition to the end-of-text token and `max_new_tokens`.
             finite: raise a TrainingError for logits that are not finite. Without it their row has such a score, and the
                 other rows, which may belong to other adapters, are right.
+            streamer: gets each token of a single prompt once it is generated, without beam search.
         """
         encodes = self.model.config.is_encoder_decoder
         # Padded in front where the text continues at the end of the prompt.
@@ -124,6 +138,7 @@ class Generator:
                 generation_config=self._generation_config(decoding),
                 logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList(stopping),
+                streamer=streamer,
             )
         tokens = output.sequences[:, width:]
         if decoding.num_beams > 1:
@@ -143,6 +158,7 @@ class Generator:
         sources = (self.tokenizer, self.model.generation_config, self.model.config)
         found = [getattr(source, "eos_token_id", None) for source in sources]
         ids = [token for each in found for token in (each if isinstance(each, list) else [each])]
+        ids += self.task.end_tokens(self.tokenizer)
         return list(dict.fromkeys(token for token in ids if token is not None))
 
     def _lengths(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -197,6 +213,18 @@ def resolve_decoding(decoding: GenerateConfig, model: PreTrainedModel) -> Genera
     if "max_new_tokens" in (names or ()) and "max_new_tokens" not in values and (own.max_length or 0) > 1:
         values["max_new_tokens"] = own.max_length - 1  # it counts the token that the decoder starts with
     return replace(decoding, **values, from_base=())
+
+
+class _Streamer(TextStreamer):
+    """Passes each piece of a text on, as soon as it is sure."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.on_text(text)
 
 
 class FiniteLogits(LogitsProcessor):
@@ -266,11 +294,12 @@ def evaluate_texts(
         started = time.perf_counter()
         stream = progress(generator.generate(contexts, saved.generate), total=len(examples))
         name = f"{split}{'' if adapted else '-without-adapter'}"
-        texts = write_texts(run_folder / f"predictions-{name}.txt", contexts, stream) if run_folder else list(stream)
+        shown = [generator.task.shown_context(context) for context in contexts]
+        texts = write_texts(run_folder / f"predictions-{name}.txt", shown, stream) if run_folder else list(stream)
         generated = time.perf_counter()
         scores[split] = score_subsets(generator.task, examples, [text.text for text in texts])
         if run_folder:
-            _write_outputs(run_folder / f"outputs-{name}.jsonl", generator.task.name, examples, texts)
+            _write_outputs(run_folder / f"outputs-{name}.jsonl", generator.task, examples, texts)
             record = ScoreRecord(
                 task=generator.task.name,
                 model=saved.model.name,
@@ -289,16 +318,18 @@ def evaluate_texts(
     return records, scores
 
 
-def _write_outputs(path: Path, task: str, examples: Sequence[Example], texts: Sequence[GeneratedText]) -> None:
+def _write_outputs(
+    path: Path, task: TextGeneration, examples: Sequence[Example], texts: Sequence[GeneratedText]
+) -> None:
     """Writes one JSON object per input, with its references and the generated text."""
     with atomic_path(path) as tmp, tmp.open("w", encoding="utf-8") as file:
         for example, text in zip(examples, texts, strict=True):
-            references = list(example.references)
-            line = {"task": task, "input": example.context, "references": references, "output": text.text}
+            given, references = task.shown_context(example.context), list(example.references)
+            line = {"task": task.name, "input": given, "references": references, "output": text.text}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def write_texts(path: Path, prompts: Sequence[str], texts: Iterator[GeneratedText]) -> list[GeneratedText]:
+def write_texts(path: Path, prompts: Sequence[Any], texts: Iterator[GeneratedText]) -> list[GeneratedText]:
     """Writes each text as soon as it is generated, and returns all of them.
 
     `path` gets one text per line, in the order of the prompts; the `.jsonl` file of the same name gets prompt, text and

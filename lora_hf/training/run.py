@@ -34,6 +34,7 @@ from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.overview import DataOverview, describe_data
 from lora_hf.data.sampling import number_prompts
 from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.chat import self_contained
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.data.tokenization import encode
 from lora_hf.lora.inject import count_parameters, inject_at, inject_head
@@ -160,7 +161,7 @@ def find_run(config: RunConfig, resume: str | None = None) -> tuple[RunConfig, P
     init_processes(bool(hf.get("use_cpu")), hf.get("ddp_backend"), timeout)
     # Probed in one process: each of them might find another precision faster.
     precision = run_on_rank(lambda: resolve_precision(config.model.precision))
-    config = replace(config, model=replace(config.model, precision=precision))
+    config = replace(config, model=replace(config.model, precision=precision), task=self_contained(config.task))
     found = run_on_rank(lambda: [str(path) for path in find_run_folder(config, resume) if path is not None])
     return config, Path(found[0]), Path(found[1]) if len(found) > 1 else None
 
@@ -210,7 +211,8 @@ def prepare_run(
         started: when the run started, and the monotonic clock then.
         begin: creates the run folder.
     """
-    task, tokenizer = task_of(config.task), load_tokenizer(config.model)
+    task = task_of(config.task)
+    tokenizer = task.prepare_tokenizer(load_tokenizer(config.model))
     align_tokenizer(tokenizer, model)
     counts = count_parameters(model)
     encoded: dict[str, Any] = {

@@ -6,14 +6,11 @@ import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, get_type_hints
+from typing import get_type_hints
 
 from lora_hf.cli.terminal import add_adapter, add_json, print_rows, progress
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from lora_hf.data.tasks.generation import TextGeneration
 
 HELP = "generate texts from prompts"
 # The keys of the config's `generate` section that have an option. Sampling follows from temperature, top_p and top_k.
@@ -30,15 +27,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         type=Path,
         metavar="FILE",
-        help=".csv, .tsv, .jsonl, .json or .parquet with the task's column, or with 'prompt'; .txt with one prompt per "
-        "line",
+        help=".csv, .tsv, .jsonl, .json or .parquet with the task's column, with 'prompt' or, for a chat, 'messages'; "
+        ".txt with one prompt per line",
     )
-    for name, kind in DECODING.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="default: that of the run's config")
+    add_decoding(parser)
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="write one text per line, and a .jsonl with scores beside it"
     )
     add_json(parser)
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    for name, kind in DECODING.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="default: that of the run's config")
+
+
+def decoding_of(options: argparse.Namespace, default: GenerateConfig) -> GenerateConfig:
+    """Returns the decoding of the run with the options given; those of sampling turn it on."""
+    overrides = {name: getattr(options, name) for name in DECODING if getattr(options, name) is not None}
+    if overrides.keys() & {"temperature", "top_p", "top_k"}:
+        overrides = {"num_beams": 1, **overrides, "do_sample": True}
+    return default.override(**overrides)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -49,12 +58,11 @@ def run(options: argparse.Namespace) -> None:
     task = saved.task
     if not isinstance(task, TextGeneration):
         raise ConfigError(f"{options.adapter} was trained for {task.name}, which classifies; use predict instead")
-    overrides = {name: getattr(options, name) for name in DECODING if getattr(options, name) is not None}
-    if overrides.keys() & {"temperature", "top_p", "top_k"}:
-        overrides = {"num_beams": 1, **overrides, "do_sample": True}
-    decoding = saved.generate.override(**overrides)
-    prompts = [options.prompt] if options.input is None else _read_prompts(options.input, task)
-    contexts = [task.context(prompt) for prompt in prompts]
+    decoding = decoding_of(options, saved.generate)
+    given = (
+        [(options.prompt, task.context(options.prompt))] if options.input is None else task.read_prompts(options.input)
+    )
+    prompts, contexts = [prompt for prompt, _ in given], [context for _, context in given]
     from lora_hf.inference.generate import Generator, write_texts
 
     stream = progress(Generator.load(saved).generate(contexts, decoding), total=len(prompts))
@@ -66,10 +74,3 @@ def run(options: argparse.Namespace) -> None:
     if joined and (options.output is not None or (len(texts) > 1 and not options.json)):
         source = "--json prints" if options.output is None else f"{options.output.with_suffix('.jsonl')} has"
         print(f"{joined} texts of several lines are written on one; {source} them as generated", file=sys.stderr)
-
-
-def _read_prompts(path: Path, task: TextGeneration) -> list[str]:
-    from lora_hf.data.readers import read_texts
-
-    column = task.text_columns[0] if task.reads_text else "prompt"
-    return read_texts(path, (column,), {column: ("prompt",)})[column]

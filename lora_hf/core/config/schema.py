@@ -92,9 +92,9 @@ class TaskConfig(Section):
     name: str = setting("sst2", "a built-in task, or with kind the name of your own")
     data_dir: str | None = setting(None, "folder with the rows; by default $LORA_HF_DATA_DIR, else the hub")
     max_length: int = setting(512, "tokens of a row; longer ones are truncated", low=4)
-    kind: Literal["classification", "regression", "generation", "tokens", "question_answering", "seq2seq"] | None = (
-        setting(None, "what your own task is")
-    )
+    kind: (
+        Literal["classification", "regression", "generation", "chat", "tokens", "question_answering", "seq2seq"] | None
+    ) = setting(None, "what your own task is")
     text_columns: tuple[str, ...] | None = setting(
         None, "columns of the inputs; by default those of the kind, such as text or prompt", names=True
     )
@@ -116,6 +116,11 @@ class TaskConfig(Section):
     prefix: str = setting("", "seq2seq: text before each source, such as 'summarize: '")
     source_lang: str | None = setting(None, "seq2seq: the tokenizer's code for the sources' language, such as en_XX")
     target_lang: str | None = setting(None, "seq2seq: the tokenizer's code for the targets' language")
+    train_on: Literal["all", "last"] = setting("all", "chat: every assistant turn, or the last one of a conversation")
+    chat_template: str | None = setting(
+        None, "chat: chatml, or a file with a Jinja template; by default the tokenizer's own"
+    )
+    drop_unlearnable: bool = setting(False, "chat: leave out conversations of which nothing is left to train on")
 
 
 @dataclass(frozen=True)

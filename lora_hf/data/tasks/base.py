@@ -90,6 +90,24 @@ class Task(ABC):
     ) -> tuple[dict[str, list], list[bool]]:
         """Returns what `encode` does, and for each entry whether `max_length` truncated it; see `warn_truncated`."""
 
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """Returns the model's tokenizer, changed in place to what the task needs; merged models are saved with it.
+
+        Raises:
+            ModelError: the tokenizer lacks something that the task needs.
+        """
+        return tokenizer
+
+    def select_encoded(
+        self, encoded: Dataset, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, split: str = ""
+    ) -> Dataset:
+        """Returns the encoded rows to use, all of them unless a task leaves some out and says so.
+
+        Raises:
+            DataError: rows that the task cannot use once they are encoded.
+        """
+        return encoded
+
     @abstractmethod
     def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Returns what a row that is too long loses, such as "the end of their texts"."""

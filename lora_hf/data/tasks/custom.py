@@ -16,6 +16,7 @@ from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import ConfigError, DataError
 from lora_hf.data.readers import TABLE_SUFFIXES, to_dataset
 from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.chat import CHAT
 from lora_hf.data.tasks.classification import TextClassification
 from lora_hf.data.tasks.generation import Example, TextGeneration
 from lora_hf.data.tasks.kind import Kind, as_read
@@ -253,4 +254,5 @@ KINDS: dict[str, Kind] = {
         max_texts=1,
         keys=("prefix", "source_lang", "target_lang"),
     ),
+    "chat": CHAT,
 }

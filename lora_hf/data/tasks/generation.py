@@ -13,10 +13,12 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_hf.core.errors import DataError, ModelError
 from lora_hf.core.labels import IGNORE_INDEX
+from lora_hf.data.readers import read_texts
 from lora_hf.data.tasks.base import ModelKind, Task
 from lora_hf.data.tasks.row_checks import check_columns, check_text
 
@@ -105,6 +107,24 @@ class TextGeneration(Task):
     def clean(self, text: str) -> str:
         """Returns a generated text as it is shown and scored: on one line, whatever the model wrote."""
         return one_line(text)
+
+    def end_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Returns the tokens that end a text besides those of the tokenizer and the model."""
+        return []
+
+    def read_prompts(self, path: Path) -> list[tuple[Any, str]]:
+        """Returns the prompts of a file as they are shown, and their contexts.
+
+        Raises:
+            DataError: the file cannot be read, or has no such column.
+        """
+        column = self.text_columns[0] if self.reads_text else "prompt"
+        texts = read_texts(path, (column,), {column: ("prompt",)})[column]
+        return [(text, self.context(text)) for text in texts]
+
+    def shown_context(self, context: str) -> Any:
+        """Returns a context as output files hold it."""
+        return context
 
     def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:
         return "the start of their prompts"

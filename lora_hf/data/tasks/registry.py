@@ -38,8 +38,8 @@ def task_of(config: TaskConfig) -> Task:
     if config.kind is None:
         if replace(config, data_dir=None, max_length=TaskConfig.max_length) != TaskConfig(config.name):
             raise ConfigError(
-                "task.text_columns, label_column, label_names and metric describe a custom task; also set task.kind "
-                f"({', '.join(KINDS)}), or leave them out"
+                "task.text_columns, label_column, label_names, metric and what follows them describe a custom "
+                f"task; also set task.kind ({', '.join(KINDS)}), or leave them out"
             )
         return get_task(config.name)
     if config.name in _TASKS_AND_ALIASES:
