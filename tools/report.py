@@ -221,6 +221,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "malformed-requests": robustness_tables.malformed,
     "malformed-answers": robustness_tables.malformed_answers,
     "kills": robustness_tables.kills,
+    "situations": robustness_tables.situations,
+    "attacks": robustness_tables.attacks,
     "model-types": model_tables.model_types,
     "model-classes": model_tables.model_classes,
     "config-keys": config_keys,

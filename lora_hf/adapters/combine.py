@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lora_hf.adapters.fit import check_tokenizer
 from lora_hf.adapters.format import AdapterMetadata, read_adapter_config
 from lora_hf.adapters.peft_config import factor_keys, to_peft
 from lora_hf.adapters.resolve import find_saved_model, run_sections
@@ -26,6 +27,7 @@ from lora_hf.lora.kernels.combination import Factors, drop, elect, shorten, sum_
 from lora_hf.lora.layers import LoraLinear, LoraWeights
 from lora_hf.lora.slices import diagonal_blocks, slice_columns, slice_width
 from lora_hf.lora.variants.biases import standalone_biases
+from lora_hf.models.tokenizer_identity import tokenizer_identity
 
 Method = Literal["linear", "svd", "ties", "dare"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -190,11 +192,13 @@ def combine_saved(
     weights = {f"adapter_{index}": weight for index, (_, weight) in enumerate(adapters)}
     first = saved[0]
     with atomic_folder(output, COMBINE_FILE, overwrite) as folder:
-        base, _ = load_saved_model(first, "fp32", adapted=False)
+        base, tokenizer = load_saved_model(first, "fp32", adapted=False)
+        identity = tokenizer_identity(tokenizer)
         for name, one in zip(weights, saved, strict=True):
             load_adapter(base, one.folder, name)
+        verified = [check_tokenizer(one.folder, identity) for one in saved]
         combination = combine_adapters(base, weights, "combined", method, rank, density, seed)
-        save_adapter(base, folder, "combined", task=first.task.name)
+        save_adapter(base, folder, "combined", first.task.name, tokenizer if all(verified) else None)
         record = CombineRecord(
             task=first.task.name,
             base=first.model.name,

@@ -1,4 +1,4 @@
-"""Whether an adapter file fits a model: its tensors, its head, its labels and its base.
+"""Whether an adapter file fits a model: its tensors, its head, its labels, its base and its tokenizer.
 
 The model is not changed. A file that does not fit raises AdapterError with everything that is wrong.
 """
@@ -6,15 +6,17 @@ The model is not changed. A file that does not fit raises AdapterError with ever
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_hf.adapters.format import WEIGHTS_FILE, AdapterFile, are_named
+from lora_hf.adapters.format import WEIGHTS_FILE, AdapterFile, are_named, read_adapter_config
 from lora_hf.adapters.peft_config import (
     PREFIX,
     SavedLayer,
@@ -25,6 +27,7 @@ from lora_hf.adapters.peft_config import (
     token_rows_in_file,
 )
 from lora_hf.core.errors import AdapterError
+from lora_hf.core.records import RUN_CONFIG_FILE
 from lora_hf.lora.active_adapter import AdapterState, Labels
 from lora_hf.lora.fingerprint import check_base
 from lora_hf.lora.heads import has_labels, head_paths, is_random, modules_to_train, outermost, plain_module
@@ -34,6 +37,8 @@ from lora_hf.lora.target_modules import adaptable_modules
 from lora_hf.lora.variants.biases import check_no_standalone_biases, unadapted_biases
 from lora_hf.lora.variants.embedding import is_base
 from lora_hf.lora.variants.tokens import FILE_KEY
+
+logger = logging.getLogger(__name__)
 
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.Tensor], source: str) -> None:
@@ -53,6 +58,32 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, to
         lines += [f"{kind}: and {len(entries) - 5} more"] if len(entries) > 5 else []
     if lines:
         raise AdapterError("\n  ".join([f"{source} does not fit this model:", *lines]))
+
+
+def check_tokenizer(folder: Path, tokenizer: Mapping[str, str]) -> bool:
+    """Whether an adapter is known to be trained with the tokenizer that has the identity `tokenizer`.
+
+    An adapter that records none gets a warning.
+
+    Raises:
+        AdapterError: it was trained with another one.
+    """
+    trained = read_adapter_config(folder)[1].tokenizer
+    if not trained:
+        logger.warning(
+            "%s records no tokenizer, so nobody can check that %s encodes texts as in its training",
+            folder,
+            tokenizer["name"] or "this one",
+        )
+        return False
+    if trained["sha256"] != tokenizer["sha256"]:
+        raise AdapterError(
+            f"{folder} was trained with the tokenizer {trained['name']!r} ({trained['sha256'][:12]}); expected one "
+            f"that encodes texts as it does, found {tokenizer['name']!r} ({tokenizer['sha256'][:12]}). Put the "
+            f"{RUN_CONFIG_FILE} of its run, which names its tokenizer, into the adapter's folder, or restore the "
+            "tokenizer's files"
+        )
+    return True
 
 
 def trains_biases(file: AdapterFile) -> bool:

@@ -1,8 +1,8 @@
 """The two files of an adapter folder: written atomically, checked on reading, never pickled.
 
 `peft` reads and writes the same `adapter_config.json` and `adapter_model.safetensors`. The header of the safetensors
-file also holds what PEFT does not record: the fingerprint of the base, the label names, the task, and which columns of
-a fused projection each A and B belong to.
+file also holds what PEFT does not record: the fingerprint of the base, the identity of the tokenizer, the label names,
+the task, and which columns of a fused projection each A and B belong to.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 HEADER = "lora_hf"
 FLOAT32_MAX = 3.4e38
+TOO_LARGE = "does not fit into the memory of this process; expected LoRA's A and B and a head, of some megabytes"
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Fields of PEFT's LoraConfig that leave the outputs of a finished adapter alone: they concern its training, or what
@@ -89,6 +90,11 @@ def _is_fingerprint(value: Any) -> bool:
     if not _list_of(lambda pair: isinstance(pair, list) and len(pair) == 2 and all(map(_is_decimal, pair)))(pairs):
         return False
     return not value or all(key in value and checks[key](value[key]) for key in checks)
+
+
+def _is_tokenizer(value: Any) -> bool:
+    keys = {"name": _is_str, "sha256": _is_hex}
+    return isinstance(value, dict) and (not value or all(key in value and keys[key](value[key]) for key in keys))
 
 
 def _is_slice(value: Any) -> bool:
@@ -159,6 +165,7 @@ HEADER_FIELDS: dict[str, tuple[str, Check]] = {
     "labels": ("a list of names", _list_of(_is_str)),
     "num_labels": ("a whole number >= 1", _optional(_is_rank)),
     "fingerprint": ("sha256, dtype, tensors and samples", _is_fingerprint),
+    "tokenizer": ("name and sha256", _is_tokenizer),
     "slices": ("slices of columns by path", _dict_of(lambda value: value != [] and _list_of(_is_slice)(value))),
     "start": (
         "pissa, olora or nothing",
@@ -182,6 +189,7 @@ class AdapterMetadata:
     labels: tuple[str, ...] = ()
     num_labels: int | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, str] = field(default_factory=dict)
     slices: dict[str, list[list[int]]] = field(default_factory=dict)
     start: str = ""
 
@@ -238,6 +246,8 @@ def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMeta
         with safe_open(folder / WEIGHTS_FILE, framework="np") as file:  # checks that the file holds every tensor
             header = file.metadata() or {}
         metadata = _parse_metadata(parse_json(header[HEADER])) if HEADER in header else AdapterMetadata()
+    except MemoryError as error:
+        raise AdapterError(f"{folder / WEIGHTS_FILE}: {TOO_LARGE}") from error
     except (ValueError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise AdapterError(f"{folder}: damaged adapter: {error}. Copy it again, or train it again") from error
     source = folder / CONFIG_FILE
@@ -284,6 +294,8 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     source = folder / WEIGHTS_FILE
     try:
         tensors = load_file(source)
+    except MemoryError as error:
+        raise AdapterError(f"{source}: {TOO_LARGE}") from error
     except SafetensorError as error:  # a dtype that torch has no counterpart for
         raise AdapterError(f"{source}: cannot be read: {error}") from error
     for key, tensor in tensors.items():

@@ -89,9 +89,12 @@ def _read(folder: Path, model: str | None) -> tuple[Facts, dict[str, bytes]]:
     if record is not None and record.task == metadata.task and record.model in names:  # else it is another run's
         scores = [ScoreRecord.load(file) for file in sorted(run_folder.glob("scores-*.json"))]
         facts = replace(facts, record=record, scores=[score for score in scores if score.adapted])
-    if len(names) == 1 and not is_local(base):
+    tokenizer = metadata.tokenizer.get("name", "")
+    if len(names) == 1 and not is_local(base) and not is_local(tokenizer):
         return facts, _adapter_files(folder)
     public = base_name(base) if is_local(base) else base
+    if is_local(tokenizer):
+        metadata = replace(metadata, tokenizer={**metadata.tokenizer, "name": base_name(tokenizer)})
     with tempfile.TemporaryDirectory() as tmp:
         config = {**config, "base_model_name_or_path": public}
         write_adapter(Path(tmp), config, read_adapter(folder).tensors, replace(metadata, base=public))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from lora_hf.adapters.format import (
     CONFIG_FILE,
@@ -21,9 +24,13 @@ from lora_hf.core.errors import AdapterError, HubError
 from lora_hf.core.hub_access import explain_hub_error, hub_is_reachable, hub_unreachable
 from lora_hf.core.records import COMBINE_FILE, MERGE_FILE, RECORD_FILE, RUN_CONFIG_FILE, CombineRecord, MergeRecord
 from lora_hf.data.tasks.base import Task
-from lora_hf.data.tasks.custom import task_section
+from lora_hf.data.tasks.classification import TextClassification
+from lora_hf.data.tasks.custom import CustomText, task_section
 from lora_hf.data.tasks.registry import get_task, task_names, task_of
+from lora_hf.data.tasks.sources import NoSource
 from lora_hf.models.model_ids import is_hub_id, is_path
+
+UNRECORDED = "unrecorded"  # the name of the task of an adapter that records none
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,9 @@ class SavedModel:
         return parent if (parent / RECORD_FILE).is_file() and not derived else None
 
 
-def find_saved_model(folder: str | Path, revision: str | None = None, model: str | None = None) -> SavedModel:
+def find_saved_model(
+    folder: str | Path, revision: str | None = None, model: str | None = None, needs_task: bool = True
+) -> SavedModel:
     """Resolves an adapter or a full model to its task, its base and the settings of its run.
 
     Args:
@@ -57,6 +66,7 @@ def find_saved_model(folder: str | Path, revision: str | None = None, model: str
             combined adapter; or the hub id of an adapter, `user/name`.
         revision: a branch, tag or commit of the hub repository.
         model: where the base is now, a folder or a hub id; by default where the adapter says.
+        needs_task: whether an adapter of PEFT, which records no task, is an error. Without a task it can be merged.
 
     Raises:
         AdapterError: the folder is none of these, is damaged, or does not record its base and task; or the folder of
@@ -79,7 +89,8 @@ def find_saved_model(folder: str | Path, revision: str | None = None, model: str
     config, metadata = read_adapter_config(folder)
     named = base_of(config, metadata)
     base = model or named
-    task = _task_of(metadata, base, run, folder)
+    task = None if needs_task or metadata.task or not base else _unrecorded_task(config, folder)
+    task = task or _task_of(metadata, base, run, folder)
     if is_path(base) and not Path(base).is_dir():
         raise AdapterError(
             f"{folder}: its base {base}: no such folder. Name the base's new place with model=NAME_OR_FOLDER, or in "
@@ -118,6 +129,28 @@ def _task_of(metadata: AdapterMetadata, base: str, run: RunConfig | None, folder
             f"{', '.join(task.label_names)}"
         )
     return task
+
+
+def _unrecorded_task(config: Mapping[str, Any], folder: Path) -> Task | None:
+    """What a PEFT adapter says about its task: which head its base has. None for a head that no task has."""
+    if config.get("task_type") == "CAUSAL_LM":
+        return CustomText(name=UNRECORDED, source=NoSource(), text_columns=("prompt", "completion"), metric="e2e_nlg")
+    if config.get("task_type") != "SEQ_CLS":
+        return None
+    with safe_open(folder / WEIGHTS_FILE, framework="np") as file:
+        shapes = [file.get_slice(key).get_shape() for key in file.keys() if ".lora_" not in key]  # noqa: SIM118
+    widths = [shape[0] for shape in shapes if len(shape) == 2]
+    count = min(widths, default=2)  # a head may have more layers, and its last one is the narrowest
+    labels = tuple(f"LABEL_{index}" for index in range(count)) if count > 1 else ()
+    return TextClassification(
+        name=UNRECORDED,
+        source=NoSource(),
+        text_columns=("text",),
+        label_names=labels,
+        problem_type=None,
+        metric="classification",
+        best_metric="accuracy",
+    )
 
 
 def run_sections(saved: SavedModel) -> dict[str, Any]:

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_hf.adapters.fit import check_fit, check_shapes, in_head, labels_of, new_heads, trains_biases, without_copies
+from lora_hf.adapters.fit import (
+    check_fit,
+    check_shapes,
+    check_tokenizer,
+    in_head,
+    labels_of,
+    new_heads,
+    trains_biases,
+    without_copies,
+)
 from lora_hf.adapters.format import WEIGHTS_FILE, AdapterFile, AdapterMetadata, read_adapter, write_adapter
 from lora_hf.adapters.peft_config import (
     PREFIX,
@@ -53,16 +62,24 @@ from lora_hf.lora.variants.tokens import FILE_KEY, add_token_rows, token_rows
 from lora_hf.lora.wrappers import on_unwrapped_model
 from lora_hf.models.align import align_tokenizer
 from lora_hf.models.load import dequantise, load_base, load_tokenizer, quantise
+from lora_hf.models.tokenizer_identity import tokenizer_identity
 
 logger = logging.getLogger(__name__)
 
 
 @on_unwrapped_model(changes=False)
-def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "default", task: str | None = None) -> Path:
+def save_adapter(
+    model: PreTrainedModel,
+    folder: str | Path,
+    name: str = "default",
+    task: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Path:
     """Writes adapter `name` with its task head to `folder`, and returns the folder.
 
     Args:
         task: the name of the task it was trained for. The commands `eval`, `predict` and `generate` need it.
+        tokenizer: what encoded its texts. The adapter then refuses any other one.
 
     Raises:
         AdapterError: the model has no adapter of that name.
@@ -97,6 +114,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         labels=labels if labeled else (),
         num_labels=len(labels) if labeled else None,
         fingerprint=fingerprint(model),
+        tokenizer=tokenizer_identity(tokenizer) if tokenizer is not None else {},
         slices={layer.path: [list(pair) for pair in layer.slices] for layer in saved_layers},
         start=next((weights.start for weights in all_weights), ""),
     )
@@ -209,7 +227,7 @@ def load_saved_model(
         adapted: if False, leaves the adapter out. A full model has no such base.
 
     Raises:
-        AdapterError: the adapter is damaged or does not fit the base.
+        AdapterError: the adapter is damaged, does not fit the base, or was trained with another tokenizer.
         ModelError, HubError: the base cannot be loaded.
     """
     dynamic = precision == "int8"
@@ -219,6 +237,7 @@ def load_saved_model(
     align_tokenizer(tokenizer, model)
     if adapted and not saved.is_full_model:
         load_adapter(model, saved.folder)
+        check_tokenizer(saved.folder, tokenizer_identity(tokenizer))
     model.eval()
     if dynamic:
         return quantise(eject(merge(dequantise(model))), "int8", dynamic=True), tokenizer

@@ -11,8 +11,13 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 from lora_hf.cli.commands import (
     benchmark,
@@ -40,8 +45,8 @@ from lora_hf.training.distributed import claim_error_report, rank, require_singl
 
 # Each has HELP, `add_arguments` and `run`.
 VERBS = {
-    "plan": plan,
     "train": train,
+    "plan": plan,
     "sweep": sweep,
     "lr-find": lr_find,
     "eval": evaluate,
@@ -60,6 +65,7 @@ VERBS = {
     "info": info,
     "demo": demo,
 }
+RERUN = {"sweep": "to continue", "benchmark": "to continue", "demo": "to start over"}  # these have no --resume
 NOT_OPTIONS = {"verb", "run", "what", "file", "runs", "overrides", "source", "target"}  # other names in a namespace
 
 
@@ -73,18 +79,20 @@ def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int
             require_single_process(options.verb)
         options.run(options)
 
-    return exit_code_of(run, options.verb, vars(options).keys() - NOT_OPTIONS)
+    return exit_code_of(run, options.verb, vars(options).keys() - NOT_OPTIONS, ends_process=arguments is None)
 
 
-def exit_code_of(run: Callable[[], None], verb: str, options: Iterable[str] = ()) -> int:
+def exit_code_of(run: Callable[[], None], verb: str, options: Iterable[str] = (), ends_process: bool = False) -> int:
     """Runs a command with logs on standard error, prints its error, and returns its exit code.
 
     Args:
         options: names of the command's options, which its errors then call by their flags.
+        ends_process: nothing comes after the command, so that further signals need not stop anything.
     """
     _log_to_standard_error()
     try:
-        run()
+        with _stopped_by_sigterm():
+            run()
     except UserError as error:
         message, code = f"error: {with_flags(str(error), options)}", 2
     except OSError as error:
@@ -92,11 +100,13 @@ def exit_code_of(run: Callable[[], None], verb: str, options: Iterable[str] = ()
             raise
         message, code = f"error: {error.filename!s:.60}...: the name is too long for this file system", 2
     except Interrupted as stop:
-        # Sweeps and benchmarks skip what is finished and have no --resume; the demo starts anew.
-        hint = f"run the same command again{' to start over' if verb == 'demo' else ' to continue'}"
-        reason = str(stop) if verb == "train" else f"{stop.kind.name}: {hint}"
-        message, code = f"stopped by {with_flags(reason, options)}", stop.code
+        if ends_process:
+            _ignore_signals()
+        hint = f"{stop.kind.name}: run the same command again {RERUN[verb]}" if verb in RERUN else str(stop)
+        message, code = f"stopped by {with_flags(hint, options)}", stop.code
     except KeyboardInterrupt:
+        if ends_process:
+            _ignore_signals()
         message, code = "interrupted", 130
     except Exception:
         if claim_error_report():
@@ -107,6 +117,31 @@ def exit_code_of(run: Callable[[], None], verb: str, options: Iterable[str] = ()
     if claim_error_report():
         print(message, file=sys.stderr)
     return code
+
+
+def _ignore_signals() -> None:
+    """An impatient user presses Ctrl-C several times: the message of the first one is worth more than a traceback."""
+    if threading.current_thread() is threading.main_thread():
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, signal.SIG_IGN)
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Ends the block on SIGTERM as Ctrl-C does, unless it has a handler of its own. Other threads get no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(signal.Signals(number), "run the same command again")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is stop:  # a run that lost its other processes ignores it from there on
+            signal.signal(signal.SIGTERM, before)
 
 
 def with_flags(message: str, options: Iterable[str]) -> str:
@@ -146,6 +181,27 @@ def _parse(words: list[str], verb: str | None) -> argparse.Namespace:
     return parsed
 
 
+class _StoreOnce(argparse.Action):
+    """Refuses an option that is given again: without a word, argparse forgets the first value."""
+
+    given = False
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if self.given and option is not None:
+            parser.error(f"{option}: expected it once, found it again with {values!r}")
+        self.given = True
+        setattr(namespace, self.dest, values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        for name in (None, "store"):
+            self.register("action", name, _StoreOnce)
+
+
 def _config_without_flag(words: list[str], parser: argparse.ArgumentParser) -> str:
     """A YAML file given without the `--config` that the verb requires, or an empty string."""
     if "--config" not in parser.format_usage().split() or any(word.startswith("--c") for word in words):
@@ -165,9 +221,9 @@ def _suggest_override(option: str, words: list[str]) -> str:
     return f"; did you mean {' or '.join(f'{full}={value}' for full in keys)}?" if keys else ""
 
 
-def _parsers(verb: str | None) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _parsers(verb: str | None) -> tuple[_Parser, dict[str, _Parser]]:
     """The parser of the whole command line, and those of the verbs."""
-    parser = argparse.ArgumentParser(prog="lora-hf" if verb is None else "python scripts", description=__doc__)
+    parser = _Parser(prog="lora-hf" if verb is None else "python scripts", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, command in VERBS.items():
         description = f"{command.HELP[0].upper()}{command.HELP[1:]}."

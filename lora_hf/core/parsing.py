@@ -65,15 +65,19 @@ def read_json(file: Path) -> Any:
     return parse_json(_read(file, MAX_JSON_BYTES))
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, limit: int | None = MAX_JSON_BYTES) -> Any:
     """Parses JSON.
 
+    Args:
+        limit: the most characters; None for the user's own data.
+
     Raises:
-        ValueError: invalid JSON, or a document beyond the limits.
+        ValueError: invalid JSON, an object with a repeated key, or a document beyond the limits.
     """
-    _check_size(len(text), MAX_JSON_BYTES)
+    if limit is not None:
+        _check_size(len(text), limit)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_repeated_keys)
     except RecursionError:
         raise ValueError(f"expected at most {MAX_DEPTH} levels of nesting, found more") from None
     level, depth = [value], 0
@@ -83,6 +87,14 @@ def parse_json(text: str) -> Any:
             raise ValueError(f"expected at most {MAX_DEPTH} levels of nesting, found more")
         level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
     return value
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there more than once")
+    return values
 
 
 def _read(file: Path, limit: int) -> str:

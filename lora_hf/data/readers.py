@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import DataError, did_you_mean
-from lora_hf.data.json_objects import checked_object, parse_json, parse_object
+from lora_hf.data.json_objects import checked_object, parse_object, parse_value
 from lora_hf.data.tasks.row_checks import check_columns, check_text, nfc
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def _json_objects(path: Path) -> list[dict[str, Any]]:
     """Reads an object on each line, or one array of objects."""
     text = read_text(path)
     if text.lstrip().startswith("["):
-        entries = parse_json(text, str(path), "an array of objects")
+        entries = parse_value(text, str(path), "an array of objects")
         return [
             checked_object(entry, repr(entry), f"{path}: entry {number} (counting from 0)")
             for number, entry in enumerate(entries)

@@ -32,6 +32,7 @@ def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_le
     everything that the tokens do: the rows, the tokenizer, the length, and the code of the tasks.
     """
     limit = min(max_length, tokenizer.model_max_length)
+    task.warn_honored_tokens(rows, tokenizer, split)
     encoded = task.select_encoded(_encode(task, rows, tokenizer, limit), rows, tokenizer, limit, split)
     task.warn_truncated(encoded[TRUNCATED][:], tokenizer, limit, split)
     return encoded.remove_columns(TRUNCATED)

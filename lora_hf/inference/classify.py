@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_hf.adapters.fit import check_tokenizer
 from lora_hf.adapters.resolve import SavedModel
 from lora_hf.adapters.save_load import load_adapter, load_saved_model
 from lora_hf.core.errors import AdapterError
@@ -21,6 +22,7 @@ from lora_hf.lora.multi_adapter import mix_adapters
 from lora_hf.lora.precision import flush_denormals
 from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.models.align import align_tokenizer, check_tokens, padding_side
+from lora_hf.models.tokenizer_identity import tokenizer_identity
 
 Progress = Any  # a callable that wraps an iterable, such as tqdm
 
@@ -98,8 +100,10 @@ class MultiAdapterPredictor:
                     f"{other.model.name}: adapters of one batch need one base"
                 )
         model, tokenizer = load_saved_model(base, precision or base.model.precision, adapted=False)
+        identity = tokenizer_identity(tokenizer)
         for name, each in saved.items():
             load_adapter(model, each.folder, name, own_head=True)
+            check_tokenizer(each.folder, identity)
         model.eval()
         enable_unpadding(model)
         return cls(model, tokenizer, dict(saved))
@@ -144,6 +148,7 @@ def _encode(
     """What the task encodes of the rows, without padding; warns about truncated rows."""
     encoded, truncated = task.encode_and_flag(rows, tokenizer, max_length)
     task.warn_truncated(truncated, tokenizer, max_length)
+    task.warn_honored_tokens(rows, tokenizer)
     check_tokens(task, encoded["input_ids"], tokenizer, model)
     return encoded
 

@@ -34,6 +34,7 @@ from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import ScoreRecord
 from lora_hf.data.metrics.nlg import NlgMetric
 from lora_hf.data.tasks.generation import Example, TextGeneration, one_line
+from lora_hf.data.tasks.user_texts import honored_tokens, warn_honored_tokens
 from lora_hf.lora.inject import merge
 from lora_hf.lora.precision import flush_denormals
 from lora_hf.models.align import check_tokens
@@ -90,6 +91,7 @@ class Generator:
         limit = prompt_limit(self.model, self.max_length, decoding)
         prompts = self.task.prompts(contexts, self.tokenizer, limit)
         check_tokens(self.task, prompts, self.tokenizer, self.model)
+        warn_honored_tokens(self.task.name, contexts, honored_tokens(self.tokenizer))
         torch.manual_seed(decoding.seed)
         size = decoding.batch_size
         batches = (prompts[start : start + size] for start in range(0, len(prompts), size))

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.heads import base_prefix, new_parameters
-from lora_hf.lora.layers import LoraLinear, LoraWeights
-from lora_hf.lora.quantization import Packed, QuantisedLinear
+from lora_hf.lora.layers import LoraWeights
+from lora_hf.lora.quantization import QuantisedLinear
 from lora_hf.lora.variants.biases import Bias
 from lora_hf.lora.variants.tokens import TokenRows
 
@@ -93,16 +93,13 @@ def check_base(model: PreTrainedModel, recorded: dict[str, Any], adapter: str) -
 
 
 def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The parameters of the base model by their names in the plain model, sorted; as they were before any merge.
+    """The parameters of the base model by their names in the plain model, sorted.
 
     Those that no checkpoint filled are left out: they differ in each process, and the adapter holds its own.
     """
     tensors, new = _packed_tensors(model), new_parameters(model) or frozenset()
     prefix = base_prefix(model)
     for path, module in model.base_model.named_modules():
-        if isinstance(module, LoraLinear):  # before its `base_layer` comes
-            unmerged = {"weight": module.unmerged_weight, "bias": module.unmerged_bias}
-            tensors |= {f"{path}.{name}": tensor for name, tensor in unmerged.items() if tensor is not None}
         if isinstance(module, (LoraWeights, Bias, TokenRows)) or ".modules_to_save." in path:
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
@@ -113,14 +110,13 @@ def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _packed_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of quantized weights by their names in the plain model, sorted; as they were before any merge."""
-    packed: dict[str, Packed] = {}
-    for path, module in model.base_model.named_modules():
-        if isinstance(module, QuantisedLinear):
-            packed.setdefault(path.removesuffix(".base_layer"), module.packed())
-        elif isinstance(module, LoraLinear) and module.unmerged_packed is not None:
-            packed[path] = module.unmerged_packed  # before its `base_layer` comes
-    named = {f"{path}.{name}": tensor for path, tensors in packed.items() for name, tensor in tensors.items()}
+    """The tensors of quantized weights by their names in the plain model, sorted."""
+    named = {
+        f"{path.removesuffix('.base_layer')}.{name}": tensor
+        for path, module in model.base_model.named_modules()
+        if isinstance(module, QuantisedLinear)
+        for name, tensor in module.packed().items()
+    }
     return dict(sorted(named.items()))
 
 

@@ -82,7 +82,16 @@ def new_parameters(model: PreTrainedModel) -> frozenset[str] | None:
         filled, parameters = _filled(model), _plain_parameters(model)
         if not filled:
             filled = _filled_by_checkpoint(model)
-        new = frozenset(parameters) - filled | _resized_embeddings(model) if filled else None
+        resized = _resized_embeddings(model)
+        if resized:
+            logger.warning(
+                "the vocabulary was resized from %d to %d tokens, and the checkpoint lacks the new rows: %s are "
+                "trained and saved with the adapter",
+                _saved_vocabulary(model),
+                model.config.get_text_config().vocab_size,
+                ", ".join(sorted(resized)),
+            )
+        new = frozenset(parameters) - filled | resized if filled else None
         setattr(model, NEW_PARAMETERS, new)
     return getattr(model, NEW_PARAMETERS)
 
@@ -92,6 +101,14 @@ def mark_head_as_new(model: PreTrainedModel) -> None:
     heads = tuple(f"{path}." for path in head_paths(model))
     new = frozenset(name for name, _ in model.named_parameters() if name.startswith(heads)) if heads else frozenset()
     setattr(model, NEW_PARAMETERS, new)
+
+
+def _saved_vocabulary(model: PreTrainedModel) -> int | None:
+    """The size of the checkpoint's vocabulary; None for a model from neither a folder nor the cache."""
+    try:
+        return AutoConfig.from_pretrained(model.name_or_path or "", local_files_only=True).get_text_config().vocab_size
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _plain_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -139,22 +156,10 @@ def _filled_by_checkpoint(model: PreTrainedModel) -> frozenset[str]:
 
 def _resized_embeddings(model: PreTrainedModel) -> frozenset[str]:
     """The embeddings and the output head, if the vocabulary is not the one of the checkpoint."""
-    try:
-        saved = AutoConfig.from_pretrained(model.name_or_path or "", local_files_only=True).get_text_config().vocab_size
-    except (OSError, ValueError, AttributeError):  # not from a folder or from the cache
-        return frozenset()
-    size = model.config.get_text_config().vocab_size
-    if size == saved:
+    if _saved_vocabulary(model) in (None, getattr(model.config.get_text_config(), "vocab_size", None)):
         return frozenset()
     modules = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     paths = [path for path, module in model.named_modules(remove_duplicate=False) if id(module) in modules]
-    logger.warning(
-        "the vocabulary was resized from %d to %d tokens, and the checkpoint lacks the new rows: %s are trained and "
-        "saved with the adapter",
-        saved,
-        size,
-        ", ".join(paths),
-    )
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return frozenset(name for name in names if name.startswith(tuple(f"{path}." for path in paths)))
 
@@ -228,17 +233,7 @@ def _has_output_embeddings(model: PreTrainedModel) -> bool:
 def _new_modules(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
     """The largest modules outside the head of which no parameter comes from the checkpoint."""
     new = {name for name in new_parameters(model) or () if not name.startswith(tuple(f"{path}." for path in heads))}
-    found, unfilled = [], []
-    for name in sorted(new):
-        parents = name.split(".")[:-1]
-        paths = [".".join(parents[:end]) for end in range(1, len(parents) + 1)]
-        path = next((path for path in paths if _is_new(model, path, new)), None)
-        if any(part.isdigit() for part in parents):
-            unfilled.append(name)
-        elif path is not None:
-            found.append(path)
-        elif not _is_constant(model.get_parameter(name)):
-            unfilled.append(name)
+    found, unfilled = sort_new(model, new, _resized_embeddings(model))
     if unfilled:
         raise ModelError(
             f"{model.name_or_path or type(model).__name__}: the checkpoint does not hold {', '.join(unfilled[:3])}"
@@ -246,6 +241,42 @@ def _new_modules(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
             "They would stay frozen and would not be saved; load a complete checkpoint"
         )
     return found
+
+
+def sort_new(
+    model: PreTrainedModel, new: set[str], resized: frozenset[str] = frozenset()
+) -> tuple[list[str], list[str]]:
+    """What parameters outside the head mean that no checkpoint has filled.
+
+    Args:
+        resized: parameters of embeddings that the user has resized.
+
+    Returns:
+        The largest modules that are new as a whole, so that an adapter can train and save them; and the parameters
+        without which the base is no pretrained model: of a layer, an embedding or a norm, or random numbers that no
+        module of their own holds.
+    """
+    found, unfilled = [], []
+    for name in sorted(new):
+        parents = name.split(".")[:-1]
+        paths = [".".join(parents[:end]) for end in range(1, len(parents) + 1)]
+        path = next((path for path in paths if _is_new(model, path, new)), None)
+        if name not in resized and _belongs_to_encoder(model, name):
+            unfilled.append(name)
+        elif path is not None:
+            found.append(path)
+        elif not _is_constant(model.get_parameter(name)):
+            unfilled.append(name)
+    return found, unfilled
+
+
+def _belongs_to_encoder(model: PreTrainedModel, name: str) -> bool:
+    if any(part.isdigit() for part in name.split(".")):
+        return True
+    if not name.startswith(base_prefix(model)):
+        return False
+    module = plain_module(model, name.rpartition(".")[0])
+    return isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower() or "embed" in name
 
 
 def _is_new(model: PreTrainedModel, path: str, new: set[str]) -> bool:

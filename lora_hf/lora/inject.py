@@ -144,7 +144,7 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
     layers = lora_layers(model)
     merged = any(layer.merged for layer in layers.values())
     for path, layer in layers.items():
-        model.set_submodule(path, layer.base_layer)
+        model.set_submodule(path, layer.running_layer)
     unwrap_biases(model, keep=merged)
     for path, tokens in token_modules(model).items():
         model.set_submodule(path, tokens.base_layer)
@@ -162,6 +162,9 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
 @on_unwrapped_model()
 def merge(model: PreTrainedModel) -> PreTrainedModel:
     """Adds the active adapter to the base weights (in fp32, rounded once); doing it again changes nothing.
+
+    Another thread may run the model meanwhile: its answers are the same merged or not, and it gets an AdapterError if
+    it runs another adapter than the merged one.
 
     A quantized base rounds coarsely: a warning reports the error, and `merge_drift` returns it for each module.
 

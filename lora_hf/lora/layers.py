@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lora_hf.lora.kernels.fused import Weight, can_fuse, lora_linear
 from lora_hf.lora.kernels.grouped import Stack, add_grouped
 from lora_hf.lora.kernels.reference import add_lora
 from lora_hf.lora.precision import keep_dtype
-from lora_hf.lora.quantization import Packed, QuantisedLinear
+from lora_hf.lora.quantization import QuantisedLinear
 from lora_hf.lora.slices import Slices, block_diagonal, slice_width, split_slices
 
 TRANSPOSED = (Conv1D, nn.Embedding)  # whose weight is (in, out)
@@ -204,25 +205,36 @@ class AdaptedModule(nn.Module):
 class LoraLinear(AdaptedModule):
     """`y = base_layer(x) + (lora_alpha / r) * dropout(x) A^T B^T` with the A and B of the active adapter.
 
-    The base layer is an `nn.Linear`, `Conv1D`, `nn.Embedding` or `QuantisedLinear`. `train()` and `eval()` never change
-    a weight. `merge` does, and `unmerge` restores the base bit for bit. `drift` is the rounding error of a merge into a
-    packed base.
+    The base layer is an `nn.Linear`, `Conv1D`, `nn.Embedding` or `QuantisedLinear`, and nothing changes its weight.
+    `merge` makes a copy of it that runs in its place until `unmerge`. A call in another thread sees the one or the
+    other, and never a weight that is half merged. `drift` is the rounding error of a merge into a packed base.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_state: AdapterState) -> None:
         super().__init__(base_layer, adapter_state)
-        self.merged: str | None = None
-        self.unmerged_weight: Tensor | None = None
-        self.unmerged_packed: Packed | None = None
+        self.merged_layer: tuple[str, Any] | None = None  # the adapter and the copy, which is no submodule
         self.drift: Drift | None = None
-        self.unmerged_bias: Tensor | None = None
         self.in_features, self.out_features = linear_shape(base_layer)
 
     @property
+    def merged(self) -> str | None:
+        """The adapter that is merged."""
+        return None if self.merged_layer is None else self.merged_layer[0]
+
+    @property
+    def running_layer(self) -> Any:
+        """The base layer, or while an adapter is merged the copy that holds both."""
+        return self.base_layer if self.merged_layer is None else self.merged_layer[1]
+
+    @property
     def weight(self) -> Tensor:
-        """The base's own weight; a packed one dequantized to fp32, as a copy."""
-        base = self.base_layer
-        return base.dequantise() if isinstance(base, QuantisedLinear) else base.weight
+        """The weight that runs; a packed one dequantized to fp32, as a copy."""
+        layer = self.running_layer
+        return layer.dequantise() if isinstance(layer, QuantisedLinear) else layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return getattr(self.running_layer, "bias", None)
 
     @property
     def device(self) -> torch.device:
@@ -234,14 +246,14 @@ class LoraLinear(AdaptedModule):
         Raises:
             AdapterError: the active adapter is not the one that is merged into the base.
         """
-        active, routing = self.active, self.adapter_state.routing
-        if self.merged is not None:
-            if active != self.merged:
+        active, routing, merged = self.active, self.adapter_state.routing, self.merged_layer
+        if merged is not None:
+            if active != merged[0]:
                 current = "a mix of adapters" if routing is not None else self.adapter_state.current or "the bare base"
                 raise AdapterError(
-                    f"cannot run {current}: adapter {self.merged!r} is merged into the base; unmerge it first"
+                    f"cannot run {current}: adapter {merged[0]!r} is merged into the base; unmerge it first"
                 )
-            return self.base_layer(x)
+            return merged[1](x)
         if routing is not None:
             return self._run_mixed(x, routing)
         return self.base_layer(x) if active is None else self.adapters[active](self.base_layer, x)
@@ -275,46 +287,50 @@ class LoraLinear(AdaptedModule):
         return self.adapters[name].delta_weight(self.out_features, self.original_weight)
 
     def original_weight(self) -> Tensor:
-        """The base weight as it was before any merge: fp32 `(out, in)`."""
-        if self.unmerged_packed is not None:
-            return self.base_layer.unpacker(self.unmerged_packed)(torch.float32)
-        weight = self.weight if self.unmerged_weight is None else self.unmerged_weight
-        if not weight.is_floating_point():
+        """The base weight, whether or not an adapter is merged: fp32 `(out, in)`."""
+        base = self.base_layer
+        if isinstance(base, QuantisedLinear):
+            return base.dequantise()
+        if not base.weight.is_floating_point():
             raise AdapterError(
-                f"{type(self.base_layer).__name__}: bitsandbytes has packed this weight, so it can be neither merged "
+                f"{type(base).__name__}: bitsandbytes has packed this weight, so it can be neither merged "
                 "nor decomposed; use the adapter beside the base, or quantise with lora_hf"
             )
-        return (weight.T if isinstance(self.base_layer, TRANSPOSED) else weight).detach().float()
+        return (base.weight.T if isinstance(base, TRANSPOSED) else base.weight).detach().float()
 
     @torch.no_grad()
     def merge(self) -> None:
         """Adds the active adapter to the base weight: summed in fp32, rounded once. Merging again changes nothing."""
-        if self.active is None or self.merged == self.active:
+        active, base = self.active, self.base_layer
+        if active is None or self.merged == active:
             return
-        self.unmerge()
-        weight, delta = self.weight, self.delta_weight(self.active)
-        self.adapter_state.merged = True
-        if isinstance(self.base_layer, QuantisedLinear):
-            self.unmerged_packed = self.base_layer.packed()
-            exact = weight + delta
-            self.base_layer.requantise(exact)
-            self.drift = Drift.between(exact, self.weight, delta)
+        delta = self.delta_weight(active)
+        merged, exact = _copy_of_layer(base), self.original_weight() + delta
+        if isinstance(base, QuantisedLinear):
+            merged.requantise(exact)
+            self.drift = Drift.between(exact, merged.dequantise(), delta)
         else:
-            self.unmerged_weight = weight.detach().clone()
-            weight.copy_(weight.float() + (delta.T if isinstance(self.base_layer, TRANSPOSED) else delta))
-        bias = self.adapters[self.active].merged_bias(self.bias)
+            weight: Any = base.weight
+            summed = torch.empty_like(weight).copy_(exact.T if isinstance(base, TRANSPOSED) else exact)
+            merged.weight = nn.Parameter(summed, requires_grad=weight.requires_grad)
+        bias = self.adapters[active].merged_bias(getattr(base, "bias", None))
         if bias is not None:
-            self.unmerged_bias = self.bias.detach().clone()
-            self.bias.copy_(bias)
-        self.merged = self.active
+            merged.bias = nn.Parameter(torch.empty_like(base.bias).copy_(bias), requires_grad=base.bias.requires_grad)
+        self.adapter_state.merged = True
+        self.merged_layer = (active, merged)
 
-    @torch.no_grad()
     def unmerge(self) -> None:
-        """Restores the base weight from the copy that `merge` made; subtracting would round once more."""
-        if self.unmerged_weight is not None:
-            self.weight.copy_(self.unmerged_weight)
-        if self.unmerged_packed is not None:
-            self.base_layer.restore(self.unmerged_packed)
-        if self.unmerged_bias is not None:
-            self.base_layer.bias.copy_(self.unmerged_bias)
-        self.unmerged_weight = self.unmerged_packed = self.unmerged_bias = self.merged = self.drift = None
+        """Runs the base layer again, which a merge has left as it was."""
+        self.merged_layer = self.drift = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLinear:
+        if self.merged_layer is not None:
+            self.merged_layer[1]._apply(fn)
+        return super()._apply(fn, recurse)
+
+
+def _copy_of_layer(layer: Any) -> Any:
+    """A module with the same tensors, which can be replaced without a change to the first."""
+    twin = copy.copy(layer)
+    twin._parameters, twin._buffers = dict(layer._parameters), dict(layer._buffers)
+    return twin

@@ -51,23 +51,18 @@ class QuantisedLinear(nn.Module):
         """The tensors that represent the weight, by name."""
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
-    def restore(self, packed: Packed) -> None:
-        """Restores tensors that `packed` returned."""
-        for name, tensor in packed.items():
-            self.register_buffer(name, tensor)
-
     def requantise(self, weight: Tensor) -> None:
         """Replaces the weight by another, `(out, in)`; the tensors of the old one are not changed."""
-        self.restore(pack(weight, self.scheme))
+        for name, tensor in pack(weight, self.scheme).items():
+            self.register_buffer(name, tensor)
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """`(out, in)`, also where the layer was a Conv1D."""
         return self.unpacker()(dtype)
 
-    def unpacker(self, packed: Packed | None = None) -> Callable[[torch.dtype], Tensor]:
-        """`dequantise` of the current weight, even if it is called after a merge, or of another that was packed."""
-        packed = self.packed() if packed is None else packed
-        return partial(unpack, packed, self.scheme, (self.out_features, self.in_features))
+    def unpacker(self) -> Callable[[torch.dtype], Tensor]:
+        """`dequantise` of the current weight, even if it is called after another has replaced it."""
+        return partial(unpack, self.packed(), self.scheme, (self.out_features, self.in_features))
 
     def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A frozen layer of the original kind with the dequantized weight."""

@@ -34,10 +34,11 @@ from lora_hf.data.tasks.base import ModelKind, Task
 from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.checkpoint_header import quiet_transformers
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
-from lora_hf.lora.heads import head_paths, mark_head_as_new
+from lora_hf.lora.heads import head_paths, mark_head_as_new, sort_new
 from lora_hf.lora.inject import lora_layers
 from lora_hf.lora.precision import flush_denormals, resolve_precision
 from lora_hf.lora.quantization import SCHEMES, QuantisedLinear
+from lora_hf.models.config_size import check_layers, check_size
 from lora_hf.models.model_ids import EMBEDDED, HUB_IDS, check_model_exists, suggest_model
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ def load_model(
     config = read_config(model, head or {})
     torch.manual_seed(seed)
     _check_padding(config, model.name)
+    check_size(auto, config, dtype, model.name)
     base = _random(auto, model, config, dtype) if model.init == "random" else _pretrained(auto, model, config, dtype)
     _fuse_activations(base)
     if model.init == "random":
@@ -189,6 +191,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
                 "model.tokenizer"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.name_or_path = name
     return tokenizer
 
 
@@ -203,6 +206,8 @@ def read_config(model: ModelConfig, head: Mapping[str, Any]) -> PretrainedConfig
         shape = dict(SHAPES[short])
         config = AutoConfig.for_model(shape.pop("model_type"), **shape, **head)
     else:
+        values, _ = _from_pretrained(model.name, model.revision, PretrainedConfig.get_config_dict)
+        check_layers(values, model.name)
         config = _from_pretrained(model.name, model.revision, functools.partial(AutoConfig.from_pretrained, **head))
     if model.dropout is not None:
         config.update({name: model.dropout for name in DROPOUTS if hasattr(config, name)})
@@ -252,30 +257,22 @@ def _pretrained(auto: Any, model: ModelConfig, config: PretrainedConfig, dtype: 
 
 def _check_filled(base: PreTrainedModel, info: dict[str, Any], name: str) -> None:
     """Warns of what the checkpoint did not fill besides a new head; raises ModelError where that is the base itself."""
-    mismatched = {str(entry[0]) for entry in info["mismatched_keys"]}
-    missing = set(info["missing_keys"]) - mismatched
     head = tuple(f"{path}." for path in head_paths(base))
-    unusable = {key for key in mismatched if not key.startswith(head)}
-    unusable |= {key for key in missing if not key.startswith(head) and _belongs_to_encoder(base, key)}
-    if unusable:
+    mismatched = {str(entry[0]) for entry in info["mismatched_keys"]}
+    new, missing = sort_new(base, {key for key in info["missing_keys"] if not key.startswith(head)} - mismatched)
+    wrong = sorted(key for key in mismatched if not key.startswith(head))
+    if missing or wrong:
         raise ModelError(
             f"{name}: the weights do not fill this model with num_labels={base.config.num_labels}: "
-            f"{len(unusable & missing)} missing ({', '.join(sorted(unusable & missing)[:3]) or '-'}), "
-            f"{len(unusable & mismatched)} of another shape ({', '.join(sorted(unusable & mismatched)[:3]) or '-'})"
+            f"{len(missing)} missing ({', '.join(missing[:3]) or '-'}), "
+            f"{len(wrong)} of another shape ({', '.join(wrong[:3]) or '-'})"
         )
     if mismatched:
         logger.warning(
             "%s: its own head has another shape (%s); a new one is trained", name, ", ".join(sorted(mismatched))
         )
-    if others := sorted(key for key in missing if not key.startswith(head)):
-        logger.warning("%s does not hold %s: trained and saved with the adapter", name, ", ".join(others))
-
-
-def _belongs_to_encoder(base: PreTrainedModel, key: str) -> bool:
-    """Whether a weight is one without which the base is no pretrained model: of a layer, an embedding or a norm."""
-    module = base.get_submodule(key.rpartition(".")[0])
-    in_layer = any(part.isdigit() for part in key.split("."))
-    return in_layer or isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower() or "embed" in key
+    if new:
+        logger.warning("%s does not hold %s: trained and saved with the adapter", name, ", ".join(dict.fromkeys(new)))
 
 
 def _from_pretrained(name: str, revision: str | None, load: Callable[..., T]) -> T:

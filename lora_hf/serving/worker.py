@@ -15,13 +15,16 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_hf.adapters.fit import check_tokenizer
 from lora_hf.adapters.save_load import load_adapter
 from lora_hf.core.errors import AdapterError
+from lora_hf.data.tasks.user_texts import honored_tokens
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.lora.inject import lora_layers, merge, set_adapter
 from lora_hf.lora.multi_adapter import mix_adapters, unload_adapter
 from lora_hf.lora.precision import flush_denormals
 from lora_hf.models.load import quantised_layers
+from lora_hf.models.tokenizer_identity import tokenizer_identity
 from lora_hf.serving.limits import ClosingError, Limits, QueueFullError
 from lora_hf.serving.requests import AdapterVersion, Request, digest_of
 
@@ -53,8 +56,11 @@ class Worker(ABC):
         self.base, self.model, self.tokenizer, self.limits, self.observer = base, model, tokenizer, limits, observer
         # For all other threads, which hold the lock: `tokenizer` is for the worker's thread alone.
         self.request_tokenizer, self.tokenizer_lock = copy.deepcopy(tokenizer), threading.Lock()
+        if tokens := honored_tokens(tokenizer):
+            logger.warning("%s: its tokenizer cannot read %s in a text as text", base, ", ".join(tokens))
         # Nothing else changes this base, so its hash is computed once and not for each adapter.
         store_fingerprint(model, fingerprint(model))
+        self.tokenizer_identity = tokenizer_identity(tokenizer)
         self.versions: list[AdapterVersion] = []
         self._changed = threading.Condition()  # guards what follows, up to `_stopping`
         self._queue: deque[Any] = deque()
@@ -218,6 +224,7 @@ class Worker(ABC):
         return [version for version in self.versions if version.retired and not version.pending]
 
     def _load(self, version: AdapterVersion) -> None:
+        check_tokenizer(version.saved.folder, self.tokenizer_identity)
         with RNG_LOCK:  # LoRA A is initialized at random before the file's values are copied over it
             load_adapter(self.model, version.saved.folder, version.slot, own_head=True)
         self._merged = None  # load_adapter activates what it loads, which unmerges

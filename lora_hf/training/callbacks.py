@@ -7,6 +7,8 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -205,15 +207,16 @@ class EvaluationStoppedError(Exception):
 
 
 class SignalHandler(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finishes the step, saves a checkpoint and stops; a second signal stops at once.
+    """On Ctrl-C or SIGTERM, stops a run; while it trains, finishes the step and saves a checkpoint first.
 
     An evaluation may take long, so it stops after its current batch, and the resumed run repeats it. With several
     processes a signal may arrive in different steps, or in one process only: they agree after each step and all stop
-    at the same one.
+    at the same one. A second signal stops at once.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.in_training = False
         self.received: signal.Signals | None = None  # by this process
         self.agreed: signal.Signals | None = None  # what all processes act on
         self.save_is_due = False
@@ -233,11 +236,21 @@ class SignalHandler(TrainerCallback):
             ignored = others_gone and kind == signal.SIGTERM
             signal.signal(kind, signal.SIG_IGN if ignored else handler)
 
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """While the block runs, a signal waits until what has been trained is saved."""
+        self.in_training = True
+        try:
+            yield
+        finally:
+            self.in_training = False
+        self.stop_if_signaled()
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        kind = signal.Signals(number)
-        if self.received is not None:
+        kind, before = signal.Signals(number), self.received
+        self.received = before or kind
+        if before is not None or not self.in_training:
             raise Interrupted(kind, resume_hint(self.folder))
-        self.received = kind
         logger.warning("%s: finishing this step and saving a checkpoint; a second signal stops at once", kind.name)
 
     def _agree(self) -> None:
@@ -245,6 +258,8 @@ class SignalHandler(TrainerCallback):
         self.agreed = signal.Signals(number) if number else None
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.in_training:
+            self.stop_if_signaled()
         self._agree()
         if self.agreed is not None:
             raise EvaluationStoppedError

@@ -25,6 +25,7 @@ from transformers import (
     set_seed,
 )
 
+from lora_hf.adapters.fit import check_tokenizer
 from lora_hf.adapters.format import read_adapter
 from lora_hf.adapters.save_load import copy_lora_weights, save_adapter
 from lora_hf.core.config.schema import RunConfig
@@ -42,6 +43,7 @@ from lora_hf.lora.precision import flush_denormals, resolve_precision
 from lora_hf.lora.target_modules import Site, plan
 from lora_hf.models.align import align_tokenizer, check_tokens
 from lora_hf.models.load import load_base, load_tokenizer
+from lora_hf.models.tokenizer_identity import tokenizer_identity
 from lora_hf.training.arguments import explain_argument_errors, training_arguments
 from lora_hf.training.batches import EVALUATION_OUTPUTS, padding_collator
 from lora_hf.training.callbacks import (
@@ -133,19 +135,20 @@ def train(
     Raises:
         UserError: the config, data, model or adapter cannot be used; nothing has been trained then.
         TrainingError: there is nothing to train, the run does not train, or the disk is full.
-        Interrupted: Ctrl-C or SIGTERM, after the step was finished and saved.
+        Interrupted: Ctrl-C or SIGTERM, once every finished step is saved.
     """
     started, clock = datetime.now(timezone.utc), time.monotonic()
     config, folder, checkpoint = find_run(config, resume)
     before = run_state(folder)
-    with translate_disk_full(folder), translate_lost_process(folder), run_lock(folder) as lock:
+    handler = SignalHandler(folder)
+    with handler, translate_disk_full(folder), translate_lost_process(folder), run_lock(folder) as lock:
         task = task_of(config.task)
         rows = rows or task.load(config.task.data_dir, task.splits)
         model, sites = prepare_model(config, task)
         begin = partial(begin_run, config, folder, checkpoint, lock, before)
         run = prepare_run(config, folder, rows, model, sites, (started, clock), begin, callbacks, checkpoint)
         training = time.monotonic()
-        metrics = _fit(run, checkpoint)
+        metrics = _fit(run, checkpoint, handler)
         return finish_run(run, metrics, training)
 
 
@@ -214,6 +217,8 @@ def prepare_run(
     task = task_of(config.task)
     tokenizer = task.prepare_tokenizer(load_tokenizer(config.model))
     align_tokenizer(tokenizer, model)
+    if config.train.start_from:
+        check_tokenizer(Path(config.train.start_from), tokenizer_identity(tokenizer))
     counts = count_parameters(model)
     encoded: dict[str, Any] = {
         split: encode(task, part, tokenizer, config.task.max_length, split) for split, part in rows.items()
@@ -315,18 +320,16 @@ def _new_trainer(
     return trainer
 
 
-def _fit(run: PreparedRun, checkpoint: Path | None) -> Mapping[str, float]:
+def _fit(run: PreparedRun, checkpoint: Path | None, handler: SignalHandler) -> Mapping[str, float]:
     """Trains, from the start or from the checkpoint; the Trainer's metrics, empty where training had ended before."""
     trainer = run.trainer
-    handler = SignalHandler(run.folder)
     trainer.add_callback(handler)  # the last one: it stops the run once the others have done their part
-    with handler, explain_argument_errors(run.config.train.hf, lambda: trainer.training_began):
+    with handler.training(), explain_argument_errors(run.config.train.hf, lambda: trainer.training_began):
         try:
             if checkpoint and evaluation_is_due(checkpoint):
                 trainer.evaluate_checkpoint(checkpoint)
             if checkpoint and read_progress(checkpoint)["finished"]:
                 trainer.finish_from(checkpoint)
-                handler.stop_if_signaled()
                 return {}
             return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
         except EvaluationStoppedError:
@@ -371,7 +374,7 @@ def _write_results(run: PreparedRun, metrics: Mapping[str, float], outputs: Mapp
         run.model.save_pretrained(weights)
         run.tokenizer.save_pretrained(weights)
     else:
-        save_adapter(run.model, weights, task=run.task.name)
+        save_adapter(run.model, weights, task=run.task.name, tokenizer=run.tokenizer)
     # So that a copy of the folder still has the run's tokenizer, length, task and decoding.
     shutil.copyfile(run.folder / RUN_CONFIG_FILE, weights / RUN_CONFIG_FILE)
     state, skipped = trainer.state, trainer.loss_scaling.skipped

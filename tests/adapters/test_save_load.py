@@ -228,6 +228,12 @@ def test_a_damaged_adapter_is_refused_and_the_model_left_alone(damage: str, save
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_an_adapter_that_changes_nothing_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_adapter(inject(small_model("roberta", 3), LoraConfig(r=2)), tmp_path)  # B starts at zero
+    load_adapter(small_model("roberta", 3), tmp_path)
+    assert "lora_B is zero in every module" in caplog.text
+
+
 def test_one_changed_weight_makes_another_base(saved: Path) -> None:
     model = small_model("roberta", 3)
     with torch.no_grad():

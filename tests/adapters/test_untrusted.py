@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_hf.adapters.format import WEIGHTS_FILE
+from lora_hf.adapters.format import WEIGHTS_FILE, read_adapter
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import load_adapter
 from lora_hf.core.config.loader import load_config
@@ -175,3 +175,14 @@ def test_the_hostile_pickle_is_one(protocol: int, tmp_path: Path) -> None:
     """It runs code where somebody lets it; else the tests above would prove nothing."""
     pickle.loads(pickle.dumps(Malicious(tmp_path / "yes"), protocol))  # noqa: S301
     assert (tmp_path / "yes").exists()
+
+
+def test_weights_larger_than_the_memory_are_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **named: Any) -> Any:
+        raise MemoryError
+
+    for place in ("lora_hf.adapters.format.safe_open", "safetensors.torch.load_file"):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, fail)
+            with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: does not fit into the memory"):
+                read_adapter(adapter)

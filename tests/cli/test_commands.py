@@ -133,7 +133,7 @@ RECIPE = ["--config", "rule_sentiment.yaml"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tran", *RECIPE], "unknown verb 'tran' (did you mean 'train'?); expected one of train, sweep, "),
+        (["tran", *RECIPE], "unknown verb 'tran' (did you mean 'train'?); expected one of train, plan, "),
         (["train", "rule_sentiment.yaml"], "--config is required: did you mean --config rule_sentiment.yaml?\n"),
         (["sweep", "--trials", "1", "my.yml"], "--config is required: did you mean --config my.yml?\n"),
         (["train", "output.name=my.yaml"], "the following arguments are required: --config\n"),

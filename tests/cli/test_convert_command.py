@@ -117,8 +117,11 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "an alpha of zero": ([*GOOD[:-1], "0"], "--lora-alpha: expected a number > 0, found 0"),
     "an alpha that is not a number": ([*GOOD[:-1], "nan"], "--lora-alpha: expected a number > 0, found nan"),
     "no model": (GOOD[:3], "expected a FILE and --model NAME"),
-    "an unknown model": ([*GOOD, "--model", "tiny-robert"], "did you mean 'tiny-roberta'?"),
-    "another model": ([*GOOD, "--model", "tiny-gpt2"], "found no such module"),
+    "an unknown model": (
+        [word.replace("tiny-roberta", "tiny-robert") for word in GOOD],
+        "did you mean 'tiny-roberta'?",
+    ),
+    "another model": ([word.replace("tiny-roberta", "tiny-gpt2") for word in GOOD], "found no such module"),
     "another task": ([*GOOD, "--task", "mnli"], "classifier.out_proj.weight: expected (3, "),
     "a generation task": ([*GOOD, "--task", "e2e_nlg"], "extra: classifier.dense.weight"),
     "an adapter to read": ([*GOOD, "--adapter", "x"], "--adapter cannot be used with --from loralib"),

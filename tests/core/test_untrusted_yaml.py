@@ -63,7 +63,7 @@ def test_yaml_that_people_write(tmp_path: Path) -> None:
     assert parse_yaml("16") == 16
 
 
-@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200 + "1" + "}" * 200, "[1", ""])
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200 + "1" + "}" * 200, "[1", "", '{"r": 4, "r": 8}'])
 def test_json_that_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_json(text)

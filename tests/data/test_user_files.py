@@ -184,6 +184,7 @@ REFUSED: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "no header": ("a.csv", "good film,pos\n", ("no column 'text'", "found: good film, pos", "first line")),
     "another column": ("a.csv", "texd\na\n", ("no column 'text' (did you mean 'texd'?)",)),
     "a repeated column": ("a.csv", "text,text\na,b\n", ("the header names 'text' more than once",)),
+    "a row that is too deep": ("a.jsonl", '{"text": ' + "[" * 200 + "]" * 200 + "}\n", ("line 1", "levels of nesting")),
     "a repeated key": ("a.jsonl", '{"text": "a", "text": "b"}\n', ("line 1", "'text' is there more than once")),
     "an unquoted comma": ("a.csv", "text,label,\ngood, very good,pos\n", ("line 2", "3 fields", "expected 2")),
     "an open quote": ("a.csv", 'text,label\na,pos\n"b,pos\nc,pos\n', ("line 3", "unexpected end")),

@@ -42,7 +42,14 @@ from lora_hf.lora.target_modules import plan, projections
 from lora_hf.models.load import dequantise, load_base, quantise, quantised_layers
 from lora_hf.training.run import train
 from tests.support.small_models import randomize_lora_b, small_model, token_ids
-from tests.tolerances import INT8_LAYER_RTOL, INT8_MODEL_RTOL, NF4_TABLE, QUANTISED_BF16_RTOL, QUANTISED_FP32
+from tests.tolerances import (
+    INT8_LAYER_RTOL,
+    INT8_MODEL_RTOL,
+    NF4_TABLE,
+    PARITY_FP32,
+    QUANTISED_BF16_RTOL,
+    QUANTISED_FP32,
+)
 
 NEEDS_BITSANDBYTES = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
@@ -206,13 +213,13 @@ def test_merge_requantises_the_fp32_sum_and_tells_what_it_lost(scheme: str, tran
     for _ in range(5):
         layer.merge()
         layer.merge()
-        assert torch.equal(base.dequantise(), held)
+        assert torch.equal(layer.weight, held)
         assert layer.drift is not None
         lost = float((asked - held).norm())
         assert lost > 0
         assert layer.drift.of_weight == pytest.approx(lost / float(asked.norm()))
         assert layer.drift.of_delta == pytest.approx(lost / float(delta.norm()))
-        assert torch.equal(layer(x), base(x))
+        assert torch.equal(layer(x), layer.running_layer(x))
         layer.unmerge()
         assert layer.drift is None
         assert all(torch.equal(tensor, before[name]) for name, tensor in base.packed().items())
@@ -229,7 +236,7 @@ def test_merging_another_adapter_takes_the_first_one_out(scheme: str) -> None:
     layer.adapter_state.active_adapter = "other"
     layer.merge()
     expected = pack(before + layer.delta_weight("other").detach(), scheme)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in layer.base_layer.packed().items())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in layer.running_layer.packed().items())
     layer.unmerge()
     assert torch.equal(layer.weight, before)
 
@@ -448,3 +455,20 @@ def test_a_gpu_computes_the_same_from_the_same_tensors(scheme: str) -> None:
     on_gpu.merge()
     on_gpu.unmerge()
     assert torch.equal(on_gpu.weight.cpu(), weight)
+
+
+@NEEDS_BITSANDBYTES
+def test_a_base_that_transformers_packed_is_adapted_beside_its_weights() -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    model = small_model("llama").eval()
+    for path, module in list(model.base_model.named_modules()):
+        if type(module) is nn.Linear and "layers" in path:
+            packed = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32)
+            packed.load_state_dict(module.state_dict())
+            model.base_model.set_submodule(path, packed.to("cpu"))  # moving it packs the weight
+    before = model(token_ids()).logits
+    inject(model, LoraConfig(r=2, targets=("q", "v")))
+    assert torch.allclose(model(token_ids()).logits, before, atol=PARITY_FP32)
+    with pytest.raises(AdapterError, match="bitsandbytes has packed this weight"):
+        merge(model)

@@ -12,7 +12,7 @@ from lora_hf.core.config.schema import LoraConfig, ModelConfig, RunConfig, TaskC
 from lora_hf.core.records import RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.inject import inject
-from lora_hf.models.load import load_base
+from lora_hf.models.load import load_base, load_tokenizer
 from tests.support.small_models import randomize_lora_b
 
 TASK = get_task("rule-sentiment")
@@ -31,7 +31,7 @@ def run_folder(folder: Path, base: str = "tiny-roberta", seed: int = 7) -> Path:
         for name, parameter in model.named_parameters():
             if ".modules_to_save." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.1)
-    save_adapter(model, folder / "adapter", task=TASK.name)
+    save_adapter(model, folder / "adapter", task=TASK.name, tokenizer=load_tokenizer(config.model))
     (folder / RUN_CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
     RunRecord(
         task=TASK.name,

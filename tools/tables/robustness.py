@@ -1,6 +1,7 @@
-"""Tables of damaged input, malformed requests and killed runs.
+"""Tables of damaged input, malformed requests, killed runs, situations and attacks.
 
-A table without a record shows the command that makes one.
+A table without a record shows the command that makes one. The records of situations and attacks are kept by hand;
+`tests/project/test_situations.py` checks them.
 """
 
 from __future__ import annotations
@@ -91,6 +92,30 @@ def kills(results: Path) -> str:
     ]
     head = ["kill", "killed after, s", "resumed from", "during a checkpoint write", "differences at the end"]
     return table(head, rows, text_columns=5)
+
+
+def situations(results: Path) -> str:
+    record = _read(results, "situations.json")
+    if not record:
+        return "No situations are recorded."
+    rows = [
+        [record["kinds"][row["kind"]], row["situation"], row["before"], row["now"], _tests(row["tests"])]
+        for row in record["situations"]
+    ]
+    return table(["kind", "situation", "before", "now", "held by"], rows, text_columns=5)
+
+
+def attacks(results: Path) -> str:
+    record = _read(results, "attacks.json")
+    if not record:
+        return "No attacks are recorded."
+    rows = [[row["name"], row["tries"], row["before"], row["after"]] for row in record["attacks"]]
+    return table(["attack", "what it tries", "before", "after"], rows, text_columns=4)
+
+
+def _tests(ids: list[str]) -> str:
+    """The files of the tests, each once."""
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(each.partition("::")[0] for each in ids))
 
 
 def _read(results: Path, name: str) -> dict[str, Any] | None:

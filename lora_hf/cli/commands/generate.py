@@ -22,7 +22,12 @@ DECODING = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT", help="one prompt, such as 'name[The Vaults], eatType[pub]'")
+    source.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="one prompt, such as 'name[The Vaults], eatType[pub]'; repeat for more",
+    )
     source.add_argument(
         "--input",
         type=Path,
@@ -59,9 +64,10 @@ def run(options: argparse.Namespace) -> None:
     if not isinstance(task, TextGeneration):
         raise ConfigError(f"{options.adapter} was trained for {task.name}, which classifies; use predict instead")
     decoding = decoding_of(options, saved.generate)
-    given = (
-        [(options.prompt, task.context(options.prompt))] if options.input is None else task.read_prompts(options.input)
-    )
+    if options.input is None:
+        given = [(prompt, task.context(prompt)) for prompt in options.prompt]
+    else:
+        given = task.read_prompts(options.input)
     prompts, contexts = [prompt for prompt, _ in given], [context for _, context in given]
     from lora_hf.inference.generate import Generator, write_texts
 

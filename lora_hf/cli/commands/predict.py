@@ -37,14 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_revision(parser)
     add_model(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", help="one text")
+    source.add_argument("--text", action="append", help="one text; repeat for more")
     source.add_argument(
         "--input",
         type=Path,
         metavar="FILE",
         help=".csv, .tsv, .jsonl, .json or .parquet with the task's columns, or .txt with one text per line",
     )
-    parser.add_argument("--text-pair", metavar="TEXT", help="the second text, for tasks that read two")
+    parser.add_argument(
+        "--text-pair", action="append", metavar="TEXT", help="the second text, for tasks that read two; one per --text"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write .jsonl there instead of standard output")
     add_precision(parser)
     add_json(parser)
@@ -75,7 +77,7 @@ def _predict_one(options: argparse.Namespace, adapter: str) -> list[dict[str, An
     if options.input is not None:
         rows = saved.task.read_inputs(options.input)
     else:
-        rows = _row_of_texts(saved.task, options.text, options.text_pair)
+        rows = _rows_of_texts(saved.task, options.text, options.text_pair)
     from lora_hf.inference.classify import Predictor
 
     answers = Predictor.load(saved, options.precision).predict(rows, progress=progress if options.input else iter)
@@ -96,13 +98,15 @@ def _predict_mixed(options: argparse.Namespace, adapters: dict[str, str]) -> lis
     return [{"adapter": name, **row, **answer} for (name, row), answer in zip(rows, answers, strict=True)]
 
 
-def _row_of_texts(task: Task, text: str, pair: str | None) -> dict[str, list]:
+def _rows_of_texts(task: Task, texts: list[str], pairs: list[str] | None) -> dict[str, list]:
     columns = task.text_columns
-    texts = [text] if pair is None else [text, pair]
-    if len(texts) != len(columns):
+    values = [texts] if pairs is None else [texts, pairs]
+    if len(values) != len(columns):
         expected = "--text and --text-pair" if len(columns) == 2 else "--text alone"
         raise ConfigError(f"task {task.name} reads {' and '.join(columns)}: expected {expected}")
-    for flag, value in zip(("--text", "--text-pair"), texts, strict=False):
-        if not value.strip():
+    if pairs is not None and len(pairs) != len(texts):
+        raise ConfigError(f"--text-pair: expected one for each of {len(texts)} --text, found {len(pairs)}")
+    for flag, given in zip(("--text", "--text-pair"), values, strict=False):
+        if not all(value.strip() for value in given):
             raise ConfigError(f"{flag}: expected a text, found an empty one")
-    return {column: [value] for column, value in zip(columns, texts, strict=True)}
+    return dict(zip(columns, values, strict=True))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lora_hf.core.errors import TrainingError
 from lora_hf.data.tasks.row_checks import check_text
 from lora_hf.data.tasks.sources import Source
+from lora_hf.data.tasks.user_texts import honored_tokens, warn_honored_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -123,6 +124,15 @@ class Task(ABC):
                 f"{self.name}, {split}" if split else self.name, count, len(truncated), max_length,
                 self.truncated_part(tokenizer), list(truncated).index(True),
             )  # fmt: skip
+
+    def warn_honored_tokens(
+        self, rows: Mapping[str, list] | Dataset, tokenizer: PreTrainedTokenizerBase, split: str = ""
+    ) -> None:
+        """Logs the rows with special tokens that the tokenizer cannot read as text."""
+        if tokens := honored_tokens(tokenizer):
+            columns = [rows[column][:] for column in self.text_columns]
+            texts = ["\n".join(map(str, values)) for values in zip(*columns, strict=True)]
+            warn_honored_tokens(f"{self.name}, {split}" if split else self.name, texts, tokens)
 
     @abstractmethod
     def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:

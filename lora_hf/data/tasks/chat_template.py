@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import ConfigError, DataError, ModelError
 from lora_hf.core.labels import IGNORE_INDEX
+from lora_hf.data.tasks.user_texts import encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -349,7 +350,7 @@ def _added_begin(tokenizer: PreTrainedTokenizerBase) -> int | None:
     begin = tokenizer.bos_token_id
     if begin is None or not tokenizer.num_special_tokens_to_add():
         return None
-    ids: Any = tokenizer("a")["input_ids"]
+    ids: Any = encode_texts(tokenizer, "a")["input_ids"]
     return begin if ids[:1] == [begin] else None  # pyright: ignore[reportReturnType]
 
 

@@ -11,6 +11,7 @@ from lora_hf.core.errors import DataError
 from lora_hf.core.labels import HIDDEN_LABEL
 from lora_hf.data.tasks.base import ModelKind, ProblemType, Task
 from lora_hf.data.tasks.row_checks import check_labels
+from lora_hf.data.tasks.user_texts import encode_texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,11 +97,13 @@ class TextClassification(Task):
         """
         texts = [rows[column] for column in self.text_columns]
         pairs = texts[1] if len(texts) == 2 else None
-        tokens = tokenizer(texts[0], pairs, truncation="longest_first", max_length=max_length, padding=False)
+        options: dict[str, Any] = {"truncation": "longest_first", "max_length": max_length, "padding": False}
+        tokens = encode_texts(tokenizer, texts[0], pairs, **options)
         if tokens.encodings is not None:
             truncated = [bool(encoding.overflowing) for encoding in tokens.encodings]
         else:  # a tokenizer in Python, which does not say
-            truncated = [len(ids) > max_length for ids in tokenizer(texts[0], pairs, verbose=False)["input_ids"]]  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
+            whole: Any = encode_texts(tokenizer, texts[0], pairs, verbose=False)
+            truncated = [len(ids) > max_length for ids in whole["input_ids"]]
         encoded: dict[str, list] = dict(tokens)
         for row, ids in enumerate(encoded["input_ids"]):
             if not ids:  # a decoder's tokenizer adds nothing to an empty text, and no model reads zero tokens

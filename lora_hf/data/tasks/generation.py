@@ -21,6 +21,7 @@ from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.readers import read_texts
 from lora_hf.data.tasks.base import ModelKind, Task
 from lora_hf.data.tasks.row_checks import check_columns, check_text
+from lora_hf.data.tasks.user_texts import encode_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -225,4 +226,5 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []  # pyright: ignore[reportReturnType]
+    encoded: Any = encode_texts(tokenizer, list(texts), add_special_tokens=False) if texts else {"input_ids": []}
+    return encoded["input_ids"]

@@ -13,6 +13,7 @@ from lora_hf.data.tasks.base import ModelKind, Task
 from lora_hf.data.tasks.question_files import ANSWERS, STARTS, read_inputs, read_questions
 from lora_hf.data.tasks.row_checks import check_columns
 from lora_hf.data.tasks.sources import Source
+from lora_hf.data.tasks.user_texts import encode_texts
 from lora_hf.data.tasks.windows import (
     WINDOW,
     check_capacity,
@@ -114,7 +115,8 @@ class QuestionAnswering(Task):
     def _strides(self, questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
         """The stride of each row; it depends on the row alone, so that its answer does not depend on other rows."""
         special = tokenizer.num_special_tokens_to_add(pair=True)
-        ids: Any = tokenizer(list(questions), add_special_tokens=False, verbose=False)["input_ids"]
+        encoded: Any = encode_texts(tokenizer, list(questions), add_special_tokens=False, verbose=False)
+        ids = encoded["input_ids"]
         strides = []
         for question, tokens in zip(questions, ids, strict=True):
             capacity = max_length - special - len(tokens)
@@ -198,7 +200,8 @@ def _windows(
     questions: list[str], contexts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the row and the inputs of each window."""
-    tokens: Any = tokenizer(
+    tokens: Any = encode_texts(
+        tokenizer,
         questions,
         contexts,
         truncation="only_second",

@@ -13,6 +13,7 @@ from lora_hf.core.errors import ConfigError, DataError, did_you_mean
 from lora_hf.data.tasks.base import ModelKind, Task
 from lora_hf.data.tasks.generation import Example, TextGeneration, shown
 from lora_hf.data.tasks.sources import Source
+from lora_hf.data.tasks.user_texts import encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,8 @@ class Seq2Seq(TextGeneration):
             return {name: [] for name in (*tokenizer.model_input_names, "labels")}, []
         encoded, truncated = self._sources([source for source, _ in pairs], tokenizer, max_length)
         with self._languages(tokenizer):
-            targets: Any = tokenizer(text_target=[target for _, target in pairs], verbose=False)["input_ids"]
+            encoded_targets: Any = encode_texts(tokenizer, text_target=[target for _, target in pairs], verbose=False)
+            targets = encoded_targets["input_ids"]
         for (_, target), tokens in zip(pairs, targets, strict=True):
             if len(tokens) > max_length:
                 raise DataError(
@@ -82,12 +84,12 @@ class Seq2Seq(TextGeneration):
         self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> tuple[dict[str, list], list[bool]]:
         with self._languages(tokenizer):
-            tokens: Any = tokenizer(list(texts), truncation=True, max_length=max_length)
+            tokens: Any = encode_texts(tokenizer, list(texts), truncation=True, max_length=max_length)
             if tokens.encodings is not None:
                 truncated = [bool(encoding.overflowing) for encoding in tokens.encodings]
             else:  # a tokenizer in Python, such as Marian's, which does not say
-                whole: Any = tokenizer(list(texts), verbose=False)["input_ids"]
-                truncated = [len(ids) > max_length for ids in whole]
+                whole: Any = encode_texts(tokenizer, list(texts), verbose=False)
+                truncated = [len(ids) > max_length for ids in whole["input_ids"]]
         return {name: tokens[name] for name in tokenizer.model_input_names if name in tokens}, truncated
 
     @contextlib.contextmanager

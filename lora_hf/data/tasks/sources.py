@@ -55,6 +55,14 @@ class Embedded:
         return Dataset.from_list(self.rows(split)), f"the {split!r} rows made by {self.rows.__name__}"
 
 
+@dataclass(frozen=True)
+class NoSource:
+    """For a task of which no rows are known."""
+
+    def read(self, split: str, data_dir: str | None) -> tuple[Dataset, str]:
+        raise DataError(f"no rows are known for {split!r}: this adapter records no task")
+
+
 def find_data_folder(data_dir: str | None, how_to_set_up: str) -> tuple[Path | None, str]:
     """Returns the configured data folder, if any, and the name of its setting.
 

@@ -13,6 +13,7 @@ from lora_hf.data.tasks.base import ModelKind, Task
 from lora_hf.data.tasks.row_checks import check_columns, nfc
 from lora_hf.data.tasks.sources import Source
 from lora_hf.data.tasks.token_files import ENDS, STARTS, TAGS, read_tagged_rows, read_untagged_rows, text_column
+from lora_hf.data.tasks.user_texts import encode_texts
 from lora_hf.data.tasks.windows import (
     WINDOW,
     check_capacity,
@@ -80,7 +81,8 @@ class TokenClassification(Task):
         check_offsets(tokenizer, self.name)
         capacity = max_length - tokenizer.num_special_tokens_to_add()
         check_capacity(capacity, self.name, "the special tokens", max_length)
-        tokens: Any = tokenizer(
+        tokens: Any = encode_texts(
+            tokenizer,
             # A tokenizer of bytes would take a word without a space in front for the end of another.
             [[f" {word}" for word in words] for words in self._words(rows)],
             is_split_into_words=True,

@@ -43,7 +43,7 @@ def new_weights(
         weights = DoraWeights(layer.original_weight(), *plain)
     else:
         weights = DecomposedWeights(variant.start, *plain) if variant.start else LoraWeights(*plain)
-    bias = layer.bias if layer.unmerged_bias is None else layer.unmerged_bias
+    bias = getattr(layer.base_layer, "bias", None)
     if variant.bias and bias is not None:
         weights.bias = nn.Parameter(bias.detach().float().clone())
     if variant.lora_bias:
