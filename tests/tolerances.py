@@ -28,6 +28,16 @@ MERGE_BF16 = 3e-2
 MERGE_FP16 = 4e-3
 """The same in float16, whose 11 bits of significand round each weight by up to 0.05 %."""
 
+EXPORT_DELTA = 1e-6
+"""The update in an exported file against the adapter's: the scaling is multiplied into B, which rounds it once."""
+
+LLAMA_CPP_LOGITS = 2e-4
+"""Logits of llama.cpp with an exported adapter against ours. Its GELU is a table in float16, and loses 3e-5 of logits
+near 1 with the bare base too."""
+
+MLX_LOGITS = 1e-4
+"""The same for mlx-lm, which computes in float32 with its own approximations of activations."""
+
 COMBINE_RTOL = 1e-6
 """A combined adapter's delta against the sum of the deltas, relative to its largest entry: float32 rounds the factors
 once and sums the products in another order. Leaving out a scaling or a sign gives several tenths."""

@@ -17,6 +17,7 @@ from lora_hf.core.errors import DataError
 from lora_hf.core.formatting import minutes, percent, table
 from lora_hf.core.records import RunRecord, ScoreRecord, SweepRecord, describe_run, read_json_record, record_files
 from lora_hf.experiments.suite import tables as suite_tables
+from tools.tables import export as export_tables
 from tools.tables import models as model_tables
 from tools.tables import robustness as robustness_tables
 from tools.tables import serving as serving_tables
@@ -224,6 +225,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "situations": robustness_tables.situations,
     "attacks": robustness_tables.attacks,
     "model-types": model_tables.model_types,
+    "export-engines": export_tables.engines,
+    "export-converter": export_tables.converter,
     "model-classes": model_tables.model_classes,
     "config-keys": config_keys,
     "tiny-bases": _bases,

@@ -14,11 +14,27 @@ from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.formatting import table
 from lora_hf.core.records import RunRecord, ScoreRecord
 from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.generation import TextGeneration
 from lora_hf.data.tasks.registry import get_task, task_names, task_of
 from lora_hf.data.tasks.sources import Embedded, LocalOrHub
 from lora_hf.models.model_ids import EMBEDDED, HUB_IDS, base_name, is_local
 
-_PIPELINES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
+# The hub's pipeline by PEFT's task_type.
+_PIPELINES = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+# An input for the hub's widget by built-in task. Its field holds one text, and rows of a user's own task are private.
+_EXAMPLES = {
+    **dict.fromkeys(("sst2", "rule-sentiment"), "A moving, funny and wise film."),
+    "cola": "They drank the pub dry.",
+    **dict.fromkeys(("e2e_nlg", "rule-restaurants"), "name[The Vaults], eatType[pub], food[Italian]"),
+    **dict.fromkeys(("dart", "web_nlg"), "Alan_Bean : occupation : Test_pilot"),
+}
 _RECIPE = ("task.max_length", "model.precision", "model.dropout", "lora.", "train.")  # the settings that the card lists
 
 
@@ -85,7 +101,8 @@ def model_card(repo_id: str, facts: Facts) -> str:
 def _yaml_header(name: str, facts: Facts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    task, pipeline = facts.task, _PIPELINES.get(facts.config.get("task_type") or "")
+    task, task_type = facts.task, facts.config.get("task_type")
+    pipeline = _PIPELINES.get(task_type or "")
     source = task.source if task else None
     dataset = source.hub_id if isinstance(source, LocalOrHub) else None
     results = [
@@ -112,8 +129,17 @@ def _yaml_header(name: str, facts: Facts) -> str:
         metrics=list(dict.fromkeys(metric.lower() for _, _, metric, _ in facts.score_rows)) or None,
         model_name=name if results else None,
         eval_results=results or None,
+        task_type=task_type,
+        widget=_widget(task),
     )
     return data.to_yaml()
+
+
+def _widget(task: Task | None) -> list[dict[str, str]] | None:
+    example = _EXAMPLES.get(task.name) if task else None
+    if task is None or example is None:
+        return None
+    return [{"text": task.context(example) if isinstance(task, TextGeneration) else example}]
 
 
 def _summary(facts: Facts) -> str:

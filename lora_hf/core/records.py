@@ -20,6 +20,7 @@ RECORD_FILE = "record.json"
 RUN_CONFIG_FILE = "config.yaml"
 MERGE_FILE = "merge.json"
 COMBINE_FILE = "combine.json"
+EXPORT_FILE = "export.json"
 COMPARISON_FILE = "comparison.json"
 
 
@@ -144,6 +145,19 @@ class CombineRecord(_Record):
     versions: dict[str, str] = field(default_factory=dict)
     git: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ExportRecord(_Record):
+    """An adapter in the format of another program."""
+
+    kind = "a record of an export"
+    target: str
+    base: str
+    adapter: str
+    files: dict[str, int]  # sizes in bytes
+    notes: list[str]  # how to use it
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

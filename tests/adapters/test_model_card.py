@@ -49,6 +49,21 @@ def test_the_card_says_what_the_record_says(facts: Facts) -> None:
         assert said in card
 
 
+def test_the_header_says_what_the_hub_needs_to_run_it(facts: Facts) -> None:
+    data = card_data(model_card(NAME, on_base(facts, "roberta-base")))
+    assert (data["task_type"], data.pipeline_tag) == ("SEQ_CLS", "text-classification")
+    assert data["base_model_relation"] == "adapter"
+    assert data["widget"] == [{"text": "A moving, funny and wise film."}]
+    metadata = replace(facts.metadata, task="e2e_nlg")
+    written = Facts({**facts.config, "task_type": "CAUSAL_LM"}, metadata)
+    assert card_data(model_card(NAME, written))["widget"] == [
+        {"text": "name : The Vaults | Type : pub | food : Italian"}
+    ]
+    tagger = Facts({**facts.config, "task_type": "TOKEN_CLS"}, AdapterMetadata())
+    assert card_data(model_card(NAME, tagger)).pipeline_tag == "token-classification"
+    assert "widget" not in card_data(model_card(NAME, tagger)).to_dict(), "nobody knows what it reads"
+
+
 def on_base(facts: Facts, name: str) -> Facts:
     return replace(facts, config={**facts.config, "base_model_name_or_path": name})
 

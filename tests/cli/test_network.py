@@ -19,7 +19,7 @@ pytestmark = pytest.mark.full
 REPO = Path(__file__).parents[2]
 TOKENS = {"HF_TOKEN": "hf_aTokenOfNobody", "LORA_HF_TOKEN": "the-token-of-a-server"}
 VERBS = (
-    "train", "eval", "predict", "generate", "score", "merge", "combine", "compare", "push --dry-run", "serve",
+    "train", "eval", "predict", "generate", "score", "merge", "export", "combine", "compare", "push --dry-run", "serve",
 )  # fmt: skip
 
 

@@ -117,6 +117,7 @@ def verbs(folder: Path) -> dict[str, list[str]]:
         "generate": ["--adapter", str(writer), "--prompt", INPUT, "--max-new-tokens", "4"],
         "score": ["--task", "e2e_nlg", *texts],
         "merge": ["--adapter", str(adapter), "--output", str(folder / "merged")],
+        "export": ["--adapter", str(writer), "--to", "ollama", "--output", str(folder / "exported")],
         "combine": ["--adapter", f"{adapter}=0.5", "--adapter", f"{adapter}=0.5", "--output", str(folder / "one")],
         "compare": [str(run.parent), "--output", str(folder / "report"), "--data-dir", str(data)],
         "push --dry-run": ["--adapter", str(adapter), "--repo-id", "someone/a-lora", "--dry-run"],
