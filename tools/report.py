@@ -23,6 +23,7 @@ from tools.tables import robustness as robustness_tables
 from tools.tables import serving as serving_tables
 from tools.tables import speed as speed_tables
 from tools.tables.config import config_keys
+from tools.tables.labels import label_scores
 from tools.tables.lr_find import lr_find
 from tools.tables.suite import from_results, guide
 
@@ -199,6 +200,7 @@ def _continuations(results: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "sst2": _sst2,
     "e2e": _e2e,
+    "label-scores": label_scores,
     "speed": speed_tables.speed,
     "speed-machines": speed_tables.speed_machines,
     "equal-work": speed_tables.equal_work,

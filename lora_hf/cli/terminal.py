@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from lora_hf.core.errors import ConfigError
@@ -99,15 +98,3 @@ def print_rows(options: argparse.Namespace, key: str, rows: list[dict[str, Any]]
     elif options.output is None:
         for line in lines:
             print(line)
-
-
-def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Writes one JSON object per line.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    try:
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--output {path}: cannot be written: {error.strerror}") from error

@@ -65,6 +65,7 @@ class RunRecord(_Record):
     sites: list[dict[str, Any]] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)  # by split
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # by evaluation split, at the best checkpoint
+    evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)  # by split, see `data.metrics.evaluation`
     majority: dict[str, dict[str, float]] = field(default_factory=dict)  # the same, of the majority class everywhere
     best: dict[str, Any] = field(default_factory=dict)  # step, epoch, metric and value of the best checkpoint
     history: list[dict[str, float]] = field(default_factory=list)  # what the Trainer logged, in order

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, groupby
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.classification import TextClassification
 
 SAMPLE = 2000  # rows whose full length is measured; the first ones of a split
 UNLIMITED = 10**9
@@ -87,7 +87,9 @@ def _describe_split(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBas
     sample = rows[:SAMPLE]
     lengths = np.array([len(ids) for ids in task.encode(sample, tokenizer, UNLIMITED)["input_ids"]])
     per_row = np.minimum(lengths, limit).sum() / min(len(rows), SAMPLE)
-    counts = Counter(rows["label"]) if task.label_names and "label" in rows.column_names else {}
+    counts: list[int] = []
+    if isinstance(task, TextClassification) and task.label_names and "label" in rows.column_names:
+        counts = task.count_classes(rows).tolist()
     return SplitOverview(
         rows=len(rows),
         measured=len(lengths),
@@ -96,7 +98,7 @@ def _describe_split(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBas
         cut=int((lengths > limit).sum()),
         loses=task.truncated_part(tokenizer),
         tokens=round(per_row * len(rows)),
-        labels={name: counts[index] for index, name in enumerate(task.label_names) if index in counts},
+        labels={name: count for name, count in zip(task.label_names, counts, strict=False) if count},
     )
 
 
@@ -111,7 +113,7 @@ def _examples(
     labels: Sequence[Any] = encoded.get("labels", ())
     examples = []
     for index, ids in enumerate(encoded["input_ids"][:SHOWN]):
-        by_token = isinstance(labels[index], list) if len(labels) > index else False
+        by_token = task.problem_type is None and len(labels) > index and isinstance(labels[index], list)
         if by_token and len(labels[index]) != len(ids):  # a target of its own
             examples.append([(tokenizer.decode(ids), False), (tokenizer.decode(labels[index]), True)])
             continue

@@ -45,19 +45,22 @@ def read_rows(
     columns: Iterable[str],
     optional: Iterable[str] = (),
     other_names: Mapping[str, Sequence[str]] | None = None,
+    all_columns: bool = False,
 ) -> Dataset:
-    """Returns columns of a file; the others are ignored. The values of CSV, TSV and text files are text.
+    """Returns columns of a file. The values of CSV, TSV and text files are text.
 
     Args:
         optional: further columns, which the file may lack.
         other_names: what else a column may be called in the file.
+        all_columns: also the others, under their own names, which are ignored by default.
 
     Raises:
         DataError: an unknown suffix, a missing or repeated column, or a file that is not of its format.
     """
     if path.suffix.lower() not in _READERS:
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; expected a file that ends in {_or(_READERS)}")
-    return _READERS[path.suffix.lower()](path, _Wanted(path, tuple(columns), tuple(optional), other_names or {}))
+    wanted = _Wanted(path, tuple(columns), tuple(optional), other_names or {}, all_columns)
+    return _READERS[path.suffix.lower()](path, wanted)
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
@@ -204,6 +207,7 @@ class _Wanted:
     columns: tuple[str, ...]
     optional: tuple[str, ...] = ()
     other_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    all_columns: bool = False
 
     def find(self, names: Sequence[str], hint: str = "") -> dict[str, int]:
         """Returns the position of each wanted column among the names in the file, whatever their Unicode normal form.
@@ -220,6 +224,11 @@ class _Wanted:
                 found[column] = in_file.index(called[0])
             elif column in self.columns:
                 check_columns(names, (column,), str(self.path), hint)
+        for index, name in enumerate(names if self.all_columns else ()):
+            if list(names).count(name) > 1:
+                raise DataError(f"{self.path}: the header names {name!r} more than once; rename one")
+            if index not in found.values():
+                found[name] = index
         return found
 
 
@@ -346,18 +355,22 @@ def _to_array(values: list[Any], column: str, path: Path) -> pyarrow.Array:
 
 def _first_of_another_type(values: list[Any]) -> tuple[int, str]:
     """Returns the first row whose value is not of the type of the first one, and what that is in words."""
-    words = {
-        str: "a text",
-        int: "a number",
-        float: "a number",
-        bool: "true or false",
-        list: "a list",
-        dict: "an object",
-    }
-    kinds = [words.get(type(value)) for value in values]
-    first = next(filter(None, kinds), "a value")
+    kinds = [_kind(value) for value in values]
+    first = next((kind for kind in kinds if kind not in (None, _MIXED)), "a list of one type")
     others = (row for row, kind in enumerate(kinds) if kind not in (None, first))
-    return next(others, 0), f"{first}, as in the rows before" if first else "a value"
+    return next(others, 0), f"{first}, as in the rows before"
+
+
+_MIXED = "a list of several types"
+_KINDS = {str: "a text", int: "a number", float: "a number", bool: "true or false", dict: "an object"}
+
+
+def _kind(value: Any) -> str | None:
+    """The type of a value in words; None if it fits every type."""
+    if not isinstance(value, list):
+        return _KINDS.get(type(value))
+    inner = {kind for item in value if (kind := _kind(item)) is not None}
+    return f"a list with {inner.pop()}" if len(inner) == 1 else _MIXED if inner else None
 
 
 def _check_filled(value: Any, column: str, path: Path, row: int) -> None:

@@ -211,8 +211,20 @@ def evaluate(
     Raises:
         DataError: the labels of a split are hidden.
     """
-    task, metrics = predictor.task, {}
+    return {split: scores for split, (scores, _) in evaluate_in_full(predictor, splits, progress).items()}
+
+
+def evaluate_in_full(
+    predictor: Predictor, splits: Mapping[str, Dataset], progress: Progress = iter
+) -> dict[str, tuple[dict[str, float], dict[str, Any]]]:
+    """By split the metrics of the task and its `evaluation`: scores by class, confusions, calibration, mistakes.
+
+    Raises:
+        DataError: the labels of a split are hidden.
+    """
+    task, found = predictor.task, {}
     for split, rows in splits.items():
         columns = {column: list(rows[column]) for column in rows.column_names}
-        metrics[split] = task.score_rows(predictor.outputs(columns, progress=progress), rows)
-    return metrics
+        outputs = predictor.outputs(columns, progress=progress)
+        found[split] = task.score_rows(outputs, rows), task.evaluation(outputs, rows)
+    return found

@@ -315,7 +315,8 @@ class LoraLinear(AdaptedModule):
             merged.weight = nn.Parameter(summed, requires_grad=weight.requires_grad)
         bias = self.adapters[active].merged_bias(getattr(base, "bias", None))
         if bias is not None:
-            merged.bias = nn.Parameter(torch.empty_like(base.bias).copy_(bias), requires_grad=base.bias.requires_grad)
+            own: Any = base.bias
+            merged.bias = nn.Parameter(torch.empty_like(own).copy_(bias), requires_grad=own.requires_grad)
         self.adapter_state.merged = True
         self.merged_layer = (active, merged)
 

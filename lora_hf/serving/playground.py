@@ -150,6 +150,8 @@ class Callbacks:
         for answer in answers:
             if "probabilities" in answer:
                 answer["probability"] = round(max(answer.pop("probabilities").values()), 4)
+            if "labels" in answer:
+                answer["labels"] = ", ".join(answer["labels"])
         data = [[*line[: len(columns)], *answer.values()] for line, answer in zip(lines, answers, strict=True)]
         return {"headers": [*columns, *answers[0]], "data": data}
 

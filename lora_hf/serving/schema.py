@@ -25,7 +25,8 @@ class Failure(BaseModel):
 
 
 class ClassifyAnswer(BaseModel):
-    """One answer per input: `label` and `probabilities`, a `score` for regression, or what else the task answers."""
+    """One answer per input: `label` (or `labels`, if a text may have several) and `probabilities`, a `score` for
+    regression, or what else the task answers."""
 
     adapter: str = Field(examples=["sst2"])
     version: str = Field(description="a hash of the adapter's files", examples=["1058a1ae93b4"])

@@ -66,6 +66,7 @@ def training_arguments(config: RunConfig, task: Task, folder: Path, optimization
         ConfigError: `train.hf` does not go with the rest, or with this machine.
     """
     train = config.train
+    several_labels = task.problem_type == "multi_label_classification"  # `training.classifier_loss` smooths those
     autocast = config.model.precision if train.method == "full" else "fp32"
     values: dict[str, Any] = {
         "output_dir": str(folder / "checkpoints"),
@@ -80,7 +81,7 @@ def training_arguments(config: RunConfig, task: Task, folder: Path, optimization
         "warmup_steps": min(train.warmup_ratio, BELOW_ONE) if train.warmup_steps is None else train.warmup_steps,
         "lr_scheduler_type": train.schedule,
         "max_grad_norm": train.max_grad_norm,
-        **optimizations.training_arguments(train.label_smoothing),
+        **optimizations.training_arguments(0.0 if several_labels else train.label_smoothing),
         "seed": train.seed,
         "data_seed": train.seed,
         "eval_strategy": "epoch",

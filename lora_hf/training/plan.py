@@ -65,6 +65,8 @@ def plan_run(config: RunConfig) -> RunPlan:
     weights = "model" if config.train.method == "full" else "adapter"
     files = [RUN_CONFIG_FILE, f"{weights}/", RECORD_FILE, LOG_FILE, "curves.png", f"{CHECKPOINTS_FOLDER}/"]
     files += [f"predictions-{split}.jsonl" for split in task.evaluation_splits if task.verb == "predict"]
+    if task.label_names:
+        files += [f"{name}-{split}.png" for split in task.evaluation_splits for name in ("confusion", "reliability")]
     roles = Counter(site.role for site in sites)
     modules = {role: [site.path for site in sites if site.role == role] for role in roles}
     return RunPlan(folder, run.data, modules, run.record.parameters, run.trainer.state.max_steps, estimate, files)

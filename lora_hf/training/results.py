@@ -9,10 +9,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 
+from lora_hf.core.provenance import peak_rss
 from lora_hf.core.records import RunRecord
+from lora_hf.data.metrics.evaluation import never_predicted
 from lora_hf.data.tasks.base import Task
+from lora_hf.training.evaluation_plots import draw_evaluation
+from lora_hf.training.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -24,18 +29,27 @@ def score_outputs(
     rows: Mapping[str, Dataset],
     folder: Path,
     log_prefix: str = "",
-) -> None:
+) -> Task:
     """Puts the scores of each evaluation split on the record, and writes the predictions for its rows to `folder`.
 
     Args:
         outputs: by split what the task's `row_outputs` returned.
         log_prefix: opens each warning, to name the run where there are several.
+
+    Returns:
+        The task with what it chooses on the rows of the first split, such as thresholds.
     """
-    for split, values in outputs.items():
+    for number, (split, values) in enumerate(outputs.items()):
+        if not number:
+            task = task.calibrated(values, rows[split])
         scores = task.score_rows(values, rows[split])
         majority = task.majority_of_rows(rows[split], rows[task.train_split])
         record.metrics[split] = scores
-        warnings = task.weaknesses(values)
+        found = task.evaluation(values, rows[split])
+        if found:
+            record.evaluation[split] = found
+            draw_evaluation(found, f"{record.task}, {split}", folder, split)
+        warnings = task.weaknesses(values) or never_predicted(found)
         if majority:
             record.majority[split] = majority
             warnings += _no_better_than(majority, scores, task.best_metric)
@@ -43,6 +57,29 @@ def score_outputs(
             record.warnings.append(f"{split}: {warning}")
             logger.warning("%s%s: %s", log_prefix, split, warning)
         _write_predictions(folder / f"predictions-{split}.jsonl", task.prediction_lines(values, rows[split]))
+    return task
+
+
+def record_training(record: RunRecord, trainer: RunTrainer, metrics: Mapping[str, float], log_prefix: str) -> None:
+    """Puts the history of the training on the record, and what it took.
+
+    Args:
+        metrics: of the Trainer.
+    """
+    state, skipped = trainer.state, trainer.loss_scaling.skipped
+    if skipped:
+        record.warnings.append(f"{skipped} of {state.global_step} steps were skipped: a gradient overflowed fp16")
+        logger.warning("%s%s", log_prefix, record.warnings[-1])
+    record.skipped_steps = skipped
+    record.history = state.log_history
+    record.best = {
+        "metric": trainer.args.metric_for_best_model,
+        "value": state.best_metric,
+        "step": state.best_global_step,
+    }
+    record.throughput = {key: metrics.get(f"train_{key}_per_second", 0.0) for key in ("samples", "steps")}
+    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    record.memory = {"rss": peak_rss(), "cuda": cuda}
 
 
 def _no_better_than(majority: Mapping[str, float], scores: Mapping[str, float], metric: str) -> list[str]:

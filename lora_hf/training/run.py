@@ -30,12 +30,13 @@ from lora_hf.adapters.format import read_adapter
 from lora_hf.adapters.save_load import copy_lora_weights, save_adapter
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
-from lora_hf.core.provenance import folder_size, git_state, machine, peak_rss, versions
+from lora_hf.core.provenance import folder_size, git_state, machine, versions
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.overview import DataOverview, describe_data
 from lora_hf.data.sampling import number_prompts
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.chat import self_contained
+from lora_hf.data.tasks.label_names import infer_label_names
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.data.tokenization import encode
 from lora_hf.lora.inject import count_parameters, inject_at, inject_head
@@ -61,6 +62,7 @@ from lora_hf.training.checkpoints import (
     translate_disk_full,
     translate_lost_process,
 )
+from lora_hf.training.classifier_loss import configured_loss
 from lora_hf.training.distributed import (
     DEFAULT_TIMEOUT,
     all_reduce_max,
@@ -71,8 +73,8 @@ from lora_hf.training.distributed import (
     run_on_rank,
 )
 from lora_hf.training.estimate import Estimator
-from lora_hf.training.results import draw_curves, score_outputs
-from lora_hf.training.run_dir import LOG_FILE, begin_run, find_run_folder, run_lock, run_state
+from lora_hf.training.results import draw_curves, record_training, score_outputs
+from lora_hf.training.run_dir import LOG_FILE, begin_run, find_run_folder, run_lock, run_state, save_thresholds
 from lora_hf.training.trainer import (
     AdapterTrainer,
     RunTrainer,
@@ -164,7 +166,8 @@ def find_run(config: RunConfig, resume: str | None = None) -> tuple[RunConfig, P
     init_processes(bool(hf.get("use_cpu")), hf.get("ddp_backend"), timeout)
     # Probed in one process: each of them might find another precision faster.
     precision = run_on_rank(lambda: resolve_precision(config.model.precision))
-    config = replace(config, model=replace(config.model, precision=precision), task=self_contained(config.task))
+    described = infer_label_names(self_contained(config.task))
+    config = replace(config, model=replace(config.model, precision=precision), task=described)
     found = run_on_rank(lambda: [str(path) for path in find_run_folder(config, resume) if path is not None])
     return config, Path(found[0]), Path(found[1]) if len(found) > 1 else None
 
@@ -233,6 +236,7 @@ def prepare_run(
     _check_shared_folder(folder)
     with explain_argument_errors(config.train.hf):
         trainer = _new_trainer(config, task, model, tokenizer, rows, encoded, arguments)
+        trainer.classifier_loss = configured_loss(task, config.train, rows[task.train_split])
     log_prefix = f"{folder.name}, " if callbacks is not None else ""  # where there are several runs
     data = describe_data(task, rows, tokenizer, config.task.max_length)
     estimator = Estimator(trainer, data, task.train_split)
@@ -368,7 +372,8 @@ def finish_run(run: PreparedRun, metrics: Mapping[str, float], training: float) 
 def _write_results(run: PreparedRun, metrics: Mapping[str, float], outputs: Mapping[str, Any], scoring: float) -> None:
     """Scores, weights, curves and, last, the record, whose presence means that the run is finished."""
     record, trainer = run.record, run.trainer
-    score_outputs(record, run.task, outputs, run.rows, run.folder, run.log_prefix)
+    task = score_outputs(record, run.task, outputs, run.rows, run.folder, run.log_prefix)
+    save_thresholds(task, run.folder / RUN_CONFIG_FILE)
     weights = Run(run.folder, record).weights
     if record.method == "full":
         run.model.save_pretrained(weights)
@@ -377,23 +382,11 @@ def _write_results(run: PreparedRun, metrics: Mapping[str, float], outputs: Mapp
         save_adapter(run.model, weights, task=run.task.name, tokenizer=run.tokenizer)
     # So that a copy of the folder still has the run's tokenizer, length, task and decoding.
     shutil.copyfile(run.folder / RUN_CONFIG_FILE, weights / RUN_CONFIG_FILE)
-    state, skipped = trainer.state, trainer.loss_scaling.skipped
-    if skipped:
-        record.warnings.append(f"{skipped} of {state.global_step} steps were skipped: a gradient overflowed fp16")
-        logger.warning("%s%s", run.log_prefix, record.warnings[-1])
-    record.skipped_steps = skipped
-    record.history = state.log_history
-    record.best = {
-        "metric": trainer.args.metric_for_best_model,
-        "value": state.best_metric,
-        "step": state.best_global_step,
-    }
+    record_training(record, trainer, metrics, run.log_prefix)
     record.timings |= {"score": time.monotonic() - scoring, "total": time.monotonic() - run.clock}
-    record.throughput = {key: metrics.get(f"train_{key}_per_second", 0.0) for key in ("samples", "steps")}
-    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    record.memory = {"rss": peak_rss(), "cuda": cuda}
     if estimate := run.estimator.estimate:
-        record.estimate = estimate.compared(record.timings["train"], cuda or record.memory["rss"])
+        peak = record.memory["cuda"] or record.memory["rss"]
+        record.estimate = estimate.compared(record.timings["train"], peak)
     record.files = {weights.name: folder_size(weights)}
     draw_curves(record, run.folder / "curves.png")
     record.save(run.folder)

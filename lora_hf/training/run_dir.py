@@ -19,6 +19,8 @@ from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError
 from lora_hf.core.parsing import parse_json, read_yaml
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE
+from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.multi_label import MultiLabelClassification
 from lora_hf.training.checkpoints import (
     STATE_FILE,
     check_world_size,
@@ -39,7 +41,7 @@ LOCK_FILE = ".lock"  # held while a run trains in the folder; the system release
 
 # What a run may change when it resumes from a checkpoint that is named: it concerns no step of the training. The
 # fingerprint in the checkpoint proves that a base of another name has the same weights.
-FREE_TO_CHANGE = ("model.name", "task.data_dir", "train.eval_batch_size", "generate.", "output.")
+FREE_TO_CHANGE = ("model.name", "task.data_dir", "task.thresholds", "train.eval_batch_size", "generate.", "output.")
 
 
 def find_run_folder(config: RunConfig, resume: str | None) -> tuple[Path, Path | None]:
@@ -202,6 +204,15 @@ def begin_run(
         _cut_log(folder / LOG_FILE, checkpoint)
     with atomic_path(folder / RUN_CONFIG_FILE) as partial:
         partial.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def save_thresholds(task: Task, file: Path) -> None:
+    """Adds the thresholds that a run has chosen to its config, from which `eval`, `predict` and `serve` take them."""
+    if isinstance(task, MultiLabelClassification):
+        sections = read_yaml(file)
+        sections["task"]["thresholds"] = list(task.thresholds)
+        with atomic_path(file) as partial:
+            partial.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
 
 
 def _acquire(lock: FileLock, folder: Path) -> None:

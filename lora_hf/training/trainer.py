@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -35,6 +35,7 @@ from lora_hf.training.checkpoints import (
     write_manifest,
     write_progress,
 )
+from lora_hf.training.classifier_loss import Loss, classifier_loss
 from lora_hf.training.distributed import average_gradients
 from lora_hf.training.loss_monitor import LossMonitor
 from lora_hf.training.loss_scaling import LossScaling
@@ -53,12 +54,14 @@ class RunTrainer(Trainer):
         loraplus_lr_ratio: how many times larger the learning rate of lora_B is (LoRA+).
         batch_sizes: of each batch the tokens, without and with padding, while `training.estimate` asks for them.
         unsharded: under FSDP the trained parameters, which every process holds whole.
+        classifier_loss: of logits and labels, in place of the model's own.
     """
 
     prompts: list[int] | None = None
     loraplus_lr_ratio: float | None = None
     batch_sizes: list[tuple[int, int]] | None = None
     unsharded: Sequence[nn.Parameter] = ()
+    classifier_loss: Loss | None = None
     training_began: bool = False
     reports_likelihoods: bool = False  # the outputs of an evaluation are those of `completion_loss` or `target_loss`
     evaluated: str = ""  # the prefix of the metrics of the current evaluation, which ends with the name of its split
@@ -108,8 +111,16 @@ class RunTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
         share = inputs.pop(LOSS_SHARE, 1.0)
-        loss = super().compute_loss(model, inputs, *rest, **named)
+        loss = self._loss(model, inputs, *rest, **named)
         return loss if share == 1.0 else loss * share
+
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **named: Any) -> Any:
+        if self.classifier_loss is None or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, **named)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = self.classifier_loss(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> torch.Tensor:
         if self.batch_sizes is not None:
@@ -172,11 +183,12 @@ class RunTrainer(Trainer):
             sums = [batch.sum(0) for batch in batches]
             means = [float(nll / tokens) * len(batch) for (nll, tokens), batch in zip(sums, batches, strict=True)]
             return sum(means) / len(outputs)
+        if self.classifier_loss is not None:
+            return float(self.classifier_loss(outputs, labels))
         if self.label_smoother is not None:
             return float(self.label_smoother({"logits": outputs}, labels))
         model: Any = self.model
-        regression = getattr(model.config, "problem_type", None) == "regression"
-        return float(mse_loss(outputs.reshape(-1), labels.float()) if regression else cross_entropy(outputs, labels))
+        return float(classifier_loss(outputs, labels, getattr(model.config, "problem_type", None)))
 
     def evaluate(self, eval_dataset: Any = None, *rest: Any, **named: Any) -> dict[str, float]:
         if eval_dataset is None:  # else one of several, called from here

@@ -10,8 +10,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lora_hf.adapters.format import read_adapter_config
 from lora_hf.core.config.fields import describe_value
-from lora_hf.core.config.schema import RunConfig
+from lora_hf.core.config.schema import RunConfig, TrainConfig
 from lora_hf.core.errors import ConfigError, did_you_mean
+from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.models.model_ids import check_model_exists
 from lora_hf.training.distributed import check_environment
@@ -36,7 +37,7 @@ def check_run(config: RunConfig) -> None:
 
     Raises:
         ModelError: there is no such base.
-        ConfigError: two settings exclude each other.
+        ConfigError: two settings exclude each other, or `train.class_weights` names no class of the task.
         AdapterError: `train.start_from` is no adapter folder.
         DataError: there is no such task.
     """
@@ -49,6 +50,7 @@ def check_run(config: RunConfig) -> None:
         _check_training_arguments(settings.hf)
     if settings.group_by_prompt and task.model_kind != "causal-lm":
         raise ConfigError(f"train.group_by_prompt: {task.name} has no prompts; leave the key out")
+    _check_class_weights(settings, task)
     if settings.label_smoothing and task.model_kind == "question-answering":
         raise ConfigError(f"train.label_smoothing: {task.name} learns positions, not labels; leave the key out")
     if settings.loraplus_lr_ratio is not None and settings.method != "lora":
@@ -57,6 +59,21 @@ def check_run(config: RunConfig) -> None:
         )
     if settings.start_from and settings.method == "lora":
         read_adapter_config(settings.start_from)
+
+
+def _check_class_weights(settings: TrainConfig, task: Task) -> None:
+    """Raises ConfigError for weights or smoothing of classes that the task does not have."""
+    weights, names = settings.class_weights, task.label_names
+    if not names and weights is not None:
+        raise ConfigError(f"train.class_weights: {task.name} has no classes; leave the key out")
+    if task.problem_type == "regression" and settings.label_smoothing:
+        raise ConfigError(f"train.label_smoothing: {task.name} has no classes; leave the key out")
+    for name in weights if isinstance(weights, dict) else ():
+        if name not in names:
+            raise ConfigError(
+                f"train.class_weights: {task.name} has no class {name!r}{did_you_mean(name, names)}; expected "
+                f"{', '.join(names)}"
+            )
 
 
 def _check_training_arguments(hf: Mapping[str, Any]) -> None:

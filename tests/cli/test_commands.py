@@ -75,7 +75,8 @@ def test_train_then_eval_then_predict(trained: dict[str, Any], tmp_path: Path) -
     ask("predict", "--adapter", folder / "adapter", "--input", tmp_path / "in.txt", "--output", tmp_path / "out.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["sentence"] for line in lines] == ["A dull film.", "A moving, funny and wise film."]
-    assert lines[1]["probabilities"] == pytest.approx(answer["probabilities"], abs=2e-4)
+    written = {name: lines[1][f"probability_{name}"] for name in answer["probabilities"]}
+    assert written == pytest.approx(answer["probabilities"], abs=2e-4)
 
 
 def test_a_copied_adapter_needs_no_run_folder(trained: dict[str, Any], tmp_path: Path) -> None:

@@ -125,7 +125,9 @@ def test_classes_without_and_with_few_training_rows(tmp_path: Path) -> None:
     done = ask("train", "--config", config, *words, "train.max_steps=1", f"output.dir={tmp_path}")
     assert "no row of train has the class 'absent', validation has 1" in done.stderr
     assert "only 1 of 81 rows of train have the class 'rare', validation has 0" in done.stderr
-    assert "'neg'" not in done.stderr
+    assert "rows of train have the class 'neg'" not in done.stderr
+    assert "the classes are skewed: 40 training rows have 'neg', and 1 have 'rare'" in done.stderr
+    assert "never predicts" in done.stderr
 
 
 def test_generate_reads_the_tasks_column_and_keeps_lines(writer: Path, tmp_path: Path) -> None:

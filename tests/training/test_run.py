@@ -56,6 +56,7 @@ def test_the_run_folder_holds_what_a_run_is(tmp_path: Path, few_rows: dict[str, 
     wanted = config(tmp_path, seed=3)
     run = train(wanted, rows=few_rows)
     names = {"config.yaml", "adapter", "record.json", "predictions-validation.jsonl", "log.jsonl", "curves.png"}
+    names |= {"confusion-validation.png", "reliability-validation.png"}
     assert {path.name for path in run.folder.iterdir()} == names | {"checkpoints", LOCK_FILE}
     assert RunConfig.from_dict(yaml.safe_load((run.folder / "config.yaml").read_text())) == wanted
     record = RunRecord.load(run.folder / "record.json")

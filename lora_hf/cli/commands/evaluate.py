@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_hf.cli.evaluation_text import describe_evaluation
 from lora_hf.cli.terminal import add_adapter, add_data_dir, add_json, add_precision, format_score, print_json, progress
 from lora_hf.core.errors import ConfigError
 
@@ -22,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="default: every evaluation split of the task")
     add_data_dir(parser)
     parser.add_argument("--without-adapter", action="store_true", help="score the bare base instead (generation only)")
+    parser.add_argument(
+        "--plots", type=Path, metavar="DIR", help="draw the confusion matrix and the reliability of a classifier there"
+    )
     add_precision(parser)
     add_json(parser)
 
@@ -34,6 +38,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--without-adapter: {options.adapter} is a whole model and has no adapter to leave out")
     splits = saved.task.evaluation_splits if options.split in (None, "validation") else (options.split,)
     rows = saved.task.load(options.data_dir, splits)
+    evaluation: dict[str, dict[str, Any]] = {}
     if saved.task.verb == "generate":
         if options.precision:
             raise ConfigError(f"--precision: {saved.task.name} is always generated in fp32; leave the option out")
@@ -41,14 +46,37 @@ def run(options: argparse.Namespace) -> None:
     elif options.without_adapter:
         raise ConfigError(f"--without-adapter: {saved.task.name} needs a trained head, which the bare base lacks")
     else:
-        from lora_hf.inference.classify import Predictor, evaluate
+        from lora_hf.inference.classify import Predictor, evaluate_in_full
 
-        scores = evaluate(Predictor.load(saved, options.precision), rows, progress)
+        found = evaluate_in_full(Predictor.load(saved, options.precision), rows, progress)
+        scores = {split: metrics for split, (metrics, _) in found.items()}
+        evaluation = {split: more for split, (_, more) in found.items() if more}
+    if options.plots is not None:
+        _draw(evaluation, saved.task.name, options.plots)
     if options.json:
-        print_json({"adapter": str(options.adapter), "metrics": scores})
+        more = {"evaluation": evaluation} if evaluation else {}
+        print_json({"adapter": str(options.adapter), "metrics": scores, **more})
         return
     for split, values in scores.items():
         print(f"{split}: " + "  ".join(f"{name} {format_score(value)}" for name, value in values.items()))
+        for line in describe_evaluation(evaluation.get(split, {})):
+            print(line)
+
+
+def _draw(evaluation: Mapping[str, dict[str, Any]], task: str, folder: Path) -> None:
+    from lora_hf.training.evaluation_plots import draw_evaluation
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn = [
+            path
+            for split, each in evaluation.items()
+            for path in draw_evaluation(each, f"{task}, {split}", folder, split)
+        ]
+    except OSError as error:
+        raise ConfigError(f"--plots {folder}: cannot be written: {error.strerror}") from error
+    for path in drawn:
+        print(f"wrote {path}", file=sys.stderr)
 
 
 def _evaluate_texts(saved: SavedModel, rows: Mapping[str, Any], adapted: bool) -> dict[str, Any]:

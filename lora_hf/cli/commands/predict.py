@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from lora_hf.cli.terminal import (
     parse_named_adapters,
     print_rows,
     progress,
-    write_lines,
 )
 from lora_hf.core.errors import ConfigError
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lora_hf.data.tasks.base import Task
 
 HELP = "classify texts"
+
+Answered = tuple[dict[str, str], dict[str, Any]]  # the texts of a row, and the answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,16 +49,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-pair", action="append", metavar="TEXT", help="the second text, for tasks that read two; one per --text"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write .jsonl there instead of standard output")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write the rows there instead of standard output, with all columns of --input, the label and a column for "
+        "the probability of each class: .csv, .tsv, .jsonl, .json or .parquet",
+    )
     add_precision(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    adapters = _named_adapters(options.adapter)
-    lines = _predict_one(options, *adapters.values()) if len(adapters) == 1 else _predict_mixed(options, adapters)
     if options.output is not None:
-        write_lines(options.output, lines)
+        from lora_hf.data.tables import check_output
+
+        check_output(options.output, options.input)
+    adapters = _named_adapters(options.adapter)
+    predict = _predict_one if len(adapters) == 1 else _predict_mixed
+    answered = predict(options, adapters)
+    if options.output is not None:
+        _write(options, answered)
+    lines = [{**texts, **answer} for texts, answer in answered]
     print_rows(options, "predictions", lines, (json.dumps(line, ensure_ascii=False) for line in lines))
 
 
@@ -67,7 +81,34 @@ def _named_adapters(arguments: list[str]) -> dict[str, str]:
     return parse_named_adapters(arguments)
 
 
-def _predict_one(options: argparse.Namespace, adapter: str) -> list[dict[str, Any]]:
+def _write(options: argparse.Namespace, answered: list[Answered]) -> None:
+    """Writes the answers beside all columns of the input file, or beside the text of the command line."""
+    from lora_hf.data.readers import TABLE_SUFFIXES
+    from lora_hf.data.tables import add_columns, read_table, write_table
+
+    texts = [texts for texts, _ in answered]
+    file: Path | None = options.input
+    rows: list[dict[str, Any]] = texts
+    if file is not None and file.suffix.lower() in (*TABLE_SUFFIXES, ".txt"):
+        table = read_table(file, [*texts[0]][-1])
+        if len(table) == len(texts):  # else its rows are of another form, such as a paragraph with many questions
+            rows = table
+    table, renamed = add_columns(rows, [_flat(answer) for _, answer in answered])
+    if renamed:
+        kept, others = ", ".join(renamed), ", ".join(renamed.values())
+        print(f"the input has columns called {kept}, which are kept; the predictions are in {others}", file=sys.stderr)
+    write_table(options.output, table)
+
+
+def _flat(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer with one value a column."""
+    probabilities = answer.get("probabilities", {})
+    others = {key: value for key, value in answer.items() if key != "probabilities"}
+    return others | {f"probability_{name}": value for name, value in probabilities.items()}
+
+
+def _predict_one(options: argparse.Namespace, adapters: dict[str, str]) -> list[Answered]:
+    (adapter,) = adapters.values()
     from lora_hf.adapters.resolve import find_saved_model
 
     saved = find_saved_model(adapter, options.revision, options.model)
@@ -81,10 +122,10 @@ def _predict_one(options: argparse.Namespace, adapter: str) -> list[dict[str, An
     from lora_hf.inference.classify import Predictor
 
     answers = Predictor.load(saved, options.precision).predict(rows, progress=progress if options.input else iter)
-    return [{**{column: rows[column][i] for column in columns}, **answer} for i, answer in enumerate(answers)]
+    return [({column: rows[column][i] for column in columns}, answer) for i, answer in enumerate(answers)]
 
 
-def _predict_mixed(options: argparse.Namespace, adapters: dict[str, str]) -> list[dict[str, Any]]:
+def _predict_mixed(options: argparse.Namespace, adapters: dict[str, str]) -> list[Answered]:
     from lora_hf.adapters.resolve import find_saved_model
     from lora_hf.data.readers import read_texts_of_adapters
 
@@ -95,7 +136,7 @@ def _predict_mixed(options: argparse.Namespace, adapters: dict[str, str]) -> lis
     from lora_hf.inference.classify import MultiAdapterPredictor
 
     answers = MultiAdapterPredictor.load(saved, options.precision).predict(rows, progress=progress)
-    return [{"adapter": name, **row, **answer} for (name, row), answer in zip(rows, answers, strict=True)]
+    return [({"adapter": name, **row}, answer) for (name, row), answer in zip(rows, answers, strict=True)]
 
 
 def _rows_of_texts(task: Task, texts: list[str], pairs: list[str] | None) -> dict[str, list]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.cli.commands.plan import show_plan
@@ -18,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, or a recipe's name in configs/")
     parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue from the last, or this, checkpoint")
     parser.add_argument(
+        "--max-train-rows", type=int, metavar="N", help="train on N of the rows only; the same as task.train_rows=N"
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
@@ -29,14 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from lora_hf.core.config.loader import load_config
+    from lora_hf.data.tasks.label_names import infer_label_names
     from lora_hf.data.tasks.registry import task_of
     from lora_hf.training.distributed import destroy_processes, rank
     from lora_hf.training.run_dir import check_run_folder
     from lora_hf.training.validation import check_run
 
-    config = load_config(options.config, options.overrides)
+    limit = [] if options.max_train_rows is None else [f"task.train_rows={options.max_train_rows}"]
+    config = load_config(options.config, [*options.overrides, *limit])
     # Report every error that is known before reading the data and importing the Trainer take seconds.
     check_run(config)
+    config = replace(config, task=infer_label_names(config.task))
     if options.dry_run:
         show_plan(config, options.json)
         return
@@ -66,3 +73,5 @@ def _print_summary(run: Run) -> None:
         print(f"{split}: " + "  ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))
     print(f"trained {record.parameters['trainable']:,} of {record.parameters['total']:,} parameters")
     print(f"weights: {run.weights}\nrecord:  {run.folder / 'record.json'}\ncurves:  {run.folder / 'curves.png'}")
+    for picture in sorted([*run.folder.glob("confusion-*.png"), *run.folder.glob("reliability-*.png")]):
+        print(f"picture: {picture}")

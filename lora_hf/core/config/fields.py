@@ -88,15 +88,20 @@ def _convert(value: Any, kind: Any, rules: Mapping[str, Any]) -> Any:
     options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     if value is None and types.NoneType in options:
         return None
-    kind = next(option for option in options if option is not types.NoneType)
+    kinds = [option for option in options if option is not types.NoneType]
+    kind = kinds[-1] if isinstance(value, dict) else kinds[0]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value in arguments:
             return value
         near = did_you_mean(value, arguments) if isinstance(value, str) else ""
-        raise ValueError(f"expected one of {', '.join(arguments)}, found {describe_value(value)}{near}")
+        expected = f"one of {', '.join(arguments)}" if len(kinds) == 1 else f"{arguments[0]}, or names with values"
+        raise ValueError(f"expected {expected}, found {describe_value(value)}{near}")
     if rules.get("names"):
         value = _numbers_as_text(value)
+    if origin is tuple and arguments[0] is float:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert_number(item, float, rules) for item in items)
     if origin is tuple:
         items = [value] if type(value) is arguments[0] else value
         if isinstance(items, (list, tuple)):
@@ -122,6 +127,8 @@ def _convert(value: Any, kind: Any, rules: Mapping[str, Any]) -> Any:
 def _numbers_as_text(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_numbers_as_text(item) for item in value]
+    if isinstance(value, dict):
+        return {_numbers_as_text(key): item for key, item in value.items()}
     is_number = type(value) is int or (type(value) is float and math.isfinite(value))
     return str(value) if is_number else value
 

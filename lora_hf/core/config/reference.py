@@ -12,6 +12,7 @@ from lora_hf.core.config.schema import RunConfig
 
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _WORDS = {str: "text", int: "integer", float: "number", bool: "true or false"}
+_LIST_WORDS = {str: "words", int: "integers", float: "numbers"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _in_words(kind: Any) -> str:
     if origin is Literal:
         return ", ".join(map(str, arguments))
     if origin is tuple:
-        return f"list of {'words' if arguments[0] is str else 'integers'}"
+        return f"list of {_LIST_WORDS[arguments[0]]}"
     return "mapping" if origin is dict else _WORDS[kind]
 
 
@@ -102,7 +103,7 @@ def _plain_type(kind: Any, rules: Mapping[str, Any]) -> dict[str, Any]:
     if origin is Literal:
         return {"enum": list(arguments)}
     if origin is tuple:
-        item: dict[str, Any] = {"type": ["string", "number"] if rules.get("names") else _JSON_TYPES[arguments[0]]}
+        item = {"type": ["string", "number"]} if rules.get("names") else _plain_type(arguments[0], rules)
         return {"anyOf": [item, {"type": "array", "items": item}]}
     if origin is dict:
         values = True if arguments[1] is Any else _plain_type(arguments[1], rules)

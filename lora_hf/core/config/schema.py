@@ -25,6 +25,17 @@ PRESETS = {
 }
 MAX_NAME, MAX_PATH = 200, 4000  # bytes of a folder's name, and characters of a path: file systems take 255 and 4096
 INITS = ("default", "gaussian", "pissa", "olora")
+Metric = Literal[
+    "accuracy",
+    "macro_f1",
+    "matthews_correlation",
+    "micro_f1",
+    "mean_average_precision",
+    "pearson",
+    "spearmanr",
+    "f1",
+    "exact_match",
+]
 
 
 def _target_problem(targets: tuple[str, ...]) -> str:
@@ -93,7 +104,17 @@ class TaskConfig(Section):
     data_dir: str | None = setting(None, "folder with the rows; by default $LORA_HF_DATA_DIR, else the hub")
     max_length: int = setting(512, "tokens of a row; longer ones are truncated", low=4)
     kind: (
-        Literal["classification", "regression", "generation", "chat", "tokens", "question_answering", "seq2seq"] | None
+        Literal[
+            "classification",
+            "multi_label",
+            "regression",
+            "generation",
+            "chat",
+            "tokens",
+            "question_answering",
+            "seq2seq",
+        ]
+        | None
     ) = setting(None, "what your own task is")
     text_columns: tuple[str, ...] | None = setting(
         None, "columns of the inputs; by default those of the kind, such as text or prompt", names=True
@@ -101,10 +122,22 @@ class TaskConfig(Section):
     label_column: str | None = setting(
         None, "column of the answers; by default that of the kind, such as label", names=True
     )
-    label_names: tuple[str, ...] | None = setting(None, "the classes, in the order of their ids", names=True)
-    metric: (
-        Literal["accuracy", "macro_f1", "matthews_correlation", "pearson", "spearmanr", "f1", "exact_match"] | None
-    ) = setting(None, "what chooses the best checkpoint; by default the kind's first metric")
+    label_names: tuple[str, ...] | None = setting(
+        None, "the classes, in the order of their ids; by default those of the training rows", names=True
+    )
+    label_separator: str | None = setting(None, "multi_label: between the labels, if the column holds text")
+    label_columns: tuple[str, ...] | None = setting(
+        None, "multi_label: a column of 0 and 1 for each label, instead of label_column", names=True
+    )
+    thresholds: tuple[float, ...] | None = setting(
+        None, "multi_label: from which probability each label is predicted; a run chooses them", low=0, high=1
+    )
+    metric: Metric | None = setting(None, "what chooses the best checkpoint; by default the kind's first metric")
+    validation: float | None = setting(
+        None, "your own task: share of the rows of train that validates instead of a file", above=0, high=0.9
+    )
+    train_rows: int | None = setting(None, "how many of the training rows to train on; by default all", low=1)
+    split_seed: int = setting(0, "of validation and train_rows; train.seed leaves the rows alone", low=0)
     stride: int | None = setting(
         None,
         "tokens, question_answering: tokens that two windows of a long row share; by default max_length / 3",
@@ -171,6 +204,9 @@ class TrainConfig(Section):
     )
     max_grad_norm: float = setting(1.0, "gradient clipping; 0 turns it off", low=0)
     label_smoothing: float = setting(0.0, "share of a label that is spread over all classes", low=0, high=1)
+    class_weights: Literal["balanced"] | dict[str, float] | None = setting(
+        None, "of the classes in the loss: balanced, or a weight by name, 1 for the others", above=0, names=True
+    )
     group_by_prompt: bool = setting(False, "generation: batch the rows of one prompt, which is computed once")
     seed: int = setting(0, "of weights, row order and dropout", low=0, high=2**32 - 1)
     patience: int | None = setting(None, "stop after this many evaluations without a better score", low=1)

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 # The keys of `models.load.AUTO_CLASSES`.
 ModelKind = Literal["sequence-classification", "causal-lm", "token-classification", "question-answering", "seq2seq-lm"]
-ProblemType = Literal["single_label_classification", "regression"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +179,14 @@ class Task(ABC):
     def prediction_lines(self, outputs: Any, rows: Dataset) -> Iterator[dict[str, Any]]:
         """Yields what a run writes about each row of a split to `predictions-<split>.jsonl`."""
         yield from ()
+
+    def evaluation(self, outputs: Any, rows: Dataset) -> dict[str, Any]:
+        """Returns what tells more than the metrics, such as scores by class; see `metrics.evaluation`."""
+        return {}
+
+    def calibrated(self, outputs: Any, rows: Dataset) -> Task:
+        """Returns the task with what it chooses on the development rows, such as thresholds."""
+        return self
 
     def weaknesses(self, outputs: Any) -> list[str]:
         """Returns what is suspicious about the outputs for a split, such as one class for every row."""

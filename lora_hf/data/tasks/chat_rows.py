@@ -205,7 +205,7 @@ def _from_share_gpt(message: Message, where: str) -> Message:
     if speaker != "function_call":
         return {"role": role, **others} if content is None else {"role": role, "content": content, **others}
     try:
-        call = json.loads(content) if isinstance(content, str) else content
+        call: Any = json.loads(content) if isinstance(content, str) else content
         function = {"name": call["name"], "arguments": call.get("arguments", {})}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

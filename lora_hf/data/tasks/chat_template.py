@@ -265,7 +265,7 @@ class ChatEncoder:
         A piece that is not the first is encoded after a line break, because SentencePiece begins a text with a space.
         """
         options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": as_text, "verbose": False}
-        fast = self.tokenizer.is_fast
+        fast = bool(self.tokenizer.is_fast)
         lead = "" if first else "\n"
         encoded = self.tokenizer(lead + text, return_offsets_mapping=fast, **options)
         tokens: list[int] = list(encoded["input_ids"])  # pyright: ignore[reportArgumentType]

@@ -50,15 +50,15 @@ class TextClassification(Task):
             self._warn_about_classes(loaded)
         return loaded
 
-    def _warn_about_classes(self, loaded: Mapping[str, Dataset]) -> None:
+    def count_classes(self, rows: Dataset) -> np.ndarray:
+        """Returns how many rows have each class."""
         import numpy as np
 
-        counts = {
-            split: np.bincount(np.clip(rows["label"], HIDDEN_LABEL, None) + 1, minlength=self.num_labels + 1)[1:]
-            for split, rows in loaded.items()
-            if "label" in rows.column_names
-        }
-        in_training = counts.pop(self.train_split)
+        return np.bincount(np.clip(rows["label"], HIDDEN_LABEL, None) + 1, minlength=self.num_labels + 1)[1:]
+
+    def _warn_about_classes(self, loaded: Mapping[str, Dataset]) -> None:
+        counts = {split: self.count_classes(rows) for split, rows in loaded.items() if "label" in rows.column_names}
+        in_training, rows = counts.pop(self.train_split), len(loaded[self.train_split])
         few = RARE * in_training.sum() / self.num_labels
         for label, name in enumerate(self.label_names):
             elsewhere = "".join(f", {split} has {part[label]}" for split, part in counts.items())
@@ -70,7 +70,7 @@ class TextClassification(Task):
             elif in_training[label] < few:
                 _log.warning(
                     "%s: only %d of %d rows of %s have the class %r%s",
-                    self.name, in_training[label], in_training.sum(), self.train_split, name, elsewhere,
+                    self.name, in_training[label], rows, self.train_split, name, elsewhere,
                 )  # fmt: skip
 
     def head_config(self) -> dict[str, Any]:
@@ -161,16 +161,15 @@ class TextClassification(Task):
 
     def format_answer(self, output: np.ndarray) -> dict[str, Any]:
         """Returns the label and the probability of each label, from logits `(num_labels,)`; a regression's score."""
-        import numpy as np
-
         if self.problem_type == "regression":
             return {"score": round(float(output[0]), 4)}
-        exponentials = np.exp(output - output.max())
-        probabilities = zip(self.label_names, exponentials / exponentials.sum(), strict=True)
         return {
             "label": self.label_names[int(output.argmax())],
-            "probabilities": {name: round(float(probability), 4) for name, probability in probabilities},
+            "probabilities": self._named(_softmax(output)),
         }
+
+    def _named(self, probabilities: np.ndarray) -> dict[str, float]:
+        return {name: round(float(value), 4) for name, value in zip(self.label_names, probabilities, strict=True)}
 
     def prediction_lines(self, outputs: np.ndarray, rows: Dataset) -> Iterator[dict[str, Any]]:
         """Yields the row number, label, prediction (class id or score) and logits of each row."""
@@ -180,6 +179,21 @@ class TextClassification(Task):
             logits = row.reshape(-1)
             prediction = float(logits[0]) if self.problem_type == "regression" else int(logits.argmax())
             yield {"row": index, "label": label, "prediction": prediction, "logits": logits.round(6).tolist()}
+
+    def evaluation(self, outputs: np.ndarray, rows: Dataset) -> dict[str, Any]:
+        import numpy as np
+
+        from lora_hf.data.metrics.evaluation import evaluate_classes, evaluate_scores, with_texts
+
+        labels = np.asarray(rows["label"])
+        if self.problem_type == "regression":
+            found = evaluate_scores(labels, outputs.reshape(-1))
+        else:
+            found = evaluate_classes(labels, _softmax(outputs), self.label_names)
+        return with_texts(found, self.texts_of(rows))
+
+    def texts_of(self, rows: Dataset) -> dict[str, list[str]]:
+        return {column: rows[column][:] for column in self.text_columns if column in rows.column_names}
 
     def weaknesses(self, outputs: np.ndarray) -> list[str]:
         import numpy as np
@@ -199,6 +213,14 @@ class TextClassification(Task):
                 f"splits; score one of {', '.join(self.evaluation_splits)}, or predict without scoring"
             )
         return GlueMetric(self.metric).compute(predictions=predictions, references=references) or {}
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities in double precision, along the last axis."""
+    import numpy as np
+
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
 def _empty_row(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:

@@ -1,8 +1,8 @@
 """Custom tasks: a config describes the task, and its rows come from the user's files.
 
 A split is one file that `data.readers` knows, such as `<split>.csv` or `<split>.jsonl`, in the data folder or in
-`<task.name>/` below it. Nothing is guessed: a class that is missing from `task.label_names`, two files for one split,
-or a number instead of a text is an error.
+`<task.name>/` below it; with `task.validation` the training file holds both splits. Nothing is guessed: a class that is
+missing from `task.label_names`, two files for one split, or a number instead of a text is an error.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from lora_hf.data.tasks.chat import CHAT
 from lora_hf.data.tasks.classification import TextClassification
 from lora_hf.data.tasks.generation import Example, TextGeneration
 from lora_hf.data.tasks.kind import Kind, as_read
+from lora_hf.data.tasks.multi_label import LABEL_COLUMN, check_multi_label, multi_label_task, with_label_sets
 from lora_hf.data.tasks.question_answering import METRICS as ANSWER_METRICS
 from lora_hf.data.tasks.question_answering import check_questions_config, question_answering_task, read_question_rows
 from lora_hf.data.tasks.row_checks import check_text, nfc, read_labels
+from lora_hf.data.tasks.row_selection import limit_rows, split_rows
 from lora_hf.data.tasks.seq2seq import seq2seq_task
 from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE, Source, find_data_folder
 from lora_hf.data.tasks.token_files import CONLL, TAGS, TOKENS
@@ -100,22 +102,56 @@ class CustomFiles:
         """Returns the rows and their path: the text columns under their own names, the class or score as `label`.
 
         Raises:
-            DataError: no folder, not exactly one file, a missing column, a label that is not one of the classes.
+            DataError: no folder, not exactly one file, a missing column, a label that is not one of the classes; or a
+                file for the validation rows although `task.validation` takes them from the training file.
         """
-        kind = KINDS[self.config.kind or "classification"]
-        path = self._file(split, data_dir, kind.suffixes)
-        return kind.convert(self.config, kind.read(self.config, path), path), str(path)
+        config, held_out = self.config, self.config.validation is not None and split == "validation"
+        rows, path = self._read_file("train" if held_out else split, data_dir)
+        if config.validation is not None and split in ("train", "validation"):
+            self._check_one_file(data_dir)
+            parts = split_rows(rows, config.validation, config.split_seed, config.text_columns or (), str(path))
+            rows = parts[1] if held_out else parts[0]
+        if config.train_rows is not None and split == "train":
+            rows = limit_rows(rows, config.train_rows, config.split_seed)
+        return rows, str(path)
 
-    def _file(self, split: str, data_dir: str | None, suffixes: tuple[str, ...]) -> Path:
+    def _read_file(self, split: str, data_dir: str | None) -> tuple[Dataset, Path]:
+        path, kind = self.file(split, data_dir), KINDS[self.config.kind or "classification"]
+        return kind.convert(self.config, kind.read(self.config, path), path), path
+
+    def _check_one_file(self, data_dir: str | None) -> None:
+        root, _ = find_data_folder(data_dir, "")
+        for path in self._named("validation", root) if root else ():
+            raise DataError(
+                f"task.validation={self.config.validation:g} takes validation rows from the training file, but there "
+                f"is also {path}; leave task.validation out, or move that file"
+            )
+
+    def _named(self, split: str, root: Path) -> list[Path]:
+        return [
+            path
+            for folder in (root / self.config.name, root)
+            for path in sorted(folder.glob("*"))
+            if path.stem == split
+        ]
+
+    def file(self, split: str, data_dir: str | None) -> Path:
+        """Returns the file of a split.
+
+        Raises:
+            DataError: no folder, or not exactly one file.
+        """
+        suffixes = KINDS[self.config.kind or "classification"].suffixes
         name = self.config.name
+        one_file = " With task.validation=0.1 these rows come from the training file." if split == "validation" else ""
         how_to = (
             f"Set task.data_dir=DIR or {DATA_DIR_VARIABLE}=DIR to a folder with a file {split} that ends in "
-            f"{', '.join(suffixes)}, in DIR itself or in DIR/{name}."
+            f"{', '.join(suffixes)}, in DIR itself or in DIR/{name}.{one_file}"
         )
         root, setting = find_data_folder(data_dir, how_to)
         if root is None:
             raise DataError(f"{name}: no data folder is set. {how_to}")
-        named = [path for folder in (root / name, root) for path in sorted(folder.glob("*")) if path.stem == split]
+        named = self._named(split, root)
         files = [path for path in named if path.suffix.lower() in suffixes and path.is_file()]
         if not files:
             found = f"; found {', '.join(path.name for path in named)}" if named else ""
@@ -199,11 +235,11 @@ def _with_labels(config: TaskConfig, rows: Dataset, path: Path) -> Dataset:
     features = Features({column: Value("string") for column in texts})
     features["label"] = ClassLabel(names=names) if names else Value("float32")
     columns: dict[str, Any] = {column: rows.data.column(column).cast(pyarrow.string()) for column in texts}
-    columns["label"] = read_labels(_class_names(rows, label), names, str(path), label, "task.label_names")
+    columns["label"] = read_labels(class_names(rows, label), names, str(path), label, "task.label_names")
     return to_dataset(pyarrow.table(columns, schema=features.arrow_schema))
 
 
-def _class_names(rows: Dataset, column: str) -> list[Any]:
+def class_names(rows: Dataset, column: str) -> list[Any]:
     """Returns the values of a column; the ids of a file that names its classes become these names."""
     values, names = rows[column][:], getattr(rows.features[column], "names", None)
     if names is None:
@@ -219,6 +255,15 @@ KINDS: dict[str, Kind] = {
         _classification,
         _check_classes,
         _with_labels,
+    ),
+    "multi_label": Kind(
+        ("text",),
+        LABEL_COLUMN,
+        ("micro_f1", "macro_f1", "mean_average_precision"),
+        multi_label_task,
+        lambda config: _check_classes(config) + check_multi_label(config),
+        with_label_sets,
+        keys=("label_separator", "label_columns", "thresholds"),
     ),
     "regression": Kind(("text",), "label", ("pearson", "spearmanr"), _classification, _check_no_classes, _with_labels),
     "generation": Kind(("prompt",), "completion", (), _generation, _check_no_classes, as_read, max_texts=1),

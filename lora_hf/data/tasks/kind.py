@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 
 def read_columns(config: TaskConfig, path: Path) -> Dataset:
-    """Returns the text columns and the label column of a file."""
-    return read_rows(path, (*(config.text_columns or ()), config.label_column or ""))
+    """Returns the text columns and the label column, or columns, of a file."""
+    labels = config.label_columns or (config.label_column or "",)
+    return read_rows(path, (*(config.text_columns or ()), *labels))
 
 
 def as_read(config: TaskConfig, rows: Dataset, path: Path) -> Dataset:

@@ -9,7 +9,9 @@ from lora_hf.core.errors import ConfigError, did_you_mean
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.custom import KINDS, custom_task
 from lora_hf.data.tasks.glue import GLUE, RULE_SENTIMENT
+from lora_hf.data.tasks.label_names import infer_label_names
 from lora_hf.data.tasks.nlg import NLG, RULE_RESTAURANTS
+from lora_hf.data.tasks.row_selection import TrainingRows
 
 _TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, *NLG, RULE_SENTIMENT, RULE_RESTAURANTS)}
 _TASKS_AND_ALIASES: dict[str, Task] = _TASKS | {f"glue/{task.name}": task for task in GLUE}
@@ -34,17 +36,24 @@ def task_of(config: TaskConfig) -> Task:
 
     Raises:
         ConfigError: as `get_task`; also an incomplete custom task, or one with the name of a built-in task.
+        DataError: the classes are to be inferred, and there are no training rows to infer them from.
     """
     if config.kind is None:
-        if replace(config, data_dir=None, max_length=TaskConfig.max_length) != TaskConfig(config.name):
+        general = TaskConfig(
+            config.name, config.data_dir, config.max_length, train_rows=config.train_rows, split_seed=config.split_seed
+        )
+        if config != general:
             raise ConfigError(
                 "task.text_columns, label_column, label_names, metric and what follows them describe a custom "
                 f"task; also set task.kind ({', '.join(KINDS)}), or leave them out"
             )
-        return get_task(config.name)
+        task = get_task(config.name)
+        if config.train_rows is None:
+            return task
+        return replace(task, source=TrainingRows(task.source, config.train_rows, config.split_seed, task.train_split))
     if config.name in _TASKS_AND_ALIASES:
         raise ConfigError(f"task.kind={config.kind}: {config.name} is a built-in task; give yours another task.name")
-    return custom_task(config)
+    return custom_task(infer_label_names(config))
 
 
 def task_names() -> tuple[str, ...]:

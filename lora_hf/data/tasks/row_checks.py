@@ -103,7 +103,7 @@ def read_labels(
         DataError: a value is none of these, with its row and the nearest class.
     """
     composed = [nfc(name) for name in names]
-    labels = {(type(value), str(value)): _label(value, composed) for value in values}
+    labels = {(type(value), str(value)): label_of(value, composed) for value in values}
     found = [labels[type(value), str(value)] for value in values]
     if None in found:
         row = found.index(None)
@@ -116,7 +116,8 @@ def read_labels(
     return found  # pyright: ignore[reportReturnType]: no None is left
 
 
-def _label(value: Any, names: Sequence[str]) -> float | None:
+def label_of(value: Any, names: Sequence[str]) -> float | None:
+    """Returns the id of a class or id as a file holds it, or without `names` the score; None if it is neither."""
     if value is None or value != value:  # a class may be called None or nan
         return None
     if not names:

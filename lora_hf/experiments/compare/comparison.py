@@ -157,6 +157,7 @@ def _summarize(each: Configuration, samples: Samples | None, quality: float, pri
         "curves": [run.curves for run in each.runs],
         "middle": str(each.median_run.folder),
         "confusion": _confusion(each.median_run),
+        "evaluation": each.median_run.record.evaluation.get(each.runs[0].split, {}),
         "text_scores": [
             {"seed": run.record.seed, "name": texts.name, "inputs": len(texts.texts), "metrics": texts.record.metrics}
             for run in each.runs

@@ -122,6 +122,7 @@ def _recipe(run: FinishedRun) -> dict[str, Any]:
         "precision": model["precision"],
         "group_by_prompt": train["group_by_prompt"],
         "label_smoothing": train["label_smoothing"],
+        "class_weights": train["class_weights"] or "none",
         "patience": train["patience"] or "none",
         "start_from": train["start_from"] or "nothing",
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_hf.experiments.compare.evaluation import draw_reliability
 from lora_hf.experiments.plots import draw_frontier, draw_majority, load_pyplot, save, series_style
 
 PART_COLORS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CCCCCC")
@@ -24,6 +25,7 @@ def draw_plots(task: dict[str, Any], folder: Path) -> dict[str, str]:
         "time": _time,
         "memory": _memory,
         "confusion": _confusion,
+        "reliability": draw_reliability,
     }
     files = {}
     for kind, draw in drawings.items():

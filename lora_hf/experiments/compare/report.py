@@ -10,6 +10,7 @@ from lora_hf.core.atomic_io import atomic_folder, check_output_folder
 from lora_hf.core.formatting import table
 from lora_hf.core.records import COMPARISON_FILE, ComparisonRecord
 from lora_hf.experiments.compare.disagreements import disagreement_section, texts_section
+from lora_hf.experiments.compare.evaluation import calibration_table, evaluation_sections
 from lora_hf.experiments.compare.markdown import escape, to_html
 from lora_hf.experiments.compare.plots import draw_plots, majority_of, score_of
 
@@ -109,10 +110,12 @@ def _task_sections(record: ComparisonRecord, task: dict[str, Any], plots: dict[s
         ("time", "Score and training time", ""),
         ("memory", "Peak memory by part", _memory(task)),
         ("confusion", "Confusion matrices", "Each configuration is represented by the run with the median score."),
+        ("reliability", "Calibration", calibration_table(task)),
     ):
         if kind in plots:
             yield f"### {title}\n\n![{title}, {task['task']}]({plots[kind]})"
             yield text
+    yield from evaluation_sections(task)
     yield disagreement_section(task["disagreements"])
     yield from map(texts_section, task["written"])
     yield from _text_scores(task)

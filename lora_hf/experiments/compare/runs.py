@@ -189,7 +189,7 @@ def _read_run(folder: Path, left_out: LeftOut) -> FinishedRun:
     task = get_task(record.task) if known else task_of(RunConfig.from_dict(record.config, str(file)).task)
     _check_record(record, task, file)
     run = FinishedRun(folder, record, task)
-    if isinstance(task, TextClassification):
+    if isinstance(task, TextClassification) and task.problem_type != "multi_label_classification":
         for split in task.evaluation_splits:
             with _skip_damaged(left_out, folder, "; compared without it"):
                 run.predictions[split] = _read_predictions(run, split)

@@ -34,6 +34,11 @@ FIXED = {
     "task.kind": "scores of different kinds cannot be compared",
     "task.label_column": "scores on different labels cannot be compared",
     "task.label_names": "scores on different labels cannot be compared",
+    "task.label_columns": "scores on different labels cannot be compared",
+    "task.label_separator": "scores on different labels cannot be compared",
+    "task.thresholds": "they are chosen for each run",
+    "task.validation": "scores on different rows cannot be compared",
+    "task.split_seed": "scores on different rows cannot be compared",
     "task.metric": "scores by different metrics cannot be compared",
     "generate": "decoding has no effect on the score on the development rows",
 }

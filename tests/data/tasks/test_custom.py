@@ -158,7 +158,7 @@ def test_which_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 INCOMPLETE: dict[str, tuple[dict[str, Any], str]] = {
-    "no classes": ({"label_names": None}, "task.label_names: expected two or more different classes"),
+    "no classes": ({"label_names": ()}, "task.label_names: expected two or more different classes"),
     "a class twice": ({"label_names": ("a", "b", "a")}, "found a, b, a"),
     "three texts": ({"text_columns": ("a", "b", "c")}, "task.text_columns: expected one or two columns, found a, b, c"),
     "the label as a text": ({"text_columns": ("team",)}, "task.label_column: 'team' is one of task.text_columns"),
