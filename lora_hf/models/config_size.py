@@ -23,7 +23,7 @@ def check_layers(values: Mapping[str, Any], name: str) -> None:
     Args:
         values: the content of config.json; a config of its class may already list all layers.
     """
-    for key, value in _sizes(values):
+    for key, value in _sizes(values) if isinstance(values, Mapping) else ():  # else transformers refuses it
         if "layer" in key and value > MAX_LAYERS:
             raise ModelError(f"{name}: config.json: {key}: expected at most {MAX_LAYERS} layers, found {value:,}")
 

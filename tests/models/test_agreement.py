@@ -158,7 +158,9 @@ def test_a_config_that_fits_nothing_is_one_message(tmp_path: Path, config: Any) 
     for init in ("pretrained", "random"):
         if init == "random" and "quantization_config" in (config or {}):
             continue  # there is nothing to unpack
-        with pytest.raises(ModelError, match=r"base: cannot be loaded: \S"):
+        with pytest.raises(
+            ModelError, match=r"base: (cannot be loaded: \S|config.json describes no model that can be built)"
+        ):
             load_base(ModelConfig(name=str(folder), precision="fp32", init=init), SST2)  # type: ignore[arg-type]
 
 

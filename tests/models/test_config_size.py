@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import ModelError
+from lora_hf.data.tasks.base import ModelKind
 from lora_hf.models.config_size import check_size
 from lora_hf.models.load import EMBEDDED_FOLDER, load_model
 
@@ -40,9 +41,9 @@ def test_it_is_refused_with_the_size(base: str, sizes: dict[str, Any], init: Any
     folder = Path(shutil.copytree(EMBEDDED_FOLDER / base, tmp_path / "base"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | sizes))
-    head = {"num_labels": 2} if base == "tiny-roberta" else None
+    kind: ModelKind = "sequence-classification" if base == "tiny-roberta" else "causal-lm"
     with pytest.raises(ModelError) as error:
-        load_model(ModelConfig(name=str(folder), precision="fp32", init=init), head)
+        load_model(ModelConfig(name=str(folder), precision="fp32", init=init), kind)
     assert str(folder) in str(error.value)
     assert next(iter(sizes)) in str(error.value)
 
@@ -51,7 +52,7 @@ def test_layers_that_a_config_class_lists_are_refused_first(tmp_path: Path) -> N
     config = {"model_type": "qwen2", "num_hidden_layers": HUGE, "architectures": ["Qwen2ForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"num_hidden_layers: expected at most .* found 1,000,000,000"):
-        load_model(ModelConfig(name=str(tmp_path), precision="fp32"), None)
+        load_model(ModelConfig(name=str(tmp_path), precision="fp32"), "causal-lm")
 
 
 @pytest.mark.parametrize(
