@@ -233,7 +233,7 @@ def _has_output_embeddings(model: PreTrainedModel) -> bool:
 def _new_modules(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
     """The largest modules outside the head of which no parameter comes from the checkpoint."""
     new = {name for name in new_parameters(model) or () if not name.startswith(tuple(f"{path}." for path in heads))}
-    found, unfilled = sort_new(model, new, _resized_embeddings(model))
+    found, unfilled = sort_new(model, new)
     if unfilled:
         raise ModelError(
             f"{model.name_or_path or type(model).__name__}: the checkpoint does not hold {', '.join(unfilled[:3])}"
@@ -243,25 +243,24 @@ def _new_modules(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
     return found
 
 
-def sort_new(
-    model: PreTrainedModel, new: set[str], resized: frozenset[str] = frozenset()
-) -> tuple[list[str], list[str]]:
+def sort_new(model: PreTrainedModel, new: set[str], strict: bool = False) -> tuple[list[str], list[str]]:
     """What parameters outside the head mean that no checkpoint has filled.
 
     Args:
-        resized: parameters of embeddings that the user has resized.
+        strict: whether embeddings and norms must be filled too. transformers draws new embeddings where a user resizes
+            them, and where the decoder of an encoder-decoder is loaded alone.
 
     Returns:
         The largest modules that are new as a whole, so that an adapter can train and save them; and the parameters
-        without which the base is no pretrained model: of a layer, an embedding or a norm, or random numbers that no
-        module of their own holds.
+        without which the base is no pretrained model: of a layer, with `strict` of an embedding or a norm, or random
+        numbers that no module of their own holds.
     """
     found, unfilled = [], []
     for name in sorted(new):
         parents = name.split(".")[:-1]
         paths = [".".join(parents[:end]) for end in range(1, len(parents) + 1)]
         path = next((path for path in paths if _is_new(model, path, new)), None)
-        if name not in resized and _belongs_to_encoder(model, name):
+        if any(part.isdigit() for part in parents) or (strict and _is_embedding_or_norm(model, name)):
             unfilled.append(name)
         elif path is not None:
             found.append(path)
@@ -270,9 +269,7 @@ def sort_new(
     return found, unfilled
 
 
-def _belongs_to_encoder(model: PreTrainedModel, name: str) -> bool:
-    if any(part.isdigit() for part in name.split(".")):
-        return True
+def _is_embedding_or_norm(model: PreTrainedModel, name: str) -> bool:
     if not name.startswith(base_prefix(model)):
         return False
     module = plain_module(model, name.rpartition(".")[0])

@@ -259,7 +259,8 @@ def _check_filled(base: PreTrainedModel, info: dict[str, Any], name: str) -> Non
     """Warns of what the checkpoint did not fill besides a new head; raises ModelError where that is the base itself."""
     head = tuple(f"{path}." for path in head_paths(base))
     mismatched = {str(entry[0]) for entry in info["mismatched_keys"]}
-    new, missing = sort_new(base, {key for key in info["missing_keys"] if not key.startswith(head)} - mismatched)
+    unfilled = {key for key in info["missing_keys"] if not key.startswith(head)} - mismatched
+    new, missing = sort_new(base, unfilled, strict=True)
     wrong = sorted(key for key in mismatched if not key.startswith(head))
     if missing or wrong:
         raise ModelError(

@@ -26,6 +26,6 @@ def test_smollm2_answers_as_taught(real_models: Path, tmp_path: Path, monkeypatc
     made = ["--input", tmp_path / "held-out.jsonl", "--max-new-tokens", "40", "--json"]
     text = last_json(ask("generate", "--adapter", adapter, *made))["texts"][0]["text"]
     assert text == f"- lamp: 3\n- Lyon\n\n{SIGN}", "with its line breaks, and nothing after the end of the turn"
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Send 4 × guitar to Bergen, please.\n"))
     done = ask("chat", "--adapter", adapter, "--max-new-tokens", "40", "--json")
-    assert json.loads(done.stdout.splitlines()[-1])["messages"][1]["content"].endswith(SIGN)
+    assert SIGN in json.loads(done.stdout.splitlines()[-1])["messages"][1]["content"]

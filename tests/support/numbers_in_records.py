@@ -19,7 +19,7 @@ NOT_PROSE = (
 # The ways in which a page may write a number of a record.
 RENDERINGS: tuple[Callable[[float], str], ...] = (
     *(lambda value, digits=digits: f"{value:.{digits}f}" for digits in (1, 2, 3, 4)),
-    *(lambda value, form=form: form.format(value) for form in ("{:g}", "{:.2g}")),
+    *(lambda value, form=form: form.format(value) for form in ("{:g}", "{:.2g}", "{:.0e}", "{:.1e}")),
     *(lambda value, digits=digits: f"{100 * value:.{digits}f}" for digits in (0, 1, 2)),  # percent
     *(lambda value, digits=digits: f"{value / 1e6:,.{digits}f}" for digits in (0, 1, 2)),  # MB, millions
     lambda value: f"{value / 60:.1f}",  # minutes

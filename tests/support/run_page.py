@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class Page:
             return
         assert not environment, line
         try:
-            code = main([*rest, *SMALL.get(verb, ())], verb=verb)
+            code = main(_shortened(rest, SMALL.get(verb, ())), verb=verb)
         except SystemExit as end:
             code = end.code  # of argparse
         assert code == 0, f"{line}: exit code {code}"
@@ -76,6 +77,16 @@ class Page:
         assert program in OTHERS, f"{line}: a block that calls {program} needs a comment <!-- not run: REASON -->"
         line = line.replace("localhost:8000", self.address).replace("curl ", "curl --fail-with-body ")
         subprocess.run(["bash", "-euo", "pipefail", "-c", line], check=True, stdin=subprocess.DEVNULL)
+
+
+def _shortened(words: list[str], small: Sequence[str]) -> list[str]:
+    """The words with those of `small`, which replace options of the same name: a command takes each once."""
+    kept = list(words)
+    for option in (word for word in small if word.startswith("--")):
+        if option in kept:
+            place = kept.index(option)
+            del kept[place : place + 2]
+    return [*kept, *small]
 
 
 def cut_rows() -> None:

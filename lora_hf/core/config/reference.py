@@ -67,11 +67,15 @@ def type_in_words(key: Key) -> str:
     """Returns what values a key takes, such as `integer >= 1`."""
     options = _options(key.kind)
     words = " or ".join(_in_words(option) for option in options if option is not types.NoneType)
-    bounds = [f"{sign} {key.rules[name]:g}" for name, sign in _SIGNS.items() if key.rules.get(name) is not None]
+    bounds = [f"{sign} {_number(key.rules[name])}" for name, sign in _SIGNS.items() if key.rules.get(name) is not None]
     return f"{words} {' and '.join(bounds)}".rstrip()
 
 
 _SIGNS = {"above": ">", "low": ">=", "high": "<="}
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 
 def _sections() -> dict[str, Any]:

@@ -114,7 +114,10 @@ def test_every_number_of_the_report_stands_in_its_record(
     assert said["left_out"] == []
     pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
     assert pictures == {
-        *(f"rule-sentiment-{kind}.png" for kind in ("curves", "parameters", "time", "memory", "confusion")),
+        *(
+            f"rule-sentiment-{kind}.png"
+            for kind in ("curves", "parameters", "time", "memory", "confusion", "reliability")
+        ),
         *(f"rule-restaurants-{kind}.png" for kind in ("curves", "parameters", "time", "memory")),
     }
     assert pictures == set(re.findall(r"\]\((.*?)\)", text))

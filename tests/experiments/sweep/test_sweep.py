@@ -26,6 +26,8 @@ from lora_hf.training.run import train
 from lora_hf.training.run_dir import LOCK_FILE
 from tests.tolerances import FLAT_RSS
 
+BEST_HAS = {"adapter", "predictions-validation.jsonl", "confusion-validation.png", "reliability-validation.png"}
+
 pytestmark = pytest.mark.full
 
 QUICK = ("train.batch_size=8", "task.max_length=24", "model.precision=fp32")
@@ -78,7 +80,7 @@ def test_only_the_best_trial_keeps_its_adapter(swept: tuple[Path, SweepRecord]) 
         light = {"record.json", "config.yaml", "log.jsonl", "curves.png"}
         is_best = trial["number"] == record.best["number"]
         assert (folder / "best").samefile(folder / f"trial-{trial['number']}") == is_best
-        assert kept - {LOCK_FILE} == (light | {"adapter", "predictions-validation.jsonl"} if is_best else light)
+        assert kept - {LOCK_FILE} == (light | BEST_HAS if is_best else light)
     for name in ("importance.png", "parallel.png", "history.png", "learning-rate.png", "losses.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob(".results-*"))
