@@ -212,6 +212,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "lr-find": lr_find,
     "serving": serving_tables.serving,
     "restarts": serving_tables.restarts,
+    "streamed-texts": serving_tables.streamed_texts,
+    "text-forms": serving_tables.text_forms,
     "quantised": speed_tables.quantised,
     "answers-in": speed_tables.answers_in,
     "suite": from_results(suite_tables.scores),

@@ -51,8 +51,18 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16", "int8"],
-        help="of a classifier; default: that of the run; int8 merges the adapter and quantizes, on the CPU",
+        help="of the base; default: that of the run; int8 merges a classifier's adapter and quantizes, on the CPU",
     )
+
+
+def add_exact(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--exact", action="store_true", help="run in fp32, with packed projections unpacked")
+
+
+def check_exact(options: argparse.Namespace) -> None:
+    """Raises a ConfigError for `--exact` with a precision that is not exact."""
+    if options.exact and options.precision not in (None, "fp32"):
+        raise ConfigError(f"--exact runs in fp32; leave --precision {options.precision} out")
 
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:

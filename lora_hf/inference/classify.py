@@ -22,6 +22,7 @@ from lora_hf.lora.multi_adapter import mix_adapters
 from lora_hf.lora.precision import flush_denormals
 from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.models.align import align_tokenizer, check_tokens, padding_side
+from lora_hf.models.load import dequantise
 from lora_hf.models.tokenizer_identity import tokenizer_identity
 
 Progress = Any  # a callable that wraps an iterable, such as tqdm
@@ -41,13 +42,17 @@ class Predictor:
         self.max_length = min(self.max_length, self.tokenizer.model_max_length)
 
     @classmethod
-    def load(cls, saved: SavedModel, precision: str | None = None) -> Predictor:
+    def load(cls, saved: SavedModel, precision: str | None = None, exact: bool = False) -> Predictor:
         """Loads an adapter on its base, or a full model, as `load_saved_model`; by default in the run's precision.
+
+        With `exact` it runs in fp32, with packed projections unpacked.
 
         Raises:
             AdapterError, ModelError, HubError: as `load_saved_model`.
         """
-        model, tokenizer = load_saved_model(saved, precision or saved.model.precision)
+        model, tokenizer = load_saved_model(saved, "fp32" if exact else precision or saved.model.precision)
+        if exact:
+            dequantise(model)
         enable_unpadding(model)
         return cls(model, tokenizer, saved.task, saved.max_length)
 

@@ -29,13 +29,13 @@ from lora_hf.adapters.resolve import SavedModel
 from lora_hf.adapters.save_load import load_saved_model
 from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.config.schema import GenerateConfig
-from lora_hf.core.errors import AdapterError, ConfigError, TrainingError
+from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import ScoreRecord
 from lora_hf.data.metrics.nlg import NlgMetric
 from lora_hf.data.tasks.generation import Example, TextGeneration, one_line
 from lora_hf.data.tasks.user_texts import honored_tokens, warn_honored_tokens
-from lora_hf.lora.inject import merge
+from lora_hf.lora.inject import merge as add_to_base
 from lora_hf.lora.precision import flush_denormals
 from lora_hf.models.align import check_tokens
 from lora_hf.models.load import dequantise
@@ -64,21 +64,32 @@ class Generator:
     max_length: int
 
     @classmethod
-    def load(cls, saved: SavedModel, adapted: bool = True) -> Generator:
-        """Loads an adapter merged into its base, or a full model; with `adapted=False` the base alone.
+    def load(
+        cls,
+        saved: SavedModel,
+        adapted: bool = True,
+        precision: str | None = None,
+        exact: bool = False,
+        merge: bool = False,
+    ) -> Generator:
+        """Loads an adapter beside its base, or a full model; with `adapted=False` the base alone.
 
-        The precision is always fp32: beam search depends on small differences, and in bf16 the text of a row would
-        depend on the other rows of its batch.
+        Args:
+            precision: of the base, as in a config; default: that of the run. Projections that the run packed in int8
+                or nf4 stay packed.
+            exact: run in fp32, with packed projections unpacked. Otherwise the text of a row may depend on the other
+                rows of its batch, as sums round differently.
+            merge: add the adapter to the weights of the base: faster, but another copy of each of them.
 
         Raises:
             AdapterError, ModelError, HubError: as `load_saved_model`.
+            AdapterError: the adapter cannot be merged.
         """
-        model, tokenizer = load_saved_model(saved, "fp32", adapted)
-        dequantise(model)  # merging into a quantized base would round the adapter away
-        try:
-            merge(model)
-        except AdapterError as error:  # it is only faster
-            logger.info("generating with the adapter beside its base: %s", error)
+        model, tokenizer = load_saved_model(saved, "fp32" if exact else precision or saved.model.precision, adapted)
+        if exact:
+            dequantise(model)
+        if merge:
+            add_to_base(model)
         return cls(model, tokenizer, saved.task, text_limit(model, saved.max_length))  # type: ignore[arg-type]
 
     def generate(self, contexts: Sequence[str], decoding: GenerateConfig) -> Iterator[GeneratedText]:
@@ -156,12 +167,7 @@ class Generator:
 
     @property
     def _end_tokens(self) -> list[int]:
-        """The tokenizer's end token and those of the base: chat models also end a turn with one of their own."""
-        sources = (self.tokenizer, self.model.generation_config, self.model.config)
-        found = [getattr(source, "eos_token_id", None) for source in sources]
-        ids = [token for each in found for token in (each if isinstance(each, list) else [each])]
-        ids += self.task.end_tokens(self.tokenizer)
-        return list(dict.fromkeys(token for token in ids if token is not None))
+        return [*end_tokens(self.model, self.tokenizer), *self.task.end_tokens(self.tokenizer)]
 
     def _lengths(self, tokens: torch.Tensor) -> torch.Tensor:
         """The number of tokens of each row `(batch,)`, end-of-text token included."""
@@ -227,6 +233,14 @@ class _Streamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
             self.on_text(text)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's end token and those of the base: chat models also end a turn with one of their own."""
+    sources = (tokenizer, model.generation_config, model.config)
+    found = [getattr(source, "eos_token_id", None) for source in sources]
+    ids = [token for each in found for token in (each if isinstance(each, list) else [each])]
+    return list(dict.fromkeys(token for token in ids if token is not None))
 
 
 class FiniteLogits(LogitsProcessor):

@@ -5,38 +5,36 @@
 import asyncio
 import contextlib
 import json
-import os
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from lora_hf.core.errors import UserError
 from lora_hf.core.records import RUN_CONFIG_FILE
-from lora_hf.models.model_ids import base_name
-from lora_hf.serving.engine import CHUNK, Engine
-from lora_hf.serving.limits import ClosingError, DeadlinePassedError, RefusalError, UnknownAdapterError, error_body
-from lora_hf.serving.metrics import Metrics
-from lora_hf.serving.middleware import JSON, AccessMiddleware, FastPathMiddleware
-from lora_hf.serving.requests import AdapterVersion
+from lora_hf.serving.answers import STREAM, Stream, answer_of, problem_of
+from lora_hf.serving.client import EngineClient, Pending
+from lora_hf.serving.limits import ClosingError, RefusalError, error_body
+from lora_hf.serving.middleware import JSON, AccessMiddleware
+from lora_hf.serving.openai import PATHS, add_openai
 from lora_hf.serving.schema import Adapter, Adapters, ClassifyAnswer, Failure, GenerateAnswer, Load, bodies
+from lora_hf.serving.wire import InternalError
 
 HTTP_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
 LIMIT_ERRORS = ("too_long", "string_too_long", "less_than_equal")  # pydantic's types for a value above a limit
-CLASSIFY, PLAYGROUND = "/v1/classify", "/playground"
-DISCONNECT_CHECK = 0.2  # seconds: asking whether the client is still there costs more than a faster answer
-BROKEN_ADAPTER = "broken_adapter"
-INTERNAL_ERROR = "the server failed to answer this request; see its log"
+CLASSIFY, PAGE = "/v1/classify", Path(__file__).with_name("page.html")
+# The page runs its own script and asks its own server, and nothing else.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
+)
 JSON_HINT = f"send a JSON object with the header 'content-type: {JSON}'; see /docs for examples"
 
 
@@ -60,150 +58,111 @@ class ServerState:
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
-def build_app(
-    engine: Engine, state: ServerState, metrics: Metrics, lifespan: Lifespan | None = None, playground: bool = False
-) -> FastAPI:
-    """Builds the application; `engine` may still be loading adapters until `state.ready` is set."""
+def build_app(client: EngineClient, state: ServerState, lifespan: Lifespan | None = None) -> FastAPI:
+    """Builds the application; the engine may still be loading adapters until `state.ready` is set."""
     errors = (400, 401, 403, 404, 405, 413, 415, 422, 431, 500, 503, 504)
     app = FastAPIOffline(
         redoc_url=None,
         title="lora_hf",
-        description="Many LoRA adapters on one base. Every error is `{error: {code, message}}`.",
-        lifespan=lifespan,
+        description="Many LoRA adapters on one base, also for clients of OpenAI's API. All errors have OpenAI's form.",
+        lifespan=lifespan or connected(client),
         responses={status: {"model": Failure} for status in errors},
-    )
-    ClassifyBody, GenerateBody = bodies(engine.limits)
-
-    app.add_middleware(
-        FastPathMiddleware,
-        path=CLASSIFY,
-        model=ClassifyBody,
-        answer=partial(_classify, engine),
-        error_response=partial(_error_response, state),
     )
     app.add_middleware(
         AccessMiddleware,
         token=state.token,
-        limits=engine.limits,
-        metrics=metrics,
+        limits=client.limits,
+        metrics=client.metrics,
         hosts=state.hosts,
-        playground=PLAYGROUND if playground else None,
+        page="/",
     )
     _add_error_handlers(app, state)
-    _add_inference(app, engine, ClassifyBody, GenerateBody)
-    _add_adapters(app, engine, state)
-    _add_health(app, engine, state, metrics)
+    _add_inference(app, client)
+    add_openai(app, client)
+    _add_adapters(app, client, state)
+    _add_health(app, client, state)
 
     @app.get("/", include_in_schema=False)
-    async def front() -> Response:
-        return RedirectResponse(PLAYGROUND if playground else "/docs")
+    async def page() -> Response:
+        return FileResponse(PAGE, headers={"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"})
 
-    if playground:
-        os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it on import
-        from lora_hf.serving.playground import mount
-
-        mount(app, engine, state.token, PLAYGROUND)
     return app
 
 
-def _add_inference(app: FastAPI, engine: Engine, ClassifyBody: Any, GenerateBody: Any) -> None:
+def connected(client: EngineClient) -> Lifespan:
+    """Connects to the engine for the life of the application."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await client.connect()
+        yield
+        client.disconnect()
+
+    return lifespan
+
+
+def _add_inference(app: FastAPI, client: EngineClient) -> None:
+    ClassifyBody, GenerateBody = bodies(client.limits)
+
     @app.post(CLASSIFY, response_model=ClassifyAnswer)
     async def classify(http: Request, body: ClassifyBody) -> Any:  # type: ignore[valid-type]
         """Classifies texts, or pairs of texts: a label and the probability of each, or a score for regression."""
-        return JSONResponse(await _classify(engine, body, http.receive))
+        size = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in body.inputs)
+        pending = client.submit("classify", body.model_dump(), size)
+        return JSONResponse(await answer_of(http.receive, pending))
 
-    @app.post(
-        "/v1/generate",
-        response_model=GenerateAnswer,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
-    )
+    @app.post("/v1/generate", response_model=GenerateAnswer, responses=STREAM)
     async def generate(http: Request, body: GenerateBody) -> Any:  # type: ignore[valid-type]
         """Generates a text for a prompt; `stream` sends it piece by piece."""
         decoding = body.model_dump(exclude_none=True)  # type: ignore[attr-defined]
-        stream, deadline = decoding.pop("stream"), decoding.pop("deadline", None)
-        adapter, prompt = decoding.pop("adapter"), decoding.pop("prompt")
-        pieces: asyncio.Queue[str | None] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def put(piece: str | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-        request = engine.submit_generate(adapter, prompt, decoding, deadline, on_text=put if stream else None)
-        if not stream:
-            return JSONResponse(asdict(await _result(http.receive, request)))
-        request.future.add_done_callback(lambda _: put(None))
+        arguments = {name: decoding.pop(name, None) for name in ("adapter", "prompt", "deadline", "stream")}
+        arguments["decoding"] = decoding
+        stream = Stream() if arguments["stream"] else None
+        pending = client.submit("generate", arguments, len(body.prompt), stream and stream.source(0))
+        if stream is None:
+            return JSONResponse(_generated(await answer_of(http.receive, pending)))
+        stream.watch([pending])
+        await stream.accepted([pending])
         return StreamingResponse(
-            _events(request, pieces), media_type="text/event-stream", headers={"cache-control": "no-store"}
+            _events(pending, stream), media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
 
 
-async def _classify(engine: Engine, body: Any, receive: Any) -> dict[str, Any]:
-    arguments = (body.adapter, body.inputs, body.deadline)
-    # Tokenizing a few texts takes less time than handing them to another thread.
-    short = all(isinstance(text, str) for text in body.inputs) and sum(map(len, body.inputs)) <= CHUNK
-    submit = engine.submit_classify
-    request = submit(*arguments) if short else await run_in_threadpool(submit, *arguments)
-    result = await _result(receive, request)
-    answer = {"adapter": result.adapter, "version": result.version, "answers": result.answers}
-    return {**answer, "truncated": result.truncated}
+def _generated(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: result[name] for name in GenerateAnswer.model_fields}
 
 
-async def _result(receive: Any, request: Any) -> Any:
-    """The result of a request, which is dropped if its client disconnects or its deadline passes."""
-    future: Any = asyncio.wrap_future(request.future)
-    disconnect = None
+async def _events(pending: Pending, stream: Stream) -> AsyncIterator[bytes]:
+    """The server-sent events of a streamed text."""
     try:
-        await asyncio.wait([future], timeout=min(DISCONNECT_CHECK, _seconds_left(request)))
-        if not future.done():
-            disconnect = asyncio.ensure_future(receive())
-            timeout = _seconds_left(request)
-            await asyncio.wait({future, disconnect}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if future.done():
-            return future.result()
-        raise DeadlinePassedError
+        async for _, piece in stream.pieces([pending]):
+            if piece is not None:
+                yield _event("text", {"text": piece["text"]})
+        yield _event("done", _generated(pending.future.result()))
+    except (asyncio.CancelledError, GeneratorExit):
+        raise
+    except Exception as error:  # noqa: BLE001 - the response has begun
+        yield _event("error", problem_of(error))
     finally:
-        if disconnect is not None:
-            disconnect.cancel()
-        future.cancel()
-
-
-def _seconds_left(request: Any) -> float:
-    return max(0.0, request.deadline - time.monotonic())
-
-
-async def _events(request: Any, pieces: "asyncio.Queue[str | None]") -> AsyncIterator[bytes]:
-    """The server-sent events of a streamed text; None in `pieces` ends it."""
-    try:
-        while (piece := await asyncio.wait_for(pieces.get(), _seconds_left(request))) is not None:
-            yield _event("text", {"text": piece})
-        if not request.future.cancelled():
-            yield _event("done", asdict(request.future.result()))
-    except (asyncio.TimeoutError, UserError) as reason:
-        error = reason if isinstance(reason, UserError) else DeadlinePassedError()
-        yield _event("error", error_body(getattr(error, "code", BROKEN_ADAPTER), str(error)))
-    except Exception:  # noqa: BLE001 - the worker has logged it
-        yield _event("error", error_body("internal", INTERNAL_ERROR))
-    finally:
-        request.future.cancel()  # stops generating if the client is gone
+        pending.drop()  # stops generating if the client is gone
 
 
 def _event(name: str, value: Any) -> bytes:
     return f"event: {name}\ndata: {json.dumps(value)}\n\n".encode()
 
 
-def _add_adapters(app: FastAPI, engine: Engine, state: ServerState) -> None:
+def _add_adapters(app: FastAPI, client: EngineClient, state: ServerState) -> None:
     @app.get("/v1/adapters", response_model=Adapters)
     async def adapters() -> Any:
         """Lists the adapters served."""
-        return {"adapters": [_describe(version) for version in engine.adapters()]}
+        return {"adapters": client.adapters}
 
     @app.put("/v1/adapters/{name}", response_model=Adapter)
     async def load(name: str, body: Load) -> Any:
         """Loads an adapter, or replaces the one of that name, without interrupting the others."""
-        folder = _resolve_below_root(state, body.folder)
+        folder = await asyncio.to_thread(_resolve_below_root, state, body.folder)
         try:
-            return _describe(await run_in_threadpool(engine.load, name, folder, None, False))
+            return await client.call("load", name=name, adapter=str(folder), new_base=False)
         except RefusalError:
             raise
         except UserError as error:
@@ -215,20 +174,7 @@ def _add_adapters(app: FastAPI, engine: Engine, state: ServerState) -> None:
     async def remove(name: str) -> Any:
         """Removes an adapter, but answers the requests it has accepted."""
         _adapter_root(state)
-        return _describe(await run_in_threadpool(engine.remove, name))
-
-
-def _describe(version: AdapterVersion) -> Adapter:
-    task, base = version.saved.task, version.saved.model.name
-    return Adapter(
-        name=version.name,
-        version=version.digest,
-        base=base_name(base) if Path(base).is_dir() else base,
-        task=task.name,
-        kind=version.kind,
-        labels=list(task.label_names),
-        reads=list(task.text_columns) if task.verb == "predict" else ["prompt"],
-    )
+        return await client.call("remove", name=name)
 
 
 def _adapter_root(state: ServerState) -> Path:
@@ -253,7 +199,7 @@ def _resolve_below_root(state: ServerState, folder: str) -> Path:
     return path
 
 
-def _add_health(app: FastAPI, engine: Engine, state: ServerState, metrics: Metrics) -> None:
+def _add_health(app: FastAPI, client: EngineClient, state: ServerState) -> None:
     @app.get("/healthz")
     async def health() -> dict[str, str]:
         """Returns 200 while the process is alive."""
@@ -271,14 +217,19 @@ def _add_health(app: FastAPI, engine: Engine, state: ServerState, metrics: Metri
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def prometheus() -> Response:
         """Returns metrics for Prometheus."""
-        page = metrics.page(engine.waiting(), len(engine.adapters()))
+        waiting = await client.call("waiting", size=0) if state.ready else {}
+        page = client.metrics.page(waiting, len(client.adapters))
         return Response(page, media_type="text/plain; version=0.0.4")
 
 
 def _add_error_handlers(app: FastAPI, state: ServerState) -> None:
     @app.exception_handler(UserError)
-    async def user_error(_: Request, error: UserError) -> Response:
-        return _error_response(state, error)
+    async def user_error(http: Request, error: UserError) -> Response:
+        if isinstance(error, RefusalError) and error.code == "unknown_adapter" and not state.ready:
+            error = _not_ready()
+        body = problem_of(error)
+        headers = {"retry-after": str(error.retry_after)} if getattr(error, "status", 500) == 503 else None  # type: ignore[attr-defined]
+        return _response(http, getattr(error, "status", 500), body, headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Request, error: RequestValidationError) -> Response:
@@ -286,38 +237,43 @@ def _add_error_handlers(app: FastAPI, state: ServerState) -> None:
         first = problems[0]
         if first["type"] == "json_invalid":
             reason = f"{first.get('ctx', {}).get('error', 'not JSON')} at character {first['loc'][-1]}"
-            return _failure(400, "malformed_json", f"the body is not JSON: {reason}; {JSON_HINT}")
+            return _failure(http, 400, "malformed_json", f"the body is not JSON: {reason}; {JSON_HINT}")
         content_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
         if http.method in ("POST", "PUT") and content_type != JSON:
             message = f"the body's content-type is {content_type!r}; {JSON_HINT}"
-            return _failure(415, "unsupported_media_type", message)
-        message = "; ".join(f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {each['msg']}" for each in problems[:5])
-        if all(each["type"] in LIMIT_ERRORS for each in problems):
-            return _failure(413, "too_large", message)
-        return _failure(422, "invalid_request", message)
+            return _failure(http, 415, "unsupported_media_type", message)
+        fields = [".".join(map(str, each["loc"][1:])) for each in problems]
+        message = "; ".join(
+            f"{field or 'body'}: {each['msg']}" for field, each in zip(fields[:5], problems[:5], strict=True)
+        )
+        too_large = all(each["type"] in LIMIT_ERRORS for each in problems)
+        status, code = (413, "too_large") if too_large else (422, "invalid_request")
+        return _failure(http, status, code, message, param=fields[0].partition(".")[0] or None)
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
+    async def http_error(http: Request, error: HTTPException) -> Response:
         code = HTTP_CODES.get(error.status_code, "refused")
-        return _failure(error.status_code, code, str(error.detail), dict(error.headers or {}))
+        return _failure(http, error.status_code, code, str(error.detail), dict(error.headers or {}))
 
+    @app.exception_handler(InternalError)
     @app.exception_handler(Exception)
-    async def internal_error(_: Request, error: Exception) -> Response:
-        return _failure(500, "internal", INTERNAL_ERROR)
-
-
-def _error_response(state: ServerState, error: UserError) -> Response:
-    if not isinstance(error, RefusalError):
-        return _failure(500, BROKEN_ADAPTER, str(error))
-    if isinstance(error, UnknownAdapterError) and not state.ready:
-        error = _not_ready()
-    headers = {"retry-after": str(error.retry_after)} if error.status == 503 else None
-    return _failure(error.status, error.code, str(error), headers)
+    async def internal_error(http: Request, error: Exception) -> Response:
+        return _response(http, 500, problem_of(error))
 
 
 def _not_ready() -> RefusalError:
     return RefusalError("the server is loading its adapters", "loading", 503)
 
 
-def _failure(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(error_body(code, message), status, headers)
+def _failure(
+    http: Request, status: int, code: str, message: str, headers: dict[str, str] | None = None, param: str | None = None
+) -> JSONResponse:
+    return _response(http, status, error_body(code, message, status, param), headers)
+
+
+def _response(http: Request, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> JSONResponse:
+    if http.url.path in PATHS:  # with OpenAI's status and code
+        status = 400 if status in (413, 422) else status
+        if body["error"]["code"] == "unknown_adapter":
+            body = {"error": {**body["error"], "code": "model_not_found", "param": "model"}}
+    return JSONResponse(body, status, headers)

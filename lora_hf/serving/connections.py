@@ -128,7 +128,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Sends an error in the form of the application's, unless an answer has begun, and closes the connection."""
-        body = json.dumps(error_body(code, message)).encode()
+        body = json.dumps(error_body(code, message, status)).encode()
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[status] + head + body)

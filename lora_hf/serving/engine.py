@@ -7,34 +7,37 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from lora_hf.adapters.resolve import SavedModel, find_saved_model
 from lora_hf.adapters.save_load import load_saved_model
-from lora_hf.core.config.fields import build_section
-from lora_hf.core.config.schema import GenerateConfig
-from lora_hf.core.errors import AdapterError, DataError, did_you_mean
-from lora_hf.data.tasks.generation import TextGeneration
+from lora_hf.core.errors import AdapterError, did_you_mean
 from lora_hf.inference.classify import model_inputs
-from lora_hf.inference.generate import prompt_limit, resolve_decoding, text_limit
+from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.lora.unpadding import enable_unpadding
-from lora_hf.models.align import check_tokens
-from lora_hf.models.load import dequantise
+from lora_hf.models.load import dequantise, load_tokenizer
 from lora_hf.serving.classify_worker import ClassifyWorker
 from lora_hf.serving.generate_worker import GenerateWorker
+from lora_hf.serving.inputs import (
+    Prompt,
+    Text,
+    can_embed,
+    check_rows,
+    decoding_settings,
+    encode_prompt,
+    encode_rows,
+    encode_texts,
+    has_template,
+)
 from lora_hf.serving.limits import (
     BadInputError,
     ClosingError,
     DeadlinePassedError,
     Limits,
-    TooLargeError,
     UnknownAdapterError,
     WrongKindError,
 )
@@ -42,17 +45,17 @@ from lora_hf.serving.requests import (
     AdapterVersion,
     ClassifyRequest,
     ClassifyResult,
+    EmbedRequest,
     GenerateRequest,
     GenerateResult,
+    Observer,
+    Piece,
     Request,
     digest_of,
 )
-from lora_hf.serving.worker import RNG_LOCK, SHUTTING_DOWN, Observer, Worker
+from lora_hf.serving.worker import RNG_LOCK, SHUTTING_DOWN, Worker
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
-CHUNK = 16_384  # characters to tokenize at a time, so that a long request does not block short ones
-
-Text = str | Sequence[str]  # one text, or the texts of a task that reads two
 
 
 class Engine:
@@ -62,9 +65,11 @@ class Engine:
     adapter is replaced meanwhile; the result names that version.
 
     Args:
-        precision: of classification bases, as in a config; default: that of the run of a base's first adapter.
-            Generation always runs in fp32, as `Generator` does.
+        precision: of the bases, as in a config; default: that of the run of a base's first adapter. Projections that
+            this run packed in int8 or nf4 stay packed.
         model: where the base of all adapters is now, a folder or a hub id; by default where each adapter says.
+        exact: run in fp32, with packed projections unpacked.
+        merge: merge an adapter into its base while no other one is on it: faster, but another copy of the weights.
     """
 
     def __init__(
@@ -73,8 +78,11 @@ class Engine:
         precision: str | None = None,
         observer: Observer | None = None,
         model: str | None = None,
+        exact: bool = False,
+        merge: bool = False,
     ) -> None:
-        self.limits, self.precision, self._model = limits or Limits(), precision, model
+        self.limits, self._model = limits or Limits(), model
+        self.precision, self.exact, self.merge = "fp32" if exact else precision, exact, merge
         self._observer = observer or Observer()
         self._lock = threading.Lock()
         self._loading = threading.Lock()
@@ -183,49 +191,80 @@ class Engine:
             UnknownAdapterError, WrongKindError, BadInputError, TooLargeError: the request is invalid.
             QueueFullError, ClosingError: the server cannot take it now.
         """
-        with self._acquired(adapter, ClassifyWorker.verb) as (version, worker):
-            columns = self._columns(version, inputs)
-            encoded, truncated = self._encode(version, worker, columns)
+        with self._acquired(adapter, ClassifyWorker) as (version, worker, bare):
+            if bare:
+                raise WrongKindError(f"{adapter} is a base, which has no trained head; ask one of its adapters")
+            columns = check_rows(version, inputs, self.limits)
+            encoded, truncated = encode_rows(version, worker, columns)
             entries = model_inputs(encoded, worker.request_tokenizer)
             request = ClassifyRequest(
                 version, self._deadline(deadline), rows=columns, encoded=encoded, inputs=entries, truncated=truncated
             )
             return self._submit(request, worker)
 
+    def submit_embed(self, model: str, inputs: Sequence[str], deadline: float | None = None) -> Request:
+        """As `submit_classify`; the `future` gets an `EmbedResult`, with a vector for each text.
+
+        Args:
+            model: an adapter on an encoder, or the name of such a base, which then runs alone.
+        """
+        with self._acquired(model, ClassifyWorker, embeds=True) as (version, worker, bare):
+            if not can_embed(worker.model):
+                kind = worker.model.config.model_type
+                raise WrongKindError(f"{model}: {kind} reads from left to right; expected an adapter of an encoder")
+            entries = encode_texts(version, worker, inputs, self.limits)
+            return self._submit(EmbedRequest(version, self._deadline(deadline), inputs=entries, bare=bare), worker)
+
     def submit_generate(
         self,
         adapter: str,
-        prompt: str,
+        prompt: Prompt,
         decoding: Mapping[str, Any] | None = None,
         deadline: float | None = None,
         bare: bool = False,
-        on_text: Callable[[str], None] | None = None,
+        on_text: Callable[[Piece], None] | None = None,
+        stop: Sequence[str] = (),
+        top_logprobs: int | None = None,
+        fit: bool = False,
     ) -> Request:
         """Tokenizes in this thread and queues a request, whose cancellable `future` gets a `GenerateResult`.
 
         Args:
+            adapter: its name, or that of a base, which then runs alone.
+            prompt: a text, in the form of the adapter's task; chat messages with `role` and `content`; or tokens.
             decoding: fields of `GenerateConfig` that override those of the adapter's run. `temperature`, `top_p` or
-                `top_k` turn on sampling.
+                `top_k` turn on sampling; a temperature of 0 turns it off.
             deadline: as for `submit_classify`.
             bare: generate with the base alone, without the adapter.
             on_text: called with each new piece of text in the engine's thread; never under beam search.
+            stop: strings that end the text, which does not contain them.
+            top_logprobs: record the log-probability of each token and of so many of the most probable ones.
+            fit: generate fewer tokens if the prompt leaves no space for `max_new_tokens`.
 
         Raises:
             RefusalError: as `submit_classify`.
         """
-        with self._acquired(adapter, GenerateWorker.verb) as (version, worker):
-            self._check_text(prompt, "prompt")
-            settings = self._settings(version.saved, decoding or {}, worker.model)
-            task: TextGeneration = version.saved.task  # type: ignore[assignment]
-            limit = prompt_limit(worker.model, text_limit(worker.model, version.saved.max_length), settings)
-            try:
-                context = task.context(prompt)
-                with worker.tokenizer_lock:
-                    tokens = task.prompts([context], worker.request_tokenizer, limit)[0]
-                    check_tokens(task, [tokens], worker.request_tokenizer, worker.model)
-            except DataError as error:
-                raise BadInputError(str(error)) from error
-            request = GenerateRequest(version, self._deadline(deadline), Future(), tokens, settings, bare, on_text)
+        with self._acquired(adapter, GenerateWorker) as (version, worker, is_base):
+            settings = decoding_settings(version.saved, decoding or {}, self.limits, worker.model)
+            if settings.num_beams > 1 and (stop or top_logprobs is not None):
+                raise BadInputError("num_beams: expected 1 with stop strings or log-probabilities")
+            if top_logprobs is not None and worker.model.config.is_encoder_decoder:
+                raise BadInputError("logprobs: not available for an encoder-decoder")
+            encoded = encode_prompt(
+                version, worker, prompt, replace(settings, max_new_tokens=1) if fit else settings, self.limits, is_base
+            )
+            request = GenerateRequest(
+                version,
+                self._deadline(deadline),
+                prompt=encoded.tokens,
+                decoding=replace(settings, max_new_tokens=min(settings.max_new_tokens, encoded.most)),
+                bare=bare or is_base,
+                on_text=on_text,
+                stop=tuple(stop),
+                top_logprobs=top_logprobs,
+                clean=encoded.clean,
+                end_tokens=encoded.end_tokens,
+            )
             return self._submit(request, worker)
 
     def wait(self, request: Request) -> Any:
@@ -253,25 +292,49 @@ class Engine:
         for worker in workers:
             worker.thread.join(timeout=max(0.0, end - time.monotonic()) + 1)
 
+    def abilities(self, version: AdapterVersion) -> dict[str, bool]:
+        """Whether the base of a served adapter can format chat messages, and whether it can embed texts."""
+        with self._lock:
+            worker = next((worker for other, worker in self._current.values() if other is version), None)
+        if worker is None:  # replaced a moment ago
+            return {"chat": False, "embeds": False}
+        generates = isinstance(worker, GenerateWorker)
+        return {
+            "chat": generates and has_template(version, worker),
+            "embeds": not generates and can_embed(worker.model),
+        }
+
     def _find(self, name: str) -> tuple[AdapterVersion, Worker]:
         if name not in self._current:
             served = ", ".join(sorted(self._current)) or "none"
             raise UnknownAdapterError(f"no adapter {name!r}{did_you_mean(name, self._current)}; served: {served}")
         return self._current[name]
 
+    def _find_model(self, name: str) -> tuple[AdapterVersion, Worker, bool]:
+        """The adapter of this name, or any adapter of the base of this name, and whether it is a base."""
+        if name not in self._current:
+            for version, worker in self._current.values():
+                if version.base == name:
+                    return version, worker, True
+        return *self._find(name), False
+
     @contextmanager
-    def _acquired(self, name: str, verb: str) -> Iterator[tuple[AdapterVersion, Worker]]:
+    def _acquired(
+        self, name: str, kind: type[Worker], embeds: bool = False
+    ) -> Iterator[tuple[AdapterVersion, Worker, bool]]:
         """The current version of an adapter, kept on its base until its request is answered or refused."""
         with self._lock:
             if self._closing:
                 raise ClosingError(SHUTTING_DOWN)
-            version, worker = self._find(name)
-            if version.verb != verb:
-                other = "generate" if version.verb == GenerateWorker.verb else "classify"
-                raise WrongKindError(f"{name} was trained for {version.saved.task.name}; use {other} instead")
+            version, worker, is_base = self._find_model(name)
+            if not isinstance(worker, kind):
+                if embeds:
+                    raise WrongKindError(f"{name} generates text; expected an adapter of an encoder for embeddings")
+                verb = "generate" if isinstance(worker, GenerateWorker) else "classify"
+                raise WrongKindError(f"{name} was trained for {version.saved.task.name}; use {verb} instead")
             worker.acquire(version)
         try:
-            yield version, worker
+            yield version, worker, is_base
         except BaseException:
             worker.release(version)
             raise
@@ -284,95 +347,19 @@ class Engine:
     def _deadline(self, seconds: float | None) -> float:
         return time.monotonic() + min(seconds or self.limits.deadline, self.limits.deadline)
 
-    def _columns(self, version: AdapterVersion, inputs: Sequence[Text]) -> dict[str, list[str]]:
-        names = version.saved.task.text_columns
-        if isinstance(inputs, str) or not inputs:
-            raise BadInputError("inputs: expected a list with at least one text")
-        if len(inputs) > self.limits.max_inputs:
-            raise TooLargeError(
-                f"inputs: expected at most {self.limits.max_inputs}, found {len(inputs)}; split the request"
-            )
-        rows: list[list[str]] = [[row] if isinstance(row, str) else list(row) for row in inputs]
-        for index, row in enumerate(rows):
-            if len(row) != len(names):
-                expected = "one text" if len(names) == 1 else f"{len(names)} texts"
-                raise BadInputError(
-                    f"inputs[{index}]: {version.name} reads {expected} ({', '.join(names)}), found {len(row)}"
-                )
-            for text in row:
-                self._check_text(text, f"inputs[{index}]")
-        return {name: [row[column] for row in rows] for column, name in enumerate(names)}
-
-    def _check_text(self, text: str, field: str) -> None:
-        if not isinstance(text, str) or not text.strip():
-            raise BadInputError(f"{field}: expected a text, found an empty one")
-        if len(text) > self.limits.max_characters:
-            raise TooLargeError(f"{field}: expected at most {self.limits.max_characters} characters, found {len(text)}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise BadInputError(f"{field}: character {error.start} is an unpaired surrogate") from error
-
-    def _encode(
-        self, version: AdapterVersion, worker: Worker, columns: Mapping[str, list[str]]
-    ) -> tuple[dict[str, list], list[int]]:
-        """What the task encodes of the rows, and the indices of the rows cut to the adapter's `max_length`."""
-        task, rows = version.saved.task, len(next(iter(columns.values())))
-        lengths = [sum(len(texts[row]) for texts in columns.values()) for row in range(rows)]
-        limit = min(version.saved.max_length, worker.request_tokenizer.model_max_length)
-        whole: dict[str, list] = {}
-        truncated: list[int] = []
-        start = 0
-        while start < rows:
-            stop = start + 1
-            while stop < rows and sum(lengths[start : stop + 1]) <= CHUNK:
-                stop += 1
-            with worker.tokenizer_lock:
-                chunk = {name: texts[start:stop] for name, texts in columns.items()}
-                try:
-                    encoded, cut = task.encode_and_flag(chunk, worker.request_tokenizer, limit)
-                except DataError as error:
-                    raise BadInputError(str(error)) from error
-            for name, values in encoded.items():
-                whole.setdefault(name, []).extend(values)
-            truncated += [start + row for row, lost in enumerate(cut) if lost]
-            start = stop
-        with worker.tokenizer_lock:
-            try:
-                check_tokens(task, whole["input_ids"], worker.request_tokenizer, worker.model)
-            except DataError as error:
-                raise BadInputError(str(error)) from error
-        return whole, truncated
-
-    def _settings(self, saved: SavedModel, overrides: Mapping[str, Any], model: PreTrainedModel) -> GenerateConfig:
-        values = {key: value for key, value in overrides.items() if value is not None}
-        if values.keys() & {"temperature", "top_p", "top_k"}:
-            values = {"num_beams": 1, **values, "do_sample": True}
-        _, problems = build_section(GenerateConfig, values)
-        if problems:
-            raise BadInputError("; ".join(problems))
-        limits = self.limits
-        settings = resolve_decoding(saved.generate.override(**values, batch_size=1), model)
-        if "max_new_tokens" not in values:
-            settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, limits.max_new_tokens))
-        for key, limit in (("max_new_tokens", limits.max_new_tokens), ("num_beams", limits.max_beams)):
-            if getattr(settings, key) > limit:
-                raise TooLargeError(f"{key}: expected at most {limit}, found {getattr(settings, key)}")
-        if settings.do_sample and settings.num_beams > 1:
-            raise BadInputError(f"num_beams: expected 1 with sampling, found {settings.num_beams}")
-        return settings if settings.do_sample else replace(settings, seed=0, temperature=1.0, top_p=1.0, top_k=0)
-
     def _load_base(self, saved: SavedModel) -> Worker:
-        generates = saved.task.verb == GenerateWorker.verb
+        generates = saved.task.verb == "generate"
         with RNG_LOCK:
-            precision = "fp32" if generates else self.precision or saved.model.precision
-            model, tokenizer = load_saved_model(saved, precision, adapted=False)
-        if generates:
-            dequantise(model)
-        else:
+            model, tokenizer = load_saved_model(saved, self.precision or saved.model.precision, adapted=False)
+        if getattr(saved.task, "chat_template", None):  # of this adapter alone; others share the tokenizer
+            tokenizer.chat_template = load_tokenizer(saved.model).chat_template
+        if self.exact:  # the adapters know the weights as they were before they were packed
+            original = fingerprint(model)
+            store_fingerprint(dequantise(model), original)
+        if not generates:
             enable_unpadding(model)
         worker = GenerateWorker if generates else ClassifyWorker
-        return worker(saved.model.name, model, tokenizer, self.limits, self._observer)
+        return worker(saved.model.name, model, tokenizer, self.limits, self._observer, self.merge)
 
     def _retire(self, version: AdapterVersion, worker: Worker) -> None:
         """Unloads a version that is not served anymore, and the base with its last adapter."""

@@ -18,18 +18,18 @@ class Limits:
 
     max_queue: int = 1024  # rows waiting for one base
     max_batch: int = 64  # rows per batch
-    max_tokens: int = 16384  # per batch of a classifier
+    max_tokens: int = 16384  # per batch; of texts that are being generated, with those still to come
     max_inputs: int = 64  # per request
     max_characters: int = 10_000  # per text
     max_new_tokens: int = 256
     max_beams: int = 16
+    max_choices: int = 16  # texts for one prompt
     max_bytes: int = 2_000_000  # per request body
     deadline: float = 30.0  # the longest that a request may ask for, and its default
     max_connections: int = 1000
     max_header_bytes: int = 65_536  # per request, its first line included
     header_seconds: float = 10.0  # until a request's header has arrived
     body_seconds: float = 30.0  # until its body has arrived, and for the client to read an answer
-    max_logins: int = 10  # failed log-ins to the playground per client and minute
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -42,9 +42,10 @@ class Limits:
             )
 
 
-def error_body(code: str, message: str) -> dict[str, Any]:
-    """The body of every error response."""
-    return {"error": {"code": code, "message": message}}
+def error_body(code: str, message: str, status: int, param: str | None = None) -> dict[str, Any]:
+    """The body of every error response, in OpenAI's form. `param` is the field of the request with the error."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class RefusalError(UserError):

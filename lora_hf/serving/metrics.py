@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter as Count
 from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from lora_hf.models.model_ids import base_name
-from lora_hf.serving.requests import Request
-from lora_hf.serving.worker import Observer
+from lora_hf.serving.requests import Observer
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -32,13 +32,13 @@ class Metrics(Observer):
         self._queue = Gauge("lora_hf_queue_rows", "Rows waiting", ["base"], registry=registry)
         self._adapters = Gauge("lora_hf_adapters", "Adapters served", registry=registry)
 
-    def on_batch(self, base: str, rows: Sequence[Request], tokens: int, seconds: float) -> None:
+    def on_batch(self, base: str, rows: Sequence[str], answered: Sequence[str], tokens: int, seconds: float) -> None:
         base = base_name(base)
         self._batch_rows.labels(base).observe(len(rows))
         self._batch_seconds.labels(base).observe(seconds)
         self._tokens.labels(base).inc(tokens)
-        for row in rows:
-            self._rows.labels(row.version.name).inc()
+        for adapter, count in Count(answered).items():
+            self._rows.labels(adapter).inc(count)
 
     def on_response(self, route: str, status: int, seconds: float) -> None:
         self._requests.labels(route, str(status)).inc()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from lora_hf.adapters.resolve import SavedModel
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import AdapterError
+from lora_hf.models.model_ids import base_name
 from lora_hf.serving.limits import DeadlinePassedError
 
 if TYPE_CHECKING:
@@ -46,9 +47,10 @@ class AdapterVersion:
         return self.saved.task.model_kind
 
     @property
-    def verb(self) -> str:
-        """`predict` or `generate`."""
-        return self.saved.task.verb
+    def base(self) -> str:
+        """The base as clients name it: never where the server keeps it."""
+        name = self.saved.model.name
+        return base_name(name) if Path(name).is_dir() else name
 
 
 def digest_of(folder: Path) -> str:
@@ -68,6 +70,19 @@ def digest_of(folder: Path) -> str:
     return sha256.hexdigest()[:12]
 
 
+class Observer:
+    """Gets called for each batch; this one ignores it."""
+
+    def on_batch(self, base: str, rows: Sequence[str], answered: Sequence[str], tokens: int, seconds: float) -> None:
+        """A batch has run.
+
+        Args:
+            rows: the adapter of each row.
+            answered: the adapter of each row that was its last batch. A text takes a batch for each of its tokens.
+            tokens: how many were read and generated.
+        """
+
+
 @dataclass(frozen=True)
 class ClassifyResult:
     """For each input, in order, its answer, as of `Predictor.predict`, and what the task made of its logits.
@@ -83,13 +98,47 @@ class ClassifyResult:
 
 
 @dataclass(frozen=True)
+class Token:
+    """A generated token with its log-probability, and the most probable tokens with theirs."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A new piece of a streamed text, and its tokens if the request asks for log-probabilities."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
 class GenerateResult:
-    """A text and its score, as `Generator.generate` yields them; `version` is None for the bare base."""
+    """A text and its score, as `Generator.generate` yields them; `version` is None for the bare base.
+
+    `finish_reason` is `stop` (an end token or a stop string) or `length`. The counts are of tokens, end token included.
+    """
 
     adapter: str
     version: str | None
     text: str
     score: float
+    finish_reason: str = "stop"
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """A vector of length 1 for each input, `version` is None for the bare base."""
+
+    adapter: str
+    version: str | None
+    vectors: list[list[float]]
+    prompt_tokens: int
 
 
 @dataclass(eq=False)
@@ -127,22 +176,39 @@ class Request:
 
 
 @dataclass(eq=False)
-class ClassifyRequest(Request):
-    """Tokenized rows to classify, possibly split across batches; the first `taken` inputs have left the queue.
+class RowsRequest(Request):
+    """Tokenized rows, possibly split across batches; the first `taken` have left the queue.
 
-    `encoded` is what the task encoded of `rows`; a long row may have several inputs.
+    Attributes:
+        rows: the texts of each column.
+        encoded: what the task encoded of them; a long row may have several inputs.
+        bare: run the base alone, without the adapter.
+        outputs: the model's output for each input that has been run.
     """
 
     rows: Mapping[str, list[str]] = field(default_factory=dict)
     encoded: Mapping[str, list] = field(default_factory=dict)
     inputs: list[dict[str, list[int]]] = field(default_factory=list)
     truncated: list[int] = field(default_factory=list)
+    bare: bool = False
     taken: int = 0
-    logits: dict[int, np.ndarray] = field(default_factory=dict)
+    outputs: dict[int, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def slot(self) -> str | None:
+        return None if self.bare else self.version.slot
 
     @property
     def waiting_rows(self) -> int:
         return len(self.inputs) - self.taken
+
+
+class ClassifyRequest(RowsRequest):
+    """Rows to classify; the outputs are logits."""
+
+
+class EmbedRequest(RowsRequest):
+    """Rows to embed; the outputs are the means of the last hidden states."""
 
 
 @dataclass(eq=False)
@@ -151,13 +217,21 @@ class GenerateRequest(Request):
 
     Attributes:
         bare: generate with the base alone, without the adapter.
-        on_text: called with each new piece of text, in the engine's thread.
+        on_text: called with each new `Piece` of text, in the engine's thread.
+        stop: strings that end the text, which does not contain them.
+        top_logprobs: how many of the most probable tokens to record at each position; None: no log-probabilities.
+        clean: makes the text that the client gets of what the model wrote.
+        end_tokens: tokens that end the text besides those of the base.
     """
 
     prompt: list[int] = field(default_factory=list)
     decoding: GenerateConfig = field(default_factory=GenerateConfig)
     bare: bool = False
-    on_text: Callable[[str], None] | None = None
+    on_text: Callable[[Piece], None] | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    clean: Callable[[str], str] = str
+    end_tokens: tuple[int, ...] = ()
 
     @property
     def slot(self) -> str | None:

@@ -12,10 +12,12 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Problem(BaseModel):
-    """Why the request failed: `code` is for programs, `message` for people."""
+    """Why the request failed, in OpenAI's form: `code` is for programs, `message` for people."""
 
-    code: str = Field(examples=["unknown_adapter"])
     message: str = Field(examples=["no adapter 'sst3' (did you mean 'sst2'?); served: rte, sst2"])
+    type: str = Field(examples=["invalid_request_error"])
+    param: str | None = Field(description="the field of the request with the error")
+    code: str = Field(examples=["unknown_adapter"])
 
 
 class Failure(BaseModel):
@@ -58,6 +60,8 @@ class Adapter(BaseModel):
     kind: str = Field(examples=["sequence-classification"])
     labels: list[str] = Field(examples=[["negative", "positive"]])
     reads: list[str] = Field(description="the texts in one input", examples=[["sentence"]])
+    chat: bool = Field(description="whether it can answer chat completions")
+    embeds: bool = Field(description="whether it can answer embeddings")
 
 
 class Adapters(BaseModel):

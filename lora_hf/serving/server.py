@@ -11,26 +11,22 @@ import errno
 import logging
 import signal
 import socket
-import sys
-import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from lora_hf.core.errors import ConfigError
+from lora_hf.core.child_process import ChildProcesses
+from lora_hf.core.errors import ConfigError, UserError
 from lora_hf.serving.connections import ConnectionGuard
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from lora_hf.serving.app import ServerState
-    from lora_hf.serving.engine import Engine
-    from lora_hf.serving.metrics import Metrics
+    from lora_hf.serving.limits import Limits
 
 logger = logging.getLogger(__name__)
-
-SWITCH_INTERVAL = 0.001  # seconds; at Python's default of 5 ms every answer waits for the thread of the next batch
 
 
 class _Server(uvicorn.Server):
@@ -59,67 +55,75 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    engine: Engine,
     adapters: Mapping[str, str],
-    metrics: Metrics,
+    limits: Limits,
     state: ServerState,
     listener: socket.socket,
     grace: float = 30.0,
-    playground: bool = False,
+    **options: Any,
 ) -> None:
     """Loads `adapters`, folders or hub ids by name, and serves them until SIGTERM or SIGINT.
 
     Args:
         listener: from `listen`.
         grace: seconds for accepted requests to finish after the signal.
+        options: of `Engine`.
 
     Raises:
-        UserError: an adapter cannot be loaded; the server has stopped by then.
+        UserError: an adapter cannot be loaded, or the model's process ended; the server has stopped by then.
     """
-    from lora_hf.serving.app import PLAYGROUND, build_app
+    from lora_hf.serving.app import build_app
+    from lora_hf.serving.client import EngineClient, start_engine
+    from lora_hf.serving.metrics import Metrics
 
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     failures: list[BaseException] = []
 
-    def load() -> None:
+    async def load() -> None:
         try:
             for name, adapter in adapters.items():
-                engine.load(name, adapter)
+                await client.call("load", name=name, adapter=adapter)
             state.ready = True
-            logger.info("ready: %d adapters on %s%s", len(adapters), url, PLAYGROUND if playground else "")
-        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+            logger.info("ready: %d adapters on %s", len(adapters), url)
+        except Exception as error:  # noqa: BLE001 - raised again after the server has stopped
             if not state.draining:
                 failures.append(error)
             server.should_exit = True
 
+    def lost() -> None:
+        code = child.wait()
+        reason = f"signal {-code}" if code < 0 else f"exit code {code}"
+        failures.insert(0, UserError(f"the process of the models has ended ({reason}); it may need more memory"))
+        server.should_exit = True
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        threading.Thread(target=load, name="lora_hf load", daemon=True).start()
+        await client.connect()
+        client.on_lost = lost
+        loading = asyncio.create_task(load())
         yield
-        await asyncio.to_thread(engine.close, grace)
+        await client.close(grace)
+        loading.cancel()
 
-    app = build_app(engine, state, metrics, lifespan, playground)
-    guard = ConnectionGuard(engine.limits)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http=guard.protocol,  # type: ignore[arg-type]
-            ws="none",
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=max(1, round(grace)),
-            server_header=False,
+    with ChildProcesses() as children:
+        connection, child = start_engine(children, limits, **options)
+        client = EngineClient(connection, limits, Metrics())
+        guard = ConnectionGuard(limits)
+        server = _Server(
+            uvicorn.Config(
+                build_app(client, state, lifespan),
+                http=guard.protocol,  # type: ignore[arg-type]
+                ws="none",
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=max(1, round(grace)),
+                server_header=False,
+            )
         )
-    )
-    server.state, server.guard = state, guard
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    logger.info("listening on %s, loading %d adapters", url, len(adapters))
-    try:
+        server.state, server.guard = state, guard
+        logger.info("listening on %s, loading %d adapters", url, len(adapters))
         server.run(sockets=[listener])
-    finally:
-        sys.setswitchinterval(interval)
     if failures:
         raise failures[0]
     logger.info(

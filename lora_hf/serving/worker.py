@@ -8,10 +8,10 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,34 +26,28 @@ from lora_hf.lora.precision import flush_denormals
 from lora_hf.models.load import quantised_layers
 from lora_hf.models.tokenizer_identity import tokenizer_identity
 from lora_hf.serving.limits import ClosingError, Limits, QueueFullError
-from lora_hf.serving.requests import AdapterVersion, Request, digest_of
+from lora_hf.serving.requests import AdapterVersion, Observer, digest_of
 
 logger = logging.getLogger(__name__)
 
-# Clients that were just answered ask again while the next batch forms, so the thread waits until as many requests are
-# queued as were lately: for at most this share of the last batch's time and at most this many seconds. An earlier start
-# gains nothing: Python runs one thread at a time, so the model's thread would stall while requests are parsed.
-BATCH_WAIT_SHARE, MAX_BATCH_WAIT = 0.5, 0.05
 RNG_LOCK = threading.Lock()  # torch's global generator is shared by all threads: hold this to seed it or draw from it
 SHUTTING_DOWN = "the server is shutting down; retry on another one"
-
-
-class Observer:
-    """Gets called for each batch; this one ignores it."""
-
-    def on_batch(self, base: str, rows: Sequence[Request], tokens: int, seconds: float) -> None:
-        """A batch of `rows` was answered (a request appears once per row); `tokens` counts those read and generated."""
 
 
 class Worker(ABC):
     """Only `thread` touches the base's model; other threads queue requests and calls for it."""
 
-    verb: ClassVar[str]  # of the tasks that it serves
-
     def __init__(
-        self, base: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: Limits, observer: Observer
+        self,
+        base: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        observer: Observer,
+        merge: bool = False,
     ) -> None:
         self.base, self.model, self.tokenizer, self.limits, self.observer = base, model, tokenizer, limits, observer
+        self.merges = merge  # whether an adapter is merged while it is the only one
         # For all other threads, which hold the lock: `tokenizer` is for the worker's thread alone.
         self.request_tokenizer, self.tokenizer_lock = copy.deepcopy(tokenizer), threading.Lock()
         if tokens := honored_tokens(tokenizer):
@@ -66,15 +60,14 @@ class Worker(ABC):
         self._queue: deque[Any] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._waiting_rows = 0
-        self._recent_requests = 0.0  # a decaying maximum of the queue's length
         self._wake_at = 1  # queued requests that wake the thread
         self._running = self._closed = self._stopping = False
-        self._batch_seconds = 0.0  # of the last batch
         self._rows_per_second = 0.0  # moving average
         self._merged: str | None = None
         self._unmergeable: str | None = None
         self._stacks: dict[Any, Any] = {}
         self._all_plain = True  # whether every adapter is plain LoRA
+        self._prepare()
         self.thread = threading.Thread(target=self._run, name=f"lora_hf {base}", daemon=True)
         self.thread.start()
 
@@ -166,13 +159,20 @@ class Worker(ABC):
 
     # What each kind of base does its own way.
 
-    @abstractmethod
-    def _next_batch(self) -> list[tuple[Any, int]]:
-        """Takes the next batch from the queue, as (request, row of the request) pairs; called with the lock held."""
+    def _prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
+        """Runs before the thread starts."""
 
     @abstractmethod
-    def _run_batch(self, batch: Sequence[tuple[Any, int]]) -> int:
-        """Answers a batch and returns how many tokens it read and generated."""
+    def _step(self) -> None:
+        """Takes requests from the queue and runs one batch."""
+
+    @property
+    def _running_slots(self) -> Container[str | None]:
+        """The adapters of rows that have left the queue and wait for further batches."""
+        return ()
+
+    def _drop_running(self, error: BaseException | None) -> None:  # noqa: B027 - a classifier has none
+        """Drops the rows that nobody waits for; with an `error` all rows, whose requests get it."""
 
     def _adapters_of_rows(self, slots: Sequence[str | None]) -> AbstractContextManager[Any]:
         """Runs each row of a batch under its own adapter."""
@@ -199,29 +199,36 @@ class Worker(ABC):
                 self._calls.clear()
             for function, future in calls:
                 _complete(future, function)
+            self._drop_running(None)
             self._unload_retired()
             if self._stopping or (not self.versions and self._closed):
                 break
-            self._merge_lone_adapter()
-            batch = self._collect_batch()
-            if batch:
-                self._run_and_record(batch)
+            if self.merges:
+                self._merge_lone_adapter()
+            try:
+                self._step()
+            except Exception as error:  # the thread must survive, and the clients need an answer
+                logger.error("%s: a step failed", self.base, exc_info=error)
+                self._drop_running(error)
+        ending = ClosingError("the server shut down before it answered this request; retry on another one")
+        self._drop_running(ending)
         with self._changed:
             requests, calls = list(self._queue), list(self._calls)
             self._queue.clear()
             self._calls.clear()
             self._stopping, self._waiting_rows, self._running = True, 0, False
         for request in requests:
-            request.fail(ClosingError("the server shut down before it reached this request; retry on another one"))
+            request.fail(ending)
         for _, future in calls:
             future.set_exception(ClosingError(SHUTTING_DOWN))
 
     def _has_work(self) -> bool:
         ending = self._stopping or (self._closed and not self.versions)
-        return bool(ending or self._calls or self._queue or self._unused_versions())
+        return bool(ending or self._calls or self._queue or self._running_slots or self._unused_versions())
 
     def _unused_versions(self) -> list[AdapterVersion]:
-        return [version for version in self.versions if version.retired and not version.pending]
+        running = self._running_slots
+        return [each for each in self.versions if each.retired and not each.pending and each.slot not in running]
 
     def _load(self, version: AdapterVersion) -> None:
         check_tokenizer(version.saved.folder, self.tokenizer_identity)
@@ -252,7 +259,7 @@ class Worker(ABC):
         )
 
     def _merge_lone_adapter(self) -> None:
-        if len(self.versions) != 1 or self._merged is not None or quantised_layers(self.model):
+        if len(self.versions) != 1 or self._merged is not None or self._running_slots or quantised_layers(self.model):
             return
         slot = self.versions[0].slot
         if slot == self._unmergeable:
@@ -266,19 +273,6 @@ class Worker(ABC):
             set_adapter(self.model, None)
             self._unmergeable = slot
 
-    def _collect_batch(self) -> list[tuple[Any, int]]:
-        with self._changed:
-            if 0 < len(self._queue) < int(self._recent_requests):
-                self._wake_at = int(self._recent_requests)
-                timeout = min(MAX_BATCH_WAIT, BATCH_WAIT_SHARE * self._batch_seconds)
-                self._changed.wait_for(lambda: len(self._queue) >= self._wake_at or self._stopping, timeout)
-                self._wake_at = 1
-            self._recent_requests = max(float(len(self._queue)), 0.9 * self._recent_requests)
-            self._drop_abandoned()
-            batch = self._next_batch()
-            self._waiting_rows -= len(batch)
-            return batch
-
     def _drop_abandoned(self) -> None:
         abandoned = [request for request in self._queue if request.abandoned]
         if abandoned:
@@ -287,28 +281,12 @@ class Worker(ABC):
             for request in abandoned:
                 request.expire()
 
-    def _run_and_record(self, batch: list[tuple[Any, int]]) -> None:
-        start = time.perf_counter()
-        tokens = self._run_isolating_failures(batch)
-        self._batch_seconds = seconds = time.perf_counter() - start
-        rate = len(batch) / max(seconds, 1e-6)
+    def _record(self, rows: Sequence[str], answered: Sequence[str], tokens: int, start: float) -> None:
+        """Records a batch that began at `start`, on the clock of `time.perf_counter`."""
+        seconds = time.perf_counter() - start
+        rate = len(answered) / max(seconds, 1e-6)
         self._rows_per_second = 0.8 * self._rows_per_second + 0.2 * rate if self._rows_per_second else rate
-        self.observer.on_batch(self.base, [request for request, _ in batch], tokens, seconds)
-
-    def _run_isolating_failures(self, batch: list[tuple[Any, int]]) -> int:
-        """Runs a batch; if that fails, runs each of its requests alone, so that only the faulty one fails."""
-        try:
-            return self._run_batch(batch)
-        except Exception as error:  # the thread must survive, and the clients need an answer
-            requests = list(dict.fromkeys(request for request, _ in batch))
-            if len(requests) > 1:
-                logger.warning("a batch of %d requests failed; retrying each alone: %r", len(requests), error)
-                return sum(
-                    self._run_isolating_failures([row for row in batch if row[0] is request]) for request in requests
-                )
-            logger.error("a request for %s failed", requests[0].version.name, exc_info=error)
-            requests[0].fail(error)
-            return 0
+        self.observer.on_batch(self.base, rows, answered, tokens, seconds)
 
 
 def _complete(future: Future, function: Callable[[], Any]) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from lora_hf.adapters.format import WEIGHTS_FILE
 from lora_hf.cli.main import main
 from tests.support.random_adapters import PROMPTS, save_random
-from tests.support.server_process import serving
-from tests.support.waiting import LIMIT
+from tests.support.server_process import SCRIPT, serving
+from tests.support.waiting import LIMIT, wait_until
 
 TOKEN = "a-token-of-this-test"
 
@@ -99,3 +105,46 @@ def test_other_machines_need_a_token(
     adapter = "someone/x" if "cannot listen" in message else "nowhere/at/all"
     assert main(["--adapter", f"a={adapter}", "--host", host, "--port", "0"], verb="serve") == 2
     assert message.removeprefix("a=") in capsys.readouterr().err
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists that is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the process of the models in /proc")
+def test_neither_process_outlives_the_other(folders: dict[str, Path]) -> None:
+    with serving("--adapter", f"a={folders['a']}", "--precision", "fp32") as (process, address, _):
+        (models,) = children(process.pid)
+        process.kill()
+        process.wait(LIMIT)
+        wait_until(lambda: not is_running(models))
+    with serving("--adapter", f"a={folders['a']}", "--precision", "fp32") as (process, address, lines):
+        assert httpx.get(f"{address}/readyz").status_code == 200
+        os.kill(children(process.pid)[0], signal.SIGKILL)
+        assert process.wait(LIMIT) == 2
+        wait_until(lambda: "the process of the models has ended (signal 9)" in "".join(lines))
+
+
+@pytest.mark.full
+def test_an_adapter_that_cannot_be_loaded_ends_the_server(folders: dict[str, Path], tmp_path: Path) -> None:
+    damaged = save_random(tmp_path / "damaged")
+    with safe_open(damaged / WEIGHTS_FILE, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(damaged / WEIGHTS_FILE)
+    missing, _ = tensors.popitem()
+    save_file(tensors, damaged / WEIGHTS_FILE, metadata=metadata)
+    words = [sys.executable, str(SCRIPT), "--port", "0", "--adapter", f"a={folders['a']}", "--adapter", f"d={damaged}"]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert ended.returncode == 2
+    assert "error: " in ended.stderr
+    assert missing in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -36,7 +36,7 @@ from lora_hf.serving.limits import (
     UnknownAdapterError,
     WrongKindError,
 )
-from lora_hf.serving.requests import digest_of
+from lora_hf.serving.requests import Piece, digest_of
 from tests import tolerances
 from tests.support.random_adapters import PROMPTS, TEXTS, save_random
 from tests.support.waiting import LIMIT
@@ -60,8 +60,8 @@ def offline(folder: Path) -> np.ndarray:
     return Predictor.load(find_saved_model(folder), "fp32").logits({"sentence": list(TEXTS)})
 
 
-def served(folders: dict[str, Path], *names: str, **limits: Any) -> Engine:
-    engine = Engine(Limits(**{"deadline": LIMIT, **limits}), precision="fp32")
+def served(folders: dict[str, Path], *names: str, merge: bool = False, **limits: Any) -> Engine:
+    engine = Engine(Limits(**{"deadline": LIMIT, **limits}), precision="fp32", merge=merge)
     for name in names:
         engine.load(name, folders[name])
     return engine
@@ -120,9 +120,7 @@ def test_each_row_of_a_mixed_batch_gets_its_own_adapter(
 def test_waiting_requests_share_batches(folders: dict[str, Path]) -> None:
     batches: list[list[str]] = []
     with served(folders, "a", "b", max_batch=4) as engine:
-        engine._current["a"][1].observer.on_batch = lambda base, rows, *_: batches.append(
-            [each.version.name for each in rows]
-        )
+        engine._current["a"][1].observer.on_batch = lambda base, rows, *_: batches.append(rows)
         with paused(engine, "a"):
             requests = [engine.submit_classify(name, TEXTS[:rows]) for name, rows in (("a", 3), ("b", 2), ("a", 1))]
             assert engine.waiting() == {"tiny-roberta": 6}
@@ -156,7 +154,7 @@ def test_texts_match_generate(decoding: dict[str, Any], folders: dict[str, Path]
 
 def test_streamed_pieces_join_to_the_text(folders: dict[str, Path]) -> None:
     with served(folders, "w", "x") as engine:
-        pieces: dict[str, list[str]] = {"w": [], "x": []}
+        pieces: dict[str, list[Piece]] = {"w": [], "x": []}
         with paused(engine, "w"):
             requests = {
                 name: engine.submit_generate(name, PROMPTS[1], {"max_new_tokens": 24}, on_text=pieces[name].append)
@@ -164,7 +162,7 @@ def test_streamed_pieces_join_to_the_text(folders: dict[str, Path]) -> None:
             }
         for name, request in requests.items():
             text = request.future.result(LIMIT).text
-            assert "".join(pieces[name]) == text
+            assert "".join(piece.text for piece in pieces[name]) == text
         assert len(pieces["w"]) > 1
 
 
@@ -182,6 +180,9 @@ def test_a_lone_adapter_is_merged_until_another_is_loaded(
     folders: dict[str, Path], expected: dict[str, np.ndarray]
 ) -> None:
     with served(folders, "a") as engine:
+        assert close_to(engine.classify("a", TEXTS).logits, expected[digest_of(folders["a"])])
+        assert not any(layer.merged for layer in lora_layers(model_of(engine, "a")).values()), "only if asked"
+    with served(folders, "a", merge=True) as engine:
         model = model_of(engine, "a")
         for merged, change in ((True, None), (False, lambda: engine.load("b", folders["b"])), (True, engine.remove)):
             if merged and change:
@@ -199,7 +200,7 @@ def test_an_adapter_that_cannot_be_merged_is_served_unmerged(tmp_path: Path) -> 
     saved = find_saved_model(tied)
     decoding = replace(saved.generate, max_new_tokens=12)
     (expected,) = Generator.load(saved).generate([saved.task.context(PROMPTS[0])], decoding)  # type: ignore[attr-defined]
-    with Engine() as engine:
+    with Engine(precision="fp32", merge=True) as engine:
         engine.load("tied", tied)
         alone = engine.generate("tied", PROMPTS[0], max_new_tokens=12)
         bare = engine.submit_generate("tied", PROMPTS[0], {"max_new_tokens": 12}, bare=True).future.result(LIMIT)
@@ -312,10 +313,10 @@ def test_late_and_cancelled_requests_never_reach_a_batch(folders: dict[str, Path
 
 def test_generation_stops_when_its_client_is_gone(folders: dict[str, Path]) -> None:
     with served(folders, "w", "x") as engine:
-        steps: list[str] = []
+        steps: list[Piece] = []
         asked: Future = Future()
 
-        def leave(piece: str) -> None:
+        def leave(piece: Piece) -> None:
             steps.append(piece)
             request.future.cancel()
             asked.set_result(None)

@@ -11,6 +11,7 @@ import pytest
 from tests.support.malformed_requests import malformed_requests, outcome, passed
 
 pytestmark = pytest.mark.full
+FORM = {"type": "invalid_request_error", "param": None}
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +38,13 @@ def test_every_request_is_counted_once(record: dict[str, Any]) -> None:
     ("status", "answer", "verdict"),
     [
         (200, {"answers": []}, "accepted"),
-        (422, {"error": {"code": "invalid_request", "message": "inputs: Field required"}}, "malformed"),
-        (404, {"error": {"code": "unknown_adapter", "message": "no adapter"}}, "refused"),
-        (503, {"error": {"code": "queue_full", "message": "try again"}}, "unavailable"),
-        (503, {"error": {"code": "internal", "message": "broken"}}, "failed"),
-        (500, {"error": {"code": "internal", "message": "broken"}}, "failed"),
-        (422, {"error": {"code": "invalid_request", "message": ""}}, "failed"),
-        (422, {"error": {"code": "invalid_request", "message": "m", "more": 1}}, "failed"),
+        (422, {"error": {**FORM, "code": "invalid_request", "message": "inputs: Field required"}}, "malformed"),
+        (404, {"error": {**FORM, "code": "unknown_adapter", "message": "no adapter"}}, "refused"),
+        (503, {"error": {**FORM, "code": "queue_full", "message": "try again"}}, "unavailable"),
+        (503, {"error": {**FORM, "code": "internal", "message": "broken"}}, "failed"),
+        (500, {"error": {**FORM, "code": "internal", "message": "broken"}}, "failed"),
+        (422, {"error": {**FORM, "code": "invalid_request", "message": ""}}, "failed"),
+        (422, {"error": {**FORM, "code": "invalid_request", "message": "m", "more": 1}}, "failed"),
         (422, {"detail": "inputs: Field required"}, "failed"),
         (422, ["error"], "failed"),
         (422, {"error": "invalid_request"}, "failed"),

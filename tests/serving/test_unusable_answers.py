@@ -17,7 +17,7 @@ from lora_hf.adapters.format import WEIGHTS_FILE
 from lora_hf.serving.app import CLASSIFY, ServerState, build_app
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.limits import Limits
-from lora_hf.serving.metrics import Metrics
+from tests.support.engine_client import ThreadClient
 from tests.support.random_adapters import PROMPTS, TEXTS, save_random
 from tests.support.waiting import LIMIT
 
@@ -44,11 +44,11 @@ def overflowing(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     root = tmp_path_factory.mktemp("adapters")
-    with Engine(Limits(deadline=LIMIT), "fp32", Metrics()) as engine:
+    with Engine(Limits(deadline=LIMIT), "fp32") as engine:
         for seed, (name, task) in enumerate(TASKS.items()):
             folder = save_random(root / name, task, seed)
             engine.load(name, overflowing(folder) if name.startswith("huge") else folder)
-        with TestClient(build_app(engine, ServerState(ready=True), Metrics())) as client:
+        with TestClient(build_app(ThreadClient(engine), ServerState(ready=True))) as client:
             yield client
 
 

@@ -32,7 +32,7 @@ from tests.support.waiting import LIMIT
 TOKEN = "a-token-of-this-record"
 AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
 TASKS = {"one": "rule-sentiment", "two": "rule-sentiment", "writer": "rule-restaurants"}
-CLASSIFY, GENERATE = "/v1/classify", "/v1/generate"
+CLASSIFY, GENERATE, EMBED = "/v1/classify", "/v1/generate", "/v1/embeddings"
 # Codes of malformed requests; other codes refuse well-formed ones, such as a request for an unknown adapter.
 MALFORMED = (
     "bad_request",
@@ -70,6 +70,8 @@ def _with_served_adapter(case: Any) -> Any:
     body = case.body
     if isinstance(body, dict) and isinstance(body.get("adapter"), str) and 0 < len(body["adapter"]) <= MAX_NAME_LENGTH:
         body["adapter"] = "writer" if case.path == GENERATE else "one"
+    if isinstance(body, dict) and isinstance(body.get("model"), str) and body["model"]:
+        body["model"] = "one" if case.path == EMBED else "writer"
     return case
 
 
@@ -100,7 +102,7 @@ def outcome(status: int, content: bytes) -> tuple[str, str]:
         code, message = error["code"], error["message"]
     except (ValueError, KeyError, TypeError):
         return "failed", ""
-    documented = answer.keys() == {"error"} and error.keys() == {"code", "message"}
+    documented = answer.keys() == {"error"} and error.keys() == {"message", "type", "param", "code"}
     if not (documented and isinstance(code, str) and isinstance(message, str) and message):
         return "failed", str(code)
     if status >= 500:

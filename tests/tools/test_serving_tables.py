@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lora_hf.core.errors import DataError
-from tools.tables.serving import restarts, serving
+from tools.tables.serving import restarts, serving, streamed_texts, text_forms
 
 
 def side(**values: Any) -> dict[str, Any]:
@@ -56,3 +56,27 @@ def test_missing_and_damaged_records_are_errors(tmp_path: Path, results: Path) -
     (results / "serving" / "b.json").write_text("{")
     with pytest.raises(DataError, match=r"b\.json: not a readable record"):
         restarts(results)
+
+
+def test_streamed_texts_stand_beside_those_of_transformers(tmp_path: Path) -> None:
+    part = {"tokens_per_second": 80.25, "first_token_p50_ms": 200.0, "first_token_p99_ms": 951.0, "errors": 0}
+    record = {
+        "work": {"model": "smollm2", "precision": "fp32", "clients": 16},
+        **dict.fromkeys(("alone", "one_adapter", "two_adapters"), part),
+        "transformers_serve": {"alone": part, "together": {**part, "tokens_per_second": 11.2}},
+    }
+    (tmp_path / "serving-texts").mkdir()
+    (tmp_path / "serving-texts" / "a.json").write_text(json.dumps(record))
+    rows = cells(streamed_texts(tmp_path))
+    assert [row[2] for row in rows] == ["1", "16", "16", "1", "16"]
+    assert rows[2][3:] == ["80.2", "200", "951", "0"]
+    assert rows[4][1:4] == ["transformers serve, base alone", "16", "11.2"]
+
+
+def test_each_form_of_a_base_has_a_row(tmp_path: Path) -> None:
+    side = {"base_mib": 128.4, "mean_difference": 0.012, "largest_difference": 0.5, "same_next_token": 0.981}
+    (tmp_path / "text-forms").mkdir()
+    (tmp_path / "text-forms" / "a.json").write_text(json.dumps({"forms": {"nf4": {**side, "equal_texts": 0.25}}}))
+    assert cells(text_forms(tmp_path)) == [
+        ["[nf4](results/text-forms/a.json)", "128", "1.2e-02", "5.0e-01", "98.1%", "25%"]
+    ]

@@ -50,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adapters": {"type": int, "metavar": "N", "help": "adapters on the base"},
     "replacements": {"type": int, "metavar": "N", "help": "adapters to replace under load"},
     "seconds": {"type": float, "metavar": "S", "help": "duration of the load"},
+    "new_tokens": {"type": int, "metavar": "N", "help": "tokens of each text"},
     "output": {"type": Path, "metavar": "FILE", "help": "write the record to this JSON file"},
     "json": {"action": "store_true", "help": "print the record as one line of JSON"},
 }
@@ -180,7 +181,55 @@ def _report_serve(record: Record) -> Iterator[str]:
     replaced = record["replaced"]
     yield f"{'speedup':18}{record['ratio']:9.2f}x"
     yield f"{'replaced':18}{replaced['times']:9} adapters, {replaced['failed']} failed"
+    memory = record["memory"]
+    yield f"{'p99':18}{record['p99_over_p50']:9.2f}x p50, {record['p99_over_undisturbed']:.2f}x without replacements"
+    sizes = (
+        f"{memory['before_mib']:9.0f} MiB, then {memory['after_mib']:.0f}; base {memory['base_mib']:.0f}, "
+        f"without models {memory['without_models_mib']:.0f}"
+    )
+    yield f"{'memory':18}{sizes}"
     yield f"{'restart':18}{record['started_again_in_seconds']:9.1f} s"
+
+
+def _serve_texts(options: argparse.Namespace) -> Record:
+    from tools.benchmark.serve_texts import benchmark_texts
+
+    return benchmark_texts(_config(options), options.clients, options.seconds, options.new_tokens)
+
+
+def _report_serve_texts(record: Record) -> Iterator[str]:
+    peer = record["transformers_serve"]
+    parts = {name: record[name] for name in ("alone", "one_adapter", "two_adapters")}
+    parts |= {f"peer, {name}": peer[name] for name in ("alone", "together") if name in peer}
+    for name, part in parts.items():
+        yield (
+            f"{name:18}{part['tokens_per_second']:9.1f} tokens/s  first token p50 {part['first_token_p50_ms']:.0f} ms  "
+            f"p99 {part['first_token_p99_ms']:.0f} ms  {part['requests']} texts, {part['errors']} errors"
+        )
+    memory = record["memory"]
+    yield f"{'speedup':18}{record['speedup']:9.2f}x, two adapters {record['two_adapters_over_one']:.2f}x of one"
+    sizes = (
+        f"{memory['before_mib']:9.0f} MiB, then {memory['after_mib']:.0f}; base {memory['base_mib']:.0f}, "
+        f"without models {memory['without_models_mib']:.0f}"
+    )
+    yield f"{'memory':18}{sizes}; {record['wrong']} wrong texts"
+    if "reason" in peer:
+        yield f"transformers serve: {peer['reason']}"
+
+
+def _text_forms(options: argparse.Namespace) -> Record:
+    from tools.benchmark.text_forms import benchmark_forms
+
+    return benchmark_forms(_config(options), options.forms.split(","), options.new_tokens)
+
+
+def _report_text_forms(record: Record) -> Iterator[str]:
+    for name, side in record["forms"].items():
+        yield (
+            f"{name:10}base {side['base_mib']:.0f} MiB, log-probabilities {side['mean_difference']:.1e} apart (at most "
+            f"{side['largest_difference']:.1e}), {side['same_next_token']:.1%} of the next tokens, "
+            f"{side['equal_texts']:.0%} of the texts"
+        )
 
 
 def _quantised(options: argparse.Namespace) -> Record:
@@ -226,6 +275,34 @@ VERBS = {
         {**BASE, **TASK, **LORA, "rows": 256, "clients": 16, "adapters": 8, "seconds": 20.0, "replacements": 10},
         _serve,
         _report_serve,
+    ),
+    "serve-texts": Verb(
+        "measure streamed texts of a server with two adapters, beside transformers serve",
+        {
+            **BASE,
+            "task": "rule-restaurants",
+            "data_dir": None,
+            **LORA,
+            "clients": 16,
+            "seconds": 20.0,
+            "new_tokens": 64,
+        },
+        _serve_texts,
+        _report_serve_texts,
+    ),
+    "text-forms": Verb(
+        "compare the texts of a base in bf16, int8 and nf4 with those in fp32",
+        {
+            **BASE,
+            "precision": "fp32",
+            "task": "rule-restaurants",
+            "data_dir": None,
+            **LORA,
+            "forms": "fp32,bf16,int8,nf4",
+            "new_tokens": 64,
+        },
+        _text_forms,
+        _report_text_forms,
     ),
     "quantised": Verb(
         "compare accuracy, speed and memory of storage formats of the base",

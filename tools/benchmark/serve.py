@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import logging
-import re
 import secrets
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,6 @@ import yaml
 
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import save_adapter
-from lora_hf.core.child_process import package_environment
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.core.records import RUN_CONFIG_FILE
@@ -34,6 +29,7 @@ from lora_hf.lora.inject import adapter_heads, inject, lora_layers
 from lora_hf.models.load import load_base
 from lora_hf.serving.requests import digest_of
 from tools.benchmark.rounds import environment, with_resolved_precision
+from tools.benchmark.server import TIMEOUT, Server, memory_without_models, running_server
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +37,6 @@ STD = 0.05  # of every B and head, so that mixed-up adapters give visibly differ
 # Allowed difference between served and offline probabilities, both rounded to four decimals. Batches sum in another
 # order, which rounds differently in half precision.
 TOLERANCES = {"fp32": 1.001e-4, "bf16": 2e-2, "fp16": 4e-3}
-SERVE = "import sys; from lora_hf.cli.main import main; sys.exit(main(verb='serve'))"
-TIMEOUT = 120.0  # seconds to start, and to answer the last requests
 
 
 @dataclass
@@ -90,9 +84,9 @@ def benchmark_serve(
 ) -> dict[str, Any]:
     """Measures a server with random adapters, and returns the record.
 
-    First, one client sends one request at a time, then `clients` send requests at once. In the second part, adapters
-    are replaced `replacements` times in total, each by its other version. At the end, the server is killed and started
-    again.
+    First, one client sends one request at a time, then `clients` send requests at once, at first undisturbed. In the
+    last part, adapters are replaced `replacements` times in total, each by its other version. At the end, the server is
+    killed and started again.
 
     Args:
         rows: how many texts of the validation set the clients send.
@@ -122,20 +116,27 @@ def benchmark_serve(
         )
         served = {name: folders[2 * index] for index, name in enumerate(load.names)}
         token = secrets.token_hex(16)
-        server = stack.enter_context(_server(served, root, precision, token))
+        server = stack.enter_context(running_server(served, root, precision, token))
         logger.info("benchmark: one request at a time")
         one = _drive(server, load, 1, max(1.0, seconds / 4), lambda: None)
         logger.info("benchmark: %d clients", clients)
+        undisturbed = _drive(server, load, clients, max(1.0, seconds / 4), lambda: None)
+        memory = {
+            "base_mib": _base_mib(config),
+            "without_models_mib": memory_without_models(),
+            "before_mib": server.memory_mib(),
+        }
         replacer = _Replacer(server, load.names, [folder.name for folder in folders], replacements, seconds)
         many = _drive(server, load, clients, seconds, replacer)
         metrics = server.request("GET", "/metrics")[1].decode()
+        memory["after_mib"] = server.memory_mib()
         server.process.kill()
         server.process.wait()
-        restarted = stack.enter_context(_server(served, root, precision, token))
+        restarted = stack.enter_context(running_server(served, root, precision, token))
         after = _drive(restarted, load, 1, 1.0, lambda: None)
         restarted.process.terminate()
         code = restarted.process.wait(60)
-    alone, together = one.summary(), many.summary()
+    alone, together, before = one.summary(), many.summary(), undisturbed.summary()
     return {
         "work": {
             "model": Path(config.model.name).name,
@@ -151,7 +152,11 @@ def benchmark_serve(
         },
         "one_at_a_time": alone,
         "together": together | {"rows_of_a_batch": _histogram_mean(metrics, "lora_hf_batch_rows")},
+        "undisturbed": before,
         "ratio": together["per_second"] / alone["per_second"],
+        "p99_over_p50": together["p99_ms"] / together["p50_ms"],
+        "p99_over_undisturbed": together["p99_ms"] / before["p99_ms"],
+        "memory": memory,
         "replaced": {"times": replacer.done, "failed": replacer.failed, "milliseconds": replacer.milliseconds},
         "started_in_seconds": server.startup_seconds,
         "started_again_in_seconds": restarted.startup_seconds,
@@ -181,6 +186,12 @@ def _save(config: RunConfig, root: Path, adapters: int) -> list[Path]:
     return [root / name for name in names]
 
 
+def _base_mib(config: RunConfig) -> float:
+    """The size of the base's parameters and buffers."""
+    model = load_base(config.model, get_task(config.task.name), config.train.seed)
+    return sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers())) / 2**20
+
+
 def _offline(folders: list[Path], texts: list[str], column: str, precision: str) -> dict[str, list[dict[str, Any]]]:
     saved = {folder.name: find_saved_model(folder) for folder in folders}
     predictor = MultiAdapterPredictor.load(saved, precision)
@@ -191,45 +202,7 @@ def _offline(folders: list[Path], texts: list[str], column: str, precision: str)
     return expected
 
 
-@dataclass
-class _Server:
-    process: subprocess.Popen
-    port: int
-    token: str
-    startup_seconds: float
-
-    def request(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
-            headers = {"authorization": f"Bearer {self.token}", "content-type": "application/json"}
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
-            response = connection.getresponse()
-            return response.status, response.read()
-
-
-@contextmanager
-def _server(adapters: dict[str, Path], root: Path, precision: str, token: str) -> Iterator[_Server]:
-    """A server in a process of its own, once it is ready."""
-    words = [word for name, folder in adapters.items() for word in ("--adapter", f"{name}={folder}")]
-    words += ["--port", "0", "--allow-loading", str(root), "--precision", precision]
-    environment = package_environment() | {"LORA_HF_TOKEN": token}
-    start = time.perf_counter()
-    log = root / f"server-{time.monotonic_ns()}.log"
-    with log.open("w", encoding="utf-8") as errors:
-        process = subprocess.Popen([sys.executable, "-c", SERVE, *words], stderr=errors, env=environment)
-        try:
-            while time.perf_counter() - start < TIMEOUT and process.poll() is None:
-                output = log.read_text(encoding="utf-8")
-                if address := re.search(r"ready: .*http://127\.0\.0\.1:(\d+)\D", output):
-                    yield _Server(process, int(address[1]), token, time.perf_counter() - start)
-                    return
-                time.sleep(0.02)
-            raise TrainingError(f"benchmark serve: the server did not start: {log.read_text(encoding='utf-8')[-2000:]}")
-        finally:
-            process.kill()
-            process.wait()
-
-
-def _drive(server: _Server, load: Load, clients: int, seconds: float, meanwhile: Callable[[], None]) -> Tally:
+def _drive(server: Server, load: Load, clients: int, seconds: float, meanwhile: Callable[[], None]) -> Tally:
     """Sends requests through `clients` connections for `seconds`, each after the response to the one before."""
     tally = Tally()
     senders = [_Client(server, load, tally, number) for number in range(clients)]
@@ -250,7 +223,7 @@ def _drive(server: _Server, load: Load, clients: int, seconds: float, meanwhile:
 class _Client:
     """A client. It leaves the CPU to the server: it checks a response that repeats only once."""
 
-    def __init__(self, server: _Server, load: Load, tally: Tally, number: int) -> None:
+    def __init__(self, server: Server, load: Load, tally: Tally, number: int) -> None:
         self.server, self.load, self.tally = server, load, tally
         self.count = number * 7919  # clients start at different texts
         self.checked: dict[tuple[str, int, bytes], str | None] = {}
@@ -318,7 +291,7 @@ def is_close(answers: list[dict[str, Any]], expected: dict[str, Any], tolerance:
 class _Replacer:
     """Replaces one adapter after another by its other version, evenly spread over `seconds`."""
 
-    def __init__(self, server: _Server, names: list[str], folders: list[str], times: int, seconds: float) -> None:
+    def __init__(self, server: Server, names: list[str], folders: list[str], times: int, seconds: float) -> None:
         self.server, self.names, self.folders, self.times, self.seconds = server, names, folders, times, seconds
         self.done, self.failed = 0, 0
         self.milliseconds: list[float] = []

@@ -50,6 +50,53 @@ def restarts(results: Path) -> str:
     return table([*head, "wrong results after restart"], rows)
 
 
+def text_forms(results: Path) -> str:
+    rows = [
+        [
+            f"[{name}](results/text-forms/{file.name})",
+            f"{side['base_mib']:.0f}",
+            f"{side['mean_difference']:.1e}",
+            f"{side['largest_difference']:.1e}",
+            f"{side['same_next_token']:.1%}",
+            f"{side['equal_texts']:.0%}",
+        ]
+        for file in record_files(results / "text-forms")
+        for name, side in read_json_record(file)["forms"].items()
+    ]
+    head = ["base (record)", "base, MiB", "mean difference", "largest difference", "same next token", "equal texts"]
+    return table(head, rows)
+
+
+def streamed_texts(results: Path) -> str:
+    rows = []
+    for file in record_files(results / "serving-texts"):
+        record = read_json_record(file)
+        work, peer = record["work"], record["transformers_serve"]
+        name = f"[{work['model']} in {work['precision']}](results/serving-texts/{file.name})"
+        parts = [
+            ("lora_hf, one adapter", 1, record["alone"]),
+            ("lora_hf, one adapter", work["clients"], record["one_adapter"]),
+        ]
+        parts.append(("lora_hf, two adapters", work["clients"], record["two_adapters"]))
+        if "alone" in peer:
+            parts.append(("transformers serve, base alone", 1, peer["alone"]))
+            parts.append(("transformers serve, base alone", work["clients"], peer["together"]))
+        rows += [
+            [
+                name,
+                server,
+                str(clients),
+                f"{part['tokens_per_second']:.1f}",
+                f"{part['first_token_p50_ms']:.0f}",
+                f"{part['first_token_p99_ms']:.0f}",
+                str(part["errors"]),
+            ]
+            for server, clients, part in parts
+        ]
+    head = ["model (record)", "server", "clients", "tokens/s", "first token p50, ms", "first token p99, ms", "errors"]
+    return table(head, rows)
+
+
 def _server(work: dict[str, Any]) -> str:
     return f"{work['model']}{' (random weights)' if work['init'] == 'random' else ''} in {work['precision']}"
 

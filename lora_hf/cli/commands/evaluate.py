@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.cli.evaluation_text import describe_evaluation
-from lora_hf.cli.terminal import add_adapter, add_data_dir, add_json, add_precision, format_score, print_json, progress
+from lora_hf.cli.terminal import (
+    add_adapter,
+    add_data_dir,
+    add_exact,
+    add_json,
+    add_precision,
+    check_exact,
+    format_score,
+    print_json,
+    progress,
+)
 from lora_hf.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,12 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plots", type=Path, metavar="DIR", help="draw the confusion matrix and the reliability of a classifier there"
     )
     add_precision(parser)
+    add_exact(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     from lora_hf.adapters.resolve import find_saved_model
 
+    check_exact(options)
     saved = find_saved_model(options.adapter, options.revision, options.model)
     if options.without_adapter and saved.is_full_model:
         raise ConfigError(f"--without-adapter: {options.adapter} is a whole model and has no adapter to leave out")
@@ -40,15 +52,17 @@ def run(options: argparse.Namespace) -> None:
     rows = saved.task.load(options.data_dir, splits)
     evaluation: dict[str, dict[str, Any]] = {}
     if saved.task.verb == "generate":
-        if options.precision:
-            raise ConfigError(f"--precision: {saved.task.name} is always generated in fp32; leave the option out")
-        scores = _evaluate_texts(saved, rows, adapted=not options.without_adapter)
+        if options.precision == "int8":
+            raise ConfigError(
+                f"--precision int8: {saved.task.name} generates texts; train with model.quantised=int8, or leave it out"
+            )
+        scores = _evaluate_texts(saved, rows, options)
     elif options.without_adapter:
         raise ConfigError(f"--without-adapter: {saved.task.name} needs a trained head, which the bare base lacks")
     else:
         from lora_hf.inference.classify import Predictor, evaluate_in_full
 
-        found = evaluate_in_full(Predictor.load(saved, options.precision), rows, progress)
+        found = evaluate_in_full(Predictor.load(saved, options.precision, options.exact), rows, progress)
         scores = {split: metrics for split, (metrics, _) in found.items()}
         evaluation = {split: more for split, (_, more) in found.items() if more}
     if options.plots is not None:
@@ -79,11 +93,13 @@ def _draw(evaluation: Mapping[str, dict[str, Any]], task: str, folder: Path) -> 
         print(f"wrote {path}", file=sys.stderr)
 
 
-def _evaluate_texts(saved: SavedModel, rows: Mapping[str, Any], adapted: bool) -> dict[str, Any]:
+def _evaluate_texts(saved: SavedModel, rows: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """The scores by split and subset."""
     from lora_hf.inference.generate import Generator, evaluate_texts
 
-    records, scores = evaluate_texts(Generator.load(saved, adapted), saved, rows, adapted, progress)
+    adapted = not options.without_adapter
+    generator = Generator.load(saved, adapted, options.precision, options.exact)
+    records, scores = evaluate_texts(generator, saved, rows, adapted, progress)
     cwd = Path.cwd()
     for record in records:
         print(f"record: {record.relative_to(cwd) if record.is_relative_to(cwd) else record}", file=sys.stderr)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_type_hints
 
-from lora_hf.cli.terminal import add_adapter, add_json, print_rows, progress
+from lora_hf.cli.terminal import add_adapter, add_exact, add_json, check_exact, print_rows, progress
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import ConfigError
 
@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="write one text per line, and a .jsonl with scores beside it"
     )
+    parser.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16", "fp16"], help="of the base; default: that of the run"
+    )
+    add_exact(parser)
+    parser.add_argument("--merge", action="store_true", help="merge the adapter into the base first")
     add_json(parser)
 
 
@@ -59,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.adapters.resolve import find_saved_model
     from lora_hf.data.tasks.generation import TextGeneration, one_line
 
+    check_exact(options)
     saved = find_saved_model(options.adapter, options.revision, options.model)
     task = saved.task
     if not isinstance(task, TextGeneration):
@@ -71,7 +77,8 @@ def run(options: argparse.Namespace) -> None:
     prompts, contexts = [prompt for prompt, _ in given], [context for _, context in given]
     from lora_hf.inference.generate import Generator, write_texts
 
-    stream = progress(Generator.load(saved).generate(contexts, decoding), total=len(prompts))
+    generator = Generator.load(saved, precision=options.precision, exact=options.exact, merge=options.merge)
+    stream = progress(generator.generate(contexts, decoding), total=len(prompts))
     texts = list(stream) if options.output is None else write_texts(options.output, prompts, stream)
     rows = [{"prompt": prompt, **asdict(text)} for prompt, text in zip(prompts, texts, strict=True)]
     # One text is shown as it is; of several, each is a line.

@@ -8,7 +8,7 @@ import ipaddress
 import os
 from pathlib import Path
 
-from lora_hf.cli.terminal import add_model, parse_named_adapters
+from lora_hf.cli.terminal import add_exact, add_model, check_exact, parse_named_adapters
 from lora_hf.core.errors import ConfigError, how_to_install
 
 HELP = "serve adapters over HTTP"
@@ -31,8 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16"],
-        help="of classifiers; default: that of the first adapter's run; texts are always generated in fp32",
+        help="of the bases; default: that of the first adapter's run; packed projections stay packed",
     )
+    add_exact(parser)
+    add("--merge", action="store_true", help="merge an adapter into its base while it is the only one")
     add("--host", default="127.0.0.1", help="0.0.0.0 also accepts other machines, with a token; default: 127.0.0.1")
     add(
         "--allow-host",
@@ -57,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-connections", type=int, metavar="N", help="connections open at a time")
     add("--deadline", type=float, metavar="S", help="seconds that a request may take")
     add("--grace", type=float, default=30.0, metavar="S", help="seconds to finish requests after SIGTERM; default: 30")
-    add("--playground", action="store_true", help="add a web page for trying the adapters, /playground")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -71,6 +72,7 @@ def run(options: argparse.Namespace) -> None:
             f"--host {options.host}: other machines could use the server without a token; give --token-file or set "
             f"{TOKEN_VARIABLE} to a word that is hard to guess, or leave --host out"
         )
+    check_exact(options)
     adapter_root = options.allow_loading
     if adapter_root is not None and token is None:
         raise ConfigError(f"--allow-loading {adapter_root}: needs a token; give --token-file or set {TOKEN_VARIABLE}")
@@ -78,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--allow-loading {adapter_root}: no such folder")
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"--port: expected 0 to 65535, found {options.port}")
-    _check_installed(options.playground)
+    _check_installed()
     from lora_hf.serving.limits import Limits
 
     limits = Limits(**{name: getattr(options, name) for name in LIMITS if getattr(options, name) is not None})
@@ -87,15 +89,12 @@ def run(options: argparse.Namespace) -> None:
             find_saved_model(adapter, model=options.model)
     from lora_hf.serving.server import listen, serve
 
-    with listen(options.host, options.port) as listener:  # before importing torch takes seconds
+    engine = {name: getattr(options, name) for name in ("precision", "model", "exact", "merge")}
+    with listen(options.host, options.port) as listener:  # before the models' process starts
         from lora_hf.serving.app import ServerState
-        from lora_hf.serving.engine import Engine
-        from lora_hf.serving.metrics import Metrics
 
-        metrics = Metrics()
-        engine = Engine(limits, options.precision, metrics, options.model)
         state = ServerState(token, adapter_root, _allowed_hosts(options.host, options.allow_host))
-        serve(engine, adapters, metrics, state, listener, options.grace, options.playground)
+        serve(adapters, limits, state, listener, options.grace, **engine)
 
 
 def _read_token(file: Path | None) -> str | None:
@@ -127,9 +126,7 @@ def _allowed_hosts(host: str, more: list[str]) -> frozenset[str] | None:
     return None if "*" in more else frozenset(name.lower().strip("[]") for name in (*LOOPBACK, host, *more))
 
 
-def _check_installed(playground: bool) -> None:
+def _check_installed() -> None:
     missing = [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"serve needs {', '.join(missing)}: {how_to_install('serve')}")
-    if playground and importlib.util.find_spec("gradio") is None:
-        raise ConfigError(f"--playground needs gradio: {how_to_install('serve', 'playground')}")
