@@ -13,6 +13,7 @@ from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.records import RunRecord, ScoreRecord
 from lora_hf.inference.generate import Generator
 from lora_hf.serving.engine import Engine
+from lora_hf.serving.requests import Piece
 from tests.support.command_lines import ask, last_json
 from tests.support.span_data import save_encoder_decoder, write_copies
 
@@ -80,12 +81,12 @@ def test_it_is_served(writer: Path) -> None:
     saved = find_saved_model(writer)
     contexts = [saved.task.context(source) for source in SOURCES]  # type: ignore[attr-defined]
     expected = [text.text for text in Generator.load(saved).generate(contexts, saved.generate)]
-    streamed: list[str] = []
+    streamed: list[Piece] = []
     with Engine() as engine:
         engine.load("copies", writer)
         assert [engine.generate("copies", source).text for source in SOURCES] == expected
         request = engine.submit_generate("copies", SOURCES[0], {"num_beams": 1}, on_text=streamed.append)
-        assert engine.wait(request).text.startswith("".join(streamed))
+        assert engine.wait(request).text.startswith("".join(piece.text for piece in streamed))
 
 
 @pytest.mark.full
