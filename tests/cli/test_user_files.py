@@ -161,11 +161,11 @@ def test_texts_of_several_lines(writer: Path, tmp_path: Path, monkeypatch: pytes
 def test_score_reads_the_texts_of_a_table(tmp_path: Path) -> None:
     references = write_text(tmp_path / "refs.txt", "The Vaults is a pub.\n\nThe Mill is cheap.\n")
     texts = [{"prompt": "x", "text": "The Vaults is\na pub."}, {"prompt": "y", "text": "The Mill is cheap."}]
-    words = ["--task", "dart", "--references", references, "--json"]
+    words = ["--task", "rouge_bleu", "--references", references, "--json"]
     for suffix in TABLE_SUFFIXES:
         path = write_rows(tmp_path / f"out{suffix}", texts)
         assert last_json(ask("score", "--predictions", path, *words))["scores"]["BLEU"] == pytest.approx(1)
-    refused = ask("score", "--predictions", references, "--task", "dart", "--references", path, code=2)
+    refused = ask("score", "--predictions", references, "--task", "rouge_bleu", "--references", path, code=2)
     assert "expected references as lines of text" in refused.stderr
 
 
