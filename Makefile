@@ -54,6 +54,6 @@ $(READY): requirements.lock pyproject.toml
 		{ echo "lora_hf needs Python 3.10 or newer, but $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12" >&2; exit 2; }
 	@echo "Setting up $(VENV) (once, a few minutes)..." >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --requirement requirements.lock
+	@$(PIP) install --use-pep517 --requirement requirements.lock  # pip before 23.1 cannot build seqeval otherwise
 	@$(PIP) install --no-deps --editable .
 	@touch $@

@@ -1,9 +1,8 @@
-"""Scores of tags, with `seqeval` for the spans that they mark."""
+"""Scores of tags, and of the spans that they mark."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 Tags = Sequence[Sequence[str]]  # of each word of each row
 
@@ -17,20 +16,32 @@ def score_tags(predictions: Tags, references: Tags, marks_spans: bool) -> dict[s
     accuracy = sum(predicted == right for predicted, right in words) / len(words)
     if not marks_spans:
         return {"accuracy": accuracy}
-    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
-
-    scores: Any = precision_recall_fscore_support(
-        [list(row) for row in references],
-        [list(row) for row in predictions],
-        average="micro",
-        zero_division=0,  # pyright: ignore[reportArgumentType]: a number or a word
-    )
-    precision, recall, f1 = (float(score) for score in scores[:3])
-    return {"f1": f1, "precision": precision, "recall": recall, "accuracy": accuracy}
+    found, expected, right = 0, 0, 0
+    for predicted_row, reference_row in zip(predictions, references, strict=True):
+        predicted_spans, spans = set(spans_of(predicted_row)), set(spans_of(reference_row))
+        found += len(predicted_spans)
+        expected += len(spans)
+        right += len(predicted_spans & spans)
+    return {
+        "f1": 2 * right / max(found + expected, 1),
+        "precision": right / max(found, 1),
+        "recall": right / max(expected, 1),
+        "accuracy": accuracy,
+    }
 
 
 def spans_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Returns the type, first word and last word of each span."""
-    from seqeval.metrics.sequence_labeling import get_entities
+    """Returns the type, first word and last word of each span of BIO or BIOES tags, found as conlleval does.
 
-    return get_entities(list(tags))
+    A tag continues the span before it if it is I or E after B or I of the same type. Any other tag but O starts one.
+    """
+    spans: list[tuple[str, int, int]] = []
+    previous = ("O", "")
+    for word, tag in enumerate(tags):
+        mark, kind = tag[:1], tag[1:].removeprefix("-")
+        if mark in ("I", "E") and previous in (("B", kind), ("I", kind)):
+            spans[-1] = (kind, spans[-1][1], word)
+        elif mark != "O":
+            spans.append((kind, word, word))
+        previous = (mark, kind)
+    return spans

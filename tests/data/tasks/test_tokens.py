@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from seqeval.metrics import f1_score, precision_score, recall_score
+from seqeval.metrics.sequence_labeling import get_entities
 
 from lora_hf.core.config.schema import ModelConfig, TaskConfig
 from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.core.labels import IGNORE_INDEX
-from lora_hf.data.metrics.tokens import score_tags
+from lora_hf.data.metrics.tokens import score_tags, spans_of
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.data.tasks.tokens import TokenClassification
 from lora_hf.data.tasks.words import repair_bio, split_words
@@ -235,6 +236,15 @@ def test_predictions_are_repaired_and_scored_as_seqeval_does() -> None:
     scores = score_tags(list(map(repair_bio, predictions)), tags, marks_spans=True)
     expected = [metric(tags, predictions) for metric in (f1_score, precision_score, recall_score)]
     assert [scores[name] for name in ("f1", "precision", "recall")] == pytest.approx(expected)
+
+
+def test_spans_are_those_of_seqeval_for_any_tags() -> None:
+    choice = random.Random(2)
+    names = ["O", *(f"{mark}-{kind}" for mark in "BIES" for kind in ("A", "B-C"))]
+    for _ in range(300):
+        tags = [choice.choice(names) for _ in range(8)]
+        assert spans_of(tags) == get_entities(tags)
+    assert score_tags([["O"]], [["O"]], marks_spans=True)["f1"] == 0
 
 
 def test_logits_that_are_not_finite() -> None:
