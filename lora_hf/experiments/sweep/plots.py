@@ -70,7 +70,7 @@ def draw_learning_rates(record: SweepRecord, path: Path) -> None:
     trials = [trial for trial in record.trials if RATE in trial["values"]]
     if len({trial["values"][RATE] for trial in trials}) < 2:
         return
-    figure, panels = load_pyplot().subplots(1, 2, figsize=SIZE)
+    figure, panels = load_pyplot().subplots(1, 2, figsize=SIZE, sharex=True)
     ranks = sorted({trial["values"].get(RANK, 0) for trial in trials})
     for axes, label, measure in zip(
         panels, (f"{record.split} {record.metric}", "loss"), (last_score, _loss), strict=True
