@@ -84,8 +84,10 @@ def parse_named_adapters(arguments: list[str]) -> dict[str, str]:
     adapters: dict[str, str] = {}
     for argument in arguments:
         name, _, adapter = argument.partition("=")
-        if not (name and adapter) or name in adapters:
-            raise ConfigError(f"--adapter {argument}: expected NAME=DIR with a unique name")
+        if not (name and adapter):
+            raise ConfigError(f"--adapter {argument}: expected NAME=DIR, such as sst2={argument.strip('=')}")
+        if name in adapters:
+            raise ConfigError(f"--adapter {argument}: {name!r} is the name of another adapter; expected NAME=DIR")
         adapters[name] = adapter
     return adapters
 

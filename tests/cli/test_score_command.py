@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_hf.data.metrics.requirements import ScorerError
 from tests.support.command_lines import ask
 
 REPO = Path(__file__).parents[2]
@@ -62,6 +63,18 @@ def test_without_java_the_other_scores_are_printed() -> None:
     assert "null" in done.stdout.splitlines()[1]
     assert "multi-bleu.perl -lc" in done.stdout.splitlines()[0]
     assert done.stderr.count("METEOR: needs Java 8") == 1
+
+
+def test_a_file_of_which_nothing_can_be_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> float:
+        raise ScorerError("needs sacrebleu, which is not installed")
+
+    for name in ("summaries.rouge", "translation.sacre_bleu", "translation.chrf"):
+        monkeypatch.setattr(f"lora_hf.data.metrics.{name}", missing)
+    words = ["--task", "rouge_bleu", "--predictions", "../out.txt", "--references", "../refs.txt"]
+    done = ask("score", *words, code=2)
+    assert done.stdout == ""
+    assert "none of its scores can be computed: needs sacrebleu" in done.stderr
 
 
 def test_a_crash_of_java_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

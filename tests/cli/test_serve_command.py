@@ -60,8 +60,8 @@ def test_a_request_in_flight_is_answered_after_sigterm(folders: dict[str, Path])
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--adapter", "nowhere"], "--adapter nowhere: expected NAME=DIR"),
-        (["--adapter", "a=1", "--adapter", "a=2"], "--adapter a=2: expected NAME=DIR with a unique name"),
+        (["--adapter", "nowhere"], "--adapter nowhere: expected NAME=DIR, such as sst2=nowhere"),
+        (["--adapter", "a=1", "--adapter", "a=2"], "--adapter a=2: 'a' is the name of another adapter"),
         (["--adapter", "a=nowhere/at/all"], "nowhere/at/all: "),
         (["--adapter", "a=x", "--allow-loading", "."], "needs a token"),
         (["--adapter", "a=x", "--token-file", "nowhere"], "cannot be read"),

@@ -74,7 +74,7 @@ def collect() -> dict[str, Any]:
         "padded": [kind for kind, entry in ARCHITECTURES.items() if entry.padded_because],
         "nf4": optional.get("bitsandbytes") is not None,
         "int8_units": [flag for flag in INT8_FLAGS if flag in flags],
-        "java": shutil.which("java") is not None,
+        "no_java_metrics": _why_no_java_metrics(optional),
     }
     problem = None
     try:
@@ -119,6 +119,13 @@ def _extras() -> tuple[dict[str, str | None], dict[str, list[str]]]:
             if installed is None or not requirement.specifier.contains(installed, prereleases=True):
                 missing.setdefault(extra, []).append(f"{name}{requirement.specifier}")
     return dict(sorted(optional.items())), missing
+
+
+def _why_no_java_metrics(optional: dict[str, str | None]) -> str | None:
+    """Why METEOR and CIDEr cannot be computed; None if they can."""
+    if shutil.which("java") is None:
+        return "no, Java is missing: see docs/generation_metrics.md"
+    return None if optional.get("pycocoevalcap") else f"no: {how_to_install('nlg')}"
 
 
 def _add_what_torch_knows(hardware: dict[str, Any], chosen: dict[str, Any]) -> None:
@@ -174,7 +181,7 @@ def _sections(info: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "with padding": ", ".join(chosen["padded"]),
             "quantized: int8": f"yes, with {units}" if units else "yes, but without CPU instructions for it",
             "quantized: nf4": "yes" if chosen["nf4"] else f"no: {how_to_install('quantised')}",
-            "METEOR, CIDEr": "yes" if chosen["java"] else "no, Java is missing: see docs/generation_metrics.md",
+            "METEOR, CIDEr": chosen["no_java_metrics"] or "yes",
         },
         "data and models": {
             "data": data,

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from lora_hf.data.metrics.requirements import ScorerError
     from lora_hf.data.metrics.texts import check_task, score_texts
     from lora_hf.data.reference_files import read_predictions, read_references
 
@@ -28,6 +29,9 @@ def run(options: argparse.Namespace) -> None:
     references = read_references(options.references)
     predictions = read_predictions(options.predictions, references)
     scores = score_texts(options.task, predictions, references.groups, references.tokenized)
+    if len(scores.reasons) == len(scores.values):
+        reasons = "; ".join(dict.fromkeys(scores.reasons.values()))
+        raise ScorerError(f"{options.task}: none of its scores can be computed: {reasons}")
     for name, reason in scores.reasons.items():
         print(f"{name}: {reason}", file=sys.stderr)
     if options.json:
