@@ -38,9 +38,9 @@ bench: $(READY) ## measures; make bench BENCH="infer --json" passes arguments on
 # The pins already there stay; UPGRADE=--upgrade asks for the newest. torch pins its own CUDA packages exactly, so they
 # are left out here: a torch built for the CPU would otherwise be given gigabytes it never opens.
 lock: $(READY) ## renews requirements.lock after a change of pyproject.toml
-	@$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --all-extras --no-annotate --no-header $(UPGRADE) \
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --no-annotate --no-header $(UPGRADE) \
 		--output-file requirements.lock pyproject.toml
-	@{ echo "# Made by 'make lock' from pyproject.toml, all extras, Python 3.10 and newer. Install: pip install -r requirements.lock"; \
+	@{ echo "# Made by 'make lock' from pyproject.toml with the extra dev, Python 3.10 and newer. Install: pip install -r requirements.lock"; \
 		grep -vE '^(nvidia-|cuda-|triton==)' requirements.lock; } > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from lora_hf.adapters.format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -18,26 +16,23 @@ from lora_hf.adapters.format import (
     read_adapter_config,
     suggest_adapter,
 )
+from lora_hf.adapters.infer_task import UNRECORDED, infer_task, plain_text
 from lora_hf.core.config.loader import load_config
 from lora_hf.core.config.schema import GenerateConfig, ModelConfig, RunConfig
 from lora_hf.core.errors import AdapterError, HubError
 from lora_hf.core.hub_access import explain_hub_error, hub_is_reachable, hub_unreachable
 from lora_hf.core.records import COMBINE_FILE, MERGE_FILE, RECORD_FILE, RUN_CONFIG_FILE, CombineRecord, MergeRecord
 from lora_hf.data.tasks.base import Task
-from lora_hf.data.tasks.classification import TextClassification
-from lora_hf.data.tasks.custom import CustomText, task_section
+from lora_hf.data.tasks.custom import task_section
 from lora_hf.data.tasks.registry import get_task, task_names, task_of
-from lora_hf.data.tasks.sources import NoSource
 from lora_hf.models.model_ids import is_hub_id, is_path
-
-UNRECORDED = "unrecorded"  # the name of the task of an adapter that records none
 
 
 @dataclass(frozen=True)
 class SavedModel:
     """Trained weights on disk: an adapter and the base it needs, or a full model (`is_full_model`), which needs none.
 
-    `model` is the base of the adapter, or the full model itself.
+    `model` is the base of the adapter, or the full model itself. `data_dir` is where its run has found the rows.
     """
 
     folder: Path
@@ -47,6 +42,7 @@ class SavedModel:
     seed: int = 0
     max_length: int = 512
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    data_dir: str | None = None
 
     @property
     def run_folder(self) -> Path | None:
@@ -56,23 +52,23 @@ class SavedModel:
         return parent if (parent / RECORD_FILE).is_file() and not derived else None
 
 
-def find_saved_model(
-    folder: str | Path, revision: str | None = None, model: str | None = None, needs_task: bool = True
-) -> SavedModel:
+def find_saved_model(folder: str | Path, revision: str | None = None, model: str | None = None) -> SavedModel:
     """Resolves an adapter or a full model to its task, its base and the settings of its run.
+
+    An adapter of PEFT records no task. It has that of a config.yaml beside it, or else `infer_task` tells it.
 
     Args:
         folder: `outputs/<run>/adapter` or `outputs/<run>/model`; a copy of an adapter folder; a merged model or a
             combined adapter; or the hub id of an adapter, `user/name`.
         revision: a branch, tag or commit of the hub repository.
         model: where the base is now, a folder or a hub id; by default where the adapter says.
-        needs_task: whether an adapter of PEFT, which records no task, is an error. Without a task it can be merged.
 
     Raises:
-        AdapterError: the folder is none of these, is damaged, or does not record its base and task; or the folder of
+        AdapterError: the folder is none of these, is damaged, or does not tell its base and task; or the folder of
             its base is missing.
         DataError: the record of a merge or combination is damaged.
         HubError: as `fetch_adapter`.
+        ModelError: as `infer_task`.
     """
     folder = fetch_adapter(folder, revision)
     run = run_config(folder)
@@ -85,33 +81,44 @@ def find_saved_model(
             raise AdapterError(f"model={model}: {folder} is a full model, which needs no base; leave it out")
         precision = run.model.precision if (folder / MERGE_FILE).is_file() else "auto"
         full = ModelConfig(name=str(folder), precision=precision)
-        return SavedModel(folder, True, task_of(run.task), full, 0, run.task.max_length, run.generate)
+        unrecorded = run.task.name == UNRECORDED and run.task.kind is None
+        task = plain_text() if unrecorded else task_of(run.task)
+        return SavedModel(folder, True, task, full, 0, run.task.max_length, run.generate, run.task.data_dir)
     config, metadata = read_adapter_config(folder)
     named = base_of(config, metadata)
     base = model or named
-    task = None if needs_task or metadata.task or not base else _unrecorded_task(config, folder)
-    task = task or _task_of(metadata, base, run, folder)
     if is_path(base) and not Path(base).is_dir():
         raise AdapterError(
             f"{folder}: its base {base}: no such folder. Name the base's new place with model=NAME_OR_FOLDER, or in "
             f"base_model_name_or_path of {CONFIG_FILE}"
         )
-    if run is None or run.model.name not in (base, named, metadata.base):
+    task = _task_of(config, metadata, base, run, folder)
+    described = not metadata.task and (folder / RUN_CONFIG_FILE).is_file()
+    if run is None or (run.model.name not in (base, named, metadata.base) and not described):
         return SavedModel(folder, False, task, ModelConfig(name=base))
     # Only the run records another tokenizer than the base's, or a random base and its seed.
     moved = run.model if run.model.name == base else replace(run.model, name=base, revision=None)
-    return SavedModel(folder, False, task, moved, run.train.seed, run.task.max_length, run.generate)
+    settings = run.train.seed, run.task.max_length, run.generate, run.task.data_dir
+    return SavedModel(folder, False, task, moved, *settings)
 
 
-def _task_of(metadata: AdapterMetadata, base: str, run: RunConfig | None, folder: Path) -> Task:
+def _task_of(
+    config: Mapping[str, Any], metadata: AdapterMetadata, base: str, run: RunConfig | None, folder: Path
+) -> Task:
     """The task that the adapter names: a built-in one, or the custom task that the config of its run describes."""
     name = metadata.task
+    if not name and base:
+        if run is not None and (folder / RUN_CONFIG_FILE).is_file():
+            return task_of(run.task)
+        if task := infer_task(config, metadata, folder, ModelConfig(name=base)):
+            return task
     if not base or not name:
         missing = " and ".join(word for word, value in (("base", base), ("task", name)) if not value)
         raise AdapterError(
-            f"{folder / WEIGHTS_FILE}: does not say which {missing} it was trained for; PEFT records no task. "
-            'Save it with lora_hf.save_adapter(model, folder, task="sst2"), or with the name of its task, or load it '
-            "in Python with lora_hf.load_adapter(model, folder)"
+            f"{folder / WEIGHTS_FILE}: does not say which {missing} it was trained for, and its task_type "
+            f"{config.get('task_type')!r} does not tell the task. Save it with "
+            'lora_hf.save_adapter(model, folder, task="sst2"), or with the name of its task, or load it in Python with '
+            "lora_hf.load_adapter(model, folder)"
         )
     if run is not None and run.task.kind is not None and run.task.name == name:
         task = task_of(run.task)
@@ -129,28 +136,6 @@ def _task_of(metadata: AdapterMetadata, base: str, run: RunConfig | None, folder
             f"{', '.join(task.label_names)}"
         )
     return task
-
-
-def _unrecorded_task(config: Mapping[str, Any], folder: Path) -> Task | None:
-    """What a PEFT adapter says about its task: which head its base has. None for a head that no task has."""
-    if config.get("task_type") == "CAUSAL_LM":
-        return CustomText(name=UNRECORDED, source=NoSource(), text_columns=("prompt", "completion"), metric="e2e_nlg")
-    if config.get("task_type") != "SEQ_CLS":
-        return None
-    with safe_open(folder / WEIGHTS_FILE, framework="np") as file:
-        shapes = [file.get_slice(key).get_shape() for key in file.keys() if ".lora_" not in key]  # noqa: SIM118
-    widths = [shape[0] for shape in shapes if len(shape) == 2]
-    count = min(widths, default=2)  # a head may have more layers, and its last one is the narrowest
-    labels = tuple(f"LABEL_{index}" for index in range(count)) if count > 1 else ()
-    return TextClassification(
-        name=UNRECORDED,
-        source=NoSource(),
-        text_columns=("text",),
-        label_names=labels,
-        problem_type=None,
-        metric="classification",
-        best_metric="accuracy",
-    )
 
 
 def run_sections(saved: SavedModel) -> dict[str, Any]:

@@ -67,7 +67,9 @@ def check_exact(options: argparse.Namespace) -> None:
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data-dir", metavar="DIR", help="folder with the data; default: $LORA_HF_DATA_DIR, otherwise the hub"
+        "--data-dir",
+        metavar="DIR",
+        help="folder with the data; default: that of the run, then $LORA_HF_DATA_DIR, then the hub",
     )
 
 

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError, did_you_mean
 from lora_hf.lora.active_adapter import STATE_ATTRIBUTE, AdapterState, Labels
-from lora_hf.lora.heads import has_labels, modules_to_train, new_parameters
+from lora_hf.lora.heads import has_labels, modules_to_train, new_parameters, task_type
 from lora_hf.lora.layers import AdaptedModule, Drift, LoraLinear, LoraWeights
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.quantization import QuantisedLinear
 from lora_hf.lora.slices import Slices
 from lora_hf.lora.target_modules import Site, comma_separated, plan, ranks_and_alphas
 from lora_hf.lora.variants.biases import add_biases, check_no_standalone_biases, unadapted_biases, unwrap_biases
-from lora_hf.lora.variants.embedding import check_not_tied
+from lora_hf.lora.variants.embedding import check_not_tied, warn_if_tied
 from lora_hf.lora.variants.table import PLAIN, Variant, initialise, new_weights
 from lora_hf.lora.variants.tokens import token_modules
 from lora_hf.lora.wrappers import on_unwrapped_model, unwrap_model
@@ -53,6 +53,12 @@ def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> P
         ModelError, ConfigError: as `plan`; also a rank above the smaller side of a projection.
         AdapterError: the model already has an adapter of that name, or the name cannot be one.
     """
+    wanted, found = vars(lora)["task_type"], task_type(model)
+    if wanted is not None and wanted != found:
+        raise ConfigError(
+            f"task_type: expected {found or 'none'}, as {type(model).__name__} is the class of the model, found "
+            f"{str(wanted).rpartition('.')[2]}; leave it out, or load the model with an auto class for that task"
+        )
     return inject_at(model, plan(model, lora), lora, name)
 
 
@@ -69,6 +75,7 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
     check_no_standalone_biases(model, ranks)
     whole = modules_to_train(model, lora.modules_to_save)
     biases = unadapted_biases(model, ranks, whole) if lora.bias == "all" else {}
+    warn_if_tied(model, ranks)
     variant = Variant(lora.use_rslora, lora.use_dora, start, lora.bias != "none")
     for path, (slices, r, alpha) in ranks.items():
         weights = add_weights(model, path, name, slices, r, alpha, lora.lora_dropout, variant)

@@ -274,9 +274,13 @@ def _no_match(target: str, model: PreTrainedModel, modules: Mapping[str, nn.Modu
     paths = dict.fromkeys(with_stars(path.removeprefix(prefix)) for path in modules)
     if target in ROLES or target in PRESETS:
         if kind not in ARCHITECTURES:
+            endings = dict.fromkeys(
+                path.rpartition(".")[2] for path, module in modules.items() if not isinstance(module, nn.Embedding)
+            )
             return (
                 f"lora.targets: model type {kind!r} is not in the role table, and no name of its modules tells the "
-                f"role {target!r}; name some of them, or all-linear: {comma_separated(paths)}"
+                f"role {target!r}. Set lora.targets to all-linear, or to some of its names: "
+                f"{comma_separated(name for name in endings if not name.isdigit())}"
             )
         architecture = ARCHITECTURES[kind]
         refused = [

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
+from transformers.models.auto import modeling_auto as auto_names
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.core.config.schema import ModelConfig
@@ -85,6 +86,19 @@ AUTO_CLASSES: dict[ModelKind, type] = {
     "seq2seq-lm": AutoModelForSeq2SeqLM,
 }
 
+# The model types of each kind, and the values of task.kind that need it.
+MODEL_TYPES: dict[ModelKind, tuple[Any, tuple[str, ...]]] = {
+    "sequence-classification": (
+        auto_names.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        ("classification", "multi_label", "regression"),
+    ),
+    "token-classification": (auto_names.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, ("tokens",)),
+    "question-answering": (auto_names.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, ("question_answering",)),
+    "causal-lm": (auto_names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ("generation", "chat")),
+    "seq2seq-lm": (auto_names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, ("seq2seq",)),
+}
+GENERATORS: tuple[ModelKind, ...] = ("causal-lm", "seq2seq-lm")
+
 T = TypeVar("T")
 
 
@@ -111,6 +125,7 @@ def load_model(
     auto: Any = AUTO_CLASSES[kind]
     dtype = DTYPES[resolve_precision(model.precision)]
     config = read_config(model, head or {})
+    _check_kind(config, kind, model.name)
     torch.manual_seed(seed)
     _check_padding(config, model.name)
     check_size(auto, config, dtype, model.name)
@@ -212,6 +227,35 @@ def read_config(model: ModelConfig, head: Mapping[str, Any]) -> PretrainedConfig
     if model.dropout is not None:
         config.update({name: model.dropout for name in DROPOUTS if hasattr(config, name)})
     return config
+
+
+def _check_kind(config: PretrainedConfig, kind: ModelKind, name: str) -> None:
+    """Raises ModelError for a model of another kind than the task needs, with the values of task.kind that it fits."""
+    fitting: list[ModelKind] = [each for each in MODEL_TYPES if _fits(config, each)]
+    if kind in fitting or not fitting:  # a type that a user has registered is for transformers to judge
+        return
+    texts: list[ModelKind] = [each for each in GENERATORS if each in fitting]
+    chosen: list[ModelKind] = texts if texts and kind in GENERATORS else fitting
+    asked = " or ".join(MODEL_TYPES[kind][1])
+    expected = " or ".join(value for each in chosen for value in MODEL_TYPES[each][1])
+    raise ModelError(
+        f"{name}: {config.model_type} is {_form(config)}, which a task of kind {asked} cannot use; expected "
+        f"task.kind={expected}, or another model"
+    )
+
+
+def _fits(config: PretrainedConfig, kind: ModelKind) -> bool:
+    # Parts of encoder-decoders, and encoders that see the token they should predict, also load as causal models.
+    is_decoder = _form(config) == "a decoder" or getattr(config, "is_decoder", False)
+    return config.model_type in MODEL_TYPES[kind][0] and (kind != "causal-lm" or is_decoder)
+
+
+def _form(config: PretrainedConfig) -> str:
+    if config.is_encoder_decoder:
+        return "an encoder-decoder"
+    architecture = ARCHITECTURES.get(config.model_type)
+    masked = config.model_type in auto_names.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "a decoder" if (architecture.causal if architecture else not masked) else "an encoder"
 
 
 def _check_padding(config: PretrainedConfig, name: str) -> None:

@@ -5,6 +5,7 @@
 import asyncio
 import contextlib
 import json
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -24,7 +25,17 @@ from lora_hf.serving.client import EngineClient, Pending
 from lora_hf.serving.limits import ClosingError, RefusalError, error_body
 from lora_hf.serving.middleware import JSON, AccessMiddleware
 from lora_hf.serving.openai import PATHS, add_openai
-from lora_hf.serving.schema import Adapter, Adapters, ClassifyAnswer, Failure, GenerateAnswer, Load, bodies
+from lora_hf.serving.schema import (
+    Adapter,
+    Adapters,
+    ClassifyAnswer,
+    Failure,
+    GenerateAnswer,
+    Load,
+    Rows,
+    Upload,
+    bodies,
+)
 from lora_hf.serving.wire import InternalError
 
 HTTP_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
@@ -156,6 +167,12 @@ def _add_adapters(app: FastAPI, client: EngineClient, state: ServerState) -> Non
     async def adapters() -> Any:
         """Lists the adapters served."""
         return {"adapters": client.adapters}
+
+    @app.post("/v1/rows", response_model=Rows)
+    async def rows(body: Upload) -> Any:
+        """Reads a file of texts as `predict` and `generate` do: CSV, TSV, JSON Lines, JSON, Parquet or plain text."""
+        content = b64encode(body.content).decode()
+        return {"rows": await client.call("read_file", adapter=body.adapter, name=body.name, content=content)}
 
     @app.put("/v1/adapters/{name}", response_model=Adapter)
     async def load(name: str, body: Load) -> Any:

@@ -99,7 +99,7 @@ class EngineClient(asyncio.Protocol):
         return self._send(call, {**arguments, "deadline": seconds}, size, seconds, on_piece)
 
     async def call(self, call: str, size: int = LONG, **arguments: Any) -> Any:
-        """Calls `load`, `remove`, `waiting` or `close`, and waits for the result."""
+        """Calls `load`, `remove`, `read_file`, `waiting` or `close`, and waits for the result."""
         return await self._send(call, arguments, size, float("inf"), None).future
 
     async def close(self, grace: float) -> None:

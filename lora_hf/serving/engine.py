@@ -32,6 +32,7 @@ from lora_hf.serving.inputs import (
     encode_rows,
     encode_texts,
     has_template,
+    read_file,
 )
 from lora_hf.serving.limits import (
     BadInputError,
@@ -169,6 +170,12 @@ class Engine:
         """The number of waiting rows by base."""
         with self._lock:
             return {worker.base: worker.waiting for worker in self._workers.values()}
+
+    def read_file(self, adapter: str, name: str, content: bytes) -> list[list[str]]:
+        """The texts of each row of a file called `name`, as the task of a served adapter reads them."""
+        with self._lock:
+            version, _ = self._find(adapter)
+        return read_file(version.saved.task, name, content)
 
     # Requests.
 

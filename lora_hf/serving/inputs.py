@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,6 +14,7 @@ from lora_hf.adapters.resolve import SavedModel
 from lora_hf.core.config.fields import build_section
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import DataError, ModelError
+from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.chat_template import Chat, ChatEncoder
 from lora_hf.data.tasks.generation import TextGeneration
 from lora_hf.data.tasks.user_texts import encode_texts as encode_user_texts
@@ -47,6 +50,27 @@ def check_rows(version: AdapterVersion, inputs: Sequence[Text], limits: Limits) 
         for text in row:
             check_text(text, f"inputs[{index}]", limits)
     return {name: [row[column] for row in rows] for column, name in enumerate(names)}
+
+
+def read_file(task: Task, name: str, content: bytes) -> list[list[str]]:
+    """The texts of each row of a file, as `predict` and `generate` read it; its suffix tells the format.
+
+    Raises:
+        BadInputError: it cannot be read, or the task needs more than texts.
+    """
+    suffix = PurePath(name).suffix
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"rows{suffix if suffix[1:].isalnum() else ''}"
+        path.write_bytes(content)
+        try:
+            if not isinstance(task, TextGeneration):
+                columns = task.read_inputs(path)
+                return [list(row) for row in zip(*(columns[name] for name in task.text_columns), strict=True)]
+            if not task.reads_text:
+                raise DataError(f"{path}: {task.name} reads more than texts; use generate on the command line")
+            return [[prompt] for prompt, _ in task.read_prompts(path)]
+        except DataError as error:
+            raise BadInputError(str(error).replace(str(path), name)) from error
 
 
 def _check_count(inputs: Sequence[Text], limits: Limits) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+from base64 import b64decode
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -35,7 +36,7 @@ def describe(engine: Engine, version: AdapterVersion) -> dict[str, Any]:
         "task": task.name,
         "kind": version.kind,
         "labels": list(task.label_names),
-        "reads": list(task.text_columns) if task.label_names or task.problem_type else ["prompt"],
+        "reads": list(task.text_columns) if task.verb == "predict" else ["prompt"],
         **engine.abilities(version),
     }
 
@@ -133,6 +134,9 @@ class EngineConnection(Observer):
         self.engine.remove(name)
         self._send_adapters()
         self._send({"id": number, "result": described})
+
+    def _read_file(self, number: int, adapter: str, name: str, content: str) -> None:
+        self._send({"id": number, "result": self.engine.read_file(adapter, name, b64decode(content))})
 
     def _waiting(self, number: int) -> None:
         self._send({"id": number, "result": self.engine.waiting()})

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag, create_model
+from pydantic import (
+    Base64Bytes,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    Tag,
+    create_model,
+)
 
 from lora_hf.serving.limits import Limits
 
@@ -77,6 +88,23 @@ class Load(BaseModel):
     folder: StrictStr = Field(
         min_length=1, max_length=1000, description="relative to the server's adapter folder", examples=["sst2/adapter"]
     )
+
+
+class Upload(BaseModel):
+    """A file of texts for an adapter."""
+
+    model_config = STRICT
+    adapter: StrictStr = Field(min_length=1, max_length=64, examples=["sst2"])
+    name: StrictStr = Field(
+        min_length=1, max_length=255, description="its suffix tells the format", examples=["rows.csv"]
+    )
+    content: Base64Bytes = Field(description="its bytes in base64", examples=["c2VudGVuY2UKYSB3YXJtIGZpbG0K"])
+
+
+class Rows(BaseModel):
+    """The texts of each row."""
+
+    rows: list[list[str]] = Field(examples=[[["a warm film"]]])
 
 
 def bodies(limits: Limits) -> tuple[Any, Any]:

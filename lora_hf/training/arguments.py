@@ -18,6 +18,7 @@ from lora_hf.data.tasks.base import Task
 from lora_hf.training.checkpoints import KEPT_CHECKPOINTS
 from lora_hf.training.distributed import world_size
 from lora_hf.training.trainer import Optimizations
+from lora_hf.training.validation import TRACKERS
 
 # The largest share: the Trainer rounds up, so this means all steps.
 BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -41,9 +42,12 @@ def explain_argument_errors(hf: Mapping[str, Any], began: Callable[[], bool] = l
     """
     try:
         yield
-    except ARGUMENT_ERRORS as error:
+    except Exception as error:
+        from_tracker = type(error).__module__.partition(".")[0] in TRACKERS  # such as wandb's without an API key
         # Out of memory, or without another process, a RuntimeError has nothing to do with the arguments.
         if not hf or began() or isinstance(error, torch.OutOfMemoryError) or world_size() > 1:
+            raise
+        if not from_tracker and not isinstance(error, ARGUMENT_ERRORS):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
@@ -95,6 +99,7 @@ def training_arguments(config: RunConfig, task: Task, folder: Path, optimization
         "logging_steps": 0.02,
         "logging_nan_inf_filter": False,
         "report_to": "none",
+        "run_name": folder.name,  # how trackers call the run
         "disable_tqdm": not sys.stderr.isatty(),
         "dataloader_pin_memory": False,
         "ddp_find_unused_parameters": False,

@@ -180,6 +180,14 @@ class CheckpointCallback(TrainerCallback):
         self.trainer.training_began = True
         if self.resumed_from is not None:
             self.trainer.restore_progress(self.resumed_from)
+            scheduler: Any = kwargs["lr_scheduler"]
+            now = [
+                base * each(scheduler.last_epoch)
+                for base, each in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            if now != scheduler.get_last_lr():  # a longer run has another schedule than the one in the checkpoint
+                scheduler.last_epoch -= 1
+                scheduler.step()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         monitor = self.trainer.loss_monitor

@@ -75,6 +75,12 @@ def write_progress(checkpoint: Path, progress: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(progress), encoding="utf-8")
 
 
+def reopen(checkpoint: Path) -> None:
+    """Makes the checkpoint at the end of a run one from which training goes on."""
+    write_progress(checkpoint, read_progress(checkpoint) | {"finished": False})
+    write_manifest(checkpoint)
+
+
 def evaluation_is_due(checkpoint: Path) -> bool:
     """Whether a signal stopped the evaluation that belongs to this checkpoint."""
     return bool(read_progress(checkpoint).get("evaluation_due"))

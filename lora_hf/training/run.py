@@ -130,7 +130,8 @@ def train(
     `train.batch_size` of them per step; rank 0 writes, and all return the same run.
 
     Args:
-        resume: a checkpoint folder, or `auto`: the newest checkpoint of the newest unfinished run of this very config.
+        resume: a checkpoint folder, or `auto`: the newest checkpoint of the newest unfinished run of this very config,
+            or else of a finished one that has fewer epochs or steps.
         rows: the task's splits, where they have been read already.
         callbacks: for the Trainer, beside the run's own; None: a line on standard error for each evaluation.
 

@@ -30,6 +30,7 @@ from lora_hf.training.checkpoints import (
     find_damage,
     is_evaluation,
     newest_valid,
+    reopen,
 )
 from lora_hf.training.distributed import rank
 
@@ -42,12 +43,13 @@ LOCK_FILE = ".lock"  # held while a run trains in the folder; the system release
 # What a run may change when it resumes from a checkpoint that is named: it concerns no step of the training. The
 # fingerprint in the checkpoint proves that a base of another name has the same weights.
 FREE_TO_CHANGE = ("model.name", "task.data_dir", "task.thresholds", "train.eval_batch_size", "generate.", "output.")
+LENGTHS = ("epochs", "max_steps")  # what a finished run may have more of when it resumes
 
 
 def find_run_folder(config: RunConfig, resume: str | None) -> tuple[Path, Path | None]:
     """The folder of the run and the checkpoint to resume from; nothing is created or written yet.
 
-    `resume=auto` never replaces anything, whatever `output.overwrite` says.
+    `resume=auto` never replaces anything, whatever `output.overwrite` says, but the results of a run that it lengthens.
 
     Raises:
         ConfigError: another run is in the way, or still training there; `resume` is no checkpoint, or one of a run with
@@ -56,7 +58,7 @@ def find_run_folder(config: RunConfig, resume: str | None) -> tuple[Path, Path |
     if resume is not None and resume != "auto":
         return _resume_from(config, Path(resume))
     if resume == "auto":
-        folder = _unfinished(config)
+        folder = _resumable(config)
         if folder is not None:
             _check_unlocked(folder)
             newest = newest_valid(folder / CHECKPOINTS_FOLDER)
@@ -74,7 +76,7 @@ def check_run_folder(config: RunConfig, resume: str | None) -> None:
     """Raises what `find_run_folder` will raise, as far as that is known before torch has chosen the precision."""
     if resume != "auto":
         find_run_folder(config, resume)
-    elif config.output.name is not None and _unfinished(config) is None:
+    elif config.output.name is not None and _resumable(config) is None:
         _check_free(Path(config.output.dir) / config.output.name, config, resume)
 
 
@@ -92,7 +94,9 @@ def _resume_from(config: RunConfig, checkpoint: Path) -> tuple[Path, Path]:
     if saved is None:
         raise ConfigError(f"resume={checkpoint}: expected the config of its run in {folder / RUN_CONFIG_FILE}")
     differences = config_differences(saved, config.to_dict())
-    changed = [each for each in differences if not each.startswith(FREE_TO_CHANGE)]
+    longer = lengthens(saved, config)
+    free = (*FREE_TO_CHANGE, *(f"train.{key} " for key in LENGTHS if longer))
+    changed = [each for each in differences if not each.startswith(free)]
     if changed:
         raise ConfigError(
             f"resume={checkpoint}: its run has another config: {_listed(changed)}. A run resumes with the config it "
@@ -101,7 +105,7 @@ def _resume_from(config: RunConfig, checkpoint: Path) -> tuple[Path, Path]:
         )
     newer = [other.name for other in checkpoints_in(checkpoint.parent) if _step(other) > _step(checkpoint)]
     newer = [name for name in newer if not find_damage(checkpoint.with_name(name))]
-    in_the_way = [RECORD_FILE] * (folder / RECORD_FILE).exists() + newer
+    in_the_way = [RECORD_FILE] * (not longer and (folder / RECORD_FILE).exists()) + newer
     if in_the_way and not config.output.overwrite:
         raise ConfigError(
             f"resume={checkpoint}: {', '.join(in_the_way)} in {folder} would be replaced; set output.overwrite=true to "
@@ -127,6 +131,31 @@ def config_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> lis
     ]
 
 
+def lengthens(there: Mapping[str, Any], here: RunConfig) -> bool:
+    """Whether a config trains longer than the one that a run began with: more epochs, or more of its `max_steps`."""
+    before, now = there.get("train") or {}, here.to_dict()["train"]
+    key = "epochs" if now["max_steps"] is None else "max_steps"
+    same = all(before.get(other) == now[other] for other in LENGTHS if other != key)
+    return same and isinstance(before.get(key), (int, float)) and now[key] > before[key]
+
+
+def describe_longer(there: Mapping[str, Any], here: RunConfig, checkpoint: Path) -> str:
+    """What changes where a run goes on beyond its end."""
+    train, before = here.train, there["train"]
+    key = "epochs" if train.max_steps is None else "max_steps"
+    text = (
+        f"train.{key} is {getattr(train, key):g} instead of {before[key]:g}: training goes on after {checkpoint.name}"
+    )
+    if train.schedule in ("linear", "cosine"):
+        text += (
+            f"; schedule={train.schedule} now ends with the longer run, so the learning rate rises again to where that "
+            "run would have it"
+        )
+    if train.warmup_steps is None and train.warmup_ratio and train.schedule != "constant":
+        text += f"; warmup_ratio={train.warmup_ratio:g} is a share of the longer run too"
+    return text
+
+
 def _default_name(config: RunConfig) -> str:
     time = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # tells also those of one second apart
     return f"{config.task.name:.60}-{Path(config.model.name).name:.60}-{config.train.method}-{time}"
@@ -148,7 +177,10 @@ def _check_free(folder: Path, config: RunConfig, resume: str | None) -> None:
         return
     replace = "leave out resume=auto" if config.output.overwrite else "set output.overwrite=true"
     if (folder / RECORD_FILE).exists():
-        raise ConfigError(f"{folder}: holds a finished run; choose another output.name, or {replace}")
+        raise ConfigError(
+            f"{folder}: holds a finished run; choose another output.name, or {replace}. With resume=auto and more "
+            "train.epochs, or train.max_steps, the same config goes on from its end"
+        )
     if not checkpoints_in(folder / CHECKPOINTS_FOLDER):
         return
     saved = _saved_config(folder)
@@ -195,6 +227,10 @@ def begin_run(
         raise ConfigError(f"output.dir: cannot create {folder}: {error.strerror}") from error
     if before is not None and run_state(folder) != list(before):
         raise ConfigError(f"{folder}: another run has written here since this one started; start this one again")
+    saved = _saved_config(folder)
+    if checkpoint is not None and saved is not None and lengthens(saved, config):
+        logger.warning("%s", describe_longer(saved, config, checkpoint))
+        reopen(checkpoint)
     (folder / RECORD_FILE).unlink(missing_ok=True)
     if checkpoint is None:
         (folder / LOG_FILE).unlink(missing_ok=True)
@@ -243,16 +279,22 @@ def _cut_log(path: Path, checkpoint: Path) -> None:
     path.write_text("".join(kept), encoding="utf-8")
 
 
-def _unfinished(config: RunConfig) -> Path | None:
-    """The newest run of this config that has a checkpoint and no record yet."""
+def _resumable(config: RunConfig) -> Path | None:
+    """The newest run of this config that has a checkpoint and no record yet; else a finished one that it lengthens."""
     files = Path(config.output.dir).glob(f"*/{RUN_CONFIG_FILE}")
+    here, finished = config.to_dict(), None
     for folder in (file.parent for file in sorted(files, key=os.path.getmtime, reverse=True)):
-        if (folder / RECORD_FILE).exists() or not checkpoints_in(folder / CHECKPOINTS_FOLDER):
-            continue
         saved = _saved_config(folder)
-        if saved is not None and not config_differences(saved, config.to_dict()):
-            return folder
-    return None
+        if saved is None or not checkpoints_in(folder / CHECKPOINTS_FOLDER):
+            continue
+        differences = config_differences(saved, here)
+        if not (folder / RECORD_FILE).exists():
+            if not differences:
+                return folder
+        elif finished is None and lengthens(saved, config):
+            free = ("train.epochs ", "train.max_steps ", "task.thresholds ")  # the run has chosen its thresholds
+            finished = folder if all(each.startswith(free) for each in differences) else None
+    return finished
 
 
 def _saved_config(folder: Path) -> dict[str, Any] | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
+from importlib.util import find_spec
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lora_hf.adapters.format import read_adapter_config
 from lora_hf.core.config.fields import describe_value
 from lora_hf.core.config.schema import RunConfig, TrainConfig
-from lora_hf.core.errors import ConfigError, did_you_mean
+from lora_hf.core.errors import ConfigError, did_you_mean, how_to_install
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.models.model_ids import check_model_exists
@@ -30,6 +31,7 @@ CHOICES = {
     "torch_compile_mode": ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
 }
+TRACKERS = ("trackio", "wandb")  # extras that only `report_to` needs
 
 
 def check_run(config: RunConfig) -> None:
@@ -99,6 +101,12 @@ def _check_training_arguments(hf: Mapping[str, Any]) -> None:
             problems.append(f"{name}: expected a number >= {LOWEST[name]}, found {value}")
         elif value not in CHOICES.get(name, (value,)):
             problems.append(f"{name}: expected one of {', '.join(CHOICES[name])}, found {value!r}")
+    report_to = hf.get("report_to") or ()
+    problems += [
+        f"report_to: {tracker} is not installed: {how_to_install(tracker)}"
+        for tracker in TRACKERS
+        if tracker in ([report_to] if isinstance(report_to, str) else report_to) and find_spec(tracker) is None
+    ]
     if problems:
         raise ConfigError(f"train.hf: {'; '.join(problems)}")
 

@@ -11,13 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from lora_hf.adapters.save_load import load_adapter
+from lora_hf.adapters.convert.loralib import load_loralib
+from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.cli.main import main
-from lora_hf.core.config.schema import LoraConfig, ModelConfig
+from lora_hf.core.config.schema import LoraConfig, ModelConfig, TaskConfig
+from lora_hf.core.parsing import parse_yaml
+from lora_hf.data.tasks.custom import custom_task
 from lora_hf.data.tasks.registry import get_task
+from lora_hf.lora.inject import inject
 from lora_hf.models.load import load_base
 from tests.support.command_lines import ask
-from tests.support.small_models import token_ids
+from tests.support.small_models import randomize_lora_b, token_ids
 from tests.tolerances import PRETRAINED_LOGITS_RTOL
 from tools.benchmark.peers import with_loralib
 
@@ -180,3 +184,26 @@ def test_an_unusable_output_is_named(checkpoints: dict[str, Path], tmp_path: Pat
     assert "expected a folder, found a file" in ask("convert", *words, "--output", tmp_path / "file", code=2).stderr
     words = ["--to", "loralib", "--adapter", tmp_path, "--output", tmp_path]
     assert "expected a file in an existing folder" in ask("convert", *words, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [("classification", "[poor, fair, good]"), ("multi_label", "[poor, fair, good]"), ("generation", None),
+     ("tokens", "[PER, LOC]"), ("question_answering", None)],
+)  # fmt: skip
+def test_an_adapter_of_a_task_of_ones_own_becomes_a_checkpoint(kind: str, labels: str | None, tmp_path: Path) -> None:
+    """Also where the config that describes the task is gone."""
+    described = TaskConfig("own", kind=kind, label_names=parse_yaml(labels) if labels else None)  # type: ignore[arg-type]
+    task, name = custom_task(described), "tiny-gpt2" if kind == "generation" else "tiny-roberta"
+    config = ModelConfig(name=name, precision="fp32")
+    model = inject(load_base(config, task), LoraConfig(r=2, targets=("q", "v")))
+    randomize_lora_b(model)
+    save_adapter(model, tmp_path / "adapter", task="own")
+    ask("convert", "--to", "loralib", "--adapter", tmp_path / "adapter", "--output", tmp_path / "own.bin")
+    ours = {key: value for key, value in model.eval()(token_ids()).items() if key != "past_key_values"}
+    back = load_base(config, task)
+    load_loralib(back, tmp_path / "own.bin", 8, [True, False, True] if kind == "generation" else None)
+    theirs = back.eval()(token_ids())
+    assert all(
+        torch.allclose(value, theirs[key], rtol=PRETRAINED_LOGITS_RTOL, atol=1e-5) for key, value in ours.items()
+    )

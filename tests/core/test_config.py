@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from lora_hf.core.config.hints import KEY_ALIASES
 from lora_hf.core.config.loader import load_config
-from lora_hf.core.config.schema import RunConfig
+from lora_hf.core.config.schema import LoraConfig, RunConfig
 from lora_hf.core.errors import ConfigError
 
 REPO = Path(__file__).parents[2]
@@ -232,3 +234,28 @@ def test_a_bare_name_is_found_in_configs_after_the_current_folder(
     assert load_config("glue_cola.yaml").lora.r == 3
     (tmp_path / "glue_cola.yaml").write_text("lora: {r: 2}", encoding="utf-8")
     assert load_config("glue_cola.yaml").lora.r == 2
+
+
+def test_the_names_of_peft_work_in_python() -> None:
+    theirs = LoraConfig(r=4, target_modules=["query", "value"], layers_to_transform=[0, 1], modules_to_save=None,
+                        rank_pattern=None, init_lora_weights=True, task_type="SEQ_CLS", bias="lora_only")  # type: ignore[arg-type]  # fmt: skip
+    assert theirs == LoraConfig(r=4, targets=("query", "value"), layers=(0, 1), bias="lora_only")
+    assert replace(theirs, r=8).task_type == theirs.task_type == "SEQ_CLS"
+    assert LoraConfig(target_modules="all-linear").targets == ("all-linear",)
+    assert LoraConfig(target_modules={"q_proj"}).targets == ("q_proj",)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"targets": ("q",), "target_modules": ["query"]}, "targets and target_modules mean the same"),
+        ({"init_lora_weights": False}, "draws B at random in PEFT"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights: expected one of default"),
+        ({"bias": "lora"}, "bias: expected one of none, all, lora_only"),
+        ({"task_type": "IMAGE_CLS"}, "task_type: expected one of SEQ_CLS"),
+        ({"target_modules": []}, "targets: expected at least one target"),
+    ],
+)
+def test_what_means_something_else_in_peft_is_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        LoraConfig(**values)

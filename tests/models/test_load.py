@@ -8,13 +8,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
-from lora_hf.core.config.schema import ModelConfig
+from lora_hf.core.config.schema import ModelConfig, TaskConfig
 from lora_hf.core.errors import HubError, ModelError
+from lora_hf.data.tasks.custom import custom_task
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora import precision
 from lora_hf.models import load as load_module
 from lora_hf.models.load import EMBEDDED, SHAPES, load_base, load_tokenizer
-from tests.support.small_models import small_model
+from tests.support.small_models import small_config, small_model
 from tests.tolerances import PARITY_FP32
 
 SST2 = get_task("sst2")
@@ -162,3 +163,27 @@ class _StopError(BaseException):  # no error of a base, which becomes a ModelErr
     @classmethod
     def now(cls) -> None:
         raise cls
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "said"),
+    [
+        ("t5", "generation", "t5 is an encoder-decoder, .*kind generation or chat .*expected task.kind=seq2seq, or"),
+        ("bart", "chat", "bart is an encoder-decoder, .*expected task.kind=seq2seq, or"),
+        ("llama", "seq2seq", "llama is a decoder, .*kind seq2seq .*expected task.kind=generation or chat, or"),
+        (
+            "roberta",
+            "generation",
+            "roberta is an encoder, .*expected task.kind=classification or .* question_answering",
+        ),
+        ("roberta", "seq2seq", "roberta is an encoder, .*expected task.kind=classification or"),
+        ("marian", "tokens", "marian is an encoder-decoder, .*kind tokens .*expected task.kind=seq2seq, or"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_with_the_kinds_that_it_fits(
+    kind: str, task: str, said: str, tmp_path: Path
+) -> None:
+    small_config(kind).save_pretrained(tmp_path)
+    names = ("PER", "LOC") if task == "tokens" else None
+    with pytest.raises(ModelError, match=said):
+        load_base(ModelConfig(str(tmp_path)), custom_task(TaskConfig("own", kind=task, label_names=names)))  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lora_hf.adapters.format import WEIGHTS_FILE
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import GenerateConfig, LoraConfig, ModelConfig
+from lora_hf.core.errors import AdapterError, ConfigError
 from lora_hf.data.tasks.generation import TextGeneration
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.inference.classify import Predictor
@@ -132,3 +133,44 @@ def test_a_merged_model_gives_the_logits_of_the_adapter(tmp_path: Path) -> None:
         eject(model).save_pretrained(tmp_path / kind)
         found = type(model).from_pretrained(tmp_path / kind).eval()(ids).logits
         assert torch.allclose(found, expected, atol=MERGE_FP32, rtol=0), kind
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # these are PEFT's
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
+@pytest.mark.parametrize("targets", [("lm_head",), ("all", "lm_head")])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapted_output_head_is_trained_saved_and_read(
+    kind: str, tied: bool, targets: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def base() -> PreTrainedModel:
+        return small_model(kind, tie_word_embeddings=tied)
+
+    ours, ids = inject(base(), LoraConfig(r=4, targets=targets, task_type="CAUSAL_LM")), token_ids()
+    assert ("lm_head: the input embeddings and the output head share its weight" in caplog.text) == tied
+    before = ours(ids).logits.detach()
+    optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        ours(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_adapter(ours.eval(), tmp_path)
+    with torch.inference_mode():
+        expected = ours(ids).logits
+        assert not torch.allclose(expected, before, atol=1e-2)
+        assert torch.equal(load_adapter(base(), tmp_path)(ids).logits, expected)
+        theirs = peft.PeftModel.from_pretrained(base(), str(tmp_path)).eval()
+        assert torch.allclose(theirs(ids).logits, expected, atol=FILE_ROUNDTRIP, rtol=0)
+        theirs.save_pretrained(tmp_path / "peft")
+        assert torch.equal(load_adapter(base(), tmp_path / "peft")(ids).logits, expected)
+        if tied:
+            with pytest.raises(AdapterError, match=r"lm_head: .* share"):
+                merge(ours)
+        else:
+            assert torch.allclose(eject(merge(ours))(ids).logits, expected, atol=MERGE_FP32)
+
+
+def test_a_task_type_of_another_class_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"expected CAUSAL_LM, as LlamaForCausalLM is .* found SEQ_CLS"):
+        inject(small_model("llama"), LoraConfig(task_type=peft.TaskType.SEQ_CLS))

@@ -23,8 +23,10 @@ else:
 REPO = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+NOT_LOCKED = {"trackio", "wandb"}  # trackers: forty packages more for whoever clones, and no test needs them
 WANTED = [
-    Requirement(line) for line in [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]
+    Requirement(line)
+    for line in [*PROJECT["dependencies"], *(line for name in EXTRAS.keys() - NOT_LOCKED for line in EXTRAS[name])]
 ]
 THIRD_PARTY = [requirement for requirement in WANTED if requirement.name != PROJECT["name"]]
 LOCK_LINES = [

@@ -48,7 +48,7 @@ def test_scores_and_predictions(trained: dict[str, Any], capsys: pytest.CaptureF
     record = RunRecord.load(trained["runs"] / "first" / "record.json")
     assert set(record.metrics["validation"]) == {"accuracy", "macro_f1", "matthews_correlation"}
     assert record.best["metric"] == "eval_validation_macro_f1"
-    scored = answer(capsys, "eval", "--adapter", trained["adapter"], "--data-dir", trained["data"])
+    scored = answer(capsys, "eval", "--adapter", trained["adapter"])
     assert scored["metrics"] == record.metrics
     (row,) = answer(capsys, "predict", "--adapter", trained["adapter"], "--text", "A fine film.")["predictions"]
     assert list(row["probabilities"]) == ["positive", "negative"]

@@ -64,8 +64,7 @@ def test_it_decodes_as_its_base_says(writer: Path) -> None:
 
 
 def test_eval_scores_texts(writer: Path) -> None:
-    words = ["--adapter", writer, "--data-dir", writer.parents[1], "--json"]
-    scores = last_json(ask("eval", *words))["metrics"]["validation"]
+    scores = last_json(ask("eval", "--adapter", writer, "--json"))["metrics"]["validation"]
     assert list(scores) == ["ROUGE_1", "ROUGE_2", "ROUGE_L", "BLEU", "chrF"]
     record = ScoreRecord.load(writer.parent / "scores-validation.json")
     assert record.metrics["all"] == scores

@@ -18,6 +18,7 @@ from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.core.records import RunRecord
 from lora_hf.inference.classify import Predictor
 from lora_hf.serving.engine import Engine
+from lora_hf.serving.model_process import describe
 from tests.support.command_lines import ask, last_json
 from tests.support.span_data import TAG_NAMES, question, write_conll, write_lines
 
@@ -46,7 +47,7 @@ def test_a_tagger_is_scored_as_seqeval_scores_its_predictions(tagger: Path) -> N
     assert scores["accuracy"] == pytest.approx(seqeval.metrics.accuracy_score(tags, predictions))
     assert record.best["metric"] == "eval_validation_f1"
     assert record.best["value"] == pytest.approx(scores["f1"])
-    scored = last_json(ask("eval", "--adapter", tagger, "--data-dir", tagger.parents[1], "--json"))
+    scored = last_json(ask("eval", "--adapter", tagger, "--json"))  # where its run has found the rows
     assert scored["metrics"]["validation"] == pytest.approx(scores)
 
 
@@ -104,7 +105,7 @@ def test_a_reader_answers_with_a_span_of_the_context(reader: Path) -> None:
     assert set(scores) == {"exact_match", "f1"} | {
         f"{a}_{b}" for a in ("has_answer", "no_answer") for b in ("exact_match", "f1")
     }
-    scored = last_json(ask("eval", "--adapter", reader, "--data-dir", reader.parents[1], "--json"))
+    scored = last_json(ask("eval", "--adapter", reader, "--json"))
     assert scored["metrics"]["validation"] == pytest.approx(scores)
     row = question(random.Random(3), 12)
     words = ["--text", row["question"], "--text-pair", row["context"]]
@@ -123,6 +124,7 @@ def test_a_served_reader_gives_the_same_answers(reader: Path) -> None:
     with Engine(precision="fp32") as engine:
         engine.load("homes", reader)
         result = engine.classify("homes", list(zip(*columns.values(), strict=True)))
+        assert describe(engine, engine.adapters()[0])["reads"] == ["question", "context"], "the page has two boxes"
     assert [answer["answer"] for answer in result.answers] == [answer["answer"] for answer in expected]
 
 

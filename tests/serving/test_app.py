@@ -9,10 +9,12 @@ import re
 import shutil
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import schemathesis
 from fastapi.testclient import TestClient
@@ -101,6 +103,35 @@ def test_pairs_and_regressions(client: TestClient, folders: dict[str, Path]) -> 
         else:
             wanted_scores = [answer[key] for answer in wanted]
             assert [answer[key] for answer in found] == pytest.approx(wanted_scores, abs=tolerances.SERVED_PROBABILITY)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt"])
+def test_a_file_is_read_as_predict_reads_it(suffix: str, client: TestClient, tmp_path: Path) -> None:
+    table, file = pandas.DataFrame({"sentence": TEXTS}), tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        table.to_parquet(file)
+    elif "json" in suffix:
+        table.to_json(file, orient="records", lines=suffix == ".jsonl")
+    else:
+        text = table.to_csv(index=False, sep="\t" if suffix == ".tsv" else ",")
+        file.write_text(text if suffix != ".txt" else "\n".join(TEXTS))
+    body = {"adapter": "a", "name": file.name, "content": b64encode(file.read_bytes()).decode()}
+    assert client.post("/v1/rows", json=body).json() == {"rows": [[text] for text in TEXTS]}
+
+
+def test_a_file_that_the_task_cannot_read_is_refused(client: TestClient) -> None:
+    def refusal(adapter: str, name: str, content: bytes) -> tuple[int, str]:
+        body = {"adapter": adapter, "name": name, "content": b64encode(content).decode()}
+        found = client.post("/v1/rows", json=body)
+        return found.status_code, found.json()["error"]["message"]
+
+    assert refusal("a", "rows.csv", b"text\nx\n")[1].startswith("rows.csv: ")
+    assert refusal("pair", "rows.txt", b"x\n")[0] == 422
+    for name in ("rows.xlsx", "rows", "../../etc/passwd", "rows.\0"):
+        assert refusal("a", name, b"x\n")[0] == 422
+    prompts = "\n".join(PROMPTS).encode()
+    body = {"adapter": "w", "name": "prompts.txt", "content": b64encode(prompts).decode()}
+    assert client.post("/v1/rows", json=body).json()["rows"] == [[prompt] for prompt in PROMPTS]
 
 
 def test_generate_whole_and_streamed(client: TestClient, engine: Engine) -> None:

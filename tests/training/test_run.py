@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from lora_hf.inference.classify import Predictor, evaluate
 from lora_hf.lora.inject import lora_layers, merge
 from lora_hf.lora.layers import LoraLinear
 from lora_hf.training import run as training
+from lora_hf.training import validation
 from lora_hf.training.run import Run, train
 from lora_hf.training.run_dir import LOCK_FILE
 from lora_hf.training.trainer import AdapterTrainer
@@ -330,6 +333,63 @@ def test_trackers_and_other_fields_of_training_arguments_are_reached(tmp_path: P
     assert [line["prediction"] for line in lines] == at_once
     assert run.record.metrics["validation"]["accuracy"] == run.record.best["value"]
     assert [entry["step"] for entry in run.record.history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+
+
+WANDB = """
+import types
+run, logged, settings = None, [], {}
+def init(**values):
+    global run
+    settings.update(values)
+    run = types.SimpleNamespace(summary={}, _label=lambda **_: None)
+class _Config(dict):
+    def update(self, values, allow_val_change):
+        super().update(values)
+config, log = _Config(), logged.append
+"""
+TRACKIO = """
+import types
+logged, settings = [], {}
+class _Config(dict):
+    def update(self, values, allow_val_change):
+        super().update(values)
+config, log, finish = _Config(), logged.append, lambda: None
+def init(**values):
+    settings.update(values)
+context_vars = types.SimpleNamespace(current_space_id=types.SimpleNamespace(get=lambda: None))
+"""
+
+
+@pytest.mark.parametrize(("tracker", "source"), [("wandb", WANDB), ("trackio", TRACKIO)])
+def test_a_tracker_gets_the_curves_and_the_name_of_the_run(
+    tracker: str, source: str, tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a stand-in with the names that transformers uses; a real one would need an account or a server."""
+    package = tmp_path / "packages" / tracker
+    (package / "sdk" / "lib").mkdir(parents=True)
+    for folder in (package / "sdk", package / "sdk" / "lib"):
+        (folder / "__init__.py").touch()
+    (package / "sdk" / "lib" / "config_util.py").write_text("class ConfigError(Exception): ...")
+    (package / "__init__.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    for name in [name for name in sys.modules if name.partition(".")[0] == tracker]:
+        monkeypatch.delitem(sys.modules, name)
+    run = train(config(tmp_path, epochs=1, hf={"report_to": tracker, "logging_steps": 1}), rows=few_rows)
+    module = sys.modules.pop(tracker)
+    assert module.settings["name"] == run.folder.name
+    logged = {key for entry in module.logged for key in entry}
+    assert {"train/loss", "train/learning_rate", "eval/validation_accuracy"} <= logged
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_named_with_what_installs_it(
+    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(validation, "find_spec", lambda name: None if name == tracker else found(name))
+    with pytest.raises(ConfigError, match=rf"^train\.hf: report_to: {tracker} .*pip install .*\[{tracker}\]'$"):
+        train(config(tmp_path, hf={"report_to": [tracker]}))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.full

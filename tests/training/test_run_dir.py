@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
+from lora_hf.adapters.format import WEIGHTS_FILE
 from lora_hf.cli.main import main
 from lora_hf.core.config.loader import load_config
 from lora_hf.core.config.schema import RunConfig
@@ -225,3 +227,46 @@ def test_the_log_of_a_killed_run_is_read_within_limits(rows: dict[str, Any], tmp
     run = train(config, "auto", rows)
     lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 17))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_finished_run_goes_on_from_its_end(
+    named: bool, rows: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a constant learning rate, to what a run of that length gives."""
+    short = small_config(tmp_path / "short", max_steps=4, schedule="constant", warmup_steps=0)
+    run = train(short, rows=rows)
+    longer = replace(short, train=replace(short.train, max_steps=8))
+    resumed = train(longer, str(run.folder / "checkpoints" / "checkpoint-4") if named else "auto", rows)
+    whole = train(replace(longer, output=replace(longer.output, dir=str(tmp_path / "long"))), rows=rows)
+    assert "train.max_steps is 8 instead of 4: training goes on after checkpoint-4" in caplog.text
+    assert resumed.folder == run.folder
+    assert losses(resumed) == losses(whole)
+    assert (resumed.weights / WEIGHTS_FILE).read_bytes() == (whole.weights / WEIGHTS_FILE).read_bytes()
+    assert resumed.record.config["train"]["max_steps"] == 8
+    with pytest.raises(ConfigError, match=r"train\.max_steps is 8 there and 2 here"):
+        train(short_of(longer, 2), str(run.folder / "checkpoints" / "checkpoint-4"), rows)
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        train(short_of(longer, 2), "auto", rows)
+
+
+def short_of(config: RunConfig, steps: int) -> RunConfig:
+    return replace(config, train=replace(config.train, max_steps=steps))
+
+
+def losses(run: Run) -> list[float]:
+    return [entry["loss"] for entry in run.record.history if "loss" in entry]
+
+
+def test_a_longer_schedule_is_named_and_followed(
+    rows: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = small_config(tmp_path, epochs=1, schedule="linear", warmup_ratio=0.1, hf={"logging_steps": 1})
+    run = train(short, rows=rows)
+    last = run.record.history[-1]["step"]
+    resumed = train(replace(short, train=replace(short.train, epochs=2)), "auto", rows)
+    assert "schedule=linear now ends with the longer run" in caplog.text
+    rates = {entry["step"]: entry["learning_rate"] for entry in resumed.record.history if "learning_rate" in entry}
+    assert min(rates) == 1, "the log goes on"
+    assert rates[last + 1] == pytest.approx(short.train.lr * last / (2 * last - math.ceil(0.2 * last)), rel=0.05)
+    assert max(rates) == 2 * last

@@ -14,6 +14,8 @@ from lora_hf.core.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lora_hf.data.tasks.base import ModelKind
+
 HELP = "convert a loralib checkpoint into an adapter, or an adapter into a checkpoint"
 
 
@@ -95,21 +97,26 @@ def _to_loralib(options: argparse.Namespace) -> PreTrainedModel:
         raise ConfigError(f"--output {options.output}: expected a file in an existing folder")
     from lora_hf.adapters.convert.loralib import num_labels, save_loralib
     from lora_hf.adapters.format import base_of, read_adapter
+    from lora_hf.adapters.infer_task import MODEL_KINDS
     from lora_hf.adapters.peft_config import PREFIX
     from lora_hf.adapters.save_load import load_adapter
+    from lora_hf.data.tasks.registry import task_names
 
     file = read_adapter(options.adapter)
     name = options.model or base_of(file.config, file.metadata)
     if not name:
         raise ConfigError(f"{options.adapter} does not name its base: expected --model NAME")
-    labels = num_labels({key.removeprefix(PREFIX): tensor for key, tensor in file.tensors.items()})
-    model = load_adapter(_load_base(name, options.task or file.metadata.task, labels), options.adapter)
+    found = num_labels({key.removeprefix(PREFIX): tensor for key, tensor in file.tensors.items()})
+    labels = file.metadata.num_labels or found
+    recorded = file.metadata.task if file.metadata.task in task_names() else None
+    kind = MODEL_KINDS.get(file.config.get("task_type") or "")
+    model = load_adapter(_load_base(name, options.task or recorded, labels, kind), options.adapter)
     save_loralib(model, options.output)
     return model
 
 
-def _load_base(name: str, task: str | None, num_labels: int | None) -> PreTrainedModel:
-    """The base in fp32, with the head for the task, or without a task for `num_labels`."""
+def _load_base(name: str, task: str | None, num_labels: int | None, kind: ModelKind | None = None) -> PreTrainedModel:
+    """The base in fp32, with the head for the task, or without a task for `num_labels`; `kind` is that of the head."""
     from lora_hf.core.config.schema import ModelConfig
     from lora_hf.data.tasks.registry import get_task
     from lora_hf.lora.architectures import ARCHITECTURES
@@ -118,13 +125,13 @@ def _load_base(name: str, task: str | None, num_labels: int | None) -> PreTraine
     config = ModelConfig(name=name, precision="fp32")
     if task is not None:
         return load_base(config, get_task(task))
-    model = (
-        load_model(config, "causal-lm")
-        if num_labels is None
-        else load_model(config, "sequence-classification", {"num_labels": num_labels})
+    model = load_model(
+        config,
+        kind or ("causal-lm" if num_labels is None else "sequence-classification"),
+        None if num_labels is None else {"num_labels": num_labels},
     )
     architecture = ARCHITECTURES.get(model.config.model_type)
-    if num_labels is None and architecture and not architecture.causal:
+    if num_labels is None and kind is None and architecture and not architecture.causal:
         raise ConfigError(f"{name} is not a causal language model and the file has no head: expected --task NAME")
     return model
 

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     if options.without_adapter and saved.is_full_model:
         raise ConfigError(f"--without-adapter: {options.adapter} is a whole model and has no adapter to leave out")
     splits = saved.task.evaluation_splits if options.split in (None, "validation") else (options.split,)
-    rows = saved.task.load(options.data_dir, splits)
+    rows = saved.task.load(_data_dir(options, saved), splits)
     evaluation: dict[str, dict[str, Any]] = {}
     if saved.task.verb == "generate":
         if options.precision == "int8":
@@ -75,6 +75,15 @@ def run(options: argparse.Namespace) -> None:
         print(f"{split}: " + "  ".join(f"{name} {format_score(value)}" for name, value in values.items()))
         for line in describe_evaluation(evaluation.get(split, {})):
             print(line)
+
+
+def _data_dir(options: argparse.Namespace, saved: SavedModel) -> str | None:
+    """The folder of the rows; None for the one of the environment, or the hub."""
+    folder = saved.data_dir
+    if options.data_dir is not None or folder is None or Path(folder).expanduser().is_dir():
+        return options.data_dir or folder
+    print(f"task.data_dir={folder} of the run is no folder here; --data-dir names another one", file=sys.stderr)
+    return None
 
 
 def _draw(evaluation: Mapping[str, dict[str, Any]], task: str, folder: Path) -> None:

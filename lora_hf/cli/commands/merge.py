@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.core.atomic_io import check_output_folder
     from lora_hf.core.records import MERGE_FILE
 
-    saved = find_saved_model(options.adapter, model=options.model, needs_task=False)
+    saved = find_saved_model(options.adapter, model=options.model)
     check_output_folder(options.output, MERGE_FILE, options.overwrite)  # before importing torch takes seconds
     from lora_hf.adapters.merge import merge_adapter
 

@@ -132,6 +132,12 @@ def _predict_mixed(options: argparse.Namespace, adapters: dict[str, str]) -> lis
     if options.input is None:
         raise ConfigError("--text works with one adapter; for several give an --input file whose rows name theirs")
     saved = {name: find_saved_model(adapter, options.revision, options.model) for name, adapter in adapters.items()}
+    for name, each in saved.items():
+        if each.task.model_kind != "sequence-classification":
+            raise ConfigError(
+                f"--adapter {name}={adapters[name]}: {each.task.name} does not classify texts, and the rows of several "
+                f"adapters are for classifiers only; run it alone with {each.task.verb} --adapter {adapters[name]}"
+            )
     rows = read_texts_of_adapters(options.input, {name: each.task.text_columns for name, each in saved.items()})
     from lora_hf.inference.classify import MultiAdapterPredictor
 

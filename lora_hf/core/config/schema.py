@@ -9,7 +9,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ PRESETS = {
 }
 MAX_NAME, MAX_PATH = 200, 4000  # bytes of a folder's name, and characters of a path: file systems take 255 and 4096
 INITS = ("default", "gaussian", "pissa", "olora")
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # PEFT's
 Metric = Literal[
     "accuracy",
     "macro_f1",
@@ -166,6 +167,9 @@ class LoraConfig(Section):
     embeddings, in no preset), module paths in which `*` matches one segment (`encoder.layer.*.output.dense`), and what
     PEFT's target_modules takes: `all-linear`, ends of paths (`q_proj`) and a regular expression. `rank_pattern` and
     `alpha_pattern` have such targets as keys; the first key that matches a module sets its rank or alpha.
+
+    In Python, PEFT's names work too: `target_modules` for `targets`, `layers_to_transform` for `layers`, None for what
+    is empty, True for the default of `init_lora_weights`, and a `task_type`, which `inject` compares with the model.
     """
 
     r: int = setting(8, "rank of A and B", low=1)
@@ -182,6 +186,38 @@ class LoraConfig(Section):
     use_dora: bool = setting(False, "train magnitude and direction apart: arXiv 2402.09353")
     bias: Literal["none", "all", "lora_only"] = setting("none", "which biases of the base are trained")
     init_lora_weights: str = setting("default", f"start of A and B: {', '.join(INITS)}", check=_init_problem)
+    target_modules: InitVar[str | Iterable[str] | None] = None
+    layers_to_transform: InitVar[int | Iterable[int] | None] = None
+    task_type: InitVar[str | None] = None
+
+    def __post_init__(  # type: ignore[override]
+        self,
+        target_modules: str | Iterable[str] | None,
+        layers_to_transform: int | Iterable[int] | None,
+        task_type: str | None,
+    ) -> None:
+        given = {"targets": ("target_modules", target_modules), "layers": ("layers_to_transform", layers_to_transform)}
+        for name, (other, value) in given.items():
+            if value is None:
+                continue
+            if getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(f"{name} and {other} mean the same; give one of them")
+            object.__setattr__(self, name, value if isinstance(value, (str, int)) else tuple(value))
+        for name in ("modules_to_save", "rank_pattern", "alpha_pattern"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, () if name == "modules_to_save" else {})
+        init: Any = self.init_lora_weights
+        if init is False:
+            raise ConfigError(
+                "init_lora_weights: False draws B at random in PEFT, so the model changes before it is trained; "
+                f"lora_hf starts with B = 0: expected True or one of {', '.join(INITS)}"
+            )
+        if init is True:
+            object.__setattr__(self, "init_lora_weights", "default")
+        super().__post_init__()
+        if task_type is not None and task_type not in TASK_TYPES:
+            raise ConfigError(f"task_type: expected one of {', '.join(TASK_TYPES)}, found {task_type!r}")
+        object.__setattr__(self, "task_type", task_type)
 
 
 @dataclass(frozen=True)

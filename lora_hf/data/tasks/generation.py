@@ -172,16 +172,20 @@ class TextGeneration(Task):
             DataError: a prompt longer than `max_length` tokens.
             ModelError: the tokenizer has no end-of-text token.
         """
-        end = _end_token(tokenizer)
-        prompts = [[*tokens, end] for tokens in _tokens(tokenizer, contexts)]
+        prompts = self.prompt_tokens(contexts, tokenizer)
         for index, prompt in enumerate(prompts):
             if len(prompt) > max_length:
                 raise DataError(
-                    f"{self.name}: prompt {index} (counting from 0) has {len(prompt)} tokens, its separator included; "
+                    f"{self.name}: prompt {index} (counting from 0) has {len(prompt)} tokens, special ones included; "
                     f"the model reads at most {max_length} before it answers: {shown(contexts[index])}. Shorten it, "
                     f"or set a smaller generate.max_new_tokens."
                 )
         return prompts
+
+    def prompt_tokens(self, contexts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Returns the tokens of each context with the separator, however many they are."""
+        end = _end_token(tokenizer)
+        return [[*tokens, end] for tokens in _tokens(tokenizer, contexts)]
 
     def first_token(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
         """Returns the token with which every generated text begins, if the task and not the model chooses one."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.layers import LoraLinear, LoraWeights
+
+logger = logging.getLogger(__name__)
 
 
 class EmbeddingWeights(LoraWeights):
@@ -48,14 +51,29 @@ def is_base(layers: Mapping[str, nn.Module], key: str, tensor: Tensor) -> bool:
     return torch.equal(layer.weight, tensor.to(layer.weight))
 
 
+def warn_if_tied(model: PreTrainedModel, paths: Iterable[str]) -> None:
+    """Logs the modules to adapt whose weight the input embeddings and the output head share."""
+    shared = _shared_weight(model)
+    for path in paths:
+        if shared is not None and getattr(model.get_submodule(path), "weight", None) is shared:
+            logger.warning(
+                "%s: the input embeddings and the output head share its weight. The adapter changes it in this place "
+                "alone, and so cannot be merged",
+                path,
+            )
+
+
 def check_not_tied(model: PreTrainedModel) -> None:
     """Raises AdapterError if a merge would change a weight that the embeddings and the output head share."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or head.weight is not embeddings.weight:
-        return
-    for path, layer in model.named_modules():
-        if isinstance(layer, LoraLinear) and layer.active and layer.weight is head.weight:
+    shared = _shared_weight(model)
+    for path, layer in model.named_modules() if shared is not None else ():
+        if isinstance(layer, LoraLinear) and layer.active and layer.weight is shared:
             raise AdapterError(
                 f"{path}: the input embeddings and the output head share its weight, and merging adapter "
                 f"{layer.active!r} would change both. Use the adapter without merging it"
             )
+
+
+def _shared_weight(model: PreTrainedModel) -> Any:
+    head = model.get_output_embeddings()
+    return head.weight if head is not None and head.weight is model.get_input_embeddings().weight else None
