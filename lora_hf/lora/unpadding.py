@@ -25,6 +25,7 @@ from lora_hf.lora.active_adapter import STATE_ATTRIBUTE, BatchRouting, Segments
 from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.kernels.attention import Rows, attend_rows
 from lora_hf.lora.kernels.prefixes import Trees, share_prefixes
+from lora_hf.lora.last_layer import READS, announce_token_read, positions_read, prepare_last_layer, token_read
 
 ATTENTION = "lora_hf_rows"
 
@@ -44,6 +45,8 @@ def enable_unpadding(model: PreTrainedModel) -> str | None:
             return f"transformers cannot change the attention of {type(model).__name__}"
         base.register_forward_pre_hook(_before, with_kwargs=True)
         base.register_forward_hook(_after, with_kwargs=True)
+        if token_read(model):
+            announce_token_read(model)
     return reason
 
 
@@ -86,6 +89,7 @@ class _Layout:
             at the end may be filling, which nothing reads.
         copies: for each of `tokens` the position of its result among `computed`; None if it is the same position.
         rows: the rows of `computed`.
+        read: the positions among `computed` of all that the head reads; None if it may read everything.
     """
 
     shape: torch.Size
@@ -93,6 +97,7 @@ class _Layout:
     computed: Tensor
     copies: Tensor | None
     rows: Rows
+    read: Tensor | None = None
 
     def unpad(self, padded: Tensor) -> Tensor:
         """`(1, computed, ...)` from `(batch, length, ...)`."""
@@ -109,8 +114,10 @@ def _before(base: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[
     _register_attention()  # a model that another process pickled brings its hooks, but not the registration
     parameters = _parameters(type(base))
     named = dict(zip(parameters, inputs, strict=False)) | named
-    routing = _routing(base)
+    token, routing = named.pop(READS, None), _routing(base)
     layout = _layout(base, named, routing)
+    if layout is not None and token is not None and routing is None:
+        _read_only(layout, positions_read(base, token, named), base)
     if routing is not None:
         routing.tokens = None if layout is None else _token_segments(routing, layout)
     if layout is None:
@@ -171,6 +178,16 @@ def _layout(base: PreTrainedModel, named: dict[str, Any], routing: BatchRouting 
         lengths, computed = [*lengths, filling], torch.cat([computed, computed[:1].expand(filling)])
         sees = None if sees is None else [*sees, None]
     return _Layout(mask.shape, tokens, computed, copies, Rows(lengths, mask.device, sees))
+
+
+def _read_only(layout: _Layout, positions: Tensor | None, base: PreTrainedModel) -> None:
+    """Tells the last layer that the head reads the tokens at these positions only."""
+    if positions is None or len(positions) >= len(layout.computed) or not prepare_last_layer(base):
+        return
+    padded = torch.empty(layout.shape.numel(), dtype=torch.long, device=positions.device)
+    padded[layout.tokens] = torch.arange(len(layout.tokens), device=positions.device)
+    read = padded[positions]
+    layout.read = (read if layout.copies is None else layout.copies[read]).unique()
 
 
 def _routing(base: PreTrainedModel) -> BatchRouting | None:

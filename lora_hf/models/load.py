@@ -37,6 +37,7 @@ from lora_hf.lora.checkpoint_header import quiet_transformers
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.lora.heads import head_paths, mark_head_as_new, sort_new
 from lora_hf.lora.inject import lora_layers
+from lora_hf.lora.kernels.dropout import MaskedDropout
 from lora_hf.lora.precision import flush_denormals, resolve_precision
 from lora_hf.lora.quantization import SCHEMES, QuantisedLinear
 from lora_hf.models.config_size import check_layers, check_size
@@ -130,7 +131,7 @@ def load_model(
     _check_padding(config, model.name)
     check_size(auto, config, dtype, model.name)
     base = _random(auto, model, config, dtype) if model.init == "random" else _pretrained(auto, model, config, dtype)
-    _fuse_activations(base)
+    _use_faster_kernels(base)
     if model.init == "random":
         mark_head_as_new(base)
     base.name_or_path = model.name
@@ -280,12 +281,14 @@ def _random(auto: Any, model: ModelConfig, config: PretrainedConfig, dtype: torc
         raise _cannot_load(model.name, error) from error
 
 
-def _fuse_activations(base: PreTrainedModel) -> None:
-    """Replaces GPT-2's `gelu_new`, eight elementwise operations, by torch's kernel for the same formula."""
+def _use_faster_kernels(base: PreTrainedModel) -> None:
+    """Replaces GPT-2's `gelu_new`, eight elementwise operations, by torch's kernel, and its dropout by a faster one."""
     for module in base.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
+            elif type(child) is torch.nn.Dropout:
+                setattr(module, name, MaskedDropout(child.p).train(child.training))
 
 
 def _pretrained(auto: Any, model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

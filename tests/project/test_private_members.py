@@ -35,6 +35,7 @@ TORCH_ATTRIBUTES = {
     "_version": "the counter of in-place changes detects a base that changed after it was hashed",
     "_ddp_params_and_buffers_to_ignore": "DDP sends no buffers of a frozen base; its argument for that is deprecated",
     "_forward_pre_hooks": "detects a model that already runs without padding; its copies have the hooks too",
+    "_forward_hooks": "a last layer keeps few tokens only if no hook of somebody else would see them",
 }
 # Our own names with an underscore, and documented hooks of torch.
 OURS = {"_apply", "_replace", "_asdict", "_fields", "_build_data_dir", "_info", "_compute", "_buffers", "_parameters"}

@@ -56,14 +56,19 @@ def step_flops(weights: Weights, rows: Sequence[Mapping[str, Any]], per_weight: 
 
 
 def matmul_peak(device: torch.device, seconds: float) -> dict[str, float]:
-    """The best bf16 rate in FLOP/s of each shape, named like `1024x768->3072`. Each shape takes `seconds`."""
+    """The best rate in FLOP/s of each shape and precision, named like `1024x768->3072 bf16`. Each takes `seconds`.
+
+    A processor without bf16 units emulates bf16: its peak is the one in fp32.
+    """
     counts = (1024, 4096, 16384) if device.type == "cuda" else (1024, 4096)
     rates = {}
     for in_features, out_features in SHAPES:
         for rows in counts:
-            x = torch.randn(rows, in_features, device=device, dtype=torch.bfloat16)
-            weight = torch.randn(out_features, in_features, device=device, dtype=torch.bfloat16)
-            rates[f"{rows}x{in_features}->{out_features}"] = 2 * weight.numel() * rows / _fastest(x, weight, seconds)
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+                x = torch.randn(rows, in_features, device=device, dtype=dtype)
+                weight = torch.randn(out_features, in_features, device=device, dtype=dtype)
+                shape = f"{rows}x{in_features}->{out_features} {name}"
+                rates[shape] = 2 * weight.numel() * rows / _fastest(x, weight, seconds)
     return rates
 
 

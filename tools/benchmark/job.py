@@ -38,6 +38,7 @@ class Job:
     rows: list[dict[str, Any]]  # of one round: input_ids, attention_mask, labels, ...
     rounds: int  # including the warm-up
     peak_seconds: float = 0.0  # for each shape that the side `peak` multiplies in a round
+    fastest: str = "fp32"  # the precision that this machine multiplies fastest
 
     def to_line(self) -> str:
         return json.dumps(asdict(self))

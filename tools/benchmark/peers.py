@@ -20,9 +20,9 @@ def _peft_default(setup: Setup) -> Trainer:
 
 
 def _peft_best(setup: Setup) -> Trainer:
-    """The base in bf16, autocast for the adapters, which PEFT keeps in fp32, and rows grouped by length."""
-    model = _with_peft(setup, setup.plain_base("bf16"))
-    return setup.trainer(model, bf16=True, train_sampling_strategy="group_by_length")
+    """Rows grouped by length; where bf16 is faster, the base in bf16 and autocast for the adapters, kept in fp32."""
+    model = _with_peft(setup, setup.plain_base(setup.fastest))
+    return setup.trainer(model, bf16=setup.fastest == "bf16", train_sampling_strategy="group_by_length")
 
 
 def _with_peft(setup: Setup, model: PreTrainedModel) -> Any:

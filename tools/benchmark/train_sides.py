@@ -44,12 +44,13 @@ class Setup:
     rows: Dataset
     rounds: int
     folder: Path
+    fastest: Precision
 
     @classmethod
     def from_job(cls, job: Job, folder: Path) -> Setup:
         config = RunConfig.from_dict(job.config, "benchmark")
         task, tokenizer = get_task(config.task.name), load_tokenizer(config.model)
-        return cls(config, task, tokenizer, Dataset.from_list(job.rows), job.rounds, folder)
+        return cls(config, task, tokenizer, Dataset.from_list(job.rows), job.rounds, folder, job.fastest)  # type: ignore[arg-type]
 
     def base(self) -> PreTrainedModel:
         """The base model as lora_hf loads it, with faster activations."""
@@ -130,8 +131,9 @@ def our_trainer(setup: Setup, model: PreTrainedModel) -> Trainer:
 
 
 def _full(setup: Setup) -> Trainer:
-    """Trains every parameter, held in fp32 and multiplied in bf16 by autocast."""
-    return setup.trainer(setup.plain_base("fp32"), bf16=True, train_sampling_strategy="group_by_length")
+    """Trains every parameter, held in fp32 and multiplied by autocast in bf16 where that is faster."""
+    bf16 = setup.fastest == "bf16"
+    return setup.trainer(setup.plain_base("fp32"), bf16=bf16, train_sampling_strategy="group_by_length")
 
 
 # FLOPs of a step for each weight of the base, see `step_flops`. Other sides have 4.

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+
+from lora_hf.lora.kernels.dropout import dropout_mask, round_dropout
 
 SIMILAR = 0.6  # rows of at least this share of the longest in their group are padded to it
 
@@ -109,7 +110,7 @@ def attend_rows(
         query: `(heads, tokens, head_dim)`, the rows concatenated.
         key, value: `(key heads, tokens, head_dim)`; if there are fewer key heads, a group of query heads shares each.
         scale: `1 / sqrt(head_dim)` by default.
-        dropout: the probability with which an attention weight is dropped.
+        dropout: the probability with which an attention weight is dropped, rounded to a multiple of 2^-16.
 
     Returns:
         `(tokens, heads, head_dim)`.
@@ -119,11 +120,9 @@ def attend_rows(
         key, value = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-    if dropout:
-        return _attend_row_by_row(query, key, value, rows, scale, is_causal, dropout)
-    if query.is_cuda and rows.sees is None and query.dtype in (torch.bfloat16, torch.float16):
+    if query.is_cuda and not dropout and rows.sees is None and query.dtype in (torch.bfloat16, torch.float16):
         return _attend_on_gpu(query, key, value, rows, scale, is_causal)
-    return _GroupedRows.apply(query, key, value, rows, scale, is_causal)  # type: ignore[return-value]
+    return _GroupedRows.apply(query, key, value, rows, scale, is_causal, round_dropout(dropout))  # type: ignore[return-value]
 
 
 class _GroupedRows(torch.autograd.Function):
@@ -131,7 +130,14 @@ class _GroupedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, is_causal: bool
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: Rows,
+        scale: float,
+        is_causal: bool,
+        dropout: float,
     ) -> Tensor:
         tokens, heads, size = query.shape
         output = query.new_empty(tokens * heads + 1, size)
@@ -139,33 +145,39 @@ class _GroupedRows(torch.autograd.Function):
         for group, (source, target) in zip(rows.groups, rows.indices(heads), strict=True):
             q, k, v = (_gather(tensor, source, group.length) for tensor in (query, key, value))
             weights = _weights(q.mul_(scale), k, group, is_causal)
-            output.index_copy_(0, target, torch.bmm(weights, v).view(-1, size))
-            saved.append(weights if group.length <= size else None)
+            keep = dropout_mask(weights.shape, dropout, q.device) if dropout else None
+            dropped = weights if keep is None else (weights * keep).mul_(1 / (1 - dropout))
+            output.index_copy_(0, target, torch.bmm(dropped, v).view(-1, size))
+            saved += [weights if group.length <= size else None, keep]
         ctx.save_for_backward(query, key, value, *saved)
-        ctx.options = (rows, scale, is_causal)
+        ctx.options = (rows, scale, is_causal, dropout)
         return output[:-1].view(tokens, heads, size)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *saved = ctx.saved_tensors
-        rows, scale, is_causal = ctx.options
+        rows, scale, is_causal, dropout = ctx.options
         tokens, heads, size = query.shape
         results = [query.new_empty(tokens * heads + 1, size) for _ in range(3)]
-        for group, (source, target), weights in zip(rows.groups, rows.indices(heads), saved, strict=True):
+        for number, (group, (source, target)) in enumerate(zip(rows.groups, rows.indices(heads), strict=True)):
+            weights, keep = saved[2 * number : 2 * number + 2]
             q, k, v, doutput = (_gather(t, source, group.length) for t in (query, key, value, gradients[0]))
             q.mul_(scale)
             if weights is None:
                 weights = _weights(q, k, group, is_causal)
-            dweights = torch.bmm(doutput, v.transpose(1, 2))
+            dweights, dropped = torch.bmm(doutput, v.transpose(1, 2)), weights
+            if keep is not None:
+                dweights.mul_(keep).mul_(1 / (1 - dropout))
+                dropped = (weights * keep).mul_(1 / (1 - dropout))
             dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
             parts = (
                 torch.bmm(dscores, k).mul_(scale),
                 torch.bmm(dscores.transpose(1, 2), q),
-                torch.bmm(weights.transpose(1, 2), doutput),
+                torch.bmm(dropped.transpose(1, 2), doutput),
             )
             for result, part in zip(results, parts, strict=True):
                 result.index_copy_(0, target, part.view(-1, size))
-        return (*(result[:-1].view(tokens, heads, size) for result in results), None, None, None)
+        return (*(result[:-1].view(tokens, heads, size) for result in results), None, None, None, None)
 
 
 def _gather(tensor: Tensor, source: Tensor, length: int) -> Tensor:
@@ -198,16 +210,3 @@ def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale:
     return varlen_attn(  # type: ignore[return-value]
         q, k, v, rows.ends, rows.ends, longest, longest, scale=scale, window_size=window
     )
-
-
-def _attend_row_by_row(
-    query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, is_causal: bool, dropout: float
-) -> Tensor:
-    """torch's own attention of each row: the only one that drops attention weights."""
-    outputs = []
-    by_row = (tensor.transpose(0, 1).split(list(rows.lengths), 1) for tensor in (query, key, value))
-    for row, (q, k, v) in enumerate(zip(*by_row, strict=True)):
-        sees = None if rows.sees is None else rows.sees[row]
-        sees = None if sees is None else sees.to(q.device)
-        outputs.append(scaled_dot_product_attention(q, k, v, sees, dropout, is_causal and sees is None, scale=scale))
-    return torch.cat(outputs, 1).transpose(0, 1)

@@ -7,8 +7,7 @@ nothing below is trained.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from lora_hf.lora.kernels.dropout import dropout_mask, round_dropout
 from lora_hf.lora.slices import Slices, block_diagonal, diagonal_blocks
-
-STEPS = 2**16  # resolution of a dropout probability
 
 # A frozen weight, or the function that unpacks it to a precision for each product, so that it is not kept in between.
 Weight = Tensor | Callable[[torch.dtype], Tensor]
@@ -47,26 +45,10 @@ def lora_linear(
     Returns:
         `(..., out)`, in the precision of x.
     """
-    keep = None
+    keep, dropout = None, round_dropout(dropout)
     if dropout:
-        dropout = min(max(1, round(dropout * STEPS)), STEPS - 1) / STEPS
         keep = dropout_mask((x.shape[:-1].numel(), x.shape[-1]), dropout, x.device)
     return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling / (1 - dropout), slices, keep)  # type: ignore[return-value]
-
-
-def dropout_mask(shape: Sequence[int], dropout: float, device: torch.device) -> Tensor:
-    """A uint8 mask: 1 with probability `1 - dropout`, a multiple of `1 / STEPS`, and 0 otherwise.
-
-    On the CPU torch's `bernoulli_` takes about as long as the projection itself. Two random bytes for each element,
-    compared by a clamp, are several times faster.
-    """
-    if device.type != "cpu":
-        return torch.empty(shape, device=device).bernoulli_(1 - dropout).to(torch.uint8)
-    count = math.prod(shape)
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    first_kept = round(dropout * STEPS) - STEPS // 2  # as an int16
-    numbers = words.view(torch.int16)[:count].clamp_(first_kept - 1, first_kept)
-    return numbers.sub_(first_kept - 1).to(torch.uint8).view(shape)
 
 
 def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from lora_hf.lora.kernels.fused import STEPS, can_fuse, dropout_mask, lora_linear
+from lora_hf.lora.kernels.dropout import STEPS, dropout_mask
+from lora_hf.lora.kernels.fused import can_fuse, lora_linear
 from lora_hf.lora.kernels.reference import add_lora
 from tests.tolerances import FUSED_RTOL, GRADCHECK
 
@@ -59,21 +60,6 @@ def results(how: str, dtype: torch.dtype, slices: list[tuple[int, int]], dropout
         y = add_lora(linear(x, weight, bias), seen, a, b, scaling, slices)
     y.backward(upstream)
     return [y.detach(), *(tensor.grad for tensor in (x, a) if tensor.grad is not None)]
-
-
-@pytest.mark.parametrize("dropout", [1 / STEPS, 0.1, 0.5, 1 - 1 / STEPS])
-def test_what_is_kept_is_drawn_with_its_probability_and_independently(dropout: float) -> None:
-    torch.manual_seed(0)
-    count, keep = 400 * 1001, 1 - round(dropout * STEPS) / STEPS
-    drawn = dropout_mask((400, 1001), dropout, CPU).double()
-    assert drawn.unique().tolist() in ([0, 1], [1], [0])
-    deviation = (keep * (1 - keep) / count) ** 0.5
-    assert abs(drawn.mean() - keep) < 5 * deviation
-    for shift in (1, 2, 3, 4, 1001):
-        flat = drawn.flatten() - keep
-        together = (flat[shift:] * flat[:-shift]).mean()
-        assert abs(together) < 5 * keep * (1 - keep) / count**0.5 + 1e-9, f"elements {shift} apart depend on each other"
-    assert not torch.equal(dropout_mask((400, 1001), 0.5, CPU), dropout_mask((400, 1001), 0.5, CPU))
 
 
 def apart(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:

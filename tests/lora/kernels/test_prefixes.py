@@ -68,15 +68,6 @@ def test_loss_and_every_gradient_are_those_of_the_rows_one_by_one(kind: str) -> 
         torch.testing.assert_close(found[1][name], gradient, atol=tolerances.PADDING_FREE_FP32, rtol=0, msg=name)
 
 
-def test_dropped_attention_sees_the_same_tokens() -> None:
-    """The row-by-row road has the tree's mask too: at a dropout that drops nothing it gives the undropped output."""
-    inputs = padded(ROWS)
-    model = small_model("gpt2", attn_pdrop=1e-12, embd_pdrop=0.0, resid_pdrop=0.0)
-    enable_unpadding(model)
-    exact = model(**inputs).logits
-    torch.testing.assert_close(model.train()(**inputs).logits, exact, atol=tolerances.PADDING_FREE_FP32, rtol=0)
-
-
 @pytest.mark.parametrize("change", ["position_ids", "inputs_embeds", "left", "encoder"])
 def test_what_depends_on_more_than_the_tokens_is_not_shared(change: str) -> None:
     model = small_model("roberta" if change == "encoder" else "gpt2")

@@ -26,7 +26,7 @@ from tools.benchmark.worker_process import Channel
 BATCH, STEPS = 2, 2
 
 
-def make_job(side: str, model: str = "tiny-roberta", task: str = "rule-sentiment") -> Job:
+def make_job(side: str, model: str = "tiny-roberta", task: str = "rule-sentiment", fastest: str = "bf16") -> Job:
     """Four rows of different lengths, two rounds of two steps."""
     sections: dict[str, Any] = {
         "model": {"name": model, "precision": "bf16", "dropout": 0.0},
@@ -39,7 +39,7 @@ def make_job(side: str, model: str = "tiny-roberta", task: str = "rule-sentiment
         ids = list(range(5, 5 + length))
         labels = [-100, *ids[1:]] if model == "tiny-gpt2" else length % 2
         rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels})
-    return Job(side, RunConfig.from_dict(sections).to_dict(), rows, rounds=2)
+    return Job(side, RunConfig.from_dict(sections).to_dict(), rows, rounds=2, fastest=fastest)
 
 
 def messages(job: Job) -> list[dict[str, Any]]:
@@ -73,7 +73,14 @@ def test_every_side_follows_the_protocol(model: str, task: str, side: str) -> No
         assert setting["weights"] == "bfloat16"
     else:
         assert setting["weights"] == "float32"
+    assert (setting["autocast"] is not None) == (side in ("full", "peft-best"))
     assert (setting["rows"] == "group_by_length") == (side in ("full", "peft-best"))
+
+
+@pytest.mark.parametrize("side", ["full", "peft-best"])
+def test_a_peer_runs_in_the_precision_that_is_fastest(side: str) -> None:
+    setting = messages(make_job(side, fastest="fp32"))[0]["ready"]["setting"]
+    assert (setting["weights"], setting["autocast"]) == ("float32", None)
 
 
 def test_peers_get_the_model_that_transformers_builds(tmp_path: Path) -> None:
@@ -88,7 +95,7 @@ def test_the_peak_side_measures_each_shape_in_each_round() -> None:
     ready, first, second, done = messages(make_job(PEAK))
     assert (ready, done) == ({"ready": {}}, {"done": {}})
     rates = first["round"]["rates"]
-    assert rates.keys() == second["round"]["rates"].keys() >= {"1024x768->768", "1024x768->3072"}
+    assert rates.keys() == second["round"]["rates"].keys() >= {"1024x768->768 fp32", "1024x768->3072 bf16"}
     assert all(1e8 < rate < 1e16 for rate in rates.values())
 
 

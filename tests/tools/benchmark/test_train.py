@@ -16,7 +16,7 @@ from tools.benchmark import rounds
 from tools.benchmark.__main__ import main
 from tools.benchmark.job import Job, train_sides
 from tools.benchmark.rounds import run_rounds
-from tools.benchmark.train import benchmark_train
+from tools.benchmark.train import benchmark_train, check_shares
 from tools.benchmark.worker_process import WorkerProcess
 
 JOB = Job("peft-best", {}, [], rounds=2)
@@ -44,7 +44,7 @@ def test_the_command_writes_a_record_of_two_sides(tmp_path: Any, capsys: pytest.
     assert set(result["ratios"]) == set(result["memory_ratios"]) == {"lora/frozen"}
     speeds = ("examples_per_second", "tokens_per_second", "share_of_peak")
     spreads = [side[speed] for side in result["sides"].values() for speed in speeds]
-    for spread in (*spreads, *result["ratios"].values(), result["peak"]["bf16_flops_per_second"]):
+    for spread in (*spreads, *result["ratios"].values(), result["peak"]["flops_per_second"]):
         assert 0 < spread["min"] <= spread["median"] <= spread["max"]
     assert len(result["sides"]["lora"]["seconds"]) == 2  # without the warm-up
     assert result["sides"]["lora"]["trained_parameters"] > result["sides"]["frozen"]["trained_parameters"]
@@ -77,6 +77,12 @@ def test_invalid_options_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"peft .*pip install peft"):
         train_sides(["peft"], "causal-lm")
+
+
+def test_a_share_above_the_peak_is_an_error() -> None:
+    check_shares({"lora": {"median": 0.5, "min": 0.4, "max": 1.2}})
+    with pytest.raises(TrainingError, match="frozen reached 243% of the peak"):
+        check_shares({"lora": {"median": 0.5}, "frozen": {"median": 2.43}})
 
 
 def test_peft_stands_for_both_of_its_settings() -> None:
