@@ -102,6 +102,9 @@ QUANTISED_BF16_RTOL = 3e-2
 NF4_TABLE = 1e-6
 """Weights unpacked by bitsandbytes against the published table times the scales: a float32 product or two."""
 
+PACKED_HEAD_FP32 = 1e-2
+"""Logits of a head that bitsandbytes packed against the unpacked one: with 8 bits it also rounds the head's input."""
+
 INT8_LAYER_RTOL = 0.03
 """A projection with weights and inputs in 8 bits, relative to the largest value of its token: each value errs by up to
 0.4 % of the largest of its row, and the errors of a sum average. One scale for all rows is wrong by factors."""

@@ -23,6 +23,7 @@ from tools.tables import robustness as robustness_tables
 from tools.tables import serving as serving_tables
 from tools.tables import speed as speed_tables
 from tools.tables.config import config_keys
+from tools.tables.gpu import gpu
 from tools.tables.labels import label_scores
 from tools.tables.lr_find import lr_find
 from tools.tables.suite import from_results, guide
@@ -216,6 +217,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "text-forms": serving_tables.text_forms,
     "quantised": speed_tables.quantised,
     "answers-in": speed_tables.answers_in,
+    "gpu": gpu,
     "suite": from_results(suite_tables.scores),
     "suite-resources": from_results(suite_tables.resources),
     "suite-storage": from_results(suite_tables.storage),

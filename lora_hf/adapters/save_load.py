@@ -241,8 +241,8 @@ def load_saved_model(
     model.eval()
     if dynamic:
         return quantise(eject(merge(dequantise(model))), "int8", dynamic=True), tokenizer
-    if torch.cuda.is_available():
-        model.to(torch.device("cuda"))  # type: ignore[call-arg]
+    if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        model.to(device)  # type: ignore[call-arg]
     return model, tokenizer
 
 

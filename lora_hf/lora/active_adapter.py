@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_hf.core.errors import AdapterError
+from lora_hf.lora.host_batch import to_device
 
 STATE_ATTRIBUTE = "lora_adapter_state"  # the attribute of a base model that holds its AdapterState
 Labels = tuple[tuple[str, ...], str | None]  # the label names and the problem type
@@ -85,7 +86,7 @@ class BatchRouting:
         inputs, outputs, segments = self.items(x, y)
         changed = outputs.clone()
         for name, start, end in self.spans(segments, adapters):
-            items = slice(start, end) if segments.order is None else segments.order[start:end]
+            items = slice(start, end) if segments.order is None else to_device(segments.order[start:end], y.device)
             changed[items] = change(name, inputs[items], outputs[items])
         return changed.view_as(y)
 

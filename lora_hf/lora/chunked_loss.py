@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput
 from lora_hf.core.errors import TrainingError
 from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.lora.architectures import ARCHITECTURES
+from lora_hf.lora.host_batch import NOTHING, ON_HOST, to_device
 from lora_hf.lora.kernels.cross_entropy import token_losses
 
 
@@ -65,9 +66,10 @@ def _forward(
     """`num_items_in_batch` divides the sum of the losses."""
     if labels is None:
         return plain_forward(*inputs, **named)
+    own = named.get(ON_HOST, NOTHING).get("labels", labels)[:, 1:]
+    row, position = (to_device(index, labels.device) for index in (own != IGNORE_INDEX).nonzero(as_tuple=True))
     hidden = model.base_model(*inputs, **named)[0]
     targets = labels[:, 1:]
-    row, position = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
     weight = model.get_output_embeddings().weight
     if weight.requires_grad:
         raise TrainingError(

@@ -65,18 +65,22 @@ def _announce(model: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tup
     return inputs, named if token is None else named | {READS: token}
 
 
-def positions_read(base: PreTrainedModel, token: str, named: dict[str, Any]) -> Tensor | None:
-    """`(batch,)`: the positions that the head reads among all of the padded batch; None if one of them is padding."""
-    ids, mask = named.get("input_ids"), named["attention_mask"]
+def positions_read(base: PreTrainedModel, token: str, mask: Tensor, ids: Tensor | None) -> Tensor | None:
+    """The position in the flat padded batch that the head reads of each row; None if one of them is padding.
+
+    Args:
+        mask: `(batch, length)`, on the host.
+        ids: of the same shape and on the host; None if the model gets embeddings.
+    """
     rows, length = mask.shape
-    positions = torch.zeros(rows, dtype=torch.long, device=mask.device)
+    positions = torch.zeros(rows, dtype=torch.long)
     if token == "last":
         padding = base.config.get_text_config().pad_token_id
         if ids is None or padding is None:
             positions += length - 1
         else:  # the rightmost token with another id than that of padding, as transformers finds it
-            positions = (torch.arange(length, device=mask.device) * (ids != padding)).argmax(-1)
-    positions = positions + torch.arange(rows, device=mask.device) * length
+            positions = (torch.arange(length) * (ids != padding)).argmax(-1)
+    positions = positions + torch.arange(rows) * length
     return positions if bool(mask.flatten()[positions].all()) else None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import AdapterState, BatchRouting
 from lora_hf.lora.precision import keep_dtype
+from lora_hf.lora.quantization import unpack_bitsandbytes
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -26,7 +27,8 @@ class ModulesToSaveWrapper(nn.Module):
 
     def __init__(self, original_module: nn.Module, adapter_state: AdapterState, within_base: bool = False) -> None:
         super().__init__()
-        self.original_module: Any = original_module.requires_grad_(False)
+        # A packed module could not be trained, and a cast of its inputs to the type of its weights would destroy them.
+        self.original_module: Any = unpack_bitsandbytes(original_module).requires_grad_(False)
         self.modules_to_save: Any = nn.ModuleDict()  # by adapter name
         self.adapter_state = adapter_state
         self.within_base = within_base

@@ -137,6 +137,25 @@ def unpack(packed: Mapping[str, Tensor], scheme: str, shape: tuple[int, int], dt
     return library.dequantize_4bit(packed["values"], state).reshape(shape)
 
 
+def unpack_bitsandbytes(module: nn.Module) -> nn.Module:
+    """The module with plain projections where transformers has packed them (`BitsAndBytesConfig`), else unchanged."""
+    for path, layer in list(module.named_modules()):
+        packed: Any = layer
+        if type(getattr(packed, "weight", None)).__name__ not in ("Params4bit", "Int8Params"):
+            continue
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+        weight = dequantize_bnb_weight(packed.weight, getattr(packed, "state", None))
+        plain: Any = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight.float() if packed.bias is None else weight.to(packed.bias.dtype))
+        plain.bias = packed.bias
+        plain.train(packed.training)
+        if not path:
+            return plain
+        module.set_submodule(path, plain)
+    return module
+
+
 def multiply_integers(x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
     """`x W^T + bias` of an int8 weight, with x rounded to 8 bits for each token; `(..., in)` to `(..., out)`."""
     rows = x.reshape(-1, x.shape[-1]).float()

@@ -9,10 +9,13 @@ A slice is `(start, stop)`, or `(start, stop, width, step)` where a projection i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from lora_hf.lora.host_batch import to_device
 
 Slice = tuple[int, ...]
 Slices = Sequence[Slice]
@@ -26,16 +29,18 @@ def slice_width(piece: Slice) -> int:
     return (stop - start) // step * width + min((stop - start) % step, width)
 
 
-def slice_columns(piece: Slice) -> slice | Tensor:
-    """What indexes the columns of a slice, or the same rows of an `(out, in)` weight."""
-    return slice(*piece) if len(piece) == 2 else column_indices(piece)
+def slice_columns(piece: Slice, device: torch.device | str = "cpu") -> slice | Tensor:
+    """What indexes the columns of a slice, or the same rows of an `(out, in)` weight, in tensors of a device."""
+    return slice(*piece) if len(piece) == 2 else column_indices(piece, device)
 
 
-def column_indices(piece: Slice) -> Tensor:
+@functools.lru_cache(maxsize=64)  # a projection needs them several times in a step
+@torch.inference_mode(False)  # else a backward pass could not use them
+def column_indices(piece: Slice, device: torch.device | str = "cpu") -> Tensor:
     """The indices of the columns of a slice, ascending."""
     start, stop, width, step = piece if len(piece) == 4 else (*piece, 1, 1)
-    offsets = torch.arange(stop - start)
-    return offsets[offsets % step < width] + start
+    offsets = torch.arange(stop - start, device="cpu")
+    return to_device(offsets[offsets % step < width] + start, torch.device(device))
 
 
 def are_disjoint(slices: Slices, out_features: int) -> bool:
@@ -51,7 +56,8 @@ def are_disjoint(slices: Slices, out_features: int) -> bool:
 
 def split_slices(lora_A: Tensor, lora_B: Tensor, slices: Slices) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
     """For each slice its columns of the output, its A `(r, in)` and its B `(width, r)`, as views."""
-    return zip(map(slice_columns, slices), lora_A.split(lora_B.shape[1]), split_rows(lora_B, slices), strict=True)
+    columns = [slice_columns(piece, lora_A.device) for piece in slices]
+    return zip(columns, lora_A.split(lora_B.shape[1]), split_rows(lora_B, slices), strict=True)
 
 
 def split_rows(stacked: Tensor, slices: Slices) -> tuple[Tensor, ...]:
@@ -70,11 +76,11 @@ def block_diagonal(lora_B: Tensor, slices: Slices, out_features: int) -> Tensor:
     r = lora_B.shape[1]
     placed = lora_B.new_zeros(out_features, len(slices) * r)
     for index, (piece, b) in enumerate(zip(slices, split_rows(lora_B, slices), strict=True)):
-        placed[slice_columns(piece), index * r : (index + 1) * r] = b
+        placed[slice_columns(piece, placed.device), index * r : (index + 1) * r] = b
     return placed
 
 
 def diagonal_blocks(placed: Tensor, slices: Slices) -> list[Tensor]:
     """The inverse of `block_diagonal`: the B `(width, r)` of each slice; concatenated they are `lora_B`."""
     parts = placed.split(placed.shape[1] // len(slices), dim=1)
-    return [part[slice_columns(piece)] for piece, part in zip(slices, parts, strict=True)]
+    return [part[slice_columns(piece, part.device)] for piece, part in zip(slices, parts, strict=True)]

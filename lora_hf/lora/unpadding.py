@@ -23,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lora_hf.lora.active_adapter import STATE_ATTRIBUTE, BatchRouting, Segments
 from lora_hf.lora.architectures import ARCHITECTURES
+from lora_hf.lora.host_batch import NOTHING, ON_HOST, HostBatch, to_device
 from lora_hf.lora.kernels.attention import Rows, attend_rows
 from lora_hf.lora.kernels.prefixes import Trees, share_prefixes
 from lora_hf.lora.last_layer import READS, announce_token_read, positions_read, prepare_last_layer, token_read
@@ -38,7 +39,7 @@ def enable_unpadding(model: PreTrainedModel) -> str | None:
     """
     reason = _unsupported(model)
     base: Any = model.base_model
-    if reason is None and _before not in base._forward_pre_hooks.values():
+    if reason is None and not is_unpadded(model):
         _register_attention()
         model.set_attn_implementation(ATTENTION)
         if model.config._attn_implementation != ATTENTION:
@@ -48,6 +49,11 @@ def enable_unpadding(model: PreTrainedModel) -> str | None:
         if token_read(model):
             announce_token_read(model)
     return reason
+
+
+def is_unpadded(model: PreTrainedModel) -> bool:
+    """Whether `enable_unpadding` has changed the model."""
+    return _before in model.base_model._forward_pre_hooks.values()
 
 
 def _unsupported(model: PreTrainedModel) -> str | None:
@@ -115,9 +121,7 @@ def _before(base: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[
     parameters = _parameters(type(base))
     named = dict(zip(parameters, inputs, strict=False)) | named
     token, routing = named.pop(READS, None), _routing(base)
-    layout = _layout(base, named, routing)
-    if layout is not None and token is not None and routing is None:
-        _read_only(layout, positions_read(base, token, named), base)
+    layout = _layout(base, named, routing, named.pop(ON_HOST, NOTHING), token)
     if routing is not None:
         routing.tokens = None if layout is None else _token_segments(routing, layout)
     if layout is None:
@@ -157,12 +161,22 @@ def _parameters(kind: type) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
-def _layout(base: PreTrainedModel, named: dict[str, Any], routing: BatchRouting | None = None) -> _Layout | None:
-    """The layout of a batch; None without a mask, in generation, and if attentions or all hidden states are wanted."""
+def _layout(
+    base: PreTrainedModel,
+    named: dict[str, Any],
+    routing: BatchRouting | None = None,
+    host: HostBatch = NOTHING,
+    token: str | None = None,
+) -> _Layout | None:
+    """The layout of a batch; None without a mask, in generation, and if attentions or all hidden states are wanted.
+
+    It is made on the host and copied to the device: every size in it is needed there.
+    """
     mask = named.get("attention_mask")
     special = ("past_key_values", "encoder_hidden_states", "output_attentions", "output_hidden_states", "use_cache")
     if mask is None or mask.ndim != 2 or any(named.get(name) for name in special):
         return None
+    device, mask = mask.device, host.get("attention_mask", mask)
     lengths = mask.sum(1).tolist()
     if min(lengths) == 0:
         return None
@@ -170,24 +184,34 @@ def _layout(base: PreTrainedModel, named: dict[str, Any], routing: BatchRouting 
     computed, copies, sees = tokens, None, None
     if routing is not None:
         lengths, computed, copies = _sort_by_adapter(routing, tokens, lengths)
-    elif (trees := _trees(base, named, tokens, lengths)) is not None:
+    elif (trees := _trees(base, named, mask, tokens, lengths, host)) is not None:
         lengths, sees = trees.lengths, [*trees.sees]
-        computed, copies = tokens[trees.first.to(mask.device)], trees.copies.to(mask.device)
-    filling = _filling(sum(lengths)) if mask.device.type == "cpu" else 0
+        computed, copies = tokens[trees.first], trees.copies
+    read = None
+    if token is not None and routing is None:
+        ids = host.get("input_ids", named["input_ids"]) if token == "last" and "input_ids" in named else None
+        read = _read_only(positions_read(base, token, mask, ids), tokens, copies, base)
+    filling = _filling(sum(lengths)) if device.type == "cpu" else 0
     if filling:
         lengths, computed = [*lengths, filling], torch.cat([computed, computed[:1].expand(filling)])
         sees = None if sees is None else [*sees, None]
-    return _Layout(mask.shape, tokens, computed, copies, Rows(lengths, mask.device, sees))
+    moved = to_device(tokens, device)
+    return _Layout(
+        mask.shape,
+        moved,
+        moved if computed is tokens else to_device(computed, device),
+        None if copies is None else to_device(copies, device),
+        Rows(lengths, device, sees),
+        None if read is None else to_device(read, device),
+    )
 
 
-def _read_only(layout: _Layout, positions: Tensor | None, base: PreTrainedModel) -> None:
-    """Tells the last layer that the head reads the tokens at these positions only."""
-    if positions is None or len(positions) >= len(layout.computed) or not prepare_last_layer(base):
-        return
-    padded = torch.empty(layout.shape.numel(), dtype=torch.long, device=positions.device)
-    padded[layout.tokens] = torch.arange(len(layout.tokens), device=positions.device)
-    read = padded[positions]
-    layout.read = (read if layout.copies is None else layout.copies[read]).unique()
+def _read_only(positions: Tensor | None, tokens: Tensor, copies: Tensor | None, base: PreTrainedModel) -> Tensor | None:
+    """The positions among the computed tokens of all that the head reads; None to compute all."""
+    if positions is None or len(positions) >= len(tokens) or not prepare_last_layer(base):
+        return None
+    place = torch.searchsorted(tokens, positions)
+    return (place if copies is None else copies[place]).unique()
 
 
 def _routing(base: PreTrainedModel) -> BatchRouting | None:
@@ -218,14 +242,16 @@ def _token_segments(routing: BatchRouting, layout: _Layout) -> Segments:
     return Segments(edges[-1], None, tuple(edges[end] for end in ends))
 
 
-def _trees(base: PreTrainedModel, named: dict[str, Any], tokens: Tensor, lengths: list[int]) -> Trees | None:
+def _trees(
+    base: PreTrainedModel, named: dict[str, Any], mask: Tensor, tokens: Tensor, lengths: list[int], host: HostBatch
+) -> Trees | None:
     """The trees of a causal model's rows, if nothing but its id and its position in the row tells a token apart."""
     other = ("inputs_embeds", "token_type_ids", "position_ids")
     if not ARCHITECTURES[base.config.model_type].causal or any(named.get(name) is not None for name in other):
         return None
-    if bool((named["attention_mask"].diff(dim=1) > 0).any()):
+    if bool((mask.diff(dim=1) > 0).any()):
         return None  # padded in front, or inside a row, where equal prefixes have different positions
-    ids = named["input_ids"].flatten()[tokens].split(lengths)
+    ids = host.get("input_ids", named["input_ids"]).flatten()[tokens].split(lengths)
     return share_prefixes([row.tolist() for row in ids], base.config.hidden_size)
 
 

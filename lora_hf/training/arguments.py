@@ -101,7 +101,9 @@ def training_arguments(config: RunConfig, task: Task, folder: Path, optimization
         "report_to": "none",
         "run_name": folder.name,  # how trackers call the run
         "disable_tqdm": not sys.stderr.isatty(),
-        "dataloader_pin_memory": False,
+        # A copy of a batch to a GPU does not wait for the steps before it.
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "accelerator_config": {"non_blocking": torch.cuda.is_available()},
         "ddp_find_unused_parameters": False,
         "bf16": autocast == "bf16",
         "fp16": autocast == "fp16",

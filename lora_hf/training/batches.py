@@ -16,6 +16,8 @@ from transformers import (
 )
 
 from lora_hf.data.tasks.base import ModelKind
+from lora_hf.lora.host_batch import keep_on_host
+from lora_hf.lora.unpadding import is_unpadded
 from lora_hf.models.align import padding_side
 from lora_hf.training.trainer import completion_loss, stack_places, target_loss
 
@@ -40,4 +42,5 @@ def padding_collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """Returns what pads a batch on the base's side; `tokenizer` keeps its own, with which it is saved."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.padding_side = padding_side(model)
-    return COLLATORS[kind](tokenizer, model)
+    collate = COLLATORS[kind](tokenizer, model)
+    return keep_on_host(collate) if is_unpadded(model) else collate

@@ -39,7 +39,7 @@ class LossScaling(TrainerCallback):
 
     def __init__(self, model: nn.Module, accelerator: Accelerator, args: TrainingArguments) -> None:
         self.skipped = 0
-        self.grad_norm: float | None = None
+        self.grad_norm: torch.Tensor | None = None
         self.last_scale = 1.0
         self.scaler: torch.amp.GradScaler | None = None
         if accelerator.scaler is None and any(each.dtype == torch.float16 for each in model.parameters()):
@@ -56,7 +56,7 @@ class LossScaling(TrainerCallback):
         optimizer = kwargs["optimizer"].optimizer
         self.scaler.unscale_(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
+        self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         before, self.last_scale = self.last_scale, _scale(kwargs["optimizer"])

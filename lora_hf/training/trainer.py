@@ -26,6 +26,7 @@ from lora_hf.adapters.save_load import restore_adapter, save_adapter
 from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.sampling import EpochSampler, PromptSampler, last_batch_share
 from lora_hf.lora.chunked_loss import enable_chunked_loss
+from lora_hf.lora.host_batch import ON_HOST
 from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.training.checkpoints import (
     STATE_FILE,
@@ -106,7 +107,9 @@ class RunTrainer(Trainer):
         )
         if self.model_accepts_loss_kwargs:  # the loss is a sum over labels, divided by their number in all processes
             batch["labels"][own:] = IGNORE_INDEX
+            batch.pop(ON_HOST, None)  # its labels are others now
             return batch
+        batch.pop(ON_HOST, None)
         return {key: value[: max(own, 1)] for key, value in batch.items()} | {LOSS_SHARE: share}
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
@@ -138,7 +141,7 @@ class RunTrainer(Trainer):
             if self.accelerator.optimizer_step_was_skipped:
                 logs.pop("grad_norm", None)  # inf or NaN, which JSON cannot hold
             elif self.loss_scaling.grad_norm is not None:
-                logs["grad_norm"] = self.loss_scaling.grad_norm
+                logs["grad_norm"] = float(self.loss_scaling.grad_norm)
         for key in [key for key in logs if key.endswith("model_preparation_time")]:
             del logs[key]  # logged by an evaluation before training only
         self._correct_durations(logs)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.adapters.format import read_adapter
@@ -37,6 +38,7 @@ from lora_hf.lora.inject import (
     unmerge,
 )
 from lora_hf.lora.layers import LoraLinear, LoraWeights
+from lora_hf.lora.multi_adapter import use_adapter
 from lora_hf.lora.quantization import QuantisedLinear, pack, unpack
 from lora_hf.lora.target_modules import plan, projections
 from lora_hf.models.load import dequantise, load_base, quantise, quantised_layers
@@ -46,6 +48,7 @@ from tests.tolerances import (
     INT8_LAYER_RTOL,
     INT8_MODEL_RTOL,
     NF4_TABLE,
+    PACKED_HEAD_FP32,
     PARITY_FP32,
     QUANTISED_BF16_RTOL,
     QUANTISED_FP32,
@@ -472,3 +475,29 @@ def test_a_base_that_transformers_packed_is_adapted_beside_its_weights() -> None
     assert torch.allclose(model(token_ids()).logits, before, atol=PARITY_FP32)
     with pytest.raises(AdapterError, match="bitsandbytes has packed this weight"):
         merge(model)
+
+
+@NEEDS_BITSANDBYTES
+@pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=["4 bits", "8 bits"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_model_that_transformers_loaded_packed_is_trained_saved_and_loaded(
+    kind: str, options: dict[str, bool], tmp_path: Path
+) -> None:
+    """transformers packs the head of a classifier too: it is unpacked, and the adapter trains it."""
+    small_model(kind, 3, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+
+    def packed() -> Any:
+        quantization = BitsAndBytesConfig(**options, bnb_4bit_compute_dtype=torch.float32)
+        auto = AutoModelForSequenceClassification
+        return auto.from_pretrained(tmp_path / "base", quantization_config=quantization, dtype=torch.float32)
+
+    model, ids = inject(packed(), LoraConfig(r=2, targets=("all",))), token_ids()
+    with use_adapter(model, None):
+        torch.testing.assert_close(model(ids).logits, packed()(ids).logits, atol=PACKED_HEAD_FP32, rtol=0)
+    model.train()(ids, labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "lora_B" in name)
+    assert all(head.modules_to_save["default"].weight.grad.any() for head in list(adapter_heads(model).values())[-1:])
+    randomize_lora_b(model)
+    save_adapter(model, tmp_path / "adapter")
+    loaded = load_adapter(packed(), tmp_path / "adapter")
+    assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)

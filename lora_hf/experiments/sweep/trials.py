@@ -106,5 +106,5 @@ def run_trial(
 def free_memory() -> None:
     """Frees the model of the previous trial, which is part of reference cycles."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

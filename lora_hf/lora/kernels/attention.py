@@ -6,14 +6,18 @@ products. Here rows of similar length are multiplied together, group by group.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_hf.lora.host_batch import to_device
 from lora_hf.lora.kernels.dropout import dropout_mask, round_dropout
+from lora_hf.lora.kernels.varlen import varlen_kernel
 
 SIMILAR = 0.6  # rows of at least this share of the longest in their group are padded to it
 
@@ -48,17 +52,17 @@ class Rows:
         self.sees = sees
         self.device = torch.device(device)
         self.tokens = sum(self.lengths)
-        self.ends = torch.tensor([0, *self.lengths], device=device).cumsum(0).int()
-        self.groups = self._grouped()
+        self.ends = to_device(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), self.device)
         self._indices: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def _grouped(self) -> list[_Group]:
+    @functools.cached_property
+    def groups(self) -> list[_Group]:
         parts: list[list[int]] = []
         for row in sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row]):
             if not parts or self.lengths[row] < SIMILAR * self.lengths[parts[-1][0]]:
                 parts.append([])
             parts[-1].append(row)
-        starts, lengths = self.ends[:-1].cpu(), torch.tensor(self.lengths)
+        starts, lengths = torch.tensor([0, *accumulate(self.lengths)]), torch.tensor(self.lengths)
         groups = []
         for rows in parts:
             length = self.lengths[rows[0]]
@@ -66,8 +70,8 @@ class Rows:
             padding = positions >= lengths[rows][:, None]
             # A token of another row would bring its NaN along: a weight of 0 does not remove it.
             index = positions.minimum(lengths[rows][:, None] - 1) + starts[rows][:, None]
-            any_padding = padding.to(self.device) if bool(padding.any()) else None
-            groups.append(_Group(index.to(self.device), length, any_padding, self._unseen(rows, length)))
+            any_padding = to_device(padding, self.device) if bool(padding.any()) else None
+            groups.append(_Group(to_device(index, self.device), length, any_padding, self._unseen(rows, length)))
         return groups
 
     def _unseen(self, rows: list[int], length: int) -> Tensor | None:
@@ -77,7 +81,7 @@ class Rows:
         for number, row in enumerate(rows):
             if (sees := self.sees[row]) is not None:
                 unseen[number, : len(sees), : len(sees)] = ~sees
-        return unseen.to(self.device)
+        return to_device(unseen, self.device)
 
     def indices(self, heads: int) -> list[tuple[Tensor, Tensor]]:
         """For each group the source and the target of its `(rows, heads, length)` vectors among `tokens * heads`.
@@ -115,13 +119,15 @@ def attend_rows(
     Returns:
         `(tokens, heads, head_dim)`.
     """
-    shared = query.shape[0] // key.shape[0]
-    if shared > 1:
-        key, value = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    shared = query.shape[0] // key.shape[0]
     query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-    if query.is_cuda and not dropout and rows.sees is None and query.dtype in (torch.bfloat16, torch.float16):
-        return _attend_on_gpu(query, key, value, rows, scale, is_causal)
+    kernel = varlen_kernel(query, dropout) if rows.sees is None else None
+    if kernel is not None:
+        query, key, value = (tensor.contiguous() for tensor in (query, key, value))
+        return kernel(query, key, value, rows.ends, max(rows.lengths), scale, is_causal, dropout)
+    if shared > 1:
+        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     return _GroupedRows.apply(query, key, value, rows, scale, is_causal, round_dropout(dropout))  # type: ignore[return-value]
 
 
@@ -200,13 +206,3 @@ def _weights(q: Tensor, k: Tensor, group: _Group, is_causal: bool) -> Tensor:
     weights = by_row.softmax(-1)
     # Zero rows keep the garbage of the padding out of every gradient.
     return weights.masked_fill_(group.padding[:, None, :, None], 0).view_as(scores)
-
-
-def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, is_causal: bool) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (tensor.contiguous() for tensor in (query, key, value))
-    window, longest = (-1, 0 if is_causal else -1), max(rows.lengths)
-    return varlen_attn(  # type: ignore[return-value]
-        q, k, v, rows.ends, rows.ends, longest, longest, scale=scale, window_size=window
-    )

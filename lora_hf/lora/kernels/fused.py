@@ -7,6 +7,8 @@ nothing below is trained.
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from lora_hf.lora.kernels.dropout import dropout_mask, round_dropout
+from lora_hf.core.errors import ConfigError
+from lora_hf.lora.kernels.dropout import STEPS, dropout_mask, round_dropout
 from lora_hf.lora.slices import Slices, block_diagonal, diagonal_blocks
 
 # A frozen weight, or the function that unpacks it to a precision for each product, so that it is not kept in between.
@@ -45,10 +48,27 @@ def lora_linear(
     Returns:
         `(..., out)`, in the precision of x.
     """
-    keep, dropout = None, round_dropout(dropout)
+    keep: Any = None
+    dropout = round_dropout(dropout)
     if dropout:
-        keep = dropout_mask((x.shape[:-1].numel(), x.shape[-1]), dropout, x.device)
+        philox = _philox()
+        if philox is not None and philox.can_draw(x, len(lora_A)):
+            keep = philox.draw(round(dropout * STEPS))
+        else:
+            keep = dropout_mask((x.shape[:-1].numel(), x.shape[-1]), dropout, x.device)
     return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling / (1 - dropout), slices, keep)  # type: ignore[return-value]
+
+
+@functools.cache
+def _philox() -> Any:
+    """The class of the Triton kernels that store no mask (`kernels/philox.py`); None unless `LORA_HF_TRITON=1`."""
+    if os.environ.get("LORA_HF_TRITON") != "1":
+        return None
+    try:
+        from lora_hf.lora.kernels.philox import Philox
+    except ImportError as error:
+        raise ConfigError(f"LORA_HF_TRITON=1 needs triton, which cannot be imported ({error}): unset it") from error
+    return Philox
 
 
 def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:
@@ -69,9 +89,9 @@ class _LoraLinear(torch.autograd.Function):
         lora_B: Tensor,
         scaling: float,
         slices: Slices,
-        keep: Tensor | None,
+        keep: Any,
     ) -> Tensor:
-        """`scaling` includes that of the dropout, and `keep` is its mask."""
+        """`scaling` includes that of the dropout, and `keep` is its mask, a `Philox` that draws it, or None."""
         inputs = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         tensor = weight if isinstance(weight, Tensor) else None
         ctx.unpacker = None if isinstance(weight, Tensor) else weight
@@ -79,11 +99,14 @@ class _LoraLinear(torch.autograd.Function):
         output = linear(x, weight if isinstance(weight, Tensor) else weight(x.dtype), bias)
         y = output.view(len(inputs), output.shape[-1])
         down, up = lora_A.to(x.dtype), block_diagonal(lora_B.to(x.dtype), slices, y.shape[1])
-        dropped = inputs if keep is None else inputs * keep
-        # Scaling is cheapest on the smallest tensor, (rows, r).
-        projected = (dropped @ down.T).mul_(scaling)
+        mask, ctx.philox = (keep, None) if keep is None or isinstance(keep, Tensor) else (None, keep)
+        if ctx.philox is not None:
+            projected = ctx.philox.project(inputs, down, scaling)
+        else:
+            # Scaling is cheapest on the smallest tensor, (rows, r).
+            projected = ((inputs if mask is None else inputs * mask) @ down.T).mul_(scaling)
         y.addmm_(projected, up.T)
-        ctx.save_for_backward(x, tensor, projected, down, up, keep)
+        ctx.save_for_backward(x, tensor, projected, down, up, mask)
         ctx.scaling, ctx.slices, ctx.dtypes = scaling, slices, (lora_A.dtype, lora_B.dtype)
         return output
 
@@ -98,12 +121,16 @@ class _LoraLinear(torch.autograd.Function):
         dx = dA = dB = None
         if needs_dx:
             dx = dy @ (ctx.unpacker(x.dtype) if tensor is None else tensor)
-            if keep is None:
+            if ctx.philox is not None:
+                ctx.philox.add_product(dx, dprojected, down)
+            elif keep is None:
                 dx.addmm_(dprojected, down)
             else:
                 dx.addcmul_(dprojected @ down, keep.to(dx.dtype))
             dx = dx.view_as(x)
-        if needs_dA:
+        if needs_dA and ctx.philox is not None:
+            dA = ctx.philox.gradient(dprojected, inputs).to(ctx.dtypes[0])
+        elif needs_dA:
             dropped = inputs if keep is None else inputs * keep
             dA = (dprojected.T @ dropped).to(ctx.dtypes[0])
         if needs_dB:

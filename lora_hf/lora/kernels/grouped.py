@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
+from lora_hf.lora.host_batch import to_device
+
 # In half precision products as narrow as one adapter's are slow. Up to this sum of ranks one wide product, of which
 # each row keeps its own columns, takes less time. In fp32 it never does.
 WIDE = 256
@@ -45,7 +47,7 @@ def add_grouped(base_output: Tensor, x: Tensor, stack: Stack, order: Tensor | No
     inner, stop = x.shape[1:-1].numel(), ends[-1]
     if not stop:
         return base_output
-    items = None if order is None else order[:stop].to(x.device)
+    items = None if order is None else to_device(order[:stop], x.device)
     adapted = x[:stop] if items is None else x.index_select(0, items)
     rows = adapted.reshape(stop * inner, x.shape[-1])
     row_ends = tuple(end * inner for end in ends)
@@ -61,7 +63,7 @@ def _add(outputs: Tensor, rows: Tensor, stack: Stack, ends: tuple[int, ...]) -> 
     """Adds to `(rows, out)` the rows up to `ends[0]` times A_0 B_0, those up to `ends[1]` times A_1 B_1, and so on."""
     _, adapters, r = stack.lora_A.shape
     if rows.is_cuda and rows.dtype == torch.bfloat16 and _has_grouped():
-        offsets = torch.tensor(ends, dtype=torch.int32, device=rows.device)
+        offsets = _offsets(ends, rows.device)
         projected = grouped_mm(rows, stack.lora_A.transpose(0, 1), offs=offsets)
         outputs += grouped_mm(projected, stack.lora_B, offs=offsets)
     elif rows.dtype != torch.float32 and adapters * r <= WIDE:
@@ -74,6 +76,11 @@ def _add(outputs: Tensor, rows: Tensor, stack: Stack, ends: tuple[int, ...]) -> 
 
 
 @functools.lru_cache(maxsize=16)  # the projections of a model use the same
+def _offsets(ends: tuple[int, ...], device: torch.device) -> Tensor:
+    return to_device(torch.tensor(ends, dtype=torch.int32), device)
+
+
+@functools.lru_cache(maxsize=16)
 def _other_adapters_mask(ends: tuple[int, ...], r: int, device: torch.device) -> Tensor:
     """`(rows, n * r)`: True at the columns of other adapters."""
     counts = torch.tensor([end - start for start, end in zip((0, *ends), ends, strict=False)], device=device)

@@ -31,5 +31,5 @@ def add_lora(base_output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, sca
         return base_output + outputs[0]
     y = base_output.clone()
     for piece, output in zip(slices, outputs, strict=True):
-        y[..., slice_columns(piece)] += output
+        y[..., slice_columns(piece, y.device)] += output
     return y

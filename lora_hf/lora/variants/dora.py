@@ -69,7 +69,7 @@ class DoraWeights(LoraWeights):
         self.lora_magnitude_vector.data.copy_(magnitudes[self._columns(magnitudes.device)])
 
     def _columns(self, device: torch.device) -> Tensor:
-        return torch.cat([column_indices(piece) for piece in self.slices]).to(device)
+        return torch.cat([column_indices(piece, device) for piece in self.slices])
 
     def _scatter(self, values: Tensor, out_features: int) -> Tensor:
         """`(out,)` with `values` at the adapted columns and zero elsewhere."""
