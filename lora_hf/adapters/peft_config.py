@@ -21,6 +21,7 @@ from lora_hf.adapters.format import CONFIG_FILE, AdapterFile, AdapterMetadata
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.heads import outermost, plain_module, plain_paths, task_type
 from lora_hf.lora.layers import LoraLinear, LoraWeights, linear_shape
+from lora_hf.lora.path_patterns import MatchBudget, PathPattern
 from lora_hf.lora.slices import Slice, are_disjoint, block_diagonal, diagonal_blocks
 from lora_hf.lora.variants.dora import DoraWeights
 
@@ -110,14 +111,16 @@ def read_layers(modules: Mapping[str, nn.Module], file: AdapterFile) -> list[Sav
     """
     source = f"{file.folder}/{CONFIG_FILE}"
     init, holds_init = base_dependent_init(file)
+    budget = MatchBudget()
+    rank_of = _pattern_reader(file, "rank_pattern", "r", budget)
+    alpha_of = _pattern_reader(file, "alpha_pattern", "lora_alpha", budget)
     layers = []
-    for path in _target_paths(modules, file):
+    for path in _target_paths(modules, file, budget):
         if isinstance(modules[path], nn.Embedding) and (file.config.get("use_dora") or init):
             raise AdapterError(
                 f"{source}: {path}: an embedding supports neither use_dora nor init_lora_weights=pissa or olora"
             )
-        r = _pattern_value(file, "rank_pattern", path, "r")
-        alpha = _pattern_value(file, "alpha_pattern", path, "lora_alpha")
+        r, alpha = rank_of(path), alpha_of(path)
         out_features = linear_shape(modules[path])[1]
         slices = [tuple(piece) for piece in file.metadata.slices.get(path, [[0, out_features]])]
         multiplier = len(slices) * (2 if holds_init else 1)
@@ -183,13 +186,13 @@ def token_rows_in_file(model: PreTrainedModel, file: AdapterFile) -> dict[str, l
     return found
 
 
-def _target_paths(modules: Mapping[str, nn.Module], file: AdapterFile) -> list[str]:
+def _target_paths(modules: Mapping[str, nn.Module], file: AdapterFile, budget: MatchBudget) -> list[str]:
     """The paths that PEFT's `target_modules` names, as its `check_target_module_exists` reads them."""
     targets: Any = file.config.get("target_modules")
     source = f"{file.folder}/{CONFIG_FILE}"
-    excluded = _selects(file.config.get("exclude_modules") or [], source, "exclude_modules")
-    selected = _selects(targets, source, "target_modules")
-    in_layers = _layer_filter(file) if isinstance(targets, list) else None
+    excluded = _selects(file.config.get("exclude_modules") or [], f"{source}: exclude_modules", budget)
+    selected = _selects(targets, f"{source}: target_modules", budget)
+    in_layers = _layer_filter(file, budget) if isinstance(targets, list) else None
     paths = [
         path
         for path in modules
@@ -200,19 +203,16 @@ def _target_paths(modules: Mapping[str, nn.Module], file: AdapterFile) -> list[s
     return paths
 
 
-def _selects(names: Any, source: str, field: str) -> Callable[[str], bool]:
+def _selects(names: Any, where: str, budget: MatchBudget) -> Callable[[str], bool]:
     """Whether a path matches an expression as a whole, or is or ends with one of a list of names."""
     if isinstance(names, list):
         endings = tuple(f".{name}" for name in names)
         return lambda path: path in names or path.endswith(endings)
-    try:
-        expression = re.compile(names)
-    except (re.error, TypeError) as error:
-        raise AdapterError(f"{source}: {field} is not a regular expression: {error}") from error
+    expression = PathPattern(names, where, AdapterError, budget)
     return lambda path: bool(names) and expression.fullmatch(path) is not None
 
 
-def _layer_filter(file: AdapterFile) -> Callable[[str], bool] | None:
+def _layer_filter(file: AdapterFile, budget: MatchBudget) -> Callable[[str], bool] | None:
     """Whether `layers_to_transform` names the layer of a path; None if it is not set."""
     numbers = file.config.get("layers_to_transform")
     if numbers is None or numbers == []:
@@ -220,7 +220,8 @@ def _layer_filter(file: AdapterFile) -> Callable[[str], bool] | None:
     patterns = file.config.get("layers_pattern") or [r"[^.]*"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
     start = r"(?:^|.*?\.)" if file.config.get("layers_pattern") else r".*?\."
-    expressions = [re.compile(rf"{start}{pattern}\.(\d+)\.") for pattern in patterns]
+    where = f"{file.folder}/{CONFIG_FILE}: layers_pattern"
+    expressions = [PathPattern(rf"{start}{pattern}\.(\d+)\.", where, AdapterError, budget) for pattern in patterns]
 
     def in_layers(path: str) -> bool:
         match = next((match for expression in expressions if (match := expression.match(path))), None)
@@ -229,20 +230,21 @@ def _layer_filter(file: AdapterFile) -> Callable[[str], bool] | None:
     return in_layers
 
 
-def _pattern_value(file: AdapterFile, pattern: str, path: str, default: str) -> float:
-    """PEFT's rule: the first pattern that matches the end of the path, else the common value."""
-    value, source = file.config.get(default), f"{file.folder}/{CONFIG_FILE}"
-    for key, special in (file.config.get(pattern) or {}).items():
-        try:
-            matches = re.match(rf"(.*\.)?({key})$", path)
-        except re.error as error:
-            raise AdapterError(f"{source}: {pattern}: {key!r} is not a regular expression: {error}") from error
-        if matches:
-            value = special
-            break
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise AdapterError(f"{source}: {default}: expected a number, found {value!r}")
-    return value
+def _pattern_reader(file: AdapterFile, field: str, default: str, budget: MatchBudget) -> Callable[[str], float]:
+    """PEFT's rule: the value of the first pattern that matches the end of the path, else the common value."""
+    source = f"{file.folder}/{CONFIG_FILE}"
+    patterns = [
+        (PathPattern(rf"(.*\.)?({key})$", f"{source}: {field}", AdapterError, budget), value)
+        for key, value in (file.config.get(field) or {}).items()
+    ]
+
+    def value_of(path: str) -> float:
+        value = next((value for pattern, value in patterns if pattern.match(path)), file.config.get(default))
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise AdapterError(f"{source}: {default}: expected a number, found {value!r}")
+        return value
+
+    return value_of
 
 
 def factor_keys(layer: nn.Module) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from lora_hf.lora.architectures import ARCHITECTURES, Projection
 from lora_hf.lora.heads import base_prefix, modules_to_train
 from lora_hf.lora.layers import AdaptedModule, LoraLinear, linear_shape
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
+from lora_hf.lora.path_patterns import PathPattern
 from lora_hf.lora.quantization import QuantisedLinear
 from lora_hf.lora.role_guesses import guess_roles
 from lora_hf.lora.slices import Slice, are_disjoint, slice_width
@@ -112,14 +113,19 @@ def ranks_and_alphas(
             for roles of one projection.
     """
     sites, modules, prefix = list(sites), adaptable_modules(model), base_prefix(model)
+    expressions = {key: _path_expression(key, prefix) for key in (*lora.rank_pattern, *lora.alpha_pattern)}
+
+    def matches(key: str, site: Site) -> bool:
+        return _is_named(site, key) or expressions[key].fullmatch(site.path) is not None
+
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(lora, name):
-            if not any(_matches(key, site, prefix) for site in sites):
+            if not any(matches(key, site) for site in sites):
                 roles = comma_separated(dict.fromkeys(site.role for site in sites))
                 raise ConfigError(f"lora.{name}: {key!r} matches no adapted module; lora.targets adapts {roles}")
 
     def value(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
-        return next((number for key, number in patterns.items() if _matches(key, site, prefix)), default)
+        return next((number for key, number in patterns.items() if matches(key, site)), default)
 
     ranks: dict[str, tuple[list[Slice], int, float]] = {}
     for site in sites:
@@ -243,24 +249,19 @@ def _check_disjoint(sites: Iterable[Site], modules: Mapping[str, nn.Module]) -> 
             raise ConfigError(f"lora.targets: {names} both adapt {path}; leave one of them out")
 
 
-def _matches(key: str, site: Site, prefix: str) -> bool:
-    """Whether a key of a pattern names the site: by its role or target, a preset of it, or its path."""
-    if site.role in PRESETS.get(key, (key,)):
-        return True
-    return _path_expression(key, prefix).fullmatch(site.path) is not None or f".{site.path}".endswith(f".{key}")
+def _is_named(site: Site, key: str) -> bool:
+    """Whether a key of a pattern is the role or target of the site, a preset of it, or the end of its path."""
+    return site.role in PRESETS.get(key, (key,)) or f".{site.path}".endswith(f".{key}")
 
 
-def _path_expression(pattern: str, prefix: str) -> re.Pattern[str]:
+def _path_expression(pattern: str, prefix: str) -> re.Pattern[str] | PathPattern:
     """What matches the path of a module: a regular expression as it is, or a path with `*` for one segment.
 
     Raises:
         ConfigError: it is no regular expression, although it has characters of one.
     """
     if _REGEX.search(pattern):
-        try:
-            return re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"lora.targets: {pattern!r} is not a regular expression: {error}") from error
+        return PathPattern(pattern, "lora.targets", ConfigError)
     return re.compile(f"(?:{re.escape(prefix)})?" + re.escape(pattern).replace(r"\*", r"[^.]+"))
 
 

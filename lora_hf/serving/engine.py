@@ -131,6 +131,9 @@ class Engine:
                 if not new_base:
                     raise AdapterError(f"{adapter}: its base {saved.model.name} is not served here")
                 worker = self._load_base(saved)
+            generates = isinstance(worker, GenerateWorker)
+            version.chat = generates and has_template(version, worker)
+            version.embeds = not generates and can_embed(worker.model)
             try:
                 worker.load(version)
             except BaseException:
@@ -298,18 +301,6 @@ class Engine:
             worker.stop()
         for worker in workers:
             worker.thread.join(timeout=max(0.0, end - time.monotonic()) + 1)
-
-    def abilities(self, version: AdapterVersion) -> dict[str, bool]:
-        """Whether the base of a served adapter can format chat messages, and whether it can embed texts."""
-        with self._lock:
-            worker = next((worker for other, worker in self._current.values() if other is version), None)
-        if worker is None:  # replaced a moment ago
-            return {"chat": False, "embeds": False}
-        generates = isinstance(worker, GenerateWorker)
-        return {
-            "chat": generates and has_template(version, worker),
-            "embeds": not generates and can_embed(worker.model),
-        }
 
     def _find(self, name: str) -> tuple[AdapterVersion, Worker]:
         if name not in self._current:

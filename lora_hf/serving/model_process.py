@@ -26,7 +26,7 @@ from lora_hf.serving.wire import Unpacker, describe_error, pack
 logger = logging.getLogger(__name__)
 
 
-def describe(engine: Engine, version: AdapterVersion) -> dict[str, Any]:
+def describe(version: AdapterVersion) -> dict[str, Any]:
     """A served adapter as clients see it."""
     task = version.saved.task
     return {
@@ -37,7 +37,8 @@ def describe(engine: Engine, version: AdapterVersion) -> dict[str, Any]:
         "kind": version.kind,
         "labels": list(task.label_names),
         "reads": list(task.text_columns) if task.verb == "predict" else ["prompt"],
-        **engine.abilities(version),
+        "chat": version.chat,
+        "embeds": version.embeds,
     }
 
 
@@ -46,7 +47,7 @@ class EngineConnection(Observer):
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self._sending = threading.Lock()
+        self._sending, self._listing = threading.Lock(), threading.Lock()
         self._requests: dict[int, Request] = {}
         self._long: dict[int, bool] = {}  # requests that a thread is tokenizing, and whether they were cancelled
 
@@ -126,14 +127,12 @@ class EngineConnection(Observer):
     def _load(self, number: int, **arguments: Any) -> None:
         version = self.engine.load(**arguments)
         self._send_adapters()
-        self._send({"id": number, "result": describe(self.engine, version)})
+        self._send({"id": number, "result": describe(version)})
 
     def _remove(self, number: int, name: str) -> None:
-        version = next((each for each in self.engine.adapters() if each.name == name), None)
-        described = version and describe(self.engine, version)
-        self.engine.remove(name)
+        version = self.engine.remove(name)
         self._send_adapters()
-        self._send({"id": number, "result": described})
+        self._send({"id": number, "result": describe(version)})
 
     def _read_file(self, number: int, adapter: str, name: str, content: str) -> None:
         self._send({"id": number, "result": self.engine.read_file(adapter, name, b64decode(content))})
@@ -146,8 +145,8 @@ class EngineConnection(Observer):
         self._send({"id": number, "result": None})
 
     def _send_adapters(self) -> None:
-        adapters = [describe(self.engine, version) for version in self.engine.adapters()]
-        self._send({"event": "adapters", "adapters": adapters})
+        with self._listing:  # of two lists, the later one must arrive last
+            self._send({"event": "adapters", "adapters": [describe(version) for version in self.engine.adapters()]})
 
     def _fail(self, number: int, error: BaseException) -> None:
         if not isinstance(error, UserError):

@@ -30,6 +30,8 @@ class AdapterVersion:
         name: the name clients use.
         slot: its unique adapter name on the model.
         digest: the first 12 hexadecimal digits of a hash of its two files; answers report it as their version.
+        chat: whether it can answer chat messages.
+        embeds: whether it can embed texts.
         pending: requests accepted but not yet answered.
         retired: replaced or removed; the worker unloads it once nothing is pending.
     """
@@ -38,6 +40,8 @@ class AdapterVersion:
     slot: str
     digest: str
     saved: SavedModel
+    chat: bool = False
+    embeds: bool = False
     pending: int = 0
     retired: bool = False
 

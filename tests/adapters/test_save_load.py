@@ -174,6 +174,7 @@ def truncate(folder: Path) -> None:
 
 A, B = f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight"
 HEAD = "base_model.model.classifier.out_proj.weight"
+HOSTILE = r"((?P<x>[a-z]|\w|\.)*)*(?P=x)[A-Z]"  # exponential in the length of a path
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing tensor": (lambda f: rewrite(f, lambda t: t.pop(A)), f"missing: {A} (4, 32)"),
     "missing head": (lambda f: rewrite(f, lambda t: t.pop(HEAD)), f"missing: {HEAD} (3, 32)"),
@@ -199,6 +200,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a rank of zero": (lambda f: reconfigure(f, r=0), "r: expected a whole number >= 1, found 0"),
     "no targets": (lambda f: reconfigure(f, target_modules="nothing"), "matches no projection of this model"),
     "targets that are no expression": (lambda f: reconfigure(f, target_modules="("), "not a regular expression"),
+    "targets that would match for years": (lambda f: reconfigure(f, target_modules=HOSTILE), "takes too long"),
+    "ranks that would match for years": (lambda f: reconfigure(f, rank_pattern={HOSTILE: 4}), "takes too long"),
     "targets of another kind": (lambda f: reconfigure(f, target_modules=3), "expected an expression or a list"),
     "another base": (lambda f: reheader(f, lambda a: a["fingerprint"].update(sha256="0" * 64)), "another base"),
     "another number of labels": (

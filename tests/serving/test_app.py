@@ -290,6 +290,15 @@ def test_adapters_are_loaded_replaced_and_removed(guarded: TestClient, folders: 
     assert put("a b", "a").json()["error"]["code"] == "bad_adapter"
 
 
+def test_an_adapter_that_others_replace_is_described_when_it_is_removed(
+    guarded: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarded.put("/v1/adapters/new", json={"folder": "b"}, headers=AUTHORIZED)
+    monkeypatch.setattr(engine, "adapters", list)  # as before another client's load
+    removed = guarded.delete("/v1/adapters/new", headers=AUTHORIZED)
+    assert (removed.status_code, removed.json()["name"]) == (200, "new")
+
+
 def test_only_folders_below_the_adapter_root_are_loaded(
     guarded: TestClient, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -364,7 +373,11 @@ def test_the_docs_load_nothing_from_other_hosts(client: TestClient) -> None:
 
 
 CHAT, COMPLETE, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
-WITH_BODY = (*(("POST", path) for path in (CLASSIFY, GENERATE, CHAT, COMPLETE, EMBED)), ("PUT", "/v1/adapters/{name}"))
+ROWS = "/v1/rows"
+WITH_BODY = (
+    *(("POST", path) for path in (CLASSIFY, GENERATE, ROWS, CHAT, COMPLETE, EMBED)),
+    ("PUT", "/v1/adapters/{name}"),
+)
 OPERATIONS = (
     *WITH_BODY,
     ("DELETE", "/v1/adapters/{name}"),

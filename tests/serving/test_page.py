@@ -51,6 +51,11 @@ def page(engine: Engine) -> Iterator[Browser]:
     wait_until(lambda: server.started)
     with browser() as page:
         page.open(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/")
+        for token, message in (("", "Enter the token"), ("wrong", "another token")):
+            page.type("#token", f"{token}\ue007")
+            page.until("return document.querySelector('#log').innerText.includes(arguments[0])", message)
+            assert page.run("return getComputedStyle(document.querySelector('#form')).display") == "none"
+            page.run("document.querySelector('#token').value = ''")
         page.type("#token", f"{TOKEN}\ue007")
         page.until("return document.querySelector('#adapter').options.length === 5")
         yield page
@@ -116,6 +121,18 @@ def test_each_line_of_a_file_is_classified(page: Browser, engine: Engine, tmp_pa
     assert shown[::2] == list(TEXTS)
     labels = [answer["label"] for answer in engine.classify("a", TEXTS).answers]
     assert [text.split()[0] for text in shown[1::2]] == labels
+
+
+def test_spans_are_marked_in_their_text(page: Browser) -> None:
+    """Offsets count characters as Python does, of which JavaScript counts some twice."""
+    span = {"start": 2, "end": 6, "type": "PER", "score": 0.987}
+    for answer in ({"spans": [span]}, {"answer": "Anna", **span}):
+        page.run("document.querySelector('#log').replaceChildren()")
+        text = "\N{GRINNING FACE} Anna left."
+        page.run("show(arguments[0], document.querySelector('#log'), arguments[1])", answer, text)
+        kind = "PER" if "spans" in answer else "answer"
+        assert page.text("#log .marked") == f"\N{GRINNING FACE} Anna{kind} 98.7% left."
+        assert page.text("#log mark") == f"Anna{kind} 98.7%"
 
 
 def test_an_error_is_shown(page: Browser) -> None:

@@ -15,6 +15,7 @@ HELP = "serve adapters over HTTP"
 TOKEN_VARIABLE = "LORA_HF_TOKEN"
 REQUIRED_PACKAGES = ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client")
 LIMITS = ("max_queue", "max_batch", "max_inputs", "max_characters", "max_new_tokens", "deadline", "max_connections")
+MIN_TOKEN = 16  # characters where others can try tokens; a limit of tries would shut out all behind one proxy
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -72,6 +73,11 @@ def run(options: argparse.Namespace) -> None:
             f"--host {options.host}: other machines could use the server without a token; give --token-file or set "
             f"{TOKEN_VARIABLE} to a word that is hard to guess, or leave --host out"
         )
+    if token is not None and len(token) < MIN_TOKEN and (options.allow_host or not _is_loopback(options.host)):
+        raise ConfigError(
+            f"a token that others can try to guess: expected at least {MIN_TOKEN} characters, found {len(token)}; "
+            "'openssl rand -hex 16' makes one that is hard to guess"
+        )
     check_exact(options)
     adapter_root = options.allow_loading
     if adapter_root is not None and token is None:
@@ -100,8 +106,8 @@ def run(options: argparse.Namespace) -> None:
 def _read_token(file: Path | None) -> str | None:
     """The token; never from an argument, which every user of the machine could read."""
     if file is None:
-        source, token = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE, "")
-        if not token:
+        source, token = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)
+        if token is None:
             return None
     else:
         source = f"--token-file {file}"
@@ -111,7 +117,7 @@ def _read_token(file: Path | None) -> str | None:
             raise ConfigError(f"{source}: cannot be read: {error}") from error
     token = token.strip()
     if not token or not token.isascii() or any(character.isspace() for character in token):
-        raise ConfigError(f"{source}: expected one word of ASCII characters")
+        raise ConfigError(f"{source}: expected one word of ASCII characters{'' if token else ', found none'}")
     return token
 
 
