@@ -20,8 +20,8 @@ def lr_find(results: Path) -> str:
         if not file.stem.endswith(FOUND):
             continue
         name, found = file.stem.removesuffix(FOUND), SweepRecord.load(file)
-        seeds = [SweepRecord.load(other) for other in sorted(folder.glob(f"{name}{FULL}*.json"))]
-        full, train = seeds[0], found.config["train"]
+        full, train = SweepRecord.load(folder / f"{name}{FULL}.json"), found.config["train"]
+        seeds = [full, *(SweepRecord.load(other) for other in sorted(folder.glob(f"{name}{FULL}-*.json")))]
         best, chosen = full.best["values"]["train.lr"], found.best["values"]["train.lr"]
         links = f"[lr-find](results/sweep/lr-find/{file.name}), [full](results/sweep/lr-find/{name}{FULL}.json)"
         rows.append(
