@@ -133,6 +133,7 @@ def test_state_dict_copies_casts_and_checkpointing(base: tuple[Any, Path], tmp_p
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")  # torch.compile has many of its own
 def test_a_compiled_or_parallel_model_is_seen_through(base: tuple[Any, Path], tmp_path: Path) -> None:
     model = adapted(base)

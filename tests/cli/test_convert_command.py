@@ -127,7 +127,10 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     ),
     "another model": ([word.replace("tiny-roberta", "tiny-gpt2") for word in GOOD], "found no such module"),
     "another task": ([*GOOD, "--task", "mnli"], "classifier.out_proj.weight: expected (3, "),
-    "a generation task": ([*GOOD, "--task", "e2e_nlg"], "extra: classifier.dense.weight"),
+    "a generation task": (
+        [*GOOD, "--task", "e2e_nlg"],
+        "roberta is an encoder, which a task of kind generation or chat cannot use",
+    ),
     "an adapter to read": ([*GOOD, "--adapter", "x"], "--adapter cannot be used with --from loralib"),
     "enable_lora of nonsense": ([*GOOD, "--enable-lora", "q,v"], "true,false,true, found 'q,v'"),
     "no enable_lora": (

@@ -207,6 +207,7 @@ def test_one_stack_of_all_adapters_serves_rows_of_any(has_grouped: bool, monkeyp
         pass
 
 
+@pytest.mark.full
 def test_threads_choose_for_themselves() -> None:
     """More threads than adapters, each its own, while another switches the model's choice to and fro."""
     model, inputs = adapted("roberta", 3), batch()

@@ -21,6 +21,8 @@ from tests.support.waiting import LIMIT
 from tests.tolerances import PROCESSES_FP32
 from tools.benchmark.label_rows import LABELS, label_rows
 
+pytestmark = pytest.mark.full
+
 KINDS = ("chat", "multi_label", "tokens", "question_answering", "seq2seq")
 MIXED = ("multi_label",)  # one batch may hold rows of several adapters
 TRAIN = {"max_steps": 2, "batch_size": 4, "lr": 1e-3, "hf": {"optim": "sgd"}}
@@ -100,7 +102,6 @@ def test_rows_of_several_adapters(kind: str, runs: dict[str, Path], tmp_path: Pa
         assert f"own-{kind}" in line
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_what_one_trains(kind: str, tmp_path: Path) -> None:
     config = write_config(kind, tmp_path)

@@ -15,10 +15,15 @@ from tests.support.small_models import small_config
 
 TASKS = {"modernbert": "rule_sentiment.yaml", "qwen3": "rule_restaurants.yaml", "gemma3_text": "rule_restaurants.yaml"}
 TASKS |= {"electra": "rule_sentiment.yaml", "megatron-bert": "rule_sentiment.yaml"}
+FAST = (("modernbert", "all"), ("qwen3", "[q, v]"))
+CASES = [
+    pytest.param(kind, targets, marks=() if (kind, targets) in FAST else pytest.mark.full)
+    for kind in TASKS
+    for targets in ("all", "[q, v]")
+]
 
 
-@pytest.mark.parametrize("targets", ["all", "[q, v]"])
-@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize(("kind", "targets"), CASES)
 def test_it_trains_and_answers(kind: str, targets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writes = TASKS[kind] == "rule_restaurants.yaml"
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_FOLDER / ("tiny-gpt2" if writes else "tiny-roberta"))

@@ -124,7 +124,7 @@ def test_a_served_reader_gives_the_same_answers(reader: Path) -> None:
     with Engine(precision="fp32") as engine:
         engine.load("homes", reader)
         result = engine.classify("homes", list(zip(*columns.values(), strict=True)))
-        assert describe(engine, engine.adapters()[0])["reads"] == ["question", "context"], "the page has two boxes"
+        assert describe(engine.adapters()[0])["reads"] == ["question", "context"], "the page has two boxes"
     assert [answer["answer"] for answer in result.answers] == [answer["answer"] for answer in expected]
 
 
@@ -139,6 +139,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.full
 def test_the_head_of_a_reader_is_kept(reader: Path, tmp_path: Path) -> None:
     predictor = Predictor.load(find_saved_model(reader), "fp32")
     assert any("qa_outputs" in name for name, _ in predictor.model.named_parameters())

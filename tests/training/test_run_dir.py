@@ -229,7 +229,7 @@ def test_the_log_of_a_killed_run_is_read_within_limits(rows: dict[str, Any], tmp
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 17))
 
 
-@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("named", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_finished_run_goes_on_from_its_end(
     named: bool, rows: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -258,6 +258,7 @@ def losses(run: Run) -> list[float]:
     return [entry["loss"] for entry in run.record.history if "loss" in entry]
 
 
+@pytest.mark.full
 def test_a_longer_schedule_is_named_and_followed(
     rows: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -70,7 +70,7 @@ def test_a_run_killed_at_random_ends_as_the_whole_one(
     assert not differences(whole, train(config, "auto", rows).folder)
 
 
-@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("complete", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_run_killed_while_a_checkpoint_is_written_ends_as_the_whole_one(
     complete: bool, whole: Run, rows: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -159,6 +159,7 @@ def test_a_thread_that_cannot_take_signals_trains(rows: dict[str, Any], tmp_path
     assert runs
 
 
+@pytest.mark.full
 def test_the_command_ends_with_the_code_of_its_signal(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_config(tmp_path, epochs=10_000).to_dict()))
@@ -243,6 +244,7 @@ def test_a_full_disk_ends_with_a_message(rows: dict[str, Any], tmp_path: Path) -
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.full
 def test_what_was_logged_after_the_checkpoint_is_logged_once(rows: dict[str, Any], tmp_path: Path) -> None:
     config = small_config(tmp_path)
     kill_once(config, die_in=("checkpoint-6", True))

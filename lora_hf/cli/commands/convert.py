@@ -120,20 +120,20 @@ def _load_base(name: str, task: str | None, num_labels: int | None, kind: ModelK
     from lora_hf.core.config.schema import ModelConfig
     from lora_hf.data.tasks.registry import get_task
     from lora_hf.lora.architectures import ARCHITECTURES
-    from lora_hf.models.load import load_base, load_model
+    from lora_hf.models.load import load_base, load_model, read_config
 
     config = ModelConfig(name=name, precision="fp32")
     if task is not None:
         return load_base(config, get_task(task))
-    model = load_model(
+    if num_labels is None and kind is None:
+        architecture = ARCHITECTURES.get(read_config(config, {}).model_type)
+        if architecture and not architecture.causal:
+            raise ConfigError(f"{name} is not a causal language model and the file has no head: expected --task NAME")
+    return load_model(
         config,
         kind or ("causal-lm" if num_labels is None else "sequence-classification"),
         None if num_labels is None else {"num_labels": num_labels},
     )
-    architecture = ARCHITECTURES.get(model.config.model_type)
-    if num_labels is None and kind is None and architecture and not architecture.causal:
-        raise ConfigError(f"{name} is not a causal language model and the file has no head: expected --task NAME")
-    return model
 
 
 def _layer_constructors(model: PreTrainedModel) -> dict[str, str]:

@@ -261,7 +261,7 @@ def test_a_prompt_longer_than_the_model_reads(tokenizer: Any) -> None:
     with pytest.raises(DataError) as error:
         task.prompts(contexts, tokenizer, lengths[0])
     assert str(error.value).startswith(
-        f"e2e_nlg: prompt 1 (counting from 0) has {lengths[1]} tokens, its separator included; the model reads at most "
+        f"e2e_nlg: prompt 1 (counting from 0) has {lengths[1]} tokens, special ones included; the model reads at most "
         f"{lengths[0]} before it answers: 'name : AAAA"
     )
     assert task.prompts([], tokenizer, 4) == []

@@ -37,7 +37,7 @@ def task(configurations: int, text: bool = False) -> dict[str, Any]:
             "label_names": [] if text else LABELS, "majority": majority, "configurations": rows}  # fmt: skip
 
 
-@pytest.mark.parametrize("configurations", [1, 12])
+@pytest.mark.parametrize("configurations", [1, pytest.param(12, marks=pytest.mark.full)])
 def test_every_picture_is_drawn_for_few_and_many(configurations: int, tmp_path: Path) -> None:
     drawn = plots.draw_plots(task(configurations), tmp_path)
     assert drawn == {kind: f"t-{kind}.png" for kind in ("curves", "parameters", "time", "memory", "confusion")}

@@ -133,6 +133,7 @@ def test_rte_starts_from_the_mnli_adapter(suite: tuple[list[str], Path]) -> None
     assert [run["starts_from"] for run in record_of(output)["runs"]] == [None, "mnli-tiny_glue_qv8-seed0"]
 
 
+@pytest.mark.full
 def test_a_second_call_runs_only_what_is_missing(
     suite: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
