@@ -64,7 +64,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     root = tmp_path_factory.mktemp("adapters")
     tiny = request.param == "tiny"
     base = save_chat_model(root / "tiny-chat") if tiny else request.getfixturevalue("real_models") / "smollm2"
-    std = 0.5 if tiny else 0.02
+    std = 0.5 if tiny else 0.04
     folders = {name: save_random_on(base, root / name, "rule-restaurants", seed, std) for seed, name in enumerate("ab")}
     folders |= {"writer": save_random(root / "writer", "rule-restaurants"), "encoder": save_random(root / "encoder")}
     if tiny:

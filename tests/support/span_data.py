@@ -79,9 +79,13 @@ def write_copies(path: Path, rows: int, seed: int) -> Path:
 
 
 def save_encoder_decoder(folder: Path, kind: str) -> Path:
-    """A small random T5, BART and so on, with a tokenizer of words."""
+    """A small random T5, BART and so on without dropout, with a tokenizer of words."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForSeq2SeqLM.from_config(small_config(kind))
+    config = small_config(kind)
+    config.dropout = 0.0
+    if kind == "t5":
+        config.dropout_rate = 0.0
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config)
     model.generation_config.update(num_beams=2, max_length=7, min_length=3)
     model.save_pretrained(folder)
     word_tokenizer(ends=True, pad_token="<pad>").save_pretrained(folder)
