@@ -108,7 +108,7 @@ def test_dropped_attention_has_the_right_mean() -> None:
     assert (error < 6 * draws.std(0) / 400**0.5 + tolerances.PADDING_FREE_FP32).all()
 
 
-@pytest.mark.parametrize("size", [2, 8])
+@pytest.mark.parametrize("size", [2, pytest.param(8, marks=pytest.mark.full)])
 def test_dropped_attention_has_the_gradients_of_what_it_kept(size: int) -> None:
     """With rows that are longer than a head is wide, whose weights are computed again, and with shorter ones."""
     torch.manual_seed(0)

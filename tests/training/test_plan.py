@@ -36,7 +36,11 @@ def test_a_plan_says_what_the_run_then_does(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("verb", "config"), [(["plan"], "rule_sentiment.yaml"), (["train", "--dry-run"], "rule_restaurants.yaml")]
+    ("verb", "config"),
+    [
+        (["plan"], "rule_sentiment.yaml"),
+        pytest.param(["train", "--dry-run"], "rule_restaurants.yaml", marks=pytest.mark.full),
+    ],
 )
 def test_a_plan_for_reading(verb: list[str], config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*verb, "--config", config, *SHORT, f"output.dir={tmp_path}"]) == 0

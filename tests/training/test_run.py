@@ -168,6 +168,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
     assert scores == whole.record.metrics, "and is loaded as it was trained"
 
 
+@pytest.mark.full
 def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path: Path, few_rows: dict[str, Any]) -> None:
     first, second, other = (
         weights(train(config(tmp_path, name, epochs=1, seed=seed), rows=few_rows))
@@ -191,6 +192,7 @@ def test_eight_rows_at_once_equal_four_times_two(tmp_path: Path, few_rows: dict[
     assert in_parts.record.best["step"] == at_once.record.best["step"] == ROWS // 8
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_activations_computed_again_give_the_same_run(
     tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch

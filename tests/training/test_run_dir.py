@@ -229,7 +229,8 @@ def test_the_log_of_a_killed_run_is_read_within_limits(rows: dict[str, Any], tmp
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 17))
 
 
-@pytest.mark.parametrize("named", [pytest.param(False, marks=pytest.mark.full), True])
+@pytest.mark.full
+@pytest.mark.parametrize("named", [False, True])
 def test_a_finished_run_goes_on_from_its_end(
     named: bool, rows: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -166,6 +166,7 @@ def test_a_folder_with_a_run_of_another_config_is_refused(
     assert (output / "suite.json").read_bytes() == before
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("in_this_process")
 def test_one_failure_stops_only_what_needs_it(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = "mnli:lora.targets=[no.such]"
