@@ -41,7 +41,7 @@ def _sizes(check: Check) -> tuple[int, int, int]:
 
 def _peak(check: Check) -> float:
     """The bf16 rate of this device in FLOP/s, measured."""
-    return max(matmul_peak(check.device, 0.01 if check.rehearses else 0.3).values())
+    return max(matmul_peak(check.device, 0.01 if check.rehearses else 0.3, ("bf16",)).values())
 
 
 def _numbers(check: Check) -> dict[str, Any]:

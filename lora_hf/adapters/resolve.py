@@ -92,8 +92,9 @@ def find_saved_model(folder: str | Path, revision: str | None = None, model: str
             f"{folder}: its base {base}: no such folder. Name the base's new place with model=NAME_OR_FOLDER, or in "
             f"base_model_name_or_path of {CONFIG_FILE}"
         )
-    task = _task_of(config, metadata, base, run, folder)
-    described = not metadata.task and (folder / RUN_CONFIG_FILE).is_file()
+    # A config.yaml in its own folder describes an adapter of PEFT; one in the folder above may be another run's.
+    described = run is not None and not metadata.task and (folder / RUN_CONFIG_FILE).is_file()
+    task = task_of(run.task) if base and described and run else _task_of(config, metadata, base, run, folder)
     if run is None or (run.model.name not in (base, named, metadata.base) and not described):
         return SavedModel(folder, False, task, ModelConfig(name=base))
     # Only the run records another tokenizer than the base's, or a random base and its seed.
@@ -107,11 +108,8 @@ def _task_of(
 ) -> Task:
     """The task that the adapter names: a built-in one, or the custom task that the config of its run describes."""
     name = metadata.task
-    if not name and base:
-        if run is not None and (folder / RUN_CONFIG_FILE).is_file():
-            return task_of(run.task)
-        if task := infer_task(config, metadata, folder, ModelConfig(name=base)):
-            return task
+    if base and not name and (task := infer_task(config, metadata, folder, ModelConfig(name=base))):
+        return task
     if not base or not name:
         missing = " and ".join(word for word, value in (("base", base), ("task", name)) if not value)
         raise AdapterError(

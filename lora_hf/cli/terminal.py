@@ -65,11 +65,12 @@ def check_exact(options: argparse.Namespace) -> None:
         raise ConfigError(f"--exact runs in fp32; leave --precision {options.precision} out")
 
 
-def add_data_dir(parser: argparse.ArgumentParser) -> None:
+def add_data_dir(parser: argparse.ArgumentParser, first: str) -> None:
+    """Adds `--data-dir`; `first` says whose folder comes before those of the environment and the hub."""
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
-        help="folder with the data; default: that of the run, then $LORA_HF_DATA_DIR, then the hub",
+        help=f"folder with the data; default: that of {first}, then $LORA_HF_DATA_DIR, then the hub",
     )
 
 

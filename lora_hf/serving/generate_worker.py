@@ -184,9 +184,9 @@ class GenerateWorker(Worker):
             elif not math.isfinite(generated.score):
                 request.fail(_not_finite(request))
             else:
-                found = [at for at in map(generated.text.find, request.stop) if at >= 0]
-                text = generated.text[: min(found)] if found else generated.text
-                reason = "stop" if found or count <= decoding.max_new_tokens else "length"
+                end = _stop_place(generated.text, request.stop)
+                text = generated.text[:end]
+                reason = "stop" if end is not None or count <= decoding.max_new_tokens else "length"
                 request.finish(_result(request, text, generated.score, reason, count))
         return total
 
@@ -216,16 +216,12 @@ class WholeBatchCriteria(StoppingCriteria):
     def _update(self, row: int, request: GenerateRequest, tokens: torch.Tensor) -> bool:
         """Streams the text so far; returns whether a stop string ends it."""
         decoded = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-        found = [at for at in map(decoded.find, request.stop) if at >= 0]
-        held = max((_overlap(decoded, stop) for stop in request.stop), default=0)
-        text = request.clean(decoded[: min(found)] if found else decoded[: len(decoded) - held])
-        sent = self.streamed[row]
-        # A token may end inside a character, and the next token may change how the text so far is decoded.
-        grown = text.startswith(sent) and len(text) > len(sent) and not text.endswith("\ufffd")
-        if request.on_text is not None and grown:
-            request.on_text(Piece(text[len(sent) :]))
-            self.streamed[row] = text
-        return bool(found)
+        end = _stop_place(decoded, request.stop)
+        new = _new_text(request, decoded, end, self.streamed[row])
+        if request.on_text is not None and new:
+            request.on_text(Piece(new))
+            self.streamed[row] += new
+        return end is not None
 
 
 class RunningText:
@@ -242,9 +238,9 @@ class RunningText:
         self.ended = row.finish_reason is not None
         if self.request.stop or (self.request.on_text is not None and not self.ended):
             decoded = self._decode(row)
-            found = [at for at in map(decoded.find, self.request.stop) if at >= 0]
-            if found:
-                self._stopped_at, self.ended = min(found), True
+            self._stopped_at = _stop_place(decoded, self.request.stop)
+            if self._stopped_at is not None:
+                self.ended = True
             elif self.request.on_text is not None and not self.ended:
                 self._stream(row, decoded)
 
@@ -265,13 +261,11 @@ class RunningText:
         return str(self.tokenizer.decode(row.tokens, skip_special_tokens=True))
 
     def _stream(self, row: Row, decoded: str) -> None:
-        held = max((_overlap(decoded, stop) for stop in self.request.stop), default=0)
-        text = self.request.clean(decoded[: len(decoded) - held])
-        # A token may end inside a character, and the next token may change how the text so far is decoded.
-        if text.startswith(self._sent) and not text.endswith("\ufffd") and len(text) > len(self._sent):
+        new = _new_text(self.request, decoded, None, self._sent)
+        if new:
             tokens = self._tokens(row)[self._sent_tokens :]
-            self.request.on_text(Piece(text[len(self._sent) :], tokens))  # type: ignore[misc]
-            self._sent, self._sent_tokens = text, self._sent_tokens + len(tokens)
+            self.request.on_text(Piece(new, tokens))  # type: ignore[misc]
+            self._sent, self._sent_tokens = self._sent + new, self._sent_tokens + len(tokens)
 
     def _tokens(self, row: Row) -> tuple[Token, ...]:
         """The recorded tokens that the text is made of: neither an end token nor what follows a stop string."""
@@ -288,6 +282,20 @@ class RunningText:
 
     def _name(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
+
+
+def _stop_place(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first stop string begins; None if there is none."""
+    return min((at for at in map(text.find, stops) if at >= 0), default=None)
+
+
+def _new_text(request: GenerateRequest, decoded: str, end: int | None, sent: str) -> str:
+    """What follows `sent` in the text so far, which ends at `end`, and no further token can change."""
+    if end is None:
+        end = len(decoded) - max((_overlap(decoded, stop) for stop in request.stop), default=0)
+    text = request.clean(decoded[:end])
+    # A token may end inside a character, and the next token may change how the text so far is decoded.
+    return text[len(sent) :] if text.startswith(sent) and not text.endswith("\ufffd") else ""
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -180,14 +181,7 @@ class CheckpointCallback(TrainerCallback):
         self.trainer.training_began = True
         if self.resumed_from is not None:
             self.trainer.restore_progress(self.resumed_from)
-            scheduler: Any = kwargs["lr_scheduler"]
-            now = [
-                base * each(scheduler.last_epoch)
-                for base, each in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            ]
-            if now != scheduler.get_last_lr():  # a longer run has another schedule than the one in the checkpoint
-                scheduler.last_epoch -= 1
-                scheduler.step()
+            _follow_schedule(kwargs["lr_scheduler"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         monitor = self.trainer.loss_monitor
@@ -208,6 +202,19 @@ class CheckpointCallback(TrainerCallback):
             write_manifest(checkpoint)
             rotate_checkpoints(folder, self.keep, state.best_global_step)
         barrier()
+
+
+def _follow_schedule(scheduler: Any) -> None:
+    """Sets the learning rate of a longer run, which has another schedule than the one in the checkpoint.
+
+    A scheduler that another library has wrapped, such as DeepSpeed, does so at its next step.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        return
+    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    if [base * factor(scheduler.last_epoch) for base, factor in rates] != scheduler.get_last_lr():
+        scheduler.last_epoch -= 1
+        scheduler.step()
 
 
 class EvaluationStoppedError(Exception):

@@ -43,7 +43,7 @@ LOCK_FILE = ".lock"  # held while a run trains in the folder; the system release
 # What a run may change when it resumes from a checkpoint that is named: it concerns no step of the training. The
 # fingerprint in the checkpoint proves that a base of another name has the same weights.
 FREE_TO_CHANGE = ("model.name", "task.data_dir", "task.thresholds", "train.eval_batch_size", "generate.", "output.")
-LENGTHS = ("epochs", "max_steps")  # what a finished run may have more of when it resumes
+LENGTHS = ("train.epochs ", "train.max_steps ")  # what a finished run may have more of when it resumes
 
 
 def find_run_folder(config: RunConfig, resume: str | None) -> tuple[Path, Path | None]:
@@ -95,7 +95,7 @@ def _resume_from(config: RunConfig, checkpoint: Path) -> tuple[Path, Path]:
         raise ConfigError(f"resume={checkpoint}: expected the config of its run in {folder / RUN_CONFIG_FILE}")
     differences = config_differences(saved, config.to_dict())
     longer = lengthens(saved, config)
-    free = (*FREE_TO_CHANGE, *(f"train.{key} " for key in LENGTHS if longer))
+    free = (*FREE_TO_CHANGE, *(LENGTHS if longer else ()))
     changed = [each for each in differences if not each.startswith(free)]
     if changed:
         raise ConfigError(
@@ -134,15 +134,20 @@ def config_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> lis
 def lengthens(there: Mapping[str, Any], here: RunConfig) -> bool:
     """Whether a config trains longer than the one that a run began with: more epochs, or more of its `max_steps`."""
     before, now = there.get("train") or {}, here.to_dict()["train"]
-    key = "epochs" if now["max_steps"] is None else "max_steps"
-    same = all(before.get(other) == now[other] for other in LENGTHS if other != key)
+    key = _length_key(here)
+    other = "max_steps" if key == "epochs" else "epochs"
+    same = before.get(other) == now[other]
     return same and isinstance(before.get(key), (int, float)) and now[key] > before[key]
+
+
+def _length_key(config: RunConfig) -> str:
+    """The key of `train` that sets how long the run is."""
+    return "epochs" if config.train.max_steps is None else "max_steps"
 
 
 def describe_longer(there: Mapping[str, Any], here: RunConfig, checkpoint: Path) -> str:
     """What changes where a run goes on beyond its end."""
-    train, before = here.train, there["train"]
-    key = "epochs" if train.max_steps is None else "max_steps"
+    train, before, key = here.train, there["train"], _length_key(here)
     text = (
         f"train.{key} is {getattr(train, key):g} instead of {before[key]:g}: training goes on after {checkpoint.name}"
     )
@@ -284,15 +289,14 @@ def _resumable(config: RunConfig) -> Path | None:
     files = Path(config.output.dir).glob(f"*/{RUN_CONFIG_FILE}")
     here, finished = config.to_dict(), None
     for folder in (file.parent for file in sorted(files, key=os.path.getmtime, reverse=True)):
-        saved = _saved_config(folder)
-        if saved is None or not checkpoints_in(folder / CHECKPOINTS_FOLDER):
+        if not checkpoints_in(folder / CHECKPOINTS_FOLDER) or (saved := _saved_config(folder)) is None:
             continue
         differences = config_differences(saved, here)
         if not (folder / RECORD_FILE).exists():
             if not differences:
                 return folder
         elif finished is None and lengthens(saved, config):
-            free = ("train.epochs ", "train.max_steps ", "task.thresholds ")  # the run has chosen its thresholds
+            free = (*LENGTHS, "task.thresholds ")  # the run has chosen its thresholds
             finished = folder if all(each.startswith(free) for each in differences) else None
     return finished
 

@@ -181,14 +181,17 @@ def _report_serve(record: Record) -> Iterator[str]:
     replaced = record["replaced"]
     yield f"{'speedup':18}{record['ratio']:9.2f}x"
     yield f"{'replaced':18}{replaced['times']:9} adapters, {replaced['failed']} failed"
-    memory = record["memory"]
     yield f"{'p99':18}{record['p99_over_p50']:9.2f}x p50, {record['p99_over_undisturbed']:.2f}x without replacements"
-    sizes = (
-        f"{memory['before_mib']:9.0f} MiB, then {memory['after_mib']:.0f}; base {memory['base_mib']:.0f}, "
+    yield _memory_of_server(record)
+    yield f"{'restart':18}{record['started_again_in_seconds']:9.1f} s"
+
+
+def _memory_of_server(record: Record) -> str:
+    memory = record["memory"]
+    return (
+        f"{'memory':18}{memory['before_mib']:9.0f} MiB, then {memory['after_mib']:.0f}; base {memory['base_mib']:.0f}, "
         f"without models {memory['without_models_mib']:.0f}"
     )
-    yield f"{'memory':18}{sizes}"
-    yield f"{'restart':18}{record['started_again_in_seconds']:9.1f} s"
 
 
 def _serve_texts(options: argparse.Namespace) -> Record:
@@ -206,13 +209,8 @@ def _report_serve_texts(record: Record) -> Iterator[str]:
             f"{name:18}{part['tokens_per_second']:9.1f} tokens/s  first token p50 {part['first_token_p50_ms']:.0f} ms  "
             f"p99 {part['first_token_p99_ms']:.0f} ms  {part['requests']} texts, {part['errors']} errors"
         )
-    memory = record["memory"]
     yield f"{'speedup':18}{record['speedup']:9.2f}x, two adapters {record['two_adapters_over_one']:.2f}x of one"
-    sizes = (
-        f"{memory['before_mib']:9.0f} MiB, then {memory['after_mib']:.0f}; base {memory['base_mib']:.0f}, "
-        f"without models {memory['without_models_mib']:.0f}"
-    )
-    yield f"{'memory':18}{sizes}; {record['wrong']} wrong texts"
+    yield f"{_memory_of_server(record)}; {record['wrong']} wrong texts"
     if "reason" in peer:
         yield f"transformers serve: {peer['reason']}"
 

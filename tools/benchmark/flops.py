@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.lora.target_modules import plan, projections
+from lora_hf.models.load import DTYPES
 
 SHAPES = ((768, 768), (768, 3072))  # (in, out): the projections of roberta-base and gpt2
 
@@ -55,7 +56,7 @@ def step_flops(weights: Weights, rows: Sequence[Mapping[str, Any]], per_weight: 
     return per_weight * uses
 
 
-def matmul_peak(device: torch.device, seconds: float) -> dict[str, float]:
+def matmul_peak(device: torch.device, seconds: float, precisions: Sequence[str] = ("fp32", "bf16")) -> dict[str, float]:
     """The best rate in FLOP/s of each shape and precision, named like `1024x768->3072 bf16`. Each takes `seconds`.
 
     A processor without bf16 units emulates bf16: its peak is the one in fp32.
@@ -64,9 +65,9 @@ def matmul_peak(device: torch.device, seconds: float) -> dict[str, float]:
     rates = {}
     for in_features, out_features in SHAPES:
         for rows in counts:
-            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-                x = torch.randn(rows, in_features, device=device, dtype=dtype)
-                weight = torch.randn(out_features, in_features, device=device, dtype=dtype)
+            for name in precisions:
+                x = torch.randn(rows, in_features, device=device, dtype=DTYPES[name])
+                weight = torch.randn(out_features, in_features, device=device, dtype=DTYPES[name])
                 shape = f"{rows}x{in_features}->{out_features} {name}"
                 rates[shape] = 2 * weight.numel() * rows / _fastest(x, weight, seconds)
     return rates

@@ -31,7 +31,7 @@ HELP = "score a trained run on a split of its task"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter(parser)
     parser.add_argument("--split", help="default: every evaluation split of the task")
-    add_data_dir(parser)
+    add_data_dir(parser, "the run")
     parser.add_argument("--without-adapter", action="store_true", help="score the bare base instead (generation only)")
     parser.add_argument(
         "--plots", type=Path, metavar="DIR", help="draw the confusion matrix and the reliability of a classifier there"

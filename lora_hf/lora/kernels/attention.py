@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_hf.lora.host_batch import to_device
-from lora_hf.lora.kernels.dropout import dropout_mask, round_dropout
+from lora_hf.lora.kernels.dropout import apply_mask, dropout_mask, round_dropout
 from lora_hf.lora.kernels.varlen import varlen_kernel
 
 SIMILAR = 0.6  # rows of at least this share of the longest in their group are padded to it
@@ -152,7 +152,7 @@ class _GroupedRows(torch.autograd.Function):
             q, k, v = (_gather(tensor, source, group.length) for tensor in (query, key, value))
             weights = _weights(q.mul_(scale), k, group, is_causal)
             keep = dropout_mask(weights.shape, dropout, q.device) if dropout else None
-            dropped = weights if keep is None else (weights * keep).mul_(1 / (1 - dropout))
+            dropped = weights if keep is None else apply_mask(weights, keep, dropout)
             output.index_copy_(0, target, torch.bmm(dropped, v).view(-1, size))
             saved += [weights if group.length <= size else None, keep]
         ctx.save_for_backward(query, key, value, *saved)
@@ -174,7 +174,7 @@ class _GroupedRows(torch.autograd.Function):
             dweights, dropped = torch.bmm(doutput, v.transpose(1, 2)), weights
             if keep is not None:
                 dweights.mul_(keep).mul_(1 / (1 - dropout))
-                dropped = (weights * keep).mul_(1 / (1 - dropout))
+                dropped = apply_mask(weights, keep, dropout)
             dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
             parts = (
                 torch.bmm(dscores, k).mul_(scale),

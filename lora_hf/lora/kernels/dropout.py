@@ -33,6 +33,11 @@ def dropout_mask(shape: Sequence[int], dropout: float, device: torch.device) -> 
     return numbers.sub_(first_kept - 1).to(torch.uint8).view(shape)
 
 
+def apply_mask(x: Tensor, keep: Tensor, dropout: float) -> Tensor:
+    """x where `keep` is 1, scaled so that its mean stays; also the gradient of x from that of the result."""
+    return (x * keep).mul_(1 / (1 - dropout))
+
+
 class MaskedDropout(nn.Dropout):
     """`nn.Dropout` with the mask of `dropout_mask` on the CPU; elsewhere torch's own kernel is faster."""
 
@@ -48,10 +53,10 @@ class _Dropout(torch.autograd.Function):
         keep = dropout_mask(x.shape, dropout, x.device)
         ctx.save_for_backward(keep)
         ctx.dropout = dropout
-        return (x * keep).mul_(1 / (1 - dropout))
+        return apply_mask(x, keep, dropout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors
-        return (gradients[0] * keep).mul_(1 / (1 - ctx.dropout)), None
+        return apply_mask(gradients[0], keep, ctx.dropout), None
