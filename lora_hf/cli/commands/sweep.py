@@ -17,7 +17,8 @@ HELP = "search for the best hyperparameters with Optuna"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="a YAML file, or a recipe's name in configs/")
-    add("--trials", required=True, type=int, metavar="N", help="trials of the study, across all processes")
+    add("--trials", type=int, metavar="N", help="trials of the study, across all processes; default of a grid: all")
+    add("--sampler", default="tpe", metavar="NAME", help="tpe (default), or grid: every combination of the values")
     add("--storage", metavar="URL", help="a database to share: sqlite:///sweep.db, postgresql://...")
     add("--study", metavar="NAME", help="default: the config's name; an existing study is continued")
     add("--output", metavar="DIR", help="parent of the study's folder; default: outputs")
@@ -43,7 +44,8 @@ def run(options: argparse.Namespace) -> None:
 
     name = options.study or Path(options.config).stem
     config = replace(config, output=replace(config.output, dir=options.output or config.output.dir))
-    folder, record = sweep(config, space, options.trials, name, options.storage, options.seed, pruner=options.pruner)
+    search = {"pruner": options.pruner, "sampler": options.sampler}
+    folder, record = sweep(config, space, options.trials, name, options.storage, options.seed, **search)
     best, count = record.best, Counter(trial["state"] for trial in record.trials)
     files = {"run": BEST, "config": BEST_CONFIG, "record": SWEEP_RECORD}
     paths = {label: str(folder / file) for label, file in files.items()}

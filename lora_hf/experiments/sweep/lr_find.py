@@ -86,7 +86,15 @@ def lr_find(
     rates = len(space.dimensions[0].bounds())
     logger.info("%d learning rates, each for %d to %d steps", rates, min(rungs), steps)
     settings = SweepSettings(
-        shortened, space, name, Path(config.output.dir) / name, rates, pruner=pruner, rungs=rungs, recipe=config
+        shortened,
+        space,
+        name,
+        Path(config.output.dir) / name,
+        rates,
+        pruner=pruner,
+        sampler="grid",
+        rungs=rungs,
+        recipe=config,
     )
     limit = max(
         EVALUATION_ROWS, int(EVALUATION_SHARE * steps * config.train.batch_size * config.train.gradient_accumulation)

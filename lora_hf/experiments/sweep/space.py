@@ -6,6 +6,7 @@ Imports neither torch nor optuna, so that errors appear at once.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,17 @@ class Range:
             number = 2.0**number
         return int(number) if self.is_int else number
 
+    def grid(self) -> list[Any]:
+        """Every number that the sampler can draw.
+
+        Raises:
+            ConfigError: there is no end of them.
+        """
+        low, high = self.limits
+        if not (self.is_int or self.scale == "log2"):
+            raise ConfigError(f"{self}: a grid needs single values, such as {self.key}={self.low:g},{self.high:g}")
+        return list(range(low, high + 1))
+
     def bounds(self) -> list[Any]:
         """The values to check against the config: the lowest and the highest."""
         return [self.value({self.parameter: limit}) for limit in self.limits]
@@ -94,6 +106,15 @@ class Choice:
 
     def __str__(self) -> str:
         return f"{self.key}={'|'.join(self.texts)}"
+
+    @property
+    def parameter(self) -> str:
+        """Name of the text that the sampler draws."""
+        return self.key
+
+    def grid(self) -> list[Any]:
+        """Every text that the sampler can draw."""
+        return list(self.texts)
 
     def draw(self, trial: Trial) -> None:
         trial.suggest_categorical(self.key, self.texts)
@@ -138,6 +159,16 @@ class Space:
     def draw(self, trial: Trial) -> None:
         for dimension in self.dimensions:
             dimension.draw(trial)
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every combination of the values, as parameters of a trial; the last key varies fastest.
+
+        Raises:
+            ConfigError: a range has no single values.
+        """
+        names = [dimension.parameter for dimension in self.dimensions]
+        points = itertools.product(*(dimension.grid() for dimension in self.dimensions))
+        return [dict(zip(names, point, strict=True)) for point in points]
 
     def values(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """The value of each key, from the parameters of a trial."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, TPESampler
@@ -143,7 +143,7 @@ def _make_pruner(name: str) -> BasePruner:
     if name not in PRUNERS:
         raise ConfigError(f"pruner: expected one of {', '.join(PRUNERS)}, found {name!r}{did_you_mean(name, PRUNERS)}")
     with ignore_experimental():
-        return PRUNERS[name]()
+        return _WithoutInterrupted(PRUNERS[name]())
 
 
 def _open_storage(url: URL) -> RDBStorage:
@@ -175,8 +175,53 @@ def is_finished(trial: FrozenTrial) -> bool:
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or ERROR in trial.user_attrs
 
 
-class OrderedSampler(BaseSampler):
-    """Draws the choices of each key once, in their order; interrupted trials are drawn again."""
+class _WithoutInterrupted(BasePruner):
+    """Lets a pruner compare a trial with all others but those interrupted, which run again under another number.
+
+    Their values would count twice; where the two differ in the last digit, the better one would stop the other.
+    """
+
+    def __init__(self, pruner: BasePruner) -> None:
+        self.pruner = pruner
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        return self.pruner.prune(_StudyWithoutInterrupted(study), trial)  # type: ignore[arg-type]
+
+
+class _StudyWithoutInterrupted:
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        return list(filter(_counts, self._study.get_trials(*args, **kwargs)))
+
+
+def _counts(trial: FrozenTrial) -> bool:
+    """Whether the trial is running or ended by itself."""
+    return not trial.state.is_finished() or is_finished(trial)
+
+
+class GridSampler(BaseSampler):
+    """Draws each point of a grid once, in their order; those of interrupted trials are drawn again.
+
+    Args:
+        grid: the points, as parameters of a trial.
+    """
+
+    def __init__(self, grid: Sequence[Mapping[str, Any]]) -> None:
+        self.grid = grid
+        self.points: dict[int, Mapping[str, Any]] = {}  # by the number of the trial
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number and _counts(each)]
+        taken = [each.params for each in others if each.params]
+        # Other processes may have started trials that have not drawn their points yet.
+        starting = sum(not each.params and each.number < trial.number for each in others)
+        free = [point for point in self.grid if point not in taken]
+        self.points[trial.number] = free[min(starting, len(free) - 1)] if free else self.grid[0]
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -189,11 +234,7 @@ class OrderedSampler(BaseSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        assert isinstance(param_distribution, CategoricalDistribution)
-        others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
-        taken = [each.params.get(param_name) for each in others if not each.state.is_finished() or is_finished(each)]
-        choices = param_distribution.choices
-        return next((choice for choice in choices if choice not in taken), choices[0])
+        return self.points[trial.number][param_name]
 
 
 class SeededSampler(TPESampler):

@@ -19,7 +19,7 @@ from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lora_hf.core.config.schema import RunConfig
-from lora_hf.core.errors import ConfigError, TrainingError
+from lora_hf.core.errors import ConfigError, TrainingError, did_you_mean
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, SweepRecord
 from lora_hf.data.tasks.base import Task
@@ -31,7 +31,7 @@ from lora_hf.experiments.sweep.storage import (
     GRACE,
     MEASURED,
     PRECISION,
-    OrderedSampler,
+    GridSampler,
     SeededSampler,
     TrialFailed,
     check_study,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SAMPLERS = ("tpe", "grid")
 DATABASE, BEST, BEST_CONFIG, SWEEP_RECORD = "study.db", "best", "best.yaml", "trials.json"
 KEPT = (RECORD_FILE, RUN_CONFIG_FILE, LOG_FILE, "curves.png")  # of every trial; the best one keeps more
 POLL = 1.0  # seconds between two checks of the trials of other processes
@@ -59,8 +60,8 @@ class SweepSettings:
 
     Attributes:
         trials: in the study, of all processes together.
-        rungs: steps at which the losses of trials are compared, see `trials.PruningCallback`; the trials are then the
-            choices of the space, in their order.
+        sampler: `tpe`, or `grid` for every combination of the values, in their order.
+        rungs: steps at which the losses of trials are compared, see `trials.PruningCallback`.
         recipe: what `best.yaml` holds besides the best values; default: `config`.
     """
 
@@ -71,6 +72,7 @@ class SweepSettings:
     trials: int
     seed: int = 0
     pruner: str = "halving"
+    sampler: str = "tpe"
     rungs: Mapping[int, int] = field(default_factory=dict)
     recipe: RunConfig | None = None
 
@@ -97,34 +99,53 @@ class SweepSettings:
 def sweep(
     config: RunConfig,
     space: Space,
-    trials: int,
+    trials: int | None,
     name: str,
     storage: str | None = None,
     seed: int = 0,
     rows: Mapping[str, Dataset] | None = None,
     pruner: str = "halving",
+    sampler: str = "tpe",
 ) -> tuple[Path, SweepRecord]:
     """Runs trials until the study has `trials` complete, pruned, diverged or failed ones, and writes the results.
 
     Args:
         config: what all trials share; the folder of the study is created in `output.dir`.
+        trials: of all processes together; None for every point of a grid.
         name: name of the study and of its folder.
         storage: URL of a database that processes can share; default: a SQLite file in the folder.
         seed: seed of the sampler.
         rows: the task's splits; by default they are loaded.
         pruner: what stops trials early, one of `storage.PRUNERS`.
+        sampler: what chooses the values, one of `SAMPLERS`: Optuna's TPE, or every combination of a grid once.
 
     Returns:
         The folder, which contains `best` (a link to the best trial), `best.yaml`, `trials.json` and plots, and the
         record.
 
     Raises:
-        ConfigError: the storage cannot be used, or the study has other trials.
+        ConfigError: the storage cannot be used, the study has other trials, or the space has no such grid.
         TrainingError: all trials failed.
         UserError: an error in the config or the data that affects every trial.
     """
     folder = Path(config.output.dir) / name
-    return run_study(SweepSettings(config, space, name, folder, trials, seed, pruner), storage, rows)
+    trials = _number_of_trials(trials, sampler, space)
+    return run_study(SweepSettings(config, space, name, folder, trials, seed, pruner, sampler), storage, rows)
+
+
+def _number_of_trials(trials: int | None, sampler: str, space: Space) -> int:
+    if sampler not in SAMPLERS:
+        raise ConfigError(
+            f"sampler: expected one of {', '.join(SAMPLERS)}, found {sampler!r}{did_you_mean(sampler, SAMPLERS)}"
+        )
+    if sampler == "grid":
+        points = len(space.grid())
+        if trials is not None and trials > points:
+            raise ConfigError(f"trials: the grid has {points} points, found {trials}")
+        return points if trials is None else trials
+    if trials is None:
+        raise ConfigError("trials: expected a whole number >= 1; only a grid has a number of its own")
+    return trials
 
 
 def run_study(
@@ -142,7 +163,8 @@ def run_study(
     # Before the study is read: folders that other processes create later belong to its trials.
     existing = sorted(file.parent.name for file in folder.glob(f"trial-*/{RECORD_FILE}"))
     with database_errors(url):
-        sampler = OrderedSampler() if settings.rungs else SeededSampler(settings.seed)
+        grid = settings.sampler == "grid"
+        sampler = GridSampler(settings.space.grid()) if grid else SeededSampler(settings.seed)
         study = open_study(url, name, sampler, settings.maximize, settings.definition(), settings.pruner)
         found = study.get_trials(deepcopy=False)
         if existing and not found:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 import yaml
 from datasets import Dataset
@@ -20,7 +19,6 @@ from lora_hf.core.records import RunRecord, SweepRecord
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.experiments.sweep import trials
 from lora_hf.experiments.sweep.lr_find import advice, format_rate, lr_find, read_lr_find
-from lora_hf.experiments.sweep.storage import ERROR, OrderedSampler
 
 WORDS = ["train.batch_size=8", "task.max_length=24", "model.precision=fp32"]
 RATES = ("1e-6", "3e-3", "1e-2", "1e36")
@@ -53,20 +51,6 @@ def test_what_it_cannot_try(words: list[str], rates: list[str], said: str) -> No
 @pytest.mark.parametrize(("rate", "text"), [(5e-4, "5e-4"), (1.234e-3, "1.234e-3"), (1.0, "1e0"), (2e36, "2e36")])
 def test_a_rate_is_written_as_it_is_typed(rate: float, text: str) -> None:
     assert format_rate(rate) == text
-
-
-def test_each_choice_is_drawn_once_and_an_interrupted_one_again() -> None:
-    study, drawn = optuna.create_study(sampler=OrderedSampler()), []
-    for outcome in ("complete", "interrupted", "failed", "complete"):
-        trial = study.ask()
-        drawn.append(trial.suggest_categorical("rate", ("b", "a", "c")))
-        if outcome == "complete":
-            study.tell(trial, 1.0)
-        else:
-            if outcome == "failed":
-                trial.set_user_attr(ERROR, "out of memory")
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-    assert drawn == ["b", "a", "a", "c"]
 
 
 @pytest.fixture(scope="module")

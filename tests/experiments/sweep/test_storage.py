@@ -7,9 +7,20 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 
 from lora_hf.core.errors import ConfigError
-from lora_hf.experiments.sweep.storage import SeededSampler, database_errors, open_study, parse_url, without_secrets
+from lora_hf.experiments.sweep.space import read_sweep
+from lora_hf.experiments.sweep.storage import (
+    ERROR,
+    GridSampler,
+    SeededSampler,
+    database_errors,
+    open_study,
+    parse_url,
+    without_secrets,
+)
+from lora_hf.experiments.sweep.study import sweep
 from tests.tolerances import SAMPLER_GAIN
 
 SECRET = "hunter2"
@@ -102,3 +113,57 @@ def test_the_sampler_learns_from_what_it_saw() -> None:
         early += errors[:10]
         late += errors[20:]
     assert sum(late) / len(late) < SAMPLER_GAIN * sum(early) / len(early)
+
+
+def test_each_point_of_a_grid_is_drawn_once_and_an_interrupted_one_again() -> None:
+    _, space = read_sweep("tiny_sst2.yaml", ["lora.r=4..8:log2", "train.lr=1e-3,1e-4"])
+    study, drawn = optuna.create_study(sampler=GridSampler(space.grid())), []
+    for outcome in ("complete", "interrupted", "failed", "complete", "complete"):
+        trial = study.ask()
+        space.draw(trial)
+        drawn.append(space.values(trial.params))
+        if outcome == "complete":
+            study.tell(trial, 1.0)
+        else:
+            if outcome == "failed":
+                trial.set_user_attr(ERROR, "out of memory")
+            study.tell(trial, state=TrialState.FAIL)
+    points = [{"lora.r": r, "train.lr": lr} for r in (4, 8) for lr in (1e-3, 1e-4)]
+    assert drawn == [points[0], points[1], points[1], points[2], points[3]]
+
+
+def test_two_processes_that_start_together_draw_different_points() -> None:
+    _, space = read_sweep("tiny_sst2.yaml", ["train.lr=1e-3,1e-4,1e-5"])
+    study = optuna.create_study(sampler=GridSampler(space.grid()))
+    started = [study.ask(), study.ask()]  # neither has drawn yet
+    for trial in started:
+        space.draw(trial)
+    assert [trial.params["train.lr"] for trial in started] == ["1e-3", "1e-4"]
+
+
+def test_a_grid_needs_values() -> None:
+    config, space = read_sweep("tiny_sst2.yaml", ["train.lr=1e-4..1e-3:log", "lora.r=4,8"])
+    with pytest.raises(
+        ConfigError, match=r"train.lr=0.0001..0.001:log: a grid needs single values, such as train.lr=0.0001,0.001"
+    ):
+        sweep(config, space, None, "s", sampler="grid")
+    config, space = read_sweep("tiny_sst2.yaml", ["lora.r=4,8"])
+    with pytest.raises(ConfigError, match="the grid has 2 points, found 3"):
+        sweep(config, space, 3, "s", sampler="grid")
+    with pytest.raises(ConfigError, match="did you mean 'grid'"):
+        sweep(config, space, 3, "s", sampler="gird")
+    with pytest.raises(ConfigError, match="trials: expected a whole number"):
+        sweep(config, space, None, "s")
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+def test_an_interrupted_trial_prunes_no_other(tmp_path: Path) -> None:
+    url = parse_url(f"sqlite:///{tmp_path / 's.db'}")
+    study = open_study(url, "s", GridSampler([{}]), maximize=True, definition={})
+    pruned = []
+    for value, state in ((0.9, TrialState.FAIL), (0.5, TrialState.COMPLETE), (0.4, TrialState.PRUNED)):
+        trial = study.ask()
+        trial.report(value, 1)
+        pruned.append(trial.should_prune())
+        study.tell(trial, value if state == TrialState.COMPLETE else None, state=state)
+    assert pruned == [False, False, True], "0.9 was interrupted, 0.4 is below 0.5"

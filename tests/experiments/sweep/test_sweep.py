@@ -45,7 +45,9 @@ def rows() -> dict[str, Dataset]:
     return {split: part.select(range(64)) for split, part in task.load(None, task.splits).items()}
 
 
-def run(output: Path, rows: dict[str, Dataset], *words: str, trials: int = 3, **more: Any) -> tuple[Path, SweepRecord]:
+def run(
+    output: Path, rows: dict[str, Dataset], *words: str, trials: int | None = 3, **more: Any
+) -> tuple[Path, SweepRecord]:
     config, space = read_sweep("rule_sentiment.yaml", [*QUICK, *steps(words), *words])
     config = replace(config, output=OutputConfig(dir=str(output)))
     more.setdefault("pruner", "none")  # so that few trials are complete
@@ -177,6 +179,14 @@ def test_successive_halving_stops_all_but_the_better_half(tmp_path: Path, rows: 
         assert trial["steps"] == 2 * len(trial["evaluations"])
         assert trial["score"] is None
         assert trial["cpu_seconds"] > 0
+
+
+def test_a_grid_trains_every_combination(tmp_path: Path, rows: dict[str, Dataset]) -> None:
+    space = ("lora.r=4,8", "train.lr=1e-3,1e-2", "train.max_steps=2")
+    _, record = run(tmp_path, rows, *space, trials=None, sampler="grid")
+    tried = [(trial["values"]["lora.r"], trial["values"]["train.lr"]) for trial in record.trials]
+    assert tried == [(4, 1e-3), (4, 1e-2), (8, 1e-3), (8, 1e-2)]
+    assert {trial["state"] for trial in record.trials} == {"complete"}
 
 
 def test_an_unknown_pruner_is_refused(tmp_path: Path, rows: dict[str, Dataset]) -> None:
