@@ -83,6 +83,8 @@ class BatchRouting:
         self, y: Tensor, x: Tensor, change: Callable[[str, Tensor, Tensor], Tensor], adapters: Container[str]
     ) -> Tensor:
         """`y` with the items of each of `adapters` replaced by `change(name, their x, their y)`."""
+        if not any(name in adapters for name in self.names):
+            return y
         inputs, outputs, segments = self.items(x, y)
         changed = outputs.clone()
         for name, start, end in self.spans(segments, adapters):

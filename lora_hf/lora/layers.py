@@ -246,41 +246,40 @@ class LoraLinear(AdaptedModule):
         Raises:
             AdapterError: the active adapter is not the one that is merged into the base.
         """
-        active, routing, merged = self.active, self.adapter_state.routing, self.merged_layer
+        current, merged = self.adapter_state.current, self.merged_layer
         if merged is not None:
-            if active != merged[0]:
-                current = "a mix of adapters" if routing is not None else self.adapter_state.current or "the bare base"
+            if current != merged[0]:
+                running = "a mix of adapters" if isinstance(current, BatchRouting) else current or "the bare base"
                 raise AdapterError(
-                    f"cannot run {current}: adapter {merged[0]!r} is merged into the base; unmerge it first"
+                    f"cannot run {running}: adapter {merged[0]!r} is merged into the base; unmerge it first"
                 )
             return merged[1](x)
-        if routing is not None:
-            return self._run_mixed(x, routing)
-        return self.base_layer(x) if active is None else self.adapters[active](self.base_layer, x)
+        if isinstance(current, BatchRouting):
+            return self._run_mixed(x, current)
+        adapters = self.adapters
+        return adapters[current](self.base_layer, x) if current in adapters else self.base_layer(x)
 
     def _run_mixed(self, x: Tensor, routing: BatchRouting) -> Tensor:
         """Each item of the batch with its own adapter."""
-        adapters = [self.adapters[name] for name in routing.names if name in self.adapters]
         y = self.base_layer(x)
-        if not adapters:
-            return y
         # Gradients and dropout are those of each adapter alone; only inference is worth a kernel of its own.
-        if torch.is_grad_enabled() or not all(weights.plain for weights in adapters):
+        stack = None if torch.is_grad_enabled() else self._stack(routing, x.dtype)
+        if stack is None:
             return routing.apply(
                 y, x, lambda name, items, _: self.adapters[name](self.base_layer, items), self.adapters
             )
         inputs, outputs, segments = routing.items(x, y)
-        return add_grouped(outputs, inputs, self._stack(routing, x.dtype), segments.order, segments.ends).view_as(y)
+        return add_grouped(outputs, inputs, stack, segments.order, segments.ends).view_as(y)
 
-    def _stack(self, routing: BatchRouting, dtype: torch.dtype) -> Stack:
-        """The stacked weights of the adapters, cached."""
+    def _stack(self, routing: BatchRouting, dtype: torch.dtype) -> Stack | None:
+        """The stacked weights of the adapters, cached; None if there are none or one does more than LoRA."""
         key = (id(self), routing.names, dtype)
-        stack = routing.stacks.get(key)
-        if stack is None:
+        if key not in routing.stacks:
             adapters = dict(self.adapters.items())
-            stack = stack_weights([adapters.get(name) for name in routing.names], self.out_features, dtype)
-            routing.stacks[key] = stack
-        return stack
+            weights = [adapters.get(name) for name in routing.names]
+            stackable = any(weights) and all(each.plain for each in weights if each is not None)
+            routing.stacks[key] = stack_weights(weights, self.out_features, dtype) if stackable else None
+        return routing.stacks[key]
 
     def delta_weight(self, name: str) -> Tensor:
         """What adapter `name` adds to the base weight: fp32 `(out, in)`, also if the base is stored `(in, out)`."""

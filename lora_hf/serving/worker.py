@@ -21,7 +21,7 @@ from lora_hf.core.errors import AdapterError
 from lora_hf.data.tasks.user_texts import honored_tokens
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.lora.inject import lora_layers, merge, set_adapter
-from lora_hf.lora.multi_adapter import mix_adapters, unload_adapter
+from lora_hf.lora.multi_adapter import mix_adapters, unload_adapter, use_adapter
 from lora_hf.lora.precision import flush_denormals
 from lora_hf.models.load import quantised_layers
 from lora_hf.models.tokenizer_identity import tokenizer_identity
@@ -181,6 +181,8 @@ class Worker(ABC):
                 return nullcontext()
             set_adapter(self.model, None)  # a row needs the bare base; `_merge_lone_adapter` merges again
             self._merged = None
+        if len(set(slots)) == 1:
+            return use_adapter(self.model, slots[0])  # with fewer steps for each projection than a mix
         if self._all_plain:
             # Stacking all adapters, whichever this batch needs, means that the stack is built only once.
             return mix_adapters(self.model, slots, self._stacks, [version.slot for version in self.versions])

@@ -56,6 +56,9 @@ def lora_linear(
             keep = philox.draw(round(dropout * STEPS))
         else:
             keep = dropout_mask((x.shape[:-1].numel(), x.shape[-1]), dropout, x.device)
+    elif not torch.is_grad_enabled():
+        # A function of autograd would take longer than the products of a single token.
+        return _without_gradients(x, weight, bias, lora_A, lora_B, scaling, slices)
     return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling / (1 - dropout), slices, keep)  # type: ignore[return-value]
 
 
@@ -78,6 +81,20 @@ def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:
     return is_frozen and not torch.is_autocast_enabled(x.device.type)
 
 
+def _project(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    return linear(x, weight if isinstance(weight, Tensor) else weight(x.dtype), bias)
+
+
+def _without_gradients(
+    x: Tensor, weight: Weight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, slices: Slices
+) -> Tensor:
+    output = _project(x, weight, bias)
+    y = output.view(output.shape[:-1].numel(), output.shape[-1])
+    up = block_diagonal(lora_B.to(x.dtype), slices, y.shape[1])
+    y.addmm_(x.reshape(len(y), x.shape[-1]) @ lora_A.to(x.dtype).T, up.T, alpha=scaling)
+    return output
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -96,7 +113,7 @@ class _LoraLinear(torch.autograd.Function):
         tensor = weight if isinstance(weight, Tensor) else None
         ctx.unpacker = None if isinstance(weight, Tensor) else weight
         # Not a view: some models go on in place, which autograd refuses for a view that a function returns.
-        output = linear(x, weight if isinstance(weight, Tensor) else weight(x.dtype), bias)
+        output = _project(x, weight, bias)
         y = output.view(len(inputs), output.shape[-1])
         down, up = lora_A.to(x.dtype), block_diagonal(lora_B.to(x.dtype), slices, y.shape[1])
         mask, ctx.philox = (keep, None) if keep is None or isinstance(keep, Tensor) else (None, keep)

@@ -40,6 +40,23 @@ def test_gradcheck(slices: list[tuple[int, int]], shape: tuple[int, ...], stored
     )
 
 
+@pytest.mark.parametrize("slices", SLICES.values(), ids=SLICES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_without_gradients_it_computes_the_same(
+    slices: list[tuple[int, int]], shape: tuple[int, ...], packed: bool
+) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = draw(7, 5, frozen=True), draw(7, frozen=True), draw(*shape, 5, frozen=True)
+    a, b = parameters(slices, torch.float64)
+    expected = add_lora(linear(x, weight, bias), x, a, b, SCALING, slices)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            y = lora_linear(x, weight.to if packed else weight, bias, a, b, SCALING, slices)
+        assert not y.requires_grad
+        torch.testing.assert_close(y, expected)
+
+
 def results(how: str, dtype: torch.dtype, slices: list[tuple[int, int]], dropout: float = 0.0) -> list[torch.Tensor]:
     """Output and gradients of x, A and B, from the fused function, the definition, or a wrong implementation."""
     torch.manual_seed(0)
