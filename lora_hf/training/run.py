@@ -359,7 +359,7 @@ def finish_run(run: PreparedRun, metrics: Mapping[str, float], training: float) 
     scoring = time.monotonic()
     outputs = {}
     for split in run.task.evaluation_splits:
-        predictions = run.trainer.predict(run.encoded[split], metric_key_prefix=split).predictions
+        predictions = run.trainer.final_outputs(split, run.encoded[split])
         outputs[split] = run.task.row_outputs(predictions, run.encoded[split], run.rows[split])
     if rank():
         barrier()

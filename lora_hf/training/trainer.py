@@ -71,6 +71,7 @@ class RunTrainer(Trainer):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._started: dict[str, float] = {}  # when each duration that is logged began
+        self._outputs: dict[int, dict[str, Any]] = {}  # by step and split: of the best evaluation and of the last
         model: Any = self.model
         self.loss_monitor = LossMonitor(self.args.device)
         self.loss_scaling = LossScaling(model, self.accelerator, self.args)
@@ -176,7 +177,17 @@ class RunTrainer(Trainer):
         # Where each token has an output, the Trainer's loss is good enough: it chooses no checkpoint.
         if self.args.world_size > 1 and output.metrics and np.ndim(output.predictions) == 2:
             output.metrics[f"{metric_key_prefix}_loss"] = self._evaluation_loss(output.predictions, output.label_ids)
+        best, now = self.state.best_global_step, self.state.global_step
+        self._outputs = {step: outputs for step, outputs in self._outputs.items() if step in (best, now)}
+        self._outputs.setdefault(now, {})[metric_key_prefix] = output.predictions
         return output
+
+    def final_outputs(self, split: str, rows: Any) -> Any:
+        """The outputs of the trained model for the rows of a split: those of its evaluation, if it had one."""
+        uses_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint
+        step = self.state.best_global_step if uses_best else self.state.global_step
+        found = self._outputs.get(step or 0, {}).get(f"eval_{split}")
+        return self.predict(rows, metric_key_prefix=split).predictions if found is None else found
 
     def _evaluation_loss(self, predictions: Any, label_ids: Any) -> float:
         """The loss that one process with the same total batch size would report."""

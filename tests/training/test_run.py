@@ -30,7 +30,7 @@ from lora_hf.training import validation
 from lora_hf.training.run import Run, train
 from lora_hf.training.run_dir import LOCK_FILE
 from lora_hf.training.trainer import AdapterTrainer
-from tests.tolerances import ACCUMULATION_FP32
+from tests.tolerances import ACCUMULATION_FP32, PARITY_FP32
 
 ROWS = 96
 
@@ -105,6 +105,33 @@ def test_checkpoints_hold_the_adapter_alone_and_the_best_is_the_one_in_memory(
     assert all(torch.equal(in_memory[key], on_disk[key]) for key in on_disk)
     last = read_adapter(run.folder / "checkpoints" / "checkpoint-18").tensors
     assert any(not torch.equal(in_memory[key], last[key]) for key in last)
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_the_evaluation_of_the_best_weights_is_not_made_again(
+    best: int, tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluations: list[str] = []
+    loop = AdapterTrainer.evaluation_loop
+
+    def counted(trainer: AdapterTrainer, *rest: Any, **named: Any) -> Any:
+        evaluations.append(named["metric_key_prefix"])
+        return loop(trainer, *rest, **named)
+
+    monkeypatch.setattr(AdapterTrainer, "evaluation_loop", counted)
+    task = get_task("rule-sentiment")
+    scores = iter([0.1 * (best == 1), 0.1 * (best == 2)])
+    monkeypatch.setattr(type(task), "score", lambda *_: {"accuracy": next(scores, 0.9)})
+    run = train(config(tmp_path, epochs=2, lr=1e-2), rows=few_rows)
+    assert run.record.best["step"] == best * 6
+    assert evaluations == ["eval_validation"] * 2
+    lines = (run.folder / "predictions-validation.jsonl").read_text(encoding="utf-8").splitlines()
+    logits = Predictor.load(find_saved_model(run.weights)).logits(few_rows["validation"][:])
+    written = np.array([json.loads(line)["logits"] for line in lines])
+    assert np.abs(written - logits).max() < PARITY_FP32
+    monkeypatch.setattr(type(task), "score", lambda *_: {"accuracy": 0.0})
+    train(config(tmp_path, "none", epochs=1, hf={"eval_strategy": "no", "save_strategy": "no"}), rows=few_rows)
+    assert evaluations[2:] == ["validation"], "without an evaluation in training"
 
 
 @pytest.mark.full
