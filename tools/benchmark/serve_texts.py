@@ -33,7 +33,7 @@ from lora_hf.core.records import RUN_CONFIG_FILE
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.inference.generate import end_tokens
 from lora_hf.lora.inject import inject, lora_layers
-from lora_hf.models.load import load_base
+from lora_hf.models.load import DTYPES, load_base
 from tools.benchmark.rounds import environment, with_resolved_precision
 from tools.benchmark.server import TIMEOUT, memory_mib, memory_without_models, running_server
 
@@ -118,7 +118,7 @@ def benchmark_texts(
         )
         server.process.terminate()
         server.process.wait(60)
-        peer = _transformers(config.model.name, root, clients, seconds, new_tokens)
+        peer = _transformers(config, root, clients, seconds, new_tokens)
     found = {part: each.summary() for part, each in parts.items()}
     speed = {part: each["tokens_per_second"] for part, each in found.items()}
     return {
@@ -254,10 +254,11 @@ async def _stream(port: int, token: str, model: str, prompt: int, new_tokens: in
     seen.texts.setdefault((model, prompt), set()).add(text)
 
 
-def _transformers(model: str, root: Path, clients: int, seconds: float, new_tokens: int) -> dict[str, Any]:
-    """The same load on `transformers serve`, or why it does not run here."""
+def _transformers(config: RunConfig, root: Path, clients: int, seconds: float, new_tokens: int) -> dict[str, Any]:
+    """The same load on `transformers serve` in the same precision, or why it does not run here."""
+    model = config.model.name
     try:
-        with _transformers_server(model, root) as (port, pid):
+        with _transformers_server(model, config.model.precision, root) as (port, pid):
             alone = _drive(port, "", (model,), 1, seconds / 2, new_tokens)
             together = _drive(port, "", (model,), clients, seconds, new_tokens)
             return {"alone": alone.summary(), "together": together.summary(), "memory_mib": memory_mib(pid)}
@@ -266,12 +267,13 @@ def _transformers(model: str, root: Path, clients: int, seconds: float, new_toke
 
 
 @contextmanager
-def _transformers_server(model: str, root: Path) -> Iterator[tuple[int, int]]:
+def _transformers_server(model: str, precision: str, root: Path) -> Iterator[tuple[int, int]]:
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = root / "transformers.log"
     words = ["serve", "--host", "127.0.0.1", "--port", str(port), "--continuous-batching"]
+    words += ["--dtype", str(DTYPES[precision]).removeprefix("torch.")]
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", TRANSFORMERS_SERVE, *words], stdout=output, stderr=output, cwd=root
