@@ -22,7 +22,7 @@ from lora_hf.core.atomic_io import atomic_folder
 from lora_hf.core.errors import AdapterError, ConfigError, did_you_mean
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import COMBINE_FILE, CombineRecord
-from lora_hf.lora.inject import adapter_heads, adapter_names, add_weights, check_new_name, inject_head, lora_layers
+from lora_hf.lora.inject import adapter_heads, adapter_names, add_weights, check_new_adapter, inject_head, lora_layers
 from lora_hf.lora.kernels.combination import Factors, drop, elect, shorten, sum_of_factors, svd_of_factors, trim
 from lora_hf.lora.layers import LoraLinear, LoraWeights
 from lora_hf.lora.slices import diagonal_blocks, slice_columns, slice_width
@@ -313,7 +313,7 @@ def _check(
             raise AdapterError(
                 f"adapter {adapter!r} trains biases, which cannot be combined; combine adapters with lora.bias=none"
             )
-    check_new_name(model, name)
+    check_new_adapter(model, name)
     if adapter_heads(model) and abs(sum(weights.values())) < 1e-6:
         raise ConfigError(
             f"weights: expected a sum other than 0, because heads are divided by it, found {sum(weights.values()):g}"

@@ -43,7 +43,7 @@ from lora_hf.lora.inject import (
     adapter_names,
     adapter_state,
     add_weights,
-    check_new_name,
+    check_new_adapter,
     eject,
     get_labels,
     inject_head,
@@ -140,7 +140,7 @@ def load_adapter(
     revision: str | None = None,
 ) -> PreTrainedModel:
     """`pretrained.load_adapter`, without changing what `save_pretrained` does."""
-    check_new_name(model, name)
+    check_new_adapter(model, name)
     file = without_copies(model, read_adapter(fetch_adapter(folder, revision)))
     heads = new_heads(model, file, own_head)
     saved_layers, biases = check_fit(model, file, heads, own_head)

@@ -20,7 +20,7 @@ from lora_hf.lora.active_adapter import STATE_ATTRIBUTE, AdapterState, Labels
 from lora_hf.lora.heads import has_labels, modules_to_train, new_parameters, task_type
 from lora_hf.lora.layers import AdaptedModule, Drift, LoraLinear, LoraWeights
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
-from lora_hf.lora.quantization import QuantisedLinear
+from lora_hf.lora.quantization import QuantisedLinear, refuse_torchao
 from lora_hf.lora.slices import Slices
 from lora_hf.lora.target_modules import Site, comma_separated, plan, ranks_and_alphas
 from lora_hf.lora.variants.biases import add_biases, check_no_standalone_biases, unadapted_biases, unwrap_biases
@@ -50,7 +50,8 @@ def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> P
     What the checkpoint did not fill is copied, trained and saved like the head (`heads.modules_to_train`).
 
     Raises:
-        ModelError, ConfigError: as `plan`; also a rank above the smaller side of a projection.
+        ModelError: as `plan`; also weights that torchao has quantized.
+        ConfigError: as `plan`; also a rank above the smaller side of a projection.
         AdapterError: the model already has an adapter of that name, or the name cannot be one.
     """
     wanted, found = vars(lora)["task_type"], task_type(model)
@@ -71,7 +72,7 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
     if start and lora.use_dora:
         raise ConfigError(f"lora.use_dora: not together with lora.init_lora_weights={start}; choose one of them")
     ranks = ranks_and_alphas(model, sites, lora)
-    check_new_name(model, name)
+    check_new_adapter(model, name)
     check_no_standalone_biases(model, ranks)
     whole = modules_to_train(model, lora.modules_to_save)
     biases = unadapted_biases(model, ranks, whole) if lora.bias == "all" else {}
@@ -298,8 +299,9 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for adapters, _ in adapter_dicts(model) for name in adapters))
 
 
-def check_new_name(model: nn.Module, name: str) -> None:
-    """Raises AdapterError if `name` is taken, or cannot be the name of a submodule."""
+def check_new_adapter(model: nn.Module, name: str) -> None:
+    """Raises AdapterError if `name` is taken or cannot be the name of a submodule, ModelError for a base of torchao."""
+    refuse_torchao(model)
     if name in adapter_names(model):
         raise AdapterError(f"the model already has an adapter named {name!r}; choose another name")
     if not name or "." in name or hasattr(nn.ModuleDict(), name):

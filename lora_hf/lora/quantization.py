@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from lora_hf.core.errors import ConfigError, how_to_install
+from lora_hf.core.errors import ConfigError, ModelError, how_to_install
 
 SCHEMES = ("int8", "nf4")
 INT8_LARGEST = 127
@@ -154,6 +154,17 @@ def unpack_bitsandbytes(module: nn.Module) -> nn.Module:
             return plain
         module.set_submodule(path, plain)
     return module
+
+
+def refuse_torchao(model: nn.Module) -> None:
+    """Raises ModelError if torchao has quantized a weight: its tensors lack the products and sums that LoRA needs."""
+    for path, parameter in model.named_parameters():
+        kind = type(parameter)
+        if kind.__module__.partition(".")[0] == "torchao":
+            raise ModelError(
+                f"{path}: torchao has quantized this weight ({kind.__name__}), which cannot be adapted; load the base "
+                "without TorchAoConfig and call lora_hf.quantise on it, or load it with BitsAndBytesConfig"
+            )
 
 
 def multiply_integers(x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:

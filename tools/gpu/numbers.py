@@ -28,27 +28,23 @@ SHAPE = (257, 192, 320, 16)  # tokens, in, out, r
 SLICES = ([(0, 320)], [(0, 96), (160, 320)])
 
 
-def numeric_checks(check: Check) -> dict[str, Any]:
+Found = Iterator[tuple[str, dict[str, Any]]]
+
+
+def numeric_checks(check: Check) -> Found:
     """The largest difference of each check, its tolerance, and whether it holds."""
-    results: dict[str, Any] = {}
     for name in CHECKS:
-        results |= _run(check, name)
-    return results
+        yield from _run(check, name)
 
 
-def _run(check: Check, name: str) -> dict[str, Any]:
-    results: dict[str, Any] = {}
+def _run(check: Check, name: str) -> Found:
     try:
         for case, found in CHECKS[name](check):
-            results[f"{name}{case}"] = found
+            yield f"{name}{case}", found
     except ConfigError as error:  # bitsandbytes is not installed, or there is no GPU
-        results[name] = {"skipped": str(error)}
+        yield name, {"skipped": str(error)}
     except (RuntimeError, ImportError, TypeError, AttributeError, AssertionError) as error:
-        results[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
-    return results
-
-
-Found = Iterator[tuple[str, dict[str, Any]]]
+        yield name, {"failed": f"{type(error).__name__}: {error}"[:500]}
 
 
 def _compared(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> dict[str, Any]:

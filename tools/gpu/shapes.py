@@ -129,7 +129,7 @@ class Check:
         auto: Any = AutoModelForSequenceClassification if name in ENCODERS else AutoModelForCausalLM
         folder = self.models / name if self.models is not None else None
         torch.manual_seed(0)
-        if folder is not None and folder.is_dir() and not self.rehearses:
+        if folder is not None and folder.is_dir():
             self.weights[name] = "pretrained"
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             for key in set(DROPOUTS) & set(config.to_dict()):

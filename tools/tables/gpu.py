@@ -39,7 +39,8 @@ def _outcome(part: dict[str, Any]) -> list[str]:
         "wrong": wrong,
         "skipped": sum("skipped" in check for check in checks),
     }
-    text = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "passed"
+    stopped = [f"stopped {part['stopped']}"] if "stopped" in part else []
+    text = ", ".join([*stopped, *(f"{count} {name}" for name, count in counts.items() if count)]) or "passed"
     return [part["title"], f"{part['seconds']:.0f}", text]
 
 

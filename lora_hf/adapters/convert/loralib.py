@@ -26,7 +26,7 @@ from lora_hf.lora.inject import (
     adapter_heads,
     adapter_names,
     add_weights,
-    check_new_name,
+    check_new_adapter,
     inject_head,
     lora_layers,
     set_adapter,
@@ -72,7 +72,7 @@ def load_loralib(
     Raises:
         AdapterError: the file is no readable loralib checkpoint or does not fit this model. The model is unchanged.
     """
-    check_new_name(model, name)
+    check_new_adapter(model, name)
     tensors = _with_model_paths(model, read_loralib(file))
     layers = _read_layers(model, tensors, lora_alpha, enable_lora, str(file))
     adapter_tensors = _without_base(model, tensors, str(file))
