@@ -15,7 +15,7 @@ help: ## this list
 
 setup: $(READY) ## .venv with everything pinned in requirements.lock
 
-demo: $(READY) ## trains, scores and asks a small classifier and a small writer, with no network
+demo: $(READY) ## trains and queries a small classifier and a small text generator; no network needed
 	@$(BIN)/python scripts/demo.py
 
 test: $(READY) ## the fast tests: everything a change can break, in a few minutes

@@ -134,7 +134,7 @@ def combine_adapters(
     for source in sources:
         if rank is not None and rank > source.max_rank:
             raise ConfigError(
-                f"rank: {source.path} has {source.max_rank} as its smaller side; expected at most that, found {rank}"
+                f"rank: expected at most {source.max_rank}, the smaller dimension of {source.path}, found {rank}"
             )
     thresholds = {}
     if method == "ties":
@@ -259,7 +259,7 @@ def _factors(source: _Source, name: str, weight: float) -> list[Factors]:
     delta = layer.delta_weight(name)
     if (weights.scaling * (b @ a) - delta).norm() > PLAIN_LORA_RTOL * delta.norm():
         raise AdapterError(
-            f"adapter {name!r} is a variant of LoRA: at {source.path} it adds more than scaling * B A. Use method dare "
+            f"adapter {name!r}: its update at {source.path} is not scaling * B A (as with DoRA). Use method dare "
             "with density 1, which sums any updates and truncates the sum to a rank"
         )
     b = weight * weights.scaling * b

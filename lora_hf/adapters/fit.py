@@ -72,9 +72,9 @@ def check_tokenizer(folder: Path, tokenizer: Mapping[str, str]) -> bool:
     trained = read_adapter_config(folder)[1].tokenizer
     if not trained:
         logger.warning(
-            "%s records no tokenizer, so nobody can check that %s encodes texts as in its training",
+            "%s records no tokenizer, so lora_hf cannot check that %s encodes texts as in training",
             folder,
-            tokenizer["name"] or "this one",
+            tokenizer["name"] or "this tokenizer",
         )
         return False
     if trained["sha256"] != tokenizer["sha256"]:

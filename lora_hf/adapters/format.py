@@ -260,8 +260,8 @@ def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMeta
     if unknown:
         listed = ", ".join(f"{key}={value!r:.60}" for key, value in unknown.items())
         raise AdapterError(
-            f"{source}: {listed} not supported: the adapter would compute something else without it. Merge the adapter "
-            "with the library that wrote it, and load the merged model"
+            f"{source}: {listed} not supported, and ignoring it would change the outputs. Merge the adapter with the "
+            "library that wrote it, and load the merged model"
         )
     for key, (expected, is_valid) in CONFIG_FIELDS.items():
         if key in config and not is_valid(config[key]):

@@ -72,8 +72,8 @@ def infer_task(config: Mapping[str, Any], metadata: AdapterMetadata, folder: Pat
     if kind == "tokens" and (OUTSIDE not in labels or check_tokens_config(described)):
         described = replace(described, metric="accuracy")  # the labels mark no spans
     logger.info(
-        "%s records no task; from its task_type %s, its head and its base: %s%s. If it is another one, put a %s with a "
-        "section 'task' into the folder of the adapter",
+        "%s records no task; inferred from its task_type %s, its head and its base: %s%s. If this is wrong, put a %s "
+        "with a section 'task' into the folder of the adapter",
         folder, task_type, kind or "a text that the model continues",
         f" with the labels {', '.join(labels)}" if labels else "", RUN_CONFIG_FILE,
     )  # fmt: skip

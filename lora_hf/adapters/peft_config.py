@@ -147,7 +147,7 @@ def modules_in_file(model: PreTrainedModel, file: AdapterFile) -> list[str]:
     if inner and not is_own:
         raise AdapterError(
             f"{file.folder}/{CONFIG_FILE}: modules_to_save {list(names)} names {inner[0]} and a module around it. PEFT "
-            "then saves a copy of the inner one that the trained model did not use, so nobody can restore that model; "
+            "then saves a copy of the inner one that the trained model did not use, so the model cannot be restored; "
             "train it again with only the outer one in modules_to_save"
         )
     unnamed = [path for path in paths if _holds_new_embedding(model, file, path)]

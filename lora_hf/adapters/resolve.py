@@ -89,7 +89,7 @@ def find_saved_model(folder: str | Path, revision: str | None = None, model: str
     base = model or named
     if is_path(base) and not Path(base).is_dir():
         raise AdapterError(
-            f"{folder}: its base {base}: no such folder. Name the base's new place with model=NAME_OR_FOLDER, or in "
+            f"{folder}: its base {base}: no such folder. Give its new location with model=NAME_OR_FOLDER, or in "
             f"base_model_name_or_path of {CONFIG_FILE}"
         )
     # A config.yaml in its own folder describes an adapter of PEFT; one in the folder above may be another run's.
@@ -114,9 +114,8 @@ def _task_of(
         missing = " and ".join(word for word, value in (("base", base), ("task", name)) if not value)
         raise AdapterError(
             f"{folder / WEIGHTS_FILE}: does not say which {missing} it was trained for, and its task_type "
-            f"{config.get('task_type')!r} does not tell the task. Save it with "
-            'lora_hf.save_adapter(model, folder, task="sst2"), or with the name of its task, or load it in Python with '
-            "lora_hf.load_adapter(model, folder)"
+            f"{config.get('task_type')!r} does not imply one. Save it with lora_hf.save_adapter and the name of its "
+            'task, such as task="sst2", or load it in Python with lora_hf.load_adapter(model, folder)'
         )
     if run is not None and run.task.kind is not None and run.task.name == name:
         task = task_of(run.task)
@@ -124,8 +123,8 @@ def _task_of(
         task = get_task(name)
     else:
         raise AdapterError(
-            f"{folder} was trained for {name!r}, which is no task of lora_hf. The {RUN_CONFIG_FILE} of a run describes "
-            "its custom task: copy that file into this folder"
+            f"{folder} was trained for {name!r}, which is not a built-in task. A custom task is described by the "
+            f"{RUN_CONFIG_FILE} of its run: copy that file into this folder"
         )
     unnamed = not are_named(metadata.labels) and len(metadata.labels) == len(task.label_names or ())
     if task.label_names and task.label_names != metadata.labels and not unnamed:

@@ -173,7 +173,8 @@ def load_adapter(
     _load_heads(model, file, name)
     if not file.metadata.fingerprint:
         logger.warning(
-            "%s: PEFT records no fingerprint, so nobody can check that the adapter was trained on these weights", folder
+            "%s: PEFT records no fingerprint of the base, so lora_hf cannot check that it was trained on these weights",
+            folder,
         )
     layers = lora_layers(model)
     if saved_layers and not any(layers[saved.path].adapters[name].moved() for saved in saved_layers):

@@ -192,7 +192,7 @@ class _StoreOnce(argparse.Action):
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
         if self.given and option is not None:
-            parser.error(f"{option}: expected it once, found it again with {values!r}")
+            parser.error(f"{option} is given twice, the second time with {values!r}; give it once")
         self.given = True
         setattr(namespace, self.dest, values)
 

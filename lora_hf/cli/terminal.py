@@ -39,7 +39,7 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="NAME_OR_FOLDER", help="where the base is now; default: what the adapter names"
+        "--model", metavar="NAME_OR_FOLDER", help="folder or hub id of the base; default: as recorded in the adapter"
     )
 
 
@@ -51,18 +51,18 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16", "int8"],
-        help="of the base; default: that of the run; int8 merges a classifier's adapter and quantizes, on the CPU",
+        help="precision of the base; default: as in the run; int8 merges a classifier and quantizes it (CPU only)",
     )
 
 
 def add_exact(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--exact", action="store_true", help="run in fp32, with packed projections unpacked")
+    parser.add_argument("--exact", action="store_true", help="run in fp32, and dequantize a quantized base")
 
 
 def check_exact(options: argparse.Namespace) -> None:
     """Raises a ConfigError for `--exact` with a precision that is not exact."""
     if options.exact and options.precision not in (None, "fp32"):
-        raise ConfigError(f"--exact runs in fp32; leave --precision {options.precision} out")
+        raise ConfigError(f"--exact runs in fp32; leave out --precision {options.precision}")
 
 
 def add_data_dir(parser: argparse.ArgumentParser, first: str) -> None:
@@ -70,7 +70,7 @@ def add_data_dir(parser: argparse.ArgumentParser, first: str) -> None:
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
-        help=f"folder with the data; default: that of {first}, then $LORA_HF_DATA_DIR, then the hub",
+        help=f"folder with the data; default: the one in {first}, else $LORA_HF_DATA_DIR, else the hub",
     )
 
 

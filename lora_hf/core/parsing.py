@@ -93,7 +93,7 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there more than once")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} appears more than once")
     return values
 
 
@@ -118,7 +118,7 @@ def _expanded_size(node: yaml.Node, known: dict[int, tuple[int, int] | None]) ->
     if id(node) in known:
         found = known[id(node)]
         if found is None:
-            raise ValueError("an alias stands for a value that contains it")
+            raise ValueError("an alias refers to a value that contains it")
         return found
     known[id(node)] = None
     children: list[yaml.Node] = []

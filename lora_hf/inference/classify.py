@@ -45,7 +45,7 @@ class Predictor:
     def load(cls, saved: SavedModel, precision: str | None = None, exact: bool = False) -> Predictor:
         """Loads an adapter on its base, or a full model, as `load_saved_model`; by default in the run's precision.
 
-        With `exact` it runs in fp32, with packed projections unpacked.
+        With `exact` it runs in fp32, and a quantized base is dequantized.
 
         Raises:
             AdapterError, ModelError, HubError: as `load_saved_model`.

@@ -72,12 +72,11 @@ class Generator:
         exact: bool = False,
         merge: bool = False,
     ) -> Generator:
-        """Loads an adapter beside its base, or a full model; with `adapted=False` the base alone.
+        """Loads an adapter and its base, or a full model; with `adapted=False` the base alone.
 
         Args:
-            precision: of the base, as in a config; default: that of the run. Projections that the run packed in int8
-                or nf4 stay packed.
-            exact: run in fp32, with packed projections unpacked. Otherwise the text of a row may depend on the other
+            precision: of the base, as in a config; default: that of the run. A quantized base stays quantized.
+            exact: run in fp32, and dequantize a quantized base. Otherwise the text of a row may depend on the other
                 rows of its batch, as sums round differently.
             merge: add the adapter to the weights of the base: faster, but another copy of each of them.
 
@@ -93,7 +92,7 @@ class Generator:
         return cls(model, tokenizer, saved.task, text_limit(model, saved.max_length))  # type: ignore[arg-type]
 
     def generate(self, contexts: Sequence[str], decoding: GenerateConfig) -> Iterator[GeneratedText]:
-        """Yields a text for each context, in order, batch by batch. A text does not depend on its batch.
+        """Yields a text for each context, in order, batch by batch.
 
         Raises:
             DataError: a context leaves no space for `max_new_tokens`. It is raised before anything is generated.

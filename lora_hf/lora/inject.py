@@ -70,7 +70,7 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
         key = "lora.use_dora" if lora.use_dora else f"lora.init_lora_weights={start}"
         raise ConfigError(f"lora.targets: {key} cannot adapt embeddings; leave out one of the two")
     if start and lora.use_dora:
-        raise ConfigError(f"lora.use_dora: not together with lora.init_lora_weights={start}; choose one of them")
+        raise ConfigError(f"lora.use_dora and lora.init_lora_weights={start} exclude each other; choose one of them")
     ranks = ranks_and_alphas(model, sites, lora)
     check_new_adapter(model, name)
     check_no_standalone_biases(model, ranks)
@@ -201,7 +201,7 @@ def check_mergeable(model: PreTrainedModel) -> None:
         if layer.active and layer.adapters[layer.active].lora_bias is not None and layer.bias is None:
             raise AdapterError(f"{path}: the adapter adds a bias, and the base has none to merge it into")
     if any(module.active for module in token_modules(model).values()):
-        raise AdapterError("the adapter has rows of its own for some tokens; use it without merging it")
+        raise AdapterError("the adapter has trainable_token_indices, which cannot be merged; use it unmerged")
 
 
 def merge_drift(model: nn.Module) -> dict[str, Drift]:
@@ -305,7 +305,7 @@ def check_new_adapter(model: nn.Module, name: str) -> None:
     if name in adapter_names(model):
         raise AdapterError(f"the model already has an adapter named {name!r}; choose another name")
     if not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise AdapterError(f"{name!r} cannot name an adapter: expected a word without dots that torch does not use")
+        raise AdapterError(f"adapter name {name!r}: expected a word without dots that nn.ModuleDict does not use")
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> nn.Module:

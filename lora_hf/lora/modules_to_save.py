@@ -77,7 +77,8 @@ class ModulesToSaveWrapper(nn.Module):
         y = self._run(None, x, **named)
         if not isinstance(y, Tensor):
             raise AdapterError(
-                f"{type(self.original_module).__name__} returns {type(y).__name__}: not in mixed batches"
+                f"{type(self.original_module).__name__}: mixed batches need a module that returns a tensor, found "
+                f"{type(y).__name__}; run each adapter's rows in a batch of their own"
             )
         return routing.apply(y, x, lambda name, items, _: self._run(name, items, **named), self.modules_to_save)
 

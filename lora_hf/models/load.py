@@ -336,7 +336,7 @@ def _from_pretrained(name: str, revision: str | None, load: Callable[..., T]) ->
         return load(source, trust_remote_code=False, **options)  # False: neither run a base's own code nor ask to
     except UnpicklingError as error:
         raise ModelError(
-            f"{name}: refused: its pickled weights ask for more than tensors. None of its code was run; expected "
+            f"{name}: refused: its pickled weights contain more than tensors. None of their code was run; expected "
             "model.safetensors"
         ) from error
     except UserError:

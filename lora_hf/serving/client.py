@@ -118,7 +118,7 @@ class EngineClient(asyncio.Protocol):
         number = next(self._numbers)
         pending = Pending(asyncio.get_running_loop().create_future(), time.monotonic() + seconds, on_piece)
         if self._transport is None or self._transport.is_closing():
-            pending.future.set_exception(InternalError("the model's process has ended"))
+            pending.future.set_exception(InternalError("the model process has ended"))
             return pending
         self._pending[number] = pending
         pending.future.add_done_callback(lambda future: self._forget(number, future))
@@ -151,7 +151,7 @@ class EngineClient(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         for pending in list(self._pending.values()):
             if not pending.future.done():
-                pending.future.set_exception(InternalError("the model's process has ended"))
+                pending.future.set_exception(InternalError("the model process has ended"))
         self.on_lost()
 
     def _on_event(self, message: dict[str, Any]) -> None:

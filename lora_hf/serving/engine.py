@@ -66,10 +66,10 @@ class Engine:
     adapter is replaced meanwhile; the result names that version.
 
     Args:
-        precision: of the bases, as in a config; default: that of the run of a base's first adapter. Projections that
-            this run packed in int8 or nf4 stay packed.
+        precision: of the bases, as in a config; default: that of the run of a base's first adapter. A quantized
+            base stays quantized.
         model: where the base of all adapters is now, a folder or a hub id; by default where each adapter says.
-        exact: run in fp32, with packed projections unpacked.
+        exact: run in fp32, and dequantize a quantized base.
         merge: merge an adapter into its base while no other one is on it: faster, but another copy of the weights.
     """
 
@@ -117,7 +117,7 @@ class Engine:
         """
         if not NAME.fullmatch(name):
             raise AdapterError(
-                f"{name!r} cannot name an adapter: expected at most 64 letters, digits, '-', '_' and '.', the first "
+                f"adapter name {name!r}: expected at most 64 letters, digits, '-', '_' and '.', the first "
                 "a letter or digit"
             )
         saved = find_saved_model(adapter, revision, self._model)

@@ -94,7 +94,7 @@ def serve(
     def lost() -> None:
         code = child.wait()
         reason = f"signal {-code}" if code < 0 else f"exit code {code}"
-        failures.insert(0, UserError(f"the process of the models has ended ({reason}); it may need more memory"))
+        failures.insert(0, UserError(f"the model process has ended ({reason}); it may need more memory"))
         server.should_exit = True
 
     @contextlib.asynccontextmanager

@@ -95,8 +95,8 @@ def _warn_about_skew(task: TextClassification, counts: np.ndarray) -> None:
     by_metric = task.metric in CUSTOM and task.best_metric != "macro_f1"
     if counts[most] >= SKEWED * counts[least]:
         logger.warning(
-            "%s: the classes are skewed: %d training rows have %r, and %d have %r; train.class_weights=balanced weighs "
-            "them alike%s",
+            "%s: the classes are skewed: %d training rows have %r, and %d have %r; train.class_weights=balanced gives "
+            "them equal weight%s",
             task.name, counts[most], task.label_names[most], counts[least], task.label_names[least],
-            ", and task.metric=macro_f1 scores them alike" if by_metric else "",
+            ", and task.metric=macro_f1 scores them equally" if by_metric else "",
         )  # fmt: skip

@@ -344,7 +344,7 @@ def _fit(run: PreparedRun, checkpoint: Path | None, handler: SignalHandler) -> M
             raise
         except UnpicklingError as error:
             raise ConfigError(
-                f"{checkpoint}: refused: its state asks for more than tensors, and none of its code was run. "
+                f"{checkpoint}: refused: its pickled state contains more than tensors. None of its code was run. "
                 "Resume from another checkpoint, or start again"
             ) from error
 

@@ -100,8 +100,8 @@ def _resume_from(config: RunConfig, checkpoint: Path) -> tuple[Path, Path]:
     if changed:
         raise ConfigError(
             f"resume={checkpoint}: its run has another config: {_listed(changed)}. A run resumes with the config it "
-            "began with. Set these values again; or begin another run, which train.start_from=ADAPTER starts from "
-            "these LoRA weights"
+            "began with: restore these values, or start a new run from these LoRA weights with "
+            "train.start_from=ADAPTER"
         )
     newer = [other.name for other in checkpoints_in(checkpoint.parent) if _step(other) > _step(checkpoint)]
     newer = [name for name in newer if not find_damage(checkpoint.with_name(name))]
@@ -183,8 +183,8 @@ def _check_free(folder: Path, config: RunConfig, resume: str | None) -> None:
     replace = "leave out resume=auto" if config.output.overwrite else "set output.overwrite=true"
     if (folder / RECORD_FILE).exists():
         raise ConfigError(
-            f"{folder}: holds a finished run; choose another output.name, or {replace}. With resume=auto and more "
-            "train.epochs, or train.max_steps, the same config goes on from its end"
+            f"{folder}: holds a finished run; choose another output.name, or {replace}. To train it for longer, "
+            "raise train.epochs or train.max_steps, and set resume=auto"
         )
     if not checkpoints_in(folder / CHECKPOINTS_FOLDER):
         return

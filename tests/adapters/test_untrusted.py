@@ -71,7 +71,7 @@ def test_a_pickled_base_is_refused_and_not_run(proof: Path, tmp_path: Path) -> N
     (tmp_path / "base" / "model.safetensors").unlink()
     torch.save({"roberta.embeddings.word_embeddings.weight": Malicious(proof)}, tmp_path / "base" / "pytorch_model.bin")
     with pytest.raises(
-        ModelError, match=r"base: refused: its pickled weights ask for more than tensors\. None of its code was run"
+        ModelError, match=r"base: refused: its pickled weights contain more than tensors\. None of their code was run"
     ):
         load_base(ModelConfig(name=str(tmp_path / "base"), precision="fp32"), TASK)
 
@@ -112,7 +112,7 @@ def test_code_in_a_checkpoint_is_not_run(proof: Path, tmp_path: Path) -> None:
     (checkpoint / MANIFEST_FILE).write_text(json.dumps(listed | {"optimizer.pt": sha256(checkpoint / "optimizer.pt")}))
     # The manifest was forged to fit.
     shutil.rmtree(checkpoint.with_name("checkpoint-4"))
-    with pytest.raises(ConfigError, match=r"checkpoint-2: refused: .*none of its code was run"):
+    with pytest.raises(ConfigError, match=r"checkpoint-2: refused: .*None of its code was run"):
         train(small_config(tmp_path, max_steps=4), resume=str(checkpoint), rows=rows)
 
 
@@ -160,7 +160,7 @@ def test_the_name_of_a_split_is_no_path(split: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["..", "../x", "a.b", ""])
 def test_an_adapter_name_with_dots_is_refused(name: str) -> None:
-    with pytest.raises(AdapterError, match="cannot name an adapter"):
+    with pytest.raises(AdapterError, match=r"adapter name .*: expected a word without dots"):
         inject(small_model("roberta", 2), load_config("rule_sentiment.yaml").lora, name)
 
 

@@ -69,7 +69,7 @@ def test_one_empty_text_among_others_is_refused(classifier: Path) -> None:
 def test_an_option_that_has_one_value_is_refused_twice(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(words)
-    assert "expected it once" in capsys.readouterr().err
+    assert "give it once" in capsys.readouterr().err
 
 
 def test_an_option_may_be_given_again_in_the_next_command(classifier: Path) -> None:

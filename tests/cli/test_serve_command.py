@@ -122,7 +122,7 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.full
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the process of the models in /proc")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the model process in /proc")
 def test_neither_process_outlives_the_other(folders: dict[str, Path]) -> None:
     with serving("--adapter", f"a={folders['a']}", "--precision", "fp32") as (process, address, _):
         (models,) = children(process.pid)
@@ -133,7 +133,7 @@ def test_neither_process_outlives_the_other(folders: dict[str, Path]) -> None:
         assert httpx.get(f"{address}/readyz").status_code == 200
         os.kill(children(process.pid)[0], signal.SIGKILL)
         assert process.wait(LIMIT) == 2
-        wait_until(lambda: "the process of the models has ended (signal 9)" in "".join(lines))
+        wait_until(lambda: "the model process has ended (signal 9)" in "".join(lines))
 
 
 @pytest.mark.full

@@ -185,7 +185,7 @@ REFUSED: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "another column": ("a.csv", "texd\na\n", ("no column 'text' (did you mean 'texd'?)",)),
     "a repeated column": ("a.csv", "text,text\na,b\n", ("the header names 'text' more than once",)),
     "a row that is too deep": ("a.jsonl", '{"text": ' + "[" * 200 + "]" * 200 + "}\n", ("line 1", "levels of nesting")),
-    "a repeated key": ("a.jsonl", '{"text": "a", "text": "b"}\n', ("line 1", "'text' is there more than once")),
+    "a repeated key": ("a.jsonl", '{"text": "a", "text": "b"}\n', ("line 1", "'text' appears more than once")),
     "an unquoted comma": ("a.csv", "text,label,\ngood, very good,pos\n", ("line 2", "3 fields", "expected 2")),
     "an open quote": ("a.csv", 'text,label\na,pos\n"b,pos\nc,pos\n', ("line 3", "unexpected end")),
     "an empty line of one column": ("a.csv", "text\na\n\nb\n", ("line 3: empty",)),

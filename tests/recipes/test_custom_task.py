@@ -65,7 +65,7 @@ def test_a_copied_adapter_keeps_its_config(
     assert answers[0]["predictions"] == answers[1]["predictions"]
     (copy / "config.yaml").unlink()
     assert main(["--adapter", str(copy), "--text", "A fine film."], verb="predict") == 2
-    assert "was trained for 'reviews', which is no task of lora_hf" in capsys.readouterr().err
+    assert "was trained for 'reviews', which is not a built-in task" in capsys.readouterr().err
 
 
 def test_merged_and_combined_adapters_know_the_task(

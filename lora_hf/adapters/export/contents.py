@@ -126,7 +126,7 @@ class Contents:
 
     def _next_step(self, dropped: Sequence[str]) -> str:
         if any(name in _UNMERGEABLE for name in dropped):
-            return "They cannot be merged either: serve the adapter beside its base, with lora-hf serve or PEFT"
+            return "They cannot be merged either: serve the adapter unmerged, with lora-hf serve or PEFT"
         return "to=merged writes a plain model that holds everything"
 
 
@@ -144,11 +144,11 @@ def read_contents(folder: str | Path, model: str | None = None) -> Contents:
     file = read_adapter(fetch_adapter(folder))
     base = model or base_of(file.config, file.metadata)
     if not base:
-        raise AdapterError(f"{file.folder}: does not name its base; give it with model=NAME_OR_FOLDER")
+        raise AdapterError(f"{file.folder}: does not name its base; set model=NAME_OR_FOLDER")
     run = run_config(file.folder)
     if run is not None and run.model.init == "random":
         raise AdapterError(
-            f"{file.folder}: its base has random weights drawn from a seed, which no other program can draw; "
+            f"{file.folder}: its base has random weights, generated from a seed, which other programs do not have; "
             "to=merged writes them"
         )
     init, holds_init = base_dependent_init(file)

@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description = f"{words[0].upper()}{words[1:]}. Finished runs are kept and not run again."
         parser = families.add_parser(family, help=words, description=description)
         add = parser.add_argument
-        add("--model", metavar="NAME", help="base model; default: that of the configs or recipes")
+        add("--model", metavar="NAME", help="base model; default: the one in the configs or recipes")
         add_data_dir(parser, "the configs")
         add("--tasks", default=tasks, metavar="TASK,...", help=f"default: {tasks}")
-        add("--seeds", default="0", metavar="N,...", help="seeds for every task; TASK:seeds=0,1 sets those of one task")
+        add("--seeds", default="0", metavar="N,...", help="seeds for every task; TASK:seeds=0,1 overrides one task")
         add(
             "--config",
             action="append",

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from lora_hf.data.tasks.chat import ChatTask
     from lora_hf.inference.generate import Generator
 
-HELP = "talk to a model that was trained on chats"
+HELP = "chat with a model that was trained on conversations"
 COMMANDS = "/reset starts a new conversation, /exit ends"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter(parser)
-    parser.add_argument("--system", metavar="TEXT", help="a system turn that begins each conversation")
+    parser.add_argument("--system", metavar="TEXT", help="system message of each conversation")
     add_decoding(parser)
     add_json(parser)
 
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
     saved = find_saved_model(options.adapter, options.revision, options.model)
     if not isinstance(saved.task, ChatTask):
         raise ConfigError(
-            f"{options.adapter} was trained for {saved.task.name}, which is no chat; use {saved.task.verb} instead"
+            f"{options.adapter} was trained for {saved.task.name}, not for chat; use {saved.task.verb} instead"
         )
     decoding = decoding_of(options, saved.generate)
     if decoding.num_beams > 1:
@@ -82,7 +82,7 @@ def _explained_interruptions() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        print(f"{error}; or start anew with /reset", file=sys.stderr)
+        print(f"{error}; or start a new conversation with /reset", file=sys.stderr)
     except KeyboardInterrupt:
         print()
 

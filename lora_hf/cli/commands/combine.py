@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter", required=True, action="append", metavar="DIR=WEIGHT", help="such as outputs/a/adapter=0.7; repeat")
     add_model(parser)
     add("--method", default="linear", choices=["linear", "svd", "ties", "dare"], help="default: linear, the exact sum")
-    add("--rank", type=int, metavar="R", help="rank of the new adapter; default: the largest given")
+    add("--rank", type=int, metavar="R", help="rank of the new adapter; default: the largest of the inputs")
     add("--density", type=float, metavar="D", help="share of entries that ties and dare keep")
     add("--seed", type=int, default=0, metavar="N", help="random seed of dare")
     add("--output", required=True, type=Path, metavar="DIR", help="adapter folder to write")

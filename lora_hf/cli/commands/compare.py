@@ -17,10 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a folder of run folders")
     add("--output", required=True, type=Path, metavar="DIR", help="folder for the report")
-    add("--quality", type=float, metavar="Q", help="score to time; default: one that every run reaches")
-    add("--price-per-hour", type=float, metavar="P", help="of the machine; adds the cost of training")
-    add("--currency", metavar="NAME", help="of the price, such as EUR")
-    add("--data-dir", metavar="DIR", help="folder with the rows' texts; default: that of the runs")
+    add("--quality", type=float, metavar="Q", help="compare the time to this score; default: one that all runs reach")
+    add("--price-per-hour", type=float, metavar="P", help="price of the machine; adds the cost of training")
+    add("--currency", metavar="NAME", help="currency of the price, such as EUR")
+    add("--data-dir", metavar="DIR", help="folder with the texts of the rows; default: the one in the runs")
     add_json(parser)
 
 

@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--model",
         metavar="NAME_OR_FOLDER",
-        help="the base model; with --to it defaults to the one that the adapter names",
+        help="the base model; default with --to: as recorded in the adapter",
     )
-    add("--task", metavar="NAME", help="the task it was trained for, which eval, predict and generate need to know")
+    add("--task", metavar="NAME", help="the task of the adapter; eval, predict and generate need it")
     add(
         "--lora-alpha", type=float, metavar="A", help="with --from: alpha of the layers, which the file does not record"
     )

@@ -30,11 +30,11 @@ HELP = "score a trained run on a split of its task"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter(parser)
-    parser.add_argument("--split", help="default: every evaluation split of the task")
+    parser.add_argument("--split", help="split to score; default: every evaluation split of the task")
     add_data_dir(parser, "the run")
     parser.add_argument("--without-adapter", action="store_true", help="score the bare base instead (generation only)")
     parser.add_argument(
-        "--plots", type=Path, metavar="DIR", help="draw the confusion matrix and the reliability of a classifier there"
+        "--plots", type=Path, metavar="DIR", help="folder for plots of a classifier: confusion matrix and reliability"
     )
     add_precision(parser)
     add_exact(parser)
@@ -82,7 +82,7 @@ def _data_dir(options: argparse.Namespace, saved: SavedModel) -> str | None:
     folder = saved.data_dir
     if options.data_dir is not None or folder is None or Path(folder).expanduser().is_dir():
         return options.data_dir or folder
-    print(f"task.data_dir={folder} of the run is no folder here; --data-dir names another one", file=sys.stderr)
+    print(f"task.data_dir={folder} of the run does not exist here; --data-dir names another", file=sys.stderr)
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -37,19 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_decoding(parser)
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write one text per line, and a .jsonl with scores beside it"
+        "--output", type=Path, metavar="FILE", help="file for one text per line; a .jsonl next to it has the scores"
     )
     parser.add_argument(
-        "--precision", choices=["auto", "fp32", "bf16", "fp16"], help="of the base; default: that of the run"
+        "--precision", choices=["auto", "fp32", "bf16", "fp16"], help="precision of the base; default: as in the run"
     )
     add_exact(parser)
-    parser.add_argument("--merge", action="store_true", help="merge the adapter into the base first")
+    parser.add_argument("--merge", action="store_true", help="merge the adapter into the base: faster, more memory")
     add_json(parser)
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
+    docs = {field.name: field.metadata["doc"] for field in fields(GenerateConfig)}
     for name, kind in DECODING.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="default: that of the run's config")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{docs[name]}; default: as in the run")
 
 
 def decoding_of(options: argparse.Namespace, default: GenerateConfig) -> GenerateConfig:
@@ -86,4 +87,4 @@ def run(options: argparse.Namespace) -> None:
     joined = sum("\n" in text.text for text in texts)
     if joined and (options.output is not None or (len(texts) > 1 and not options.json)):
         source = "--json prints" if options.output is None else f"{options.output.with_suffix('.jsonl')} has"
-        print(f"{joined} texts of several lines are written on one; {source} them as generated", file=sys.stderr)
+        print(f"{joined} multi-line texts are joined into one line each; {source} them as generated", file=sys.stderr)

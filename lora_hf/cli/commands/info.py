@@ -19,7 +19,7 @@ from lora_hf.core.errors import how_to_install
 from lora_hf.core.provenance import cpuinfo, git_state, machine, version, versions
 from lora_hf.lora.architectures import ARCHITECTURES
 
-HELP = "show versions, hardware and missing packages, or the modules of a model that targets name"
+HELP = "show versions, hardware and missing packages, or which modules of a model LoRA targets select"
 DISTRIBUTION = "lora-hf"
 DEVELOPER_EXTRAS = ("dev", "docs", "test")  # no user misses these
 PEERS = ("loralib", "peft")
@@ -32,7 +32,7 @@ PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", metavar="NAME", help="show which modules of this base the targets name; loads no weights")
+    add("--model", metavar="NAME", help="show which modules of this base the targets select; loads no weights")
     add("--targets", default="all", metavar="TARGET,...", help="with --model: lora.targets; default: all")
     add("--r", type=int, default=8, metavar="N", help="with --model: the rank; default: 8")
     add_json(parser)

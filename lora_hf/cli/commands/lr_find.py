@@ -16,10 +16,10 @@ HELP = "find the learning rate of a config in a few minutes"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="a YAML file, or a recipe's name in configs/")
-    add("--rates", metavar="RATE,...", help="default: eight from 5e-5 to 1e-2")
-    add("--steps", type=int, metavar="N", help="of a rate that is not stopped early; default: 200")
+    add("--rates", metavar="RATE,...", help="learning rates to try; default: eight from 5e-5 to 1e-2")
+    add("--steps", type=int, metavar="N", help="training steps of a rate that is not stopped early; default: 200")
     add("--pruner", choices=["halving", "none"], default="halving", help="none: train every rate to the end")
-    add("--study", metavar="NAME", help="default: the config's name and -lr; an existing study is continued")
+    add("--study", metavar="NAME", help="name of the study; default: CONFIG-lr; an existing study is continued")
     add("--output", metavar="DIR", help="parent of the study's folder; default: outputs")
     add_json(parser)
     add("overrides", nargs="*", metavar="key=value", help="such as lora.r=16 train.batch_size=8")

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter", required=True, type=Path, metavar="DIR", help="outputs/<run>/adapter")
     add_model(parser)
     add("--output", required=True, type=Path, metavar="DIR", help="model folder to write")
-    add("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the saved weights")
+    add("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="dtype of the weights; default: fp32")
     add("--overwrite", action="store_true", help="replace the output of an earlier merge")
     add_json(parser)
 

@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         action="append",
         metavar="[NAME=]DIR",
-        help="outputs/<run>/adapter, or USER/NAME on the hub; repeat with names to answer a file whose rows name their "
-        "adapter in the column 'adapter'",
+        help="outputs/<run>/adapter, or USER/NAME on the hub; repeat with names for a file whose column 'adapter' "
+        "names the adapter of each row",
     )
     add_revision(parser)
     add_model(parser)
@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="write the rows there instead of standard output, with all columns of --input, the label and a column for "
-        "the probability of each class: .csv, .tsv, .jsonl, .json or .parquet",
+        help="file for the rows instead of standard output: all columns of --input, the label and the probability of "
+        "each class, as .csv, .tsv, .jsonl, .json or .parquet",
     )
     add_precision(parser)
     add_json(parser)
@@ -113,7 +113,7 @@ def _predict_one(options: argparse.Namespace, adapters: dict[str, str]) -> list[
 
     saved = find_saved_model(adapter, options.revision, options.model)
     if saved.task.verb != "predict":
-        raise ConfigError(f"{adapter} was trained for {saved.task.name}, which generates texts; use generate instead")
+        raise ConfigError(f"{adapter} was trained for {saved.task.name}, which generates text; use generate instead")
     columns = saved.task.text_columns
     if options.input is not None:
         rows = saved.task.read_inputs(options.input)
@@ -130,7 +130,7 @@ def _predict_mixed(options: argparse.Namespace, adapters: dict[str, str]) -> lis
     from lora_hf.data.readers import read_texts_of_adapters
 
     if options.input is None:
-        raise ConfigError("--text works with one adapter; for several give an --input file whose rows name theirs")
+        raise ConfigError("--text works with one adapter; for several, pass an --input file whose rows name theirs")
     saved = {name: find_saved_model(adapter, options.revision, options.model) for name, adapter in adapters.items()}
     for name, each in saved.items():
         if each.task.model_kind != "sequence-classification":

@@ -6,11 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
-HELP = "print the JSON schema of a config, by which editors complete and check YAML"
+HELP = "print the JSON schema of configs, with which editors complete and check YAML"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write it there instead of standard output")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file for the schema; default: standard output")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, metavar="NAME", help="e2e_nlg, dart, web_nlg or rouge_bleu")
     parser.add_argument("--predictions", required=True, type=Path, metavar="FILE", help="a file with one text per line")
     parser.add_argument(
-        "--references", required=True, type=Path, nargs="+", metavar="FILE", help="see docs/generation_metrics.md"
+        "--references", required=True, type=Path, nargs="+", metavar="FILE", help="formats: docs/generation_metrics.md"
     )
     add_json(parser)
 

@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         action="append",
         metavar="NAME=DIR",
-        help="name for clients, and outputs/<run>/adapter or USER/NAME on the hub; repeat",
+        help="the name that clients use, and outputs/<run>/adapter or USER/NAME on the hub; repeat for more",
     )
     add_model(parser)
     add(
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16"],
-        help="of the bases; default: that of the first adapter's run; packed projections stay packed",
+        help="precision of the bases; default: as in the first adapter's run; quantized bases stay quantized",
     )
     add_exact(parser)
     add("--merge", action="store_true", help="merge an adapter into its base while it is the only one")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a further name by which clients address the server, as in their Host header; '*': any; repeat",
+        help="another host name that clients may use (their Host header); '*' allows any; repeat for more",
     )
     add("--port", type=int, default=8000, help="0 picks a free port; default: 8000")
     add(
@@ -71,12 +71,12 @@ def run(options: argparse.Namespace) -> None:
     if token is None and not _is_loopback(options.host):
         raise ConfigError(
             f"--host {options.host}: other machines could use the server without a token; give --token-file or set "
-            f"{TOKEN_VARIABLE} to a word that is hard to guess, or leave --host out"
+            f"{TOKEN_VARIABLE} to a secret that is hard to guess, or leave out --host"
         )
     if token is not None and len(token) < MIN_TOKEN and (options.allow_host or not _is_loopback(options.host)):
         raise ConfigError(
-            f"a token that others can try to guess: expected at least {MIN_TOKEN} characters, found {len(token)}; "
-            "'openssl rand -hex 16' makes one that is hard to guess"
+            f"the token is too short for a server that others can reach: expected at least {MIN_TOKEN} characters, "
+            f"found {len(token)}; 'openssl rand -hex 16' makes one"
         )
     check_exact(options)
     adapter_root = options.allow_loading

@@ -17,13 +17,13 @@ HELP = "search for the best hyperparameters with Optuna"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="a YAML file, or a recipe's name in configs/")
-    add("--trials", type=int, metavar="N", help="trials of the study, across all processes; default of a grid: all")
+    add("--trials", type=int, metavar="N", help="trials of the study, over all processes; default for a grid: all")
     add("--sampler", default="tpe", metavar="NAME", help="tpe (default), or grid: every combination of the values")
-    add("--storage", metavar="URL", help="a database to share: sqlite:///sweep.db, postgresql://...")
-    add("--study", metavar="NAME", help="default: the config's name; an existing study is continued")
+    add("--storage", metavar="URL", help="a database that processes share: sqlite:///sweep.db, postgresql://...")
+    add("--study", metavar="NAME", help="name of the study; default: the config's; an existing study is continued")
     add("--output", metavar="DIR", help="parent of the study's folder; default: outputs")
     add("--pruner", default="halving", metavar="NAME", help="halving (default), hyperband, median or none")
-    add("--seed", type=int, default=0, metavar="N", help="of the sampler; default: 0")
+    add("--seed", type=int, default=0, metavar="N", help="random seed of the sampler; default: 0")
     add_json(parser)
     add(
         "overrides",

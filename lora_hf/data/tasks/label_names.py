@@ -49,8 +49,8 @@ def _names(config: TaskConfig, path: Path, changed: int, size: int) -> tuple[str
     names = _sorted({_name(value, config, path) for value in values if value not in (None, "")})
     if len(names) > FEW_CLASSES and 2 * len(names) > len(values):
         raise DataError(
-            f"{path}: column {config.label_column!r} has {len(names)} different values in {len(values)} rows, which "
-            "are hardly classes; expected another task.label_column or task.kind, or the classes in task.label_names"
+            f"{path}: column {config.label_column!r} has {len(names)} different values in {len(values)} rows, too "
+            "many for classes; set another task.label_column or task.kind, or list the classes in task.label_names"
         )
     _log.info("task.label_names, from the rows of %s: %s", path, ", ".join(names))
     return names

@@ -162,7 +162,7 @@ def check_multi_label(config: TaskConfig) -> list[str]:
     problems, columns, names = [], config.label_columns, config.label_names or ()
     if columns is not None:
         if config.label_column != LABEL_COLUMN or config.label_separator is not None:
-            problems.append("task.label_columns: excludes task.label_column and task.label_separator; leave them out")
+            problems.append("task.label_columns: replaces task.label_column and task.label_separator; leave them out")
         if len(set(columns)) < len(columns) or set(columns) & set(config.text_columns or ()):
             problems.append(
                 "task.label_columns: expected different columns, none of them in task.text_columns, found "

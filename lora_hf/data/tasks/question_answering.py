@@ -77,7 +77,7 @@ class QuestionAnswering(Task):
         if without and self.null_score_threshold is None and not split.startswith("test"):
             raise DataError(
                 f"{origin}: {len(without)} of {len(rows)} questions have no answer, the first is row {without[0]} "
-                "(counting from 0); set task.null_score_threshold: 0.0 to learn this, or leave these rows out"
+                "(counting from 0); set task.null_score_threshold: 0.0 to train on them, or leave these rows out"
             )
 
     def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -44,8 +44,8 @@ def task_of(config: TaskConfig) -> Task:
         )
         if config != general:
             raise ConfigError(
-                "task.text_columns, label_column, label_names, metric and what follows them describe a custom "
-                f"task; also set task.kind ({', '.join(KINDS)}), or leave them out"
+                "task.text_columns, label_column, label_names, metric and the like describe a custom task; also set "
+                f"task.kind ({', '.join(KINDS)}), or leave them out"
             )
         task = get_task(config.name)
         if config.train_rows is None:

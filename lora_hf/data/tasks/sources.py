@@ -60,7 +60,7 @@ class NoSource:
     """For a task of which no rows are known."""
 
     def read(self, split: str, data_dir: str | None) -> tuple[Dataset, str]:
-        raise DataError(f"no rows are known for {split!r}: this adapter records no task")
+        raise DataError(f"cannot load the split {split!r}: this adapter records no task, so its data are unknown")
 
 
 def find_data_folder(data_dir: str | None, how_to_set_up: str) -> tuple[Path | None, str]:

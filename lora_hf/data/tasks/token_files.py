@@ -140,8 +140,8 @@ def _from_spans(
         yield words, [tag_ids[tag] for tag in tags]
     if inexact:
         _log.warning(
-            "%s: %d spans do not begin and end where words do, as tags are of whole words; the first is in row %d "
-            "(counting from 0): %s",
+            "%s: tags cover whole words, but %d spans begin or end inside a word; the first is in row %d (counting "
+            "from 0): %s",
             path, len(inexact), *inexact[0],
         )  # fmt: skip
 

@@ -195,7 +195,7 @@ class TokenClassification(Task):
         problems = [f"the model predicts {min(found)!r} for every word"] if len(found) == 1 else []
         lost = sum(int(np.isnan(output.logits).any(axis=1).sum()) for output in outputs)
         if lost:
-            problems.append(f"the tokenizer has no token for {lost} words; they have no tag of the model's")
+            problems.append(f"the tokenizer has no token for {lost} words, so the model predicts no tag for them")
         return problems
 
 

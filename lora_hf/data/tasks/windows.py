@@ -18,8 +18,8 @@ def check_offsets(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
     """Raises a ModelError for a tokenizer that cannot say where in a text its tokens are."""
     if not tokenizer.is_fast:
         raise ModelError(
-            f"{task}: the tokenizer {tokenizer.name_or_path!r} is one in Python, which does not say where its tokens "
-            "are in the text; expected a model with a tokenizer.json"
+            f"{task}: the tokenizer {tokenizer.name_or_path!r} is a slow one, which does not say where in the text "
+            "its tokens are; choose a model with a fast tokenizer (tokenizer.json)"
         )
 
 

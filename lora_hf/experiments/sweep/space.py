@@ -291,7 +291,7 @@ def _parse_part(key: str, text: str) -> Range | Choice | Multiple | None:
     try:
         values = [_parse_value(piece) for piece in texts]
     except ValueError:
-        raise ConfigError("a choice is not valid YAML; separate choices that contain commas by |") from None
+        raise ConfigError("a choice is not valid YAML; separate choices that contain commas with |") from None
     if any(value in values[:index] for index, value in enumerate(values)):
         raise ConfigError("a choice is given twice")
     return Choice(key, tuple(texts))

@@ -248,7 +248,9 @@ def _run_one(settings: SweepSettings, study: optuna.Study, rows: Mapping[str, Da
     except (UpdateFinishedTrialError, ValueError, AssertionError):  # which one depends on where Optuna notices
         if not given_up:
             raise
-        logger.warning("a trial of this process had no heartbeat for %d s, so another process gave it up", GRACE)
+        logger.warning(
+            "a trial of this process had no heartbeat for %d s, so another process marked it as interrupted", GRACE
+        )
     trials.free_memory()
 
 

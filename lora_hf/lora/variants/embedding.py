@@ -57,8 +57,8 @@ def warn_if_tied(model: PreTrainedModel, paths: Iterable[str]) -> None:
     for path in paths:
         if shared is not None and getattr(model.get_submodule(path), "weight", None) is shared:
             logger.warning(
-                "%s: the input embeddings and the output head share its weight. The adapter changes it in this place "
-                "alone, and so cannot be merged",
+                "%s: the input embeddings and the output head share its weight. The adapter changes one of the two, so "
+                "it cannot be merged",
                 path,
             )
 

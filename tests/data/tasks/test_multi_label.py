@@ -97,7 +97,7 @@ def test_wrong_rows(tmp_path: Path, values: list[Any], change: dict[str, Any], e
 
 
 INCOMPLETE: dict[str, tuple[dict[str, Any], str]] = {
-    "columns and a column": ({"label_columns": NAMES, "label_column": "tags"}, "excludes task.label_column"),
+    "columns and a column": ({"label_columns": NAMES, "label_column": "tags"}, "replaces task.label_column"),
     "a column twice": ({"label_columns": ("a", "a", "b")}, "expected different columns"),
     "a column without a name": ({"label_columns": ("a", "b")}, "expected a name for each of the 2"),
     "an empty separator": ({"label_separator": ""}, "task.label_separator: expected a character"),

@@ -140,7 +140,7 @@ def test_all_problems_are_in_one_message() -> None:
         (["lora.r=8"], "nothing to sweep: give at least one key=low..high or key=a,b, such as lora.r=4..64:log2"),
         (["lora.r=4..many"], "lora.r: expected a whole number >= 1, found '4..many'"),
         (["lora.targets=[q,v]|q|[q, v]"], "lora.targets=[q,v]|q|[q, v]: a choice is given twice"),
-        (["lora.targets=[q|v]"], "a choice is not valid YAML; separate choices that contain commas by |"),
+        (["lora.targets=[q|v]"], "a choice is not valid YAML; separate choices that contain commas with |"),
         (["lora.bias=none,all", "lora.r=2*lora.bias"], "lora.r=2*lora.bias: expected numbers in lora.bias"),
         (["lora.r.x=1..2"], "'lora.r.x': r is 16 and has no keys"),
         (["train.method=lora,full", "model.quantised=int8"], "leave model.quantised out, or set train.method=lora"),

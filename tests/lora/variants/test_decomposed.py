@@ -113,6 +113,6 @@ def test_a_file_of_another_variant_does_not_go_into_an_adapter(tmp_path: Path) -
 
 def test_dora_with_a_start_is_refused_and_the_model_left_alone() -> None:
     model = small_model("roberta")
-    with pytest.raises(ConfigError, match=r"lora.use_dora: not together with lora.init_lora_weights=pissa"):
+    with pytest.raises(ConfigError, match=r"lora.use_dora and lora.init_lora_weights=pissa exclude each other"):
         inject(model, LoraConfig(use_dora=True, init_lora_weights="pissa"))
     assert not lora_layers(model)
