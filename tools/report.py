@@ -19,6 +19,7 @@ from lora_hf.core.records import RunRecord, ScoreRecord, SweepRecord, describe_r
 from lora_hf.experiments.suite import tables as suite_tables
 from tools.tables import export as export_tables
 from tools.tables import models as model_tables
+from tools.tables import regret as regret_tables
 from tools.tables import robustness as robustness_tables
 from tools.tables import serving as serving_tables
 from tools.tables import speed as speed_tables
@@ -213,6 +214,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "lr-find": lr_find,
     "serving": serving_tables.serving,
     "restarts": serving_tables.restarts,
+    "regret-batches": regret_tables.by_batch_size,
+    "regret-ranks": regret_tables.by_rank,
+    "regret-rates": regret_tables.rate_ratios,
+    "found-rates": regret_tables.found_rates,
     "streamed-texts": serving_tables.streamed_texts,
     "text-forms": serving_tables.text_forms,
     "quantised": speed_tables.quantised,

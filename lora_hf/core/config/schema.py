@@ -176,7 +176,7 @@ class LoraConfig(Section):
     lora_alpha: float = setting(8, "the adapter is scaled by lora_alpha / r", above=0)
     lora_dropout: float = setting(0.0, "dropout of the adapter's input", low=0, high=0.99)
     targets: tuple[str, ...] = setting(
-        ("q", "v"), "adapted modules: roles, presets, paths, or PEFT's target_modules", check=_target_problem
+        ("all",), "adapted modules: roles, presets, paths, or PEFT's target_modules", check=_target_problem
     )
     layers: tuple[int, ...] | None = setting(None, "numbers of the adapted layers, -1 is the last; by default all")
     modules_to_save: tuple[str, ...] = setting((), "modules trained whole besides the head: paths or ends of paths")
@@ -262,10 +262,10 @@ class GenerateConfig(Section):
     no_repeat_ngram_size: int = setting(0, "no n-gram of this size occurs twice; 0 turns it off", low=0)
     max_new_tokens: int = setting(64, "longest text, in tokens", low=1)
     do_sample: bool = setting(False, "draw tokens instead of taking the likeliest")
-    temperature: float = setting(1.0, "of sampling", above=0)
+    temperature: float = setting(1.0, "sampling temperature", above=0)
     top_p: float = setting(1.0, "sample from the likeliest tokens with this total probability", above=0, high=1)
     top_k: int = setting(0, "sample from this many likeliest tokens; 0 is all", low=0)
-    seed: int = setting(0, "of sampling", low=0, high=2**32 - 1)
+    seed: int = setting(0, "random seed of sampling", low=0, high=2**32 - 1)
     batch_size: int = setting(16, "prompts per batch", low=1)
     from_base: tuple[str, ...] | None = setting(
         None, "seq2seq: settings that are those of the base's generation_config; by default the ones not given"

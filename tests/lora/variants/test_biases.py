@@ -18,9 +18,11 @@ from tests.tolerances import FILE_ROUNDTRIP, MERGE_FP32
 
 BIASES = ["lora_only", "all"]
 
+QV = ("q", "v")
+
 
 def trained(bias: str, kind: str = "roberta", num_labels: int | None = 3, **lora: object) -> nn.Module:
-    model = inject(small_model(kind, num_labels), LoraConfig(**{"r": 2, "bias": bias, **lora}))
+    model = inject(small_model(kind, num_labels), LoraConfig(**{"r": 2, "targets": QV, "bias": bias, **lora}))
     torch.manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -33,7 +35,7 @@ def trained(bias: str, kind: str = "roberta", num_labels: int | None = 3, **lora
 def test_it_starts_as_the_base_and_trains_fp32_masters(bias: str, dtype: torch.dtype) -> None:
     plain = small_model("roberta").to(dtype) if bias == "lora_only" else small_model("roberta", 3).to(dtype)
     logits, before = plain(token_ids()).logits, fingerprint(plain)
-    model = inject(plain, LoraConfig(bias=bias))
+    model = inject(plain, LoraConfig(targets=QV, bias=bias))
     assert torch.allclose(model(token_ids()).logits.float(), logits.float(), atol=0 if dtype == torch.float32 else 1e-2)
     assert fingerprint(model) == before
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "adapters" in name}
@@ -53,7 +55,7 @@ def test_switching_merging_and_ejecting_give_the_base_back_bit_for_bit(bias: str
     adapted = model(token_ids()).logits
     assert not torch.allclose(adapted, logits, atol=1e-3)
     assert torch.equal(set_adapter(model, None)(token_ids()).logits, logits)
-    inject(model, LoraConfig(r=2), name="other")
+    inject(model, LoraConfig(r=2, targets=QV), name="other")
     assert torch.equal(set_adapter(model, "default")(token_ids()).logits, adapted)
     assert torch.allclose(merge(model)(token_ids()).logits, adapted, atol=MERGE_FP32)
     assert fingerprint(model) == mark, "merged, the base is still known"
@@ -78,12 +80,12 @@ def test_a_file_brings_them_back_and_a_missing_one_is_an_error(bias: str, tmp_pa
     logits = model(token_ids()).logits
     save_adapter(model, tmp_path)
     loaded = load_adapter(small_model("roberta", 3), tmp_path)
-    fresh = inject(small_model("roberta", 3), LoraConfig(r=2, bias=bias))
+    fresh = inject(small_model("roberta", 3), LoraConfig(r=2, targets=QV, bias=bias))
     restore_adapter(fresh, tmp_path)
     for other in (loaded, fresh):
         assert torch.allclose(other(token_ids()).logits, logits, atol=FILE_ROUNDTRIP, rtol=0)
     with pytest.raises(AdapterError, match=r"extra: .*query.base_layer.bias"):
-        restore_adapter(inject(small_model("roberta", 3), LoraConfig(r=2)), tmp_path)
+        restore_adapter(inject(small_model("roberta", 3), LoraConfig(r=2, targets=QV)), tmp_path)
     config = (tmp_path / CONFIG_FILE).read_text()
     (tmp_path / CONFIG_FILE).write_text(config.replace(f'"bias": "{bias}"', '"bias": "none"'))
     with pytest.raises(AdapterError, match=r"extra: .*bias"):
@@ -96,7 +98,7 @@ def test_a_file_brings_them_back_and_a_missing_one_is_an_error(bias: str, tmp_pa
 def test_two_adapters_of_all_biases_answer_each_for_itself() -> None:
     model = trained("all")
     first = model(token_ids()).logits
-    inject(model, LoraConfig(r=2, bias="all"), name="other")
+    inject(model, LoraConfig(r=2, targets=QV, bias="all"), name="other")
     second = model(token_ids()).logits
     assert not torch.allclose(first, second, atol=1e-3)
     assert torch.equal(set_adapter(model, "default")(token_ids()).logits, first)
@@ -110,4 +112,4 @@ def test_places_that_cannot_be_shared_and_biases_of_another_kind_are_refused() -
     with pytest.raises(AdapterError, match=r"key has A and B of another adapter"):
         inject(model, LoraConfig(targets=("q",), bias="all"), name="other")
     with pytest.raises(ModelError, match=r"lm_head is a RobertaLMHead.*lora.bias=lora_only"):
-        inject(small_model("roberta"), LoraConfig(bias="all"))
+        inject(small_model("roberta"), LoraConfig(targets=QV, bias="all"))
