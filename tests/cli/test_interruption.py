@@ -30,7 +30,7 @@ BEFORE_TRAINING = {
     "making the Trainer": "lora_hf.training.run:training_arguments",
 }
 AFTER_TRAINING = {
-    "computing the last logits": "lora_hf.training.trainer:RunTrainer.predict",
+    "taking the last logits": "lora_hf.training.trainer:RunTrainer.final_outputs",
     "scoring them": "lora_hf.training.run:score_outputs",
     "writing the adapter": "lora_hf.training.run:save_adapter",
     "drawing the curves": "lora_hf.training.run:draw_curves",
