@@ -145,9 +145,9 @@ PROCESSES_FP32 = 1e-5
 another order, over a few steps of SGD. Rows counted twice, or a mean over unequal numbers of rows, give a hundred times
 as much."""
 
-PEFT_LOGITS = 1e-6
+PEFT_LOGITS = 3e-6
 """Outputs of PEFT and ours with the same file, relative to the largest: the same products of 2 layers in fp32, which
-PEFT multiplies in another order."""
+PEFT multiplies, scales and adds in another order. That loses up to 1.1e-6 (Gemma 3, whose norms amplify it)."""
 
 TRL_LOSS = 1e-5
 """The mean loss of a batch of conversations against TRL's over PEFT, in five steps of a real model: the same sums in
