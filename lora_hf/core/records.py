@@ -258,7 +258,11 @@ def describe_base(record: RunRecord) -> str:
 
 
 def describe_method(record: RunRecord) -> str:
-    if record.method != "lora":
-        return "head only" if record.method == "head" else "full fine-tuning"
-    lora = record.config["lora"]
+    return method_label(record.method, record.config["lora"])
+
+
+def method_label(method: str, lora: dict[str, Any]) -> str:
+    """`train.method` in words, with rank and targets from the section `lora` of a config."""
+    if method != "lora":
+        return "head only" if method == "head" else "full fine-tuning"
     return f"LoRA r={lora['r']} on {', '.join(lora['targets'])}"

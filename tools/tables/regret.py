@@ -11,14 +11,13 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
-from lora_hf.core.formatting import table
-from lora_hf.core.records import SweepRecord, record_files
+from lora_hf.core.formatting import percent, table
+from lora_hf.core.records import SweepRecord, method_label, record_files
 from lora_hf.experiments.plots import load_pyplot, save, series_style
 from lora_hf.experiments.sweep.lr_find import format_rate
 from lora_hf.experiments.sweep.space import RANK, RATE
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-FULL = "full fine-tuning"
 STANDARD_BATCH = 32
 
 
@@ -27,11 +26,13 @@ class Curve:
     """The trials of one setting, with the learning rates as their only difference.
 
     Attributes:
+        name: the method with targets and rank.
         targets: of LoRA; none for full fine-tuning.
         rank: 0 for full fine-tuning.
         rows: that each trial reads, each once.
     """
 
+    name: str
     targets: tuple[str, ...]
     rank: int
     rows: int
@@ -48,10 +49,6 @@ class Curve:
     def best_rate(self) -> float:
         return self.best["values"][RATE]
 
-    @property
-    def name(self) -> str:
-        return _lora(self.targets, self.rank) if self.rank else FULL
-
 
 def curves(results: Path) -> list[Curve]:
     """Every setting in the records of `results/regret`; trials that diverged are left out."""
@@ -65,7 +62,8 @@ def curves(results: Path) -> list[Curve]:
         for rank in sorted({0 if full else trial["values"].get(RANK, lora["r"]) for trial in complete}):
             own = [trial for trial in complete if full or trial["values"].get(RANK, lora["r"]) == rank]
             own.sort(key=lambda trial: trial["values"][RATE])
-            found.append(Curve(targets, rank, train["max_steps"] * batch_size, batch_size, tuple(own), file.name))
+            name, rows = method_label(train["method"], lora | {"r": rank}), train["max_steps"] * batch_size
+            found.append(Curve(name, targets, rank, rows, batch_size, tuple(own), file.name))
     return found
 
 
@@ -119,13 +117,12 @@ def found_rates(results: Path) -> str:
     for file in record_files(results / "minilm"):
         record = SweepRecord.load(file)
         train, lora = record.config["train"], record.config["lora"]
-        method = {"full": FULL, "head": "head alone"}.get(train["method"])
         seconds = sum(trial["cpu_seconds"] for trial in record.trials)
         rows.append(
             [
-                f"[{method or _lora(lora['targets'], lora['r'])}](results/minilm/{file.name})",
+                f"[{method_label(train['method'], lora)}](results/minilm/{file.name})",
                 format_rate(record.best["values"][RATE]),
-                f"{100 * record.best['score']:.1f}",
+                percent(record.best["score"]),
                 f"{sum(trial['steps'] for trial in record.trials):,}",
                 f"{seconds / 60:.1f}",
             ]
@@ -138,13 +135,9 @@ def _cells(curve: Curve) -> list[str]:
     best = curve.best
     return [
         f"[{best['loss']:.3f}](results/regret/{curve.file})",
-        f"{100 * best['score']:.1f}",
+        percent(best["score"]),
         format_rate(curve.best_rate),
     ]
-
-
-def _lora(targets: Sequence[str], rank: int) -> str:
-    return f"LoRA r={rank} on {', '.join(targets)}"
 
 
 def draw(results: Path) -> list[Path]:
@@ -163,7 +156,7 @@ def _draw_rates(standard: Sequence[Curve], folder: Path) -> Path:
         for index, curve in enumerate(sorted(shown, key=lambda curve: curve.rank)):
             points = [(trial["values"][RATE], trial["loss"]) for trial in curve.trials]
             style = series_style(index) | ({} if curve.rank else {"color": "black", "linestyle": "--"})
-            axes.plot(*zip(*points, strict=True), **style, label=f"r={curve.rank}" if curve.rank else FULL)
+            axes.plot(*zip(*points, strict=True), **style, label=f"r={curve.rank}" if curve.rank else curve.name)
         axes.set(xscale="log", xlabel="learning rate", title=f"{', '.join(kind)}, {most:,} rows")
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("validation loss")
@@ -183,7 +176,7 @@ def _draw_ranks(standard: Sequence[Curve], folder: Path) -> Path:
             axes.plot(*zip(*points, strict=True), **series_style(index), label=", ".join(kind))
         for curve in shown:
             if not curve.rank:
-                axes.axhline(curve.best["loss"], color="black", linestyle="--", label=FULL)
+                axes.axhline(curve.best["loss"], color="black", linestyle="--", label=curve.name)
         axes.set_xscale("log", base=2)
         axes.set(xlabel="rank", title=f"{size:,} rows")
         axes.xaxis.set_major_formatter("{x:g}")
