@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import replace
@@ -130,7 +131,10 @@ class Engine:
             if worker is None:
                 if not new_base:
                     raise AdapterError(f"{adapter}: its base {saved.model.name} is not served here")
-                worker = self._load_base(saved)
+                # OpenMP gives every thread that runs large operators a team of its own, until that thread ends. With more
+                # threads than cores no team spins between two operators any more, and each step takes twice as long.
+                with ThreadPoolExecutor(1, "lora_hf base") as thread:
+                    worker = thread.submit(self._load_base, saved).result()
             generates = isinstance(worker, GenerateWorker)
             version.chat = generates and has_template(version, worker)
             version.embeds = not generates and can_embed(worker.model)
