@@ -87,17 +87,20 @@ class ClassifyWorker(Worker):
     def _run_batch(self, batch: Batch, embeds: bool) -> None:
         # With the rows of one adapter side by side, in the order of the mixture, no projection has to reorder them.
         batch = sorted(batch, key=lambda row: (row[0].slot is None, row[0].slot or ""))
-        inputs = pad_rows([request.inputs[index] for request, index in batch], self.tokenizer, self.model)
-        with torch.inference_mode(), self._adapters_of_rows([request.slot for request, _ in batch]):
-            if embeds:
-                hidden: Any = self.model.base_model(**inputs)[0].float()
-                outputs = _mean(hidden, inputs["attention_mask"]).cpu().numpy()
-            else:
-                outputs = output_logits(self.model(**inputs)).float().cpu().numpy()
+        outputs = self.model_thread.run(self._outputs, batch, embeds)
         for (request, index), row in zip(batch, outputs, strict=True):
             request.outputs[index] = row
             if len(request.outputs) == len(request.inputs):
                 _finish(request, [request.outputs[number] for number in range(len(request.inputs))])
+
+    def _outputs(self, batch: Batch, embeds: bool) -> np.ndarray:
+        """The logits of each row, or the mean of its last hidden states."""
+        inputs = pad_rows([request.inputs[index] for request, index in batch], self.tokenizer, self.model)
+        with torch.inference_mode(), self._adapters_of_rows([request.slot for request, _ in batch]):
+            if not embeds:
+                return output_logits(self.model(**inputs)).float().cpu().numpy()
+            hidden: Any = self.model.base_model(**inputs)[0].float()
+            return _mean(hidden, inputs["attention_mask"]).cpu().numpy()
 
 
 def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

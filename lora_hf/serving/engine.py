@@ -7,7 +7,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,6 +42,7 @@ from lora_hf.serving.limits import (
     UnknownAdapterError,
     WrongKindError,
 )
+from lora_hf.serving.model_thread import ModelThread, run_apart
 from lora_hf.serving.requests import (
     AdapterVersion,
     ClassifyRequest,
@@ -86,6 +86,7 @@ class Engine:
         self.limits, self._model = limits or Limits(), model
         self.precision, self.exact, self.merge = "fp32" if exact else precision, exact, merge
         self._observer = observer or Observer()
+        self._model_thread = ModelThread()
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._workers: dict[Any, Worker] = {}
@@ -131,10 +132,7 @@ class Engine:
             if worker is None:
                 if not new_base:
                     raise AdapterError(f"{adapter}: its base {saved.model.name} is not served here")
-                # OpenMP gives every thread that runs large operators a team of its own, until that thread ends. With more
-                # threads than cores no team spins between two operators any more, and each step takes twice as long.
-                with ThreadPoolExecutor(1, "lora_hf base") as thread:
-                    worker = thread.submit(self._load_base, saved).result()
+                worker = run_apart(self._load_base, saved)
             generates = isinstance(worker, GenerateWorker)
             version.chat = generates and has_template(version, worker)
             version.embeds = not generates and can_embed(worker.model)
@@ -361,7 +359,7 @@ class Engine:
         if not generates:
             enable_unpadding(model)
         worker = GenerateWorker if generates else ClassifyWorker
-        return worker(saved.model.name, model, tokenizer, self.limits, self._observer, self.merge)
+        return worker(self._model_thread, saved.model.name, model, tokenizer, self.limits, self._observer, self.merge)
 
     def _retire(self, version: AdapterVersion, worker: Worker) -> None:
         """Unloads a version that is not served anymore, and the base with its last adapter."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from lora_hf.core.errors import AdapterError
 from lora_hf.inference.generate import Generator, end_tokens
 from lora_hf.inference.running_batch import Row, RunningBatch
+from lora_hf.serving.model_thread import run_apart
 from lora_hf.serving.requests import GenerateRequest, GenerateResult, Piece, Token
 from lora_hf.serving.worker import RNG_LOCK, Worker
 
@@ -49,7 +50,7 @@ class GenerateWorker(Worker):
         for row in dropped:
             request = self._texts.pop(row).request
             request.expire() if error is None else request.fail(error)
-        self._batch.remove(dropped)
+        self._remove(dropped)
 
     def _step(self) -> None:
         requests: list[GenerateRequest] = []
@@ -115,10 +116,10 @@ class GenerateWorker(Worker):
             rows = list(self._batch.rows)
             tokens = len(rows)
             try:
-                self._batch.step()
+                self.model_thread.run(self._batch.step)
             except Exception as error:  # noqa: BLE001 - the thread must survive, and the clients need an answer
                 logger.warning("a step of %d rows failed; reading each of them again: %r", len(rows), error)
-                self._batch.clear()
+                self._remove(self._batch.rows)
                 rows = [row for each in rows for row in self._run_isolating_failures([each])]
         names = [self._texts[row].request.version.name for row in rows]
         ended = []
@@ -128,14 +129,18 @@ class GenerateWorker(Worker):
             if text.ended:
                 ended.append(row)
                 text.finish(row)
-        self._batch.remove(ended)
+        self._remove(ended)
         answered = [self._texts.pop(row).request.version.name for row in ended]
         self._record(names, answered, tokens, start)
+
+    def _remove(self, rows: list[Row]) -> None:
+        if rows:
+            self.model_thread.run(self._batch.remove, rows)
 
     def _run_isolating_failures(self, rows: list[Row]) -> list[Row]:
         """Lets rows join the batch; if that fails, each of them alone. Returns those that have joined."""
         try:
-            self._batch.join(rows)
+            self.model_thread.run(self._batch.join, rows)
             return rows
         except Exception as error:
             if len(rows) > 1:
@@ -149,7 +154,7 @@ class GenerateWorker(Worker):
     def _generate_whole(self, requests: Sequence[GenerateRequest]) -> None:
         start = time.perf_counter()
         try:
-            tokens = self._run_whole(requests)
+            tokens = run_apart(self._run_whole, requests)
         except Exception as error:
             if len(requests) > 1:
                 logger.warning("%d texts failed; retrying each alone: %r", len(requests), error)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import functools
 import logging
+import platform
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -22,23 +25,25 @@ from lora_hf.data.tasks.user_texts import honored_tokens
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.lora.inject import lora_layers, merge, set_adapter
 from lora_hf.lora.multi_adapter import mix_adapters, unload_adapter, use_adapter
-from lora_hf.lora.precision import flush_denormals
 from lora_hf.models.load import quantised_layers
 from lora_hf.models.tokenizer_identity import tokenizer_identity
 from lora_hf.serving.limits import ClosingError, Limits, QueueFullError
+from lora_hf.serving.model_thread import ModelThread, complete
 from lora_hf.serving.requests import AdapterVersion, Observer, digest_of
 
 logger = logging.getLogger(__name__)
 
 RNG_LOCK = threading.Lock()  # torch's global generator is shared by all threads: hold this to seed it or draw from it
+FREE_MEMORY_EVERY = 10.0  # seconds
 SHUTTING_DOWN = "the server is shutting down; retry on another one"
 
 
 class Worker(ABC):
-    """Only `thread` touches the base's model; other threads queue requests and calls for it."""
+    """Only `thread` touches the base's model, through `model_thread`; others queue requests and calls for it."""
 
     def __init__(
         self,
+        model_thread: ModelThread,
         base: str,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -46,7 +51,8 @@ class Worker(ABC):
         observer: Observer,
         merge: bool = False,
     ) -> None:
-        self.base, self.model, self.tokenizer, self.limits, self.observer = base, model, tokenizer, limits, observer
+        self.model_thread, self.base, self.model, self.tokenizer = model_thread, base, model, tokenizer
+        self.limits, self.observer = limits, observer
         self.merges = merge  # whether an adapter is merged while it is the only one
         # For all other threads, which hold the lock: `tokenizer` is for the worker's thread alone.
         self.request_tokenizer, self.tokenizer_lock = copy.deepcopy(tokenizer), threading.Lock()
@@ -67,6 +73,7 @@ class Worker(ABC):
         self._unmergeable: str | None = None
         self._stacks: dict[Any, Any] = {}
         self._all_plain = True  # whether every adapter is plain LoRA
+        self._freed_at = time.monotonic()
         self._prepare()
         self.thread = threading.Thread(target=self._run, name=f"lora_hf {base}", daemon=True)
         self.thread.start()
@@ -190,7 +197,6 @@ class Worker(ABC):
 
     # The thread.
 
-    @flush_denormals()
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -200,9 +206,10 @@ class Worker(ABC):
                 calls = list(self._calls)
                 self._calls.clear()
             for function, future in calls:
-                _complete(future, function)
+                self.model_thread.run(complete, future, function)
             self._drop_running(None)
             self._unload_retired()
+            self._free_memory()
             if self._stopping or (not self.versions and self._closed):
                 break
             if self.merges:
@@ -223,6 +230,13 @@ class Worker(ABC):
             request.fail(ending)
         for _, future in calls:
             future.set_exception(ClosingError(SHUTTING_DOWN))
+
+    def _free_memory(self) -> None:
+        """Gives back what batches of ever other sizes have left behind in pieces; it takes some 20 ms."""
+        now = time.monotonic()
+        if now - self._freed_at >= FREE_MEMORY_EVERY:
+            self._freed_at = now
+            _malloc_trim()(0)
 
     def _has_work(self) -> bool:
         ending = self._stopping or (self._closed and not self.versions)
@@ -268,7 +282,7 @@ class Worker(ABC):
             return
         set_adapter(self.model, slot)
         try:
-            merge(self.model)
+            self.model_thread.run(merge, self.model)
             self._merged = slot
         except Exception as error:  # noqa: BLE001 - the adapter works unmerged as well
             logger.info("%s is served unmerged: %s", self.versions[0].name, error)
@@ -291,8 +305,9 @@ class Worker(ABC):
         self.observer.on_batch(self.base, rows, answered, tokens, seconds)
 
 
-def _complete(future: Future, function: Callable[[], Any]) -> None:
-    try:
-        future.set_result(function())
-    except Exception as error:  # noqa: BLE001 - raised again by whoever waits for the future
-        future.set_exception(error)
+@functools.cache
+def _malloc_trim() -> Callable[[int], Any]:
+    """glibc's function that returns free memory to the system; elsewhere one that does nothing."""
+    if platform.libc_ver()[0] != "glibc":
+        return lambda kept: None
+    return ctypes.CDLL(None).malloc_trim

@@ -24,7 +24,6 @@ from lora_hf.core.errors import AdapterError, ConfigError
 from lora_hf.inference.classify import Predictor
 from lora_hf.inference.generate import Generator
 from lora_hf.lora.inject import lora_layers
-from lora_hf.serving import engine as engine_module
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.limits import (
     BadInputError,
@@ -66,25 +65,6 @@ def served(folders: dict[str, Path], *names: str, merge: bool = False, **limits:
     for name in names:
         engine.load(name, folders[name])
     return engine
-
-
-def test_the_thread_that_loads_a_base_has_ended_before_it_is_served(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """OpenMP keeps a team of threads for every thread that lives; two teams do not fit on the cores."""
-    loaders: list[threading.Thread] = []
-    load = engine_module.load_saved_model
-
-    def spy(*arguments: Any, **options: Any) -> Any:
-        loaders.append(threading.current_thread())
-        return load(*arguments, **options)
-
-    monkeypatch.setattr(engine_module, "load_saved_model", spy)
-    with served(folders, "a", "b") as engine:
-        assert len(engine.adapters()) == 2
-        (loader,) = loaders
-        assert loader is not threading.current_thread()
-        assert not loader.is_alive()
 
 
 @contextmanager

@@ -27,6 +27,7 @@ def results(tmp_path: Path) -> Path:
         "started_in_seconds": 5.55,
         "started_again_in_seconds": 4.25,
         "after_the_restart": side(wrong=6),
+        "memory": {"base_mib": 87.4, "without_models_mib": 401.6, "before_mib": 640.0, "after_mib": 661.2},
     }
     (tmp_path / "serving").mkdir()
     (tmp_path / "serving" / "a.json").write_text(json.dumps(record))
@@ -47,7 +48,7 @@ def test_the_row_of_one_client_comes_first(results: Path) -> None:
 
 def test_replacements_and_restart_have_a_row(results: Path) -> None:
     name = "[tiny-roberta (random weights) in bf16](results/serving/a.json)"
-    assert cells(restarts(results)) == [[name, "50", "3", "21", "5.5", "4.2", "6"]]
+    assert cells(restarts(results)) == [[name, "50", "3", "21", "5.5", "4.2", "6", "87", "402", "640", "661"]]
 
 
 def test_missing_and_damaged_records_are_errors(tmp_path: Path, results: Path) -> None:
@@ -63,14 +64,20 @@ def test_streamed_texts_stand_beside_those_of_transformers(tmp_path: Path) -> No
     record = {
         "work": {"model": "smollm2", "precision": "fp32", "clients": 16},
         **dict.fromkeys(("alone", "one_adapter", "two_adapters"), part),
-        "transformers_serve": {"alone": part, "together": {**part, "tokens_per_second": 11.2}},
+        "memory": {"after_mib": 1273.4},
+        "transformers_serve": {
+            "alone": part,
+            "together": {**part, "tokens_per_second": 11.2},
+            "memory_mib": 13664.8,
+        },
     }
     (tmp_path / "serving-texts").mkdir()
     (tmp_path / "serving-texts" / "a.json").write_text(json.dumps(record))
     rows = cells(streamed_texts(tmp_path))
     assert [row[2] for row in rows] == ["1", "16", "16", "1", "16"]
-    assert rows[2][3:] == ["80.2", "200", "951", "0"]
+    assert rows[2][3:] == ["80.2", "200", "951", "0", "1273"]
     assert rows[4][1:4] == ["transformers serve, base alone", "16", "11.2"]
+    assert rows[4][-1] == "13665"
 
 
 def test_each_form_of_a_base_has_a_row(tmp_path: Path) -> None:

@@ -127,8 +127,9 @@ def benchmark_serve(
             "before_mib": server.memory_mib(),
         }
         replacer = _Replacer(server, load.names, [folder.name for folder in folders], replacements, seconds)
+        metrics = server.metrics()
         many = _drive(server, load, clients, seconds, replacer)
-        metrics = server.request("GET", "/metrics")[1].decode()
+        rows_of_a_batch = _mean_since(metrics, server.metrics(), "lora_hf_batch_rows")
         memory["after_mib"] = server.memory_mib()
         server.process.kill()
         server.process.wait()
@@ -151,7 +152,7 @@ def benchmark_serve(
             "tolerance": load.tolerance,
         },
         "one_at_a_time": alone,
-        "together": together | {"rows_of_a_batch": _histogram_mean(metrics, "lora_hf_batch_rows")},
+        "together": together | {"rows_of_a_batch": rows_of_a_batch},
         "undisturbed": before,
         "ratio": together["per_second"] / alone["per_second"],
         "p99_over_p50": together["p99_ms"] / together["p50_ms"],
@@ -310,9 +311,12 @@ class _Replacer:
             self.failed += status != 200
 
 
-def _histogram_mean(metrics: str, name: str) -> float:
-    """The mean of a Prometheus histogram over all its labels."""
-    lines = [line.split() for line in metrics.splitlines() if line.startswith((f"{name}_sum", f"{name}_count"))]
-    total = sum(float(line[-1]) for line in lines if line[0].startswith(f"{name}_sum"))
-    count = sum(float(line[-1]) for line in lines if line[0].startswith(f"{name}_count"))
-    return total / count if count else 0.0
+def _mean_since(before: str, after: str, name: str) -> float:
+    """The mean of a Prometheus histogram, over all its labels, of what was observed between two states of it."""
+
+    def total(metrics: str, suffix: str) -> float:
+        lines = (line.split() for line in metrics.splitlines() if line.startswith(f"{name}_{suffix}"))
+        return sum(float(line[-1]) for line in lines)
+
+    count = total(after, "count") - total(before, "count")
+    return (total(after, "sum") - total(before, "sum")) / count if count else 0.0

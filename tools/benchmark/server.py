@@ -35,6 +35,9 @@ class Server:
             response = connection.getresponse()
             return response.status, response.read()
 
+    def metrics(self) -> str:
+        return self.request("GET", "/metrics")[1].decode()
+
     def memory_mib(self) -> float:
         """The memory of the process and its children, each shared page counted once."""
         return memory_mib(self.process.pid)

@@ -43,11 +43,13 @@ def restarts(results: Path) -> str:
             f"{record['started_in_seconds']:.1f}",
             f"{record['started_again_in_seconds']:.1f}",
             f"{record['after_the_restart']['wrong']}",
+            *(f"{record['memory'][key]:.0f}" for key in ("base_mib", "without_models_mib", "before_mib", "after_mib")),
         ]
         for file, record in _records(results)
     ]
     head = ["server (record)", "adapters replaced", "failed", "median, ms", "start, s", "restart after a kill, s"]
-    return table([*head, "wrong results after restart"], rows)
+    memory = ["base, MiB", "libraries, MiB", "server before, MiB", "after all requests, MiB"]
+    return table([*head, "wrong results after restart", *memory], rows)
 
 
 def text_forms(results: Path) -> str:
@@ -73,14 +75,15 @@ def streamed_texts(results: Path) -> str:
         record = read_json_record(file)
         work, peer = record["work"], record["transformers_serve"]
         name = f"[{work['model']} in {work['precision']}](results/serving-texts/{file.name})"
+        own_mib = record["memory"]["after_mib"]
         parts = [
-            ("lora_hf, one adapter", 1, record["alone"]),
-            ("lora_hf, one adapter", work["clients"], record["one_adapter"]),
+            ("lora_hf, one adapter", 1, record["alone"], own_mib),
+            ("lora_hf, one adapter", work["clients"], record["one_adapter"], own_mib),
+            ("lora_hf, two adapters", work["clients"], record["two_adapters"], own_mib),
         ]
-        parts.append(("lora_hf, two adapters", work["clients"], record["two_adapters"]))
         if "alone" in peer:
-            parts.append(("transformers serve, base alone", 1, peer["alone"]))
-            parts.append(("transformers serve, base alone", work["clients"], peer["together"]))
+            parts.append(("transformers serve, base alone", 1, peer["alone"], peer["memory_mib"]))
+            parts.append(("transformers serve, base alone", work["clients"], peer["together"], peer["memory_mib"]))
         rows += [
             [
                 name,
@@ -90,11 +93,12 @@ def streamed_texts(results: Path) -> str:
                 f"{part['first_token_p50_ms']:.0f}",
                 f"{part['first_token_p99_ms']:.0f}",
                 str(part["errors"]),
+                f"{mib:.0f}",
             ]
-            for server, clients, part in parts
+            for server, clients, part, mib in parts
         ]
     head = ["model (record)", "server", "clients", "tokens/s", "first token p50, ms", "first token p99, ms", "errors"]
-    return table(head, rows)
+    return table([*head, "memory at the end, MiB"], rows)
 
 
 def _server(work: dict[str, Any]) -> str:
