@@ -54,6 +54,7 @@ def check(cases: list[dict[str, Any]], kind: str) -> list[str]:
     return [case["case"] for case in cases if case["verdict"] == "used"]
 
 
+@pytest.mark.full
 def test_no_damaged_adapter_is_used(tmp_path: Path) -> None:
     used = check(outcomes(Adapters, tmp_path), Adapters.kind)
     fields = [case.split(": ")[0] for case in used]

@@ -107,7 +107,7 @@ def test_checkpoints_hold_the_adapter_alone_and_the_best_is_the_one_in_memory(
     assert any(not torch.equal(in_memory[key], last[key]) for key in last)
 
 
-@pytest.mark.parametrize("best", [1, 2])
+@pytest.mark.parametrize("best", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_the_evaluation_of_the_best_weights_is_not_made_again(
     best: int, tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,7 +389,9 @@ context_vars = types.SimpleNamespace(current_space_id=types.SimpleNamespace(get=
 """
 
 
-@pytest.mark.parametrize(("tracker", "source"), [("wandb", WANDB), ("trackio", TRACKIO)])
+@pytest.mark.parametrize(
+    ("tracker", "source"), [("wandb", WANDB), pytest.param("trackio", TRACKIO, marks=pytest.mark.full)]
+)
 def test_a_tracker_gets_the_curves_and_the_name_of_the_run(
     tracker: str, source: str, tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

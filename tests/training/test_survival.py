@@ -70,7 +70,8 @@ def test_a_run_killed_at_random_ends_as_the_whole_one(
     assert not differences(whole, train(config, "auto", rows).folder)
 
 
-@pytest.mark.parametrize("complete", [pytest.param(False, marks=pytest.mark.full), True])
+@pytest.mark.full
+@pytest.mark.parametrize("complete", [False, True])
 def test_a_run_killed_while_a_checkpoint_is_written_ends_as_the_whole_one(
     complete: bool, whole: Run, rows: dict[str, Any], tmp_path: Path
 ) -> None:
