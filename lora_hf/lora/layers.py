@@ -23,6 +23,8 @@ from lora_hf.lora.quantization import QuantisedLinear
 from lora_hf.lora.slices import Slices, block_diagonal, slice_width, split_slices
 
 TRANSPOSED = (Conv1D, nn.Embedding)  # whose weight is (in, out)
+# The types whose numbers are the weights themselves. Those of float8, as of bytes, mean nothing without their scales.
+WHOLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
@@ -290,10 +292,10 @@ class LoraLinear(AdaptedModule):
         base = self.base_layer
         if isinstance(base, QuantisedLinear):
             return base.dequantise()
-        if not base.weight.is_floating_point():
+        if base.weight.dtype not in WHOLE:
             raise AdapterError(
-                f"{type(base).__name__}: bitsandbytes has packed this weight, so it can be neither merged "
-                "nor decomposed; use the adapter beside the base, or quantise with lora_hf"
+                f"{type(base).__name__}: its weight is packed ({base.weight.dtype}), so it can be neither merged nor "
+                "decomposed; use the adapter beside the base, or load the base unquantized and quantize with lora_hf"
             )
         return (base.weight.T if isinstance(base, TRANSPOSED) else base.weight).detach().float()
 

@@ -473,8 +473,37 @@ def test_a_base_that_transformers_packed_is_adapted_beside_its_weights() -> None
     before = model(token_ids()).logits
     inject(model, LoraConfig(r=2, targets=("q", "v")))
     assert torch.allclose(model(token_ids()).logits, before, atol=PARITY_FP32)
-    with pytest.raises(AdapterError, match="bitsandbytes has packed this weight"):
+    with pytest.raises(AdapterError, match=r"Linear4bit: its weight is packed \(torch.uint8\)"):
         merge(model)
+
+
+class ScaledLinear(nn.Linear):
+    """As transformers' `FP8Linear`: 8-bit floats and a scale beside them, without which they mean nothing."""
+
+    def __init__(self, whole: nn.Linear) -> None:
+        super().__init__(whole.in_features, whole.out_features, bias=False)
+        self.scale = float(whole.weight.detach().abs().max() / 448)
+        self.weight = nn.Parameter((whole.weight.detach() / self.scale).to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+def test_a_base_in_float8_is_adapted_beside_its_weights_and_never_merged_without_their_scales() -> None:
+    model = small_model("llama").eval()
+    for path, module in list(model.base_model.named_modules()):
+        if type(module) is nn.Linear and "layers" in path:
+            model.base_model.set_submodule(path, ScaledLinear(module))
+    before = model(token_ids()).logits
+    inject(model, LoraConfig(r=2, targets=("q", "v")))
+    assert torch.allclose(model(token_ids()).logits, before, atol=PARITY_FP32)
+    model.train()(token_ids(), labels=token_ids()).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "lora_B" in name)
+    with pytest.raises(AdapterError, match=r"ScaledLinear: its weight is packed \(torch.float8_e4m3fn\)"):
+        merge(model)
+    for variant in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(AdapterError, match="float8"):
+            inject(model, LoraConfig(r=2, targets=("q", "v"), **variant), "other")
 
 
 @NEEDS_BITSANDBYTES
