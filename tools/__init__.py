@@ -1,1 +1,1 @@
-"""Developer tools, run from a clone: benchmarks, tables for the docs, and pretraining of the embedded bases."""
+"""Developer tools, run from a clone: benchmarks, tables for the docs, and pretraining of the bundled bases."""

@@ -20,7 +20,7 @@ from lora_hf.core.errors import AdapterError
 from lora_hf.core.provenance import folder_size, git_state, machine, versions
 from lora_hf.core.records import MERGE_FILE, MergeRecord
 from lora_hf.data.tasks.base import Task
-from lora_hf.data.tasks.sources import Embedded
+from lora_hf.data.tasks.sources import Bundled
 from lora_hf.lora.inject import adapter_heads, eject, merge
 from lora_hf.models.load import DTYPES, dequantise, load_base
 
@@ -65,7 +65,7 @@ def merge_adapter(saved: SavedModel, output: Path, dtype: Dtype = "fp32", overwr
         # Dropout is a setting of the training run; the merged model keeps the one of its base.
         saved = replace(saved, model=replace(saved.model, dropout=None))
         model, tokenizer = load_saved_model(saved, "fp32")
-        random_rows, task_rows = draw_probe(model, tokenizer), embedded_rows(saved.task, tokenizer, saved.max_length)
+        random_rows, task_rows = draw_probe(model, tokenizer), bundled_rows(saved.task, tokenizer, saved.max_length)
         before = logits(model, [*random_rows, *task_rows])
         merged = plain_model(dequantise(model)).to(DTYPES[dtype])  # type: ignore[arg-type]
         merged.save_pretrained(folder)
@@ -120,9 +120,9 @@ def draw_probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return list(ids[torch.randint(len(ids), (PROBE_ROWS, 1, length), generator=generator)])
 
 
-def embedded_rows(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[torch.Tensor]:
+def bundled_rows(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[torch.Tensor]:
     """The token ids `(1, tokens)` of the first rows of a task whose data come with the package; else nothing."""
-    if not isinstance(task.source, Embedded):
+    if not isinstance(task.source, Bundled):
         return []
     split = task.evaluation_splits[0]
     rows = task.load(None, [split])[split][:PROBE_ROWS]

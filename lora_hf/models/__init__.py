@@ -1,1 +1,1 @@
-"""Base models and tokenizers. Loads them by hub id, folder or embedded name, and quantizes them."""
+"""Base models and tokenizers. Loads them by hub id, folder or bundled name, and quantizes them."""

@@ -41,11 +41,11 @@ from lora_hf.lora.kernels.dropout import MaskedDropout
 from lora_hf.lora.precision import flush_denormals, resolve_precision
 from lora_hf.lora.quantization import SCHEMES, QuantisedLinear
 from lora_hf.models.config_size import check_layers, check_size
-from lora_hf.models.model_ids import EMBEDDED, HUB_IDS, check_model_exists, suggest_model
+from lora_hf.models.model_ids import BUNDLED, HUB_IDS, check_model_exists, suggest_model
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_FOLDER = Path(__file__).parent / "bases"
+BUNDLED_FOLDER = Path(__file__).parent / "bases"
 
 _ROBERTA = {"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
 _ROBERTA |= {"layer_norm_eps": 1e-5, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
@@ -326,8 +326,8 @@ def _check_filled(base: PreTrainedModel, info: dict[str, Any], name: str) -> Non
 def _from_pretrained(name: str, revision: str | None, load: Callable[..., T]) -> T:
     """Calls `load`, a `from_pretrained`, with the folder or hub id that `name` refers to, and explains its errors."""
     source, options = name, {}
-    if name in EMBEDDED:
-        source = str(EMBEDDED_FOLDER / name)
+    if name in BUNDLED:
+        source = str(BUNDLED_FOLDER / name)
     elif not Path(name).is_dir():
         check_model_exists(name)
         source = HUB_IDS.get(name, name)
@@ -345,7 +345,7 @@ def _from_pretrained(name: str, revision: str | None, load: Callable[..., T]) ->
         if options.get("local_files_only"):
             raise HubError(
                 f"{name}{suggest_model(name)}: {hub_unreachable()}, and the local cache does not hold this model. Set "
-                f"model.name to a local folder or to an embedded base ({', '.join(EMBEDDED)}), or set HF_ENDPOINT to a "
+                f"model.name to a local folder or to a bundled base ({', '.join(BUNDLED)}), or set HF_ENDPOINT to a "
                 "mirror"
             ) from error
         raise _cannot_load(name, error, revision) from error

@@ -1,4 +1,4 @@
-"""What the name of a base or an adapter refers to: an embedded base, a local folder, or a hub repository."""
+"""What the name of a base or an adapter refers to: a bundled base, a local folder, or a hub repository."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_hf.core.config.schema import OutputConfig
 from lora_hf.core.errors import ModelError, did_you_mean
 
-EMBEDDED = ("tiny-roberta", "tiny-gpt2")
+BUNDLED = ("tiny-roberta", "tiny-gpt2")
 
 # The common short names, and the ids that the hub has moved them to.
 HUB_IDS = {
@@ -25,22 +25,22 @@ HUB_IDS = {
 
 
 def check_model_exists(name: str) -> None:
-    """Raises ModelError for a path without a folder, or for a misspelled embedded base.
+    """Raises ModelError for a path without a folder, or for a misspelled bundled base.
 
     Any other name may be a hub id, also without a `/`: the hub's oldest models have none.
     """
-    if name in EMBEDDED or Path(name).is_dir():
+    if name in BUNDLED or Path(name).is_dir():
         return
     if is_path(name):
         raise ModelError(f"{name}: no such folder; expected a Hugging Face model folder or a hub id")
-    close = difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.7)
     if close and "/" not in name:
         raise ModelError(f"{name}: no such model or folder (did you mean {close[0]!r}?)")
 
 
 def suggest_model(name: str) -> str:
     """Returns `` (did you mean 'roberta-base'?)`` for a name without `/` that is similar to a known one."""
-    known = (*EMBEDDED, *HUB_IDS)
+    known = (*BUNDLED, *HUB_IDS)
     return "" if "/" in name or name in known else did_you_mean(name, known)
 
 

@@ -281,7 +281,7 @@ def test_a_variant_that_is_more_than_its_factors_is_not_summed_as_them(monkeypat
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """Adapters of the embedded bases, as far as combining looks at them before it loads anything."""
+    """Adapters of the bundled bases, as far as combining looks at them before it loads anything."""
     binary, ternary = adapted("roberta", 2, a=MIXED["a"]), adapted("roberta", 3, a=MIXED["a"])
     for name, model, labels in (("binary", binary, ("negative", "positive")), ("ternary", ternary, ("a", "b", "c"))):
         model.config.id2label = dict(enumerate(labels))

@@ -92,7 +92,7 @@ def test_a_head_that_is_the_embeddings_is_not_merged() -> None:
 
 
 def saved_adapter(folder: Path, kind: str, std: float = 0.05, lora: bool = True) -> Path:
-    """An adapter of an embedded base that is as different from a fresh one as training makes it."""
+    """An adapter of a bundled base that is as different from a fresh one as training makes it."""
     name, task = ("tiny-roberta", "rule-sentiment") if kind == "roberta" else ("tiny-gpt2", "rule-restaurants")
     model = load_base(ModelConfig(name=name, precision="fp32"), get_task(task))
     inject(model, LoraConfig(r=4, targets=("q", "v", "ffn"))) if lora else inject_head(model)

@@ -14,7 +14,7 @@ from lora_hf.adapters.push import _read, push_adapter
 from lora_hf.adapters.resolve import fetch_adapter, find_saved_model
 from lora_hf.adapters.save_load import load_adapter
 from lora_hf.core.errors import AdapterError, HubError
-from lora_hf.models.load import EMBEDDED_FOLDER
+from lora_hf.models.load import BUNDLED_FOLDER
 from tests.support.adapters_on_disk import run_folder
 from tests.support.command_lines import ask
 from tests.support.hub_server import USER, WEIGHTS, Hub, Repository
@@ -73,11 +73,11 @@ def test_logits_are_those_of_the_local_adapter_and_the_cards_code_works(
     assert len(blocks) == 3
     code = f"""
 import json, sys, torch
-from lora_hf.models.load import EMBEDDED_FOLDER
+from lora_hf.models.load import BUNDLED_FOLDER
 from transformers import AutoModelForSequenceClassification
 from lora_hf import load_adapter
 ids = torch.tensor([[0, 5, 6, 7, 2]])
-base = EMBEDDED_FOLDER / "tiny-roberta"
+base = BUNDLED_FOLDER / "tiny-roberta"
 plain = AutoModelForSequenceClassification.from_pretrained(base, dtype="float32", num_labels=2)
 expected = load_adapter(plain, {str(adapter)!r}).eval()(ids).logits
 differences = []
@@ -215,7 +215,7 @@ def test_what_was_pulled_can_be_pushed_again(hub: Hub, tmp_path: Path) -> None:
 @pytest.fixture
 def moved(tmp_path: Path) -> Path:
     """An adapter whose base is no longer where it was trained, but in `new`."""
-    shutil.copytree(EMBEDDED_FOLDER / "tiny-roberta", tmp_path / "old")
+    shutil.copytree(BUNDLED_FOLDER / "tiny-roberta", tmp_path / "old")
     adapter = run_folder(tmp_path / "run", base=str(tmp_path / "old"))
     (tmp_path / "old").rename(tmp_path / "new")
     return adapter

@@ -24,7 +24,7 @@ from lora_hf.cli.main import main
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.inject import adapter_names, inject, inject_head, lora_layers
-from lora_hf.models.load import EMBEDDED_FOLDER
+from lora_hf.models.load import BUNDLED_FOLDER
 from tests.support.small_models import randomize_lora_b, small_model, token_ids
 
 QUERY = "base_model.model.roberta.encoder.layer.0.attention.self.query"
@@ -304,7 +304,7 @@ def test_an_adapter_of_a_model_without_label_names_gets_those_of_its_task(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As in the README: `from_pretrained(num_labels=2)`, then `save_adapter(task=...)`."""
-    base = EMBEDDED_FOLDER / "tiny-roberta"
+    base = BUNDLED_FOLDER / "tiny-roberta"
     model = inject(AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), LoraConfig(r=2))
     save_adapter(model, tmp_path / "adapter", task="rule-sentiment")
     assert main(["predict", "--adapter", str(tmp_path / "adapter"), "--text", "A warm film."]) == 0

@@ -20,7 +20,7 @@ from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import AdapterError
 from lora_hf.inference.classify import MultiAdapterPredictor, Predictor
-from lora_hf.models.load import EMBEDDED_FOLDER, load_tokenizer
+from lora_hf.models.load import BUNDLED_FOLDER, load_tokenizer
 from lora_hf.models.tokenizer_identity import tokenizer_identity
 from lora_hf.serving.engine import Engine
 from lora_hf.training.run import train
@@ -50,7 +50,7 @@ def test_a_tokenizer_that_is_moved_and_saved_again_is_the_same(kind: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["tiny-roberta", "tiny-gpt2"])
-def test_the_embedded_tokenizers_too(name: str, tmp_path: Path) -> None:
+def test_the_bundled_tokenizers_too(name: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(ModelConfig(name=name))
     tokenizer.save_pretrained(tmp_path)
     assert digest(load_tokenizer(ModelConfig(name=str(tmp_path)))) == digest(tokenizer)
@@ -114,7 +114,7 @@ def test_another_end_token_or_side_is_another() -> None:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base of its own, whose tokenizer a test may change."""
-    return Path(shutil.copytree(EMBEDDED_FOLDER / "tiny-roberta", tmp_path_factory.mktemp("base") / "base"))
+    return Path(shutil.copytree(BUNDLED_FOLDER / "tiny-roberta", tmp_path_factory.mktemp("base") / "base"))
 
 
 @pytest.fixture(scope="module")

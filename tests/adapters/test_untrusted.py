@@ -22,7 +22,7 @@ from lora_hf.core.config.schema import ModelConfig, RunConfig
 from lora_hf.core.errors import AdapterError, ConfigError, ModelError, UserError
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.inject import inject
-from lora_hf.models.load import EMBEDDED_FOLDER, load_base, load_tokenizer
+from lora_hf.models.load import BUNDLED_FOLDER, load_base, load_tokenizer
 from lora_hf.training.checkpoints import MANIFEST_FILE, sha256
 from lora_hf.training.run import train
 from lora_hf.training.run_dir import begin_run, find_run_folder, run_lock
@@ -78,7 +78,7 @@ def test_a_pickled_base_is_refused_and_not_run(proof: Path, tmp_path: Path) -> N
 
 def base_with_code(folder: Path, proof: Path, part: str, more: dict[str, Any]) -> ModelConfig:
     """A base whose config asks for the code beside it."""
-    shutil.copytree(EMBEDDED_FOLDER / "tiny-roberta", folder)
+    shutil.copytree(BUNDLED_FOLDER / "tiny-roberta", folder)
     config = json.loads((folder / part).read_text())
     (folder / part).write_text(json.dumps(config | more))
     (folder / "evil.py").write_text(f"import os\nos.mkdir({str(proof)!r})\nclass Evil: pass\n")

@@ -1,4 +1,4 @@
-"""Command lines on the embedded base and data, in new processes or in this one."""
+"""Command lines on the bundled base and data, in new processes or in this one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`convert` on the embedded bases: both ways, and every error in one message with nothing written."""
+"""`convert` on the bundled bases: both ways, and every error in one message with nothing written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TASKS = {"tiny-roberta": "sst2", "tiny-gpt2": "e2e_nlg"}
 
 
 def trained_loralib(name: str) -> nn.Module:
-    """An embedded base with loralib's layers on q and v, and random values in them and in the head."""
+    """A bundled base with loralib's layers on q and v, and random values in them and in the head."""
     base = load_base(ModelConfig(name=name, precision="fp32", dropout=0), get_task(TASKS[name]))
     model = with_loralib(base, LoraConfig(r=4, lora_alpha=32, targets=("q", "v"))).train()
     generator = torch.Generator().manual_seed(3)

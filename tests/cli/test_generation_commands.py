@@ -1,4 +1,4 @@
-"""`generate`, and `eval` of a generator, on the embedded base and data."""
+"""`generate`, and `eval` of a generator, on the bundled base and data."""
 
 from __future__ import annotations
 

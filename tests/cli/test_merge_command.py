@@ -1,4 +1,4 @@
-"""`merge` and `combine` on the embedded bases and data."""
+"""`merge` and `combine` on the bundled bases and data."""
 
 from __future__ import annotations
 

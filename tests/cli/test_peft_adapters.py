@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lora_hf.core.records import MERGE_FILE, MergeRecord
-from lora_hf.models.load import EMBEDDED_FOLDER
+from lora_hf.models.load import BUNDLED_FOLDER
 from lora_hf.serving.engine import Engine
 from tests.support.chats import save_chat_model
 from tests.support.command_lines import ask, last_json
@@ -40,8 +40,8 @@ CLASSES: dict[str, Any] = {
 
 
 def base_folder(folder: Path, name: str = "tiny-roberta", **config: Any) -> Path:
-    """A copy of an embedded base with further values in its config.json."""
-    base = shutil.copytree(EMBEDDED_FOLDER / name, folder / "base")
+    """A copy of a bundled base with further values in its config.json."""
+    base = shutil.copytree(BUNDLED_FOLDER / name, folder / "base")
     values = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(values | config))
     return base

@@ -53,7 +53,7 @@ def test_an_end_token_in_a_prompt_or_a_completion_ends_nothing(kind: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["tiny-roberta", "tiny-gpt2"])
-def test_the_embedded_tokenizers_honor_no_token_in_a_text(name: str) -> None:
+def test_the_bundled_tokenizers_honor_no_token_in_a_text(name: str) -> None:
     assert honored_tokens(load_tokenizer(ModelConfig(name=name))) == []
 
 

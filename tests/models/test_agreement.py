@@ -15,7 +15,7 @@ from lora_hf.core.errors import DataError, ModelError
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.inference.classify import Predictor
 from lora_hf.models.align import align_tokenizer, check_tokens, position_limit
-from lora_hf.models.load import EMBEDDED_FOLDER, load_base, load_tokenizer
+from lora_hf.models.load import BUNDLED_FOLDER, load_base, load_tokenizer
 from tests.support.command_lines import ask
 from tests.support.small_models import small_model
 from tests.support.word_tokenizer import word_tokenizer
@@ -169,7 +169,7 @@ def test_training_on_hostile_rows_and_settings(tmp_path: Path, kind: str) -> Non
     """Padding in front, no length, an empty and a long text: it trains. A token without an embedding: exit code 2."""
     base = tmp_path / "base"
     base.mkdir()
-    for file in (EMBEDDED_FOLDER / "tiny-gpt2").iterdir():
+    for file in (BUNDLED_FOLDER / "tiny-gpt2").iterdir():
         (base / file.name).write_bytes(file.read_bytes())
     config = json.loads((base / "tokenizer_config.json").read_text()) | {"padding_side": "left"}
     del config["model_max_length"]

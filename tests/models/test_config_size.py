@@ -15,7 +15,7 @@ from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import ModelError
 from lora_hf.data.tasks.base import ModelKind
 from lora_hf.models.config_size import check_size
-from lora_hf.models.load import EMBEDDED_FOLDER, load_model
+from lora_hf.models.load import BUNDLED_FOLDER, load_model
 
 HUGE = 10**9
 
@@ -38,7 +38,7 @@ HUGE = 10**9
     ],
 )
 def test_it_is_refused_with_the_size(base: str, sizes: dict[str, Any], init: Any, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(EMBEDDED_FOLDER / base, tmp_path / "base"))
+    folder = Path(shutil.copytree(BUNDLED_FOLDER / base, tmp_path / "base"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | sizes))
     kind: ModelKind = "sequence-classification" if base == "tiny-roberta" else "causal-lm"

@@ -14,7 +14,7 @@ from lora_hf.data.tasks.custom import custom_task
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora import precision
 from lora_hf.models import load as load_module
-from lora_hf.models.load import EMBEDDED, SHAPES, load_base, load_tokenizer
+from lora_hf.models.load import BUNDLED, SHAPES, load_base, load_tokenizer
 from tests.support.small_models import small_config, small_model
 from tests.tolerances import PARITY_FP32
 
@@ -103,8 +103,8 @@ def test_the_published_shapes_need_no_hub(name: str, monkeypatch: pytest.MonkeyP
     assert sum(parameter.numel() for parameter in model.parameters()) == sizes[name]
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
-def test_the_embedded_bases_and_their_tokenizers_load(name: str) -> None:
+@pytest.mark.parametrize("name", BUNDLED)
+def test_the_bundled_bases_and_their_tokenizers_load(name: str) -> None:
     tokenizer = load_tokenizer(ModelConfig(name=name))
     assert tokenizer.pad_token is not None
     ids = tokenizer("A moving, funny and wise film.")["input_ids"]
@@ -112,7 +112,7 @@ def test_the_embedded_bases_and_their_tokenizers_load(name: str) -> None:
     assert tokenizer.unk_token_id not in ids or tokenizer.unk_token_id == tokenizer.eos_token_id
 
 
-def test_the_embedded_base_loads_for_a_task() -> None:
+def test_the_bundled_base_loads_for_a_task() -> None:
     model = load_base(ModelConfig(name="tiny-roberta", precision="fp32"), SST2)
     assert model.dtype == torch.float32, "kept in half precision on disk, computed in fp32"
     assert model.name_or_path == "tiny-roberta", "an adapter names its base by this, not by a path of this machine"

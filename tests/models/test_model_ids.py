@@ -6,7 +6,7 @@ import pytest
 
 from lora_hf.core.errors import ModelError
 from lora_hf.models.model_ids import (
-    EMBEDDED,
+    BUNDLED,
     HUB_IDS,
     base_name,
     check_model_exists,
@@ -56,7 +56,7 @@ def test_a_base_that_is_nowhere_is_told_before_the_hub_is_asked(name: str) -> No
 
 
 # The hub's oldest models, whose names have no `/`, and what is near ours under another user.
-HUBS = [*EMBEDDED, *HUB_IDS, *HUB_IDS.values(), "distilgpt2", "gpt2-xl", "openai-gpt", "bert-base-cased", "t5-small"]
+HUBS = [*BUNDLED, *HUB_IDS, *HUB_IDS.values(), "distilgpt2", "gpt2-xl", "openai-gpt", "bert-base-cased", "t5-small"]
 HUBS += [
     "distilroberta-base",
     "xlm-roberta-base",

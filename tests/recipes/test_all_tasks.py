@@ -1,4 +1,4 @@
-"""Every GLUE task trains and scores on real rows, with the embedded base and a few steps."""
+"""Every GLUE task trains and scores on real rows, with the bundled base and a few steps."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from lora_hf.cli.main import main
-from lora_hf.models.load import EMBEDDED_FOLDER
+from lora_hf.models.load import BUNDLED_FOLDER
 from tests.support.small_models import small_config
 
 TASKS = {"modernbert": "rule_sentiment.yaml", "qwen3": "rule_restaurants.yaml", "gemma3_text": "rule_restaurants.yaml"}
@@ -26,7 +26,7 @@ CASES = [
 @pytest.mark.parametrize(("kind", "targets"), CASES)
 def test_it_trains_and_answers(kind: str, targets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writes = TASKS[kind] == "rule_restaurants.yaml"
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_FOLDER / ("tiny-gpt2" if writes else "tiny-roberta"))
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_FOLDER / ("tiny-gpt2" if writes else "tiny-roberta"))
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = small_config(kind, vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=pad, **ids)

@@ -1,4 +1,4 @@
-"""Tokens and question answering through every verb, on the embedded base and on MiniLM."""
+"""Tokens and question answering through every verb, on the bundled base and on MiniLM."""
 
 from __future__ import annotations
 

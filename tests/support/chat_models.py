@@ -10,7 +10,7 @@ from lora_hf.adapters.save_load import save_adapter
 from lora_hf.core.config.schema import LoraConfig, ModelConfig
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora.inject import inject
-from lora_hf.models.load import EMBEDDED_FOLDER, load_base
+from lora_hf.models.load import BUNDLED_FOLDER, load_base
 from tests.support.small_models import randomize_lora_b, small_model
 
 TEMPLATE = (
@@ -22,7 +22,7 @@ TEMPLATE = (
 
 def save_chat_model(folder: Path) -> Path:
     """A Llama with random weights, the tokenizer of tiny-gpt2 and a chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_FOLDER / "tiny-gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_FOLDER / "tiny-gpt2")
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)

@@ -72,7 +72,7 @@ def generate(folder: Path, name: str, processes: int = 1, precision: str = "fp32
 
 
 def rows_of(task: str, train_rows: int = TRAIN) -> dict[str, Dataset]:
-    """The first rows of an embedded task."""
+    """The first rows of a bundled task."""
     counts = {"train": train_rows, "validation": DEVELOPMENT}
     rows = get_task(task).load(None, get_task(task).splits)
     return {split: part.select(range(counts[split])) for split, part in rows.items()}

@@ -1,7 +1,7 @@
 """Kills runs at random moments, resumes them, and compares the results with an uninterrupted run.
 
 `python -m tests.support.kills --kills 20 --output kills.json` writes the record. Each run is a process that is killed
-by SIGKILL and resumed with `resume="auto"`. The base, the data and the recipe are embedded in the package.
+by SIGKILL and resumed with `resume="auto"`. The base, the data and the recipe are bundled in the package.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def small_config(folder: Path, **train: Any) -> RunConfig:
 
 
 def small_rows() -> dict[str, Dataset]:
-    """The first rows of the embedded task."""
+    """The first rows of the bundled task."""
     return {split: rows.select(range(ROWS[split])) for split, rows in _task_rows().items()}
 
 

@@ -1,7 +1,7 @@
 """Malformed requests, which schemathesis generates from a server's own description, and the server's answers.
 
 `python -m tests.support.malformed_requests --output FILE` writes the record. The server is `scripts/serve.py` in its
-own process, with random adapters on the embedded bases; clients may load adapters over HTTP. A request passes if it
+own process, with random adapters on the bundled bases; clients may load adapters over HTTP. A request passes if it
 gets a 4xx in the documented form, or if it is not malformed after all and gets an answer.
 """
 

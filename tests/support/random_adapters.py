@@ -1,4 +1,4 @@
-"""Random adapters for several tasks on the embedded bases."""
+"""Random adapters for several tasks on the bundled bases."""
 
 from __future__ import annotations
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf.cli.main import main
-from lora_hf.data.tasks.sources import Embedded
+from lora_hf.data.tasks.sources import Bundled
 from tests.support import page_hooks
 from tests.support.pages import RUN, Block, blocks
 from tests.support.server_process import serving
 
-ROWS = 48  # of an embedded task: pages show commands, not scores
+ROWS = 48  # of a bundled task: pages show commands, not scores
 # What keeps a page's command small, and does not stand on the page.
 SMALL = {
     "train": ["train.max_steps=2"],
@@ -90,13 +90,13 @@ def _shortened(words: list[str], small: Sequence[str]) -> list[str]:
 
 
 def cut_rows() -> None:
-    read = Embedded.read
+    read = Bundled.read
 
-    def few(self: Embedded, split: str, data_dir: str | None) -> tuple[Any, str]:
+    def few(self: Bundled, split: str, data_dir: str | None) -> tuple[Any, str]:
         rows, where = read(self, split, data_dir)
         return rows.select(range(min(ROWS, len(rows)))), where
 
-    Embedded.read = few  # type: ignore[method-assign]
+    Bundled.read = few  # type: ignore[method-assign]
 
 
 def run_page(file: Path) -> None:

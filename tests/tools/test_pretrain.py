@@ -174,12 +174,12 @@ def bases() -> list[Path]:
     return sorted(folder for folder in BASES.glob("*") if (folder / "model.safetensors").exists())
 
 
-def test_embedded_bases_stay_small() -> None:
+def test_bundled_bases_stay_small() -> None:
     assert sum((folder / "model.safetensors").stat().st_size for folder in bases()) <= EMBEDDED_BYTES
 
 
 @pytest.mark.parametrize("folder", bases(), ids=lambda folder: folder.name)
-def test_an_embedded_base_was_trained_with_its_current_recipe(folder: Path) -> None:
+def test_a_bundled_base_was_trained_with_its_current_recipe(folder: Path) -> None:
     record = json.loads((folder / "pretraining.json").read_text())
     assert record["recipe"] == json.loads(json.dumps(asdict(RECIPES[folder.name])))
     assert math.exp(record["held_out_loss"]) == pytest.approx(record["held_out_perplexity"], abs=0.01)

@@ -20,7 +20,7 @@ def benchmark_infer(config: RunConfig, rows: int = 64, rounds: int = 5) -> dict[
     """Measures inference on rows of eight adapters with random weights, and returns the record.
 
     The rows come in random order from the validation sets of the eight GLUE tasks, equally many from each, at their
-    real lengths. For the embedded task they are divided among eight adapters.
+    real lengths. For the bundled task they are divided among eight adapters.
 
     Returns:
         For each side the rows per second, and the ratio of `mixed` to it: medians with min and max over rounds.

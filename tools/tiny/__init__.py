@@ -1,1 +1,1 @@
-"""Pretraining of the embedded bases: `pretrain` trains one by its recipe, and `evidence` shows what they predict."""
+"""Pretraining of the bundled bases: `pretrain` trains one by its recipe, and `evidence` shows what they predict."""

@@ -1,4 +1,4 @@
-"""Samples of what the embedded bases predict: `python -m tools.tiny.evidence [--json] [--output FILE]`.
+"""Samples of what the bundled bases predict: `python -m tools.tiny.evidence [--json] [--output FILE]`.
 
 The losses come from the records in the folders of the bases. The predictions are computed anew.
 """
@@ -84,7 +84,7 @@ def evidence() -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.tiny.evidence", description="Shows what the embedded bases predict."
+        prog="python -m tools.tiny.evidence", description="Shows what the bundled bases predict."
     )
     parser.add_argument("--json", action="store_true", help="print JSON on one line instead of indented")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")

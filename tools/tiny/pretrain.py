@@ -1,4 +1,4 @@
-"""Pretrains the embedded bases on a CPU: `python -m tools.tiny.pretrain --model NAME --text-dir DIR --work-dir DIR`.
+"""Pretrains the bundled bases on a CPU: `python -m tools.tiny.pretrain --model NAME --text-dir DIR --work-dir DIR`.
 
 These choices make about 20 million tokens enough for a network of five million parameters:
 
@@ -298,7 +298,7 @@ def pretrain(name: str, recipe: Recipe, text_dir: Path, work_dir: Path, output: 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.tiny.pretrain", description="Pretrains an embedded base.")
+    parser = argparse.ArgumentParser(prog="python -m tools.tiny.pretrain", description="Pretrains a bundled base.")
     parser.add_argument("--model", choices=sorted(RECIPES), required=True)
     parser.add_argument(
         "--text-dir",
@@ -307,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder of train-*.parquet and validation.parquet",
     )
     parser.add_argument("--work-dir", type=Path, required=True, help="folder for the tokenized text and the checkpoint")
-    parser.add_argument("--output", type=Path, help="folder of the exported base; default: that of the embedded base")
+    parser.add_argument("--output", type=Path, help="folder of the exported base; default: that of the bundled base")
     parser.add_argument("--tokens", type=int, help="tokens to train on; default: those of the recipe")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the work folder")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The recipes of the embedded bases, with their tokenizers and untrained networks."""
+"""The recipes of the bundled bases, with their tokenizers and untrained networks."""
 
 from __future__ import annotations
 

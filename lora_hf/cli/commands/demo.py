@@ -1,4 +1,4 @@
-"""`demo`: fine-tune the embedded tiny bases on embedded data."""
+"""`demo`: fine-tune the bundled tiny bases on bundled data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HELP = "fine-tune the embedded tiny bases on embedded data, in a few minutes"
+HELP = "fine-tune the bundled tiny bases on bundled data, in a few minutes"
 CLASSIFIER_RECIPE = "rule_sentiment.yaml"
 GENERATOR_RECIPE = "rule_restaurants.yaml"
 SENTENCES = 4  # held-out sentences to classify: the first ones, whatever the answers

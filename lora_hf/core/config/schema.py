@@ -87,7 +87,7 @@ class ModelConfig(Section):
     """The base model."""
 
     name: str = setting(
-        "FacebookAI/roberta-base", "a hub id, a local folder, or an embedded base (tiny-roberta, tiny-gpt2)"
+        "FacebookAI/roberta-base", "a hub id, a local folder, or a bundled base (tiny-roberta, tiny-gpt2)"
     )
     revision: str | None = setting(None, "a branch, tag or commit of the hub repository")
     tokenizer: str | None = setting(None, "a hub id or folder; by default the model's own")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from lora_hf.data.synthetic import rule_sentiment
 from lora_hf.data.tasks.classification import TextClassification
 from lora_hf.data.tasks.raw_formats import TabSeparated
-from lora_hf.data.tasks.sources import Embedded, LocalOrHub
+from lora_hf.data.tasks.sources import Bundled, LocalOrHub
 
 _SPLITS = {"train": "train", "validation": "dev", "test": "test"}
 _MNLI_SPLITS = {
@@ -71,7 +71,7 @@ GLUE = (
 
 RULE_SENTIMENT = TextClassification(
     name="rule-sentiment",
-    source=Embedded(rule_sentiment),
+    source=Bundled(rule_sentiment),
     text_columns=("sentence",),
     label_names=("negative", "positive"),
     metric="sst2",

@@ -15,7 +15,7 @@ from lora_hf.core.errors import DataError, did_you_mean
 from lora_hf.data.synthetic import rule_restaurants
 from lora_hf.data.tasks.generation import Example, TextGeneration, shown
 from lora_hf.data.tasks.raw_formats import CommaSeparated, DartJson, WebNlgXml, dart_rows, web_nlg_rows
-from lora_hf.data.tasks.sources import Embedded, LocalOrHub
+from lora_hf.data.tasks.sources import Bundled, LocalOrHub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,4 +220,4 @@ NLG = (
     ),
 )  # fmt: skip
 
-RULE_RESTAURANTS = SlotsToText(name="rule-restaurants", metric="e2e_nlg", source=Embedded(rule_restaurants))
+RULE_RESTAURANTS = SlotsToText(name="rule-restaurants", metric="e2e_nlg", source=Bundled(rule_restaurants))

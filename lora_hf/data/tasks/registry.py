@@ -57,5 +57,5 @@ def task_of(config: TaskConfig) -> Task:
 
 
 def task_names() -> tuple[str, ...]:
-    """Returns the names of all built-in tasks, GLUE's first, the embedded ones last."""
+    """Returns the names of all built-in tasks, GLUE's first, the bundled ones last."""
     return tuple(_TASKS)

@@ -44,7 +44,7 @@ class RawFiles(Protocol):
 
 
 @dataclass(frozen=True)
-class Embedded:
+class Bundled:
     """Rows made by a function of this package: `rows(split)` returns a dict for each. Ignores `data_dir`."""
 
     rows: Callable[[str], list[dict]]

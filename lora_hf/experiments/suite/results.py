@@ -12,7 +12,7 @@ from lora_hf.core.records import RECORD_FILE, RunRecord, ScoreRecord
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.experiments.suite.plan import SCORES_FILE, PlannedRun
 from lora_hf.experiments.suite.published import compare_published, hub_id
-from lora_hf.models.model_ids import EMBEDDED
+from lora_hf.models.model_ids import BUNDLED
 
 WEIGHTS = ("*.safetensors", "*.bin")
 TEXT_METRIC = "BLEU"  # compares runs of a generation task
@@ -70,13 +70,13 @@ def compare_all(runs: Sequence[PlannedRun], results: Sequence[Mapping[str, Any]]
 
 
 def base_bytes(model: ModelConfig) -> int | None:
-    """The size of the base's weight files: embedded, in a folder, or in the hub's cache. None if there are no files."""
+    """The size of the base's weight files: bundled, in a folder, or in the hub's cache. None if there are no files."""
     if model.init == "random":
         return None
-    if model.name in EMBEDDED:
-        from lora_hf.models.load import EMBEDDED_FOLDER
+    if model.name in BUNDLED:
+        from lora_hf.models.load import BUNDLED_FOLDER
 
-        folder = EMBEDDED_FOLDER / model.name
+        folder = BUNDLED_FOLDER / model.name
     elif not (folder := Path(model.name)).is_dir():
         from huggingface_hub import try_to_load_from_cache
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from lora_hf.adapters.export.ollama import find_chat_template
 from lora_hf.adapters.export.targets import export_adapter
 from lora_hf.core.errors import AdapterError
-from lora_hf.models.load import EMBEDDED_FOLDER
+from lora_hf.models.load import BUNDLED_FOLDER
 from tests.support.export_checks import save_base, save_random_adapter
 from tests.support.random_adapters import save_random
 
@@ -42,7 +42,7 @@ JINJA = {
 
 
 def tokenizer_with(template: str | None) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_FOLDER / "tiny-gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_FOLDER / "tiny-gpt2")
     tokenizer.bos_token = "<s>"
     tokenizer.chat_template = template
     return tokenizer

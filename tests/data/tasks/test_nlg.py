@@ -287,11 +287,11 @@ def test_a_tokenizer_without_an_end_is_refused() -> None:
         nlg_task("e2e_nlg").encode(ROW, cast(Any, Endless()), 64)
 
 
-# --- the embedded rows, groups and scores ------------------------------------------------------------------------
+# --- the bundled rows, groups and scores ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", RESTAURANT_ROWS)
-def test_the_embedded_restaurants(split: str) -> None:
+def test_the_bundled_restaurants(split: str) -> None:
     task = nlg_task("rule-restaurants")
     rows = load("rule-restaurants", None, split)
     groups = task.groups(rows)
