@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "against": {
         "metavar": "SIDE,...",
         "help": "sides to compare with: peft (both peft-default and peft-best), loralib, full, head, without-dropout, "
-        "frozen (no adapter: the upper bound)",
+        "frozen (no adapter: the upper bound), products (only the matrix products of frozen)",
     },
     "rows": {"type": int, "metavar": "N", "help": "validation rows to classify"},
     "limit": {"type": int, "metavar": "N", "help": "validation rows to score"},

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.labels import IGNORE_INDEX
+from lora_hf.lora.layers import frozen_weight
 from lora_hf.lora.target_modules import plan, projections
 from lora_hf.models.load import DTYPES
 
@@ -28,15 +29,35 @@ class Weights:
     label: int  # for every label: the language model head
 
 
-def matrix_weights(model: PreTrainedModel) -> Weights:
-    """Counts the weights of a plain base model, before any adapter."""
-    layers: dict[str, Any] = projections(model)
+def uses_of_weights(model: PreTrainedModel) -> dict[str, str]:
+    """How often each matrix of a plain base is used, by its path: once for every `token`, `row` or `label`."""
     inner = {site.path for site in plan(model, LoraConfig(targets=("all",)))}
     output = model.get_output_embeddings()
+    return {
+        path: "token" if path in inner else "label" if layer is output else "row"
+        for path, layer in projections(model).items()
+    }
+
+
+def matrix_weights(model: PreTrainedModel) -> Weights:
+    """Counts the weights of a plain base model, before any adapter."""
     sizes = {"token": 0, "row": 0, "label": 0}
-    for path, layer in layers.items():
-        sizes["token" if path in inner else "label" if layer is output else "row"] += layer.weight.numel()
+    for path, use in uses_of_weights(model).items():
+        layer: Any = model.get_submodule(path)
+        sizes[use] += layer.weight.numel()
     return Weights(**sizes)
+
+
+def uses_in_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The numbers of real tokens (without padding), rows and labels."""
+    return {
+        "token": sum(sum(row["attention_mask"]) for row in rows),
+        "row": len(rows),
+        # Nothing predicts the first token of a row. The label of a classifier is a number.
+        "label": sum(
+            label != IGNORE_INDEX for row in rows if isinstance(row["labels"], list) for label in row["labels"][1:]
+        ),
+    }
 
 
 def step_flops(weights: Weights, rows: Sequence[Mapping[str, Any]], per_weight: int) -> int:
@@ -48,12 +69,30 @@ def step_flops(weights: Weights, rows: Sequence[Mapping[str, Any]], per_weight: 
     products of attention and of the adapter's A and B (1 to 3 % of a step each) are not counted, so that they do not
     increase the share of the peak.
     """
-    tokens = sum(sum(row["attention_mask"]) for row in rows)
-    uses = weights.token * tokens + weights.row * len(rows)
-    if weights.label:
-        # Nothing predicts the first token of a row.
-        uses += weights.label * sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
-    return per_weight * uses
+    uses = uses_in_rows(rows)
+    return per_weight * sum(getattr(weights, use) * count for use, count in uses.items())
+
+
+class FrozenProducts:
+    """The products of training steps with the weights of a frozen base, without padding, and nothing else.
+
+    For each batch and matrix these are the product with the input and that with the gradient of the output.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: Sequence[Mapping[str, Any]], batch_size: int) -> None:
+        batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        self.counts = [uses_in_rows(batch) for batch in batches]
+        self.weights: list[tuple[str, Any]] = [
+            (use, frozen_weight(model.get_submodule(path))) for path, use in uses_of_weights(model).items()
+        ]
+        largest = {use: max(count[use] for count in self.counts) for use in self.counts[0]}
+        self.inputs = [weight.new_ones(largest[use], weight.shape[1]) for use, weight in self.weights]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for count in self.counts:
+            for (use, weight), x in zip(self.weights, self.inputs, strict=True):
+                linear(x[: count[use]], weight) @ weight
 
 
 def matmul_peak(device: torch.device, seconds: float, precisions: Sequence[str] = ("fp32", "bf16")) -> dict[str, float]:

@@ -12,8 +12,9 @@ from lora_hf.core.errors import ConfigError, did_you_mean
 
 OURS = "lora"
 PEAK = "peak"  # multiplies matrices only, to measure the peak of the machine
+PRODUCTS = "products"  # multiplies with the frozen weights only, as often as a step does
 PEERS = {"peft-default": "peft", "peft-best": "peft", "loralib": "loralib"}  # side: the package it needs
-OTHERS = (*PEERS, "full", "head", "frozen", "without-dropout")
+OTHERS = (*PEERS, "full", "head", "frozen", "without-dropout", PRODUCTS)
 GROUPS = {"peft": ("peft-default", "peft-best")}
 INFER_SIDES = ("mixed", "apart", "merged", "peft-names", "peft-names-bf16")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from lora_hf.core.errors import UserError
-from tools.benchmark.flops import matmul_peak, matrix_weights, step_flops, synchronize
+from tools.benchmark.flops import FrozenProducts, matmul_peak, matrix_weights, step_flops, synchronize
 from tools.benchmark.infer_sides import SIDES as INFER_SIDES
 from tools.benchmark.infer_sides import build
-from tools.benchmark.job import PEAK, Job
+from tools.benchmark.job import PEAK, PRODUCTS, Job
 from tools.benchmark.memory import MemoryTracker
 from tools.benchmark.peers import PEER_SIDES
 from tools.benchmark.train_sides import FLOPS_PER_WEIGHT, SIDES, Setup
@@ -65,6 +66,8 @@ def run(channel: Channel) -> None:
     try:
         if job.side == PEAK:
             _measure_peak(channel, job)
+        elif job.side == PRODUCTS:
+            _multiply(channel, job)
         elif job.side in INFER_SIDES:
             _infer(channel, job)
         else:
@@ -88,16 +91,29 @@ def _train(channel: Channel, job: Job) -> None:
         trainer.train()
 
 
+def _multiply(channel: Channel, job: Job) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        setup = Setup.from_job(job, Path(folder))
+        model = setup.base()
+        channel.send(ready={"flops": step_flops(matrix_weights(model), job.rows, 4), "trained_parameters": 0})
+        _time_rounds(channel, job, FrozenProducts(model, job.rows, setup.config.train.batch_size))
+        channel.send(done={"memory": {"above_base": None}})
+
+
 def _infer(channel: Channel, job: Job) -> None:
     predict, extra_measurements = build(job)
     channel.send(ready={})
+    _time_rounds(channel, job, predict)
+    channel.send(done=extra_measurements())
+
+
+def _time_rounds(channel: Channel, job: Job, run_round: Callable[[], Any]) -> None:
     for _ in range(job.rounds):
         channel.receive()
         start = time.perf_counter()
-        predict()
+        run_round()
         synchronize(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         channel.send(round={"seconds": time.perf_counter() - start})
-    channel.send(done=extra_measurements())
 
 
 def _setting(trainer: Trainer, model: nn.Module) -> dict[str, Any]:

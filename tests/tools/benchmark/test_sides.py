@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import NewGELUActivation
 
 from lora_hf.core.config.schema import LoraConfig, ModelConfig, RunConfig
@@ -15,8 +16,8 @@ from lora_hf.lora.inject import inject
 from lora_hf.models.load import load_base
 from tests.support.small_models import small_model, token_ids
 from tests.tolerances import PARITY_FP32
-from tools.benchmark.flops import Weights, matrix_weights, step_flops
-from tools.benchmark.job import PEAK, Job
+from tools.benchmark.flops import FrozenProducts, Weights, matrix_weights, step_flops
+from tools.benchmark.job import PEAK, PRODUCTS, Job
 from tools.benchmark.peers import PEER_SIDES, with_loralib
 from tools.benchmark.rows import spread_batches
 from tools.benchmark.train_sides import SIDES, Setup
@@ -88,6 +89,19 @@ def test_peers_get_the_model_that_transformers_builds(tmp_path: Path) -> None:
     assert isinstance(plain.get_submodule("transformer.h.0.mlp.act"), NewGELUActivation)
     ours = load_base(ModelConfig("tiny-gpt2", precision="fp32", dropout=0.0), get_task("rule-restaurants")).eval()
     assert torch.allclose(plain.eval()(token_ids()).logits, ours(token_ids()).logits, atol=PARITY_FP32)
+
+
+@pytest.mark.parametrize(("model", "task"), [("tiny-roberta", "rule-sentiment"), ("tiny-gpt2", "rule-restaurants")])
+def test_the_products_of_a_step_are_as_many_as_its_flops_say(model: str, task: str, tmp_path: Path) -> None:
+    job = make_job(PRODUCTS, model, task)
+    ready, first, second, done = messages(job)
+    assert min(each["round"]["seconds"] for each in (first, second)) > 0
+    assert done == {"done": {"memory": {"above_base": None}}}
+    products = FrozenProducts(Setup.from_job(job, tmp_path).base(), job.rows, batch_size=3)
+    assert len(products.counts) == -(-len(job.rows) // 3)
+    with FlopCounterMode(display=False) as counter:
+        products()
+    assert counter.get_total_flops() == ready["ready"]["flops"]
 
 
 @pytest.mark.full
