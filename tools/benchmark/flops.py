@@ -92,7 +92,7 @@ class FrozenProducts:
     def __call__(self) -> None:
         for count in self.counts:
             for (use, weight), x in zip(self.weights, self.inputs, strict=True):
-                linear(x[: count[use]], weight) @ weight
+                torch.mm(linear(x[: count[use]], weight), weight)
 
 
 def matmul_peak(device: torch.device, seconds: float, precisions: Sequence[str] = ("fp32", "bf16")) -> dict[str, float]:
