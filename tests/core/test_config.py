@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lora_hf.core.config.fields import field_types
 from lora_hf.core.config.hints import KEY_ALIASES
 from lora_hf.core.config.loader import load_config
 from lora_hf.core.config.schema import LoraConfig, RunConfig
@@ -234,6 +235,13 @@ def test_a_bare_name_is_found_in_configs_after_the_current_folder(
     assert load_config("glue_cola.yaml").lora.r == 3
     (tmp_path / "glue_cola.yaml").write_text("lora: {r: 2}", encoding="utf-8")
     assert load_config("glue_cola.yaml").lora.r == 2
+
+
+def test_the_types_are_those_of_the_fields_alone() -> None:
+    """On Python 3.10 `typing.get_type_hints` cannot evaluate PEFT's names, which are no fields."""
+    types = field_types(LoraConfig)
+    assert list(types) == [entry.name for entry in dataclasses.fields(LoraConfig)]
+    assert types["r"] is int
 
 
 def test_the_names_of_peft_work_in_python() -> None:

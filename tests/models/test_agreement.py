@@ -156,8 +156,8 @@ def test_a_config_that_fits_nothing_is_one_message(tmp_path: Path, config: Any) 
     whole = "[" * 100_000 if config is None else json.dumps(values | config if isinstance(config, dict) else config)
     (folder / "config.json").write_text(whole)
     for init in ("pretrained", "random"):
-        if init == "random" and "quantization_config" in (config or {}):
-            continue  # there is nothing to unpack
+        if init == "random" and {"quantization_config", "attn_implementation"} & set(config or {}):
+            continue  # there is nothing to unpack, and transformers 5.20 looks for kernels only when it loads weights
         with pytest.raises(
             ModelError, match=r"base: (cannot be loaded: \S|config.json describes no model that can be built)"
         ):

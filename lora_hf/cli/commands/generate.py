@@ -6,16 +6,16 @@ import argparse
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import get_type_hints
 
 from lora_hf.cli.terminal import add_adapter, add_exact, add_json, check_exact, print_rows, progress
+from lora_hf.core.config.fields import field_types
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import ConfigError
 
 HELP = "generate texts from prompts"
 # The keys of the config's `generate` section that have an option. Sampling follows from temperature, top_p and top_k.
 DECODING = {
-    name: kind for name, kind in get_type_hints(GenerateConfig).items() if name not in ("do_sample", "from_base")
+    name: kind for name, kind in field_types(GenerateConfig).items() if name not in ("do_sample", "from_base")
 }
 
 

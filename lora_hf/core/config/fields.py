@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import inspect
 import math
 import types
 import typing
@@ -60,9 +61,20 @@ def build_section(
     return (None if problems else section(**values)), problems
 
 
+def field_types(section: type) -> dict[str, Any]:
+    """The type of each field of a dataclass.
+
+    `typing.get_type_hints` fails on an `InitVar` in Python 3.10, until some library has patched it.
+    """
+    types_: dict[str, Any] = {}
+    for each in reversed(section.__mro__):
+        types_ |= inspect.get_annotations(each, eval_str=True)
+    return {entry.name: types_[entry.name] for entry in dataclasses.fields(section)}
+
+
 def _convert_fields(section: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     rules = {entry.name: entry.metadata for entry in dataclasses.fields(section)}
-    return _convert_all(values, typing.get_type_hints(section), rules)
+    return _convert_all(values, field_types(section), rules)
 
 
 def _convert_all(

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from lora_hf.core.config.fields import field_types
 from lora_hf.core.config.schema import RunConfig
 
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -33,7 +34,7 @@ class Key:
 def config_keys() -> Iterator[Key]:
     """Yields every key of a config, section by section."""
     for section, kind in _sections().items():
-        kinds, defaults = typing.get_type_hints(kind), kind()
+        kinds, defaults = field_types(kind), kind()
         for entry in dataclasses.fields(kind):
             yield Key(section, entry.name, kinds[entry.name], getattr(defaults, entry.name), entry.metadata)
 
@@ -79,7 +80,7 @@ def _number(value: float) -> str:
 
 
 def _sections() -> dict[str, Any]:
-    return typing.get_type_hints(RunConfig)
+    return field_types(RunConfig)
 
 
 def _options(kind: Any) -> tuple[Any, ...]:

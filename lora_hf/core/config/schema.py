@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import typing
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from lora_hf.core.config.fields import Section, build_section, setting
+from lora_hf.core.config.fields import Section, build_section, field_types, setting
 from lora_hf.core.config.hints import OWN_KEYS, REFUSED_FIELDS, hint_for_key
 from lora_hf.core.errors import ConfigError, did_you_mean
 
@@ -342,7 +341,7 @@ class RunConfig:
     @classmethod
     def check(cls, sections: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
         """Returns the config of nested mappings and no problems, or None and all problems."""
-        kinds = typing.get_type_hints(cls)
+        kinds = field_types(cls)
         problems, built = [], {}
         for name, values in sections.items():
             if name not in kinds:
@@ -364,5 +363,5 @@ class RunConfig:
 
 def known_keys() -> dict[str, tuple[str, ...]]:
     """Returns the keys of each section."""
-    kinds = typing.get_type_hints(RunConfig)
+    kinds = field_types(RunConfig)
     return {name: tuple(entry.name for entry in dataclasses.fields(kind)) for name, kind in kinds.items()}
