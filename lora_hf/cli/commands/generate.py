@@ -14,9 +14,7 @@ from lora_hf.core.errors import ConfigError
 
 HELP = "generate texts from prompts"
 # The keys of the config's `generate` section that have an option. Sampling follows from temperature, top_p and top_k.
-DECODING = {
-    name: kind for name, kind in field_types(GenerateConfig).items() if name not in ("do_sample", "from_base")
-}
+DECODING = {name: kind for name, kind in field_types(GenerateConfig).items() if name not in ("do_sample", "from_base")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
