@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 import threading
 import time
 from base64 import b64encode
@@ -187,7 +188,7 @@ def test_refusals(path: str, body: Any, status: int, code: str, message: str, cl
         (b'{"adapter": "a", ', {}, 400, "malformed_json"),
         (b"\xff\xfe", {}, 400, "malformed_json"),
         (b'"\xff"', {}, 400, "bad_request"),
-        (b"[" * 3000, {}, 400, "bad_request"),
+        (b"[" * 3000, {}, 400, "malformed_json" if sys.version_info >= (3, 13) else "bad_request"),  # too deep before
         (b'{"adapter": "a", "inputs": ["\\ud800"]}', {}, 422, "invalid_request"),
         (b'{"adapter": "a", "inputs": ["x"], "deadline": NaN}', {}, 422, "invalid_request"),
         (b'{"adapter": "a", "inputs": ["x"]}', {"content-type": "text/plain"}, 415, "unsupported_media_type"),

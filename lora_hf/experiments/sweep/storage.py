@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,7 +116,7 @@ def open_study(
     # Optuna logs the traceback of a failed trial; the sweep logs the reason in one line.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
-        storage=_open_storage(url),
+        storage=open_storage(url),
         sampler=sampler,
         pruner=_make_pruner(pruner),
         study_name=name,
@@ -146,17 +147,24 @@ def _make_pruner(name: str) -> BasePruner:
         return _WithoutInterrupted(PRUNERS[name]())
 
 
-def _open_storage(url: URL) -> RDBStorage:
+def open_storage(url: URL) -> RDBStorage:
+    """Connects to a database, which is closed with the last reference to the result.
+
+    Raises:
+        ConfigError: as `open_study`.
+    """
     sqlite = url.get_backend_name() == "sqlite"
     for _ in range(ATTEMPTS):
         try:
             with ignore_experimental():
-                return RDBStorage(
+                storage = RDBStorage(
                     url.render_as_string(hide_password=False),
                     engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT}} if sqlite else None,
                     heartbeat_interval=HEARTBEAT,
                     grace_period=GRACE,
                 )
+            weakref.finalize(storage, storage.engine.dispose)  # Optuna leaves its connections open
+            return storage
         except ImportError as error:
             reason = f"{error.__cause__ or error}; install the driver"
             raise ConfigError(f"storage {without_secrets(url)}: {reason}") from None

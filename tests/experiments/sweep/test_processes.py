@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -57,6 +58,10 @@ def test_two_processes_share_the_trials_of_one_sqlite_file(tmp_path: Path) -> No
     assert find_saved_model(Path(one["run"], "adapter")).task.name == "rule-sentiment"
 
 
+def stored_trials(url: str) -> list[Any]:
+    return optuna.load_study(study_name="shared", storage=storage.open_storage(storage.parse_url(url))).trials
+
+
 def test_a_sweep_goes_on_after_its_process_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,7 +74,7 @@ def test_a_sweep_goes_on_after_its_process_was_killed(
         victim.kill()
         victim.communicate()
     first = (tmp_path / "shared" / "trial-0" / "record.json").stat().st_mtime_ns
-    trials = optuna.load_study(study_name="shared", storage=url).trials
+    trials = stored_trials(url)
     done = sum(trial.state == TrialState.COMPLETE for trial in trials)
     assert [trial.number for trial in trials if trial.state == TrialState.RUNNING] == [killed_in]
 
@@ -89,7 +94,7 @@ def _wait_for_the_second_trial(output: Path, url: str) -> int:
     wait_until((output / "shared" / "trial-1" / "config.yaml").exists)
 
     def running() -> list[int]:
-        last = optuna.load_study(study_name="shared", storage=url).trials[-1]
+        last = stored_trials(url)[-1]
         return [last.number] if last.state == TrialState.RUNNING and last.params else []
 
     return wait_until(running)[0]

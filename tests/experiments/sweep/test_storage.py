@@ -16,6 +16,7 @@ from lora_hf.experiments.sweep.storage import (
     GridSampler,
     SeededSampler,
     database_errors,
+    open_storage,
     open_study,
     parse_url,
     without_secrets,
@@ -75,7 +76,7 @@ def test_a_study_of_other_trials_is_refused(tmp_path: Path) -> None:
 
 def test_a_study_that_somebody_else_made_is_refused(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/x.db"
-    optuna.create_study(storage=url, study_name="s", direction="maximize").ask()
+    optuna.create_study(storage=open_storage(parse_url(url)), study_name="s", direction="maximize").ask()
     with pytest.raises(ConfigError, match="not from a sweep"):
         opened(url)
 
