@@ -163,7 +163,7 @@ def open_storage(url: URL) -> RDBStorage:
                     heartbeat_interval=HEARTBEAT,
                     grace_period=GRACE,
                 )
-            weakref.finalize(storage, storage.engine.dispose)  # Optuna leaves its connections open
+            weakref.finalize(storage, _close, storage.scoped_session, storage.engine)
             return storage
         except ImportError as error:
             reason = f"{error.__cause__ or error}; install the driver"
@@ -176,6 +176,12 @@ def open_storage(url: URL) -> RDBStorage:
                 raise
         time.sleep(random.uniform(0.05, 0.3))
     raise ConfigError(f"storage {without_secrets(url)}: other processes are creating its tables; try again")
+
+
+def _close(session: Any, engine: Any) -> None:
+    """Closes what Optuna leaves open."""
+    session.remove()
+    engine.dispose()
 
 
 def is_finished(trial: FrozenTrial) -> bool:

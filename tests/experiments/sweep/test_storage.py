@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,12 @@ def test_an_unusable_storage_is_reported_without_its_secrets(url: str, said: str
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed database")  # which Optuna leaves to the garbage collector
 def test_a_file_that_is_not_a_database(tmp_path: Path) -> None:
     (tmp_path / "x.db").write_text("a text " * 50)
     with pytest.raises(ConfigError, match="file is not a database"):
         opened(f"sqlite:///{tmp_path}/x.db")
+    gc.collect()
 
 
 def test_a_study_of_other_trials_is_refused(tmp_path: Path) -> None:
@@ -76,7 +79,9 @@ def test_a_study_of_other_trials_is_refused(tmp_path: Path) -> None:
 
 def test_a_study_that_somebody_else_made_is_refused(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/x.db"
-    optuna.create_study(storage=open_storage(parse_url(url)), study_name="s", direction="maximize").ask()
+    optuna.create_study(storage=open_storage(parse_url(url)), study_name="s", direction="maximize").add_trial(
+        optuna.trial.create_trial(value=0.5)
+    )
     with pytest.raises(ConfigError, match="not from a sweep"):
         opened(url)
 
