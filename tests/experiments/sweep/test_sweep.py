@@ -234,7 +234,8 @@ def test_a_trial_that_others_gave_up_does_not_end_the_sweep(
         value = real(trial, *rest)
         if not given_up:  # what another process does after a minute without a heartbeat
             given_up.append(trial.number)
-            optuna.storages.get_storage(url).set_trial_state_values(trial._trial_id, optuna.trial.TrialState.FAIL)
+            other = storage.open_storage(storage.parse_url(url))
+            other.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.FAIL)
         return value
 
     monkeypatch.setattr(trials, "run_trial", slow)

@@ -65,7 +65,8 @@ def test_loss_and_every_gradient_are_those_of_the_rows_one_by_one(kind: str) -> 
         found.append(gradients(model))
     torch.testing.assert_close(losses[1], losses[0], atol=tolerances.PADDING_FREE_FP32, rtol=0)
     for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=tolerances.PADDING_FREE_FP32, rtol=0, msg=name)
+        atol = tolerances.PADDING_FREE_GRADIENTS * max(1, float(gradient.abs().max()))
+        torch.testing.assert_close(found[1][name], gradient, atol=atol, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("change", ["position_ids", "inputs_embeds", "left", "encoder"])
