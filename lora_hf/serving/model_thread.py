@@ -1,9 +1,9 @@
 """The thread that runs the operators of all models.
 
-OpenMP gives each thread that runs large operators a team of its own, with a thread for each core, and keeps the team
-until that thread ends. With more threads than cores, teams no longer spin between two operators but go to sleep, and a
-step takes twice as long. So the batches of all bases take turns on one thread, and what rarely happens but takes long
-runs on a thread of its own, which ends.
+OpenMP gives each thread that runs large operators a team of its own, with one thread per core, and keeps the team until
+that thread ends. Once there are more threads than cores, teams sleep between two operators instead of spinning, and a
+step takes twice as long. So the batches of all bases take turns on one thread. Rare and long calls, such as loading a
+base, run on a thread of their own, which then ends.
 """
 
 from __future__ import annotations

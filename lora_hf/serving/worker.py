@@ -232,7 +232,7 @@ class Worker(ABC):
             future.set_exception(ClosingError(SHUTTING_DOWN))
 
     def _free_memory(self) -> None:
-        """Gives back what batches of ever other sizes have left behind in pieces; it takes some 20 ms."""
+        """Returns free memory to the system now and then: batches of many sizes fragment it. This takes about 20 ms."""
         now = time.monotonic()
         if now - self._freed_at >= FREE_MEMORY_EVERY:
             self._freed_at = now
