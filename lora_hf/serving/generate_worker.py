@@ -119,7 +119,7 @@ class GenerateWorker(Worker):
                 self.model_thread.run(self._batch.step)
             except Exception as error:  # noqa: BLE001 - the thread must survive, and the clients need an answer
                 logger.warning("a step of %d rows failed; reading each of them again: %r", len(rows), error)
-                self._remove(self._batch.rows)
+                self.model_thread.run(self._batch.clear)
                 rows = [row for each in rows for row in self._run_isolating_failures([each])]
         names = [self._texts[row].request.version.name for row in rows]
         ended = []

@@ -38,7 +38,7 @@ SMALL = {
 RECIPE = {kind: replace(RECIPES[name], vocab_size=size, **SMALL) for kind, name, size in (
     ("masked", "tiny-roberta", 150), ("causal", "tiny-gpt2", 330)
 )}  # fmt: skip
-EMBEDDED_BYTES = 16_000_000  # limit for both bases together
+BUNDLED_BYTES = 16_000_000  # limit for both bases together
 
 
 def sentence(draw: random.Random) -> str:
@@ -175,7 +175,7 @@ def bases() -> list[Path]:
 
 
 def test_bundled_bases_stay_small() -> None:
-    assert sum((folder / "model.safetensors").stat().st_size for folder in bases()) <= EMBEDDED_BYTES
+    assert sum((folder / "model.safetensors").stat().st_size for folder in bases()) <= BUNDLED_BYTES
 
 
 @pytest.mark.parametrize("folder", bases(), ids=lambda folder: folder.name)

@@ -94,7 +94,8 @@ def _train(channel: Channel, job: Job) -> None:
 def _multiply(channel: Channel, job: Job) -> None:
     with tempfile.TemporaryDirectory() as folder:
         setup = Setup.from_job(job, Path(folder))
-        model = setup.base()
+        model: Any = setup.base()
+        model.to(_device())
         channel.send(ready={"flops": step_flops(matrix_weights(model), job.rows, 4), "trained_parameters": 0})
         _time_rounds(channel, job, FrozenProducts(model, job.rows, setup.config.train.batch_size))
         channel.send(done={"memory": {"above_base": None}})
@@ -112,7 +113,7 @@ def _time_rounds(channel: Channel, job: Job, run_round: Callable[[], Any]) -> No
         channel.receive()
         start = time.perf_counter()
         run_round()
-        synchronize(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        synchronize(_device())
         channel.send(round={"seconds": time.perf_counter() - start})
 
 
@@ -131,12 +132,15 @@ def _setting(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
     }
 
 
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _measure_peak(channel: Channel, job: Job) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     channel.send(ready={})
     for _ in range(job.rounds):
         channel.receive()
-        channel.send(round={"rates": matmul_peak(device, job.peak_seconds)})
+        channel.send(round={"rates": matmul_peak(_device(), job.peak_seconds)})
     channel.send(done={})
 
 
