@@ -231,9 +231,12 @@ class TextToText(TextGeneration):
 
 def causal_inputs(entries: Sequence[tuple[list[int], list[int], bool]]) -> dict[str, list]:
     """Returns the model inputs of entries: their tokens, their labels, and whether they are truncated."""
-    ids, labels, truncated = ([entry[index] for entry in entries] for index in range(3))
-    masks = [[1] * len(each) for each in ids]
-    return {"input_ids": ids, "attention_mask": masks, "labels": labels, TRUNCATED: truncated}
+    return {
+        "input_ids": [ids for ids, _, _ in entries],
+        "attention_mask": [[1] * len(ids) for ids, _, _ in entries],
+        "labels": [labels for _, labels, _ in entries],
+        TRUNCATED: [truncated for _, _, truncated in entries],
+    }
 
 
 def one_line(text: str) -> str:

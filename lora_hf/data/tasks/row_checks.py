@@ -101,14 +101,16 @@ def check_labels(
 def class_names(rows: Dataset, column: str) -> list[Any]:
     """Returns the values of a column; the ids of a file that names its classes become names, also those in lists."""
     feature = rows.features[column]
-    names = getattr(getattr(feature, "feature", feature), "names", None)
+    names: Any = getattr(getattr(feature, "feature", feature), "names", None)
+    if names is None:
+        return rows[column][:]
 
     def name(value: Any) -> Any:
         if isinstance(value, list):
             return [name(each) for each in value]
         return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
-    return rows[column][:] if names is None else [name(value) for value in rows[column]]
+    return [name(value) for value in rows[column]]
 
 
 def read_labels(
