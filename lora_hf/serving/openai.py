@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations`: FastAPI evaluates the annotations of functions nested in functions.
 
-import asyncio
 import base64
 import json
 import secrets
@@ -12,10 +11,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
-from lora_hf.serving.answers import STREAM, Stream, answer_of, problem_of
-from lora_hf.serving.client import EngineClient, Pending
+from lora_hf.serving.answers import STREAM, Texts, answer_of
+from lora_hf.serving.client import EngineClient
 from lora_hf.serving.openai_schema import Completion, Embeddings, Models, openai_bodies
 
 SEEDS = 2**32
@@ -86,27 +85,17 @@ async def _complete(
     decoding |= {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     common = {"adapter": body.model, "stop": stop, "top_logprobs": top_logprobs, "fit": fit}
-    stream = Stream() if body.stream else None
-    requests: list[Pending] = []
+    texts = Texts(client, bool(body.stream))
     for prompt in prompts:
         for choice in range(body.n or 1):
             arguments = {"prompt": prompt, "decoding": {**decoding, "seed": (seed + choice) % SEEDS}, **common}
-            on_piece = stream.source(len(requests)) if stream else None
-            arguments["stream"] = stream is not None
-            requests.append(client.submit("generate", arguments, _size(prompt), on_piece))
+            texts.submit(arguments, _size(prompt))
     head = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
-    if stream is None:
-        try:
-            results = await asyncio.gather(*(answer_of(http.receive, request) for request in requests))
-        finally:
-            for request in requests:
-                request.drop()
-        return JSONResponse(_whole(head, results, len(prompts), top_logprobs is not None, form))
-    stream.watch(requests)
-    await stream.accepted(requests)
-    usage = body.stream_options is not None and body.stream_options.include_usage
-    events = _chunks(head, stream, requests, len(prompts), usage, form)
-    return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+    if texts.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return await texts.response(_chunks(head, texts, len(prompts), usage, form), _data)
+    results = await texts.results(http.receive)
+    return JSONResponse(_whole(head, results, len(prompts), top_logprobs is not None, form))
 
 
 def _size(prompt: Any) -> int:
@@ -135,39 +124,30 @@ def _usage(results: Sequence[dict[str, Any]], prompts: int) -> dict[str, int]:
 
 
 async def _chunks(
-    head: dict[str, Any],
-    stream: Stream,
-    requests: Sequence[Pending],
-    prompts: int,
-    usage: bool,
-    form: "ChatForm | TextForm",
+    head: dict[str, Any], texts: Texts, prompts: int, usage: bool, form: "ChatForm | TextForm"
 ) -> AsyncIterator[bytes]:
     """The server-sent events of the texts, as they are generated."""
     head = {**head, "object": form.chunk_kind, "system_fingerprint": None}
 
     def event(*choices: dict[str, Any], **more: Any) -> bytes:
-        return f"data: {json.dumps({**head, 'choices': choices, **more})}\n\n".encode()
+        return _data({**head, "choices": choices, **more})
 
-    try:
-        for index in range(len(requests)):
-            if first := form.first(index):
-                yield event(first)
-        async for index, piece in stream.pieces(requests):
-            if piece is not None:
-                yield event(form.delta(index, piece["text"], piece["tokens"] or None, None))
-            else:
-                yield event(form.delta(index, "", None, requests[index].future.result()["finish_reason"]))
-        if usage:
-            results = [request.future.result() for request in requests]
-            yield event(usage=_usage(results, prompts))
-        yield b"data: [DONE]\n\n"
-    except (asyncio.CancelledError, GeneratorExit):
-        raise
-    except Exception as error:  # noqa: BLE001 - the response has begun
-        yield f"data: {json.dumps(problem_of(error))}\n\n".encode()
-    finally:
-        for request in requests:
-            request.drop()  # stops generating if the client is gone
+    for index in range(len(texts.requests)):
+        if first := form.first(index):
+            yield event(first)
+    async for index, piece in texts.pieces():
+        if piece is not None:
+            yield event(form.delta(index, piece["text"], piece["tokens"] or None, None))
+        else:
+            yield event(form.delta(index, "", None, texts.requests[index].future.result()["finish_reason"]))
+    if usage:
+        results = [request.future.result() for request in texts.requests]
+        yield event(usage=_usage(results, prompts))
+    yield b"data: [DONE]\n\n"
+
+
+def _data(value: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(value)}\n\n".encode()
 
 
 class ChatForm:
