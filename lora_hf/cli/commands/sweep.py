@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from lora_hf.cli.terminal import add_json, format_score, print_json
-from lora_hf.core.errors import ConfigError, how_to_install
+from lora_hf.cli.terminal import add_json, format_score, print_json, require_packages
+from lora_hf.core.errors import ConfigError
 
 HELP = "search for the best hyperparameters with Optuna"
 
@@ -39,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     config, space = read_sweep(options.config, options.overrides)
     if options.seed < 0:
         raise ConfigError(f"--seed: expected a whole number >= 0, found {options.seed}")
-    require_optuna("sweep")
+    require_packages("sweep", "sweep", ["optuna"])
     from lora_hf.experiments.sweep.study import BEST, BEST_CONFIG, SWEEP_RECORD, sweep, typed
 
     name = options.study or Path(options.config).stem
@@ -57,9 +56,3 @@ def run(options: argparse.Namespace) -> None:
     print("trials:  " + ", ".join(f"{number} {state}" for state, number in count.items()))
     for label, path in paths.items():
         print(f"{label + ':':9}{path}")
-
-
-def require_optuna(verb: str) -> None:
-    """Raises ConfigError if Optuna is missing."""
-    if importlib.util.find_spec("optuna") is None:
-        raise ConfigError(f"{verb} needs Optuna: {how_to_install('sweep')}")

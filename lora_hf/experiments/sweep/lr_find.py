@@ -85,17 +85,7 @@ def lr_find(
     shortened = replace(config, train=replace(config.train, max_steps=steps, patience=None, hf=hf))
     rates = len(space.dimensions[0].bounds())
     logger.info("%d learning rates, each for %d to %d steps", rates, min(rungs), steps)
-    settings = SweepSettings(
-        shortened,
-        space,
-        name,
-        Path(config.output.dir) / name,
-        rates,
-        pruner=pruner,
-        sampler="grid",
-        rungs=rungs,
-        recipe=config,
-    )
+    settings = SweepSettings(shortened, space, name, rates, pruner=pruner, sampler="grid", rungs=rungs, recipe=config)
     limit = max(
         EVALUATION_ROWS, int(EVALUATION_SHARE * steps * config.train.batch_size * config.train.gradient_accumulation)
     )

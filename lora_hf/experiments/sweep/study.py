@@ -68,13 +68,16 @@ class SweepSettings:
     config: RunConfig
     space: Space
     name: str
-    folder: Path
     trials: int
     seed: int = 0
     pruner: str = "halving"
     sampler: str = "tpe"
     rungs: Mapping[int, int] = field(default_factory=dict)
     recipe: RunConfig | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output.dir) / self.name
 
     @property
     def task(self) -> Task:
@@ -128,9 +131,8 @@ def sweep(
         TrainingError: all trials failed.
         UserError: an error in the config or the data that affects every trial.
     """
-    folder = Path(config.output.dir) / name
     trials = _number_of_trials(trials, sampler, space)
-    return run_study(SweepSettings(config, space, name, folder, trials, seed, pruner, sampler), storage, rows)
+    return run_study(SweepSettings(config, space, name, trials, seed, pruner, sampler), storage, rows)
 
 
 def _number_of_trials(trials: int | None, sampler: str, space: Space) -> int:
