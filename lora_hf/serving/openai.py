@@ -39,9 +39,9 @@ def add_openai(app: FastAPI, client: EngineClient) -> None:
         """Continues a chat. The chat template of the base formats it."""
         messages = [message.for_template() for message in body.messages]
         top = (body.top_logprobs or 0) if body.logprobs else None
-        longest = body.max_completion_tokens or body.max_tokens or client.limits.max_new_tokens
-        fit = body.max_completion_tokens is None and body.max_tokens is None
-        return await _complete(client, http, body, [messages], longest, top, fit, ChatForm())
+        asked = body.max_completion_tokens or body.max_tokens
+        longest = asked or client.limits.max_new_tokens
+        return await _complete(client, http, body, [messages], longest, top, asked is None, ChatForm())
 
     @app.post("/v1/completions", response_model=Completion, responses=STREAM)
     async def complete(http: Request, body: CompletionBody) -> Any:  # type: ignore[valid-type]
@@ -95,7 +95,12 @@ async def _complete(
         usage = body.stream_options is not None and body.stream_options.include_usage
         return await texts.response(_chunks(head, texts, len(prompts), usage, form), _data)
     results = await texts.results(http.receive)
-    return JSONResponse(_whole(head, results, len(prompts), top_logprobs is not None, form))
+    choices = [
+        form.choice(index, result["text"], None if top_logprobs is None else result["tokens"], result["finish_reason"])
+        for index, result in enumerate(results)
+    ]
+    head |= {"object": form.kind, "system_fingerprint": results[0]["version"]}
+    return JSONResponse({**head, "choices": choices, "usage": _usage(results, len(prompts))})
 
 
 def _size(prompt: Any) -> int:
@@ -103,17 +108,6 @@ def _size(prompt: Any) -> int:
     if isinstance(prompt, str):
         return len(prompt)
     return sum(len(each["content"]) if isinstance(each, dict) else 1 for each in prompt)
-
-
-def _whole(
-    head: dict[str, Any], results: Sequence[dict[str, Any]], prompts: int, logprobs: bool, form: "ChatForm | TextForm"
-) -> dict[str, Any]:
-    choices = [
-        form.choice(index, result["text"], result["tokens"] if logprobs else None, result["finish_reason"])
-        for index, result in enumerate(results)
-    ]
-    fingerprint = {"system_fingerprint": results[0]["version"]}
-    return {**head, **fingerprint, "object": form.kind, "choices": choices, "usage": _usage(results, prompts)}
 
 
 def _usage(results: Sequence[dict[str, Any]], prompts: int) -> dict[str, int]:

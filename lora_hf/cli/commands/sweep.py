@@ -39,12 +39,12 @@ def run(options: argparse.Namespace) -> None:
     if options.seed < 0:
         raise ConfigError(f"--seed: expected a whole number >= 0, found {options.seed}")
     require_packages("sweep", "sweep", ["optuna"])
-    from lora_hf.experiments.sweep.study import BEST, BEST_CONFIG, SWEEP_RECORD, sweep, typed
+    from lora_hf.experiments.sweep.study import BEST, BEST_CONFIG, SWEEP_RECORD, SweepSettings, sweep, typed
 
     name = options.study or Path(options.config).stem
     config = replace(config, output=replace(config.output, dir=options.output or config.output.dir))
-    search = {"pruner": options.pruner, "sampler": options.sampler}
-    folder, record = sweep(config, space, options.trials, name, options.storage, options.seed, **search)
+    settings = SweepSettings(config, space, name, options.trials, options.seed, options.pruner, options.sampler)
+    folder, record = sweep(settings, options.storage)
     best, count = record.best, Counter(trial["state"] for trial in record.trials)
     files = {"run": BEST, "config": BEST_CONFIG, "record": SWEEP_RECORD}
     paths = {label: str(folder / file) for label, file in files.items()}
