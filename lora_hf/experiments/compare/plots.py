@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_hf.experiments.compare.evaluation import draw_reliability
 from lora_hf.experiments.plots import draw_frontier, draw_majority, load_pyplot, save, series_style
 from lora_hf.training.evaluation_plots import draw_matrix, escape_formula
@@ -160,8 +162,6 @@ def _memory(task: dict[str, Any]) -> Any:
 
 
 def _confusion(task: dict[str, Any]) -> Any:
-    import numpy as np
-
     panels = [
         (title, np.array(row["confusion"]))
         for title, row in zip(_names(task), task["configurations"], strict=True)
@@ -176,14 +176,12 @@ def _confusion(task: dict[str, Any]) -> Any:
     figure, grid = load_pyplot().subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
-    for index, (axes, (title, counts)) in enumerate(zip(grid.flat, panels, strict=False)):
+    for axes, (title, counts) in zip(grid.flat, panels, strict=False):
         image = draw_matrix(axes, counts, names)
         axes.tick_params(axis="y", labelrotation=90)
         axes.set_title(textwrap.fill(title, CONFUSION_TITLE), fontsize=9)
-        if index % columns == 0:
-            axes.set_ylabel("label")
-        if index + columns >= len(panels):
-            axes.set_xlabel("prediction")
     figure.colorbar(image, ax=grid.ravel().tolist(), label="share of the label's rows", shrink=0.8)
+    figure.supxlabel("prediction")
+    figure.supylabel("label")
     figure.suptitle(f"{task['task']}: confusion matrices")
     return figure
