@@ -192,7 +192,7 @@ class _WithoutInterrupted(BasePruner):
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         shown = copy.copy(study)
-        shown.get_trials = lambda **options: list(filter(_counts, study.get_trials(**options)))
+        shown.get_trials = lambda *args, **options: list(filter(_counts, study.get_trials(*args, **options)))
         return self.pruner.prune(shown, trial)
 
 
