@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lora_hf.core.errors import ConfigError
+from lora_hf.core.errors import ConfigError, how_to_install
 from lora_hf.core.progress import ProgressTimer
 
 
@@ -76,6 +77,13 @@ def add_data_dir(parser: argparse.ArgumentParser, first: str) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of standard output")
+
+
+def require_packages(verb: str, extra: str, packages: Iterable[str]) -> None:
+    """Raises ConfigError if a package of an extra is missing, before importing others takes seconds."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{verb} needs {', '.join(missing)}: {how_to_install(extra)}")
 
 
 def parse_named_adapters(arguments: list[str]) -> dict[str, str]:

@@ -11,6 +11,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], text_columns:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, rule, *rows))
 
 
+def count(number: int, noun: str) -> str:
+    """Such as "1 run" and "2 runs"."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 

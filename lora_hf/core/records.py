@@ -5,6 +5,7 @@ Every number shown anywhere is read from a record.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -244,6 +245,11 @@ def read_json_record(file: Path) -> Any:
         return read_json(file)
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: not a readable record: {error}") from error
+
+
+def peak_memory(memory: Mapping[str, int]) -> int:
+    """Bytes of `RunRecord.memory`: of tensors on the GPU, or of the process if there is no GPU."""
+    return memory.get("cuda") or memory["rss"]
 
 
 def describe_run(record: RunRecord) -> str:

@@ -7,22 +7,14 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+from lora_hf.training.evaluation_plots import load_pyplot
+
 # Okabe and Ito 2008, "Color Universal Design": distinguishable with any kind of color vision. Without yellow, which is
 # too pale for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINE_STYLES = ("-", "--", "-.", ":")
 DPI = 120
-
-
-def load_pyplot() -> Any:
-    """`matplotlib.pyplot` for files, which needs no display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def save(figure: Any, path: Path, **options: Any) -> Path:

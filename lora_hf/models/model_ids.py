@@ -63,3 +63,8 @@ def is_hub_id(name: str) -> bool:
 def base_name(path: str) -> str:
     """The last part of a path. Only this part may appear in files that leave the machine."""
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def public_name(name: str) -> str:
+    """A base as records and clients name it: without the path of a local folder."""
+    return base_name(name) if Path(name).is_dir() else name

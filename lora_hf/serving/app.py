@@ -3,25 +3,25 @@
 # No `from __future__ import annotations`: FastAPI evaluates the annotations of functions nested in functions.
 
 import asyncio
-import contextlib
 import json
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from lora_hf.core.errors import UserError
 from lora_hf.core.records import RUN_CONFIG_FILE
-from lora_hf.serving.answers import STREAM, Stream, answer_of, problem_of
-from lora_hf.serving.client import EngineClient, Pending
+from lora_hf.serving.answers import STREAM, Texts, answer_of, problem_of
+from lora_hf.serving.client import EngineClient
 from lora_hf.serving.limits import ClosingError, RefusalError, error_body
 from lora_hf.serving.middleware import JSON, AccessMiddleware
 from lora_hf.serving.openai import PATHS, add_openai
@@ -69,14 +69,14 @@ class ServerState:
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
-def build_app(client: EngineClient, state: ServerState, lifespan: Lifespan | None = None) -> FastAPI:
-    """Builds the application; the engine may still be loading adapters until `state.ready` is set."""
+def build_app(client: EngineClient, state: ServerState, lifespan: Lifespan) -> FastAPI:
+    """Builds the application, which `lifespan` connects to the engine; adapters load until `state.ready` is set."""
     errors = (400, 401, 403, 404, 405, 413, 415, 422, 431, 500, 503, 504)
     app = FastAPIOffline(
         redoc_url=None,
         title="lora_hf",
         description="Many LoRA adapters on one base, also for clients of OpenAI's API. All errors have OpenAI's form.",
-        lifespan=lifespan or connected(client),
+        lifespan=lifespan,
         responses={status: {"model": Failure} for status in errors},
     )
     app.add_middleware(
@@ -100,18 +100,6 @@ def build_app(client: EngineClient, state: ServerState, lifespan: Lifespan | Non
     return app
 
 
-def connected(client: EngineClient) -> Lifespan:
-    """Connects to the engine for the life of the application."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await client.connect()
-        yield
-        client.disconnect()
-
-    return lifespan
-
-
 def _add_inference(app: FastAPI, client: EngineClient) -> None:
     ClassifyBody, GenerateBody = bodies(client.limits)
 
@@ -125,37 +113,26 @@ def _add_inference(app: FastAPI, client: EngineClient) -> None:
     @app.post("/v1/generate", response_model=GenerateAnswer, responses=STREAM)
     async def generate(http: Request, body: GenerateBody) -> Any:  # type: ignore[valid-type]
         """Generates a text for a prompt; `stream` sends it piece by piece."""
-        decoding = body.model_dump(exclude_none=True)  # type: ignore[attr-defined]
-        arguments = {name: decoding.pop(name, None) for name in ("adapter", "prompt", "deadline", "stream")}
-        arguments["decoding"] = decoding
-        stream = Stream() if arguments["stream"] else None
-        pending = client.submit("generate", arguments, len(body.prompt), stream and stream.source(0))
-        if stream is None:
-            return JSONResponse(_generated(await answer_of(http.receive, pending)))
-        stream.watch([pending])
-        await stream.accepted([pending])
-        return StreamingResponse(
-            _events(pending, stream), media_type="text/event-stream", headers={"cache-control": "no-store"}
-        )
+        decoding = body.model_dump(exclude_none=True, exclude={"stream"})  # type: ignore[attr-defined]
+        arguments = {name: decoding.pop(name, None) for name in ("adapter", "prompt", "deadline")}
+        texts = Texts(client, body.stream)
+        texts.submit({**arguments, "decoding": decoding}, len(body.prompt))
+        if body.stream:
+            return await texts.response(_events(texts), partial(_event, "error"))
+        (result,) = await texts.results(http.receive)
+        return JSONResponse(_generated(result))
 
 
 def _generated(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in GenerateAnswer.model_fields}
 
 
-async def _events(pending: Pending, stream: Stream) -> AsyncIterator[bytes]:
+async def _events(texts: Texts) -> AsyncIterator[bytes]:
     """The server-sent events of a streamed text."""
-    try:
-        async for _, piece in stream.pieces([pending]):
-            if piece is not None:
-                yield _event("text", {"text": piece["text"]})
-        yield _event("done", _generated(pending.future.result()))
-    except (asyncio.CancelledError, GeneratorExit):
-        raise
-    except Exception as error:  # noqa: BLE001 - the response has begun
-        yield _event("error", problem_of(error))
-    finally:
-        pending.drop()  # stops generating if the client is gone
+    async for _, piece in texts.pieces():
+        if piece is not None:
+            yield _event("text", {"text": piece["text"]})
+    yield _event("done", _generated(texts.requests[0].future.result()))
 
 
 def _event(name: str, value: Any) -> bytes:

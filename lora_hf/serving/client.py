@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
 import socket
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 from lora_hf.core.child_process import ChildProcesses, package_environment
 from lora_hf.serving.limits import Limits
 from lora_hf.serving.metrics import Metrics
-from lora_hf.serving.wire import InternalError, Unpacker, pack, restore_error
+from lora_hf.serving.wire import InternalError, pack, restore_error
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class EngineClient(asyncio.Protocol):
         self.on_lost: Callable[[], None] = lambda: None
         self._numbers = itertools.count()
         self._pending: dict[int, Pending] = {}
-        self._unpacker = Unpacker()
+        self._unread = b""  # the start of a message
         self._transport: Any = None
 
     async def connect(self) -> None:
@@ -133,7 +134,8 @@ class EngineClient(asyncio.Protocol):
     # What asyncio calls.
 
     def data_received(self, data: bytes) -> None:
-        for message in self._unpacker.feed(data):
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        for message in map(json.loads, lines):
             if "event" in message:
                 self._on_event(message)
                 continue

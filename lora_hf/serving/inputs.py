@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -105,12 +106,9 @@ def encode_rows(
         stop = start + 1
         while stop < rows and sum(lengths[start : stop + 1]) <= CHUNK:
             stop += 1
-        with worker.tokenizer_lock:
-            chunk = {name: texts[start:stop] for name, texts in columns.items()}
-            try:
-                encoded = task.encode(chunk, worker.request_tokenizer, limit)
-            except DataError as error:
-                raise BadInputError(str(error)) from error
+        chunk = {name: texts[start:stop] for name, texts in columns.items()}
+        with worker.tokenizer_lock, _refuse_bad_data():
+            encoded = task.encode(chunk, worker.request_tokenizer, limit)
         for name, values in encoded.items():
             whole.setdefault(name, []).extend(values)
         start = stop
@@ -119,11 +117,17 @@ def encode_rows(
 
 
 def _check_tokens(version: AdapterVersion, worker: Worker, ids: Sequence[list[int]]) -> None:
-    with worker.tokenizer_lock:
-        try:
-            check_tokens(version.saved.task, ids, worker.request_tokenizer, worker.model)
-        except DataError as error:
-            raise BadInputError(str(error)) from error
+    with worker.tokenizer_lock, _refuse_bad_data():
+        check_tokens(version.saved.task, ids, worker.request_tokenizer, worker.model)
+
+
+@contextmanager
+def _refuse_bad_data(prefix: str = "") -> Iterator[None]:
+    """Raises a DataError as a BadInputError."""
+    try:
+        yield
+    except DataError as error:
+        raise BadInputError(f"{prefix}{error}") from error
 
 
 def encode_texts(
@@ -190,26 +194,23 @@ def encode_prompt(
     clean: Callable[[str], str] = str
     ends: list[int] = []
     tokens: list[Any]
-    with worker.tokenizer_lock:
-        try:
-            if isinstance(prompt, str):
-                check_text(prompt, "prompt", limits)
-                if raw:
-                    tokens = tokenizer(prompt)["input_ids"]
-                else:
-                    tokens = task.prompts([task.context(prompt)], tokenizer, room)[0]
-                    clean, ends = task.clean, task.end_tokens(tokenizer)
-            elif prompt and isinstance(prompt[0], Mapping):
-                tokens, ends = _encode_chat(version, tokenizer, prompt, limits, raw)  # type: ignore[arg-type]
+    with worker.tokenizer_lock, _refuse_bad_data():
+        if isinstance(prompt, str):
+            check_text(prompt, "prompt", limits)
+            if raw:
+                tokens = tokenizer(prompt)["input_ids"]
             else:
-                tokens = list(prompt)
-                embeddings: Any = worker.model.get_input_embeddings()
-                vocabulary = embeddings.num_embeddings
-                if not tokens or not all(0 <= token < vocabulary for token in tokens):
-                    raise BadInputError(f"prompt: expected tokens from 0 to {vocabulary - 1}")
-            check_tokens(task, [tokens], tokenizer, worker.model)
-        except DataError as error:
-            raise BadInputError(str(error)) from error
+                tokens = task.prompts([task.context(prompt)], tokenizer, room)[0]
+                clean, ends = task.clean, task.end_tokens(tokenizer)
+        elif prompt and isinstance(prompt[0], Mapping):
+            tokens, ends = _encode_chat(version, tokenizer, prompt, limits, raw)  # type: ignore[arg-type]
+        else:
+            tokens = list(prompt)
+            embeddings: Any = worker.model.get_input_embeddings()
+            vocabulary = embeddings.num_embeddings
+            if not tokens or not all(0 <= token < vocabulary for token in tokens):
+                raise BadInputError(f"prompt: expected tokens from 0 to {vocabulary - 1}")
+        check_tokens(task, [tokens], tokenizer, worker.model)
     if len(tokens) > room:
         raise BadInputError(
             f"prompt: has {len(tokens)} tokens; the model reads at most {room} before {settings.max_new_tokens} new "
@@ -241,10 +242,8 @@ def _encode_chat(
             "the tokenizer_config.json of the base",
             "no_chat_template",
         ) from error
-    try:
+    with _refuse_bad_data("messages: "):  # a template refuses roles that it does not know, or their order
         return encoder.prompt(Chat([dict(message) for message in messages])), encoder.end_tokens()
-    except DataError as error:  # a template refuses roles that it does not know, or their order
-        raise BadInputError(f"messages: {error}") from error
 
 
 def decoding_settings(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from lora_hf.serving.limits import Limits, error_body
@@ -63,7 +63,7 @@ class AccessMiddleware:
         try:
             headers = dict(scope["headers"])
             refusal = self._refusal(scope, headers)
-            body = b"" if refusal else await self._read_body(headers, receive)
+            body = b"" if refusal else await self._read_body(scope, headers, receive)
             if body is None:
                 message = f"expected a body of at most {self.max_bytes} bytes; split the request"
                 refusal = _error(413, "too_large", message, {"connection": "close"})
@@ -106,22 +106,18 @@ class AccessMiddleware:
         scheme, _, token = header.partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(), self.token.encode())
 
-    async def _read_body(self, headers: Mapping[bytes, bytes], receive: Any) -> bytes | None:
+    async def _read_body(self, scope: Any, headers: Mapping[bytes, bytes], receive: Any) -> bytes | None:
         """The whole body; None once its header or the bytes read so far exceed the limit."""
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > self.max_bytes:
             return None
         parts, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
+        async for part in Request(scope, receive).stream():
+            parts.append(part)
+            size += len(part)
             if size > self.max_bytes:
                 return None
-            if not message.get("more_body", False):
-                return b"".join(parts)
+        return b"".join(parts)
 
 
 def is_allowed_host(header: str, hosts: frozenset[str]) -> bool:

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 from base64 import b64decode
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -21,7 +21,7 @@ from lora_hf.serving.engine import Engine
 from lora_hf.serving.inputs import CHUNK
 from lora_hf.serving.limits import Limits
 from lora_hf.serving.requests import AdapterVersion, ClassifyResult, Observer, Request
-from lora_hf.serving.wire import Unpacker, describe_error, pack
+from lora_hf.serving.wire import describe_error, pack, receive
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def describe(version: AdapterVersion) -> dict[str, Any]:
         "version": version.digest,
         "base": version.base,
         "task": task.name,
-        "kind": version.kind,
+        "kind": task.model_kind,
         "labels": list(task.label_names),
         "reads": list(task.text_columns) if task.verb == "predict" else ["prompt"],
         "chat": version.chat,
@@ -54,33 +54,30 @@ class EngineConnection(Observer):
     def on_batch(self, base: str, rows: Sequence[str], answered: Sequence[str], tokens: int, seconds: float) -> None:
         self._send({"event": "batch", "batch": [base, rows, answered, tokens, seconds]})
 
-    def serve(self, engine: Engine, unpacker: Unpacker, first: Sequence[dict[str, Any]] = ()) -> None:
-        """Answers the `first` messages and those that follow, until the other end closes the connection."""
+    def serve(self, engine: Engine, messages: Iterable[dict[str, Any]]) -> None:
+        """Answers all messages of `wire.receive`."""
         self.engine = engine
         # Long texts and adapters must not keep short requests waiting.
         with ThreadPoolExecutor(4, "lora_hf long") as threads:
             self._send_adapters()
-            for message in first:
-                self._receive(message, threads)
-            while data := self.connection.recv(1 << 16):
-                for message in unpacker.feed(data):
-                    self._receive(message, threads)
+            for message in messages:
+                if "cancel" in message:
+                    self._cancel(message["cancel"])
+                elif message["size"] > CHUNK:
+                    self._long[message["id"]] = False
+                    threads.submit(self._answer, message)
+                else:
+                    self._answer(message)
             for request in list(self._requests.values()):
                 request.future.cancel()
 
-    def _receive(self, message: dict[str, Any], threads: ThreadPoolExecutor) -> None:
-        if "cancel" in message:
-            self._cancel(message["cancel"])
-        elif message["size"] > CHUNK:
-            self._long[message["id"]] = False
-            threads.submit(self._answer, message)
-        else:
-            self._answer(message)
-
     def _answer(self, message: dict[str, Any]) -> None:
-        number, arguments = message["id"], message["arguments"]
+        number, call, arguments = message["id"], message["call"], message["arguments"]
         try:
-            getattr(self, f"_{message['call']}")(number, **arguments)
+            if call in ("classify", "embed", "generate"):
+                self._submit(number, call, **arguments)
+            else:
+                self._send({"id": number, "result": getattr(self, f"_{call}")(**arguments)})
         except Exception as error:  # noqa: BLE001 - the connection must survive, and the client needs an answer
             self._fail(number, error)
         if self._long.pop(number, False):
@@ -92,23 +89,14 @@ class EngineConnection(Observer):
         if request := self._requests.get(number):
             request.future.cancel()
 
-    def _classify(self, number: int, **arguments: Any) -> None:
-        self._submit(number, self.engine.submit_classify, arguments)
-
-    def _embed(self, number: int, **arguments: Any) -> None:
-        self._submit(number, self.engine.submit_embed, arguments)
-
-    def _generate(self, number: int, stream: bool, **arguments: Any) -> None:
+    def _submit(self, number: int, call: str, stream: bool = False, **arguments: Any) -> None:
         if stream:
             arguments["on_text"] = lambda piece: self._send({"id": number, "piece": asdict(piece)})
-        self._submit(number, self.engine.submit_generate, arguments)
-        if stream:
-            self._send({"id": number, "piece": None})  # accepted
-
-    def _submit(self, number: int, submit: Callable[..., Request], arguments: dict[str, Any]) -> None:
-        request = submit(**arguments)
+        request = getattr(self.engine, f"submit_{call}")(**arguments)
         self._requests[number] = request
         request.future.add_done_callback(lambda future: self._finish(number, future))
+        if stream:
+            self._send({"id": number, "piece": None})  # accepted
 
     def _finish(self, number: int, future: Any) -> None:
         self._requests.pop(number, None)
@@ -124,25 +112,24 @@ class EngineConnection(Observer):
             fields = asdict(result)
         self._send({"id": number, "result": fields})
 
-    def _load(self, number: int, **arguments: Any) -> None:
+    def _load(self, **arguments: Any) -> dict[str, Any]:
         version = self.engine.load(**arguments)
         self._send_adapters()
-        self._send({"id": number, "result": describe(version)})
+        return describe(version)
 
-    def _remove(self, number: int, name: str) -> None:
+    def _remove(self, name: str) -> dict[str, Any]:
         version = self.engine.remove(name)
         self._send_adapters()
-        self._send({"id": number, "result": describe(version)})
+        return describe(version)
 
-    def _read_file(self, number: int, adapter: str, name: str, content: str) -> None:
-        self._send({"id": number, "result": self.engine.read_file(adapter, name, b64decode(content))})
+    def _read_file(self, adapter: str, name: str, content: str) -> list[list[str]]:
+        return self.engine.read_file(adapter, name, b64decode(content))
 
-    def _waiting(self, number: int) -> None:
-        self._send({"id": number, "result": self.engine.waiting()})
+    def _waiting(self) -> dict[str, int]:
+        return self.engine.waiting()
 
-    def _close(self, number: int, grace: float) -> None:
+    def _close(self, grace: float) -> None:
         self.engine.close(grace)
-        self._send({"id": number, "result": None})
 
     def _send_adapters(self) -> None:
         with self._listing:  # of two lists, the later one must arrive last
@@ -167,17 +154,12 @@ def main(file: str) -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
     logging.getLogger("lora_hf").setLevel(logging.INFO)
     with socket.socket(fileno=int(file)) as connection:
-        unpacker = Unpacker()
-        messages: list[dict[str, Any]] = []
-        while not messages:
-            data = connection.recv(1 << 16)
-            if not data:
-                return
-            messages += unpacker.feed(data)
-        options = messages[0]
+        messages = receive(connection)
+        if (options := next(messages, None)) is None:
+            return
         served = EngineConnection(connection)
         with Engine(Limits(**options["limits"]), observer=served, **options["options"]) as engine:
-            served.serve(engine, unpacker, messages[1:])
+            served.serve(engine, messages)
             engine.close(grace=0)  # nobody reads the answers
 
 

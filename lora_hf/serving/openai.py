@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations`: FastAPI evaluates the annotations of functions nested in functions.
 
-import asyncio
 import base64
 import json
 import secrets
@@ -12,10 +11,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
-from lora_hf.serving.answers import STREAM, Stream, answer_of, problem_of
-from lora_hf.serving.client import EngineClient, Pending
+from lora_hf.serving.answers import STREAM, Texts, answer_of
+from lora_hf.serving.client import EngineClient
 from lora_hf.serving.openai_schema import Completion, Embeddings, Models, openai_bodies
 
 SEEDS = 2**32
@@ -40,9 +39,9 @@ def add_openai(app: FastAPI, client: EngineClient) -> None:
         """Continues a chat. The chat template of the base formats it."""
         messages = [message.for_template() for message in body.messages]
         top = (body.top_logprobs or 0) if body.logprobs else None
-        longest = body.max_completion_tokens or body.max_tokens or client.limits.max_new_tokens
-        fit = body.max_completion_tokens is None and body.max_tokens is None
-        return await _complete(client, http, body, [messages], longest, top, fit, ChatForm())
+        asked = body.max_completion_tokens or body.max_tokens
+        longest = asked or client.limits.max_new_tokens
+        return await _complete(client, http, body, [messages], longest, top, asked is None, ChatForm())
 
     @app.post("/v1/completions", response_model=Completion, responses=STREAM)
     async def complete(http: Request, body: CompletionBody) -> Any:  # type: ignore[valid-type]
@@ -86,27 +85,22 @@ async def _complete(
     decoding |= {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     common = {"adapter": body.model, "stop": stop, "top_logprobs": top_logprobs, "fit": fit}
-    stream = Stream() if body.stream else None
-    requests: list[Pending] = []
+    texts = Texts(client, bool(body.stream))
     for prompt in prompts:
         for choice in range(body.n or 1):
             arguments = {"prompt": prompt, "decoding": {**decoding, "seed": (seed + choice) % SEEDS}, **common}
-            on_piece = stream.source(len(requests)) if stream else None
-            arguments["stream"] = stream is not None
-            requests.append(client.submit("generate", arguments, _size(prompt), on_piece))
+            texts.submit(arguments, _size(prompt))
     head = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
-    if stream is None:
-        try:
-            results = await asyncio.gather(*(answer_of(http.receive, request) for request in requests))
-        finally:
-            for request in requests:
-                request.drop()
-        return JSONResponse(_whole(head, results, len(prompts), top_logprobs is not None, form))
-    stream.watch(requests)
-    await stream.accepted(requests)
-    usage = body.stream_options is not None and body.stream_options.include_usage
-    events = _chunks(head, stream, requests, len(prompts), usage, form)
-    return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+    if texts.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return await texts.response(_chunks(head, texts, len(prompts), usage, form), _data)
+    results = await texts.results(http.receive)
+    choices = [
+        form.choice(index, result["text"], None if top_logprobs is None else result["tokens"], result["finish_reason"])
+        for index, result in enumerate(results)
+    ]
+    head |= {"object": form.kind, "system_fingerprint": results[0]["version"]}
+    return JSONResponse({**head, "choices": choices, "usage": _usage(results, len(prompts))})
 
 
 def _size(prompt: Any) -> int:
@@ -114,17 +108,6 @@ def _size(prompt: Any) -> int:
     if isinstance(prompt, str):
         return len(prompt)
     return sum(len(each["content"]) if isinstance(each, dict) else 1 for each in prompt)
-
-
-def _whole(
-    head: dict[str, Any], results: Sequence[dict[str, Any]], prompts: int, logprobs: bool, form: "ChatForm | TextForm"
-) -> dict[str, Any]:
-    choices = [
-        form.choice(index, result["text"], result["tokens"] if logprobs else None, result["finish_reason"])
-        for index, result in enumerate(results)
-    ]
-    fingerprint = {"system_fingerprint": results[0]["version"]}
-    return {**head, **fingerprint, "object": form.kind, "choices": choices, "usage": _usage(results, prompts)}
 
 
 def _usage(results: Sequence[dict[str, Any]], prompts: int) -> dict[str, int]:
@@ -135,39 +118,30 @@ def _usage(results: Sequence[dict[str, Any]], prompts: int) -> dict[str, int]:
 
 
 async def _chunks(
-    head: dict[str, Any],
-    stream: Stream,
-    requests: Sequence[Pending],
-    prompts: int,
-    usage: bool,
-    form: "ChatForm | TextForm",
+    head: dict[str, Any], texts: Texts, prompts: int, usage: bool, form: "ChatForm | TextForm"
 ) -> AsyncIterator[bytes]:
     """The server-sent events of the texts, as they are generated."""
     head = {**head, "object": form.chunk_kind, "system_fingerprint": None}
 
     def event(*choices: dict[str, Any], **more: Any) -> bytes:
-        return f"data: {json.dumps({**head, 'choices': choices, **more})}\n\n".encode()
+        return _data({**head, "choices": choices, **more})
 
-    try:
-        for index in range(len(requests)):
-            if first := form.first(index):
-                yield event(first)
-        async for index, piece in stream.pieces(requests):
-            if piece is not None:
-                yield event(form.delta(index, piece["text"], piece["tokens"] or None, None))
-            else:
-                yield event(form.delta(index, "", None, requests[index].future.result()["finish_reason"]))
-        if usage:
-            results = [request.future.result() for request in requests]
-            yield event(usage=_usage(results, prompts))
-        yield b"data: [DONE]\n\n"
-    except (asyncio.CancelledError, GeneratorExit):
-        raise
-    except Exception as error:  # noqa: BLE001 - the response has begun
-        yield f"data: {json.dumps(problem_of(error))}\n\n".encode()
-    finally:
-        for request in requests:
-            request.drop()  # stops generating if the client is gone
+    for index in range(len(texts.requests)):
+        if first := form.first(index):
+            yield event(first)
+    async for index, piece in texts.pieces():
+        if piece is not None:
+            yield event(form.delta(index, piece["text"], piece["tokens"] or None, None))
+        else:
+            yield event(form.delta(index, "", None, texts.requests[index].future.result()["finish_reason"]))
+    if usage:
+        results = [request.future.result() for request in texts.requests]
+        yield event(usage=_usage(results, prompts))
+    yield b"data: [DONE]\n\n"
+
+
+def _data(value: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(value)}\n\n".encode()
 
 
 class ChatForm:

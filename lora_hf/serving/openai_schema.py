@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, create_model
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, create_model
 
 from lora_hf.serving.limits import Limits
-from lora_hf.serving.schema import STRICT
+from lora_hf.serving.schema import STRICT, strict_config
 
 NO_EFFECT = "accepted, without effect"
 
@@ -127,7 +127,7 @@ def openai_bodies(limits: Limits) -> tuple[Any, Any, Any]:
     return (
         create_model(
             "ChatCompletionBody",
-            __config__=_config(chat),
+            __config__=strict_config(chat),
             model=(name, ...),
             messages=(Annotated[list[Message], Field(min_length=1, max_length=1000)], ...),
             max_tokens=(StrictInt | None, longest),
@@ -141,7 +141,7 @@ def openai_bodies(limits: Limits) -> tuple[Any, Any, Any]:
         ),
         create_model(
             "CompletionBody",
-            __config__=_config(completion),
+            __config__=strict_config(completion),
             model=(name, ...),
             prompt=(text | tokens | texts, ...),
             max_tokens=(StrictInt | None, most),
@@ -152,14 +152,10 @@ def openai_bodies(limits: Limits) -> tuple[Any, Any, Any]:
         ),
         create_model(
             "EmbeddingBody",
-            __config__=_config(embedding),
+            __config__=strict_config(embedding),
             model=(name, ...),
             input=(text | inputs, ...),
             encoding_format=(Literal["float", "base64"], "float"),
             user=user,
         ),
     )
-
-
-def _config(example: dict[str, Any]) -> ConfigDict:
-    return STRICT | ConfigDict(json_schema_extra={"examples": [example]})

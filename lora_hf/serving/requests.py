@@ -15,7 +15,7 @@ from lora_hf.adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from lora_hf.adapters.resolve import SavedModel
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import AdapterError
-from lora_hf.models.model_ids import base_name
+from lora_hf.models.model_ids import public_name
 from lora_hf.serving.limits import DeadlinePassedError
 
 if TYPE_CHECKING:
@@ -46,15 +46,9 @@ class AdapterVersion:
     retired: bool = False
 
     @property
-    def kind(self) -> str:
-        """A `ModelKind`, such as `sequence-classification` or `causal-lm`."""
-        return self.saved.task.model_kind
-
-    @property
     def base(self) -> str:
         """The base as clients name it: never where the server keeps it."""
-        name = self.saved.model.name
-        return base_name(name) if Path(name).is_dir() else name
+        return public_name(self.saved.model.name)
 
 
 def digest_of(folder: Path) -> str:
@@ -147,16 +141,17 @@ class EmbedResult:
 
 @dataclass(eq=False)
 class Request:
-    """A request for one adapter; `deadline` is on the clock of `time.monotonic`."""
+    """A request for one adapter, or with `bare` for its base alone; `deadline` is on the clock of `time.monotonic`."""
 
     version: AdapterVersion
     deadline: float
     future: Future = field(default_factory=Future)
+    bare: bool = False
 
     @property
     def slot(self) -> str | None:
         """The adapter slot on the model that answers; None for the bare base."""
-        return self.version.slot
+        return None if self.bare else self.version.slot
 
     @property
     def waiting_rows(self) -> int:
@@ -186,7 +181,6 @@ class RowsRequest(Request):
     Attributes:
         rows: the texts of each column.
         encoded: what the task encoded of them; a long row may have several inputs.
-        bare: run the base alone, without the adapter.
         outputs: the model's output for each input that has been run.
     """
 
@@ -194,13 +188,8 @@ class RowsRequest(Request):
     encoded: Mapping[str, list] = field(default_factory=dict)
     inputs: list[dict[str, list[int]]] = field(default_factory=list)
     truncated: list[int] = field(default_factory=list)
-    bare: bool = False
     taken: int = 0
     outputs: dict[int, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def slot(self) -> str | None:
-        return None if self.bare else self.version.slot
 
     @property
     def waiting_rows(self) -> int:
@@ -220,7 +209,6 @@ class GenerateRequest(Request):
     """A tokenized prompt to continue.
 
     Attributes:
-        bare: generate with the base alone, without the adapter.
         on_text: called with each new `Piece` of text, in the engine's thread.
         stop: strings that end the text, which does not contain them.
         top_logprobs: how many of the most probable tokens to record at each position; None: no log-probabilities.
@@ -230,13 +218,8 @@ class GenerateRequest(Request):
 
     prompt: list[int] = field(default_factory=list)
     decoding: GenerateConfig = field(default_factory=GenerateConfig)
-    bare: bool = False
     on_text: Callable[[Piece], None] | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
     clean: Callable[[str], str] = str
     end_tokens: tuple[int, ...] = ()
-
-    @property
-    def slot(self) -> str | None:
-        return None if self.bare else self.version.slot

@@ -139,15 +139,17 @@ def bodies(limits: Limits) -> tuple[Any, Any]:
     return (
         create_model(
             "ClassifyBody",
-            __config__=STRICT | ConfigDict(json_schema_extra={"examples": [classify]}),
+            __config__=strict_config(classify),
             adapter=(name, ...),
             inputs=(Annotated[list[either], inputs], ...),  # type: ignore[valid-type]
             deadline=(float | None, seconds),
         ),
-        create_model(
-            "GenerateBody", __config__=STRICT | ConfigDict(json_schema_extra={"examples": [generate]}), **fields
-        ),
+        create_model("GenerateBody", __config__=strict_config(generate), **fields),
     )
+
+
+def strict_config(example: dict[str, Any]) -> ConfigDict:
+    return STRICT | ConfigDict(json_schema_extra={"examples": [example]})
 
 
 def _optional(kind: type, **bounds: float) -> tuple[Any, Any]:

@@ -1,38 +1,24 @@
-"""What the server's two processes send each other: JSON objects, each after its length in bytes."""
+"""What the server's two processes send each other: JSON objects, each on one line."""
 
 from __future__ import annotations
 
 import json
-import struct
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 from lora_hf.core.errors import UserError
 from lora_hf.serving.limits import RefusalError
 
-LENGTH = struct.Struct("!I")
-
 
 def pack(message: dict[str, Any]) -> bytes:
-    content = json.dumps(message, separators=(",", ":")).encode()
-    return LENGTH.pack(len(content)) + content
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
-class Unpacker:
-    """Splits what has arrived into messages."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
-        self._buffer += data
-        while len(self._buffer) >= LENGTH.size:
-            end = LENGTH.size + LENGTH.unpack_from(self._buffer)[0]
-            if len(self._buffer) < end:
-                return
-            content = bytes(self._buffer[LENGTH.size : end])
-            del self._buffer[:end]
-            yield json.loads(content)
+def receive(connection: socket.socket) -> Iterator[dict[str, Any]]:
+    """The messages that arrive, until the other end closes the connection."""
+    with connection.makefile("rb", 1 << 16) as lines:
+        yield from (json.loads(line) for line in lines if line.endswith(b"\n"))  # the last may be cut off
 
 
 class InternalError(Exception):

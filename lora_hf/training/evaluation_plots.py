@@ -24,18 +24,19 @@ def draw_evaluation(evaluation: Mapping[str, Any], title: str, folder: Path, spl
     for key, file in files.items():
         if key in evaluation:
             figure = draw[key](evaluation)
-            figure.suptitle(_plain(title))
+            figure.suptitle(escape_formula(title))
             figure.savefig(folder / file, dpi=110)
-            _pyplot().close(figure)
+            load_pyplot().close(figure)
             drawn.append(folder / file)
     return drawn
 
 
-def _plain(text: str) -> str:
+def escape_formula(text: str) -> str:
     return text.replace("$", r"\$")  # between two dollar signs matplotlib reads a formula
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
+    """`matplotlib.pyplot` for files, which needs no display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -46,46 +47,47 @@ def _pyplot() -> Any:
 
 def _draw_confusions(evaluation: Mapping[str, Any]) -> Any:
     """One matrix of all classes, or one of having the label or not for each label."""
-    confusion, names = evaluation["confusion"], list(map(_plain, evaluation["classes"]))
+    confusion, names = evaluation["confusion"], list(map(escape_formula, evaluation["classes"]))
     if isinstance(confusion, list):
         side = min(12.0, 3.5 + 0.45 * len(names))
-        figure, axes = _pyplot().subplots(figsize=(side + 1, side), layout="constrained")
-        _draw_matrix(axes, np.array(confusion), names)
+        figure, axes = load_pyplot().subplots(figsize=(side + 1, side), layout="constrained")
+        draw_matrix(axes, np.array(confusion), names)
         axes.set(xlabel="prediction", ylabel="label")
         return figure
     shown = names[: MOST_NAMED * LABELS_PER_ROW]
     lines = -(-len(shown) // LABELS_PER_ROW)
-    figure, grid = _pyplot().subplots(
+    figure, grid = load_pyplot().subplots(
         lines, LABELS_PER_ROW, figsize=(2.6 * LABELS_PER_ROW, 2.6 * lines + 0.5), layout="constrained", squeeze=False
     )
     for axes in grid.flat[len(shown) :]:
         axes.axis("off")
     for axes, name, counts in zip(grid.flat, shown, confusion.values(), strict=False):
-        _draw_matrix(axes, np.array(counts), ["no", "yes"])
+        draw_matrix(axes, np.array(counts), ["no", "yes"])
         axes.set_title(name, fontsize=9)
     figure.supxlabel("prediction")
     figure.supylabel("label")
     return figure
 
 
-def _draw_matrix(axes: Any, counts: np.ndarray, names: list[str]) -> None:
-    """A matrix of numbers of rows, colored by their share of the label's rows."""
+def draw_matrix(axes: Any, counts: np.ndarray, names: list[str]) -> Any:
+    """A matrix of numbers of rows, colored by their share of the label's rows. Returns the image."""
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(names) > MOST_NAMED:
-        return
+        return image
     for (label, prediction), count in np.ndenumerate(counts):
         color = "white" if shares[label, prediction] > 0.5 else "black"
         axes.text(prediction, label, f"{count:,}", ha="center", va="center", color=color, fontsize=9)
     axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 2 else 0, fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
+    return image
 
 
 def _draw_reliability(evaluation: Mapping[str, Any]) -> Any:
     """The share of right predictions in each bin of probabilities, and how many there are."""
     bins, error = evaluation["calibration"]["bins"], evaluation["calibration"]["ece"]
     starts, widths = [each["from"] for each in bins], [each["to"] - each["from"] for each in bins]
-    figure, (upper, lower) = _pyplot().subplots(
+    figure, (upper, lower) = load_pyplot().subplots(
         2, 1, figsize=(5, 5.5), height_ratios=[3, 1], sharex=True, layout="constrained"
     )
     upper.bar(starts, [each["accuracy"] for each in bins], widths, align="edge", edgecolor="white", label="accuracy")

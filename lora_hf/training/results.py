@@ -16,7 +16,7 @@ from lora_hf.core.provenance import peak_rss
 from lora_hf.core.records import RunRecord
 from lora_hf.data.metrics.evaluation import never_predicted
 from lora_hf.data.tasks.base import Task
-from lora_hf.training.evaluation_plots import draw_evaluation
+from lora_hf.training.evaluation_plots import draw_evaluation, load_pyplot
 from lora_hf.training.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
@@ -98,11 +98,7 @@ def _write_predictions(path: Path, lines: Iterator[dict[str, Any]]) -> None:
 
 def draw_curves(record: RunRecord, path: Path) -> None:
     """Plots training loss and development scores against the epoch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     figure.subplots_adjust(0.06, 0.13, 0.98, 0.84, wspace=0.14)  # matplotlib's own layout draws everything twice
     steps = [entry for entry in record.history if "loss" in entry]

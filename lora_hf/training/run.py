@@ -31,7 +31,7 @@ from lora_hf.adapters.save_load import copy_lora_weights, save_adapter
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.core.provenance import folder_size, git_state, machine, versions
-from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
+from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord, peak_memory
 from lora_hf.data.overview import DataOverview, describe_data
 from lora_hf.data.sampling import number_prompts
 from lora_hf.data.tasks.base import Task
@@ -386,8 +386,7 @@ def _write_results(run: PreparedRun, metrics: Mapping[str, float], outputs: Mapp
     record_training(record, trainer, metrics, run.log_prefix)
     record.timings |= {"score": time.monotonic() - scoring, "total": time.monotonic() - run.clock}
     if estimate := run.estimator.estimate:
-        peak = record.memory["cuda"] or record.memory["rss"]
-        record.estimate = estimate.compared(record.timings["train"], peak)
+        record.estimate = estimate.compared(record.timings["train"], peak_memory(record.memory))
     record.files = {weights.name: folder_size(weights)}
     draw_curves(record, run.folder / "curves.png")
     record.save(run.folder)

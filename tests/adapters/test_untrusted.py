@@ -148,7 +148,7 @@ def test_names_of_tasks_and_studies_are_no_paths(name: str, tmp_path: Path) -> N
         config, tried = space.read_sweep("rule_sentiment.yaml", ["lora.r=1..2"])
         config = replace(config, output=replace(config.output, dir=str(tmp_path / "outputs")))
         with pytest.raises(ConfigError, match="expected a name for a folder"):
-            study.sweep(config, tried, 1, name)
+            study.sweep(study.SweepSettings(config, tried, name, 1))
     assert inside(tmp_path) == before
 
 

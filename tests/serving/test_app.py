@@ -32,7 +32,7 @@ from lora_hf.adapters.format import CONFIG_FILE
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.inference.classify import Predictor
 from lora_hf.serving.answers import answer_of
-from lora_hf.serving.app import ServerState, build_app
+from lora_hf.serving.app import ServerState
 from lora_hf.serving.client import Pending
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.limits import DeadlinePassedError, Limits
@@ -40,7 +40,7 @@ from lora_hf.serving.metrics import Metrics
 from lora_hf.serving.middleware import AccessMiddleware
 from lora_hf.serving.requests import digest_of
 from tests import tolerances
-from tests.support.engine_client import ThreadClient
+from tests.support.engine_client import ThreadClient, app_of
 from tests.support.random_adapters import PROMPTS, TEXTS, save_random
 from tests.support.waiting import LIMIT
 
@@ -68,7 +68,7 @@ def engine(folders: dict[str, Path]) -> Iterator[Engine]:
 
 def client_of(engine: Engine, state: ServerState) -> TestClient:
     client = ThreadClient(engine, engine._observer)  # type: ignore[arg-type]
-    return TestClient(build_app(client, state), raise_server_exceptions=False)
+    return TestClient(app_of(client, state), raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +393,7 @@ MODES = [(*each, GenerationMode.POSITIVE) for each in OPERATIONS] + [
 def schema(engine: Engine, folders: dict[str, Path]) -> Any:
     """The server's own description, from which schemathesis makes requests; there are no adapters to load."""
     (folders["a"].parent / "nothing").mkdir()
-    app = build_app(ThreadClient(engine), ServerState(adapter_root=folders["a"].parent / "nothing", ready=True))
+    app = app_of(ThreadClient(engine), ServerState(adapter_root=folders["a"].parent / "nothing", ready=True))
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     assert {(o.ok().method.upper(), o.ok().path) for o in schema.get_all_operations()} == set(OPERATIONS)
     return schema

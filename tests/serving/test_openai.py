@@ -20,12 +20,12 @@ import uvicorn
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import load_saved_model
 from lora_hf.inference.generate import Generator, end_tokens
-from lora_hf.serving.app import ServerState, build_app
+from lora_hf.serving.app import ServerState
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.limits import Limits
 from tests import tolerances
 from tests.support.chat_models import save_chat_model, save_random_on
-from tests.support.engine_client import ThreadClient
+from tests.support.engine_client import ThreadClient, app_of
 from tests.support.random_adapters import PROMPTS, TEXTS, save_random
 from tests.support.server_process import serving
 from tests.support.waiting import LIMIT, wait_until
@@ -49,7 +49,7 @@ def serve_in_thread(folders: dict[str, Path]) -> Iterator[str]:
     with Engine(Limits(deadline=LIMIT), exact=True) as engine:
         for name, folder in folders.items():
             engine.load(name, folder)
-        app = build_app(ThreadClient(engine), ServerState(TOKEN, ready=True))
+        app = app_of(ThreadClient(engine), ServerState(TOKEN, ready=True))
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import uvicorn
 
-from lora_hf.serving.app import ServerState, build_app
+from lora_hf.serving.app import ServerState
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.limits import Limits
 from tests.support.browser import Browser, browser, missing
 from tests.support.chat_models import save_chat_model, save_random_on
-from tests.support.engine_client import ThreadClient
+from tests.support.engine_client import ThreadClient, app_of
 from tests.support.random_adapters import PROMPTS, TEXTS, save_random
 from tests.support.waiting import LIMIT, wait_until
 
@@ -44,7 +44,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def page(engine: Engine) -> Iterator[Browser]:
     server = uvicorn.Server(
-        uvicorn.Config(build_app(ThreadClient(engine), ServerState(TOKEN, ready=True)), port=0, log_config=None)
+        uvicorn.Config(app_of(ThreadClient(engine), ServerState(TOKEN, ready=True)), port=0, log_config=None)
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

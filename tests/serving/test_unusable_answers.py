@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_hf.adapters.format import WEIGHTS_FILE
-from lora_hf.serving.app import CLASSIFY, ServerState, build_app
+from lora_hf.serving.app import CLASSIFY, ServerState
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.limits import Limits
-from tests.support.engine_client import ThreadClient
+from tests.support.engine_client import ThreadClient, app_of
 from tests.support.random_adapters import PROMPTS, TEXTS, save_random
 from tests.support.waiting import LIMIT
 
@@ -48,7 +48,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         for seed, (name, task) in enumerate(TASKS.items()):
             folder = save_random(root / name, task, seed)
             engine.load(name, overflowing(folder) if name.startswith("huge") else folder)
-        with TestClient(build_app(ThreadClient(engine), ServerState(ready=True))) as client:
+        with TestClient(app_of(ThreadClient(engine), ServerState(ready=True))) as client:
             yield client
 
 

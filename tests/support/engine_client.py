@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+from collections.abc import AsyncIterator
 
+from fastapi import FastAPI
+
+from lora_hf.serving.app import ServerState, build_app
 from lora_hf.serving.client import EngineClient
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.metrics import Metrics
 from lora_hf.serving.model_process import EngineConnection
-from lora_hf.serving.wire import Unpacker
+from lora_hf.serving.wire import receive
 
 
 class ThreadClient(EngineClient):
@@ -27,6 +32,18 @@ class ThreadClient(EngineClient):
         await self.call("waiting", size=0)  # the list of adapters arrives before
 
 
+def app_of(client: EngineClient, state: ServerState) -> FastAPI:
+    """The application, which connects to the engine when it starts."""
+
+    @contextlib.asynccontextmanager
+    async def connected(_: FastAPI) -> AsyncIterator[None]:
+        await client.connect()
+        yield
+        client.disconnect()
+
+    return build_app(client, state, connected)
+
+
 def _serve(engine: Engine, connection: socket.socket) -> None:
     with connection:
-        EngineConnection(connection).serve(engine, Unpacker())
+        EngineConnection(connection).serve(engine, receive(connection))

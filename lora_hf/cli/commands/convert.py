@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,10 +138,11 @@ def _load_base(name: str, task: str | None, num_labels: int | None, kind: ModelK
 def _layer_constructors(model: PreTrainedModel) -> dict[str, str]:
     """The loralib constructor of each layer by path, with `*` for the layer number where all layers agree."""
     from lora_hf.adapters.convert.loralib import loralib_layers
+    from lora_hf.lora.target_modules import with_stars
 
     groups: dict[str, dict[str, str]] = {}
     for path, layer in loralib_layers(model).items():
-        groups.setdefault(re.sub(r"\.\d+(?=\.)", ".*", path), {})[path] = str(layer)
+        groups.setdefault(with_stars(path), {})[path] = str(layer)
     constructors = {}
     for pattern, layers in groups.items():
         constructors |= {pattern: next(iter(layers.values()))} if len(set(layers.values())) == 1 else layers

@@ -7,8 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from lora_hf.cli.commands.sweep import require_optuna
-from lora_hf.cli.terminal import add_json, print_json
+from lora_hf.cli.terminal import add_json, print_json, require_packages
 
 HELP = "find the learning rate of a config in a few minutes"
 
@@ -31,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     config, space = read_lr_find(
         options.config, options.overrides, options.rates.split(",") if options.rates else RATES
     )
-    require_optuna("lr-find")
+    require_packages("lr-find", "sweep", ["optuna"])
     from lora_hf.experiments.sweep.plots import last_score
 
     config = replace(config, output=replace(config.output, dir=options.output or config.output.dir))

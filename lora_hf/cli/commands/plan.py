@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_hf.cli.terminal import add_json, print_json
 
@@ -36,7 +36,7 @@ def show_plan(config: RunConfig, as_json: bool) -> None:
 
     plan = plan_run(config)
     if as_json:
-        print_json(_plain(plan))
+        print_json(asdict(plan) | {"folder": str(plan.folder)})
         return
     print("\n\n".join(["\n".join(plan.data.lines()), _examples(plan.data), _modules(plan), _costs(plan)]))
 
@@ -63,7 +63,3 @@ def _modules(plan: RunPlan) -> str:
 def _costs(plan: RunPlan) -> str:
     files = ", ".join(plan.files)
     return f"{plan.steps:,} steps; {plan.estimate.line()}\nwrites {plan.folder}: {files}"
-
-
-def _plain(plan: RunPlan) -> dict[str, Any]:
-    return asdict(plan) | {"folder": str(plan.folder)}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import ipaddress
 import os
 from pathlib import Path
 
-from lora_hf.cli.terminal import add_exact, add_model, check_exact, parse_named_adapters
-from lora_hf.core.errors import ConfigError, how_to_install
+from lora_hf.cli.terminal import add_exact, add_model, check_exact, parse_named_adapters, require_packages
+from lora_hf.core.errors import ConfigError
 
 HELP = "serve adapters over HTTP"
 TOKEN_VARIABLE = "LORA_HF_TOKEN"
@@ -86,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--allow-loading {adapter_root}: no such folder")
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"--port: expected 0 to 65535, found {options.port}")
-    _check_installed()
+    require_packages("serve", "serve", REQUIRED_PACKAGES)
     from lora_hf.serving.limits import Limits
 
     limits = Limits(**{name: getattr(options, name) for name in LIMITS if getattr(options, name) is not None})
@@ -130,9 +129,3 @@ def _is_loopback(host: str) -> bool:
 
 def _allowed_hosts(host: str, more: list[str]) -> frozenset[str] | None:
     return None if "*" in more else frozenset(name.lower().strip("[]") for name in (*LOOPBACK, host, *more))
-
-
-def _check_installed() -> None:
-    missing = [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"serve needs {', '.join(missing)}: {how_to_install('serve')}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from lora_hf.cli.terminal import add_json, format_score, print_json
-from lora_hf.core.errors import ConfigError, how_to_install
+from lora_hf.cli.terminal import add_json, format_score, print_json, require_packages
+from lora_hf.core.errors import ConfigError
 
 HELP = "search for the best hyperparameters with Optuna"
 
@@ -39,13 +38,13 @@ def run(options: argparse.Namespace) -> None:
     config, space = read_sweep(options.config, options.overrides)
     if options.seed < 0:
         raise ConfigError(f"--seed: expected a whole number >= 0, found {options.seed}")
-    require_optuna("sweep")
-    from lora_hf.experiments.sweep.study import BEST, BEST_CONFIG, SWEEP_RECORD, sweep, typed
+    require_packages("sweep", "sweep", ["optuna"])
+    from lora_hf.experiments.sweep.study import BEST, BEST_CONFIG, SWEEP_RECORD, SweepSettings, sweep, typed
 
     name = options.study or Path(options.config).stem
     config = replace(config, output=replace(config.output, dir=options.output or config.output.dir))
-    search = {"pruner": options.pruner, "sampler": options.sampler}
-    folder, record = sweep(config, space, options.trials, name, options.storage, options.seed, **search)
+    settings = SweepSettings(config, space, name, options.trials, options.seed, options.pruner, options.sampler)
+    folder, record = sweep(settings, options.storage)
     best, count = record.best, Counter(trial["state"] for trial in record.trials)
     files = {"run": BEST, "config": BEST_CONFIG, "record": SWEEP_RECORD}
     paths = {label: str(folder / file) for label, file in files.items()}
@@ -57,9 +56,3 @@ def run(options: argparse.Namespace) -> None:
     print("trials:  " + ", ".join(f"{number} {state}" for state, number in count.items()))
     for label, path in paths.items():
         print(f"{label + ':':9}{path}")
-
-
-def require_optuna(verb: str) -> None:
-    """Raises ConfigError if Optuna is missing."""
-    if importlib.util.find_spec("optuna") is None:
-        raise ConfigError(f"{verb} needs Optuna: {how_to_install('sweep')}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_hf.cli.commands.plan import show_plan
 from lora_hf.cli.terminal import add_json, print_json
@@ -57,14 +57,10 @@ def run(options: argparse.Namespace) -> None:
     if rank():
         return
     if options.json:
-        print_json(_summary(run))
+        where = {"run": str(run.folder), "weights": str(run.weights)}
+        print_json({**where, "metrics": run.record.metrics, "best": run.record.best})
     else:
         _print_summary(run)
-
-
-def _summary(run: Run) -> dict[str, Any]:
-    record = run.record
-    return {"run": str(run.folder), "weights": str(run.weights), "metrics": record.metrics, "best": record.best}
 
 
 def _print_summary(run: Run) -> None:

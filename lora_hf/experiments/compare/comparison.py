@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from lora_hf.core.provenance import git_state, versions
-from lora_hf.core.records import ComparisonRecord, describe_base
+from lora_hf.core.records import ComparisonRecord, describe_base, peak_memory
 from lora_hf.experiments.compare.configurations import Configuration, group_runs
 from lora_hf.experiments.compare.disagreements import find_different_texts, find_disagreements
-from lora_hf.experiments.compare.runs import FinishedRun, find_runs, memory_parts, peak_memory
+from lora_hf.experiments.compare.runs import FinishedRun, find_runs, memory_parts
 from lora_hf.experiments.compare.statistics import (
     CONFIDENCE,
     RESAMPLES,
@@ -148,8 +148,8 @@ def _summarize(each: Configuration, samples: Samples | None, quality: float, pri
         },
         "parameters": first.parameters,
         "examples_per_second": spread([record.throughput["samples"] for record in records]),
-        "peak_memory": max(peak_memory(record) for record in records),
-        "memory_parts": memory_parts(max(records, key=peak_memory)),
+        "peak_memory": max(peak_memory(record.memory) for record in records),
+        "memory_parts": memory_parts(max(records, key=lambda record: peak_memory(record.memory))),
         "checkpoint": sum(first.files.values()),
         "train_seconds": spread(training),
         "time_to_quality": {"reached": len(reached), "seconds": spread(reached)["mean"] if reached else None},

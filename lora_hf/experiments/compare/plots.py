@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_hf.experiments.compare.evaluation import draw_reliability
 from lora_hf.experiments.plots import draw_frontier, draw_majority, load_pyplot, save, series_style
+from lora_hf.training.evaluation_plots import draw_matrix, escape_formula
 
 PART_COLORS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CCCCCC")
 WIDTH = 9.0  # inches
@@ -36,8 +39,7 @@ def draw_plots(task: dict[str, Any], folder: Path) -> dict[str, str]:
 
 
 def _names(task: dict[str, Any]) -> list[str]:
-    # matplotlib reads text between two dollar signs as a formula.
-    return [f"{row['key']}: {row['label']}".replace("$", r"\$") for row in task["configurations"]]
+    return [escape_formula(f"{row['key']}: {row['label']}") for row in task["configurations"]]
 
 
 def _figure(task: dict[str, Any], columns: int = 1) -> tuple[Any, Any]:
@@ -47,7 +49,8 @@ def _figure(task: dict[str, Any], columns: int = 1) -> tuple[Any, Any]:
     return load_pyplot().subplots(1, columns, figsize=(WIDTH, height), layout="constrained")
 
 
-def _add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
+def _add_legend(figure: Any, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
     columns = _legend_columns(labels)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
@@ -71,32 +74,30 @@ def _score_label(task: dict[str, Any]) -> str:
     return f"{task['metric'].replace('_', ' ')} ({task['split'].replace('_', ' ')}){better}"
 
 
-def _add_majority(task: dict[str, Any], axes: Any, handles: list[Any], labels: list[str]) -> None:
+def _add_majority(task: dict[str, Any], axes: Any) -> None:
     majority = majority_of(task)
     if majority is not None:
-        handles.append(draw_majority(axes, majority))
-        labels.append("majority class")
+        draw_majority(axes, majority)
 
 
 def _curves(task: dict[str, Any]) -> Any:
     figure, (left, right) = _figure(task, columns=2)
-    handles, labels = [], _names(task)
-    for index, row in enumerate(task["configurations"]):
+    for index, (name, row) in enumerate(zip(_names(task), task["configurations"], strict=True)):
         style = series_style(index)
         for curve in row["curves"]:
             if curve["loss"]:
                 left.plot(*zip(*curve["loss"], strict=True), **style | {"marker": ""}, linewidth=1, alpha=0.8)
             if curve["score"]:
                 right.plot(*zip(*curve["score"], strict=True), **style, markersize=5, linewidth=1.3, alpha=0.8)
-        handles += right.plot([], [], **style)
-    _add_majority(task, right, handles, labels)
+        right.plot([], [], **style, label=name)
+    _add_majority(task, right)
     left.set_ylabel("training loss")
     right.set_ylabel(_score_label(task))
     for axes in (left, right):
         axes.set_xlabel("step")
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
-    _add_legend(figure, handles, labels)
+    _add_legend(figure, right)
     figure.suptitle(f"{task['task']}: learning curves of all runs")
     return figure
 
@@ -104,8 +105,7 @@ def _curves(task: dict[str, Any]) -> Any:
 def _scores_by_cost(task: dict[str, Any], cost: Callable[[dict[str, Any]], float], label: str, frontier: str) -> Any:
     """Scores with their intervals against a cost."""
     figure, axes = _figure(task)
-    handles, labels = [], _names(task)
-    for index, row in enumerate(task["configurations"]):
+    for index, (name, row) in enumerate(zip(_names(task), task["configurations"], strict=True)):
         style, score = series_style(index), score_of(task, row)
         low, high = score["interval"] or (score["min"], score["max"])
         x, y = cost(row), score["mean"]
@@ -114,21 +114,19 @@ def _scores_by_cost(task: dict[str, Any], cost: Callable[[dict[str, Any]], float
         axes.errorbar(x, y, yerr=bars, color=style["color"], capsize=3, linewidth=1, alpha=0.7, zorder=2)
         fill = style["color"] if row["comparable"] else "white"
         marker = style | {"linestyle": "", "markerfacecolor": fill, "markersize": 8}
-        handles += axes.plot(x, y, **marker, zorder=3)
+        axes.plot(x, y, **marker, zorder=3, label=name)
         axes.annotate(row["key"], (x, y), xytext=(7, 5), textcoords="offset points", fontsize=10, fontweight="bold")
     if not all(row["comparable"] for row in task["configurations"]):
-        handles += axes.plot([], [], marker="o", markerfacecolor="white", color="0.4", linestyle="")
-        labels.append("hollow: not comparable")
+        hollow = {"marker": "o", "markerfacecolor": "white", "color": "0.4", "linestyle": ""}
+        axes.plot([], [], **hollow, label="hollow: not comparable")
     on_frontier = [row for row in task["configurations"] if row[frontier]]
-    line = draw_frontier(axes, [(cost(row), score_of(task, row)["mean"]) for row in on_frontier])
-    handles += line
-    labels += ["Pareto frontier"] * len(line)
-    _add_majority(task, axes, handles, labels)
+    draw_frontier(axes, [(cost(row), score_of(task, row)["mean"]) for row in on_frontier])
+    _add_majority(task, axes)
     title = f"{task['task']}: score and {label.removesuffix(', s')}"
     axes.set(xlabel=label, ylabel=_score_label(task), title=title)
     axes.margins(x=0.12)
     axes.grid(alpha=0.3)
-    _add_legend(figure, handles, labels)
+    _add_legend(figure, axes)
     return figure
 
 
@@ -164,8 +162,6 @@ def _memory(task: dict[str, Any]) -> Any:
 
 
 def _confusion(task: dict[str, Any]) -> Any:
-    import numpy as np
-
     panels = [
         (title, np.array(row["confusion"]))
         for title, row in zip(_names(task), task["configurations"], strict=True)
@@ -180,19 +176,12 @@ def _confusion(task: dict[str, Any]) -> Any:
     figure, grid = load_pyplot().subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
-    for index, (axes, (title, counts)) in enumerate(zip(grid.flat, panels, strict=False)):
-        shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        for (label, prediction), count in np.ndenumerate(counts):
-            color = "white" if shares[label, prediction] > 0.5 else "black"
-            axes.text(prediction, label, f"{count:,}", ha="center", va="center", color=color, fontsize=10)
-        axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 2 else 0, fontsize=8)
-        axes.set_yticks(range(len(names)), names, rotation=90, va="center", fontsize=8)
+    for axes, (title, counts) in zip(grid.flat, panels, strict=False):
+        image = draw_matrix(axes, counts, names)
+        axes.tick_params(axis="y", labelrotation=90)
         axes.set_title(textwrap.fill(title, CONFUSION_TITLE), fontsize=9)
-        if index % columns == 0:
-            axes.set_ylabel("label")
-        if index + columns >= len(panels):
-            axes.set_xlabel("prediction")
     figure.colorbar(image, ax=grid.ravel().tolist(), label="share of the label's rows", shrink=0.8)
+    figure.supxlabel("prediction")
+    figure.supylabel("label")
     figure.suptitle(f"{task['task']}: confusion matrices")
     return figure

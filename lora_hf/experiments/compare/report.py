@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_hf.core.atomic_io import atomic_folder, check_output_folder
-from lora_hf.core.formatting import table
+from lora_hf.core.formatting import count, table
 from lora_hf.core.records import COMPARISON_FILE, ComparisonRecord
 from lora_hf.experiments.compare.disagreements import disagreement_section, texts_section
 from lora_hf.experiments.compare.evaluation import calibration_table, evaluation_sections
@@ -56,8 +56,8 @@ def render_report(record: ComparisonRecord, plots: dict[str, dict[str, str]]) ->
         _list(
             "Tasks:",
             (
-                f"**{task['task']}**: {_count(len(task['configurations']), 'configuration')}, "
-                f"{_count(task['runs'], 'run')}"
+                f"**{task['task']}**: {count(len(task['configurations']), 'configuration')}, "
+                f"{count(task['runs'], 'run')}"
                 for task in record.tasks
             ),
         ),
@@ -88,13 +88,9 @@ def _list(heading: str, items: Iterable[str]) -> str:
     return "\n".join([heading, "", *lines]) if lines else ""
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
 def _task_sections(record: ComparisonRecord, task: dict[str, Any], plots: dict[str, str]) -> Iterator[str]:
     better = "greater is better" if task["greater_is_better"] else "lower is better"
-    rows = ", ".join(f"{escape(split)} {count:,}" for split, count in task["rows"].items())
+    rows = ", ".join(f"{escape(split)} {number:,}" for split, number in task["rows"].items())
     base = f" Base model: {escape(task['base'])}." if task["base"] else ""
     yield f"## {task['task']}"
     yield f"Compared by {escape(task['metric'])} on {escape(task['split'])} ({better}). Rows: {rows}.{base}"
@@ -247,7 +243,7 @@ def _tests(record: ComparisonRecord, task: dict[str, Any]) -> Iterator[str]:
         for test in tests
     ]
     explanation = (
-        f"{_count(task['pairs'], 'pair')} tested. The difference is between the means over the seeds. Its interval and "
+        f"{count(task['pairs'], 'pair')} tested. The difference is between the means over the seeds. Its interval and "
         "p-value come from the paired bootstrap. "
     )
     if "mcnemar" in tests[0]:

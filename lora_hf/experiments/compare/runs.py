@@ -15,7 +15,7 @@ import numpy as np
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import DataError, UserError
 from lora_hf.core.parsing import parse_json
-from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord, ScoreRecord
+from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord, ScoreRecord, peak_memory
 from lora_hf.data.metrics.classification import compute_metrics
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.classification import TextClassification
@@ -96,11 +96,6 @@ class FinishedRun:
 LeftOut = list[dict[str, str]]  # path of a folder or file that is not compared, and the reason
 
 
-def peak_memory(record: RunRecord) -> int:
-    """Peak memory in bytes: of tensors on the GPU, or of the process if there is no GPU."""
-    return record.memory["cuda"] or record.memory["rss"]
-
-
 def memory_parts(record: RunRecord) -> dict[str, int]:
     """The peak memory in bytes by part: computed from the number of parameters, and the remainder.
 
@@ -114,7 +109,7 @@ def memory_parts(record: RunRecord) -> dict[str, int]:
         "gradients": trained * TRAINED_BYTES,
         "AdamW's moments": 0 if "optim" in train["hf"] else trained * ADAMW_BYTES,
     }
-    return parts | {"activations, workspace, libraries": max(0, peak_memory(record) - sum(parts.values()))}
+    return parts | {"activations, workspace, libraries": max(0, peak_memory(record.memory) - sum(parts.values()))}
 
 
 def find_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], LeftOut]:

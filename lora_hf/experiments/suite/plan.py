@@ -15,7 +15,7 @@ from lora_hf.core.errors import ConfigError, did_you_mean
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.experiments.suite.published import FROM_MNLI, published_recipe
-from lora_hf.models.model_ids import base_name
+from lora_hf.models.model_ids import public_name
 from lora_hf.training.run_dir import config_differences
 
 RECIPE = "recipe"  # name of the configuration that uses the published recipe of each task
@@ -187,13 +187,8 @@ def shared_config(config: RunConfig) -> dict[str, Any]:
     """The part of the config that all runs of a task and configuration share."""
     values = config.to_dict()
     del values["output"], values["train"]["seed"], values["train"]["start_from"], values["task"]["data_dir"]
-    values["model"]["name"] = base_label(config.model.name)
+    values["model"]["name"] = public_name(config.model.name)
     return values
-
-
-def base_label(name: str) -> str:
-    """The base as a record names it: without the path of a local folder."""
-    return base_name(name) if Path(name).is_dir() else name
 
 
 def write_config(run: PlannedRun) -> Path:

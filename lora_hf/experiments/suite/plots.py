@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_hf.core.formatting import count
 from lora_hf.core.records import SuiteRecord
 from lora_hf.experiments.plots import draw_frontier, draw_majority, load_pyplot, pareto_frontier, save, series_style
 from lora_hf.experiments.suite.tables import group_runs, mean_score, metric_label, seconds, shared_runs, task_means
@@ -48,8 +49,7 @@ def _draw_scores(record: SuiteRecord, path: Path) -> Path:
         handles[name] = axes.errorbar([x], [mean], yerr=bars, **style)
         if runs[0]["majority_value"] is not None:
             handles["majority class"] = draw_majority(axes, 100 * runs[0]["majority_value"])
-        seeds = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
-        axes.set(title=f"{task} ({seeds})", ylabel=f"{metric_label(runs[0])}, %", xticks=[])
+        axes.set(title=f"{task} ({count(len(values), 'seed')})", ylabel=f"{metric_label(runs[0])}, %", xticks=[])
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.grid(axis="y", alpha=0.3)
     for axes in grid.flat[len(tasks) :]:
@@ -71,9 +71,8 @@ def _draw_costs(record: SuiteRecord, costs: Sequence[float], label: str, path: P
     draw_frontier(axes, [point for point, on in zip(zip(costs, scores, strict=True), on_frontier, strict=True) if on])
     if max(costs) > 10 * min(costs):
         axes.set_xscale("log")
-    tasks = next(iter(by_name.values()))
-    count = f"{len(tasks)} task{'s' if len(tasks) > 1 else ''}"
-    axes.set(xlabel=label, ylabel=f"mean score of {count}, %", title=record.base["name"])
+    tasks = count(len(next(iter(by_name.values()))), "task")
+    axes.set(xlabel=label, ylabel=f"mean score of {tasks}, %", title=record.base["name"])
     axes.grid(alpha=0.3)
     axes.legend()
     return save(figure, path)

@@ -21,13 +21,13 @@ from lora_hf.data.tasks.registry import get_task
 from lora_hf.experiments.suite.plan import (
     PlannedRun,
     SuiteOptions,
-    base_label,
     is_finished,
     plan_suite,
     shared_config,
     write_config,
 )
 from lora_hf.experiments.suite.results import base_bytes, compare_all, run_result
+from lora_hf.models.model_ids import public_name
 from lora_hf.training.checkpoints import checkpoints_in
 from lora_hf.training.run_dir import CHECKPOINTS_FOLDER
 
@@ -73,7 +73,7 @@ def run_suite(options: SuiteOptions, jobs: int = 1) -> tuple[SuiteRecord, Path]:
     _check_base_and_data(runs)
     runs = list(map(_resolve_precision, runs))
     record = SuiteRecord(
-        base={"name": base_label(runs[0].config.model.name)},
+        base={"name": public_name(runs[0].config.model.name)},
         configurations={},
         planned=len(runs),
         jobs=jobs,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_hf.core.formatting import minutes, percent, table
-from lora_hf.core.records import SuiteRecord
+from lora_hf.core.records import SuiteRecord, peak_memory
 from lora_hf.data.tasks import glue
 
 GLUE = tuple(task.name for task in glue.GLUE)
@@ -180,8 +180,7 @@ def file_bytes(run: Run) -> int:
 
 
 def _peak_memory(run: Run) -> int:
-    """Bytes: on the GPU, or of the process if there is no GPU."""
-    return run["memory"].get("cuda") or run["memory"]["rss"]
+    return peak_memory(run["memory"])
 
 
 def _mean(runs: Sequence[Run], measure: Measure) -> float:

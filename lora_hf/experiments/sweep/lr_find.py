@@ -73,7 +73,7 @@ def lr_find(
     Raises:
         As `study.sweep`.
     """
-    from lora_hf.experiments.sweep.study import SweepSettings, run_study
+    from lora_hf.experiments.sweep.study import SweepSettings, sweep
 
     if steps < 1:
         raise ConfigError(f"steps: expected a whole number >= 1, found {steps}")
@@ -83,24 +83,13 @@ def lr_find(
     rungs = {max(1, steps * share // 8): share for share in EIGHTHS}
     hf = config.train.hf | {"eval_strategy": "no", "save_strategy": "no"}
     shortened = replace(config, train=replace(config.train, max_steps=steps, patience=None, hf=hf))
-    rates = len(space.dimensions[0].bounds())
-    logger.info("%d learning rates, each for %d to %d steps", rates, min(rungs), steps)
-    settings = SweepSettings(
-        shortened,
-        space,
-        name,
-        Path(config.output.dir) / name,
-        rates,
-        pruner=pruner,
-        sampler="grid",
-        rungs=rungs,
-        recipe=config,
-    )
+    settings = SweepSettings(shortened, space, name, pruner=pruner, sampler="grid", rungs=rungs, recipe=config)
+    logger.info("%d learning rates, each for %d to %d steps", settings.trials, min(rungs), steps)
     limit = max(
         EVALUATION_ROWS, int(EVALUATION_SHARE * steps * config.train.batch_size * config.train.gradient_accumulation)
     )
     parts = {split: part if split == task.train_split else _sample(part, limit) for split, part in rows.items()}
-    return run_study(settings, rows=parts)
+    return sweep(settings, rows=parts)
 
 
 def advice(folder: Path, record: SweepRecord) -> str:

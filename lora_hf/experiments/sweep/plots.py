@@ -73,7 +73,7 @@ def draw_learning_rates(record: SweepRecord, path: Path) -> None:
     figure, panels = load_pyplot().subplots(1, 2, figsize=SIZE, sharex=True)
     ranks = sorted({trial["values"].get(RANK, 0) for trial in trials})
     for axes, label, measure in zip(
-        panels, (f"{record.split} {record.metric}", "loss"), (last_score, _loss), strict=True
+        panels, (f"{record.split} {record.metric}", "loss"), (last_score, lambda trial: trial.get("loss")), strict=True
     ):
         for index, rank in enumerate(ranks):
             own = [trial for trial in trials if trial["values"].get(RANK, 0) == rank]
@@ -104,10 +104,6 @@ def _plot(
 def last_score(trial: Entry) -> float | None:
     """The score of a trial, or that of the last evaluation before it was stopped."""
     return next(iter(trial["evaluations"][-1:]), None) if trial["score"] is None else trial["score"]
-
-
-def _loss(trial: Entry) -> float | None:
-    return trial.get("loss")
 
 
 def draw_losses(record: SweepRecord, folder: Path, path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lora_hf.core.config.loader import read_sections, set_value
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, did_you_mean
+from lora_hf.core.formatting import count
 from lora_hf.core.parsing import parse_yaml
 
 if TYPE_CHECKING:
@@ -224,8 +225,7 @@ def read_sweep(path: str | Path, words: Sequence[str]) -> tuple[RunConfig, Space
         problems.append("nothing to sweep: give at least one key=low..high or key=a,b, such as lora.r=4..64:log2")
     if problems or config is None:
         unique = list(dict.fromkeys(problems))
-        count = f"{len(unique)} problem{'s' if len(unique) > 1 else ''}"
-        raise ConfigError("\n  ".join([f"sweep of {path}: {count}", *unique]))
+        raise ConfigError("\n  ".join([f"sweep of {path}: {count(len(unique), 'problem')}", *unique]))
     return config, Space(tuple(dimensions.values()), multiples)
 
 

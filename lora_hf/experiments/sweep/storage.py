@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
@@ -73,14 +73,6 @@ def database_errors(url: URL) -> Iterator[None]:
 def without_secrets(url: URL) -> str:
     """The URL without user, password, and the query, in which drivers take tokens."""
     return url._replace(username=None, password=None, query={}).render_as_string()  # type: ignore[arg-type]
-
-
-def check_study(name: str, trials: int) -> None:
-    """Raises ConfigError if a study cannot have this name or this number of trials."""
-    if trials < 1:
-        raise ConfigError(f"trials: expected a whole number >= 1, found {trials}")
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise ConfigError(f"study {name!r}: expected a name for a folder, without slashes")
 
 
 def parse_url(storage: str) -> URL:
@@ -199,18 +191,9 @@ class _WithoutInterrupted(BasePruner):
         self.pruner = pruner
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        return self.pruner.prune(_StudyWithoutInterrupted(study), trial)  # type: ignore[arg-type]
-
-
-class _StudyWithoutInterrupted:
-    def __init__(self, study: optuna.Study) -> None:
-        self._study = study
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._study, name)
-
-    def get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
-        return list(filter(_counts, self._study.get_trials(*args, **kwargs)))
+        shown = copy.copy(study)
+        shown.get_trials = lambda *args, **options: list(filter(_counts, study.get_trials(*args, **options)))
+        return self.pruner.prune(shown, trial)
 
 
 def _counts(trial: FrozenTrial) -> bool:
@@ -218,14 +201,15 @@ def _counts(trial: FrozenTrial) -> bool:
     return not trial.state.is_finished() or is_finished(trial)
 
 
-class GridSampler(BaseSampler):
-    """Draws each point of a grid once, in their order; those of interrupted trials are drawn again.
+class GridSampler(RandomSampler):
+    """Draws each point of a grid once, in their order and not at random; those of interrupted trials are drawn again.
 
     Args:
         grid: the points, as parameters of a trial.
     """
 
     def __init__(self, grid: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__()
         self.grid = grid
         self.points: dict[int, Mapping[str, Any]] = {}  # by the number of the trial
 
@@ -236,14 +220,6 @@ class GridSampler(BaseSampler):
         starting = sum(not each.params and each.number < trial.number for each in others)
         free = [point for point in self.grid if point not in taken]
         self.points[trial.number] = free[min(starting, len(free) - 1)] if free else self.grid[0]
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return {}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,6 @@ from lora_hf.experiments.sweep.storage import (
     GridSampler,
     SeededSampler,
     TrialFailed,
-    check_study,
     database_errors,
     ignore_experimental,
     is_finished,
@@ -56,11 +56,18 @@ POLL = 1.0  # seconds between two checks of the trials of other processes
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What a study runs.
+    """What a sweep runs.
+
+    Raises:
+        ConfigError: a study cannot have this name.
 
     Attributes:
-        trials: in the study, of all processes together.
-        sampler: `tpe`, or `grid` for every combination of the values, in their order.
+        config: what all trials share; the folder of the study is created in `output.dir`.
+        name: name of the study and of its folder.
+        limit: complete, pruned, diverged or failed trials of all processes together; None for every point of a grid.
+        seed: seed of the sampler.
+        pruner: what stops trials early, one of `storage.PRUNERS`.
+        sampler: what chooses the values: `tpe` for Optuna's TPE, or `grid` for every combination once, in their order.
         rungs: steps at which the losses of trials are compared, see `trials.PruningCallback`.
         recipe: what `best.yaml` holds besides the best values; default: `config`.
     """
@@ -68,13 +75,42 @@ class SweepSettings:
     config: RunConfig
     space: Space
     name: str
-    folder: Path
-    trials: int
+    limit: int | None = None
     seed: int = 0
     pruner: str = "halving"
     sampler: str = "tpe"
     rungs: Mapping[int, int] = field(default_factory=dict)
     recipe: RunConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.name in ("", ".", "..") or Path(self.name).name != self.name:
+            raise ConfigError(f"study {self.name!r}: expected a name for a folder, without slashes")
+
+    @cached_property
+    def trials(self) -> int:
+        """How many trials the study gets.
+
+        Raises:
+            ConfigError: an unknown sampler, or no such number of trials.
+        """
+        if self.sampler not in SAMPLERS:
+            hint = did_you_mean(self.sampler, SAMPLERS)
+            raise ConfigError(f"sampler: expected one of {', '.join(SAMPLERS)}, found {self.sampler!r}{hint}")
+        trials = self.limit
+        if self.sampler == "grid":
+            points = len(self.space.grid())
+            trials = points if trials is None else trials
+            if trials > points:
+                raise ConfigError(f"trials: the grid has {points} points, found {trials}")
+        if trials is None:
+            raise ConfigError("trials: expected a whole number >= 1; only a grid has a number of its own")
+        if trials < 1:
+            raise ConfigError(f"trials: expected a whole number >= 1, found {trials}")
+        return trials
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output.dir) / self.name
 
     @property
     def task(self) -> Task:
@@ -97,27 +133,13 @@ class SweepSettings:
 
 
 def sweep(
-    config: RunConfig,
-    space: Space,
-    trials: int | None,
-    name: str,
-    storage: str | None = None,
-    seed: int = 0,
-    rows: Mapping[str, Dataset] | None = None,
-    pruner: str = "halving",
-    sampler: str = "tpe",
+    settings: SweepSettings, storage: str | None = None, rows: Mapping[str, Dataset] | None = None
 ) -> tuple[Path, SweepRecord]:
-    """Runs trials until the study has `trials` complete, pruned, diverged or failed ones, and writes the results.
+    """Runs trials until the study has enough, and writes the results.
 
     Args:
-        config: what all trials share; the folder of the study is created in `output.dir`.
-        trials: of all processes together; None for every point of a grid.
-        name: name of the study and of its folder.
         storage: URL of a database that processes can share; default: a SQLite file in the folder.
-        seed: seed of the sampler.
         rows: the task's splits; by default they are loaded.
-        pruner: what stops trials early, one of `storage.PRUNERS`.
-        sampler: what chooses the values, one of `SAMPLERS`: Optuna's TPE, or every combination of a grid once.
 
     Returns:
         The folder, which contains `best` (a link to the best trial), `best.yaml`, `trials.json` and plots, and the
@@ -128,32 +150,7 @@ def sweep(
         TrainingError: all trials failed.
         UserError: an error in the config or the data that affects every trial.
     """
-    folder = Path(config.output.dir) / name
-    trials = _number_of_trials(trials, sampler, space)
-    return run_study(SweepSettings(config, space, name, folder, trials, seed, pruner, sampler), storage, rows)
-
-
-def _number_of_trials(trials: int | None, sampler: str, space: Space) -> int:
-    if sampler not in SAMPLERS:
-        raise ConfigError(
-            f"sampler: expected one of {', '.join(SAMPLERS)}, found {sampler!r}{did_you_mean(sampler, SAMPLERS)}"
-        )
-    if sampler == "grid":
-        points = len(space.grid())
-        if trials is not None and trials > points:
-            raise ConfigError(f"trials: the grid has {points} points, found {trials}")
-        return points if trials is None else trials
-    if trials is None:
-        raise ConfigError("trials: expected a whole number >= 1; only a grid has a number of its own")
-    return trials
-
-
-def run_study(
-    settings: SweepSettings, storage: str | None = None, rows: Mapping[str, Dataset] | None = None
-) -> tuple[Path, SweepRecord]:
-    """What `sweep` does, with settings that only `lr_find` has."""
-    name, folder = settings.name, settings.folder
-    check_study(name, settings.trials)
+    name, folder, trials = settings.name, settings.folder, settings.trials
     url = parse_url(storage or f"sqlite:///{folder / DATABASE}")
     rows = rows or settings.task.load(settings.config.task.data_dir, settings.task.splits)
     try:
@@ -173,7 +170,7 @@ def run_study(
                 "output folder"
             )
         done = sum(map(is_finished, found))
-        logger.info("study %s: %d trials, %d of them already finished", name, settings.trials, done)
+        logger.info("study %s: %d trials, %d of them already finished", name, trials, done)
         _run_trials(settings, study, rows)
         found = study.get_trials(deepcopy=False)
     return folder, _write_results(settings, found)

@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_hf.core.config.schema import RunConfig
-from lora_hf.core.records import RunRecord
+from lora_hf.core.records import RunRecord, peak_memory
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.experiments.compare.runs import FinishedRun, memory_parts, peak_memory
+from lora_hf.experiments.compare.runs import FinishedRun, memory_parts
 
 HISTORY = [
     {"step": 5, "loss": 0.9},
@@ -51,7 +51,7 @@ def test_curves_are_the_history() -> None:
 def test_memory_by_part_by_hand() -> None:
     parts = memory_parts(record())
     assert list(parts.values()) == [1_800, 400, 400, 800, 5_600]
-    assert sum(parts.values()) == peak_memory(record()) == 9_000
+    assert sum(parts.values()) == peak_memory(record().memory) == 9_000
     assert memory_parts(record("fp32"))["frozen weights"] == 3_600
     assert memory_parts(record(hf={"optim": "sgd"}))["AdamW's moments"] == 0
     assert sum(memory_parts(record(cuda=7_000)).values()) == 7_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -122,7 +123,7 @@ def test_a_user_error_is_one_message_and_exit_code_2(
 def test_without_optuna_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    find = cli.sweep.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "optuna" else find(name))
     assert cli.main(["sweep", *WORDS, "--output", str(tmp_path), "--trials", "1"]) == 2
     assert "python -m pip install -e '.[sweep]'" in capsys.readouterr().err

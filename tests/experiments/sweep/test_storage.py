@@ -22,7 +22,7 @@ from lora_hf.experiments.sweep.storage import (
     parse_url,
     without_secrets,
 )
-from lora_hf.experiments.sweep.study import sweep
+from lora_hf.experiments.sweep.study import SweepSettings, sweep
 from tests.tolerances import SAMPLER_GAIN
 
 SECRET = "hunter2"
@@ -152,14 +152,14 @@ def test_a_grid_needs_values() -> None:
     with pytest.raises(
         ConfigError, match=r"train.lr=0.0001..0.001:log: a grid needs single values, such as train.lr=0.0001,0.001"
     ):
-        sweep(config, space, None, "s", sampler="grid")
+        sweep(SweepSettings(config, space, "s", sampler="grid"))
     config, space = read_sweep("tiny_sst2.yaml", ["lora.r=4,8"])
     with pytest.raises(ConfigError, match="the grid has 2 points, found 3"):
-        sweep(config, space, 3, "s", sampler="grid")
+        sweep(SweepSettings(config, space, "s", 3, sampler="grid"))
     with pytest.raises(ConfigError, match="did you mean 'grid'"):
-        sweep(config, space, 3, "s", sampler="gird")
+        sweep(SweepSettings(config, space, "s", 3, sampler="gird"))
     with pytest.raises(ConfigError, match="trials: expected a whole number"):
-        sweep(config, space, None, "s")
+        sweep(SweepSettings(config, space, "s"))
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")

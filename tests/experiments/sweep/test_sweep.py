@@ -21,7 +21,7 @@ from lora_hf.core.records import RunRecord, SweepRecord
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.experiments.sweep import storage, trials
 from lora_hf.experiments.sweep.space import read_sweep
-from lora_hf.experiments.sweep.study import sweep
+from lora_hf.experiments.sweep.study import SweepSettings, sweep
 from lora_hf.training.run import train
 from lora_hf.training.run_dir import LOCK_FILE
 from tests.tolerances import FLAT_RSS
@@ -51,7 +51,8 @@ def run(
     config, space = read_sweep("rule_sentiment.yaml", [*QUICK, *steps(words), *words])
     config = replace(config, output=OutputConfig(dir=str(output)))
     more.setdefault("pruner", "none")  # so that few trials are complete
-    return sweep(config, space, trials, more.pop("name", "s"), rows=rows, **more)
+    storage = more.pop("storage", None)
+    return sweep(SweepSettings(config, space, more.pop("name", "s"), trials, **more), storage, rows)
 
 
 @pytest.fixture(scope="module")
