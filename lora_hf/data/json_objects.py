@@ -14,7 +14,7 @@ def parse_object(line: str, location: str) -> dict[str, Any]:
     Raises:
         DataError: it is none; the message begins with `location`.
     """
-    return checked_object(parse_value(line, location, "a JSON object"), line, location)
+    return checked_object(parse_value(line, location, "a JSON object on one line"), line, location)
 
 
 def parse_value(text: str, location: str, what: str) -> Any:

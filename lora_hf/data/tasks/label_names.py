@@ -13,7 +13,7 @@ from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import DataError
 from lora_hf.data.readers import read_rows
 from lora_hf.data.tasks.custom import KINDS, CustomFiles, class_names
-from lora_hf.data.tasks.multi_label import label_sets
+from lora_hf.data.tasks.multi_label import are_indicators, label_sets
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +46,7 @@ def _names(config: TaskConfig, path: Path, changed: int, size: int) -> tuple[str
     """`changed` and `size` are those of the file: a run asks several times, another file is read again."""
     rows = read_rows(path, (config.label_column or "",))
     values = _labels(config, rows, path)
-    names = _sorted({_name(value, config, path) for value in values if value not in (None, "")})
+    names = _sorted({_name(value, config, path) for value in values if value is not None and str(value).strip()})
     if len(names) > FEW_CLASSES and 2 * len(names) > len(values):
         raise DataError(
             f"{path}: column {config.label_column!r} has {len(names)} different values in {len(values)} rows, too "
@@ -58,7 +58,13 @@ def _names(config: TaskConfig, path: Path, changed: int, size: int) -> tuple[str
 
 def _labels(config: TaskConfig, rows: Dataset, path: Path) -> list[Any]:
     if config.kind == "multi_label":
-        return [label for labels in label_sets(config, rows, path) for label in labels]
+        sets = list(label_sets(config, rows, path))
+        if sets and are_indicators(sets, len(sets[0])):
+            raise DataError(
+                f"{path}: column {config.label_column!r} has a 0 or 1 for each of {len(sets[0])} labels; set "
+                "task.label_names to their names, in this order"
+            )
+        return [label for labels in sets for label in labels]
     return class_names(rows, config.label_column or "")
 
 
@@ -68,7 +74,7 @@ def _name(value: Any, config: TaskConfig, path: Path) -> str:
             f"{path}: column {config.label_column!r} holds {value!r:.100}; expected classes, which are texts or whole "
             "numbers; for numbers to predict set task.kind=regression"
         )
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
 def _sorted(names: Iterable[str]) -> tuple[str, ...]:
