@@ -9,7 +9,6 @@ file, the next process would draw other numbers.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from lora_hf.core.errors import ConfigError, ModelError, did_you_mean
+from lora_hf.lora.adapter_dict import modules_of_base
 from lora_hf.lora.checkpoint_header import loaded_from_header
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ _TASK_TYPES = (
     ("SEQ_2_SEQ_LM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
     ("CAUSAL_LM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
 )
-_ADDED = re.compile(r"\.(adapters|modules_to_save)\.")  # what an adapter adds to a module
 
 
 def task_type(model: PreTrainedModel) -> str | None:
@@ -122,9 +121,9 @@ def _saved_vocabulary(model: PreTrainedModel) -> int | None:
 def _plain_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The parameters without those of adapters, by their names in the plain model; tied ones by each name."""
     return {
-        name.replace(".original_module.", ".").replace(".base_layer.", "."): parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not _ADDED.search(name)
+        f"{path}.{name}".replace(".original_module.", ".").replace(".base_layer.", ".").removeprefix("."): parameter
+        for path, module in modules_of_base(model, remove_duplicate=False)
+        for name, parameter in module.named_parameters(recurse=False)
     }
 
 
@@ -228,8 +227,8 @@ def plain_paths(model: nn.Module) -> list[str]:
     """The paths of all modules as the plain model has them, in its order."""
     paths = dict.fromkeys(
         path.replace(".original_module", "").replace(".base_layer", "")
-        for path, _ in model.named_modules(remove_duplicate=False)
-        if path and not _ADDED.search(f"{path}.") and not path.endswith((".adapters", ".modules_to_save"))
+        for path, _ in modules_of_base(model, remove_duplicate=False)
+        if path
     )
     return list(paths)
 

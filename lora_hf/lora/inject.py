@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError, did_you_mean
 from lora_hf.lora.active_adapter import STATE_ATTRIBUTE, AdapterState, Labels
+from lora_hf.lora.adapter_dict import modules_of_base
 from lora_hf.lora.heads import has_labels, modules_to_train, new_parameters, task_type
 from lora_hf.lora.layers import AdaptedModule, Drift, LoraLinear, LoraWeights
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
@@ -281,21 +282,23 @@ def set_labels(model: PreTrainedModel, labels: Labels) -> None:
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """Every LoRA layer by its path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
+    return {path: module for path, module in modules_of_base(model) if isinstance(module, LoraLinear)}
 
 
 def adapter_heads(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     """Every adapted head by its path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    return {path: module for path, module in modules_of_base(model) if isinstance(module, ModulesToSaveWrapper)}
 
 
 def adapter_dicts(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, str | None]]:
     """Each dict of a module's adapters by name (heads last), and which of them is active there."""
-    for module in model.modules():
+    modules = [module for _, module in modules_of_base(model)]
+    for module in modules:
         if isinstance(module, AdaptedModule):
             yield module.adapters, module.active
-    for head in adapter_heads(model).values():
-        yield head.modules_to_save, head.active
+    for module in modules:
+        if isinstance(module, ModulesToSaveWrapper):
+            yield module.modules_to_save, module.active
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -315,14 +318,16 @@ def check_new_adapter(model: nn.Module, name: str) -> None:
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> nn.Module:
     """Freezes all but the active adapter's A and B and the biases that `bias` names; as loralib, also the head."""
     model.requires_grad_(False)
-    for parameter in _lora_parameters(model, bias).values():
+    for parameter in _lora_parameters(model, bias):
         parameter.requires_grad_(True)
     return model
 
 
 def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
     """The active adapter's A and B and the biases that `bias` names, by their names in `model.state_dict()`."""
-    return {name: parameter.detach() for name, parameter in _lora_parameters(model, bias).items()}
+    chosen = _lora_parameters(model, bias)
+    names = model.named_parameters(remove_duplicate=False)
+    return {name: parameter.detach() for name, parameter in names if parameter in chosen}
 
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
@@ -362,17 +367,16 @@ def _idle(model: nn.Module) -> list[nn.Module]:
     return idle + [head.original_module for head in adapter_heads(model).values() if head.active]
 
 
-def _lora_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
+def _lora_parameters(model: nn.Module, bias: Bias) -> set[nn.Parameter]:
     if bias not in ("none", "all", "lora_only"):
         raise ConfigError(f"bias: expected one of none, all, lora_only, found {bias!r}")
-    active = [module for module in model.modules() if isinstance(module, AdaptedModule) and module.active]
+    active = [each for _, each in modules_of_base(model) if isinstance(each, AdaptedModule) and each.active]
     chosen = {parameter for module in active for parameter in module.adapters[module.active].parameters()}
     if bias == "lora_only":
         chosen |= {layer.bias for layer in active if isinstance(layer, LoraLinear) and layer.bias is not None}
-    frozen = [*_idle(model), *(head.original_module for head in adapter_heads(model).values())]
-    excluded = {parameter for module in frozen for parameter in module.parameters()}
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter in chosen or (bias == "all" and "bias" in name and parameter not in excluded)
-    }
+    if bias == "all":
+        frozen = [*_idle(model), *(head.original_module for head in adapter_heads(model).values())]
+        excluded = {parameter for module in frozen for parameter in module.parameters()}
+        names = model.named_parameters(remove_duplicate=False)
+        chosen |= {parameter for name, parameter in names if "bias" in name and parameter not in excluded}
+    return chosen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import AdapterState, BatchRouting
+from lora_hf.lora.adapter_dict import AdapterDict
 from lora_hf.lora.kernels.fused import Weight, can_fuse, lora_linear
-from lora_hf.lora.kernels.grouped import Stack, add_grouped
+from lora_hf.lora.kernels.grouped import Pair, Stack, add_grouped
 from lora_hf.lora.kernels.reference import add_lora
 from lora_hf.lora.precision import keep_dtype
 from lora_hf.lora.quantization import QuantisedLinear
@@ -147,26 +148,6 @@ def frozen_weight(base_layer: Any) -> Weight:
     return base_layer.weight.T if isinstance(base_layer, Conv1D) else base_layer.weight
 
 
-def stack_weights(weights: Sequence[LoraWeights | None], out_features: int, dtype: torch.dtype) -> Stack:
-    """A and B of several adapters at one projection in one tensor each; None is an adapter that does not adapt it."""
-    factors = [None if each is None else each.factors() for each in weights]
-    rank = max(len(pair[0]) for pair in factors if pair is not None)
-    rank += -rank % 8  # a grouped product needs rows of 16 bytes
-    like = next(each for each in weights if each is not None)
-    downs, ups = [], []
-    for each, pair in zip(weights, factors, strict=True):
-        if each is None or pair is None:
-            downs.append(like.lora_A.new_zeros(rank, like.lora_A.shape[1]))
-            ups.append(like.lora_B.new_zeros(out_features, rank))
-            continue
-        a, b = pair
-        up = block_diagonal(b, each.slices, out_features) * each.scaling
-        downs.append(nn.functional.pad(a, (0, 0, 0, rank - len(a))))
-        ups.append(nn.functional.pad(up, (0, rank - len(a))))
-    down, up = torch.stack(downs).to(dtype), torch.stack(ups).to(dtype)
-    return Stack(down.permute(2, 0, 1).contiguous(), up.mT.contiguous())
-
-
 @dataclass(frozen=True)
 class Drift:
     """The rounding error of a merge into a packed weight, in Frobenius norms relative to two others."""
@@ -187,7 +168,7 @@ class AdaptedModule(nn.Module):
         super().__init__()
         self.training = base_layer.training
         self.base_layer: Any = base_layer
-        self.adapters: Any = nn.ModuleDict()  # by adapter name
+        self.adapters: Any = AdapterDict()
         self.adapter_state = adapter_state
 
     @property
@@ -274,14 +255,26 @@ class LoraLinear(AdaptedModule):
         return add_grouped(outputs, inputs, stack, segments.order, segments.ends).view_as(y)
 
     def _stack(self, routing: BatchRouting, dtype: torch.dtype) -> Stack | None:
-        """The stacked weights of the adapters, cached; None if there are none or one does more than LoRA."""
+        """The weights of the adapters, cached; None if there are none or one does more than LoRA."""
         key = (id(self), routing.names, dtype)
         if key not in routing.stacks:
-            adapters = dict(self.adapters.items())
-            weights = [adapters.get(name) for name in routing.names]
-            stackable = any(weights) and all(each.plain for each in weights if each is not None)
-            routing.stacks[key] = stack_weights(weights, self.out_features, dtype) if stackable else None
+            weights = [self.adapters[name] for name in routing.names if name in self.adapters]
+            stackable = bool(weights) and all(each.plain for each in weights)
+            pairs = (self._pair(name, dtype, routing.stacks) for name in routing.names) if stackable else ()
+            routing.stacks[key] = Stack(tuple(pairs)) if stackable else None
         return routing.stacks[key]
+
+    def _pair(self, name: str, dtype: torch.dtype, stacks: dict[Any, Any]) -> Pair | None:
+        """The A and B of one adapter as `Stack` holds them, cached, so that another set of adapters finds them."""
+        if name not in self.adapters:
+            return None
+        key = (id(self), name, dtype)
+        if key not in stacks:
+            weights = self.adapters[name]
+            a, b = weights.factors()
+            up = block_diagonal(b, weights.slices, self.out_features) * weights.scaling
+            stacks[key] = (a.T.to(dtype), up.T.to(dtype))
+        return stacks[key]
 
     def delta_weight(self, name: str) -> Tensor:
         """What adapter `name` adds to the base weight: fp32 `(out, in)`, also if the base is stored `(in, out)`."""

@@ -48,10 +48,10 @@ def mix_adapters(
 
     Args:
         rows: the adapter of each row; None is the bare base.
-        stacks: a dict, empty at first, that caches the stacked weights of the adapters from one call to the next. Pass
-            a new one after a weight has changed.
+        stacks: a dict, empty at first, that caches the weights of the adapters from one call to the next. Its keys are
+            `(layer, adapter or adapters, dtype)`; drop those of an adapter whose weights have changed.
         among: adapters to stack together with those of the rows. If each batch has different ones, name all of them
-            each time, so that `stacks` holds one entry.
+            each time, so that `stacks` holds one entry for them.
 
     Raises:
         AdapterError: no rows, an adapter that the model does not have, or one that is merged into the base.

@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.core.errors import ConfigError, ModelError, how_to_install
+from lora_hf.lora.adapter_dict import modules_of_base
 
 SCHEMES = ("int8", "nf4")
 INT8_LARGEST = 127
@@ -158,9 +159,10 @@ def unpack_bitsandbytes(module: nn.Module) -> nn.Module:
 
 def refuse_torchao(model: nn.Module) -> None:
     """Raises ModelError if torchao has quantized a weight: its tensors lack the products and sums that LoRA needs."""
-    for path, parameter in model.named_parameters():
-        kind = type(parameter)
-        if kind.__module__.partition(".")[0] == "torchao":
+    for path, module in modules_of_base(model):
+        kinds = [type(parameter) for parameter in module.parameters(recurse=False)]
+        kind = next((each for each in kinds if each.__module__.partition(".")[0] == "torchao"), None)
+        if kind is not None:
             raise ModelError(
                 f"{path}: torchao has quantized this weight ({kind.__name__}), which cannot be adapted; load the base "
                 "without TorchAoConfig and call lora_hf.quantise on it, or load it with BitsAndBytesConfig"

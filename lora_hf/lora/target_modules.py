@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_hf.core.config.schema import PRESETS, ROLES, LoraConfig
 from lora_hf.core.errors import ConfigError, did_you_mean
+from lora_hf.lora.adapter_dict import modules_of_base
 from lora_hf.lora.architectures import ARCHITECTURES, Projection
 from lora_hf.lora.heads import base_prefix, input_embeddings, modules_to_train
 from lora_hf.lora.layers import AdaptedModule, LoraLinear, linear_shape
@@ -156,8 +157,8 @@ def projections(model: nn.Module) -> dict[str, nn.Module]:
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every plain projection and nn.Embedding by its path; one inside an adapted module by the path of that module."""
     modules: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        if ".original_module" in path or ".modules_to_save" in path:  # nothing within what is trained whole
+    for path, module in modules_of_base(model):
+        if ".original_module" in path:  # nothing within what is trained whole
             continue
         plain = module.base_layer if isinstance(module, AdaptedModule) else module
         plain = plain.original_module if isinstance(plain, ModulesToSaveWrapper) else plain

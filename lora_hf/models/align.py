@@ -92,10 +92,14 @@ def check_tokens(
     Raises:
         DataError: the first row that the model cannot read.
     """
-    rows: Any = pa.array(ids, pa.list_(pa.int64())) if isinstance(ids, Sequence) else ids.combine_chunks()
-    if not len(rows):
+    if not len(ids):
         return
-    values, parents = rows.flatten().to_numpy(), rows.value_parent_indices().to_numpy()
+    if isinstance(ids, Sequence):
+        values = np.array([token for row in ids for token in row], dtype=np.int64)
+        parents = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
+    else:
+        rows: Any = ids.combine_chunks()
+        values, parents = rows.flatten().to_numpy(), rows.value_parent_indices().to_numpy()
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if vocabulary and len(values) and values.max() >= vocabulary:
         first = int((values >= vocabulary).argmax())
@@ -109,7 +113,7 @@ def check_tokens(
         end = model.config.eos_token_id
         encode: Any = tokenizer
         usual = encode(*["a"] * len(task.text_columns))
-        expected, ends = usual["input_ids"].count(end), np.bincount(parents[values == end], minlength=len(rows))
+        expected, ends = usual["input_ids"].count(end), np.bincount(parents[values == end], minlength=len(ids))
         other = (ends != expected) | (ends == 0)
         if other.any():
             row = int(other.argmax())

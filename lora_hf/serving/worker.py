@@ -269,7 +269,9 @@ class Worker(ABC):
             self._reset_stacks()
 
     def _reset_stacks(self) -> None:
-        self._stacks = {}
+        """Keeps, of what `mix_adapters` caches, the weights of each adapter that is still here."""
+        slots = {version.slot for version in self.versions}
+        self._stacks = {key: value for key, value in self._stacks.items() if key[1] in slots}
         self._all_plain = all(
             weights.plain for layer in lora_layers(self.model).values() for weights in layer.adapters.values()
         )

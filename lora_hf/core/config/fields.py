@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import inspect
 import math
 import types
@@ -61,6 +62,7 @@ def build_section(
     return (None if problems else section(**values)), problems
 
 
+@functools.cache
 def field_types(section: type) -> dict[str, Any]:
     """The type of each field of a dataclass.
 

@@ -1,7 +1,8 @@
 """Attention of rows that are concatenated without padding between them.
 
-On the CPU torch's flash kernel does not help: in bf16 its backward pass takes several times as long as the plain matrix
-products. Here rows of similar length are multiplied together, group by group.
+On the CPU torch's flash kernel is the fastest where no gradients are taken, one row at a time. It does not help in
+training: it has no dropout, and in bf16 its backward pass takes several times as long as the plain matrix products.
+There, rows of similar length are multiplied together, group by group.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from lora_hf.lora.host_batch import to_device
 from lora_hf.lora.kernels.dropout import apply_mask, dropout_mask, round_dropout
@@ -121,6 +123,8 @@ def attend_rows(
     """
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     shared = query.shape[0] // key.shape[0]
+    if _can_attend_one_by_one(query, key, rows, dropout):
+        return _attend_one_by_one(query, key, value, rows, scale, is_causal)
     query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
     kernel = varlen_kernel(query, dropout) if rows.sees is None else None
     if kernel is not None:
@@ -129,6 +133,28 @@ def attend_rows(
     if shared > 1:
         key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     return _GroupedRows.apply(query, key, value, rows, scale, is_causal, round_dropout(dropout))  # type: ignore[return-value]
+
+
+def _can_attend_one_by_one(query: Tensor, key: Tensor, rows: Rows, dropout: float) -> bool:
+    if torch.is_grad_enabled() or dropout or rows.sees is not None:
+        return False
+    if query.device.type != "cpu" or query.dtype != torch.float32:  # half precision is not measured
+        return False
+    return bool(key.sum().isfinite())  # where all keys are NaN, the flash kernel returns zeros
+
+
+def _attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, is_causal: bool) -> Tensor:
+    """`attend_rows` by the flash kernel, without a copy of the inputs."""
+    heads, tokens, size = query.shape
+    output = query.new_empty(tokens, heads, size)
+    for q, k, v, row in zip(
+        *(tensor.split(rows.lengths, 1) for tensor in (query, key, value)), output.split(rows.lengths), strict=True
+    ):
+        attended = scaled_dot_product_attention(
+            q[None], k[None], v[None], is_causal=is_causal, scale=scale, enable_gqa=len(q) != len(k)
+        )
+        row.copy_(attended[0].transpose(0, 1))
+    return output
 
 
 class _GroupedRows(torch.autograd.Function):

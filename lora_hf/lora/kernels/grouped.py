@@ -20,16 +20,35 @@ from lora_hf.lora.host_batch import to_device
 WIDE = 256
 
 
+Pair = tuple[Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class Stack:
-    """The A and B of n adapters at one projection, padded with zeros to the largest rank.
+    """The A `(in, r)` and B `(r, out)` of n adapters at one projection, the scaling included in B.
 
-    `lora_A` is `(in, n, r)` and `lora_B` `(n, r, out)`, the scaling included in B. An adapter that does not adapt this
-    projection is all zeros.
+    None is an adapter that does not adapt this projection.
     """
 
-    lora_A: Tensor  # noqa: N815
-    lora_B: Tensor  # noqa: N815
+    pairs: tuple[Pair | None, ...]
+
+    @functools.cached_property
+    def rank(self) -> int:
+        """The largest rank; a grouped product needs rows of 16 bytes."""
+        largest = max(pair[0].shape[1] for pair in self.pairs if pair is not None)
+        return largest + -largest % 8
+
+    @functools.cached_property
+    def wide(self) -> Pair:
+        """`(in, n, r)` and `(n, r, out)`, padded with zeros to one rank."""
+        a, b = next(pair for pair in self.pairs if pair is not None)
+        lora_a = a.new_zeros(len(a), len(self.pairs), self.rank)
+        lora_b = b.new_zeros(len(self.pairs), self.rank, b.shape[1])
+        for number, pair in enumerate(self.pairs):
+            if pair is not None:
+                a, b = pair
+                lora_a[:, number, : a.shape[1]], lora_b[number, : len(b)] = a, b
+        return lora_a, lora_b
 
 
 def add_grouped(base_output: Tensor, x: Tensor, stack: Stack, order: Tensor | None, ends: Sequence[int]) -> Tensor:
@@ -61,18 +80,19 @@ def add_grouped(base_output: Tensor, x: Tensor, stack: Stack, order: Tensor | No
 
 def _add(outputs: Tensor, rows: Tensor, stack: Stack, ends: tuple[int, ...]) -> None:
     """Adds to `(rows, out)` the rows up to `ends[0]` times A_0 B_0, those up to `ends[1]` times A_1 B_1, and so on."""
-    _, adapters, r = stack.lora_A.shape
-    if rows.is_cuda and rows.dtype == torch.bfloat16 and _has_grouped():
+    half = rows.dtype != torch.float32
+    if half and rows.is_cuda and rows.dtype == torch.bfloat16 and _has_grouped():
+        lora_a, lora_b = stack.wide
         offsets = _offsets(ends, rows.device)
-        projected = grouped_mm(rows, stack.lora_A.transpose(0, 1), offs=offsets)
-        outputs += grouped_mm(projected, stack.lora_B, offs=offsets)
-    elif rows.dtype != torch.float32 and adapters * r <= WIDE:
-        mask = _other_adapters_mask(ends, r, rows.device)
-        outputs.addmm_((rows @ stack.lora_A.flatten(1)).masked_fill_(mask, 0), stack.lora_B.flatten(0, 1))
+        outputs += grouped_mm(grouped_mm(rows, lora_a.transpose(0, 1), offs=offsets), lora_b, offs=offsets)
+    elif half and len(stack.pairs) * stack.rank <= WIDE:
+        lora_a, lora_b = stack.wide
+        mask = _other_adapters_mask(ends, stack.rank, rows.device)
+        outputs.addmm_((rows @ lora_a.flatten(1)).masked_fill_(mask, 0), lora_b.flatten(0, 1))
     else:
-        for number, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
-            if end > start:
-                outputs[start:end].addmm_(rows[start:end] @ stack.lora_A[:, number], stack.lora_B[number])
+        for pair, start, end in zip(stack.pairs, (0, *ends), ends, strict=False):
+            if pair is not None and end > start:
+                outputs[start:end].addmm_(rows[start:end] @ pair[0], pair[1])
 
 
 @functools.lru_cache(maxsize=16)  # the projections of a model use the same

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_hf.core.errors import AdapterError, ModelError
 from lora_hf.lora.active_adapter import AdapterState
+from lora_hf.lora.adapter_dict import modules_of_base
 from lora_hf.lora.layers import AdaptedModule, LoraLinear
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.precision import keep_dtype
@@ -50,7 +51,7 @@ class BiasedModule(AdaptedModule):
 
 def biased_modules(model: nn.Module) -> dict[str, BiasedModule]:
     """Every module of which an adapter trains the bias alone, by its path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, BiasedModule)}
+    return {path: module for path, module in modules_of_base(model) if isinstance(module, BiasedModule)}
 
 
 def unadapted_biases(model: nn.Module, adapted: Iterable[str], heads: Iterable[str]) -> dict[str, nn.Module]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import AdapterState
+from lora_hf.lora.adapter_dict import modules_of_base
 from lora_hf.lora.layers import AdaptedModule
 from lora_hf.lora.precision import keep_dtype
 
@@ -92,4 +93,4 @@ def token_rows(model: nn.Module, name: str) -> dict[str, TokenRows]:
 
 def token_modules(model: nn.Module) -> dict[str, TokenAdaptedModule]:
     """Every embedding and head with trained rows, by its path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, TokenAdaptedModule)}
+    return {path: module for path, module in modules_of_base(model) if isinstance(module, TokenAdaptedModule)}
