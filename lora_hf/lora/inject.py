@@ -118,7 +118,7 @@ def inject_head(
     set_adapter(model, name)
     mark_only_lora_as_trainable(model)
     if hasattr(model, "is_quantized"):
-        model.is_quantized = False  # Trainer refuses a base that transformers has packed, unless PEFT adapted it
+        vars(model)["is_quantized"] = False  # Trainer refuses a base that transformers packed and PEFT did not adapt
     for head in adapter_heads(model).values():
         head.modules_to_save[name].requires_grad_(True)
     return model
@@ -166,7 +166,7 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(path, plain.requires_grad_(not head.within_base))
     vars(model).pop("save_pretrained", None)  # of `adapters.pretrained`
     if hasattr(model, "is_quantized"):
-        model.is_quantized = True
+        vars(model)["is_quantized"] = True
     if hasattr(model.base_model, STATE_ATTRIBUTE):
         delattr(model.base_model, STATE_ATTRIBUTE)
     return model

@@ -12,6 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lora_hf.core.errors import ModelError
+from lora_hf.lora.adapter_dict import modules_of_base
 
 F = TypeVar("F", bound=Callable[..., Any])
 PARALLEL = (DataParallel, DistributedDataParallel)
@@ -60,7 +61,7 @@ def unwrap_model(model: Any, changes: bool = False) -> PreTrainedModel:
 
 def _check_plain(model: PreTrainedModel) -> None:
     """Raises ModelError if something inside the model has been adapted by PEFT or compiled."""
-    for path, module in model.named_modules():
+    for path, module in modules_of_base(model):
         if type(module).__module__.startswith("peft."):
             raise ModelError(
                 f"{path} is adapted by PEFT already. Load the plain base, and PEFT's adapter with load_adapter"

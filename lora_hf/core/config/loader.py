@@ -58,8 +58,7 @@ def _expand_home(sections: dict[str, Any]) -> None:
     for path in PATHS:
         name, key = path.split(".")
         section = sections.get(name)
-        value = section.get(key) if isinstance(section, dict) else None
-        if not isinstance(value, str):
+        if not isinstance(section, dict) or not isinstance(value := section.get(key), str):
             continue
         if re.search(r"\$[\w{]", value):
             raise ConfigError(
