@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lora_hf.adapters.format import CONFIG_FILE, AdapterFile, AdapterMetadata
 from lora_hf.core.errors import AdapterError
-from lora_hf.lora.heads import outermost, plain_module, plain_paths, task_type
+from lora_hf.lora.heads import input_embeddings, outermost, plain_module, plain_paths, task_type
 from lora_hf.lora.layers import LoraLinear, LoraWeights, linear_shape
 from lora_hf.lora.path_patterns import MatchBudget, PathPattern
 from lora_hf.lora.slices import Slice, are_disjoint, block_diagonal, diagonal_blocks
@@ -159,7 +159,7 @@ def _holds_new_embedding(model: PreTrainedModel, file: AdapterFile, path: str) -
     tensor = file.tensors.get(f"{PREFIX}{path}.weight")
     if tensor is None:
         return False
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = (input_embeddings(model), model.get_output_embeddings())
     if model.get_submodule(path) not in embeddings:
         return False
     weight: Any = plain_module(model, path).weight
@@ -171,8 +171,8 @@ def token_rows_in_file(model: PreTrainedModel, file: AdapterFile) -> dict[str, l
     indices = file.config.get("trainable_token_indices")
     if not indices:
         return {}
-    tokens = model.get_input_embeddings()
-    embedding = next(path for path in plain_paths(model) if plain_module(model, path) is tokens)
+    tokens = input_embeddings(model)
+    embedding = next((path for path in plain_paths(model) if plain_module(model, path) is tokens), "of tokens")
     named = indices if isinstance(indices, dict) else {embedding: indices}
     found = {}
     for name, ids in named.items():

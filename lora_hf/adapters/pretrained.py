@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lora_hf.adapters import save_load
 from lora_hf.core.config.schema import LoraConfig
-from lora_hf.core.errors import AdapterError
+from lora_hf.core.errors import AdapterError, ConfigError
 from lora_hf.lora import inject as injection
 from lora_hf.lora.wrappers import on_unwrapped_model
 
@@ -37,6 +37,12 @@ def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> P
         ConfigError: a target that matches nothing, or a rank above the smaller side of a projection.
         AdapterError: the model already has an adapter of that name, or the name cannot be one.
     """
+    if not isinstance(lora, LoraConfig):
+        kind = f"{type(lora).__module__.partition('.')[0]}.{type(lora).__name__}"
+        raise ConfigError(
+            f"inject: expected a lora_hf.LoraConfig, found {kind}; lora_hf.LoraConfig takes r, lora_alpha, "
+            "target_modules and PEFT's other names of what it supports"
+        )
     return _with_save_pretrained(injection.inject(model, lora, name))
 
 

@@ -67,7 +67,7 @@ from lora_hf.models.tokenizer_identity import tokenizer_identity
 logger = logging.getLogger(__name__)
 
 
-@on_unwrapped_model(changes=False)
+@on_unwrapped_model(changes=False, plain_paths=True)
 def save_adapter(
     model: PreTrainedModel,
     folder: str | Path,
@@ -82,7 +82,7 @@ def save_adapter(
         tokenizer: what encoded its texts. The adapter then refuses any other one.
 
     Raises:
-        AdapterError: the model has no adapter of that name.
+        AdapterError: the model has no adapter of that name, or DeepSpeed has partitioned its tensors.
     """
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
     heads = {
@@ -99,6 +99,11 @@ def save_adapter(
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in head.state_dict().items()}
     rows = token_rows(model, name)
     tensors |= {f"{PREFIX}{path}.{FILE_KEY}": own.rows for path, own in rows.items()}
+    if empty := next((key for key, value in tensors.items() if not value.numel()), None):
+        raise AdapterError(
+            f"{empty} is empty, as DeepSpeed's ZeRO-3 leaves the parameters of other processes. Gather them first: "
+            "with deepspeed.zero.GatheredParameters(list(model.parameters())): save_adapter(...)"
+        )
     all_weights = [layer.adapters[name] for layer in layers.values()]
     saved_layers = [SavedLayer.from_weights(path, layer.adapters[name]) for path, layer in layers.items()]
     labeled = has_labels(model)

@@ -7,6 +7,7 @@ aliases can stand for billions of values, and deep nesting ends in a RecursionEr
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ MAX_DEPTH = 100
 MAX_NODES = 100_000  # of a YAML document, each alias counted as what it stands for
 MAX_DIGITS = 1000
 INT_TAG = "tag:yaml.org,2002:int"
+MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 def read_yaml(file: Path) -> Any:
@@ -109,6 +111,15 @@ def _check_size(size: int, limit: int) -> None:
         raise ValueError(f"expected at most {limit:,} bytes, found more")
 
 
+def _check_keys(keys: Iterable[yaml.ScalarNode]) -> None:
+    """Raises ValueError for a repeated key: PyYAML would drop the value, or the whole section, before it."""
+    seen = set()
+    for key in keys:
+        if key.value in seen:
+            raise ValueError(f"line {key.start_mark.line + 1}: the key {key.value!r} appears more than once")
+        seen.add(key.value)
+
+
 def _expanded_size(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
     """The number of nodes and levels below `node`, with every alias written out.
 
@@ -124,6 +135,7 @@ def _expanded_size(node: yaml.Node, known: dict[int, tuple[int, int] | None]) ->
     children: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         children = [each for pair in node.value for each in pair]
+        _check_keys(key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE_TAG)
     elif isinstance(node, yaml.SequenceNode):
         children = node.value
     elif node.tag == INT_TAG and len(node.value) > MAX_DIGITS:  # 1:1:1... is read in quadratic time

@@ -37,6 +37,10 @@ _OTHER_FORMATS = {
     b"PK\x03\x04": "this is a zip archive or an Excel workbook; save the table as CSV",
     b"\xd0\xcf\x11\xe0": "this is an Excel workbook; save the table as CSV",
     b"\x1f\x8b": "this is a gzip file; unpack it first",
+    b"\x28\xb5\x2f\xfd": "this is a zstd file; unpack it first",
+    b"BZh": "this is a bzip2 file; unpack it first",
+    b"\xfd7zXZ": "this is an xz file; unpack it first",
+    b"ARROW1": "this is an Arrow file; save the table as parquet",
 }
 
 
@@ -290,7 +294,7 @@ def _json_objects(path: Path) -> list[dict[str, Any]]:
     while not lines[-1].strip():
         lines.pop()
     located = [(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
-    return [_checked_object(_parse_json(line, where, "a JSON object"), where) for line, where in located]
+    return [_checked_object(_parse_json(line, where, "a JSON object on one line"), where) for line, where in located]
 
 
 def _parse_json(text: str, where: str, what: str) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_hf.core.errors import AdapterError
+from lora_hf.core.errors import AdapterError, ModelError
 from lora_hf.lora.heads import base_prefix, new_parameters
 from lora_hf.lora.layers import LoraWeights
 from lora_hf.lora.quantization import QuantisedLinear
@@ -133,7 +133,15 @@ def _state(tensors: Mapping[str, Tensor]) -> list[tuple[Any, ...]]:
 
     The version counter alone would miss writes through `tensor.data` and another tensor at the same address, so a
     checksum is part of it. It reads the weights ten times faster than the hash does.
+
+    Raises:
+        ModelError: a tensor is on the meta device.
     """
+    if unloaded := next((name for name, tensor in tensors.items() if tensor.is_meta), None):
+        raise ModelError(
+            f"{unloaded} is on the meta device, which holds no numbers: expected a base whose weights are in memory; "
+            "load it with from_pretrained, without offloading to disk"
+        )
     return [
         (name, tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.dtype, _checksum(tensor))
         for name, tensor in tensors.items()

@@ -66,6 +66,14 @@ def head_paths(model: PreTrainedModel) -> list[str]:
     return [name for name in children if not hasattr(bare, name)]
 
 
+def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """The token embeddings; None for a model that reads no tokens, such as one of images or sound."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 def base_prefix(model: PreTrainedModel) -> str:
     """`"roberta."` for a model with a head, empty for the base model itself."""
     return "" if model.base_model is model else f"{model.base_model_prefix}."
@@ -157,7 +165,7 @@ def _resized_embeddings(model: PreTrainedModel) -> frozenset[str]:
     """The embeddings and the output head, if the vocabulary is not the one of the checkpoint."""
     if _saved_vocabulary(model) in (None, getattr(model.config.get_text_config(), "vocab_size", None)):
         return frozenset()
-    modules = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    modules = {id(module) for module in (input_embeddings(model), model.get_output_embeddings())}
     paths = [path for path, module in model.named_modules(remove_duplicate=False) if id(module) in modules]
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return frozenset(name for name in names if name.startswith(tuple(f"{path}." for path in paths)))

@@ -117,6 +117,8 @@ def inject_head(
         state.labels.setdefault(name, get_labels(model))
     set_adapter(model, name)
     mark_only_lora_as_trainable(model)
+    if hasattr(model, "is_quantized"):
+        vars(model)["is_quantized"] = False  # Trainer refuses a base that transformers packed and PEFT did not adapt
     for head in adapter_heads(model).values():
         head.modules_to_save[name].requires_grad_(True)
     return model
@@ -163,6 +165,8 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
             plain.to(next(head.original_module.parameters()).dtype)
         model.set_submodule(path, plain.requires_grad_(not head.within_base))
     vars(model).pop("save_pretrained", None)  # of `adapters.pretrained`
+    if hasattr(model, "is_quantized"):
+        vars(model)["is_quantized"] = True
     if hasattr(model.base_model, STATE_ATTRIBUTE):
         delattr(model.base_model, STATE_ATTRIBUTE)
     return model

@@ -23,14 +23,14 @@ _NAMES = {
 _EXPRESSIONS = {role: re.compile(rf"(?:.*\.)?(?:{names})", re.IGNORECASE) for role, names in _NAMES.items()}
 
 
-def guess_roles(modules: Mapping[str, nn.Module], hidden_size: int) -> dict[str, str]:
+def guess_roles(modules: Mapping[str, nn.Module], hidden_size: int | None) -> dict[str, str]:
     """The role of each projection whose name and shape tell it, by path.
 
     A projection that fuses several roles (`qkv_proj`, `Wqkv`, `c_attn`) gets none: how it arranges them is not in its
     name.
 
     Args:
-        hidden_size: the width of the hidden states, which each role reads or writes.
+        hidden_size: the width of the hidden states, which each role reads or writes; None if it varies.
     """
     guesses = {}
     for path, module in modules.items():
@@ -38,6 +38,6 @@ def guess_roles(modules: Mapping[str, nn.Module], hidden_size: int) -> dict[str,
         if role is None:
             continue
         inputs, outputs = linear_shape(module)
-        if (outputs if role in ("o", "ffn_down") else inputs) == hidden_size:
+        if hidden_size in (None, outputs if role in ("o", "ffn_down") else inputs):
             guesses[path] = role
     return guesses

@@ -25,7 +25,7 @@ from lora_hf.core.config.schema import PRESETS, ROLES, LoraConfig
 from lora_hf.core.errors import ConfigError, did_you_mean
 from lora_hf.lora.adapter_dict import modules_of_base
 from lora_hf.lora.architectures import ARCHITECTURES, Projection
-from lora_hf.lora.heads import base_prefix, modules_to_train
+from lora_hf.lora.heads import base_prefix, input_embeddings, modules_to_train
 from lora_hf.lora.layers import AdaptedModule, LoraLinear, linear_shape
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.path_patterns import PathPattern
@@ -163,10 +163,17 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
         plain = module.base_layer if isinstance(module, AdaptedModule) else module
         plain = plain.original_module if isinstance(plain, ModulesToSaveWrapper) else plain
         # Subclasses of nn.Embedding may do more than look up a row.
-        is_adaptable = isinstance(plain, PROJECTIONS) or type(plain) is nn.Embedding or isinstance(module, LoraLinear)
+        is_adaptable = _is_projection(plain) or type(plain) is nn.Embedding or isinstance(module, LoraLinear)
         if is_adaptable and path.rpartition(".")[0] not in modules:
             modules[path] = plain
     return modules
+
+
+def _is_projection(module: nn.Module) -> bool:
+    """Whether a module is a projection, and not a router or the like that a model derives from nn.Linear."""
+    kind = type(module)
+    differs = kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
+    return isinstance(module, PROJECTIONS) and (not differs or kind.__name__ == "FalconLinear")
 
 
 def layer_of(path: str) -> int | None:
@@ -219,7 +226,7 @@ def _sites_of_roles(model: PreTrainedModel, target: str, modules: Mapping[str, n
         for path, module in modules.items()
         if layer_of(path) is not None and not isinstance(module, nn.Embedding)
     }
-    guesses = guess_roles(layers, model.config.get_text_config().hidden_size)
+    guesses = guess_roles(layers, getattr(model.config.get_text_config(), "hidden_size", None))
     if target == "all":
         return [_site(path, guesses.get(path, target), module) for path, module in layers.items()]
     return [_site(path, role, modules[path]) for path, role in guesses.items() if role in roles]
@@ -291,9 +298,9 @@ def _no_match(target: str, model: PreTrainedModel, modules: Mapping[str, nn.Modu
         reason = f" ({refused[0]})" if refused else ""
         roles = comma_separated(architecture.projections)
         return f"lora.targets: {kind} has no role {target!r}{reason}; it has: {roles}"
-    tokens = model.get_input_embeddings()
     if target == "embeddings":
-        return f"lora.targets: {target}: its embeddings are a {type(tokens).__name__}; expected a plain nn.Embedding"
+        found = type(input_embeddings(model)).__name__
+        return f"lora.targets: {target}: its embeddings are a {found}; expected a plain nn.Embedding"
     words = [*ROLES, *PRESETS, *paths, *(path.rpartition(".")[2] for path in paths)]
     near = did_you_mean(target, dict.fromkeys(words), count=3)
     return (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lora_hf.core.errors import ModelError
+from lora_hf.lora.adapter_dict import modules_of_base
 
 F = TypeVar("F", bound=Callable[..., Any])
 PARALLEL = (DataParallel, DistributedDataParallel)
@@ -27,6 +29,8 @@ def unwrap_model(model: Any, changes: bool = False) -> PreTrainedModel:
     """
     kind = type(model).__name__
     if isinstance(model, PreTrainedModel):
+        if changes:
+            _check_plain(model)
         return model
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a model of transformers, found {kind}")
@@ -55,14 +59,45 @@ def unwrap_model(model: Any, changes: bool = False) -> PreTrainedModel:
     return found[0]
 
 
-def on_unwrapped_model(changes: bool = True) -> Callable[[F], F]:
-    """A function of a model that also takes wrappers; it returns the wrapper where it would return the model."""
+def _check_plain(model: PreTrainedModel) -> None:
+    """Raises ModelError if something inside the model has been adapted by PEFT or compiled."""
+    for path, module in modules_of_base(model):
+        if type(module).__module__.startswith("peft."):
+            raise ModelError(
+                f"{path} is adapted by PEFT already. Load the plain base, and PEFT's adapter with load_adapter"
+            )
+        if "_orig_mod" in dict(module.named_children()):
+            raise ModelError(
+                f"torch.compile has wrapped {path}; change the plain model first, and compile {path} again"
+            )
+
+
+@contextlib.contextmanager
+def _without_compiled_parts(model: PreTrainedModel) -> Iterator[None]:
+    """The model with its compiled submodules as they were before, so that all paths are the plain ones."""
+    compiled = {path: module for path, module in model.named_modules() if "_orig_mod" in dict(module.named_children())}
+    for path, module in reversed(compiled.items()):
+        model.set_submodule(path, module.get_submodule("_orig_mod"))
+    try:
+        yield
+    finally:
+        for path, module in compiled.items():
+            model.set_submodule(path, module)
+
+
+def on_unwrapped_model(changes: bool = True, plain_paths: bool = False) -> Callable[[F], F]:
+    """A function of a model that also takes wrappers; it returns the wrapper where it would return the model.
+
+    Args:
+        plain_paths: compiled submodules are unwrapped while it runs.
+    """
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
         def call(model: Any, *arguments: Any, **named: Any) -> Any:
             inner = unwrap_model(model, changes)
-            result = function(inner, *arguments, **named)
+            with _without_compiled_parts(inner) if plain_paths else contextlib.nullcontext():
+                result = function(inner, *arguments, **named)
             return model if result is inner else result
 
         return call  # type: ignore[return-value]

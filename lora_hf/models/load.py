@@ -98,6 +98,7 @@ MODEL_TYPES: dict[ModelKind, tuple[Any, tuple[str, ...]]] = {
     "causal-lm": (auto_names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ("generation", "chat")),
     "seq2seq-lm": (auto_names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, ("seq2seq",)),
 }
+TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "*.spm", "*.bpe*")
 GENERATORS: tuple[ModelKind, ...] = ("causal-lm", "seq2seq-lm")
 
 T = TypeVar("T")
@@ -198,6 +199,14 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """
     name = model.tokenizer or model.name
     revision = model.revision if model.tokenizer is None else None
+    folder = Path(name)
+    if (folder / "config.json").is_file() and not any(
+        file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)
+    ):
+        raise ModelError(
+            f"{name}: the folder holds no tokenizer; add it with tokenizer.save_pretrained({name!r}), or name one "
+            "with model.tokenizer"
+        )
     tokenizer = _from_pretrained(name, revision, AutoTokenizer.from_pretrained)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:

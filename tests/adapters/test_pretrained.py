@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lora_hf import LoraConfig, eject, inject, load_adapter, merge, save_adapter, set_adapter
-from lora_hf.core.errors import AdapterError, ModelError
+from lora_hf.core.errors import AdapterError, ConfigError, ModelError
 from lora_hf.lora.inject import lora_layers
 from tests.support.small_models import randomize_lora_b, small_model, token_ids
 from tests.tolerances import FILE_ROUNDTRIP, PARITY_FP32
@@ -133,6 +133,30 @@ def test_state_dict_copies_casts_and_checkpointing(base: tuple[Any, Path], tmp_p
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+class Compiled(nn.Module):
+    """As torch.compile wraps a module, without its seconds of imports."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = module
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self._orig_mod(*inputs, **named)
+
+
+def test_a_compiled_part_is_saved_under_its_plain_paths(base: tuple[Any, Path], tmp_path: Path) -> None:
+    model = adapted(base)
+    logits = model(token_ids()).logits
+    path = next(path for path, module in model.named_modules() if path.endswith(".1"))
+    model.set_submodule(path, part := Compiled(model.get_submodule(path)))
+    save_adapter(model, tmp_path)
+    assert model.get_submodule(path) is part
+    assert torch.allclose(load_adapter(fresh(base), tmp_path)(token_ids()).logits, logits, atol=FILE_ROUNDTRIP, rtol=0)
+    for change in (lambda: inject(model, LoraConfig(r=2), "other"), lambda: load_adapter(model, tmp_path, "other")):
+        with pytest.raises(ModelError, match=rf"torch\.compile has wrapped {path}; change the plain model first"):
+            change()
+
+
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore")  # torch.compile has many of its own
 def test_a_compiled_or_parallel_model_is_seen_through(base: tuple[Any, Path], tmp_path: Path) -> None:
@@ -155,6 +179,10 @@ def test_other_wrappers_are_refused_by_name(base: tuple[Any, Path]) -> None:
     theirs = get_peft_model(fresh(base), PeftConfig(target_modules="all-linear"))
     with pytest.raises(ModelError, match=r"is a model of PEFT: save its adapter"):
         inject(theirs, LoraConfig())  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"\.0\..* is adapted by PEFT already\. Load the plain base"):
+        inject(theirs.get_base_model(), LoraConfig())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"expected a lora_hf\.LoraConfig, found peft\.LoraConfig"):
+        inject(fresh(base), PeftConfig())  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"Linear: expected a model of transformers, .* found none"):
         inject(nn.Linear(2, 2), LoraConfig())  # type: ignore[arg-type]
     two = nn.ModuleList([fresh(base), fresh(base)])

@@ -15,14 +15,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
 
 from lora_hf.adapters.format import CONFIG_FILE, HEADER, WEIGHTS_FILE, read_adapter
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.cli.main import main
 from lora_hf.core.config.schema import LoraConfig
-from lora_hf.core.errors import AdapterError
+from lora_hf.core.errors import AdapterError, ConfigError
 from lora_hf.lora.inject import adapter_names, inject, inject_head, lora_layers
 from lora_hf.models.load import BUNDLED_FOLDER
 from tests.support.small_models import randomize_lora_b, small_model, token_ids
@@ -39,6 +44,34 @@ def trained(kind: str = "roberta", num_labels: int | None = 3, **lora: Any) -> n
         if ".modules_to_save." in name:
             nn.init.normal_(parameter)
     return model
+
+
+def test_a_model_that_reads_no_tokens(tmp_path: Path) -> None:
+    """Nor has it one width of hidden states."""
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 16}
+    AutoModel.from_config(AutoConfig.for_model("convnext", **sizes)).save_pretrained(tmp_path / "base")
+    images, logits = torch.randn(2, 3, 16, 16), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "base", num_labels=3).eval()
+        if seed == 0:
+            randomize_lora_b(inject(model, LoraConfig(r=2)))
+            save_adapter(model, tmp_path / "adapter")
+        else:
+            load_adapter(model, tmp_path / "adapter")
+        logits.append(model(images).logits)
+    assert torch.equal(*logits)
+    with pytest.raises(ConfigError, match="embeddings"):
+        inject(model, LoraConfig(targets=("embeddings",)), "other")
+
+
+def test_partitioned_tensors_are_not_saved(tmp_path: Path) -> None:
+    model = trained()
+    for layer in lora_layers(model).values():
+        layer.adapters["default"].lora_A.data = torch.empty(0)
+    with pytest.raises(AdapterError, match=r"lora_A\.weight is empty.*ZeRO-3.*GatheredParameters"):
+        save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -265,6 +298,9 @@ def test_a_missing_folder_and_an_unknown_adapter_are_named(tmp_path: Path) -> No
     with pytest.raises(AdapterError, match="no adapter 'other' on this model; it has: default"):
         save_adapter(trained(), tmp_path, name="other")
     assert not list(tmp_path.iterdir())
+    save_adapter(trained(), tmp_path / "mine")  # as PEFT saves one that is not called default
+    with pytest.raises(AdapterError, match=rf"did you mean '{tmp_path}/mine'\?"):
+        read_adapter(tmp_path)
 
 
 def test_the_adapter_that_is_likely_meant_is_named(

@@ -32,6 +32,16 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "mine.yaml"
 
 
+def test_a_path_begins_at_home_and_holds_no_variable(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(recipe.parent))
+    recipe.write_text("output: {dir: ~/runs}\nmodel: {name: gpt2}\n")
+    assert load_config(recipe).output.dir == str(recipe.parent / "runs")
+    assert load_config(recipe, ["model.name=~/base"]).model.name == str(recipe.parent / "base")
+    for value in ("$OUT/runs", "${OUT}"):
+        recipe.write_text(f"output: {{dir: '{value}'}}\n")
+        assert problem(recipe).startswith(f"output.dir: expected a path, found the variable in {value!r}")
+
+
 # --- messages ---
 
 

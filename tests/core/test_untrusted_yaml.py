@@ -43,6 +43,8 @@ def bomb(kind: str) -> str:
         ("a: [1", "expected"),
         ("a: 2024-99-99", "month"),
         ("? [1, {a: b}]\n: 1", "unhashable"),
+        ("train: {lr: 1}\nlora: {r: 2}\ntrain: {batch_size: 4}", "line 3: the key 'train' appears more than once"),
+        ("{lr: 1, lr: 2}", "line 1: the key 'lr' appears more than once"),
         ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
     ],
 )
@@ -59,6 +61,7 @@ def test_yaml_that_is_refused(text: str, said: str, tmp_path: Path) -> None:
 def test_yaml_that_people_write(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: &base {lr: 1}\nrun: {<<: *base, x: [*base, ü]}\n", encoding="utf-8")
     assert read_yaml(tmp_path / "a.yaml") == {"base": {"lr": 1}, "run": {"lr": 1, "x": [{"lr": 1}, "ü"]}}
+    assert parse_yaml("{<<: {a: 1}, <<: {b: 2}, 1: 2}") == {"a": 1, "b": 2, 1: 2}
     assert parse_yaml("") is None
     assert parse_yaml("16") == 16
 

@@ -13,6 +13,7 @@ import pytest
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import DataError
 from lora_hf.data.readers import TABLE_SUFFIXES, read_rows, read_texts, read_texts_of_adapters
+from lora_hf.data.tasks.label_names import infer_label_names
 from tests.support.split_files import columns, message, write_text
 
 TASK = TaskConfig("mine", kind="classification", label_names=("neg", "pos"))
@@ -157,6 +158,13 @@ def test_truth_values_in_either_spelling(tmp_path: Path) -> None:
         assert columns(task, tmp_path)["label"] == [1, 0]
 
 
+def test_white_space_around_a_label_makes_no_class(tmp_path: Path) -> None:
+    write_text(tmp_path / "train.csv", "text,label\na,neg \nb, pos\nc,pos\n")
+    assert columns(TASK, tmp_path)["label"] == [0, 1, 1]
+    inferred = TaskConfig("mine", kind="classification", data_dir=str(tmp_path))
+    assert infer_label_names(inferred).label_names == ("neg", "pos")
+
+
 def test_rows_of_several_adapters(tmp_path: Path) -> None:
     rows = [{"adapter": "a", "text": "x", "other": ""}, {"adapter": "b", "text": "", "other": "y"}]
     for suffix in TABLE_SUFFIXES:
@@ -175,6 +183,12 @@ REFUSED: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "unknown suffix": ("a.xlsx", "x", ("unknown suffix '.xlsx'", ".csv, .tsv, .jsonl, .json or .txt")),
     "no suffix": ("rows", "x", ("unknown suffix ''", ".csv")),
     "a workbook as CSV": ("a.csv", b"PK\x03\x04\0", ("Excel workbook",)),
+    "zstd": ("a.jsonl", b"\x28\xb5\x2f\xfd\x04", ("a zstd file", "unpack it")),
+    "bzip2": ("a.csv", b"BZh91AY&SY", ("a bzip2 file", "unpack it")),
+    "xz": ("a.csv", b"\xfd7zXZ\0", ("an xz file", "unpack it")),
+    "Arrow as JSON": ("a.json", b"ARROW1\0\0", ("an Arrow file", "parquet")),
+    "a comma after each object": ("a.jsonl", '{"text": "a"},\n', ("line 1", "a JSON object on one line", "column 14")),
+    "an object on several lines": ("a.json", '{\n"text": "a"\n}', ("line 1", "a JSON object on one line")),
     "parquet as CSV": ("a.csv", b"PAR1\0", ("name it .parquet",)),
     "CSV as parquet": ("a.parquet", "text\na\n", ("cannot be read as parquet",)),
     "a table as text": ("a.txt", 'label,"text"\npos,a\n', ("line 1", "a header", ".csv")),
@@ -217,6 +231,8 @@ def test_what_is_refused(name: str, content: str | bytes, facts: tuple[str, ...]
 
 def test_a_split_of_another_suffix_is_named(tmp_path: Path) -> None:
     write_text(tmp_path / "train.xlsx", "")
+    write_text(tmp_path / "dev.csv", "")
     found = message(TASK, tmp_path)
     assert "found train.xlsx" in found
+    assert "found dev.csv, train.xlsx" in message(TASK, tmp_path, "validation")
     assert all(suffix in found for suffix in TABLE_SUFFIXES)

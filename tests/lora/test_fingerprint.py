@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lora_hf import eject, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_hf.core.config.schema import LoraConfig
-from lora_hf.core.errors import AdapterError
+from lora_hf.core.errors import AdapterError, ModelError
 from lora_hf.lora import fingerprint as module
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.models.load import dequantise, quantise
@@ -210,3 +210,12 @@ def test_a_fingerprint_without_projections_still_loads(tmp_path: Path) -> None:
     model = adapted()
     recorded = {key: value for key, value in fingerprint(model).items() if key not in ("projections", "settings")}
     module.check_base(small_model("roberta", 2).to(torch.bfloat16), recorded, "adapter")
+
+
+def test_a_base_without_weights_has_none(tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, targets=("q",))
+    adapter = save_adapter(inject(small_model("llama"), lora), tmp_path)
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight is on the meta device"):
+        load_adapter(small_model("llama").to("meta"), adapter)
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight is on the meta device"):
+        save_adapter(inject(small_model("llama").to("meta"), lora), tmp_path / "other")

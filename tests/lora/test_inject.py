@@ -47,6 +47,18 @@ def test_plan_lists_the_exact_sites_of_roberta() -> None:
     ]
 
 
+def test_a_router_is_no_projection() -> None:
+    """Llama 4 derives it from nn.Linear, but it returns a pair."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"vocab_size": 100, "intermediate_size": 48, "intermediate_size_mlp": 48, "head_dim": 8, "pad_token_id": 1}
+    config = AutoConfig.for_model("llama4_text", **shape, **sizes, num_local_experts=2)
+    for target in ("all", "all-linear"):
+        model = inject(AutoModelForCausalLM.from_config(config), LoraConfig(r=2, targets=(target,)))
+        assert not [path for path in lora_layers(model) if "router" in path]
+        model(token_ids(), labels=token_ids()).loss.backward()
+    assert len(plan(small_model("falcon"), LoraConfig(targets=("o",)))) == 2, "computes what nn.Linear does"
+
+
 def test_plan_lists_the_slices_of_the_fused_projection_of_gpt2() -> None:
     sites = plan(small_model("gpt2"), LoraConfig(targets=("v", "q", "o")))
     first = "transformer.h.0.attn"

@@ -145,6 +145,11 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
         load_tokenizer(ModelConfig(name=str(tmp_path)))
 
 
+def test_a_folder_without_a_tokenizer_is_named(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"the folder holds no tokenizer; .*save_pretrained.*model\.tokenizer"):
+        load_tokenizer(ModelConfig(name=str(folder)))
+
+
 def test_short_names_are_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_module, "hub_is_reachable", lambda: True)
     asked: list[tuple[str, dict]] = []

@@ -32,6 +32,7 @@ TRAINER_CALLS = {
 }
 CONFIG_ATTRIBUTES = {"_attn_implementation": "whether a model's attention was chosen by the user"}
 TORCH_ATTRIBUTES = {
+    "_modules": "a walk that leaves out what adapters add; named_children hides the second name of a child",
     "_version": "the counter of in-place changes detects a base that changed after it was hashed",
     "_ddp_params_and_buffers_to_ignore": "DDP sends no buffers of a frozen base; its argument for that is deprecated",
     "_forward_pre_hooks": "detects a model that already runs without padding; its copies have the hooks too",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lora_hf.core.errors import ConfigError, did_you_mean
 from lora_hf.core.parsing import parse_yaml, read_yaml
 
 OVERRIDE_FORM = "expected an override of the form section.key=value, such as"
+PATHS = ("model.name", "model.tokenizer", "task.data_dir", "train.start_from", "output.dir")
 RECIPE_FOLDERS = (Path("configs"), Path(__file__).parents[3] / "configs", Path(__file__).parents[2] / "configs")
 
 
@@ -47,7 +49,24 @@ def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         except ValueError as error:
             raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from error
         set_value(sections, key, value, override)
+    _expand_home(sections)
     return sections
+
+
+def _expand_home(sections: dict[str, Any]) -> None:
+    """Replaces `~` in paths, as a shell would; a variable in one would become the name of a folder."""
+    for path in PATHS:
+        name, key = path.split(".")
+        section = sections.get(name)
+        if not isinstance(section, dict) or not isinstance(value := section.get(key), str):
+            continue
+        if re.search(r"\$[\w{]", value):
+            raise ConfigError(
+                f"{path}: expected a path, found the variable in {value!r}; write it out, or set {path} on the command "
+                "line, where the shell replaces variables"
+            )
+        if value.startswith("~"):
+            section[key] = str(Path(value).expanduser())
 
 
 def set_value(sections: dict[str, Any], key: str, value: Any, override: str) -> None:

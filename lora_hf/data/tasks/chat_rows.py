@@ -43,6 +43,11 @@ def read_chats(path: Path, column: str, completion: str, train_on: TrainOn, drop
     """
     column, rows = _rows(path, column)
     has_completion = any(completion in row for row in rows)
+    if column == PROMPT and not has_completion and all(isinstance(_unpacked(row.get(column)), str) for row in rows):
+        raise DataError(
+            f"{path}: no column {completion!r} beside {column!r}; found: {', '.join(rows[0])}. task.label_column names "
+            "another one"
+        )
 
     def read(row: Mapping[str, Any]) -> Chat | None:
         chat = _chat(row, column, completion if has_completion else None, train_on)

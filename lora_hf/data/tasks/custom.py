@@ -155,7 +155,8 @@ class CustomFiles:
         named = self._named(split, root)
         files = [path for path in named if path.suffix.lower() in suffixes and path.is_file()]
         if not files:
-            found = f"; found {', '.join(path.name for path in named)}" if named else ""
+            others = named or sorted(root.glob("*"))
+            found = f"; found {', '.join(path.name for path in others[:10]) or 'nothing'}"
             raise DataError(f"{name}: no file with the rows of split {split!r} in {root} ({setting}){found}. {how_to}")
         if len(files) > 1:
             raise DataError(f"{name}: split {split!r} is in {' and in '.join(map(str, files))}; keep one of them")

@@ -7,14 +7,17 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import DataError
 from lora_hf.data.readers import read_rows
 from lora_hf.data.tasks.custom import KINDS, CustomFiles
-from lora_hf.data.tasks.multi_label import label_sets
+from lora_hf.data.tasks.multi_label import are_indicators, label_sets
 from lora_hf.data.tasks.row_checks import class_names
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _log = logging.getLogger(__name__)
 
@@ -43,12 +46,8 @@ def infer_label_names(config: TaskConfig) -> TaskConfig:
 def _names(config: TaskConfig, path: Path, changed: int, size: int) -> tuple[str, ...]:
     """`changed` and `size` are those of the file: a run asks several times, another file is read again."""
     column = config.label_column or ""
-    rows = read_rows(path, (column,))
-    if config.kind == "multi_label":
-        values = [label for labels in label_sets(config, rows, path) for label in labels]
-    else:
-        values = class_names(rows, column)
-    names = _sorted({_name(value, config, path) for value in values if value not in (None, "")})
+    values = _labels(config, read_rows(path, (column,)), path)
+    names = _sorted({_name(value, config, path) for value in values if value is not None and str(value).strip()})
     if len(names) > FEW_CLASSES and 2 * len(names) > len(values):
         raise DataError(
             f"{path}: column {column!r} has {len(names)} different values in {len(values)} rows, too "
@@ -58,13 +57,25 @@ def _names(config: TaskConfig, path: Path, changed: int, size: int) -> tuple[str
     return names
 
 
+def _labels(config: TaskConfig, rows: Dataset, path: Path) -> list[Any]:
+    if config.kind == "multi_label":
+        sets = list(label_sets(config, rows, path))
+        if sets and are_indicators(sets, len(sets[0])):
+            raise DataError(
+                f"{path}: column {config.label_column!r} has a 0 or 1 for each of {len(sets[0])} labels; set "
+                "task.label_names to their names, in this order"
+            )
+        return [label for labels in sets for label in labels]
+    return class_names(rows, config.label_column or "")
+
+
 def _name(value: Any, config: TaskConfig, path: Path) -> str:
     if isinstance(value, float) or not isinstance(value, (str, int)):
         raise DataError(
             f"{path}: column {config.label_column!r} holds {value!r:.100}; expected classes, which are texts or whole "
             "numbers; for numbers to predict set task.kind=regression"
         )
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
 def _sorted(names: Iterable[str]) -> tuple[str, ...]:

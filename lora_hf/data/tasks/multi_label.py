@@ -204,8 +204,10 @@ def _from_columns(config: TaskConfig, rows: Dataset, path: Path) -> list[list[in
 
 
 def _from_sets(config: TaskConfig, rows: Dataset, path: Path, names: Sequence[str]) -> list[list[int]]:
-    found = []
-    for row, labels in enumerate(label_sets(config, rows, path)):
+    found, sets = [], list(label_sets(config, rows, path))
+    if are_indicators(sets, len(names)):
+        return [list(map(int, labels)) for labels in sets]
+    for row, labels in enumerate(sets):
         indicators = [0] * len(names)
         for label in labels:
             index = label_of(label, names)
@@ -218,6 +220,12 @@ def _from_sets(config: TaskConfig, rows: Dataset, path: Path, names: Sequence[st
             indicators[int(index)] = 1
         found.append(indicators)
     return found
+
+
+def are_indicators(sets: Sequence[Sequence[Any]], count: int) -> bool:
+    """Whether each row has a 0 or 1 for each label, as transformers' models take them; all `[0, 1]` are two ids."""
+    in_form = all(len(labels) == count and all(value in (0, 1) for value in labels) for labels in sets)
+    return count > 1 and in_form and any(labels != [0, 1] for labels in sets)
 
 
 def label_sets(config: TaskConfig, rows: Dataset, path: Path) -> Iterator[list[Any]]:

@@ -150,6 +150,8 @@ def label_of(value: Any, names: Sequence[str]) -> float | None:
     text = nfc(str(value))
     if isinstance(value, bool) and text not in names:
         text = text.lower()  # as JSON writes it
+    if text not in names:
+        text = text.strip()
     if text in names:
         return names.index(text)
     # If the classes are called 1 to 5, a 0 is a mistake and not a class id.

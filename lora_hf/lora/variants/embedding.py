@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
+from lora_hf.lora.heads import input_embeddings
 from lora_hf.lora.layers import LoraLinear, LoraWeights
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,8 @@ class EmbeddingWeights(LoraWeights):
 
 def embeddings_path(model: PreTrainedModel) -> str:
     """The path of the model's token embeddings."""
-    tokens = model.get_input_embeddings()
-    return next(path for path, module in model.named_modules() if module is tokens)
+    tokens = input_embeddings(model)
+    return next((path for path, module in model.named_modules() if module is tokens), "")
 
 
 def is_base(layers: Mapping[str, nn.Module], key: str, tensor: Tensor) -> bool:
@@ -76,4 +77,4 @@ def check_not_tied(model: PreTrainedModel) -> None:
 
 def _shared_weight(model: PreTrainedModel) -> Any:
     head = model.get_output_embeddings()
-    return head.weight if head is not None and head.weight is model.get_input_embeddings().weight else None
+    return head.weight if head is not None and head.weight is getattr(input_embeddings(model), "weight", None) else None

@@ -140,6 +140,10 @@ def test_a_file_without_conversations(tmp_path: Path) -> None:
         chats(tmp_path, [{"text": "a"}])
     with pytest.raises(DataError, match=r"expected 'dialog'; found: messages"):
         chats(tmp_path, [{"messages": [USER, REPLY]}], text_columns=("dialog",))
+    with pytest.raises(
+        DataError, match=r"no column 'completion' beside 'prompt'; found: prompt, response\..*label_col"
+    ):
+        chats(tmp_path, [{"prompt": "a", "response": "b"}])
 
 
 def test_conversations_without_a_reply_can_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

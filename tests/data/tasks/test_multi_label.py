@@ -41,6 +41,18 @@ def test_lists(tmp_path: Path) -> None:
     assert columns(TOPICS, write_lines(tmp_path, [[2, 0], [], [1, 1]])) == ROWS, "ids count from 0"
 
 
+@pytest.mark.parametrize("kind", [int, float, bool])
+def test_a_zero_or_one_for_each_label(tmp_path: Path, kind: type) -> None:
+    """As transformers' models take them: read as ids, each row would have the labels 0 and 1."""
+    write_lines(tmp_path, [list(map(kind, row)) for row in ROWS["label"]])
+    assert columns(TOPICS, tmp_path) == ROWS
+    with pytest.raises(DataError, match=r"'labels' has a 0 or 1 for each of 3 labels; set task.label_names"):
+        infer_label_names(replace(TOPICS, label_names=None, data_dir=str(tmp_path)))
+    two = replace(TOPICS, label_names=NAMES[:2])
+    assert columns(two, write_lines(tmp_path, [[1, 0], [0, 1]]))["label"] == [[1, 0], [0, 1]]
+    assert columns(two, write_lines(tmp_path, [[0, 1], [0, 1]]))["label"] == [[1, 1], [1, 1]], "two ids"
+
+
 def test_a_parquet_file_with_named_classes(tmp_path: Path) -> None:
     features = Features(text=Value("string"), labels=List(ClassLabel(names=["urgent", "question", "bug"])))
     rows = Dataset.from_dict({"text": ["a", "b", "c"], "labels": [[0, 2], [], [1]]}, features=features)
