@@ -17,7 +17,8 @@ from lora_hf.adapters.format import WEIGHTS_FILE, AdapterMetadata
 from lora_hf.core.config.schema import ModelConfig, TaskConfig
 from lora_hf.core.records import RUN_CONFIG_FILE
 from lora_hf.data.tasks.base import ModelKind, Task
-from lora_hf.data.tasks.custom import CustomText, custom_task
+from lora_hf.data.tasks.custom import custom_task
+from lora_hf.data.tasks.generation import TextToText
 from lora_hf.data.tasks.sources import NoSource
 from lora_hf.data.tasks.tokens import check_tokens_config
 from lora_hf.data.tasks.user_texts import encode_texts
@@ -43,7 +44,7 @@ MODEL_KINDS: dict[str, ModelKind] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainText(CustomText):
+class PlainText(TextToText):
     """Continues a text; nothing is put around it but what the tokenizer adds to every text."""
 
     def prompt_tokens(self, contexts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

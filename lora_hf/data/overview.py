@@ -74,8 +74,7 @@ def describe_data(
     """
     limit = min(max_length, tokenizer.model_max_length)
     splits = {name: _describe_split(task, part, tokenizer, limit) for name, part in rows.items()}
-    texts = {name: list(zip(*(part[column] for column in _text_columns(task, part)), strict=True))
-             for name, part in rows.items()}  # fmt: skip
+    texts = {name: list(zip(*task.texts_of(part).values(), strict=True)) for name, part in rows.items()}
     duplicates = {}
     for first, second in combinations(texts, 2):
         known = set(map(repr, texts[first]))
@@ -100,10 +99,6 @@ def _describe_split(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBas
         tokens=round(per_row * len(rows)),
         labels={name: count for name, count in zip(task.label_names, counts, strict=False) if count},
     )
-
-
-def _text_columns(task: Task, rows: Dataset) -> list[str]:
-    return [column for column in task.text_columns if column in rows.column_names]
 
 
 def _examples(

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import DataError, did_you_mean
-from lora_hf.data.json_objects import checked_object, parse_object, parse_value
-from lora_hf.data.tasks.row_checks import check_columns, check_text, nfc
+from lora_hf.core.parsing import parse_json
+from lora_hf.data.tasks.row_checks import check_columns, check_filled, check_text, nfc
 
 if TYPE_CHECKING:
     import pyarrow
@@ -49,21 +49,19 @@ def read_rows(
     columns: Iterable[str],
     optional: Iterable[str] = (),
     other_names: Mapping[str, Sequence[str]] | None = None,
-    all_columns: bool = False,
 ) -> Dataset:
     """Returns columns of a file. The values of CSV, TSV and text files are text.
 
     Args:
         optional: further columns, which the file may lack.
         other_names: what else a column may be called in the file.
-        all_columns: also the others, under their own names, which are ignored by default.
 
     Raises:
         DataError: an unknown suffix, a missing or repeated column, or a file that is not of its format.
     """
     if path.suffix.lower() not in _READERS:
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; expected a file that ends in {_or(_READERS)}")
-    wanted = _Wanted(path, tuple(columns), tuple(optional), other_names or {}, all_columns)
+    wanted = _Wanted(path, tuple(columns), tuple(optional), other_names or {})
     return _READERS[path.suffix.lower()](path, wanted)
 
 
@@ -78,7 +76,7 @@ def read_objects(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; expected a file that ends in {_or(TABLE_SUFFIXES)}")
     if _READERS[suffix] is _read_json:
         return _json_objects(path)
-    return _without_nulls(_READERS[suffix](path, _Everything(path, ())).to_list())
+    return _without_nulls(_READERS[suffix](path, _Wanted(path, all_columns=True)).to_list())
 
 
 def _without_nulls(value: Any) -> Any:
@@ -103,7 +101,7 @@ def read_texts(
     texts = {column: rows[column][:] for column in columns}
     for column in columns:
         for row, text in enumerate(texts[column]):
-            _check_filled(text, column, path, row)
+            check_filled(text, path, row, column)
     return texts
 
 
@@ -128,7 +126,7 @@ def read_texts_of_adapters(path: Path, columns: Mapping[str, Sequence[str]]) -> 
                 f"{did_you_mean(adapter, columns)}; expected one of {', '.join(columns)}"
             )
         for column in columns[adapter]:
-            _check_filled(row.get(column), column, path, number)
+            check_filled(row.get(column), path, number, column)
         texts.append((adapter, {column: row[column] for column in columns[adapter]}))
     return texts
 
@@ -208,7 +206,7 @@ class _Wanted:
     """The columns that a caller of `read_rows` asks for."""
 
     path: Path
-    columns: tuple[str, ...]
+    columns: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     other_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     all_columns: bool = False
@@ -220,7 +218,7 @@ class _Wanted:
             DataError: a column is missing, which ends with `hint`, or there more than once.
         """
         in_file, found = [nfc(name) for name in names], {}
-        for column in (*self.columns, *self.optional):
+        for column in names if self.all_columns else (*self.columns, *self.optional):
             called = [name for name in map(nfc, (column, *self.other_names.get(column, ()))) if name in in_file]
             if called:
                 if in_file.count(called[0]) > 1:
@@ -228,19 +226,7 @@ class _Wanted:
                 found[column] = in_file.index(called[0])
             elif column in self.columns:
                 check_columns(names, (column,), str(self.path), hint)
-        for index, name in enumerate(names if self.all_columns else ()):
-            if list(names).count(name) > 1:
-                raise DataError(f"{self.path}: the header names {name!r} more than once; rename one")
-            if index not in found.values():
-                found[name] = index
         return found
-
-
-class _Everything(_Wanted):
-    """All columns of a file."""
-
-    def find(self, names: Sequence[str], hint: str = "") -> dict[str, int]:
-        return _Wanted(self.path, tuple(names)).find(names, hint)
 
 
 def _read_csv(path: Path, wanted: _Wanted, delimiter: str = ",") -> Dataset:
@@ -302,15 +288,26 @@ def _json_objects(path: Path) -> list[dict[str, Any]]:
     """Reads an object on each line, or one array of objects."""
     text = read_text(path)
     if text.lstrip().startswith("["):
-        entries = parse_value(text, str(path), "an array of objects")
-        return [
-            checked_object(entry, repr(entry), f"{path}: entry {number} (counting from 0)")
-            for number, entry in enumerate(entries)
-        ]
+        entries = _parse_json(text, str(path), "an array of objects")
+        return [_checked_object(entry, f"{path}: entry {row} (counting from 0)") for row, entry in enumerate(entries)]
     lines = read_lines(path)
     while not lines[-1].strip():
         lines.pop()
-    return [parse_object(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    located = [(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    return [_checked_object(_parse_json(line, where, "a JSON object on one line"), where) for line, where in located]
+
+
+def _parse_json(text: str, where: str, what: str) -> Any:
+    try:
+        return parse_json(text, limit=None)
+    except ValueError as error:
+        raise DataError(f"{where}: not {what}: {error}") from error
+
+
+def _checked_object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f'{where}: expected an object such as {{"text": ...}}, found {value!r:.50}')
+    return value
 
 
 def _read_txt(path: Path, wanted: _Wanted) -> Dataset:
@@ -375,11 +372,6 @@ def _kind(value: Any) -> str | None:
         return _KINDS.get(type(value))
     inner = {kind for item in value if (kind := _kind(item)) is not None}
     return f"a list with {inner.pop()}" if len(inner) == 1 else _MIXED if inner else None
-
-
-def _check_filled(value: Any, column: str, path: Path, row: int) -> None:
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{path}: row {row} (counting from 0): expected a text in column {column!r}, found {value!r}")
 
 
 def _or(names: Iterable[str]) -> str:

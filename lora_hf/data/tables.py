@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.errors import ConfigError
-from lora_hf.data.readers import TABLE_SUFFIXES, read_lines, read_objects, read_rows
+from lora_hf.data.readers import TABLE_SUFFIXES, read_lines, read_objects
 
 if TYPE_CHECKING:
     import pyarrow
@@ -55,10 +55,8 @@ def read_table(path: Path, text_column: str) -> Rows | pyarrow.Table:
         from pyarrow import parquet
 
         return parquet.read_table(path)
-    if suffix in (".json", ".jsonl"):
+    if suffix in TABLE_SUFFIXES:
         return read_objects(path)
-    if suffix in DELIMITERS:
-        return read_rows(path, (), all_columns=True).to_list()
     return [{text_column: line} for line in read_lines(path)]
 
 

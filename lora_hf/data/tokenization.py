@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,11 @@ from datasets import Dataset, config
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from transformers import PreTrainedTokenizerBase
 
-from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.base import TRUNCATED, Task
 
 logger = logging.getLogger(__name__)
 
 MIN_CACHED_ROWS = 2000  # tokenizing fewer takes less time than computing their key
-
-
-TRUNCATED = "truncated"  # a column of the cached rows
 
 
 def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, split: str = "") -> Dataset:
@@ -38,15 +34,8 @@ def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_le
     return encoded.remove_columns(TRUNCATED)
 
 
-def _encode_batch(
-    rows: Mapping[str, list], task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, list]:
-    encoded, truncated = task.encode_and_flag(rows, tokenizer, max_length)
-    return {**encoded, TRUNCATED: truncated}
-
-
 def _encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
-    encode_batch = partial(_encode_batch, task=task, tokenizer=tokenizer, max_length=limit)
+    encode_batch = partial(task.encode, tokenizer=tokenizer, max_length=limit)
     encode_rows = partial(rows.map, encode_batch, batched=True, remove_columns=rows.column_names)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     disable_progress_bar()

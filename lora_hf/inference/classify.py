@@ -16,7 +16,7 @@ from lora_hf.adapters.fit import check_tokenizer
 from lora_hf.adapters.resolve import SavedModel
 from lora_hf.adapters.save_load import load_adapter, load_saved_model
 from lora_hf.core.errors import AdapterError
-from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.base import TRUNCATED, Task
 from lora_hf.lora.inject import adapter_state, check_adapter_exists
 from lora_hf.lora.multi_adapter import mix_adapters
 from lora_hf.lora.precision import flush_denormals
@@ -151,8 +151,8 @@ def _encode(
     task: Task, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
 ) -> dict[str, list]:
     """What the task encodes of the rows, without padding; warns about truncated rows."""
-    encoded, truncated = task.encode_and_flag(rows, tokenizer, max_length)
-    task.warn_truncated(truncated, tokenizer, max_length)
+    encoded = task.encode(rows, tokenizer, max_length)
+    task.warn_truncated(encoded[TRUNCATED], tokenizer, max_length)
     task.warn_honored_tokens(rows, tokenizer)
     check_tokens(task, encoded["input_ids"], tokenizer, model)
     return encoded
@@ -209,17 +209,6 @@ def batched_logits(
 
 
 def evaluate(
-    predictor: Predictor, splits: Mapping[str, Dataset], progress: Progress = iter
-) -> dict[str, dict[str, float]]:
-    """The metrics of the task, by split and name.
-
-    Raises:
-        DataError: the labels of a split are hidden.
-    """
-    return {split: scores for split, (scores, _) in evaluate_in_full(predictor, splits, progress).items()}
-
-
-def evaluate_in_full(
     predictor: Predictor, splits: Mapping[str, Dataset], progress: Progress = iter
 ) -> dict[str, tuple[dict[str, float], dict[str, Any]]]:
     """By split the metrics of the task and its `evaluation`: scores by class, confusions, calibration, mistakes.

@@ -14,7 +14,7 @@ from lora_hf.adapters.resolve import SavedModel
 from lora_hf.core.config.fields import build_section
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import DataError, ModelError
-from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.base import TRUNCATED, Task
 from lora_hf.data.tasks.chat_template import Chat, ChatEncoder
 from lora_hf.data.tasks.generation import TextGeneration
 from lora_hf.data.tasks.user_texts import encode_texts as encode_user_texts
@@ -100,7 +100,6 @@ def encode_rows(
     lengths = [sum(len(texts[row]) for texts in columns.values()) for row in range(rows)]
     limit = min(version.saved.max_length, worker.request_tokenizer.model_max_length)
     whole: dict[str, list] = {}
-    truncated: list[int] = []
     start = 0
     while start < rows:
         stop = start + 1
@@ -109,15 +108,14 @@ def encode_rows(
         with worker.tokenizer_lock:
             chunk = {name: texts[start:stop] for name, texts in columns.items()}
             try:
-                encoded, cut = task.encode_and_flag(chunk, worker.request_tokenizer, limit)
+                encoded = task.encode(chunk, worker.request_tokenizer, limit)
             except DataError as error:
                 raise BadInputError(str(error)) from error
         for name, values in encoded.items():
             whole.setdefault(name, []).extend(values)
-        truncated += [start + row for row, lost in enumerate(cut) if lost]
         start = stop
     _check_tokens(version, worker, whole["input_ids"])
-    return whole, truncated
+    return whole, [row for row, truncated in enumerate(whole[TRUNCATED]) if truncated]
 
 
 def _check_tokens(version: AdapterVersion, worker: Worker, ids: Sequence[list[int]]) -> None:

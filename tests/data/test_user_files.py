@@ -173,7 +173,7 @@ def test_rows_of_several_adapters(tmp_path: Path) -> None:
         assert found == [("a", {"text": "x"}), ("b", {"other": "y"})]
         with pytest.raises(DataError, match=r"row 1 \(counting from 0\): no adapter 'b' was given"):
             read_texts_of_adapters(path, {"a": ("text",)})
-        with pytest.raises(DataError, match=r"row 1 \(counting from 0\): expected a text in column 'text'"):
+        with pytest.raises(DataError, match=r"row 1 \(counting from 0\), column 'text': expected a text; found"):
             read_texts_of_adapters(path, {"a": ("text",), "b": ("text", "other")})
     with pytest.raises(DataError, match=r"rows\.txt: expected a file with the columns adapter and text"):
         read_texts_of_adapters(write_text(tmp_path / "rows.txt", "x\n"), {"a": ("text",)})
@@ -205,7 +205,7 @@ REFUSED: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "an empty line of one column": ("a.csv", "text\na\n\nb\n", ("line 3: empty",)),
     "an empty line": ("a.txt", "a\n\nb\n", ("line 2: empty",)),
     "an empty line of JSON": ("a.jsonl", '{"text": "a"}\n\n{"text": "b"}\n', ("line 2: not a JSON object",)),
-    "an empty text": ("a.csv", 'text\na\n""\n', ("row 1 (counting from 0)", "'text', found ''")),
+    "an empty text": ("a.csv", 'text\na\n""\n', ("row 1 (counting from 0)", "column 'text'", "found ''")),
     "a number": ("a.jsonl", '{"text": 3}\n', ("column 'text' should hold text", "found int64")),
     "a number among texts": ("a.json", '[{"text": "a"}, {"text": 3}]', ("'text'", "row 1", "has 3", "a text")),
     "a missing key": ("a.jsonl", '{"text": "a"}\n{"x": "b"}\n', ("row 1 (counting from 0)", "None")),

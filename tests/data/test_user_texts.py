@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from lora_hf.core.config.schema import ModelConfig
 from lora_hf.data.tasks import user_texts
-from lora_hf.data.tasks.custom import CustomText
+from lora_hf.data.tasks.generation import TextToText
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.data.tasks.user_texts import encode_texts, honored_tokens
 from lora_hf.data.tokenization import encode
@@ -44,7 +44,7 @@ def test_a_classifier_reads_a_separator_as_text(kind: str, column: int) -> None:
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_an_end_token_in_a_prompt_or_a_completion_ends_nothing(kind: str) -> None:
     tokenizer, token = tokenizer_of(kind), SEPARATORS[kind]
-    task = CustomText(name="mine", source=None, text_columns=("prompt", "completion"), metric="e2e_nlg")  # type: ignore[arg-type]
+    task = TextToText(name="mine", source=None, text_columns=("prompt", "completion"), metric="e2e_nlg")  # type: ignore[arg-type]
     (prompt,) = task.prompts([f"a warm {token} film"], tokenizer, 64)
     assert count(prompt, tokenizer, token) == 1, "the separator alone"
     rows = {"prompt": [f"a {token} film"], "completion": [f"a slow {token} film"]}

@@ -30,6 +30,7 @@ from lora_hf.core.provenance import machine, versions
 from lora_hf.core.records import read_json_record
 from lora_hf.data.metrics.multi_label import choose_thresholds
 from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.classification import TextClassification
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.inference.classify import Predictor
 from lora_hf.models.load import load_base, load_tokenizer
@@ -59,6 +60,7 @@ def config_of(name: str, model: str, data_dir: str, folder: Path) -> RunConfig:
 def compare_with_peft(config: RunConfig) -> dict[str, Any]:
     """Trains both sides, and returns their scores and the task's own scores of our logits."""
     task = task_of(config.task)
+    assert isinstance(task, TextClassification)
     rows = task.load(config.task.data_dir, task.splits)
     run = train(config, rows=rows)
     validation = rows["validation"]
@@ -92,7 +94,7 @@ def scores(task: Task, logits: np.ndarray, rows: Dataset) -> dict[str, float]:
     }
 
 
-def _peft_logits(config: RunConfig, task: Task, rows: Mapping[str, Dataset]) -> np.ndarray:
+def _peft_logits(config: RunConfig, task: TextClassification, rows: Mapping[str, Dataset]) -> np.ndarray:
     """The logits of the validation rows after training with PEFT and the Trainer, from the weights ours starts with."""
     import peft
 

@@ -112,7 +112,7 @@ def _merged(saved: SavedModel, rows: Dataset) -> dict[str, Any]:
     drifts = [asdict(drift) for drift in merge_drift(predictor.model).values()]
     logits = _logits(predictor, rows)
     return {
-        "metrics": saved.task.score(logits, np.asarray(rows["label"])),
+        "metrics": saved.task.score_rows(logits, rows),
         "logits_moved": _relative_difference(logits, unmerged),
         "drift": {key: statistics.median(drift[key] for drift in drifts) for key in drifts[0]},
     }
@@ -129,7 +129,7 @@ def _inference(saved: SavedModel, rows: Dataset) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         exact = logits if exact is None else exact
         results[precision] = {
-            "metrics": saved.task.score(logits, np.asarray(rows["label"])),
+            "metrics": saved.task.score_rows(logits, rows),
             "logits_moved": _relative_difference(logits, exact),
             "examples_per_second": len(rows) / seconds,
         }

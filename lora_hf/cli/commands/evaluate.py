@@ -60,9 +60,9 @@ def run(options: argparse.Namespace) -> None:
     elif options.without_adapter:
         raise ConfigError(f"--without-adapter: {saved.task.name} needs a trained head, which the bare base lacks")
     else:
-        from lora_hf.inference.classify import Predictor, evaluate_in_full
+        from lora_hf.inference.classify import Predictor, evaluate
 
-        found = evaluate_in_full(Predictor.load(saved, options.precision, options.exact), rows, progress)
+        found = evaluate(Predictor.load(saved, options.precision, options.exact), rows, progress)
         scores = {split: metrics for split, (metrics, _) in found.items()}
         evaluation = {split: more for split, (_, more) in found.items() if more}
     if options.plots is not None:

@@ -13,19 +13,12 @@ from lora_hf.core.errors import ConfigError, DataError, did_you_mean
 from lora_hf.data.metrics import captioning, java, summaries, translation
 from lora_hf.data.metrics.requirements import ScorerError
 
-METRIC_NAMES: dict[str, tuple[str, ...]] = {
-    "e2e_nlg": ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"),
-    "dart": ("BLEU", "METEOR", "TER"),
-    "web_nlg": ("BLEU", "METEOR", "TER"),
-    "rouge_bleu": ("ROUGE_1", "ROUGE_2", "ROUGE_L", "BLEU", "chrF"),  # custom tasks of encoder-decoders
-}
-
 Scorers = dict[str, tuple[str, Callable[[], float]]]  # by metric: the official script, and a function for its score
 
 
 @dataclass(frozen=True)
 class TextScores:
-    """The scores of a task in the order of `METRIC_NAMES`. A score is None if its scorer cannot run.
+    """The scores of a task by metric. A score is None if its scorer cannot run.
 
     `tools` names the official script that gives the same number, `reasons` says why a score is None.
     """
@@ -60,12 +53,7 @@ def score_texts(
     groups = [[reference for reference in group if reference.strip()] for group in references]
     if [] in groups:
         raise DataError(f"{task}: prediction {groups.index([]) + 1} has no reference; add at least one")
-    if task == "e2e_nlg":
-        scorers = _e2e_scorers(predictions, groups)
-    elif task == "rouge_bleu":
-        scorers = _seq2seq_scorers(predictions, groups)
-    else:
-        scorers = _triple_scorers(predictions, groups, tokenized)
+    scorers = _SCORERS[task](predictions, groups, tokenized)
     reasons: dict[str, str] = {}
 
     def score(name: str) -> float | None:
@@ -81,12 +69,12 @@ def score_texts(
 
 def check_task(task: str) -> None:
     """Raises a `ConfigError` if `task` has no text metrics."""
-    if task not in METRIC_NAMES:
-        nearest = did_you_mean(task, METRIC_NAMES)
-        raise ConfigError(f"no text metric for the task {task!r}{nearest}; known: {', '.join(METRIC_NAMES)}")
+    if task not in _SCORERS:
+        nearest = did_you_mean(task, _SCORERS)
+        raise ConfigError(f"no text metric for the task {task!r}{nearest}; known: {', '.join(_SCORERS)}")
 
 
-def _e2e_scorers(predictions: Sequence[str], references: list[list[str]]) -> Scorers:
+def _e2e_scorers(predictions: Sequence[str], references: list[list[str]], tokenized: bool) -> Scorers:
     tokens = cache(lambda: captioning.caption_tokens(predictions, references))
     return {
         "BLEU": ("mteval-v13a", lambda: translation.mteval_bleu(predictions, references)),
@@ -97,7 +85,7 @@ def _e2e_scorers(predictions: Sequence[str], references: list[list[str]]) -> Sco
     }
 
 
-def _seq2seq_scorers(predictions: Sequence[str], references: list[list[str]]) -> Scorers:
+def _seq2seq_scorers(predictions: Sequence[str], references: list[list[str]], tokenized: bool) -> Scorers:
     rouge = cache(lambda: summaries.rouge(predictions, references))
     return {
         "ROUGE_1": ("rouge_score with stemming", lambda: rouge()["rouge1"]),
@@ -115,3 +103,11 @@ def _triple_scorers(predictions: Sequence[str], references: list[list[str]], tok
         "METEOR": ("METEOR 1.5", lambda: java.meteor(predictions, references)),
         "TER": (ter, lambda: translation.ter(predictions, references, tokenized)),
     }
+
+
+_SCORERS: dict[str, Callable[[Sequence[str], list[list[str]], bool], Scorers]] = {
+    "e2e_nlg": _e2e_scorers,
+    "dart": _triple_scorers,
+    "web_nlg": _triple_scorers,
+    "rouge_bleu": _seq2seq_scorers,  # custom tasks of encoder-decoders
+}

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
 
 from lora_hf.data.metrics.requirements import package_folder
 
@@ -21,11 +23,7 @@ NIST_ORDER = 5
 
 def mteval_bleu(predictions: Sequence[str], references: References) -> float:
     """BLEU as `mteval-v13a.pl`: its tokens in lower case, up to 4-grams, closest reference length, its smoothing."""
-    package_folder("sacrebleu")
-    from sacrebleu.metrics.bleu import BLEU
-
-    bleu = BLEU(lowercase=True, tokenize="13a", smooth_method="exp", force=True)
-    return bleu.corpus_score(list(predictions), _columns(references, fill=None)).score / 100
+    return _score("BLEU", predictions, references, lowercase=True, tokenize="13a", smooth_method="exp", force=True)
 
 
 def mteval_nist(predictions: Sequence[str], references: References) -> float:
@@ -69,11 +67,10 @@ def multi_bleu(predictions: Sequence[str], references: References, tokenized: bo
     If a text has fewer references than another, the scripts read empty lines and count them as references of no words.
     Such a reference is the closest in length to a prediction of less than half the length of the others.
     """
-    package_folder("sacrebleu")
-    from sacrebleu.metrics.bleu import BLEU
-
-    bleu = BLEU(lowercase=True, tokenize="none" if tokenized else "13a", smooth_method="none", force=True)
-    return bleu.corpus_score(list(predictions), _columns(references, fill=" ")).score / 100
+    tokenize = "none" if tokenized else "13a"
+    return _score(
+        "BLEU", predictions, references, " ", lowercase=True, tokenize=tokenize, smooth_method="none", force=True
+    )
 
 
 def ter(predictions: Sequence[str], references: References, tokenized: bool) -> float:
@@ -83,34 +80,33 @@ def ter(predictions: Sequence[str], references: References, tokenized: bool) -> 
 
     Source: Snover et al. 2006, "A study of translation edit rate".
     """
-    package_folder("sacrebleu")
-    from sacrebleu.metrics.ter import TER
-
-    rate = TER(normalized=not tokenized)
-    return rate.corpus_score(list(predictions), _columns(references, fill=None)).score / 100
+    return _score("TER", predictions, references, normalized=not tokenized)
 
 
 def sacre_bleu(predictions: Sequence[str], references: References) -> float:
     """BLEU as `sacrebleu` computes it by default: 13a tokens, case-sensitive."""
-    package_folder("sacrebleu")
-    from sacrebleu.metrics.bleu import BLEU
-
-    return BLEU().corpus_score(list(predictions), _columns(references, fill=None)).score / 100
+    return _score("BLEU", predictions, references)
 
 
 def chrf(predictions: Sequence[str], references: References) -> float:
     """chrF2 as `sacrebleu` computes it by default."""
+    return _score("CHRF", predictions, references)
+
+
+def _score(
+    metric: str, predictions: Sequence[str], references: References, fill: str | None = None, **settings: Any
+) -> float:
+    """Returns the score of a metric of sacrebleu as a fraction of 1.
+
+    Args:
+        fill: stands for each reference that a text has fewer than another; sacrebleu skips None.
+    """
     package_folder("sacrebleu")
-    from sacrebleu.metrics.chrf import CHRF
+    from sacrebleu import metrics
 
-    return CHRF().corpus_score(list(predictions), _columns(references, fill=None)).score / 100
-
-
-def _columns(references: References, fill: str | None) -> list[list[str]]:
-    """Returns the first reference of every text, then the second, and so on, as sacrebleu takes them."""
-    columns = range(max(map(len, references)))
-    # sacrebleu skips None, and its types do not say so.
-    return [[group[i] if i < len(group) else fill for group in references] for i in columns]  # pyright: ignore[reportReturnType]
+    # The first reference of every text, then the second, and so on.
+    columns = list(zip_longest(*references, fillvalue=fill))
+    return getattr(metrics, metric)(**settings).corpus_score(list(predictions), columns).score / 100
 
 
 def _ngrams(words: list[str], order: int) -> Counts:

@@ -16,7 +16,6 @@ from lora_hf.data.tasks.user_texts import honored_tokens, warn_honored_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
@@ -24,6 +23,8 @@ _log = logging.getLogger(__name__)
 # The keys of `models.load.AUTO_CLASSES`.
 ModelKind = Literal["sequence-classification", "causal-lm", "token-classification", "question-answering", "seq2seq-lm"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+TRUNCATED = "truncated"  # a column of encoded rows: whether `max_length` truncated the row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,18 +79,12 @@ class Task(ABC):
         """Raises a DataError that begins with `origin` for rows that the task cannot use."""
         check_text(rows, origin, self.text_columns)
 
+    @abstractmethod
     def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
-        """Returns a batch of rows as unpadded model inputs.
+        """Returns a batch of rows as unpadded model inputs, with the column `TRUNCATED`.
 
         A classification returns one entry per row, a generation task one per reference of a row.
         """
-        return self.encode_and_flag(rows, tokenizer, max_length)[0]
-
-    @abstractmethod
-    def encode_and_flag(
-        self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> tuple[dict[str, list], list[bool]]:
-        """Returns what `encode` does, and for each entry whether `max_length` truncated it; see `warn_truncated`."""
 
     def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """Returns the model's tokenizer, changed in place to what the task needs; merged models are saved with it.
@@ -109,9 +104,17 @@ class Task(ABC):
         """
         return encoded
 
+    def texts_of(self, rows: Dataset) -> dict[str, list]:
+        """Returns the text columns that the rows have, by name."""
+        return {column: rows[column][:] for column in self.text_columns if column in rows.column_names}
+
     @abstractmethod
     def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Returns what a row that is too long loses, such as "the end of their texts"."""
+
+    def display_name(self, split: str) -> str:
+        """Returns the name of the task and of the split, if one is given, for messages."""
+        return f"{self.name}, {split}" if split else self.name
 
     def warn_truncated(
         self, truncated: Sequence[bool], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str = ""
@@ -121,8 +124,8 @@ class Task(ABC):
             _log.warning(
                 "%s: truncated %d of %d rows, which are longer than %d tokens (task.max_length, or the model's own "
                 "limit): the model does not read %s; the first is row %d (counting from 0)",
-                f"{self.name}, {split}" if split else self.name, count, len(truncated), max_length,
-                self.truncated_part(tokenizer), list(truncated).index(True),
+                self.display_name(split), count, len(truncated), max_length, self.truncated_part(tokenizer),
+                list(truncated).index(True),
             )  # fmt: skip
 
     def warn_honored_tokens(
@@ -132,15 +135,7 @@ class Task(ABC):
         if tokens := honored_tokens(tokenizer):
             columns = [rows[column][:] for column in self.text_columns]
             texts = ["\n".join(map(str, values)) for values in zip(*columns, strict=True)]
-            warn_honored_tokens(f"{self.name}, {split}" if split else self.name, texts, tokens)
-
-    @abstractmethod
-    def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-        """Returns the task's metrics by name; the first axis of both arrays is the row."""
-
-    def majority(self, labels: ArrayLike, train_labels: ArrayLike | None = None) -> dict[str, float]:
-        """Returns the scores of a constant prediction; empty for tasks that have none."""
-        return {}
+            warn_honored_tokens(self.display_name(split), texts, tokens)
 
     def read_inputs(self, path: Path) -> dict[str, list]:
         """Returns the rows of a file to answer, as `encode` takes them, without labels.
@@ -164,12 +159,12 @@ class Task(ABC):
 
         return np.asarray(outputs)
 
+    @abstractmethod
     def score_rows(self, outputs: Any, rows: Dataset) -> dict[str, float]:
         """Returns the task's metrics for the rows of a split, in their order, from what `row_outputs` returned."""
-        return self.score(outputs, ())
 
     def majority_of_rows(self, rows: Dataset, train_rows: Dataset) -> dict[str, float]:
-        """Returns the scores of `majority` on the rows of a split; empty for tasks that have none."""
+        """Returns the scores of a constant prediction on the rows of a split; empty for tasks that have none."""
         return {}
 
     def format_answer(self, output: Any) -> dict[str, Any]:

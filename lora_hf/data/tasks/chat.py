@@ -28,8 +28,8 @@ from lora_hf.data.tasks.chat_rows import (
     to_json,
 )
 from lora_hf.data.tasks.chat_template import Chat, ChatEncoder, read_template
-from lora_hf.data.tasks.generation import Example, TextGeneration, shown
-from lora_hf.data.tasks.kind import Kind, as_read
+from lora_hf.data.tasks.generation import Example, TextGeneration, causal_inputs, shown
+from lora_hf.data.tasks.kind import Kind, check_no_classes
 from lora_hf.data.tasks.row_checks import check_text
 from lora_hf.data.tasks.sources import Source
 
@@ -93,9 +93,7 @@ class ChatTask(TextGeneration):
         """The conversation of a row: as this class writes it, or a list of messages from Python."""
         return from_json(value) if isinstance(value, str) else chat_of(value, self.train_on)
 
-    def encode_and_flag(
-        self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> tuple[dict[str, list], list[bool]]:
+    def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         """Returns input_ids, attention_mask and labels; one entry for a row, or more (see `chat_template`).
 
         All but the trained turns has the label `IGNORE_INDEX`. An entry of more than `max_length` tokens loses its end.
@@ -104,19 +102,14 @@ class ChatTask(TextGeneration):
             DataError: a conversation that the template cannot render.
         """
         encoder = self.encoder(tokenizer)
-        encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
-        truncated = []
+        entries = []
         for index, value in enumerate(rows[MESSAGES]):
             try:
-                entries = encoder.encode(self._chat(value))
+                encoded = encoder.encode(self._chat(value))
             except (DataError, ValueError) as error:
                 raise DataError(f"{_origin(rows, index)}: {error}") from error
-            for ids, labels in entries:
-                truncated.append(len(ids) > max_length)
-                encoded["input_ids"].append(ids[:max_length])
-                encoded["attention_mask"].append([1] * min(len(ids), max_length))
-                encoded["labels"].append(labels[:max_length])
-        return encoded, truncated
+            entries += [(ids[:max_length], labels[:max_length], len(ids) > max_length) for ids, labels in encoded]
+        return causal_inputs(entries)
 
     def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:
         return "the end of their conversations"
@@ -130,7 +123,7 @@ class ChatTask(TextGeneration):
             _log.info(
                 "%s: the chat template writes earlier turns differently once later ones follow: %d conversations "
                 "became %d rows, each trained on the turns that it ends with",
-                _named(self.name, split), len(rows), len(encoded),
+                self.display_name(split), len(rows), len(encoded),
             )  # fmt: skip
         learnable = [any(label != IGNORE_INDEX for label in labels) for labels in encoded["labels"]]
         lost = learnable.count(False)
@@ -140,11 +133,11 @@ class ChatTask(TextGeneration):
         if not self.drop_unlearnable or lost == len(encoded):
             where = self._first_unlearnable(learnable, rows, tokenizer, max_length)
             raise DataError(
-                f"{_named(self.name, split)}: {what}: the assistant's turns come after the cut; the first is {where}. "
+                f"{self.display_name(split)}: {what}: the assistant's turns come after the cut; the first is {where}. "
                 "Set a greater task.max_length, shorten the conversations, or leave them out with "
                 "task.drop_unlearnable=true"
             )
-        _log.warning("%s: left out: %s", _named(self.name, split), what)
+        _log.warning("%s: left out: %s", self.display_name(split), what)
         return encoded.select([index for index, kept in enumerate(learnable) if kept])
 
     def _first_unlearnable(
@@ -172,7 +165,7 @@ class ChatTask(TextGeneration):
             _log.warning(
                 "%s: %d of %d conversations spell out special tokens (%s), which are read as text and not as tokens; "
                 "the first is %s",
-                _named(self.name, split), len(holding), len(rows), ", ".join(found), _origin(rows, holding[0]),
+                self.display_name(split), len(holding), len(rows), ", ".join(found), _origin(rows, holding[0]),
             )  # fmt: skip
 
     # Inference
@@ -259,10 +252,6 @@ def _origin(rows: Mapping[str, Any] | Dataset, index: int) -> str:
     return rows[ORIGIN][index] if ORIGIN in names else f"row {index} (counting from 0)"
 
 
-def _named(name: str, split: str) -> str:
-    return f"{name}, {split}" if split else name
-
-
 def _without_replies(chat: Chat) -> int:
     """How many messages there are before the assistant's at the end."""
     count = len(chat.messages)
@@ -272,9 +261,7 @@ def _without_replies(chat: Chat) -> int:
 
 
 def _check(config: TaskConfig) -> list[str]:
-    problems = []
-    if config.label_names:
-        problems.append("task.label_names: task.kind=chat has no classes; leave it out")
+    problems = check_no_classes(config)
     if config.chat_template is not None:
         try:
             read_template(config.chat_template)
@@ -314,7 +301,6 @@ CHAT = Kind(
     (),
     _build,
     _check,
-    as_read,
     max_texts=1,
     read=_read,
     keys=("train_on", "chat_template", "drop_unlearnable"),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import ConfigError, DataError, ModelError
 from lora_hf.core.labels import IGNORE_INDEX
-from lora_hf.data.tasks.user_texts import encode_texts
+from lora_hf.data.tasks.user_texts import encode_texts, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.template = _resolve(template, tokenizer, name)
         self._own = template is None  # so that tools may choose another one of the tokenizer's
-        self.special, self.begin = _special_tokens(tokenizer), _added_begin(tokenizer)
+        self.special, self.begin = special_tokens(tokenizer), _added_begin(tokenizer)
         self.pattern = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)")
 
     def encode(self, chat: Chat) -> list[tuple[list[int], list[int]]]:
@@ -304,16 +304,16 @@ class ChatEncoder:
         ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
         runs = [(value, len(list(run))) for value, run in itertools.groupby(mask)]
         turns = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        if sum(value for value, _ in runs) != len(turns):
-            if tuple(turns) != chat.trained:
-                raise DataError(
-                    f"the template marks {sum(value for value, _ in runs)} assistant turns, expected {len(turns)}; set "
-                    "task.chat_template to a file with {% generation %} and {% endgeneration %} around each"
-                ) from reason
-            return self._with_begin(ids, [token if on else IGNORE_INDEX for token, on in zip(ids, mask, strict=True)])
-        left = iter(turns)
-        chosen = [on for value, length in runs for on in [value and next(left) in chat.trained] * length]
-        return self._with_begin(ids, [token if on else IGNORE_INDEX for token, on in zip(ids, chosen, strict=True)])
+        marked = sum(value for value, _ in runs)
+        if marked == len(turns):
+            left = iter(turns)
+            mask = [on for value, length in runs for on in [value and next(left) in chat.trained] * length]
+        elif tuple(turns) != chat.trained:
+            raise DataError(
+                f"the template marks {marked} assistant turns, expected {len(turns)}; set task.chat_template to a file "
+                "with {% generation %} and {% endgeneration %} around each"
+            ) from reason
+        return self._with_begin(ids, [token if on else IGNORE_INDEX for token, on in zip(ids, mask, strict=True)])
 
 
 class _HiddenTurnError(Exception):
@@ -337,12 +337,6 @@ def _resolve(template: str | None, tokenizer: PreTrainedTokenizerBase, name: str
             f"{name}: the tokenizer {tokenizer.name_or_path!r} has no chat template. Set task.chat_template=chatml, or "
             "task.chat_template=FILE with a Jinja template; or choose a model that was made for chats"
         ) from error
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    special = {str(token): int(tokenizer.convert_tokens_to_ids(str(token))) for token in tokenizer.all_special_tokens}  # pyright: ignore[reportArgumentType]
-    special |= {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return special
 
 
 def _added_begin(tokenizer: PreTrainedTokenizerBase) -> int | None:

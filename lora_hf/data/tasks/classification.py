@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import DataError
 from lora_hf.core.labels import HIDDEN_LABEL
-from lora_hf.data.tasks.base import ModelKind, ProblemType, Task
+from lora_hf.data.tasks.base import TRUNCATED, ModelKind, ProblemType, Task
 from lora_hf.data.tasks.row_checks import check_labels
-from lora_hf.data.tasks.user_texts import encode_texts
+from lora_hf.data.tasks.user_texts import encode_truncated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,9 +86,7 @@ class TextClassification(Task):
     def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:
         return f"the {'start' if tokenizer.truncation_side == 'left' else 'end'} of their texts"
 
-    def encode_and_flag(
-        self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> tuple[dict[str, list], list[bool]]:
+    def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         """Returns the tokenizer's outputs (input_ids, attention_mask, BERT's token_type_ids) and `labels`.
 
         Rows of more than `max_length` tokens are truncated, the longer text first. A row without tokens becomes the
@@ -97,14 +95,8 @@ class TextClassification(Task):
         """
         texts = [rows[column] for column in self.text_columns]
         pairs = texts[1] if len(texts) == 2 else None
-        options: dict[str, Any] = {"truncation": "longest_first", "max_length": max_length, "padding": False}
-        tokens = encode_texts(tokenizer, texts[0], pairs, **options)
-        if tokens.encodings is not None:
-            truncated = [bool(encoding.overflowing) for encoding in tokens.encodings]
-        else:  # a tokenizer in Python, which does not say
-            whole: Any = encode_texts(tokenizer, texts[0], pairs, verbose=False)
-            truncated = [len(ids) > max_length for ids in whole["input_ids"]]
-        encoded: dict[str, list] = dict(tokens)
+        tokens, truncated = encode_truncated(tokenizer, texts[0], pairs, max_length=max_length)
+        encoded: dict[str, list] = {**tokens, TRUNCATED: truncated}
         for row, ids in enumerate(encoded["input_ids"]):
             if not ids:  # a decoder's tokenizer adds nothing to an empty text, and no model reads zero tokens
                 for key, value in _empty_row(tokenizer).items():
@@ -112,7 +104,7 @@ class TextClassification(Task):
         labels = rows.get("label")
         if labels is not None and not (self._may_hide_labels and HIDDEN_LABEL in labels):
             encoded["labels"] = list(map(float, labels)) if self.problem_type == "regression" else list(labels)
-        return encoded, truncated
+        return encoded
 
     def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
         """Returns the metrics of logits `(rows, num_labels)` for labels `(rows,)`.
@@ -150,14 +142,10 @@ class TextClassification(Task):
         return logits
 
     def score_rows(self, outputs: np.ndarray, rows: Dataset) -> dict[str, float]:
-        import numpy as np
-
-        return self.score(outputs, np.asarray(rows["label"]))
+        return self.score(outputs, rows["label"][:])
 
     def majority_of_rows(self, rows: Dataset, train_rows: Dataset) -> dict[str, float]:
-        import numpy as np
-
-        return self.majority(np.asarray(rows["label"]), np.asarray(train_rows["label"]))
+        return self.majority(rows["label"][:], train_rows["label"][:])
 
     def format_answer(self, output: np.ndarray) -> dict[str, Any]:
         """Returns the label and the probability of each label, from logits `(num_labels,)`; a regression's score."""
@@ -192,9 +180,6 @@ class TextClassification(Task):
             found = evaluate_classes(labels, _softmax(outputs), self.label_names)
         return with_texts(found, self.texts_of(rows))
 
-    def texts_of(self, rows: Dataset) -> dict[str, list[str]]:
-        return {column: rows[column][:] for column in self.text_columns if column in rows.column_names}
-
     def weaknesses(self, outputs: np.ndarray) -> list[str]:
         import numpy as np
 
@@ -218,9 +203,9 @@ class TextClassification(Task):
 def _softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities in double precision, along the last axis."""
     import numpy as np
+    from scipy.special import softmax
 
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return softmax(logits.astype(np.float64), axis=-1)
 
 
 def _empty_row(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:

@@ -18,12 +18,13 @@ from lora_hf.data.readers import TABLE_SUFFIXES, to_dataset
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.chat import CHAT
 from lora_hf.data.tasks.classification import TextClassification
-from lora_hf.data.tasks.generation import Example, TextGeneration
-from lora_hf.data.tasks.kind import Kind, as_read
-from lora_hf.data.tasks.multi_label import LABEL_COLUMN, check_multi_label, multi_label_task, with_label_sets
+from lora_hf.data.tasks.generation import TextToText
+from lora_hf.data.tasks.kind import Kind, check_no_classes, read_columns, text_arrays
+from lora_hf.data.tasks.multi_label import LABEL_COLUMN, check_multi_label, multi_label_task, read_label_sets
 from lora_hf.data.tasks.question_answering import METRICS as ANSWER_METRICS
-from lora_hf.data.tasks.question_answering import check_questions_config, question_answering_task, read_question_rows
-from lora_hf.data.tasks.row_checks import check_text, nfc, read_labels
+from lora_hf.data.tasks.question_answering import check_questions_config, question_answering_task
+from lora_hf.data.tasks.question_files import read_questions
+from lora_hf.data.tasks.row_checks import class_names, nfc, read_labels
 from lora_hf.data.tasks.row_selection import limit_rows, split_rows
 from lora_hf.data.tasks.seq2seq import seq2seq_task
 from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE, Source, find_data_folder
@@ -116,8 +117,8 @@ class CustomFiles:
         return rows, str(path)
 
     def _read_file(self, split: str, data_dir: str | None) -> tuple[Dataset, Path]:
-        path, kind = self.file(split, data_dir), KINDS[self.config.kind or "classification"]
-        return kind.convert(self.config, kind.read(self.config, path), path), path
+        path = self.file(split, data_dir)
+        return KINDS[self.config.kind or "classification"].read(self.config, path), path
 
     def _check_one_file(self, data_dir: str | None) -> None:
         root, _ = find_data_folder(data_dir, "")
@@ -162,27 +163,6 @@ class CustomFiles:
         return files[0]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CustomText(TextGeneration):
-    """Generates a completion for a prompt. Both are used as written, without the white space around them."""
-
-    def context(self, prompt: str) -> str:
-        """Returns the prompt without surrounding white space."""
-        if not prompt.strip():
-            raise DataError(f"{self.name}: expected a prompt, found nothing")
-        return prompt.strip()
-
-    def _example(self, *values: Any) -> Example:
-        prompt, completion = values
-        if not prompt.strip():
-            raise ValueError(f"{self.text_columns[0]!r} is empty; expected a prompt")
-        completion = completion.strip()
-        return Example(prompt.strip(), (completion,) if completion else ())
-
-    def clean(self, text: str) -> str:
-        return text.strip()
-
-
 def _check_classes(config: TaskConfig) -> list[str]:
     names, problems = config.label_names or (), _check_label_column(config)
     if len(names) < 2 or len(set(map(nfc, names))) < len(names):
@@ -190,13 +170,6 @@ def _check_classes(config: TaskConfig) -> list[str]:
             "task.label_names: expected two or more different classes in the order of their ids, such as "
             f"[negative, positive], found {', '.join(names) or 'none'}"
         )
-    return problems
-
-
-def _check_no_classes(config: TaskConfig) -> list[str]:
-    problems = _check_label_column(config) if config.kind == "regression" else []
-    if config.label_names:
-        problems.append(f"task.label_names: task.kind={config.kind} has no classes; leave it out")
     return problems
 
 
@@ -223,29 +196,20 @@ def _classification(config: TaskConfig, source: Source) -> Task:
 
 def _generation(config: TaskConfig, source: Source) -> Task:
     columns = (*(config.text_columns or ()), config.label_column or "")
-    return CustomText(name=config.name, source=source, text_columns=columns, metric="e2e_nlg")
+    return TextToText(name=config.name, source=source, text_columns=columns, metric="e2e_nlg")
 
 
-def _with_labels(config: TaskConfig, rows: Dataset, path: Path) -> Dataset:
+def _read_labels(config: TaskConfig, path: Path) -> Dataset:
     """Returns the text columns under their own names, and the class or score as `label`."""
     import pyarrow
     from datasets import ClassLabel, Features, Value
 
-    texts, label, names = config.text_columns or (), config.label_column or "", list(config.label_names or ())
-    check_text(rows, str(path), texts)
-    features = Features({column: Value("string") for column in texts})
+    rows, label, names = read_columns(config, path), config.label_column or "", list(config.label_names or ())
+    columns = text_arrays(config, rows, path)
+    features = Features({column: Value("string") for column in columns})
     features["label"] = ClassLabel(names=names) if names else Value("float32")
-    columns: dict[str, Any] = {column: rows.data.column(column).cast(pyarrow.string()) for column in texts}
     columns["label"] = read_labels(class_names(rows, label), names, str(path), label, "task.label_names")
     return to_dataset(pyarrow.table(columns, schema=features.arrow_schema))
-
-
-def class_names(rows: Dataset, column: str) -> list[Any]:
-    """Returns the values of a column; the ids of a file that names its classes become these names."""
-    values, names = rows[column][:], getattr(rows.features[column], "names", None)
-    if names is None:
-        return values
-    return [names[value] if value is not None and 0 <= value < len(names) else value for value in values]
 
 
 KINDS: dict[str, Kind] = {
@@ -255,7 +219,7 @@ KINDS: dict[str, Kind] = {
         ("accuracy", "macro_f1", "matthews_correlation"),
         _classification,
         _check_classes,
-        _with_labels,
+        read=_read_labels,
     ),
     "multi_label": Kind(
         ("text",),
@@ -263,18 +227,24 @@ KINDS: dict[str, Kind] = {
         ("micro_f1", "macro_f1", "mean_average_precision"),
         multi_label_task,
         lambda config: _check_classes(config) + check_multi_label(config),
-        with_label_sets,
+        read=read_label_sets,
         keys=("label_separator", "label_columns", "thresholds"),
     ),
-    "regression": Kind(("text",), "label", ("pearson", "spearmanr"), _classification, _check_no_classes, _with_labels),
-    "generation": Kind(("prompt",), "completion", (), _generation, _check_no_classes, as_read, max_texts=1),
+    "regression": Kind(
+        ("text",),
+        "label",
+        ("pearson", "spearmanr"),
+        _classification,
+        lambda config: _check_label_column(config) + check_no_classes(config),
+        read=_read_labels,
+    ),
+    "generation": Kind(("prompt",), "completion", (), _generation, max_texts=1),
     "tokens": Kind(
         (TOKENS,),
         TAGS,
         TAG_METRICS,
         tokens_task,
         check_tokens_config,
-        as_read,
         max_texts=1,
         read=read_tokens,
         suffixes=(*TABLE_SUFFIXES, CONLL, ".txt"),
@@ -286,8 +256,7 @@ KINDS: dict[str, Kind] = {
         ANSWER_METRICS,
         question_answering_task,
         check_questions_config,
-        as_read,
-        read=read_question_rows,
+        read=lambda config, path: read_questions(path, config.text_columns or (), config.label_column or ""),
         keys=("stride", "null_score_threshold"),
     ),
     "seq2seq": Kind(
@@ -295,8 +264,6 @@ KINDS: dict[str, Kind] = {
         "target",
         (),
         seq2seq_task,
-        _check_no_classes,
-        as_read,
         max_texts=1,
         keys=("prefix", "source_lang", "target_lang"),
     ),

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lora_hf.core.errors import DataError, ModelError
 from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.readers import read_texts
-from lora_hf.data.tasks.base import ModelKind, Task
+from lora_hf.data.tasks.base import TRUNCATED, ModelKind, Task
 from lora_hf.data.tasks.row_checks import check_columns, check_text
 from lora_hf.data.tasks.user_texts import encode_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
@@ -92,6 +91,10 @@ class TextGeneration(Task):
                 raise DataError(f"{origin or self.name}: row {index} (counting from 0): {error}") from error
             yield example
 
+    def pairs(self, rows: Mapping[str, list]) -> list[tuple[str, str]]:
+        """Returns the context of each row with each of its references."""
+        return [(example.context, text) for example in self.examples(rows) for text in example.references]
+
     def groups(self, rows: Mapping[str, list] | Dataset) -> list[Example]:
         """Returns an example for each distinct context, in order of first appearance, with the references of its rows.
 
@@ -130,9 +133,7 @@ class TextGeneration(Task):
     def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:
         return "the start of their prompts"
 
-    def encode_and_flag(
-        self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> tuple[dict[str, list], list[bool]]:
+    def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         """Returns input_ids, attention_mask and labels, one entry for each reference of each row.
 
         Context and separator have the label `IGNORE_INDEX`: the separator predicts the completion's first token, and
@@ -144,11 +145,10 @@ class TextGeneration(Task):
             ModelError: the tokenizer has no end-of-text token.
         """
         end = _end_token(tokenizer)
-        pairs = [(example.context, text) for example in self.examples(rows) for text in example.references]
+        pairs = self.pairs(rows)
         contexts = _tokens(tokenizer, [context for context, _ in pairs])
         completions = _tokens(tokenizer, [f" {text}" for _, text in pairs])
-        encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
-        truncated = []
+        entries = []
         for (_, text), context, completion in zip(pairs, contexts, completions, strict=True):
             answer = [*completion, end]
             longest = max_length - len(answer) - 1
@@ -158,12 +158,9 @@ class TextGeneration(Task):
                     f"input within {max_length} tokens (task.max_length, or the model's own limit): {shown(text)}. "
                     "Set a greater task.max_length, or leave the row out."
                 )
-            truncated.append(len(context) > longest)
             prompt = [*context[-longest:], end]
-            encoded["input_ids"].append(prompt + answer)
-            encoded["attention_mask"].append([1] * (len(prompt) + len(answer)))
-            encoded["labels"].append([IGNORE_INDEX] * len(prompt) + answer)
-        return encoded, truncated
+            entries.append((prompt + answer, [IGNORE_INDEX] * len(prompt) + answer, len(context) > longest))
+        return causal_inputs(entries)
 
     def prompts(self, contexts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
         """Returns the tokens to generate from, unpadded: each context with the separator.
@@ -191,11 +188,11 @@ class TextGeneration(Task):
         """Returns the token with which every generated text begins, if the task and not the model chooses one."""
         return None
 
-    def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-        """Returns the perplexity of the references; ignores `labels`.
+    def score_rows(self, outputs: Any, rows: Dataset) -> dict[str, float]:
+        """Returns the perplexity of the references.
 
         Args:
-            predictions: `(rows, 2)`: the negative log-likelihood of each row's completion and end in nats, summed over
+            outputs: `(rows, 2)`: the negative log-likelihood of each row's completion and end in nats, summed over
                 their tokens, and the number of these tokens.
 
         Raises:
@@ -203,10 +200,43 @@ class TextGeneration(Task):
         """
         import numpy as np
 
-        sums = np.asarray(predictions, dtype=np.float64)
+        sums = np.asarray(outputs, dtype=np.float64)
         self.check_finite(sums, "likelihoods")
         loss, tokens = sums.sum(axis=0)
         return {"perplexity": math.exp(loss / tokens)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToText(TextGeneration):
+    """Generates a text for a text. Both are used as written, without the white space around them."""
+
+    what: ClassVar[str] = "a prompt"  # the model reads
+
+    def context(self, prompt: str) -> str:
+        """Returns the prompt without surrounding white space."""
+        if not prompt.strip():
+            raise DataError(f"{self.name}: expected {self.what}, found nothing")
+        return prompt.strip()
+
+    def _example(self, *values: Any) -> Example:
+        prompt, completion = values
+        if not prompt.strip():
+            raise ValueError(f"{self.text_columns[0]!r} is empty; expected {self.what}")
+        completion = completion.strip()
+        return Example(self.context(prompt), (completion,) if completion else ())
+
+    def clean(self, text: str) -> str:
+        return text.strip()
+
+
+def causal_inputs(entries: Sequence[tuple[list[int], list[int], bool]]) -> dict[str, list]:
+    """Returns the model inputs of entries: their tokens, their labels, and whether they are truncated."""
+    return {
+        "input_ids": [ids for ids, _, _ in entries],
+        "attention_mask": [[1] * len(ids) for ids, _, _ in entries],
+        "labels": [labels for _, labels, _ in entries],
+        TRUNCATED: [truncated for _, _, truncated in entries],
+    }
 
 
 def one_line(text: str) -> str:

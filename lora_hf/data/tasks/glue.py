@@ -34,7 +34,7 @@ def _glue(
 ) -> TextClassification:
     """`columns` maps the hub's text columns to those of the raw files."""
     raw_files = TabSeparated(
-        files={split: f"{raw_folder}/{stem}.tsv" for split, stem in splits.items()},
+        files={split: (f"{raw_folder}/{stem}.tsv",) for split, stem in splits.items()},
         columns={**columns, "label": raw_label},
         label_names=label_names,
         header=raw_header,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.data.readers import TABLE_SUFFIXES, read_rows
 from lora_hf.data.tasks.base import Task
+from lora_hf.data.tasks.row_checks import check_text
 from lora_hf.data.tasks.sources import Source
 
 if TYPE_CHECKING:
@@ -22,8 +23,17 @@ def read_columns(config: TaskConfig, path: Path) -> Dataset:
     return read_rows(path, (*(config.text_columns or ()), *labels))
 
 
-def as_read(config: TaskConfig, rows: Dataset, path: Path) -> Dataset:
-    return rows
+def text_arrays(config: TaskConfig, rows: Dataset, path: Path) -> dict[str, Any]:
+    """Returns the text columns of a file, checked, as columns of a table."""
+    import pyarrow
+
+    texts = config.text_columns or ()
+    check_text(rows, str(path), texts)
+    return {column: rows.data.column(column).cast(pyarrow.string()) for column in texts}
+
+
+def check_no_classes(config: TaskConfig) -> list[str]:
+    return [f"task.label_names: task.kind={config.kind} has no classes; leave it out"] if config.label_names else []
 
 
 @dataclass(frozen=True)
@@ -34,11 +44,9 @@ class Kind:
         text_columns, label_column: of the files, by default.
         metrics: what `task.metric` may be; the first is the default.
         build: makes the task of a config whose columns are set, and of the source of its rows.
-        check: returns what is wrong with such a config.
-        convert: turns the rows of a file into those of the task.
+        check: returns what is wrong with such a config; by default that it names classes.
         max_texts: how many text columns a row may have.
-        read: returns the rows of a file of a split, with what `convert` takes; by default the text columns and the
-            label column.
+        read: returns the rows of the task from a file; by default its text columns and its label column.
         suffixes: of such files.
         keys: of the `task` section that only some kinds have, and this one does.
     """
@@ -47,8 +55,7 @@ class Kind:
     label_column: str
     metrics: tuple[str, ...]
     build: Callable[[TaskConfig, Source], Task]
-    check: Callable[[TaskConfig], list[str]]
-    convert: Callable[[TaskConfig, Dataset, Path], Dataset]
+    check: Callable[[TaskConfig], list[str]] = check_no_classes
     max_texts: int = 2
     read: Callable[[TaskConfig, Path], Dataset] = read_columns
     suffixes: tuple[str, ...] = TABLE_SUFFIXES

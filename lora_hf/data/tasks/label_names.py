@@ -7,16 +7,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import DataError
 from lora_hf.data.readers import read_rows
-from lora_hf.data.tasks.custom import KINDS, CustomFiles, class_names
+from lora_hf.data.tasks.custom import KINDS, CustomFiles
 from lora_hf.data.tasks.multi_label import are_indicators, label_sets
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from lora_hf.data.tasks.row_checks import class_names
 
 _log = logging.getLogger(__name__)
 
@@ -44,28 +42,26 @@ def infer_label_names(config: TaskConfig) -> TaskConfig:
 @lru_cache(maxsize=16)
 def _names(config: TaskConfig, path: Path, changed: int, size: int) -> tuple[str, ...]:
     """`changed` and `size` are those of the file: a run asks several times, another file is read again."""
-    rows = read_rows(path, (config.label_column or "",))
-    values = _labels(config, rows, path)
-    names = _sorted({_name(value, config, path) for value in values if value is not None and str(value).strip()})
-    if len(names) > FEW_CLASSES and 2 * len(names) > len(values):
-        raise DataError(
-            f"{path}: column {config.label_column!r} has {len(names)} different values in {len(values)} rows, too "
-            "many for classes; set another task.label_column or task.kind, or list the classes in task.label_names"
-        )
-    _log.info("task.label_names, from the rows of %s: %s", path, ", ".join(names))
-    return names
-
-
-def _labels(config: TaskConfig, rows: Dataset, path: Path) -> list[Any]:
+    column = config.label_column or ""
+    rows = read_rows(path, (column,))
     if config.kind == "multi_label":
         sets = list(label_sets(config, rows, path))
         if sets and are_indicators(sets, len(sets[0])):
             raise DataError(
-                f"{path}: column {config.label_column!r} has a 0 or 1 for each of {len(sets[0])} labels; set "
-                "task.label_names to their names, in this order"
+                f"{path}: column {column!r} has a 0 or 1 for each of {len(sets[0])} labels; set task.label_names to "
+                "their names, in this order"
             )
-        return [label for labels in sets for label in labels]
-    return class_names(rows, config.label_column or "")
+        values = [label for labels in sets for label in labels]
+    else:
+        values = class_names(rows, column)
+    names = _sorted({_name(value, config, path) for value in values if value is not None and str(value).strip()})
+    if len(names) > FEW_CLASSES and 2 * len(names) > len(values):
+        raise DataError(
+            f"{path}: column {column!r} has {len(names)} different values in {len(values)} rows, too "
+            "many for classes; set another task.label_column or task.kind, or list the classes in task.label_names"
+        )
+    _log.info("task.label_names, from the rows of %s: %s", path, ", ".join(names))
+    return names
 
 
 def _name(value: Any, config: TaskConfig, path: Path) -> str:

@@ -12,7 +12,8 @@ from lora_hf.core.errors import DataError, did_you_mean
 from lora_hf.data.readers import to_dataset
 from lora_hf.data.tasks.base import ProblemType
 from lora_hf.data.tasks.classification import TextClassification
-from lora_hf.data.tasks.row_checks import check_text, label_of, nfc
+from lora_hf.data.tasks.kind import read_columns, text_arrays
+from lora_hf.data.tasks.row_checks import check_text, class_names, label_of, nfc, wrong_value
 from lora_hf.data.tasks.sources import Source
 
 if TYPE_CHECKING:
@@ -44,13 +45,11 @@ class MultiLabelClassification(TextClassification):
     def count_classes(self, rows: Dataset) -> np.ndarray:
         return _labels_of(rows).sum(axis=0)
 
-    def encode_and_flag(
-        self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> tuple[dict[str, list], list[bool]]:
-        encoded, truncated = super().encode_and_flag(rows, tokenizer, max_length)
+    def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+        encoded = super().encode(rows, tokenizer, max_length)
         if "labels" in encoded:  # the loss takes floats
             encoded["labels"] = [[float(value) for value in row] for row in encoded["labels"]]
-        return encoded, truncated
+        return encoded
 
     def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
         """Returns the metrics of logits for 0/1 labels, both `(rows, num_labels)`.
@@ -60,9 +59,12 @@ class MultiLabelClassification(TextClassification):
         """
         import numpy as np
 
+        from lora_hf.data.metrics.multi_label import score_label_sets
+
         logits, references = np.asarray(predictions), np.asarray(labels).astype(int)
         self.check_finite(logits, "logits")
-        return self._score_probabilities(_sigmoid(logits), references)
+        probabilities = _sigmoid(logits)
+        return score_label_sets(references, probabilities, self._thresholds(references, probabilities))
 
     def majority(self, labels: ArrayLike, train_labels: ArrayLike | None = None) -> dict[str, float]:
         """Returns the scores of predicting for every row the labels that most rows of `train_labels` have."""
@@ -126,11 +128,6 @@ class MultiLabelClassification(TextClassification):
 
         return np.array(self.thresholds or choose_thresholds(labels, probabilities))
 
-    def _score_probabilities(self, probabilities: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        from lora_hf.data.metrics.multi_label import score_label_sets
-
-        return score_label_sets(references, probabilities, self._thresholds(references, probabilities))
-
 
 def _labels_of(rows: Dataset) -> np.ndarray:
     import numpy as np
@@ -182,13 +179,12 @@ def check_multi_label(config: TaskConfig) -> list[str]:
     return problems
 
 
-def with_label_sets(config: TaskConfig, rows: Dataset, path: Path) -> Dataset:
+def read_label_sets(config: TaskConfig, path: Path) -> Dataset:
     """Returns the text columns under their own names, and as `label` a 0 or 1 for each of `task.label_names`."""
     import pyarrow
 
-    check_text(rows, str(path), config.text_columns or ())
-    columns: dict[str, Any] = {column: rows.data.column(column) for column in config.text_columns or ()}
-    columns = {name: values.cast(pyarrow.string()) for name, values in columns.items()}
+    rows = read_columns(config, path)
+    columns = text_arrays(config, rows, path)
     names = [nfc(name) for name in config.label_names or ()]
     found = _from_columns(config, rows, path) if config.label_columns else _from_sets(config, rows, path, names)
     columns["label"] = pyarrow.array(found, pyarrow.list_(pyarrow.int8()))
@@ -202,9 +198,7 @@ def _from_columns(config: TaskConfig, rows: Dataset, path: Path) -> list[list[in
         found = [COLUMN_VALUES.get(str(value).strip().lower()) for value in values]
         if None in found:
             row = found.index(None)
-            raise DataError(
-                f"{path}: row {row} (counting from 0): column {column!r}: expected 0 or 1, found {values[row]!r:.100}"
-            )
+            raise wrong_value(path, row, column, "0 or 1", f"{values[row]!r:.100}")
         columns.append(found)
     return [list(row) for row in zip(*columns, strict=True)]
 
@@ -241,16 +235,12 @@ def label_sets(config: TaskConfig, rows: Dataset, path: Path) -> Iterator[list[A
         DataError: a row whose labels are neither a list nor, with `task.label_separator`, a text.
     """
     column, separator = config.label_column or "", config.label_separator
-    class_names = getattr(getattr(rows.features[column], "feature", None), "names", None)
-    for row, value in enumerate(rows[column][:]):
+    for row, value in enumerate(class_names(rows, column)):
         if separator is not None and isinstance(value, str):
             yield [label for part in value.split(separator) if (label := part.strip())]
         elif separator is None and isinstance(value, list):
-            yield [class_names[label] for label in value] if class_names else value
+            yield value
         else:
             expected = "a list of labels" if separator is None else f"labels in a text, separated by {separator!r}"
             hint = "; set task.label_separator if a text holds several" if isinstance(value, str) else ""
-            raise DataError(
-                f"{path}: row {row} (counting from 0): column {column!r}: expected {expected}, found {value!r:.100}"
-                f"{hint}"
-            )
+            raise wrong_value(path, row, column, expected, f"{value!r:.100}{hint}")

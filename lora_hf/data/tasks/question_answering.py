@@ -4,29 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import DataError
-from lora_hf.data.tasks.base import ModelKind, Task
-from lora_hf.data.tasks.question_files import ANSWERS, STARTS, read_inputs, read_questions
+from lora_hf.data.metrics.question_answering import score_answers
+from lora_hf.data.tasks.base import TRUNCATED, ModelKind, Task
+from lora_hf.data.tasks.kind import check_no_classes
+from lora_hf.data.tasks.question_files import ANSWERS, STARTS, read_inputs
 from lora_hf.data.tasks.row_checks import check_columns
 from lora_hf.data.tasks.sources import Source
 from lora_hf.data.tasks.user_texts import encode_texts
-from lora_hf.data.tasks.windows import (
-    WINDOW,
-    check_capacity,
-    check_offsets,
-    fit_stride,
-    window_numbers,
-    windows_of_rows,
-)
+from lora_hf.data.tasks.windows import WINDOW, WindowedTask, window_numbers, windows_of_rows
 
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
-    from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
 METRICS = ("f1", "exact_match")
@@ -49,7 +44,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionAnswering(Task):
+class QuestionAnswering(WindowedTask):
     """The span of a context that answers a question.
 
     With `null_score_threshold`, as in SQuAD 2.0, there may be no answer: if the score of the first token exceeds that
@@ -58,7 +53,6 @@ class QuestionAnswering(Task):
 
     model_kind: ModelKind = "question-answering"
     null_score_threshold: float | None = None
-    stride: int | None = None
 
     @property
     def num_labels(self) -> int:
@@ -80,12 +74,7 @@ class QuestionAnswering(Task):
                 "(counting from 0); set task.null_score_threshold: 0.0 to train on them, or leave these rows out"
             )
 
-    def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        return "nothing, as windows cover them"
-
-    def encode_and_flag(
-        self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> tuple[dict[str, list], list[bool]]:
+    def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         """Returns the model inputs of each window of each row, and `start_positions` and `end_positions`.
 
         Windows without the whole answer have the position of the first token, as questions without one.
@@ -93,38 +82,32 @@ class QuestionAnswering(Task):
         Raises:
             DataError: a question leaves no space for its context.
         """
-        check_offsets(tokenizer, self.name)
+        self.check_offsets(tokenizer)
         questions, contexts = ([text.strip() for text in rows[self.text_columns[0]]], rows[self.text_columns[1]])
         strides = self._strides(questions, tokenizer, max_length)
-        found: list[list[dict[str, Any]]] = [[] for _ in questions]
+        found: list[tuple[int, dict[str, Any]]] = []
         for stride in dict.fromkeys(strides):  # nearly always one: long questions have a smaller one
             chosen = [row for row, other in enumerate(strides) if other == stride]
             windows = _windows([questions[row] for row in chosen], [contexts[row] for row in chosen], tokenizer,
                                max_length, stride)  # fmt: skip
-            for owner, window in windows:
-                found[chosen[owner]].append(window)
+            found += [(chosen[index], window) for index, window in windows]
+        found.sort(key=itemgetter(0))
         if ANSWERS in rows:
-            for windows, texts, starts in zip(found, rows[ANSWERS], rows[STARTS], strict=True):
-                for window in windows:
-                    window["start_positions"], window["end_positions"] = _target(window, texts, starts)
-        entries = [window for windows in found for window in windows]
-        owners = [row for row, windows in enumerate(found) for _ in windows]
+            texts, starts = rows[ANSWERS], rows[STARTS]
+            for row, window in found:
+                window["start_positions"], window["end_positions"] = _target(window, texts[row], starts[row])
+        owners, entries = [row for row, _ in found], [window for _, window in found]
         encoded = {name: [window[name] for window in entries] for name in entries[0]} if entries else {}
-        return {**encoded, WINDOW: window_numbers(owners)}, [False] * len(owners)
+        return {**encoded, WINDOW: window_numbers(owners), TRUNCATED: [False] * len(owners)}
 
     def _strides(self, questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
         """The stride of each row; it depends on the row alone, so that its answer does not depend on other rows."""
         special = tokenizer.num_special_tokens_to_add(pair=True)
         encoded: Any = encode_texts(tokenizer, list(questions), add_special_tokens=False, verbose=False)
-        ids = encoded["input_ids"]
         strides = []
-        for question, tokens in zip(questions, ids, strict=True):
-            capacity = max_length - special - len(tokens)
-            check_capacity(
-                capacity, self.name, f"the {len(tokens)} tokens of the question {question!r:.80}", max_length,
-                LEAST_CONTEXT,
-            )  # fmt: skip
-            strides.append(fit_stride(self.stride, max_length, capacity))
+        for question, tokens in zip(questions, encoded["input_ids"], strict=True):
+            capacity, what = max_length - special - len(tokens), f"the {len(tokens)} tokens of the question"
+            strides.append(self.fit_stride(max_length, capacity, f"{what} {question!r:.80}", LEAST_CONTEXT))
         return strides
 
     def row_outputs(
@@ -148,13 +131,13 @@ class QuestionAnswering(Task):
 
     def _choose(self, context: str, candidates: list[tuple[float, int, int]], no_answer: float) -> Answer:
         import numpy as np
+        from scipy.special import softmax
 
         candidates = sorted(candidates, reverse=True)[:N_BEST]
         scores = [score for score, _, _ in candidates]
         threshold = self.null_score_threshold
         values = np.array([*scores, no_answer] if threshold is not None or not scores else scores)
-        probabilities = np.exp(values - values.max())
-        probabilities /= probabilities.sum()
+        probabilities = softmax(values)
         if not candidates or (threshold is not None and no_answer - scores[0] > threshold):
             return Answer("", None, None, float(probabilities[-1]))
         _, start, end = candidates[0]
@@ -162,13 +145,8 @@ class QuestionAnswering(Task):
         start += context[start:end].find(text)
         return Answer(text, start, start + len(text), float(probabilities[0]))
 
-    def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-        raise NotImplementedError("the scores need the rows: score_rows")
-
     def score_rows(self, outputs: Sequence[Answer], rows: Dataset) -> dict[str, float]:
         """Returns exact match and F1, as the official script of SQuAD 1.1, or with a threshold that of 2.0."""
-        from lora_hf.data.metrics.question_answering import score_answers
-
         check_columns(rows.column_names, (ANSWERS,), self.name)
         references = rows[ANSWERS][:]
         if self.null_score_threshold is None and [] in references:
@@ -264,17 +242,10 @@ def question_answering_task(config: TaskConfig, source: Source) -> Task:
 
 def check_questions_config(config: TaskConfig) -> list[str]:
     """Returns what is wrong with the columns of a config."""
-    problems = []
+    problems = check_no_classes(config)
     if len(config.text_columns or ()) != 2:
         problems.append(
             "task.text_columns: expected the columns of the question and of the context, found "
             f"{', '.join(config.text_columns or ())}"
         )
-    if config.label_names:
-        problems.append("task.label_names: task.kind=question_answering has no classes; leave it out")
     return problems
-
-
-def read_question_rows(config: TaskConfig, path: Path) -> Dataset:
-    """Returns the rows of a file of a split."""
-    return read_questions(path, config.text_columns or (), config.label_column or "")

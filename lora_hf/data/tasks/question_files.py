@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import DataError
 from lora_hf.data.readers import read_rows, read_text, read_texts, to_dataset
-from lora_hf.data.tasks.row_checks import LONGEST_TEXT, wrong_value
+from lora_hf.data.tasks.row_checks import check_filled, wrong_value
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,25 +31,23 @@ def read_questions(path: Path, columns: Sequence[str], label: str) -> Dataset:
 
     nested = _nested(path)
     if nested is None:
-        rows = read_rows(path, (*columns, label))
-        values = list(zip(*(rows[column][:] for column in (*columns, label)), strict=True))
         names = (*columns, label)
+        rows = read_rows(path, names)
+        values = list(zip(*(rows[name][:] for name in names), strict=True))
     else:
         values, names = list(_squad_rows(nested, path)), ("question", "context", "answers")
     if not values:
         raise DataError(f"{path}: no rows; expected at least one")
     answers = [_check_row(value, names, path, row) for row, value in enumerate(values)]
-    lists = (pyarrow.list_(pyarrow.string()), pyarrow.list_(pyarrow.int64()))
-    return to_dataset(
-        pyarrow.table(
-            {
-                columns[0]: pyarrow.array([question for question, _, _ in values], pyarrow.string()),
-                columns[1]: pyarrow.array([context for _, context, _ in values], pyarrow.string()),
-                ANSWERS: pyarrow.array([texts for texts, _ in answers], lists[0]),
-                STARTS: pyarrow.array([starts for _, starts in answers], lists[1]),
-            }
-        )
-    )
+    text = pyarrow.string()
+    types = (text, text, pyarrow.list_(text), pyarrow.list_(pyarrow.int64()))
+    table = {
+        columns[0]: [question for question, _, _ in values],
+        columns[1]: [context for _, context, _ in values],
+        ANSWERS: [texts for texts, _ in answers],
+        STARTS: [starts for _, starts in answers],
+    }
+    return to_dataset(pyarrow.table(table, schema=pyarrow.schema(zip(table, types, strict=True))))
 
 
 def read_inputs(path: Path, columns: Sequence[str]) -> dict[str, list]:
@@ -132,7 +130,4 @@ def _answers(answers: Any, name: str, path: Path, row: int) -> tuple[list[Any], 
 
 def _check_texts(values: Sequence[Any], names: Sequence[str], path: Path, row: int) -> None:
     for text, name in zip(values, names, strict=False):
-        if not isinstance(text, str) or not text.strip():
-            raise wrong_value(path, row, name, "a text", f"{text!r:.100}")
-        if len(text) > LONGEST_TEXT:
-            raise wrong_value(path, row, name, f"a text of at most {LONGEST_TEXT:,} characters", f"{len(text):,}")
+        check_filled(text, path, row, name)

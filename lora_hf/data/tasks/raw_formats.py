@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-Files = Mapping[str, str | tuple[str, ...]]
+Files = Mapping[str, tuple[str, ...]]
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class TabSeparated:
         header: the columns of files without a header (CoLA's, except for test).
     """
 
-    files: Mapping[str, str]
+    files: Files
     columns: Mapping[str, str]
     label_names: tuple[str, ...]
     header: tuple[str, ...] = ()

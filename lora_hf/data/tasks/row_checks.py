@@ -31,10 +31,17 @@ def check_columns(found: Sequence[str], required: Iterable[str], origin: str, hi
             raise DataError(f"{origin}: no column {column!r}{did_you_mean(column, found)}; found: {names}{hint}")
 
 
-def wrong_value(path: Path, row: int, column: str, expected: str, found: object) -> DataError:
+def wrong_value(path: Path, row: int, column: str, expected: str, found: str) -> DataError:
     """Returns the error about one value of a file."""
-    shown = found if isinstance(found, str) else repr(found)
-    return DataError(f"{path}: row {row} (counting from 0), column {column!r}: expected {expected}; found {shown:.300}")
+    return DataError(f"{path}: row {row} (counting from 0), column {column!r}: expected {expected}; found {found:.300}")
+
+
+def check_filled(text: Any, path: Path, row: int, column: str) -> None:
+    """Raises a DataError for a value of a file that is no text, an empty one, or one that is too long."""
+    if not isinstance(text, str) or not text.strip():
+        raise wrong_value(path, row, column, "a text", f"{text!r:.100}")
+    if len(text) > LONGEST_TEXT:
+        raise wrong_value(path, row, column, f"a text of at most {LONGEST_TEXT:,} characters", f"{len(text):,}")
 
 
 def check_text(rows: Dataset, origin: str, columns: tuple[str, ...]) -> None:
@@ -89,6 +96,21 @@ def check_labels(
     if not is_test and may_hide and HIDDEN_LABEL in labels:
         expected += f"; hidden labels ({HIDDEN_LABEL}) are only for test splits"
     _refuse(rows, "label", invalid, origin, expected)
+
+
+def class_names(rows: Dataset, column: str) -> list[Any]:
+    """Returns the values of a column; the ids of a file that names its classes become names, also those in lists."""
+    feature = rows.features[column]
+    names: Any = getattr(getattr(feature, "feature", feature), "names", None)
+    if names is None:
+        return rows[column][:]
+
+    def name(value: Any) -> Any:
+        if isinstance(value, list):
+            return [name(each) for each in value]
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+    return [name(value) for value in rows[column]]
 
 
 def read_labels(

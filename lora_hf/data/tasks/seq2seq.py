@@ -6,14 +6,14 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import ConfigError, DataError, did_you_mean
-from lora_hf.data.tasks.base import ModelKind, Task
-from lora_hf.data.tasks.generation import Example, TextGeneration, shown
+from lora_hf.data.tasks.base import TRUNCATED, ModelKind, Task
+from lora_hf.data.tasks.generation import TextToText, shown
 from lora_hf.data.tasks.sources import Source
-from lora_hf.data.tasks.user_texts import encode_texts
+from lora_hf.data.tasks.user_texts import encode_texts, encode_truncated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,34 +22,22 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seq2Seq(TextGeneration):
-    """Writes a target for a source, with `prefix` in front of every source. Both lose the white space around them."""
+class Seq2Seq(TextToText):
+    """Writes a target for a source, with `prefix` in front of every source."""
 
+    what: ClassVar[str] = "a source text"
     model_kind: ModelKind = "seq2seq-lm"
     prefix: str = ""
     source_lang: str | None = None
     target_lang: str | None = None
 
     def context(self, prompt: str) -> str:
-        if not prompt.strip():
-            raise DataError(f"{self.name}: expected a source text, found nothing")
-        return self.prefix + prompt.strip()
-
-    def _example(self, *values: Any) -> Example:
-        source, target = values
-        if not source.strip():
-            raise ValueError(f"{self.text_columns[0]!r} is empty; expected a text")
-        return Example(self.context(source), (target.strip(),) if target.strip() else ())
-
-    def clean(self, text: str) -> str:
-        return text.strip()
+        return self.prefix + super().context(prompt)
 
     def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:
         return "the end of their sources"
 
-    def encode_and_flag(
-        self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> tuple[dict[str, list], list[bool]]:
+    def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         """Returns the inputs of the encoder, and the target's tokens with its end as `labels`.
 
         One entry for each target of each row. The model makes the inputs of its decoder from the labels. A source of
@@ -58,10 +46,10 @@ class Seq2Seq(TextGeneration):
         Raises:
             DataError: a target of more than `max_length` tokens.
         """
-        pairs = [(example.context, text) for example in self.examples(rows) for text in example.references]
+        pairs = self.pairs(rows)
         if not pairs:
-            return {name: [] for name in (*tokenizer.model_input_names, "labels")}, []
-        encoded, truncated = self._sources([source for source, _ in pairs], tokenizer, max_length)
+            return {name: [] for name in (*tokenizer.model_input_names, "labels", TRUNCATED)}
+        encoded = self._sources([source for source, _ in pairs], tokenizer, max_length)
         with self._languages(tokenizer):
             encoded_targets: Any = encode_texts(tokenizer, text_target=[target for _, target in pairs], verbose=False)
             targets = encoded_targets["input_ids"]
@@ -72,25 +60,19 @@ class Seq2Seq(TextGeneration):
                     f"(task.max_length, or the model's own limit): {shown(target)}. Set a greater task.max_length, "
                     "or leave the row out."
                 )
-        return {**encoded, "labels": targets}, truncated
+        return {**encoded, "labels": targets}
 
     def prompts(self, contexts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
         """Returns the tokens of the sources; those of more than `max_length` lose their end, with a warning."""
-        encoded, truncated = self._sources(contexts, tokenizer, max_length)
-        self.warn_truncated(truncated, tokenizer, max_length)
+        encoded = self._sources(contexts, tokenizer, max_length)
+        self.warn_truncated(encoded[TRUNCATED], tokenizer, max_length)
         return encoded["input_ids"]
 
-    def _sources(
-        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> tuple[dict[str, list], list[bool]]:
+    def _sources(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         with self._languages(tokenizer):
-            tokens: Any = encode_texts(tokenizer, list(texts), truncation=True, max_length=max_length)
-            if tokens.encodings is not None:
-                truncated = [bool(encoding.overflowing) for encoding in tokens.encodings]
-            else:  # a tokenizer in Python, such as Marian's, which does not say
-                whole: Any = encode_texts(tokenizer, list(texts), verbose=False)
-                truncated = [len(ids) > max_length for ids in whole["input_ids"]]
-        return {name: tokens[name] for name in tokenizer.model_input_names if name in tokens}, truncated
+            tokens, truncated = encode_truncated(tokenizer, list(texts), max_length=max_length)
+        inputs: dict[str, Any] = {name: tokens[name] for name in tokenizer.model_input_names if name in tokens}
+        return inputs | {TRUNCATED: truncated}
 
     @contextlib.contextmanager
     def _languages(self, tokenizer: Any) -> Iterator[None]:

@@ -34,8 +34,8 @@ class RawFiles(Protocol):
     """The files of a data set as its authors published them."""
 
     @property
-    def files(self) -> Mapping[str, str | tuple[str, ...]]:
-        """By split: a path below the data folder, or several to try; a path may be a folder."""
+    def files(self) -> Mapping[str, tuple[str, ...]]:
+        """By split: the paths below the data folder to try; a path may be a folder."""
         ...
 
     def read(self, path: Path, split: str) -> Dataset:
@@ -136,7 +136,6 @@ class LocalOrHub:
     def _raw_paths(self, split: str) -> list[str]:
         paths = self.raw_files.files.get(split, ()) if self.raw_files else ()
         parent = PurePosixPath(self.folder).parent
-        paths = (paths,) if isinstance(paths, str) else paths
         return list(dict.fromkeys(candidate for path in paths for candidate in (path, str(parent / path))))
 
     def _hub_name(self) -> str:

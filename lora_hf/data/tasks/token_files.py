@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import DataError, did_you_mean
 from lora_hf.data.readers import read_lines, read_rows, read_texts, to_dataset
-from lora_hf.data.tasks.row_checks import LONGEST_TEXT, nfc, wrong_value
+from lora_hf.data.tasks.row_checks import LONGEST_TEXT, check_filled, class_names, nfc, wrong_value
 from lora_hf.data.tasks.words import Words, join_words, split_words, tag_spans
 
 if TYPE_CHECKING:
@@ -36,10 +36,20 @@ def read_tagged_rows(path: Path, column: str, label: str, names: Sequence[str]) 
     Raises:
         DataError: as `read_rows`; also the first row that does not fit, with what was expected and found.
     """
+    import pyarrow
+
     rows = list(_read(path, column, label, names))
     if not rows:
         raise DataError(f"{path}: no rows; expected at least one")
-    return _to_dataset(rows, text_column(column))
+    name, numbers = text_column(column), pyarrow.list_(pyarrow.int32())
+    columns = {
+        name: [words.text for words, _ in rows],
+        STARTS: [words.starts for words, _ in rows],
+        ENDS: [words.ends for words, _ in rows],
+        TAGS: [tags for _, tags in rows],
+    }
+    schema = pyarrow.schema({name: pyarrow.string(), STARTS: numbers, ENDS: numbers, TAGS: numbers})
+    return to_dataset(pyarrow.table(columns, schema=schema))
 
 
 def read_untagged_rows(path: Path, column: str) -> dict[str, list]:
@@ -79,36 +89,21 @@ def _read(path: Path, column: str, label: str, names: Sequence[str]) -> Iterator
         column, label = TEXT, SPANS
     if not {column, label} <= {*rows.column_names}:
         read_rows(path, (column, label))  # raises
-    values, labels = rows[column][:], rows[label][:]
+    values, labels = rows[column][:], class_names(rows, label)
     if _holds_text(rows, column):
         yield from _from_spans(path, values, labels, column, label, tag_ids)
-    else:
-        file_names = getattr(getattr(rows.features[label], "feature", None), "names", None)
-        for row, (tokens, tags) in enumerate(zip(values, labels, strict=True)):
-            yield _from_tokens(path, row, (column, tokens), (label, tags), tag_ids, file_names)
+        return
+    for row, (value, tags) in enumerate(zip(values, labels, strict=True)):
+        tokens = _checked_tokens(value, path, row, column)
+        if not isinstance(tags, list) or len(tags) != len(tokens):
+            found = f"{len(tags)} tags" if isinstance(tags, list) else repr(tags)
+            raise wrong_value(path, row, label, f"a list of {len(tokens)} tags, one for each token", f"{found:.100}")
+        where = f"{path}: row {row} (counting from 0)"
+        yield join_words(tokens), [_tag_id(tag, tag_ids, where, f" in column {label!r}") for tag in tags]
 
 
 def _holds_text(rows: Dataset, column: str) -> bool:
     return getattr(rows.features[column], "dtype", None) in ("string", "large_string")
-
-
-def _from_tokens(
-    path: Path,
-    row: int,
-    named_tokens: tuple[str, Any],
-    named_tags: tuple[str, Any],
-    tag_ids: dict[str, int],
-    file_names: Sequence[str] | None,
-) -> tuple[Words, list[int]]:
-    tokens = _checked_tokens(named_tokens[1], path, row, named_tokens[0])
-    label, tags = named_tags
-    if not isinstance(tags, list) or len(tags) != len(tokens):
-        found = f"{len(tags)} tags" if isinstance(tags, list) else repr(tags)
-        raise wrong_value(path, row, label, f"a list of {len(tokens)} tags, one for each token", f"{found:.100}")
-    if file_names is not None:
-        tags = [file_names[tag] if isinstance(tag, int) and 0 <= tag < len(file_names) else tag for tag in tags]
-    where = f"{path}: row {row} (counting from 0)"
-    return join_words(tokens), [_tag_id(tag, tag_ids, where, f" in column {label!r}") for tag in tags]
 
 
 def _checked_tokens(tokens: Any, path: Path, row: int, column: str) -> list[str]:
@@ -130,10 +125,7 @@ def _from_spans(
     kinds = {name[2:] for name in tag_ids if name.startswith("B-") and f"I-{name[2:]}" in tag_ids}
     inexact: list[tuple[int, str]] = []
     for row, (text, spans) in enumerate(zip(texts, labels, strict=True)):
-        if not isinstance(text, str) or not text.strip():
-            raise wrong_value(path, row, column, "a text", f"{text!r:.100}")
-        if len(text) > LONGEST_TEXT:
-            raise wrong_value(path, row, column, f"a text of at most {LONGEST_TEXT:,} characters", f"{len(text)}")
+        check_filled(text, path, row, column)
         words = split_words(text)
         tags, problems = tag_spans(words, _checked_spans(spans, text, kinds, path, row, label))
         inexact += [(row, problem) for problem in problems]
@@ -208,16 +200,3 @@ def _read_conll(path: Path, column: int | None) -> Iterator[tuple[list[str], lis
         tokens.append(cells[0].strip())
         tags.append("" if column is None else cells[column].strip())
         numbers.append(number)
-
-
-def _to_dataset(rows: Sequence[tuple[Words, list[int]]], name: str) -> Dataset:
-    import pyarrow
-
-    offsets = pyarrow.list_(pyarrow.int32())
-    columns = {
-        name: pyarrow.array([words.text for words, _ in rows], pyarrow.string()),
-        STARTS: pyarrow.array([words.starts for words, _ in rows], offsets),
-        ENDS: pyarrow.array([words.ends for words, _ in rows], offsets),
-        TAGS: pyarrow.array([tags for _, tags in rows], offsets),
-    }
-    return to_dataset(pyarrow.table(columns))

@@ -9,25 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.labels import IGNORE_INDEX
-from lora_hf.data.tasks.base import ModelKind, Task
+from lora_hf.data.metrics.tokens import score_tags, spans_of
+from lora_hf.data.tasks.base import TRUNCATED, ModelKind, Task
 from lora_hf.data.tasks.row_checks import check_columns, nfc
 from lora_hf.data.tasks.sources import Source
 from lora_hf.data.tasks.token_files import ENDS, STARTS, TAGS, read_tagged_rows, read_untagged_rows, text_column
 from lora_hf.data.tasks.user_texts import encode_texts
-from lora_hf.data.tasks.windows import (
-    WINDOW,
-    check_capacity,
-    check_offsets,
-    fit_stride,
-    window_numbers,
-    windows_of_rows,
-)
+from lora_hf.data.tasks.windows import WINDOW, WindowedTask, window_numbers, windows_of_rows
 from lora_hf.data.tasks.words import OUTSIDE, Words, repair_bio, split_words
 
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
-    from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
 METRICS = ("f1", "accuracy")
@@ -45,7 +38,7 @@ class TaggedWords:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenClassification(Task):
+class TokenClassification(WindowedTask):
     """A tag for each word, which its first token predicts; the other tokens have no label.
 
     With the metric `f1` the tags mark spans, as B-PER and I-PER do, and the answers are spans. With `accuracy` each
@@ -54,7 +47,6 @@ class TokenClassification(Task):
 
     model_kind: ModelKind = "token-classification"
     column: str = ""  # of the user's files
-    stride: int | None = None
 
     @property
     def marks_spans(self) -> bool:
@@ -67,20 +59,14 @@ class TokenClassification(Task):
     def read_inputs(self, path: Path) -> dict[str, list]:
         return read_untagged_rows(path, self.column)
 
-    def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        return "nothing, as windows cover them"
-
-    def encode_and_flag(
-        self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> tuple[dict[str, list], list[bool]]:
+    def encode(self, rows: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         """Returns the model inputs of each window of each row, and which words it reads.
 
         A row of more than `max_length` tokens becomes several windows. Each word is read in the window in which it has
         the most context, so that it counts once; nothing is truncated.
         """
-        check_offsets(tokenizer, self.name)
+        self.check_offsets(tokenizer)
         capacity = max_length - tokenizer.num_special_tokens_to_add()
-        check_capacity(capacity, self.name, "the special tokens", max_length)
         tokens: Any = encode_texts(
             tokenizer,
             # A tokenizer of bytes would take a word without a space in front for the end of another.
@@ -88,29 +74,30 @@ class TokenClassification(Task):
             is_split_into_words=True,
             truncation=True,
             max_length=max_length,
-            stride=fit_stride(self.stride, max_length, capacity),
+            stride=self.fit_stride(max_length, capacity, "the special tokens"),
             return_overflowing_tokens=True,
         )
         encoded: dict[str, list] = {name: tokens[name] for name in tokenizer.model_input_names if name in tokens}
         owners = tokens["overflow_to_sample_mapping"]
         encoded[WINDOW] = window_numbers(owners)
-        encoded[WORDS], encoded[POSITIONS] = [], []
-        firsts = [_first_tokens(encoding.word_ids) for encoding in tokens.encodings]
-        for window in windows_of_rows(encoded[WINDOW]):
-            for found in _with_most_context([firsts[index] for index in window], [tokens.encodings[i] for i in window]):
-                encoded[WORDS].append(list(found))
-                encoded[POSITIONS].append(list(found.values()))
+        encoded[TRUNCATED] = [False] * len(owners)
+        word_ids = [encoding.word_ids for encoding in tokens.encodings]
+        firsts = [
+            first
+            for windows in windows_of_rows(encoded[WINDOW])
+            for first in _with_most_context([word_ids[index] for index in windows])
+        ]
+        encoded[WORDS] = [list(first) for first in firsts]
+        encoded[POSITIONS] = [list(first.values()) for first in firsts]
         if TAGS in rows:
             encoded["labels"] = [
-                _labels(len(ids), words, positions, rows[TAGS][owner])
-                for ids, words, positions, owner in zip(
-                    encoded["input_ids"], encoded[WORDS], encoded[POSITIONS], owners, strict=True
-                )
+                _labels(len(ids), first, rows[TAGS][owner])
+                for ids, first, owner in zip(encoded["input_ids"], firsts, owners, strict=True)
             ]
-        return encoded, [False] * len(owners)
+        return encoded
 
     def _words(self, rows: Mapping[str, Any] | Dataset) -> list[Words]:
-        columns = rows if isinstance(rows, Mapping) else {name: rows[name][:] for name in rows.column_names}
+        columns: Any = rows if isinstance(rows, Mapping) else rows[:]
         texts = columns[self.text_columns[0]]
         if STARTS not in columns:
             return [split_words(text) for text in texts]
@@ -139,32 +126,25 @@ class TokenClassification(Task):
 
     def _tags_and_scores(self, output: TaggedWords) -> list[tuple[str, float]]:
         import numpy as np
+        from scipy.special import softmax
 
         names, outside = self.label_names, OUTSIDE if OUTSIDE in self.label_names else self.label_names[0]
         known: Any = ~np.isnan(output.logits).any(axis=1)
         logits = np.where(known[:, None], output.logits, 0)
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
-        probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+        probabilities = softmax(logits, axis=1)
         best = probabilities.argmax(axis=1) if len(probabilities) else []
         tags = [names[index] if sure else outside for index, sure in zip(best, known, strict=True)]
         scores = [float(row.max()) if sure else 0.0 for row, sure in zip(probabilities, known, strict=True)]
         return list(zip(repair_bio(tags) if self.marks_spans else tags, scores, strict=True))
 
-    def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-        raise NotImplementedError("the scores need the rows: score_rows")
-
     def score_rows(self, outputs: Sequence[TaggedWords], rows: Dataset) -> dict[str, float]:
         """Returns precision, recall and F1 of the spans as `seqeval` computes them, and the accuracy of the tags."""
-        from lora_hf.data.metrics.tokens import score_tags
-
         check_columns(rows.column_names, (TAGS,), self.name)
         references = [[self.label_names[tag] for tag in tags] for tags in rows[TAGS]]
         return score_tags([self.predicted_tags(output) for output in outputs], references, self.marks_spans)
 
     def format_answer(self, output: TaggedWords) -> dict[str, Any]:
         """Returns `spans`: start and end in the text, type, text, and the mean probability of the tags."""
-        from lora_hf.data.metrics.tokens import spans_of
-
         tagged, words = self._tags_and_scores(output), output.words
         tags = [tag for tag, _ in tagged]
         whole = spans_of(tags) if self.marks_spans else [(tag, index, index) for index, tag in enumerate(tags)]
@@ -180,11 +160,10 @@ class TokenClassification(Task):
     def prediction_lines(self, outputs: Sequence[TaggedWords], rows: Dataset) -> Iterator[dict[str, Any]]:
         """Yields the row number, words, tags and predicted tags of each row."""
         for index, (tags, output) in enumerate(zip(rows[TAGS], outputs, strict=True)):
-            labels = [self.label_names[tag] for tag in tags]
             yield {
                 "row": index,
                 "words": list(output.words),
-                "tags": labels,
+                "tags": [self.label_names[tag] for tag in tags],
                 "predictions": self.predicted_tags(output),
             }
 
@@ -208,11 +187,17 @@ def _first_tokens(word_ids: Sequence[int | None]) -> dict[int, int]:
     return positions
 
 
-def _with_most_context(firsts: Sequence[dict[int, int]], encodings: Sequence[Any]) -> list[dict[int, int]]:
-    """Returns for each window of a row the words that have more context there than in the others."""
-    if len(firsts) == 1:
-        return list(firsts)
-    edges = [_text_edges(encoding.word_ids) for encoding in encodings]
+def _with_most_context(windows: Sequence[Sequence[int | None]]) -> list[dict[int, int]]:
+    """Returns for each window of a row the words that have more context there than in the others.
+
+    Args:
+        windows: the word of each token, None for special tokens.
+
+    Returns:
+        The positions of their first tokens, by word.
+    """
+    firsts = [_first_tokens(word_ids) for word_ids in windows]
+    edges = [_text_edges(word_ids) for word_ids in windows]
     whole = {word for positions, (first, _) in zip(firsts, edges, strict=True)
              for word, position in positions.items() if position != first}  # fmt: skip
     best: dict[int, tuple[int, int]] = {}
@@ -234,9 +219,9 @@ def _text_edges(word_ids: Sequence[int | None]) -> tuple[int, int]:
     return text[0], text[-1]
 
 
-def _labels(length: int, words: Sequence[int], positions: Sequence[int], tags: Sequence[int]) -> list[int]:
+def _labels(length: int, first_tokens: dict[int, int], tags: Sequence[int]) -> list[int]:
     labels = [IGNORE_INDEX] * length
-    for word, position in zip(words, positions, strict=True):
+    for word, position in first_tokens.items():
         labels[position] = tags[word]
     return labels
 

@@ -26,14 +26,36 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, *texts: Any, **options: Any
     return tokenizer(*texts, **options)
 
 
+def encode_truncated(
+    tokenizer: PreTrainedTokenizerBase, *texts: Any, max_length: int
+) -> tuple[BatchEncoding, list[bool]]:
+    """Returns the texts as `encode_texts`, each of at most `max_length` tokens, and which of them were truncated.
+
+    Of two texts the longer one is truncated first.
+    """
+    encoded = encode_texts(tokenizer, *texts, truncation=True, max_length=max_length)
+    if encoded.encodings is not None:
+        return encoded, [bool(encoding.overflowing) for encoding in encoded.encodings]
+    # A tokenizer in Python, such as Marian's, does not say.
+    whole: Any = encode_texts(tokenizer, *texts, verbose=False)
+    return encoded, [len(ids) > max_length for ids in whole["input_ids"]]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Returns the ids of the tokenizer's special tokens, added ones included, by their texts."""
+    special: dict[str, Any] = {
+        str(token): tokenizer.convert_tokens_to_ids(str(token)) for token in tokenizer.all_special_tokens
+    }
+    added = tokenizer.added_tokens_decoder
+    return special | {token.content: number for number, token in added.items() if token.special}
+
+
 def honored_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The special tokens that the tokenizer honors in a text even so: most often because a word of its is spelled so.
 
     The token for unknown words is none of them: it says no more than that a word is unknown.
     """
-    special = {str(token): tokenizer.convert_tokens_to_ids(str(token)) for token in tokenizer.all_special_tokens}
-    added = tokenizer.added_tokens_decoder
-    special |= {token.content: number for number, token in added.items() if token.special}
+    special = special_tokens(tokenizer)
     special.pop(str(tokenizer.unk_token), None)
     if not special:
         return []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lora_hf.core.errors import DataError, ModelError
+from lora_hf.data.tasks.base import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,32 +16,39 @@ if TYPE_CHECKING:
 WINDOW = "window"  # the column of encoded rows with the number of a window in its row
 
 
-def check_offsets(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
-    """Raises a ModelError for a tokenizer that cannot say where in a text its tokens are."""
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"{task}: the tokenizer {tokenizer.name_or_path!r} is a slow one, which does not say where in the text "
-            "its tokens are; choose a model with a fast tokenizer (tokenizer.json)"
-        )
+@dataclass(frozen=True, kw_only=True)
+class WindowedTask(Task):
+    """A task that reads the whole of a long row; `stride` is how many tokens its windows share."""
 
+    stride: int | None = None
 
-def fit_stride(stride: int | None, max_length: int, capacity: int) -> int:
-    """Returns how many tokens two windows share.
+    def truncated_part(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        return "nothing, as windows cover them"
 
-    Args:
-        stride: what the config asks for; by default a third of `max_length`.
-        capacity: the tokens of the text in one window; windows share at most half of them.
-    """
-    return min(max_length // 3 if stride is None else stride, capacity // 2)
+    def check_offsets(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises a ModelError for a tokenizer that cannot say where in a text its tokens are."""
+        if not tokenizer.is_fast:
+            raise ModelError(
+                f"{self.name}: the tokenizer {tokenizer.name_or_path!r} is a slow one, which does not say where in the "
+                "text its tokens are; choose a model with a fast tokenizer (tokenizer.json)"
+            )
 
+    def fit_stride(self, max_length: int, capacity: int, what: str, least: int = 1) -> int:
+        """Returns the stride, by default a third of `max_length`; windows share at most half of their capacity.
 
-def check_capacity(capacity: int, task: str, what: str, max_length: int, least: int = 1) -> None:
-    """Raises a DataError if `what` leaves less than `least` tokens of a window for the text."""
-    if capacity < least:
-        raise DataError(
-            f"{task}: {what} leave {max(capacity, 0)} of {max_length} tokens for the text (task.max_length, or the "
-            f"model's own limit); expected at least {least}; set a greater task.max_length, or shorten the row"
-        )
+        Args:
+            capacity: the tokens that `what` leaves in a window for the text.
+
+        Raises:
+            DataError: these are less than `least`.
+        """
+        if capacity < least:
+            raise DataError(
+                f"{self.name}: {what} leave {max(capacity, 0)} of {max_length} tokens for the text (task.max_length, "
+                f"or the model's own limit); expected at least {least}; set a greater task.max_length, or shorten the "
+                "row"
+            )
+        return min(max_length // 3 if self.stride is None else self.stride, capacity // 2)
 
 
 def window_numbers(owners: Sequence[int]) -> list[int]:

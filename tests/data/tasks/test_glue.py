@@ -110,13 +110,16 @@ def test_encodes_a_real_row(name: str, tokenizer: Any) -> None:
     for position, text in enumerate(texts):
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         expected += [EOS] * (position > 0) + tokens + [EOS]
+    assert encoded.pop("truncated") == [False]
     assert encoded == {"input_ids": [expected], "attention_mask": [[1] * len(expected)], "labels": [label]}
     assert type(encoded["labels"][0]) is (float if name == "stsb" else int)
 
 
 def test_truncates_the_longer_text_first(tokenizer: Any) -> None:
     rows = {"sentence1": ["word " * 50], "sentence2": ["short"], "label": [0]}
-    (ids,) = glue_task("rte").encode(rows, tokenizer, max_length=12)["input_ids"]
+    encoded = glue_task("rte").encode(rows, tokenizer, max_length=12)
+    (ids,) = encoded["input_ids"]
+    assert encoded["truncated"] == [True]
     assert len(ids) == 12
     assert tokenizer.decode(ids).endswith("</s></s>short</s>")
 
@@ -131,7 +134,7 @@ def test_mapped_over_a_dataset(tokenizer: Any) -> None:
     task = glue_task("rule-sentiment")
     rows = task.load(None, ["validation"])["validation"]
     encoded = rows.map(lambda batch: task.encode(batch, tokenizer, 64), batched=True, remove_columns=rows.column_names)
-    assert sorted(encoded.column_names) == ["attention_mask", "input_ids", "labels"]
+    assert sorted(encoded.column_names) == ["attention_mask", "input_ids", "labels", "truncated"]
     assert encoded["labels"][:] == rows["label"][:]
 
 

@@ -83,18 +83,18 @@ WRONG: dict[str, tuple[list[Any], dict[str, Any], str]] = {
         {},
         "has the label 'urgnet' in column 'labels'; expected labels out of",
     ),
-    "a text": (["bug"], {}, "column 'labels': expected a list of labels, found 'bug'; set task.label_separator"),
+    "a text": (["bug"], {}, "column 'labels': expected a list of labels; found 'bug'; set task.label_separator"),
     "no labels": (
         [["bug"], None],
         {},
-        "row 1 (counting from 0): column 'labels': expected a list of labels, found None",
+        "row 1 (counting from 0), column 'labels': expected a list of labels; found None",
     ),
-    "a list": ([["bug"]], {"label_separator": ";"}, "expected labels in a text, separated by ';', found ['bug']"),
+    "a list": ([["bug"]], {"label_separator": ";"}, "expected labels in a text, separated by ';'; found ['bug']"),
     "two kinds of labels": ([["bug"], ["bug", 3]], {}, "row 1 (counting from 0) has ['bug', 3]"),
     "neither 0 nor 1": (
         [1, 2],
         {"label_columns": ("labels", "other"), "label_names": None},
-        "row 1 (counting from 0): column 'labels': expected 0 or 1, found 2",
+        "row 1 (counting from 0), column 'labels': expected 0 or 1; found 2",
     ),
 }
 

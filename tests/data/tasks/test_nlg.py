@@ -136,7 +136,7 @@ def test_encodes_a_real_row(name: str, data_dir: Path, tokenizer: Any) -> None:
     assert encoded["input_ids"][0] == asked + answer
     assert encoded["attention_mask"][0] == [1] * len(asked + answer)
     assert encoded["labels"][0] == [IGNORE_INDEX] * len(asked) + answer
-    assert [len(column) for column in encoded.values()] == [count] * 3
+    assert [len(column) for column in encoded.values()] == [count] * 4
     (prompt,) = task.prompts([context], tokenizer, max_length=512)
     assert prompt == asked  # training and generation read the same tokens
     assert tokenizer.decode(encoded["input_ids"][0]) == f"{context}<|endoftext|> {reference}<|endoftext|>"
@@ -149,7 +149,7 @@ def test_every_reference_is_a_training_row(data_dir: Path, tokenizer: Any) -> No
     encoded = rows.map(lambda batch: task.encode(batch, tokenizer, 512), batched=True, remove_columns=rows.column_names)
     references = [reference for annotations in rows["annotations"] for reference in annotations]
     assert len(encoded) == len(references) > len(rows)
-    assert sorted(encoded.column_names) == ["attention_mask", "input_ids", "labels"]
+    assert sorted(encoded.column_names) == ["attention_mask", "input_ids", "labels", "truncated"]
     answers = [[token for token in labels if token != IGNORE_INDEX] for labels in encoded["labels"]]
     assert [tokenizer.decode(answer[:-1]) for answer in answers] == [f" {each['text']}" for each in references]
     assert all(answer[-1] == END for answer in answers)
@@ -237,12 +237,12 @@ def test_a_long_row_loses_the_first_of_its_input_and_never_its_end(
     assert tokenizer.decode(answer) == " A fine pub.<|endoftext|>"
 
     shortest = len(answer) + 2
-    encoded, truncated = task.encode_and_flag(ROW, tokenizer, shortest)
+    encoded = task.encode(ROW, tokenizer, shortest)
     assert encoded["input_ids"] == [whole[-shortest:]]
     assert encoded["labels"] == [[IGNORE_INDEX, IGNORE_INDEX, *answer]]
-    task.warn_truncated(task.encode_and_flag(ROW, tokenizer, 64)[1], tokenizer, 64)
+    task.warn_truncated(task.encode(ROW, tokenizer, 64)["truncated"], tokenizer, 64)
     assert not caplog.messages
-    task.warn_truncated(truncated, tokenizer, shortest)
+    task.warn_truncated(encoded["truncated"], tokenizer, shortest)
     (message,) = caplog.messages
     assert message.startswith(
         f"e2e_nlg: truncated 1 of 1 rows, which are longer than {shortest} tokens (task.max_length"
@@ -307,9 +307,10 @@ def test_the_same_input_on_distant_rows_is_one_group() -> None:
 
 
 def test_perplexity_is_over_tokens_not_rows() -> None:
-    assert nlg_task("dart").score(np.array([[6.0, 2.0], [2.0, 6.0]]), [0, 0]) == {"perplexity": math.e}
+    rows: Any = None
+    assert nlg_task("dart").score_rows(np.array([[6.0, 2.0], [2.0, 6.0]]), rows) == {"perplexity": math.e}
     with pytest.raises(TrainingError, match="dart: the likelihoods of 1 of 2 rows are not finite, the first is row 1 "):
-        nlg_task("dart").score(np.array([[1.0, 2.0], [np.nan, 6.0]]), [0, 0])
+        nlg_task("dart").score_rows(np.array([[1.0, 2.0], [np.nan, 6.0]]), rows)
 
 
 def test_the_table() -> None:
