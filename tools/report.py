@@ -206,6 +206,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "speed": speed_tables.speed,
     "speed-machines": speed_tables.speed_machines,
     "equal-work": speed_tables.equal_work,
+    "roofline": speed_tables.roofline,
     "profiles": speed_tables.profiles,
     "answering": speed_tables.answering,
     "switching": speed_tables.switching,

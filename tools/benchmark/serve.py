@@ -47,6 +47,7 @@ class Tally:
     errors: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     versions: set[str] = field(default_factory=set)
+    memory: list[float] = field(default_factory=list)  # of the server, in MiB, once a second
     seconds: float = 0.0
 
     def summary(self) -> dict[str, Any]:
@@ -124,13 +125,13 @@ def benchmark_serve(
         memory = {
             "base_mib": _base_mib(config),
             "without_models_mib": memory_without_models(),
-            "before_mib": server.memory_mib(),
+            "before_mib": _usual_memory(undisturbed),
         }
         replacer = _Replacer(server, load.names, [folder.name for folder in folders], replacements, seconds)
         metrics = server.metrics()
         many = _drive(server, load, clients, seconds, replacer)
         rows_of_a_batch = _mean_since(metrics, server.metrics(), "lora_hf_batch_rows")
-        memory["after_mib"] = server.memory_mib()
+        memory["after_mib"] = _usual_memory(many)
         server.process.kill()
         server.process.wait()
         restarted = stack.enter_context(running_server(served, root, precision, token))
@@ -210,7 +211,8 @@ def _drive(server: Server, load: Load, clients: int, seconds: float, meanwhile: 
 
     async def send_all() -> None:
         end = time.perf_counter() + seconds
-        await asyncio.gather(asyncio.to_thread(meanwhile), *(each.run_until(end) for each in senders))
+        tasks = [asyncio.to_thread(meanwhile), _watch_memory(server, tally, end)]
+        await asyncio.gather(*tasks, *(each.run_until(end) for each in senders))
 
     start = time.perf_counter()
     try:
@@ -219,6 +221,17 @@ def _drive(server: Server, load: Load, clients: int, seconds: float, meanwhile: 
         raise TrainingError(f"benchmark serve: the server did not answer a request within {TIMEOUT} s") from None
     tally.seconds = time.perf_counter() - start
     return tally
+
+
+async def _watch_memory(server: Server, tally: Tally, end: float) -> None:
+    while time.perf_counter() < end:
+        tally.memory.append(await asyncio.to_thread(server.memory_mib))
+        await asyncio.sleep(1)
+
+
+def _usual_memory(tally: Tally) -> float:
+    """The median over the second half, in MiB: it varies with the size of the last batches."""
+    return float(np.median(tally.memory[len(tally.memory) // 2 :]))
 
 
 class _Client:

@@ -10,6 +10,7 @@ from lora_hf.core.formatting import percent, table
 from lora_hf.core.records import read_json_record, record_files
 
 PEERS = {"peft-default": "PEFT (defaults)", "peft-best": "PEFT (best settings)", "loralib": "loralib"}
+PRODUCTS = "products"
 USUAL_BATCH = {"e2e_nlg": 8}  # 16 for the tasks of GLUE; a row of a table names another batch size
 # Row labels of a profile, by the names in its record.
 OPERATIONS = {
@@ -67,6 +68,24 @@ def equal_work(results: Path) -> str:
             )
     head = ["workload (record)", "FLOPs, full / LoRA", "time, full / PEFT", "time, full / lora_hf"]
     return table([*head, "not explained by FLOPs"], rows)
+
+
+def roofline(results: Path) -> str:
+    """How close a step comes to its matrix products alone, and how much faster than PEFT those would be."""
+    rows = []
+    for file, record in _records(results / "speed"):
+        sides = record["sides"]
+        if PRODUCTS in sides:
+            rows.append(
+                [
+                    f"[{_work(record)}](results/speed/{file.name})",
+                    _spread(sides[PRODUCTS]["examples_per_second"], 1),
+                    *(percent(_against(sides, PRODUCTS, side)) for side in ("lora", "frozen", "peft-best")),
+                    f"{_against(sides, 'peft-best', PRODUCTS):.2f}",
+                ]
+            )
+    head = ["workload (record)", "products, examples/s", "lora, %", "frozen, %", "peft-best, %"]
+    return table([*head, "limit of the speedup"], rows)
 
 
 def _against(sides: dict[str, Any], slower: str, faster: str) -> float:
