@@ -6,6 +6,7 @@ import copy
 import ctypes
 import functools
 import logging
+import math
 import platform
 import threading
 import time
@@ -232,7 +233,10 @@ class Worker(ABC):
             future.set_exception(ClosingError(SHUTTING_DOWN))
 
     def _free_memory(self) -> None:
-        """Returns free memory to the system now and then: batches of many sizes fragment it. This takes about 20 ms."""
+        """Returns free memory to the system now and then, and where an adapter was replaced, as both fragment it.
+
+        This takes about 20 ms.
+        """
         now = time.monotonic()
         if now - self._freed_at >= FREE_MEMORY_EVERY:
             self._freed_at = now
@@ -267,6 +271,7 @@ class Worker(ABC):
             self._merged = None if version.slot == self._merged else self._merged
         if unused:
             self._reset_stacks()
+            self._freed_at = -math.inf
 
     def _reset_stacks(self) -> None:
         """Keeps, of what `mix_adapters` caches, the weights of each adapter that is still here."""
