@@ -50,6 +50,12 @@ class Tally:
     memory: list[float] = field(default_factory=list)  # of the server, in MiB, once a second
     seconds: float = 0.0
 
+    def add(self, other: Tally) -> None:
+        for name in ("latencies", "errors", "wrong", "memory"):
+            getattr(self, name).extend(getattr(other, name))
+        self.versions |= other.versions
+        self.seconds += other.seconds
+
     def summary(self) -> dict[str, Any]:
         """Throughput, latency quantiles, and the numbers of errors and wrong responses."""
         p50, p99 = np.quantile(self.latencies, [0.5, 0.99]) if self.latencies else (0.0, 0.0)
@@ -85,9 +91,9 @@ def benchmark_serve(
 ) -> dict[str, Any]:
     """Measures a server with random adapters, and returns the record.
 
-    First, one client sends one request at a time, then `clients` send requests at once, at first undisturbed. In the
-    last part, adapters are replaced `replacements` times in total, each by its other version. At the end, the server is
-    killed and started again.
+    First, one client sends one request at a time, then `clients` send requests at once, at first undisturbed. Then
+    adapters are replaced `replacements` times in total, each by its other version. After that the single client goes
+    on, because the speed of a machine may drift. At the end, the server is killed and started again.
 
     Args:
         rows: how many texts of the validation set the clients send.
@@ -119,7 +125,7 @@ def benchmark_serve(
         token = secrets.token_hex(16)
         server = stack.enter_context(running_server(served, root, precision, token))
         logger.info("benchmark: one request at a time")
-        one = _drive(server, load, 1, max(1.0, seconds / 4), lambda: None)
+        one = _drive(server, load, 1, max(1.0, seconds / 8), lambda: None)
         logger.info("benchmark: %d clients", clients)
         undisturbed = _drive(server, load, clients, max(1.0, seconds / 4), lambda: None)
         memory = {
@@ -132,6 +138,8 @@ def benchmark_serve(
         many = _drive(server, load, clients, seconds, replacer)
         rows_of_a_batch = _mean_since(metrics, server.metrics(), "lora_hf_batch_rows")
         memory["after_mib"] = _usual_memory(many)
+        logger.info("benchmark: one request at a time")
+        one.add(_drive(server, load, 1, max(1.0, seconds / 8), lambda: None))
         server.process.kill()
         server.process.wait()
         restarted = stack.enter_context(running_server(served, root, precision, token))
