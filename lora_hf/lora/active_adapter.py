@@ -40,7 +40,7 @@ class BatchRouting:
     Attributes:
         names: the adapters in alphabetical order.
         tokens: the segments of the tokens while the model runs without padding.
-        stacks: the stacked weights that each layer caches for a set of adapters.
+        stacks: the weights that each layer caches, see `mix_adapters`.
     """
 
     def __init__(

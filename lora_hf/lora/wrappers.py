@@ -34,7 +34,7 @@ def unwrap_model(model: Any, changes: bool = False) -> PreTrainedModel:
         return model
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a model of transformers, found {kind}")
-    inner = dict(model.named_children()).get("_orig_mod")  # of torch.compile
+    inner = _compiled_from(model)
     if inner is None and isinstance(model, PARALLEL):
         inner = model.module
     if inner is not None:
@@ -59,6 +59,11 @@ def unwrap_model(model: Any, changes: bool = False) -> PreTrainedModel:
     return found[0]
 
 
+def _compiled_from(module: nn.Module) -> nn.Module | None:
+    """The module that torch.compile has wrapped in this one; None if it is no such wrapper."""
+    return dict(module.named_children()).get("_orig_mod")
+
+
 def _check_plain(model: PreTrainedModel) -> None:
     """Raises ModelError if something inside the model has been adapted by PEFT or compiled."""
     for path, module in modules_of_base(model):
@@ -66,7 +71,7 @@ def _check_plain(model: PreTrainedModel) -> None:
             raise ModelError(
                 f"{path} is adapted by PEFT already. Load the plain base, and PEFT's adapter with load_adapter"
             )
-        if "_orig_mod" in dict(module.named_children()):
+        if _compiled_from(module) is not None:
             raise ModelError(
                 f"torch.compile has wrapped {path}; change the plain model first, and compile {path} again"
             )
@@ -75,9 +80,9 @@ def _check_plain(model: PreTrainedModel) -> None:
 @contextlib.contextmanager
 def _without_compiled_parts(model: PreTrainedModel) -> Iterator[None]:
     """The model with its compiled submodules as they were before, so that all paths are the plain ones."""
-    compiled = {path: module for path, module in model.named_modules() if "_orig_mod" in dict(module.named_children())}
+    compiled = {path: module for path, module in model.named_modules() if _compiled_from(module) is not None}
     for path, module in reversed(compiled.items()):
-        model.set_submodule(path, module.get_submodule("_orig_mod"))
+        model.set_submodule(path, _compiled_from(module))  # type: ignore[arg-type]
     try:
         yield
     finally:

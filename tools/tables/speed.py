@@ -8,9 +8,9 @@ from typing import Any
 
 from lora_hf.core.formatting import percent, table
 from lora_hf.core.records import read_json_record, record_files
+from tools.benchmark.job import PRODUCTS
 
 PEERS = {"peft-default": "PEFT (defaults)", "peft-best": "PEFT (best settings)", "loralib": "loralib"}
-PRODUCTS = "products"
 USUAL_BATCH = {"e2e_nlg": 8}  # 16 for the tasks of GLUE; a row of a table names another batch size
 # Row labels of a profile, by the names in its record.
 OPERATIONS = {

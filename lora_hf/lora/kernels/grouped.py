@@ -80,12 +80,11 @@ def add_grouped(base_output: Tensor, x: Tensor, stack: Stack, order: Tensor | No
 
 def _add(outputs: Tensor, rows: Tensor, stack: Stack, ends: tuple[int, ...]) -> None:
     """Adds to `(rows, out)` the rows up to `ends[0]` times A_0 B_0, those up to `ends[1]` times A_1 B_1, and so on."""
-    half = rows.dtype != torch.float32
-    if half and rows.is_cuda and rows.dtype == torch.bfloat16 and _has_grouped():
+    if rows.is_cuda and rows.dtype == torch.bfloat16 and _has_grouped():
         lora_a, lora_b = stack.wide
         offsets = _offsets(ends, rows.device)
         outputs += grouped_mm(grouped_mm(rows, lora_a.transpose(0, 1), offs=offsets), lora_b, offs=offsets)
-    elif half and len(stack.pairs) * stack.rank <= WIDE:
+    elif rows.dtype != torch.float32 and len(stack.pairs) * stack.rank <= WIDE:
         lora_a, lora_b = stack.wide
         mask = _other_adapters_mask(ends, stack.rank, rows.device)
         outputs.addmm_((rows @ lora_a.flatten(1)).masked_fill_(mask, 0), lora_b.flatten(0, 1))
