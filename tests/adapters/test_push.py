@@ -13,8 +13,10 @@ from huggingface_hub import ModelCard
 from lora_hf.adapters import push as push_module
 from lora_hf.adapters.push import push_adapter
 from lora_hf.core.config.loader import load_config
+from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import AdapterError, HubError
 from lora_hf.core.records import RECORD_FILE, RunRecord
+from lora_hf.models.load import load_tokenizer
 from tests.support.adapters_on_disk import run_folder
 from tests.support.hub_server import TOKEN, USER, WEIGHTS, Hub, Repository
 from tests.support.small_models import small_model
@@ -101,6 +103,7 @@ def test_a_second_push_leaves_nothing_of_the_first(hub: Hub, adapter: Path, tmp_
 def test_nothing_of_this_machine_is_pushed(hub: Hub, tmp_path: Path) -> None:
     base = tmp_path / "the-users-name" / "my-base"
     small_model("roberta", 2).save_pretrained(base)
+    load_tokenizer(ModelConfig(name="tiny-roberta")).save_pretrained(base)
     adapter = run_folder(tmp_path / "the-users-name" / "run", base=str(base))
     config = yaml.safe_load((adapter.parent / "config.yaml").read_text())
     config["train"]["start_from"] = str(adapter)
