@@ -12,6 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.inject import inject
+from lora_hf.lora.kernels import attention
 from lora_hf.lora.kernels.attention import Rows, attend_rows
 from lora_hf.lora.unpadding import ATTENTION, _filling, _register_attention, enable_unpadding
 from lora_hf.training.trainer import enable_optimizations
@@ -73,10 +74,17 @@ def test_rows_see_only_themselves() -> None:
     assert (together - apart).abs().max() > 1000 * tolerances.PADDING_FREE_FP32
 
 
+@pytest.fixture(params=["at once", "grouped"])
+def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to multiply, of which the number of tokens chooses one."""
+    monkeypatch.setattr(attention, "AT_ONCE", 15 if request.param == "at once" else 14)
+
+
+@pytest.mark.usefixtures("_products")
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("lengths", [(1, 9, 5), (5, 5, 4, 1), (15,)])
-def test_the_grouped_rows_are_torchs_attention(causal: bool, key_heads: int, lengths: tuple[int, ...]) -> None:
+def test_the_attention_of_rows_is_torchs(causal: bool, key_heads: int, lengths: tuple[int, ...]) -> None:
     """Outputs and all three gradients against torch's own attention of each row, in float64."""
     torch.manual_seed(0)
     tensors = [torch.randn(heads, 15, 8) for heads in (4, key_heads, key_heads)]
@@ -94,10 +102,11 @@ def test_the_grouped_rows_are_torchs_attention(causal: bool, key_heads: int, len
         output = function(*inputs)
         (output * weight).sum().backward()
         results.append([output.detach(), *(tensor.grad for tensor in inputs)])
-    for grouped, plain in zip(*results, strict=True):
-        torch.testing.assert_close(grouped, plain, atol=1e-12, rtol=0)
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-12, rtol=0)
 
 
+@pytest.mark.usefixtures("_products")
 def test_dropped_attention_has_the_right_mean() -> None:
     """Over many draws the mean is the undropped output."""
     torch.manual_seed(0)
@@ -108,6 +117,7 @@ def test_dropped_attention_has_the_right_mean() -> None:
     assert (error < 6 * draws.std(0) / 400**0.5 + tolerances.PADDING_FREE_FP32).all()
 
 
+@pytest.mark.usefixtures("_products")
 @pytest.mark.parametrize("size", [2, pytest.param(8, marks=pytest.mark.full)])
 def test_dropped_attention_has_the_gradients_of_what_it_kept(size: int) -> None:
     """With rows that are longer than a head is wide, whose weights are computed again, and with shorter ones."""
