@@ -35,6 +35,11 @@ os.execvp(sys.argv[2], sys.argv[2:])
 """
 
 
+def package_command(*words: str) -> list[str]:
+    """Returns the command that runs `lora-hf` with these words in a child process, installed or not."""
+    return [PYTHON, "-c", "import sys; from lora_hf.cli.main import main; sys.exit(main())", *words]
+
+
 def package_environment() -> dict[str, str]:
     """Returns an environment in which a child process imports this copy of the package, installed or not."""
     paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))

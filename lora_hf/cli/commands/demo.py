@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import argparse
 import logging
+import subprocess
 import sys
+import tempfile
 import textwrap
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lora_hf.cli.terminal import add_json, print_json
+from lora_hf.core.child_process import ChildProcesses, package_command, package_environment
+from lora_hf.core.errors import TrainingError
 
 if TYPE_CHECKING:
+    from lora_hf.core.records import RunRecord
     from lora_hf.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -18,9 +27,13 @@ logger = logging.getLogger(__name__)
 HELP = "fine-tune the bundled tiny bases on bundled data, in a few minutes"
 CLASSIFIER_RECIPE = "rule_sentiment.yaml"
 GENERATOR_RECIPE = "rule_restaurants.yaml"
+WRITER = "demo-writer"
 SENTENCES = 4  # held-out sentences to classify: the first ones, whatever the answers
 PROMPTS = 3  # prompts of the test split: the first ones, not the best
 WIDTH = 110
+# A second thread gains nothing with such small bases, and next to other programs it costs much.
+THREADS = 1
+POLL = 0.2  # seconds between two looks at what the other process prints
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,61 +52,118 @@ def run(options: argparse.Namespace) -> None:
 
 
 def demo(output: str = "outputs") -> dict[str, Any]:
-    """Trains a classifier with and without LoRA and a generator, and asks them held-out inputs.
+    """Trains a classifier with and without LoRA, beside it a generator, and asks them held-out inputs.
 
     Returns:
         The scores, sizes and times of the runs' records, and the answers.
+
+    Raises:
+        TrainingError: the process that trains the generator failed.
     """
-    runs = [
-        _train(CLASSIFIER_RECIPE, f"demo-{method}", output, f"train.method={method}") for method in ("head", "lora")
-    ]
-    head, lora = (run.record for run in runs)
-    report = {
-        "majority": head.majority["validation"]["accuracy"],
-        "head": head.metrics["validation"]["accuracy"],
-        "lora": lora.metrics["validation"]["accuracy"],
-        "head_parameters": head.parameters["trainable"],
-        "lora_parameters": lora.parameters["trainable"],
-        **_files(runs[1]),
-        "seconds": head.timings["total"] + lora.timings["total"],
-        "answers": _classify(runs[1]),
-    }
-    writer = _train(GENERATOR_RECIPE, "demo-writer", output)
-    report["writing"] = {
-        "perplexity": writer.record.metrics["validation"]["perplexity"],
-        "rows": writer.record.rows["validation"],
-        "parameters": writer.record.parameters["trainable"],
-        **_files(writer),
-        "seconds": writer.record.timings["total"],
-        "texts": _generate(writer),
-    }
-    return report
+    with ChildProcesses() as children, tempfile.TemporaryDirectory() as scratch:
+        messages = Path(scratch) / "messages.txt"
+        writer = _start_writer(children, output, messages)
+        with _few_threads():
+            report = _classifiers(output)
+            logger.info("training %s, which began beside the others", WRITER)
+            with messages.open(encoding="utf-8", errors="replace") as lines:
+                _follow(writer, lines)
+            return report | {"writing": _writing(Path(output) / WRITER)}
 
 
-def _train(recipe: str, name: str, output: str, *overrides: str) -> Run:
+@contextmanager
+def _few_threads() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _classifiers(output: str) -> dict[str, Any]:
+    head, lora = (_train(f"demo-{method}", output, f"train.method={method}") for method in ("head", "lora"))
+    return {
+        "majority": head.record.majority["validation"]["accuracy"],
+        "head": head.record.metrics["validation"]["accuracy"],
+        "lora": lora.record.metrics["validation"]["accuracy"],
+        "head_parameters": head.record.parameters["trainable"],
+        "lora_parameters": lora.record.parameters["trainable"],
+        **_files(lora.folder, lora.record),
+        "seconds": head.record.timings["total"] + lora.record.timings["total"],
+        "answers": _classify(lora.folder),
+    }
+
+
+def _train(name: str, output: str, *overrides: str) -> Run:
     from lora_hf.core.config.loader import load_config
     from lora_hf.training.run import train
 
     logger.info("training %s", name)
-    folder = [f"output.name={name}", f"output.dir={output}", "output.overwrite=true"]
-    return train(load_config(recipe, [*overrides, *folder]))
+    return train(load_config(CLASSIFIER_RECIPE, [*overrides, *_folder(name, output)]))
 
 
-def _files(run: Run) -> dict[str, Any]:
+def _folder(name: str, output: str) -> list[str]:
+    return [f"output.name={name}", f"output.dir={output}", "output.overwrite=true"]
+
+
+def _start_writer(children: ChildProcesses, output: str, messages: Path) -> subprocess.Popen[bytes]:
+    words = ["train", "--config", GENERATOR_RECIPE, *_folder(WRITER, output), "--json"]
+    with messages.open("wb") as file:
+        return children.start(
+            package_command(*words),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            env=package_environment() | {"OMP_NUM_THREADS": str(THREADS)},
+        )
+
+
+def _follow(process: subprocess.Popen[bytes], lines: TextIO) -> None:
+    """Prints what the process has printed and still prints, until it ends."""
+    last = ""
+    while True:
+        ended = process.poll() is not None
+        for last in lines:
+            print(last, end="", file=sys.stderr, flush=True)
+        if ended:
+            break
+        time.sleep(POLL)
+    if process.returncode:
+        raise TrainingError(f"{WRITER} ended with exit code {process.returncode}: {last.strip()}")
+
+
+def _writing(folder: Path) -> dict[str, Any]:
+    from lora_hf.core.records import RECORD_FILE, RunRecord
+
+    record = RunRecord.load(folder / RECORD_FILE)
     return {
-        "total_parameters": run.record.parameters["total"],
-        "adapter_bytes": run.record.files["adapter"],
-        "adapter": str(run.weights),
-        "record": str(run.folder / "record.json"),
+        "perplexity": record.metrics["validation"]["perplexity"],
+        "rows": record.rows["validation"],
+        "parameters": record.parameters["trainable"],
+        **_files(folder, record),
+        "seconds": record.timings["total"],
+        "texts": _generate(folder),
     }
 
 
-def _classify(run: Run) -> list[dict[str, Any]]:
+def _files(folder: Path, record: RunRecord) -> dict[str, Any]:
+    return {
+        "total_parameters": record.parameters["total"],
+        "adapter_bytes": record.files["adapter"],
+        "adapter": str(folder / "adapter"),
+        "record": str(folder / "record.json"),
+    }
+
+
+def _classify(folder: Path) -> list[dict[str, Any]]:
     """The answers to held-out sentences, with the right labels."""
     from lora_hf.adapters.resolve import find_saved_model
     from lora_hf.inference.classify import Predictor
 
-    saved = find_saved_model(run.weights)
+    saved = find_saved_model(folder / "adapter")
     rows = saved.task.load(None, ["validation"])["validation"][:SENTENCES]
     answers = Predictor.load(saved).predict({"sentence": rows["sentence"]})
     return [
@@ -102,12 +172,12 @@ def _classify(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _generate(run: Run) -> list[dict[str, str]]:
+def _generate(folder: Path) -> list[dict[str, str]]:
     """Texts of the base and of the adapted model for the same prompts, with the same decoding."""
     from lora_hf.adapters.resolve import find_saved_model
     from lora_hf.inference.generate import Generator
 
-    saved = find_saved_model(run.weights)
+    saved = find_saved_model(folder / "adapter")
     # The test rows are neither trained on nor, like the validation rows, used to choose the checkpoint.
     rows = saved.task.load(None, ["test"])["test"]
     prompts = list(dict.fromkeys(rows["meaning_representation"]))[:PROMPTS]

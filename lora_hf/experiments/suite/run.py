@@ -6,14 +6,14 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
-from lora_hf.core.child_process import ChildProcesses, package_environment
+from lora_hf.core.child_process import ChildProcesses, package_command, package_environment
 from lora_hf.core.errors import ConfigError, DataError
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import RECORD_FILE, SuiteRecord
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 SUITE_FILE = "suite.json"
 MESSAGES_FILE = "messages.txt"  # output of a run's processes, in its folder
-PROGRAM = "import sys; from lora_hf.cli.main import main; sys.exit(main())"
 TAIL = 6  # lines of output in the message of a failed run
 POLL = 0.2  # seconds between two checks of the processes
 
@@ -153,12 +152,10 @@ def _start(children: ChildProcesses, run: PlannedRun, words: list[str], jobs: in
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = os.environ.get("OMP_NUM_THREADS", "")
     threads = min(max(1, cores // jobs), int(limit) if limit.isdecimal() else cores)
-    command = [sys.executable, "-c", PROGRAM, *words]
     environment = package_environment() | {"OMP_NUM_THREADS": str(threads)}
     with (run.folder / MESSAGES_FILE).open("ab") as messages:
-        return children.start(
-            command, stdin=subprocess.DEVNULL, stdout=messages, stderr=subprocess.STDOUT, env=environment
-        )
+        output: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": messages, "stderr": subprocess.STDOUT}
+        return children.start(package_command(*words), **output, env=environment)
 
 
 def _failure(job: _Job) -> str:
