@@ -32,7 +32,7 @@ from lora_hf.lora.active_adapter import AdapterState, Labels
 from lora_hf.lora.fingerprint import check_base
 from lora_hf.lora.heads import has_labels, head_paths, is_random, modules_to_train, outermost, plain_module
 from lora_hf.lora.inject import adapter_heads, adapter_state
-from lora_hf.lora.quantization import unpack_bitsandbytes
+from lora_hf.lora.quantization import unpack_quantized
 from lora_hf.lora.slices import diagonal_blocks
 from lora_hf.lora.target_modules import adaptable_modules
 from lora_hf.lora.variants.biases import check_no_standalone_biases, unadapted_biases
@@ -120,7 +120,7 @@ def new_heads(model: PreTrainedModel, file: AdapterFile, own_head: bool) -> dict
     missing = [path for path in modules_to_train(model) if is_random(model, path)]
     heads: dict[str, nn.Module] = {}
     for path in outermost(model, [*paths, *missing]):
-        heads[path] = unpack_bitsandbytes(copy.deepcopy(plain_module(model, path)))
+        heads[path] = unpack_quantized(copy.deepcopy(plain_module(model, path)))
     own = [path for path in head_paths(model) if path in heads]
     if own and own_head:
         _resize_output(heads, own[-1], file)
