@@ -30,7 +30,16 @@ from lora_hf.core.errors import AdapterError
 from lora_hf.core.records import RUN_CONFIG_FILE
 from lora_hf.lora.active_adapter import AdapterState, Labels
 from lora_hf.lora.fingerprint import check_base
-from lora_hf.lora.heads import has_labels, head_paths, is_random, modules_to_train, outermost, plain_module
+from lora_hf.lora.heads import (
+    has_labels,
+    head_paths,
+    input_embeddings,
+    is_random,
+    modules_to_train,
+    outermost,
+    plain_module,
+    plain_paths,
+)
 from lora_hf.lora.inject import adapter_heads, adapter_state
 from lora_hf.lora.quantization import unpack_quantized
 from lora_hf.lora.slices import diagonal_blocks
@@ -160,6 +169,7 @@ def check_fit(
     """
     if not own_head:
         _check_labels(model, file)
+    _check_vocabulary(model, file)
     owned = tuple(f"{path}." for path in heads)  # PEFT adapts no module that it trains whole
     modules = {path: each for path, each in adaptable_modules(model).items() if not f"{path}.".startswith(owned)}
     layers = read_layers(modules, file)
@@ -191,6 +201,17 @@ def check_fit(
     if file.metadata.fingerprint:
         check_base(model, file.metadata.fingerprint, str(file.folder))
     return layers, biases
+
+
+def _check_vocabulary(model: PreTrainedModel, file: AdapterFile) -> None:
+    tokens: Any = input_embeddings(model)
+    path = next((path for path in plain_paths(model) if plain_module(model, path) is tokens), None)
+    held = file.tensors.get(f"{PREFIX}{path}.weight")
+    if held is not None and held.ndim == 2 and len(held) != len(tokens.weight):
+        raise AdapterError(
+            f"{file.folder} holds a vocabulary of {len(held)} tokens, and the base has {len(tokens.weight)}: call "
+            f"resize_token_embeddings({len(held)}) on the base before load_adapter"
+        )
 
 
 def _check_labels(model: PreTrainedModel, file: AdapterFile) -> None:

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lora_hf.adapters.format import read_adapter
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError, ModelError
@@ -156,6 +157,44 @@ def test_a_resized_vocabulary_is_named_trained_and_saved(
     assert torch.allclose(
         load_adapter(larger(2), tmp_path / "adapter")(ids).logits, logits, atol=FILE_ROUNDTRIP, rtol=0
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "saved"),
+    [
+        ("llama", False, ["model.embed_tokens", "lm_head"]),
+        ("llama", True, ["model.embed_tokens", "lm_head"]),
+        ("bert", True, ["bert.embeddings.word_embeddings"]),
+    ],
+)
+def test_a_vocabulary_resized_after_inject_is_saved_with_a_warning_and_loads(
+    kind: str, tied: bool, saved: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_model(kind, 3 if kind == "bert" else None, tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+
+    def load() -> PreTrainedModel:
+        auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+        return auto.from_pretrained(tmp_path / "base").eval()
+
+    model = inject(load(), LoraConfig(r=2))
+    randomize_lora_b(model)
+    save_adapter(model, tmp_path / "before")
+    assert not caplog.text
+    model.resize_token_embeddings(103)
+    ids = torch.tensor([[7, 100, 102, 8]])
+    logits = model(ids).logits
+    save_adapter(model, tmp_path / "adapter")
+    assert "resized from 100 to 103 tokens after an adapter was added" in caplog.text
+    assert "call resize_token_embeddings before inject" in caplog.text
+    file = read_adapter(tmp_path / "adapter")
+    assert set(saved) <= set(file.config["modules_to_save"])
+    larger = load()
+    larger.resize_token_embeddings(103)
+    assert torch.allclose(load_adapter(larger, tmp_path / "adapter")(ids).logits, logits, atol=FILE_ROUNDTRIP, rtol=0)
+    with pytest.raises(
+        AdapterError, match=r"holds a vocabulary of 103 tokens, and the base has 100.*resize_token_embeddings\(103\)"
+    ):
+        load_adapter(load(), tmp_path / "adapter")
 
 
 def test_modules_to_save_are_trained_besides_the_head_and_merged(tmp_path: Path) -> None:
