@@ -136,6 +136,14 @@ def save_adapter(
         "trainable_token_indices": {path: own.ids.tolist() for path, own in rows.items()} or None,
     }
     config = peft_config(model, saved_layers, list(heads), metadata) | variant
+    if config.get("target_parameters") and config["lora_dropout"]:
+        logger.warning(
+            "lora_dropout=%g is left out of %s: PEFT has none for target_parameters, which name the projections that "
+            "it would take for experts; it only matters for further training",
+            config["lora_dropout"],
+            folder,
+        )
+        config["lora_dropout"] = 0.0
     write_adapter(Path(folder), config, tensors, metadata)
     return Path(folder)
 
