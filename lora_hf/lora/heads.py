@@ -225,6 +225,19 @@ def modules_to_train(model: PreTrainedModel, names: Sequence[str] = ()) -> list[
     return outermost(model, chosen)
 
 
+def untrained_parameters(model: PreTrainedModel, whole: Iterable[str]) -> list[str]:
+    """New parameters that no module of their own holds, so that they stay frozen; those of a base are constants.
+
+    Args:
+        whole: the modules that the adapter trains whole.
+    """
+    new = new_parameters(model)
+    if new is None:
+        of_head = model.base_model is not model and not _has_output_embeddings(model)
+        new = frozenset(name for name, _ in model.named_parameters(recurse=False) if of_head)
+    return sorted(name for name in new if not name.startswith(tuple(f"{path}." for path in whole)))
+
+
 def named_modules(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     """The modules whose path is or ends with one of the names; raises ConfigError where there is none."""
     found: list[str] = []
@@ -273,6 +286,13 @@ def _has_output_embeddings(model: PreTrainedModel) -> bool:
 def _new_modules(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
     """The largest modules outside the head of which no parameter comes from the checkpoint."""
     new = {name for name in new_parameters(model) or () if not name.startswith(tuple(f"{path}." for path in heads))}
+    loose = ", ".join(sorted(name for name in new if "." not in name))
+    if loose and model.base_model is not model:
+        raise ModelError(
+            f"{model.name_or_path or type(model).__name__}: the checkpoint does not hold {loose}, and no module of the "
+            "head does, so an adapter could neither train nor save it. Load the base without it (layer_weights: with "
+            "use_weighted_layer_sum=False), or a checkpoint that holds it"
+        )
     found, unfilled = sort_new(model, new)
     if unfilled:
         raise ModelError(

@@ -18,7 +18,7 @@ from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError, did_you_mean
 from lora_hf.lora.active_adapter import STATE_ATTRIBUTE, AdapterState, Labels
 from lora_hf.lora.adapter_dict import modules_of_base
-from lora_hf.lora.heads import has_labels, modules_to_train, new_parameters, task_type
+from lora_hf.lora.heads import has_labels, modules_to_train, new_parameters, task_type, untrained_parameters
 from lora_hf.lora.layers import AdaptedModule, Drift, LoraLinear, LoraWeights
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.quantization import QuantisedLinear, check_torchao_gradients
@@ -78,6 +78,12 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
     whole = modules_to_train(model, lora.modules_to_save)
     biases = unadapted_biases(model, ranks, whole) if lora.bias == "all" else {}
     warn_if_tied(model, ranks)
+    if untrained := untrained_parameters(model, whole):
+        logger.warning(
+            "%s: not in the checkpoint, and no module that an adapter could train and save holds them alone. They stay "
+            "frozen at their initial values",
+            comma_separated(untrained),
+        )
     variant = Variant(lora.use_rslora, lora.use_dora, start, lora.bias != "none")
     for path, (slices, r, alpha) in ranks.items():
         weights = add_weights(model, path, name, slices, r, alpha, lora.lora_dropout, variant)

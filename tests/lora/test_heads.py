@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +158,29 @@ def test_a_resized_vocabulary_is_named_trained_and_saved(
     assert torch.allclose(
         load_adapter(larger(2), tmp_path / "adapter")(ids).logits, logits, atol=FILE_ROUNDTRIP, rtol=0
     )
+
+
+def test_a_parameter_of_the_head_that_no_module_holds_is_refused_or_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The weights of wav2vec2's sum over its layers, which transformers leaves uninitialized if it loads a base."""
+    sizes: dict[str, Any] = {"conv_dim": (32,), "conv_kernel": (4,), "conv_stride": (2,), "num_conv_pos_embeddings": 4}
+    encoder = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Wav2Vec2Config(**sizes, **encoder, num_conv_pos_embedding_groups=2, classifier_proj_size=16)
+    transformers.Wav2Vec2Model(config).save_pretrained(tmp_path)
+    classifier, lora = transformers.Wav2Vec2ForSequenceClassification, LoraConfig(r=2, targets=("q_proj",))
+    inject(classifier.from_pretrained(tmp_path), lora)
+    assert "layer_weights" not in caplog.text
+    with pytest.raises(ModelError, match=r"does not hold layer_weights.*use_weighted_layer_sum=False"):
+        inject(classifier.from_pretrained(tmp_path, use_weighted_layer_sum=True), lora)
+    caplog.clear()
+    config.use_weighted_layer_sum = True
+    classifier(config).save_pretrained(tmp_path / "whole")
+    inject(classifier.from_pretrained(tmp_path / "whole"), lora)
+    assert "layer_weights" not in caplog.text
+    model = inject(classifier(config), lora)
+    assert "layer_weights: not in the checkpoint, and no module" in caplog.text
+    assert list(adapter_heads(model)) == ["projector", "classifier"]
 
 
 @pytest.mark.parametrize(
