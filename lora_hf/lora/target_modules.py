@@ -296,6 +296,13 @@ def with_stars(path: str) -> str:
 
 def _no_match(target: str, model: PreTrainedModel, modules: Mapping[str, nn.Module], prefix: str) -> str:
     kind = model.config.model_type
+    if target != "embeddings" and not _sites_of(model, ALL_LINEAR, modules, prefix):
+        kinds = {type(module).__name__ for _, module in modules_of_base(model) if not _is_projection(module)}
+        others = comma_separated(sorted(each for each in kinds if "linear" in each.lower()))
+        return (
+            f"lora.targets: LoRA cannot adapt this {kind}: beside its head it has no nn.Linear or Conv1D; its linear "
+            f"layers are of the classes: {others}. Choose another base, or train the head alone with train.method=head"
+        )
     paths = dict.fromkeys(with_stars(path.removeprefix(prefix)) for path in modules)
     if target in ROLES or target in PRESETS:
         if kind not in ARCHITECTURES:
