@@ -30,9 +30,18 @@ from lora_hf.core.errors import AdapterError
 from lora_hf.core.records import RUN_CONFIG_FILE
 from lora_hf.lora.active_adapter import AdapterState, Labels
 from lora_hf.lora.fingerprint import check_base
-from lora_hf.lora.heads import has_labels, head_paths, is_random, modules_to_train, outermost, plain_module
+from lora_hf.lora.heads import (
+    has_labels,
+    head_paths,
+    input_embeddings,
+    is_random,
+    modules_to_train,
+    outermost,
+    plain_module,
+    plain_paths,
+)
 from lora_hf.lora.inject import adapter_heads, adapter_state
-from lora_hf.lora.quantization import unpack_bitsandbytes
+from lora_hf.lora.quantization import unpack_quantized
 from lora_hf.lora.slices import diagonal_blocks
 from lora_hf.lora.target_modules import adaptable_modules
 from lora_hf.lora.variants.biases import check_no_standalone_biases, unadapted_biases
@@ -120,7 +129,7 @@ def new_heads(model: PreTrainedModel, file: AdapterFile, own_head: bool) -> dict
     missing = [path for path in modules_to_train(model) if is_random(model, path)]
     heads: dict[str, nn.Module] = {}
     for path in outermost(model, [*paths, *missing]):
-        heads[path] = unpack_bitsandbytes(copy.deepcopy(plain_module(model, path)))
+        heads[path] = unpack_quantized(copy.deepcopy(plain_module(model, path)))
     own = [path for path in head_paths(model) if path in heads]
     if own and own_head:
         _resize_output(heads, own[-1], file)
@@ -160,6 +169,7 @@ def check_fit(
     """
     if not own_head:
         _check_labels(model, file)
+    _check_vocabulary(model, file)
     owned = tuple(f"{path}." for path in heads)  # PEFT adapts no module that it trains whole
     modules = {path: each for path, each in adaptable_modules(model).items() if not f"{path}.".startswith(owned)}
     layers = read_layers(modules, file)
@@ -191,6 +201,17 @@ def check_fit(
     if file.metadata.fingerprint:
         check_base(model, file.metadata.fingerprint, str(file.folder))
     return layers, biases
+
+
+def _check_vocabulary(model: PreTrainedModel, file: AdapterFile) -> None:
+    tokens: Any = input_embeddings(model)
+    path = next((path for path in plain_paths(model) if plain_module(model, path) is tokens), None)
+    held = file.tensors.get(f"{PREFIX}{path}.weight")
+    if held is not None and held.ndim == 2 and len(held) != len(tokens.weight):
+        raise AdapterError(
+            f"{file.folder} holds a vocabulary of {len(held)} tokens, and the base has {len(tokens.weight)}: call "
+            f"resize_token_embeddings({len(held)}) on the base before load_adapter"
+        )
 
 
 def _check_labels(model: PreTrainedModel, file: AdapterFile) -> None:

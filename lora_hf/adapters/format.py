@@ -140,6 +140,7 @@ CONFIG_FIELDS: dict[str, tuple[str, Check]] = {
     "layers_to_transform": ("a number or a list of numbers", _optional(_is_numbers)),
     "lora_bias": ("true or false", _optional(_is_bool)),
     "target_modules": ("an expression or a list of names", _is_names),
+    "target_parameters": ("a list of names", _optional(_list_of(_is_str))),
     "trainable_token_indices": ("token ids, or names with token ids", _optional(_is_tokens)),
     "bias": ("one of none, all, lora_only", lambda value: value in ("none", "all", "lora_only")),
     "fan_in_fan_out": ("true or false", _optional(_is_bool)),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from lora_hf.adapters.format import CONFIG_FILE, AdapterFile, AdapterMetadata
 from lora_hf.core.errors import AdapterError
@@ -26,6 +27,10 @@ from lora_hf.lora.slices import Slice, are_disjoint, block_diagonal, diagonal_bl
 from lora_hf.lora.variants.dora import DoraWeights
 
 PREFIX = "base_model.model."  # PEFT puts this before every module path
+TARGET_FIELDS = ("target_modules", "target_parameters")
+# The model types whose former experts PEFT looks for, so that adapters from before transformers 5 load. In types with
+# the same experts (DeepSeek-V3, Qwen3-MoE, ...) it takes a `gate_proj` of any other module for theirs, too.
+_FORMER_EXPERTS = ("mixtral", "qwen2_moe")
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,9 @@ def peft_config(
     common = Counter((layer.r, layer.lora_alpha) for layer in layers).most_common(1)
     r, alpha = common[0][0] if common else (1, 1.0)
     others = [layer for layer in layers if (layer.r, layer.lora_alpha) != (r, alpha)]
-    return {
+    names = _names_in_file(model, [layer.path for layer in layers])
+    parameters = [name for path, name in names.items() if path != name]
+    fields = {
         "peft_type": "LORA",
         "task_type": task_type(model),
         "base_model_name_or_path": metadata.base,
@@ -84,13 +91,36 @@ def peft_config(
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
-        "target_modules": _path_regex([layer.path for layer in layers]),
+        "target_modules": _path_regex([path for path, name in names.items() if path == name]),
         "modules_to_save": modules_to_save or None,
         "fan_in_fan_out": model.config.model_type == "gpt2",
         "init_lora_weights": True,
-        "rank_pattern": {re.escape(layer.path): layer.r for layer in others},
-        "alpha_pattern": {re.escape(layer.path): layer.lora_alpha for layer in others},
+        "rank_pattern": {re.escape(names[layer.path]): layer.r for layer in others},
+        "alpha_pattern": {re.escape(names[layer.path]): layer.lora_alpha for layer in others},
     }
+    if not parameters:  # older versions of PEFT do not have the field
+        return fields
+    return fields | {"target_modules": fields["target_modules"] or [], "target_parameters": parameters}
+
+
+def _names_in_file(model: PreTrainedModel, paths: list[str]) -> dict[str, str]:
+    """What the config calls each path: the path or, where PEFT would take it for that of experts, its weight."""
+    taken = _names_of_experts(model.config.model_type)
+    return {path: f"{path}.weight" if path.rpartition(".")[2] in taken else path for path in paths}
+
+
+def _names_of_experts(kind: str) -> set[str]:
+    """The last segments of paths that PEFT takes for those of the router and the experts of a model type."""
+    own = [each.source_patterns for each in get_checkpoint_conversion_mapping(kind) or ()]
+    sources = [
+        name
+        for family in _FORMER_EXPERTS
+        for each in get_checkpoint_conversion_mapping(family) or ()
+        if each.source_patterns in own
+        for name in each.source_patterns
+        if name.endswith(".weight")
+    ]
+    return {"gate", *(name.split(".")[-2] for name in sources)} if sources else set()
 
 
 def _path_regex(paths: list[str]) -> str:
@@ -114,13 +144,15 @@ def read_layers(modules: Mapping[str, nn.Module], file: AdapterFile) -> list[Sav
     budget = MatchBudget()
     rank_of = _pattern_reader(file, "rank_pattern", "r", budget)
     alpha_of = _pattern_reader(file, "alpha_pattern", "lora_alpha", budget)
+    is_parameter = _target_parameters(modules, file)
     layers = []
-    for path in _target_paths(modules, file, budget):
+    for path in _target_paths(modules, file, is_parameter, budget):
         if isinstance(modules[path], nn.Embedding) and (file.config.get("use_dora") or init):
             raise AdapterError(
                 f"{source}: {path}: an embedding supports neither use_dora nor init_lora_weights=pissa or olora"
             )
-        r, alpha = rank_of(path), alpha_of(path)
+        name = f"{path}.weight" if is_parameter(path) else path
+        r, alpha = rank_of(name), alpha_of(name)
         out_features = linear_shape(modules[path])[1]
         slices = [tuple(piece) for piece in file.metadata.slices.get(path, [[0, out_features]])]
         multiplier = len(slices) * (2 if holds_init else 1)
@@ -186,8 +218,29 @@ def token_rows_in_file(model: PreTrainedModel, file: AdapterFile) -> dict[str, l
     return found
 
 
-def _target_paths(modules: Mapping[str, nn.Module], file: AdapterFile, budget: MatchBudget) -> list[str]:
-    """The paths that PEFT's `target_modules` names, as its `check_target_module_exists` reads them."""
+def _target_parameters(modules: Mapping[str, nn.Module], file: AdapterFile) -> Callable[[str], bool]:
+    """Whether PEFT's `target_parameters` names the weight of a module.
+
+    Raises:
+        AdapterError: it names something else than the weights of linear layers, such as a tensor of all experts.
+    """
+    names = file.config.get("target_parameters") or []
+    weights = [f"{path}.weight" for path, module in modules.items() if isinstance(module, nn.Linear)]
+    unknown = [name for name in names if not any(f".{weight}".endswith(f".{name}") for weight in weights)]
+    if unknown:
+        raise AdapterError(
+            f"{file.folder}/{CONFIG_FILE}: target_parameters={unknown[0]!r} not supported: expected weights of linear "
+            "layers, and ignoring it would change the outputs. Merge the adapter with the library that wrote it, and "
+            "load the merged model"
+        )
+    endings = tuple(f".{name}" for name in names)
+    return lambda path: f".{path}.weight".endswith(endings)
+
+
+def _target_paths(
+    modules: Mapping[str, nn.Module], file: AdapterFile, is_parameter: Callable[[str], bool], budget: MatchBudget
+) -> list[str]:
+    """The paths that PEFT's fields name, `target_modules` as its `check_target_module_exists` reads it."""
     targets: Any = file.config.get("target_modules")
     source = f"{file.folder}/{CONFIG_FILE}"
     excluded = _selects(file.config.get("exclude_modules") or [], f"{source}: exclude_modules", budget)
@@ -196,7 +249,8 @@ def _target_paths(modules: Mapping[str, nn.Module], file: AdapterFile, budget: M
     paths = [
         path
         for path in modules
-        if selected(path) and not excluded(path) and (in_layers is None or path in targets or in_layers(path))
+        if is_parameter(path)
+        or (selected(path) and not excluded(path) and (in_layers is None or path in targets or in_layers(path)))
     ]
     if targets and not paths:
         raise AdapterError(f"{source}: target_modules {targets!r} matches no projection of this model")

@@ -6,6 +6,7 @@ wrong shape, another base or other labels raises AdapterError and leaves the mod
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from lora_hf.adapters.peft_config import (
 from lora_hf.adapters.resolve import SavedModel, fetch_adapter
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.fingerprint import check_base, fingerprint
-from lora_hf.lora.heads import has_labels
+from lora_hf.lora.heads import has_labels, new_embeddings, plain_module
 from lora_hf.lora.inject import (
     adapter_heads,
     adapter_names,
@@ -85,11 +86,13 @@ def save_adapter(
         AdapterError: the model has no adapter of that name, or DeepSpeed has partitioned its tensors.
     """
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
-    heads = {
-        path: head.modules_to_save[name] for path, head in adapter_heads(model).items() if name in head.modules_to_save
-    }
     if name not in adapter_state(model).names:
         raise AdapterError(f"no adapter {name!r} on this model; it has: {', '.join(adapter_names(model)) or 'none'}")
+    # As copies: the two may be one tensor, which a safetensors file cannot hold under two names.
+    heads = {path: copy.deepcopy(plain_module(model, path)) for path in new_embeddings(model)}
+    heads |= {
+        path: head.modules_to_save[name] for path, head in adapter_heads(model).items() if name in head.modules_to_save
+    }
     tensors: dict[str, torch.Tensor] = {}
     for path, layer in layers.items():
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in to_peft(layer, name).items()}
@@ -133,6 +136,14 @@ def save_adapter(
         "trainable_token_indices": {path: own.ids.tolist() for path, own in rows.items()} or None,
     }
     config = peft_config(model, saved_layers, list(heads), metadata) | variant
+    if config.get("target_parameters") and config["lora_dropout"]:
+        logger.warning(
+            "lora_dropout=%g is left out of %s: PEFT has none for target_parameters, which name the projections that "
+            "it would take for experts; it only matters for further training",
+            config["lora_dropout"],
+            folder,
+        )
+        config["lora_dropout"] = 0.0
     write_adapter(Path(folder), config, tensors, metadata)
     return Path(folder)
 

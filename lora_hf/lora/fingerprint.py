@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lora_hf.core.errors import AdapterError, ModelError
 from lora_hf.lora.heads import base_prefix, new_parameters
 from lora_hf.lora.layers import LoraWeights
-from lora_hf.lora.quantization import QuantisedLinear
+from lora_hf.lora.quantization import QuantisedLinear, is_torchao
 from lora_hf.lora.variants.biases import Bias
 from lora_hf.lora.variants.tokens import TokenRows
 
@@ -105,8 +105,18 @@ def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
         for name, parameter in module.named_parameters(path, recurse=False):
             name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
             if f"{prefix}{name}" not in new:
-                tensors.setdefault(name, parameter)
+                for part, tensor in _parts(name, parameter):
+                    tensors.setdefault(part, tensor)
     return dict(sorted(tensors.items()))
+
+
+def _parts(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensor by its name; the plain tensors within one of torchao, which cannot be read as numbers."""
+    if not is_torchao(tensor):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _parts(f"{name}.{part}", getattr(tensor, part))
 
 
 def _packed_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ from lora_hf.lora.checkpoint_header import loaded_from_header
 
 logger = logging.getLogger(__name__)
 
-NEW_PARAMETERS = "lora_hf_new_parameters"  # the attribute of a model with what `new_parameters` returned first
+NEW_PARAMETERS = "lora_hf_new_parameters"  # the attribute of a model with what `new_parameters` returned last
+VOCABULARY = "lora_hf_vocabulary"  # and the attribute with the size of its vocabulary then
 WITH_LABELS = ("SEQ_CLS", "TOKEN_CLS")
 
 # PEFT's TaskType by the auto class that knows a model class; the first that does decides.
@@ -95,19 +96,47 @@ def new_parameters(model: PreTrainedModel) -> frozenset[str] | None:
                 "the vocabulary was resized from %d to %d tokens, and the checkpoint lacks the new rows: %s are "
                 "trained and saved with the adapter",
                 _saved_vocabulary(model),
-                model.config.get_text_config().vocab_size,
+                _vocabulary(model),
                 ", ".join(sorted(resized)),
             )
-        new = frozenset(parameters) - filled | resized if filled else None
-        setattr(model, NEW_PARAMETERS, new)
+        _remember(model, frozenset(parameters) - filled | resized if filled else None)
+    elif (before := getattr(model, VOCABULARY)) != (tokens := _vocabulary(model)):
+        late = _embedding_parameters(model)
+        logger.warning(
+            "the vocabulary was resized from %s to %s tokens after an adapter was added: %s are saved with it, but "
+            "were not trained. To train them, call resize_token_embeddings before inject",
+            before,
+            tokens,
+            ", ".join(sorted(late)),
+        )
+        known = getattr(model, NEW_PARAMETERS)
+        _remember(model, (_head_parameters(model) if known is None else known) | late)
     return getattr(model, NEW_PARAMETERS)
 
 
 def mark_head_as_new(model: PreTrainedModel) -> None:
     """Records that the head alone is new, for a model that was drawn at random as a whole."""
-    heads = tuple(f"{path}." for path in head_paths(model))
-    new = frozenset(name for name, _ in model.named_parameters() if name.startswith(heads)) if heads else frozenset()
+    _remember(model, _head_parameters(model))
+
+
+def new_embeddings(model: PreTrainedModel) -> list[str]:
+    """The paths of the token embeddings and the output head where a resized vocabulary has made them new."""
+    late = _embedding_parameters(model) & (new_parameters(model) or frozenset())
+    return outermost(model, {name.rpartition(".")[0] for name in late})
+
+
+def _remember(model: PreTrainedModel, new: frozenset[str] | None) -> None:
     setattr(model, NEW_PARAMETERS, new)
+    setattr(model, VOCABULARY, _vocabulary(model))
+
+
+def _vocabulary(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "vocab_size", None)
+
+
+def _head_parameters(model: PreTrainedModel) -> frozenset[str]:
+    heads = tuple(f"{path}." for path in head_paths(model))
+    return frozenset(name for name, _ in model.named_parameters() if name.startswith(heads)) if heads else frozenset()
 
 
 def _saved_vocabulary(model: PreTrainedModel) -> int | None:
@@ -163,12 +192,16 @@ def _filled_by_checkpoint(model: PreTrainedModel) -> frozenset[str]:
 
 def _resized_embeddings(model: PreTrainedModel) -> frozenset[str]:
     """The embeddings and the output head, if the vocabulary is not the one of the checkpoint."""
-    if _saved_vocabulary(model) in (None, getattr(model.config.get_text_config(), "vocab_size", None)):
+    if _saved_vocabulary(model) in (None, _vocabulary(model)):
         return frozenset()
+    return _embedding_parameters(model)
+
+
+def _embedding_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """The parameters of the token embeddings and the output head, by their names in the plain model."""
     modules = {id(module) for module in (input_embeddings(model), model.get_output_embeddings())}
     paths = [path for path, module in model.named_modules(remove_duplicate=False) if id(module) in modules]
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    return frozenset(name for name in names if name.startswith(tuple(f"{path}." for path in paths)))
+    return frozenset(name for name in _plain_parameters(model) if name.startswith(tuple(f"{path}." for path in paths)))
 
 
 def is_random(model: PreTrainedModel, path: str) -> bool:
@@ -190,6 +223,19 @@ def modules_to_train(model: PreTrainedModel, names: Sequence[str] = ()) -> list[
     heads = head_paths(model)
     chosen = {*heads, *_new_modules(model, heads), *named_modules(model, names)}
     return outermost(model, chosen)
+
+
+def untrained_parameters(model: PreTrainedModel, whole: Iterable[str]) -> list[str]:
+    """New parameters that no module of their own holds, so that they stay frozen; those of a base are constants.
+
+    Args:
+        whole: the modules that the adapter trains whole.
+    """
+    new = new_parameters(model)
+    if new is None:
+        of_head = model.base_model is not model and not _has_output_embeddings(model)
+        new = frozenset(name for name, _ in model.named_parameters(recurse=False) if of_head)
+    return sorted(name for name in new if not name.startswith(tuple(f"{path}." for path in whole)))
 
 
 def named_modules(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
@@ -240,6 +286,13 @@ def _has_output_embeddings(model: PreTrainedModel) -> bool:
 def _new_modules(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
     """The largest modules outside the head of which no parameter comes from the checkpoint."""
     new = {name for name in new_parameters(model) or () if not name.startswith(tuple(f"{path}." for path in heads))}
+    loose = ", ".join(sorted(name for name in new if "." not in name))
+    if loose and model.base_model is not model:
+        raise ModelError(
+            f"{model.name_or_path or type(model).__name__}: the checkpoint does not hold {loose}, and no module of the "
+            "head does, so an adapter could neither train nor save it. Load the base without it (layer_weights: with "
+            "use_weighted_layer_sum=False), or a checkpoint that holds it"
+        )
     found, unfilled = sort_new(model, new)
     if unfilled:
         raise ModelError(

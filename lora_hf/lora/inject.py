@@ -18,10 +18,10 @@ from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError, did_you_mean
 from lora_hf.lora.active_adapter import STATE_ATTRIBUTE, AdapterState, Labels
 from lora_hf.lora.adapter_dict import modules_of_base
-from lora_hf.lora.heads import has_labels, modules_to_train, new_parameters, task_type
+from lora_hf.lora.heads import has_labels, modules_to_train, new_parameters, task_type, untrained_parameters
 from lora_hf.lora.layers import AdaptedModule, Drift, LoraLinear, LoraWeights
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
-from lora_hf.lora.quantization import QuantisedLinear, refuse_torchao
+from lora_hf.lora.quantization import QuantisedLinear, check_torchao_gradients
 from lora_hf.lora.slices import Slices
 from lora_hf.lora.target_modules import Site, comma_separated, plan, ranks_and_alphas
 from lora_hf.lora.variants.biases import add_biases, check_no_standalone_biases, unadapted_biases, unwrap_biases
@@ -51,7 +51,7 @@ def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> P
     What the checkpoint did not fill is copied, trained and saved like the head (`heads.modules_to_train`).
 
     Raises:
-        ModelError: as `plan`; also weights that torchao has quantized.
+        ModelError: as `plan`; also weights that torchao has quantized for inference only.
         ConfigError: as `plan`; also a rank above the smaller side of a projection.
         AdapterError: the model already has an adapter of that name, or the name cannot be one.
     """
@@ -78,6 +78,12 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
     whole = modules_to_train(model, lora.modules_to_save)
     biases = unadapted_biases(model, ranks, whole) if lora.bias == "all" else {}
     warn_if_tied(model, ranks)
+    if untrained := untrained_parameters(model, whole):
+        logger.warning(
+            "%s: not in the checkpoint, and no module that an adapter could train and save holds them alone. They stay "
+            "frozen at their initial values",
+            comma_separated(untrained),
+        )
     variant = Variant(lora.use_rslora, lora.use_dora, start, lora.bias != "none")
     for path, (slices, r, alpha) in ranks.items():
         weights = add_weights(model, path, name, slices, r, alpha, lora.lora_dropout, variant)
@@ -307,8 +313,8 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def check_new_adapter(model: nn.Module, name: str) -> None:
-    """Raises AdapterError if `name` is taken or cannot be the name of a submodule, ModelError for a base of torchao."""
-    refuse_torchao(model)
+    """Raises AdapterError if `name` is taken or cannot be used, ModelError if the base gives no gradients."""
+    check_torchao_gradients(model)
     if name in adapter_names(model):
         raise AdapterError(f"the model already has an adapter named {name!r}; choose another name")
     if not name or "." in name or hasattr(nn.ModuleDict(), name):

@@ -20,7 +20,7 @@ from lora_hf.lora.kernels.fused import Weight, can_fuse, lora_linear
 from lora_hf.lora.kernels.grouped import Pair, Stack, add_grouped
 from lora_hf.lora.kernels.reference import add_lora
 from lora_hf.lora.precision import keep_dtype
-from lora_hf.lora.quantization import QuantisedLinear
+from lora_hf.lora.quantization import QuantisedLinear, is_torchao
 from lora_hf.lora.slices import Slices, block_diagonal, slice_width, split_slices
 
 TRANSPOSED = (Conv1D, nn.Embedding)  # whose weight is (in, out)
@@ -285,9 +285,10 @@ class LoraLinear(AdaptedModule):
         base = self.base_layer
         if isinstance(base, QuantisedLinear):
             return base.dequantise()
-        if base.weight.dtype not in WHOLE:
+        if base.weight.dtype not in WHOLE or is_torchao(base.weight):
+            kind = type(base.weight).__name__ if is_torchao(base.weight) else base.weight.dtype
             raise AdapterError(
-                f"{type(base).__name__}: its weight is packed ({base.weight.dtype}), so it can be neither merged nor "
+                f"{type(base).__name__}: its weight is packed ({kind}), so it can be neither merged nor "
                 "decomposed; use the adapter beside the base, or load the base unquantized and quantize with lora_hf"
             )
         return (base.weight.T if isinstance(base, TRANSPOSED) else base.weight).detach().float()

@@ -13,7 +13,7 @@ from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import AdapterState, BatchRouting
 from lora_hf.lora.adapter_dict import AdapterDict
 from lora_hf.lora.precision import keep_dtype
-from lora_hf.lora.quantization import unpack_bitsandbytes
+from lora_hf.lora.quantization import unpack_quantized
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -29,7 +29,7 @@ class ModulesToSaveWrapper(nn.Module):
     def __init__(self, original_module: nn.Module, adapter_state: AdapterState, within_base: bool = False) -> None:
         super().__init__()
         # A packed module could not be trained, and a cast of its inputs to the type of its weights would destroy them.
-        self.original_module: Any = unpack_bitsandbytes(original_module).requires_grad_(False)
+        self.original_module: Any = unpack_quantized(original_module).requires_grad_(False)
         self.modules_to_save: Any = AdapterDict()
         self.adapter_state = adapter_state
         self.within_base = within_base

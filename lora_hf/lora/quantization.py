@@ -138,10 +138,17 @@ def unpack(packed: Mapping[str, Tensor], scheme: str, shape: tuple[int, int], dt
     return library.dequantize_4bit(packed["values"], state).reshape(shape)
 
 
-def unpack_bitsandbytes(module: nn.Module) -> nn.Module:
-    """The module with plain projections where transformers has packed them (`BitsAndBytesConfig`), else unchanged."""
+def is_torchao(weight: object) -> bool:
+    """Whether torchao has packed this tensor; its `shape` and `dtype` are those of the original all the same."""
+    return type(weight).__module__.partition(".")[0] == "torchao"
+
+
+def unpack_quantized(module: nn.Module) -> nn.Module:
+    """The module with plain weights where transformers has packed them (`BitsAndBytesConfig`, `TorchAoConfig`)."""
     for path, layer in list(module.named_modules()):
         packed: Any = layer
+        if is_torchao(getattr(packed, "weight", None)):
+            packed.weight = nn.Parameter(packed.weight.dequantize())
         if type(getattr(packed, "weight", None)).__name__ not in ("Params4bit", "Int8Params"):
             continue
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
@@ -157,16 +164,38 @@ def unpack_bitsandbytes(module: nn.Module) -> nn.Module:
     return module
 
 
-def refuse_torchao(model: nn.Module) -> None:
-    """Raises ModelError if torchao has quantized a weight: its tensors lack the products and sums that LoRA needs."""
+def check_torchao_gradients(model: nn.Module) -> None:
+    """Raises ModelError if a projection that torchao has quantized gives its input no gradient.
+
+    Kinds that quantize the input as well lose it without an error, and some 4-bit kernels have no derivative.
+    """
+    tried = set()
     for path, module in modules_of_base(model):
-        kinds = [type(parameter) for parameter in module.parameters(recurse=False)]
-        kind = next((each for each in kinds if each.__module__.partition(".")[0] == "torchao"), None)
-        if kind is not None:
+        weight: Any = getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear) or not is_torchao(weight):
+            continue
+        kind = (type(weight), weight.shape, repr(weight.__tensor_flatten__()[1]))
+        if kind not in tried and (reason := _lost_gradient(module)):
             raise ModelError(
-                f"{path}: torchao has quantized this weight ({kind.__name__}), which cannot be adapted; load the base "
-                "without TorchAoConfig and call lora_hf.quantise on it, or load it with BitsAndBytesConfig"
+                f"{path}: torchao has quantized this weight ({type(weight).__name__}) for inference only: {reason}. "
+                "Load the base with a weight-only config, such as Int8WeightOnlyConfig or Float8WeightOnlyConfig, or "
+                "with BitsAndBytesConfig; or load it without one and call lora_hf.quantise on it"
             )
+        tried.add(kind)
+
+
+def _lost_gradient(layer: nn.Linear) -> str:
+    """Why the input of a layer gets no gradient; empty if it gets one."""
+    weight: Any = layer.weight
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(1, layer.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
+        try:
+            y = linear(x, weight)
+            if y.requires_grad:
+                y.sum().backward()
+        except (RuntimeError, NotImplementedError) as error:
+            return str(error).partition("\n")[0]
+    return "" if x.grad is not None else "its input gets no gradient"
 
 
 def multiply_integers(x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:

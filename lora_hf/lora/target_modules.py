@@ -32,6 +32,7 @@ from lora_hf.lora.path_patterns import PathPattern
 from lora_hf.lora.quantization import QuantisedLinear
 from lora_hf.lora.role_guesses import guess_roles
 from lora_hf.lora.slices import Slice, are_disjoint, slice_width
+from lora_hf.lora.uncalled_modules import uncalled_modules
 from lora_hf.lora.variants.embedding import embeddings_path
 from lora_hf.lora.wrappers import unwrap_model
 
@@ -70,9 +71,10 @@ def plan(model: PreTrainedModel, lora: LoraConfig) -> list[Site]:
     layers = None if lora.layers is None else _layer_numbers(lora.layers, modules)
     sites: dict[Site, None] = {}
     for target in dict.fromkeys(lora.targets):
-        matches = _sites_of(model, target, modules, prefix)
-        if not matches:
+        found = _sites_of(model, target, modules, prefix)
+        if not found:
             raise ConfigError(_no_match(target, model, modules, prefix))
+        matches = _without_uncalled(model, target, found)
         chosen = [site for site in matches if layers is None or layer_of(site.path) in layers]
         if not chosen:
             numbers = comma_separated(map(str, lora.layers or ()))
@@ -85,6 +87,20 @@ def plan(model: PreTrainedModel, lora: LoraConfig) -> list[Site]:
     if model.config.model_type not in ARCHITECTURES and any(site.role in ROLES for site in ordered):
         logger.warning("%s", describe_guesses(model.config.model_type, ordered, prefix))
     return ordered
+
+
+def _without_uncalled(model: PreTrainedModel, target: str, sites: list[Site]) -> list[Site]:
+    """The sites whose modules the model calls; the others are logged, or refused if the target names no more."""
+    uncalled = uncalled_modules(model, [site.path for site in sites])
+    if uncalled:
+        paths = comma_separated(dict.fromkeys(map(with_stars, uncalled)))
+        reason = f"{comma_separated(dict.fromkeys(uncalled.values()))} reads the weight and never calls the module"
+        if len(uncalled) == len(sites):
+            raise ConfigError(
+                f"lora.targets: {target!r} names {paths}, where an adapter would have no effect: {reason}"
+            )
+        logger.warning("%s: %s are not adapted: %s, so an adapter would have no effect", target, paths, reason)
+    return [site for site in sites if site.path not in uncalled]
 
 
 def _warn_of_refused_roles(kind: str, targets: Iterable[str]) -> None:
@@ -280,6 +296,13 @@ def with_stars(path: str) -> str:
 
 def _no_match(target: str, model: PreTrainedModel, modules: Mapping[str, nn.Module], prefix: str) -> str:
     kind = model.config.model_type
+    if target != "embeddings" and not _sites_of(model, ALL_LINEAR, modules, prefix):
+        kinds = {type(module).__name__ for _, module in modules_of_base(model) if not _is_projection(module)}
+        others = comma_separated(sorted(each for each in kinds if "linear" in each.lower()))
+        return (
+            f"lora.targets: LoRA cannot adapt this {kind}: beside its head it has no nn.Linear or Conv1D; its linear "
+            f"layers are of the classes: {others}. Choose another base, or train the head alone with train.method=head"
+        )
     paths = dict.fromkeys(with_stars(path.removeprefix(prefix)) for path in modules)
     if target in ROLES or target in PRESETS:
         if kind not in ARCHITECTURES:

@@ -152,6 +152,50 @@ def test_an_unknown_key_of_train_points_to_the_trainer_arguments() -> None:
     assert "transformers.TrainingArguments go under train.hf" in problem("glue_mnli.yaml", "train.fsdp=true")
 
 
+AXOLOTL = """
+base_model: NousResearch/Llama-3.2-1B
+load_in_8bit: true
+datasets:
+  - path: teknium/GPT4-LLM-Cleaned
+    type: alpaca
+val_set_size: 0.1
+adapter: lora
+sequence_len: 2048
+lora_r: 16
+lora_alpha: 32
+lora_target_modules: [gate_proj, down_proj]
+gradient_accumulation_steps: 2
+micro_batch_size: 2
+num_epochs: 1
+optimizer: adamw_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+"""
+LLAMA_FACTORY = """
+model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
+stage: sft
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: alpaca_en_demo
+template: llama3
+cutoff_len: 2048
+max_samples: 1000
+output_dir: saves/llama3-8b/lora/sft
+per_device_train_batch_size: 1
+num_train_epochs: 3.0
+"""
+
+
+@pytest.mark.parametrize("text", [AXOLOTL, LLAMA_FACTORY])
+def test_a_config_of_another_tool_is_answered_with_the_key_for_each_of_its_own(recipe: Path, text: str) -> None:
+    recipe.write_text(text)
+    names = [line.partition(":")[0] for line in text.splitlines() if line[:1].isalpha()]
+    problems = problem(recipe).splitlines()[1:]
+    assert [line.strip().partition(": unknown section (did you mean the key '")[0] for line in problems] == names
+    assert "  lora_r: unknown section (did you mean the key 'lora.r'?)" in problems or text is LLAMA_FACTORY
+
+
 def test_every_alias_leads_to_a_key() -> None:
     from transformers import TrainingArguments
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lora_hf.adapters.format import read_adapter
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError, ModelError
@@ -156,6 +158,67 @@ def test_a_resized_vocabulary_is_named_trained_and_saved(
     assert torch.allclose(
         load_adapter(larger(2), tmp_path / "adapter")(ids).logits, logits, atol=FILE_ROUNDTRIP, rtol=0
     )
+
+
+def test_a_parameter_of_the_head_that_no_module_holds_is_refused_or_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The weights of wav2vec2's sum over its layers, which transformers leaves uninitialized if it loads a base."""
+    sizes: dict[str, Any] = {"conv_dim": (32,), "conv_kernel": (4,), "conv_stride": (2,), "num_conv_pos_embeddings": 4}
+    encoder = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Wav2Vec2Config(**sizes, **encoder, num_conv_pos_embedding_groups=2, classifier_proj_size=16)
+    transformers.Wav2Vec2Model(config).save_pretrained(tmp_path)
+    classifier, lora = transformers.Wav2Vec2ForSequenceClassification, LoraConfig(r=2, targets=("q_proj",))
+    inject(classifier.from_pretrained(tmp_path), lora)
+    assert "layer_weights" not in caplog.text
+    with pytest.raises(ModelError, match=r"does not hold layer_weights.*use_weighted_layer_sum=False"):
+        inject(classifier.from_pretrained(tmp_path, use_weighted_layer_sum=True), lora)
+    caplog.clear()
+    config.use_weighted_layer_sum = True
+    classifier(config).save_pretrained(tmp_path / "whole")
+    inject(classifier.from_pretrained(tmp_path / "whole"), lora)
+    assert "layer_weights" not in caplog.text
+    model = inject(classifier(config), lora)
+    assert "layer_weights: not in the checkpoint, and no module" in caplog.text
+    assert list(adapter_heads(model)) == ["projector", "classifier"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "saved"),
+    [
+        ("llama", False, ["model.embed_tokens", "lm_head"]),
+        ("llama", True, ["model.embed_tokens", "lm_head"]),
+        ("bert", True, ["bert.embeddings.word_embeddings"]),
+    ],
+)
+def test_a_vocabulary_resized_after_inject_is_saved_with_a_warning_and_loads(
+    kind: str, tied: bool, saved: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_model(kind, 3 if kind == "bert" else None, tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+
+    def load() -> PreTrainedModel:
+        auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+        return auto.from_pretrained(tmp_path / "base").eval()
+
+    model = inject(load(), LoraConfig(r=2))
+    randomize_lora_b(model)
+    save_adapter(model, tmp_path / "before")
+    assert not caplog.text
+    model.resize_token_embeddings(103)
+    ids = torch.tensor([[7, 100, 102, 8]])
+    logits = model(ids).logits
+    save_adapter(model, tmp_path / "adapter")
+    assert "resized from 100 to 103 tokens after an adapter was added" in caplog.text
+    assert "call resize_token_embeddings before inject" in caplog.text
+    file = read_adapter(tmp_path / "adapter")
+    assert set(saved) <= set(file.config["modules_to_save"])
+    larger = load()
+    larger.resize_token_embeddings(103)
+    assert torch.allclose(load_adapter(larger, tmp_path / "adapter")(ids).logits, logits, atol=FILE_ROUNDTRIP, rtol=0)
+    with pytest.raises(
+        AdapterError, match=r"holds a vocabulary of 103 tokens, and the base has 100.*resize_token_embeddings\(103\)"
+    ):
+        load_adapter(load(), tmp_path / "adapter")
 
 
 def test_modules_to_save_are_trained_besides_the_head_and_merged(tmp_path: Path) -> None:

@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    IBertConfig,
+    IBertForSequenceClassification,
+)
 
 from lora_hf.core.config.schema import ROLES, LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError
@@ -294,6 +301,19 @@ def test_the_roles_of_an_unknown_type_are_guessed_and_shown(caplog: pytest.LogCa
         ConfigError, match=r"no name of its modules tells the role 'q'.*: c_attn, c_proj, c_fc, lm_head$"
     ):
         plan(small_model("gpt_bigcode"), LoraConfig(targets=("q",)))  # c_attn fuses q, k and v
+
+
+@pytest.mark.parametrize("target", ["q", "all", "all-linear", "query"])
+def test_a_model_without_a_plain_projection_cannot_be_adapted(target: str) -> None:
+    """I-BERT multiplies integers in layers of its own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = IBertForSequenceClassification(IBertConfig(**sizes, vocab_size=100))
+    with pytest.raises(ConfigError) as error:
+        inject(model, LoraConfig(r=2, targets=(target,)))
+    message = str(error.value)
+    assert all(word in message for word in ("LoRA cannot adapt this ibert", "QuantLinear", "train.method=head"))
+    assert "classes: QuantLinear. Choose" in message
+    assert "all-linear" not in message
 
 
 def test_a_rank_above_the_layer_and_a_taken_or_impossible_name_are_refused() -> None:

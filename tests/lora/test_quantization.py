@@ -532,33 +532,3 @@ def test_a_model_that_transformers_loaded_packed_is_trained_saved_and_loaded(
     save_adapter(model, tmp_path / "adapter")
     loaded = load_adapter(packed(), tmp_path / "adapter")
     assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
-def test_a_model_that_transformers_loaded_with_torchao_is_refused_unchanged(tmp_path: Path) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
-    from transformers import TorchAoConfig
-
-    small_model("llama", 3).save_pretrained(tmp_path)
-    quantization = TorchAoConfig(Int8WeightOnlyConfig())
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=quantization)
-    modules = dict(model.named_modules())
-    with pytest.raises(ModelError, match="torchao"):
-        inject(model, LoraConfig(r=2))
-    assert dict(model.named_modules()) == modules
-
-
-def test_a_weight_of_torchao_names_what_to_do_instead(tmp_path: Path) -> None:
-    class Int8Tensor(torch.Tensor):
-        __module__ = "torchao.quantization.quantize_.workflows"
-
-    adapter = save_adapter(inject(small_model("llama"), LoraConfig(r=2, targets=("q",))), tmp_path / "adapter")
-    model = small_model("llama")
-    path, layer = next((path, each) for path, each in model.named_modules() if isinstance(each, nn.Linear))
-    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Int8Tensor), requires_grad=False)
-    for change in (lambda: inject(model, LoraConfig(r=2)), lambda: load_adapter(model, adapter)):
-        with pytest.raises(ModelError) as error:
-            change()
-        for word in (path, "torchao", "Int8Tensor", "lora_hf.quantise", "BitsAndBytesConfig"):
-            assert word in str(error.value)
-    assert not lora_layers(model)

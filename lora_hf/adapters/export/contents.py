@@ -19,7 +19,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_hf.adapters.fit import check_shapes
 from lora_hf.adapters.format import WEIGHTS_FILE, AdapterFile, base_of, read_adapter
-from lora_hf.adapters.peft_config import PREFIX, base_dependent_init, expected_shapes, factor_keys, read_layers
+from lora_hf.adapters.peft_config import (
+    PREFIX,
+    TARGET_FIELDS,
+    base_dependent_init,
+    expected_shapes,
+    factor_keys,
+    read_layers,
+)
 from lora_hf.adapters.resolve import fetch_adapter, run_config
 from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import AdapterError
@@ -184,7 +191,7 @@ def _split(file: AdapterFile, model: PreTrainedModel) -> tuple[list[Layer], dict
     modules, use_dora = adaptable_modules(model), bool(file.config.get("use_dora"))
     rest = {key.removeprefix(PREFIX): tensor for key, tensor in file.tensors.items()}
     layers, extras = [], dict[str, list[str]]()
-    saved_layers = read_layers(modules, file) if file.config.get("target_modules") else []
+    saved_layers = read_layers(modules, file) if any(map(file.config.get, TARGET_FIELDS)) else []
     shapes: dict[str, tuple[int, ...]] = {}
     for saved in saved_layers:
         expected = expected_shapes(modules[saved.path], saved.r, use_dora)

@@ -1,4 +1,4 @@
-"""Hints for unknown keys: the names that transformers, peft and their example scripts use."""
+"""Hints for unknown keys: the names that transformers, peft, their example scripts, axolotl and LLaMA-Factory use."""
 
 from __future__ import annotations
 
@@ -43,23 +43,38 @@ REFUSED_FIELDS = {
     "remove_unused_columns": "the rows are encoded already, and hold what the model reads",
 }
 
-# What people write in any section, by the key that they mean.
+# What people write in any section, or without one as in axolotl and LLaMA-Factory, by the key that they mean.
 _OTHER_NAMES = {
-    "train.batch_size": ("train_batch_size",),
-    "train.patience": ("early_stopping_patience",),
+    "train.method": ("adapter", "finetuning_type", "use_peft"),
+    "train.epochs": ("num_epochs",),
+    "train.batch_size": ("train_batch_size", "micro_batch_size"),
+    "train.schedule": ("lr_scheduler",),
+    "train.patience": ("early_stopping_patience", "early_stopping_steps"),
+    "train.start_from": ("lora_model_dir", "adapter_name_or_path"),
+    "train.hf.optim": ("optimizer",),
     "output.overwrite": ("overwrite_output_dir",),
-    "lora.r": ("rank", "lora_r"),
+    "lora.r": ("rank", "lora_r", "lora_rank"),
     "lora.lora_alpha": ("alpha",),
     "lora.lora_dropout": ("dropout",),
-    "lora.targets": ("target_modules",),
-    "lora.layers": ("layers_to_transform",),
-    "model.name": ("model_name", "model_name_or_path", "base_model_name_or_path"),
-    "model.revision": ("model_revision",),
-    "model.tokenizer": ("tokenizer_name",),
+    "lora.targets": ("target_modules", "lora_target_modules", "lora_target_linear", "lora_target"),
+    "lora.layers": ("layers_to_transform", "lora_layers_to_transform", "peft_layers_to_transform"),
+    "lora.modules_to_save": ("lora_modules_to_save", "additional_target"),
+    "lora.use_dora": ("peft_use_dora",),
+    "lora.use_rslora": ("peft_use_rslora",),
+    "lora.init_lora_weights": ("peft_init_lora_weights", "pissa_init"),
+    "model.name": ("model_name", "model_name_or_path", "base_model_name_or_path", "base_model"),
+    "model.revision": ("model_revision", "revision_of_model"),
+    "model.tokenizer": ("tokenizer_name", "tokenizer_name_or_path", "tokenizer_config"),
     "model.precision": ("dtype", "torch_dtype", "bf16", "fp16"),
-    "model.quantised": ("load_in_4bit", "load_in_8bit"),
-    "task.name": ("task_name", "dataset_name"),
-    "task.max_length": ("max_seq_length",),
+    "model.quantised": ("load_in_4bit", "load_in_8bit", "quantization_bit"),
+    "task.name": ("task_name", "dataset_name", "dataset"),
+    "task.kind": ("stage",),
+    "task.data_dir": ("datasets", "dataset_dir"),
+    "task.max_length": ("max_seq_length", "sequence_len", "cutoff_len"),
+    "task.train_rows": ("max_samples", "max_train_samples"),
+    "task.validation": ("val_set_size", "val_size"),
+    "task.train_on": ("train_on_inputs", "train_on_prompt", "mask_history"),
+    "task.chat_template": ("template",),
 }
 _TRAINER_ARGUMENTS = ("adam_beta1", "adam_beta2", "adam_epsilon", "gradient_checkpointing", "logging_steps", "optim",
                       "report_to", "save_steps", "save_total_limit", "torch_compile")  # fmt: skip
@@ -80,6 +95,14 @@ def find_keys(word: str, known: Mapping[str, Collection[str]]) -> list[str]:
     if word in KEY_ALIASES:
         keys.append(KEY_ALIASES[word])
     return list(dict.fromkeys(keys))
+
+
+def hint_for_section(name: str, known: Mapping[str, Collection[str]]) -> str:
+    """Returns what to add to the message about an unknown section: the keys that are meant, or the nearest."""
+    meant = find_keys(name, known)
+    if meant:
+        return f" (did you mean the key {' or '.join(map(repr, meant))}?)"
+    return f"{did_you_mean(name, known)}; expected {', '.join(known)}"
 
 
 def hint_for_key(section: str, key: str, known: Mapping[str, Collection[str]]) -> str:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lora_hf.core.config.fields import Section, build_section, field_types, setting
-from lora_hf.core.config.hints import OWN_KEYS, REFUSED_FIELDS, hint_for_key
+from lora_hf.core.config.hints import OWN_KEYS, REFUSED_FIELDS, hint_for_key, hint_for_section
 from lora_hf.core.errors import ConfigError, did_you_mean
 
 ROLES = ("q", "k", "v", "o", "ffn_up", "ffn_gate", "ffn_down")
@@ -345,7 +345,7 @@ class RunConfig:
         problems, built = [], {}
         for name, values in sections.items():
             if name not in kinds:
-                problems.append(f"{name}: unknown section{did_you_mean(str(name), kinds)}; expected {', '.join(kinds)}")
+                problems.append(f"{name}: unknown section{hint_for_section(str(name), known_keys())}")
                 continue
             hint = partial(hint_for_key, name, known=known_keys())
             built[name], wrong = build_section(kinds[name], {} if values is None else values, hint)

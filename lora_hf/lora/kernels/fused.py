@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from lora_hf.core.errors import ConfigError
 from lora_hf.lora.kernels.dropout import STEPS, dropout_mask, round_dropout
+from lora_hf.lora.quantization import is_torchao
 from lora_hf.lora.slices import Slices, block_diagonal, diagonal_blocks
 
 # A frozen weight, or the function that unpacks it to a precision for each product, so that it is not kept in between.
@@ -78,7 +79,7 @@ def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:
     """Whether `lora_linear` can replace the reference: a frozen projection in the precision of x, without autocast."""
     tensors = [tensor for tensor in (weight, bias) if isinstance(tensor, Tensor)]
     is_frozen = all(not tensor.requires_grad and tensor.dtype == x.dtype for tensor in tensors)
-    return is_frozen and not torch.is_autocast_enabled(x.device.type)
+    return is_frozen and not is_torchao(weight) and not torch.is_autocast_enabled(x.device.type)
 
 
 def _project(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
