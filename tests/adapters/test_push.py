@@ -147,6 +147,7 @@ def test_a_refusal_is_one_message_and_nothing_is_pushed(refusal: str, hub: Hub, 
     assert not any(repository.files for repository in hub.repositories.values())
 
 
+@pytest.mark.full
 def test_a_connection_that_breaks_leaves_no_half_push(hub: Hub, adapter: Path, tmp_path: Path) -> None:
     hub.breaks = lambda request: 0 if "/commit/" in request else None
     done = hub.ask(tmp_path, "push", "--adapter", adapter, "--repo-id", NAME, code=2)

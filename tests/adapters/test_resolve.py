@@ -155,6 +155,7 @@ def test_what_cannot_be_pulled_is_one_quick_message(mistake: str, hub: Hub, tmp_
     assert not snapshots(tmp_path / "home")
 
 
+@pytest.mark.full
 def test_a_download_that_breaks_once_becomes_whole(hub: Hub, tmp_path: Path) -> None:
     left = [50_000]
     hub.breaks = lambda request: left.pop() if request == weights_request(hub) and left else None

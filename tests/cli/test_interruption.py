@@ -93,7 +93,9 @@ def test_before_training_it_stops_at_once_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
-@pytest.mark.parametrize("moment", AFTER_TRAINING)
+@pytest.mark.parametrize(
+    "moment", [pytest.param(each, marks=() if "writing" in each else pytest.mark.full) for each in AFTER_TRAINING]
+)
 def test_after_training_it_stops_at_once_and_the_run_goes_on_from_its_last_step(
     moment: str, kind: signal.Signals, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

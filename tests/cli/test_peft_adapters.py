@@ -63,7 +63,9 @@ def save_peft(base: Path, task_type: str, targets: list[str], **head: Any) -> tu
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("labels", [None, 1, 2, 5])
+@pytest.mark.parametrize(
+    "labels", [None, pytest.param(1, marks=pytest.mark.full), 2, pytest.param(5, marks=pytest.mark.full)]
+)
 def test_merging_gives_their_logits(labels: int | None, tmp_path: Path) -> None:
     causal = labels is None
     base = base_folder(tmp_path, "tiny-gpt2" if causal else "tiny-roberta")

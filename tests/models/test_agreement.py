@@ -164,7 +164,7 @@ def test_a_config_that_fits_nothing_is_one_message(tmp_path: Path, config: Any) 
             load_base(ModelConfig(name=str(folder), precision="fp32", init=init), SST2)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["classification", "generation"])
+@pytest.mark.parametrize("kind", ["classification", pytest.param("generation", marks=pytest.mark.full)])
 def test_training_on_hostile_rows_and_settings(tmp_path: Path, kind: str) -> None:
     """Padding in front, no length, an empty and a long text: it trains. A token without an embedding: exit code 2."""
     base = tmp_path / "base"

@@ -130,7 +130,12 @@ def test_waiting_requests_share_batches(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "decoding", [{}, {"num_beams": 3, "length_penalty": 0.8}, {"temperature": 1.3, "top_k": 40, "seed": 5}]
+    "decoding",
+    [
+        {},
+        pytest.param({"num_beams": 3, "length_penalty": 0.8}, marks=pytest.mark.full),
+        {"temperature": 1.3, "top_k": 40, "seed": 5},
+    ],
 )
 def test_texts_match_generate(decoding: dict[str, Any], folders: dict[str, Path]) -> None:
     with served(folders, "w", "x") as engine:

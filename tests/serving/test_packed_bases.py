@@ -64,6 +64,7 @@ def test_texts_come_from_the_base_as_it_was_loaded(form: dict[str, Any], tmp_pat
     assert [each.score for each in found] == pytest.approx([each.score for each in wanted], abs=2e-2)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.get("quantised", form["precision"]))
 def test_exact_is_fp32(form: dict[str, Any], tmp_path: Path) -> None:
     saved = find_saved_model(save(tmp_path, "rule-restaurants", form))

@@ -107,7 +107,8 @@ def test_checkpoints_hold_the_adapter_alone_and_the_best_is_the_one_in_memory(
     assert any(not torch.equal(in_memory[key], last[key]) for key in last)
 
 
-@pytest.mark.parametrize("best", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.full
+@pytest.mark.parametrize("best", [1, 2])
 def test_the_evaluation_of_the_best_weights_is_not_made_again(
     best: int, tmp_path: Path, few_rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

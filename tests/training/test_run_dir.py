@@ -86,6 +86,7 @@ def test_what_concerns_no_step_may_change(
     assert again.record.metrics == finished.record.metrics
 
 
+@pytest.mark.full
 def test_a_finished_run_and_newer_checkpoints_stay(finished: Run, rows: dict[str, Any]) -> None:
     checkpoint = finished.folder / "checkpoints" / "checkpoint-2"
     before = content(finished.folder)

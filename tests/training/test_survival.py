@@ -174,6 +174,7 @@ def test_the_command_ends_with_the_code_of_its_signal(tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
+@pytest.mark.full
 def test_a_damaged_newest_checkpoint_is_gone_back_from(
     whole: Run, rows: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
