@@ -82,14 +82,21 @@ def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:
     return is_frozen and not is_torchao(weight) and not torch.is_autocast_enabled(x.device.type)
 
 
-def _project(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    return linear(x, weight if isinstance(weight, Tensor) else weight(x.dtype), bias)
+def _unpacked(weight: Weight, dtype: torch.dtype) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight(dtype)
+
+
+def _project(inputs: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
+    if bias is None:
+        torch.mm(inputs, weight.T, out=output)
+    else:
+        torch.addmm(bias, inputs, weight.T, out=output)
 
 
 def _without_gradients(
     x: Tensor, weight: Weight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, slices: Slices
 ) -> Tensor:
-    output = _project(x, weight, bias)
+    output = linear(x, _unpacked(weight, x.dtype), bias)
     y = output.view(output.shape[:-1].numel(), output.shape[-1])
     up = block_diagonal(lora_B.to(x.dtype), slices, y.shape[1])
     y.addmm_(x.reshape(len(y), x.shape[-1]) @ lora_A.to(x.dtype).T, up.T, alpha=scaling)
@@ -113,9 +120,11 @@ class _LoraLinear(torch.autograd.Function):
         inputs = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         tensor = weight if isinstance(weight, Tensor) else None
         ctx.unpacker = None if isinstance(weight, Tensor) else weight
-        # Not a view: some models go on in place, which autograd refuses for a view that a function returns.
-        output = _project(x, weight, bias)
-        y = output.view(len(inputs), output.shape[-1])
+        frozen = _unpacked(weight, x.dtype)
+        # Some models go on in place, which autograd refuses for a view, such as `linear` returns if there is a bias.
+        output = x.new_empty(*x.shape[:-1], len(frozen))
+        y = output.view(len(inputs), len(frozen))
+        _project(inputs, frozen, bias, y)
         down, up = lora_A.to(x.dtype), block_diagonal(lora_B.to(x.dtype), slices, y.shape[1])
         mask, ctx.philox = (keep, None) if keep is None or isinstance(keep, Tensor) else (None, keep)
         if ctx.philox is not None:

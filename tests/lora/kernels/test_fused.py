@@ -107,6 +107,17 @@ def test_gradients_come_in_the_masters_precision_and_only_where_asked(dtype: tor
     assert a.grad.dtype == b.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("shape", [(9, 5), (2, 3, 5)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_model_may_change_the_output_in_place(shape: tuple[int, ...], has_bias: bool) -> None:
+    torch.manual_seed(0)
+    x, bias = draw(*shape, dtype=torch.float32), draw(7, dtype=torch.float32, frozen=True) if has_bias else None
+    weight, (a, b) = draw(7, 5, dtype=torch.float32, frozen=True), parameters(SLICES["whole"], torch.float32)
+    lora_linear(x, weight, bias, a, b, SCALING, SLICES["whole"]).mul_(2).sum().backward()
+    halved = torch.autograd.grad(lora_linear(x, weight, bias, a, b, SCALING, SLICES["whole"]).sum(), (x, a, b))
+    assert all(torch.equal(each.grad, 2 * half) for each, half in zip((x, a, b), halved, strict=True))
+
+
 def test_one_input_is_saved_once_for_three_projections() -> None:
     torch.manual_seed(0)
     x = draw(64, 5, dtype=torch.bfloat16)
