@@ -206,6 +206,7 @@ def test_out_of_reach_load_adapter_leaves_the_model_alone() -> None:
     assert dict(model.named_modules()).keys() == before
 
 
+@pytest.mark.full
 def test_what_was_pulled_can_be_pushed_again(hub: Hub, tmp_path: Path) -> None:
     push = push_adapter(pulled(hub, tmp_path / "home"), NAME, dry_run=True)
     assert "config.yaml" in push.files

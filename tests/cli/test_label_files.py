@@ -49,6 +49,7 @@ def mail(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_the_thresholds_lie_with_the_adapter(topics: Path) -> None:
     record = RunRecord.load(topics / "run" / "record.json")
     classes = record.evaluation["validation"]["classes"]

@@ -2,6 +2,7 @@
 
 import threading
 
+import pytest
 import torch
 from transformers import TrainerCallback
 
@@ -30,6 +31,7 @@ def test_denormals_count_as_zero_until_the_end() -> None:
     assert not flushed()
 
 
+@pytest.mark.full
 def test_a_run_flushes_and_leaves_the_caller_as_it_was(tmp_path) -> None:
     seen: list[bool] = []
 

@@ -27,7 +27,7 @@ AUTO_CLASSES = (
 
 def has_class(kind: str, auto: str) -> bool:
     """Whether transformers has this class for the model type."""
-    return type(small_config(kind)) in getattr(transformers, auto)._model_mapping
+    return transformers.CONFIG_MAPPING[kind] in getattr(transformers, auto)._model_mapping
 
 
 def from_base(auto: str, base: Path, seed: int) -> PreTrainedModel:

@@ -59,6 +59,7 @@ def test_the_rehearsal_runs_every_part(tmp_path: Path) -> None:
     assert "CPU" in tables
 
 
+@pytest.mark.full
 def test_a_part_that_never_ends_is_stopped_and_the_others_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ def test_the_ratio_compares_equal_rows_and_batches(results: Path) -> None:
     ]
 
 
+@pytest.mark.full
 def test_the_pictures_are_drawn(results: Path) -> None:
     assert [path.name for path in draw(results)] == ["learning-rate.png", "rank.png"]
     assert all(path.stat().st_size > 10_000 for path in draw(results))

@@ -14,6 +14,7 @@ from lora_hf.core.records import RunRecord
 SHORT = ["model.precision=fp32", "train.hf={use_cpu: true}", "train.batch_size=16", "train.max_steps=8"]
 
 
+@pytest.mark.full
 def test_a_plan_says_what_the_run_then_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", "rule_sentiment.yaml", *SHORT, f"output.dir={tmp_path / 'runs'}", "output.name=mine"]
     assert main(["plan", *words, "--json"]) == 0

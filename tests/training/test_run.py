@@ -355,6 +355,7 @@ def test_bad_places_are_told_before_anything_is_trained(tmp_path: Path, few_rows
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing may be left behind"
 
 
+@pytest.mark.full
 def test_trackers_and_other_fields_of_training_arguments_are_reached(tmp_path: Path, few_rows: dict[str, Any]) -> None:
     pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
     hf = {"report_to": "tensorboard", "train_sampling_strategy": "group_by_length", "logging_steps": 1}

@@ -76,6 +76,7 @@ def test_a_checkpoint_resumes_with_its_config_alone(finished: Run, rows: dict[st
     assert content(finished.folder) == before
 
 
+@pytest.mark.full
 def test_what_concerns_no_step_may_change(
     finished: Run, rows: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -196,6 +197,7 @@ def test_a_task_name_is_no_path(name: str, tmp_path: Path, capsys: pytest.Captur
     assert "task.name: expected at most 100 letters" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_no_duration_follows_a_clock_that_is_set_back(
     rows: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_a_signal_in_an_evaluation_saves_and_the_run_goes_on(
     assert resumed.record.best == whole.record.best
 
 
+@pytest.mark.full
 def test_a_signal_in_the_first_evaluation_loses_no_step(rows: dict[str, Any], tmp_path: Path) -> None:
     config = small_config(tmp_path, hf=EVERY, eval_batch_size=10, max_steps=5)
     with pytest.raises(Interrupted, match="resume after step 4"):

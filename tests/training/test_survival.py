@@ -203,6 +203,7 @@ def test_an_unfinished_run_is_neither_mixed_nor_written_over(rows: dict[str, Any
     assert not checkpoints.find_damage(kept)
 
 
+@pytest.mark.full
 def test_a_moved_run_finds_its_best_checkpoint(whole: Run, rows: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(small_config(tmp_path / "before"), rows=rows, callbacks=[stop_at(15, signal.SIGINT)])
@@ -211,6 +212,7 @@ def test_a_moved_run_finds_its_best_checkpoint(whole: Run, rows: dict[str, Any],
     assert not differences(whole, resumed.folder)
 
 
+@pytest.mark.full
 def test_a_file_that_may_grow_no_further_ends_with_a_message(whole: Run, rows: dict[str, Any], tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
