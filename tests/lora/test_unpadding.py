@@ -74,13 +74,14 @@ def test_rows_see_only_themselves() -> None:
     assert (together - apart).abs().max() > 1000 * tolerances.PADDING_FREE_FP32
 
 
-@pytest.fixture(params=["at once", "grouped"])
-def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to multiply, of which the number of tokens chooses one."""
-    monkeypatch.setattr(attention, "AT_ONCE", 15 if request.param == "at once" else 14)
+@pytest.fixture(params=[10, pytest.param(0, marks=pytest.mark.full), pytest.param(15, marks=pytest.mark.full)])
+def _limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row alone, some together, and all together; weights of up to 5 tokens are saved, others computed again."""
+    monkeypatch.setattr(attention, "TOGETHER_CPU", request.param)
+    monkeypatch.setattr(attention, "SAVED", 5)
 
 
-@pytest.mark.usefixtures("_products")
+@pytest.mark.usefixtures("_limit")
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("lengths", [(1, 9, 5), (5, 5, 4, 1), (15,)])
@@ -106,7 +107,7 @@ def test_the_attention_of_rows_is_torchs(causal: bool, key_heads: int, lengths: 
         torch.testing.assert_close(ours, plain, atol=1e-12, rtol=0)
 
 
-@pytest.mark.usefixtures("_products")
+@pytest.mark.usefixtures("_limit")
 def test_dropped_attention_has_the_right_mean() -> None:
     """Over many draws the mean is the undropped output."""
     torch.manual_seed(0)
@@ -117,12 +118,10 @@ def test_dropped_attention_has_the_right_mean() -> None:
     assert (error < 6 * draws.std(0) / 400**0.5 + tolerances.PADDING_FREE_FP32).all()
 
 
-@pytest.mark.usefixtures("_products")
-@pytest.mark.parametrize("size", [2, pytest.param(8, marks=pytest.mark.full)])
-def test_dropped_attention_has_the_gradients_of_what_it_kept(size: int) -> None:
-    """With rows that are longer than a head is wide, whose weights are computed again, and with shorter ones."""
+@pytest.mark.usefixtures("_limit")
+def test_dropped_attention_has_the_gradients_of_what_it_kept() -> None:
     torch.manual_seed(0)
-    inputs = [tensor.requires_grad_() for tensor in torch.randn(3, 2, 15, size, dtype=torch.float64)]
+    inputs = [tensor.requires_grad_() for tensor in torch.randn(3, 2, 15, 2, dtype=torch.float64)]
 
     def dropped(*tensors: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(1)

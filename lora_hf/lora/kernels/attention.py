@@ -2,44 +2,41 @@
 
 On the CPU torch's flash kernel is the fastest where no gradients are taken, one row at a time. It does not help in
 training: it has no dropout, and in bf16 its backward pass takes several times as long as the plain matrix products.
-There, rows of similar length are multiplied together, group by group, or if the batch is small all tokens at once.
+There, each long row is multiplied on its own, and several short ones together behind a mask.
 """
 
-from __future__ import annotations
-
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from lora_hf.lora.host_batch import to_device
-from lora_hf.lora.kernels.dropout import apply_mask, drop, dropout_mask, round_dropout
+from lora_hf.lora.kernels.dropout import apply_mask, dropout_mask, round_dropout
 from lora_hf.lora.kernels.varlen import varlen_kernel
 
-SIMILAR = 0.6  # rows of at least this share of the longest in their group are padded to it
-# Up to so many tokens, products of all with all take less time than gathering groups (measured with AVX2: 1.1 to 1.8x).
-AT_ONCE = 128
+# Rows of up to so many tokens together are multiplied in one product, to start fewer operators. On the CPU, 64 is as
+# fast as 32, 96 and 128 or faster, at 10 to 100 tokens a row (measured with AVX2); other devices are not measured.
+TOGETHER_CPU, TOGETHER = 64, 512
+SAVED = 64  # weights of more tokens are computed again in the backward pass instead of saved
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Rows of similar length, padded to the longest of them.
+class _Bin:
+    """Consecutive rows that are multiplied together.
 
     Attributes:
-        index: `(rows, length)`, the token at each position; the row's last one for padding.
-        padding: `(rows, length)`, True for padding; None if there is none.
-        unseen: `(rows, length, length)`, True if a token does not see another; None if `is_causal` decides.
+        tokens: the number of their tokens.
+        mask: `(tokens, tokens)` to add to the scores: minus infinity where a token does not see another, else 0. None
+            if all see all.
     """
 
-    index: Tensor
-    length: int
-    padding: Tensor | None
-    unseen: Tensor | None
+    tokens: int
+    mask: Tensor | None
 
 
 class Rows:
@@ -57,63 +54,40 @@ class Rows:
         self.device = torch.device(device)
         self.tokens = sum(self.lengths)
         self.ends = to_device(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), self.device)
-        self._indices: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._masks: dict[tuple[bool, torch.dtype], Tensor] = {}
+        self._bins: dict[tuple[int, bool, torch.dtype], list[_Bin]] = {}
 
-    @functools.cached_property
-    def groups(self) -> list[_Group]:
-        parts: list[list[int]] = []
-        for row in sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row]):
-            if not parts or self.lengths[row] < SIMILAR * self.lengths[parts[-1][0]]:
-                parts.append([])
-            parts[-1].append(row)
-        starts, lengths = torch.tensor([0, *accumulate(self.lengths)]), torch.tensor(self.lengths)
-        groups = []
-        for rows in parts:
-            length = self.lengths[rows[0]]
-            positions = torch.arange(length)
-            padding = positions >= lengths[rows][:, None]
-            # A token of another row would bring its NaN along: a weight of 0 does not remove it.
-            index = positions.minimum(lengths[rows][:, None] - 1) + starts[rows][:, None]
-            any_padding = to_device(padding, self.device) if bool(padding.any()) else None
-            groups.append(_Group(to_device(index, self.device), length, any_padding, self._unseen(rows, length)))
-        return groups
+    def bins(self, limit: int, is_causal: bool, dtype: torch.dtype) -> list[_Bin]:
+        """Bins of at most `limit` tokens; a longer row has one to itself."""
+        key = (limit, is_causal, dtype)
+        if key not in self._bins:
+            parts: list[list[int]] = []
+            for row, length in enumerate(self.lengths):
+                if parts and sum(self.lengths[each] for each in parts[-1]) + length <= limit:
+                    parts[-1].append(row)
+                else:
+                    parts.append([row])
+            later = None
+            if is_causal or self.sees is not None:
+                longest = max(self.lengths)
+                later = torch.full((longest, longest), -torch.inf, dtype=dtype, device=self.device).triu_(1)
+            self._bins[key] = [self._bin(rows, later, dtype) for rows in parts]
+        return self._bins[key]
 
-    def _unseen(self, rows: list[int], length: int) -> Tensor | None:
-        if self.sees is None:
-            return None
-        unseen = torch.ones(length, length, dtype=torch.bool).triu_(1).repeat(len(rows), 1, 1)
-        for number, row in enumerate(rows):
-            if (sees := self.sees[row]) is not None:
-                unseen[number, : len(sees), : len(sees)] = ~sees
-        return to_device(unseen, self.device)
-
-    def other_rows(self, is_causal: bool, dtype: torch.dtype) -> Tensor:
-        """`(tokens, tokens)` to add to the scores: minus infinity where a token does not see another, else 0."""
-        key = (is_causal, dtype)
-        if key not in self._masks:
-            row = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
-            unseen = row[:, None] != row
-            if is_causal:
-                unseen |= torch.ones_like(unseen).triu_(1)
-            mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
-            self._masks[key] = to_device(mask, self.device)
-        return self._masks[key]
-
-    def indices(self, heads: int) -> list[tuple[Tensor, Tensor]]:
-        """For each group the source and the target of its `(rows, heads, length)` vectors among `tokens * heads`.
-
-        Padding reads the row's last token, and writes after the last of all.
-        """
-        if heads not in self._indices:
-            self._indices[heads] = []
-            for group in self.groups:
-                source = group.index[:, None] * heads + torch.arange(heads, device=self.device)[:, None]
-                target = source
-                if group.padding is not None:
-                    target = source.masked_fill(group.padding[:, None], self.tokens * heads)
-                self._indices[heads].append((source.flatten(), target.flatten()))
-        return self._indices[heads]
+    def _bin(self, rows: list[int], later: Tensor | None, dtype: torch.dtype) -> _Bin:
+        lengths = [self.lengths[row] for row in rows]
+        trees = [self.sees[row] if self.sees is not None else None for row in rows]
+        if trees == [None]:
+            return _Bin(lengths[0], None if later is None else later[: lengths[0], : lengths[0]])
+        mask = torch.full((sum(lengths), sum(lengths)), -torch.inf, dtype=dtype, device=self.device)
+        for end, length, sees in zip(accumulate(lengths), lengths, trees, strict=True):
+            block = mask[end - length : end, end - length : end]
+            if sees is not None:
+                block.masked_fill_(to_device(sees, self.device), 0)
+            elif later is not None:
+                block.copy_(later[:length, :length])
+            else:
+                block.zero_()
+        return _Bin(sum(lengths), mask)
 
 
 def attend_rows(
@@ -146,11 +120,11 @@ def attend_rows(
         return kernel(query, key, value, rows.ends, max(rows.lengths), scale, is_causal, dropout)
     if shared > 1:
         key, value = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
-    # Without gradients a row with a NaN must not reach the others, as a weight of 0 does not stop it.
-    if rows.tokens <= AT_ONCE and rows.sees is None and torch.is_grad_enabled():
-        return _attend_at_once(query, key, value, rows, scale, is_causal, dropout)
-    query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-    return _GroupedRows.apply(query, key, value, rows, scale, is_causal, round_dropout(dropout))  # type: ignore[return-value]
+    limit = TOGETHER_CPU if query.device.type == "cpu" else TOGETHER
+    if not torch.is_grad_enabled():
+        limit = 0  # a row with a NaN must not reach the others, and a weight of 0 does not stop it
+    bins = rows.bins(limit, is_causal, query.dtype)
+    return _BinnedRows.apply(query, key, value, bins, scale, round_dropout(dropout))  # type: ignore[return-value]
 
 
 def _can_attend_one_by_one(query: Tensor, key: Tensor, rows: Rows, dropout: float) -> bool:
@@ -175,87 +149,56 @@ def _attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, rows: Rows, sc
     return output
 
 
-def _attend_at_once(
-    query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, is_causal: bool, dropout: float
-) -> Tensor:
-    """`attend_rows` by products of all tokens with all tokens, of which a mask keeps those within a row."""
-    others = rows.other_rows(is_causal, query.dtype)
-    weights = torch.baddbmm(others, query, key.transpose(1, 2), alpha=scale).softmax(-1)
-    return torch.bmm(drop(weights, dropout), value).transpose(0, 1)
-
-
-class _GroupedRows(torch.autograd.Function):
-    """`(tokens, heads, head_dim)` each; weights of rows longer than head_dim are computed again, not saved."""
+class _BinnedRows(torch.autograd.Function):
+    """`(heads, tokens, head_dim)` each, and `(tokens, heads, head_dim)` for the output."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rows: Rows,
-        scale: float,
-        is_causal: bool,
-        dropout: float,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bins: list[_Bin], scale: float, dropout: float
     ) -> Tensor:
-        tokens, heads, size = query.shape
-        output = query.new_empty(tokens * heads + 1, size)
+        output = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
         saved: list[Tensor | None] = []
-        for group, (source, target) in zip(rows.groups, rows.indices(heads), strict=True):
-            q, k, v = (_gather(tensor, source, group.length) for tensor in (query, key, value))
-            weights = _weights(q.mul_(scale), k, group, is_causal)
+        for each, q, k, v, out in _by_bin(bins, query, key, value, output.transpose(0, 1)):
+            weights = _weights(q, k, each.mask, scale)
             keep = dropout_mask(weights.shape, dropout, q.device) if dropout else None
             dropped = weights if keep is None else apply_mask(weights, keep, dropout)
-            output.index_copy_(0, target, torch.bmm(dropped, v).view(-1, size))
-            saved += [weights if group.length <= size else None, keep]
+            out.copy_(torch.bmm(dropped, v))  # faster than `out=`, which is not contiguous
+            saved += [weights if each.tokens <= SAVED else None, keep]
         ctx.save_for_backward(query, key, value, *saved)
-        ctx.options = (rows, scale, is_causal, dropout)
-        return output[:-1].view(tokens, heads, size)
+        ctx.options = (bins, scale, dropout)
+        return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *saved = ctx.saved_tensors
-        rows, scale, is_causal, dropout = ctx.options
-        tokens, heads, size = query.shape
-        results = [query.new_empty(tokens * heads + 1, size) for _ in range(3)]
-        for number, (group, (source, target)) in enumerate(zip(rows.groups, rows.indices(heads), strict=True)):
+        bins, scale, dropout = ctx.options
+        doutput = gradients[0].transpose(0, 1)
+        results = [torch.empty_like(doutput) for _ in range(3)]
+        parts = _by_bin(bins, query, key, value, doutput, *results)
+        for number, (each, q, k, v, dout, dq, dk, dv) in enumerate(parts):
             weights, keep = saved[2 * number : 2 * number + 2]
-            q, k, v, doutput = (_gather(t, source, group.length) for t in (query, key, value, gradients[0]))
-            q.mul_(scale)
             if weights is None:
-                weights = _weights(q, k, group, is_causal)
-            dweights, dropped = torch.bmm(doutput, v.transpose(1, 2)), weights
+                weights = _weights(q, k, each.mask, scale)
+            dweights, dropped = torch.bmm(dout, v.transpose(1, 2)), weights
             if keep is not None:
                 dweights.mul_(keep).mul_(1 / (1 - dropout))
                 dropped = apply_mask(weights, keep, dropout)
-            dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
-            parts = (
-                torch.bmm(dscores, k).mul_(scale),
-                torch.bmm(dscores.transpose(1, 2), q),
-                torch.bmm(dropped.transpose(1, 2), doutput),
-            )
-            for result, part in zip(results, parts, strict=True):
-                result.index_copy_(0, target, part.view(-1, size))
-        return (*(result[:-1].view(tokens, heads, size) for result in results), None, None, None, None)
+            dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(scale)
+            dq.copy_(torch.bmm(dscores, k))
+            dk.copy_(torch.bmm(dscores.transpose(1, 2), q))
+            dv.copy_(torch.bmm(dropped.transpose(1, 2), dout))
+        return (*results, None, None, None)
 
 
-def _gather(tensor: Tensor, source: Tensor, length: int) -> Tensor:
-    """`(rows * heads, length, head_dim)` from `(tokens, heads, head_dim)`."""
-    return tensor.reshape(-1, tensor.shape[-1]).index_select(0, source).view(-1, length, tensor.shape[-1])
+def _by_bin(bins: list[_Bin], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Each bin with its part of the tensors, which are `(heads, tokens, head_dim)`."""
+    sizes = [each.tokens for each in bins]
+    return zip(bins, *(tensor.split(sizes, 1) for tensor in tensors), strict=True)
 
 
-def _weights(q: Tensor, k: Tensor, group: _Group, is_causal: bool) -> Tensor:
-    """`(rows * heads, length, length)`: softmax over the keys of a row; zeros for queries that are padding."""
-    scores = torch.bmm(q, k.transpose(1, 2))
-    by_row = scores.view(len(group.index), -1, group.length, group.length)
-    if group.unseen is not None:
-        by_row.masked_fill_(group.unseen[:, None], -torch.inf)
-    elif is_causal:
-        later = torch.ones(group.length, group.length, dtype=torch.bool, device=q.device).triu_(1)
-        scores.masked_fill_(later, -torch.inf)
-    if group.padding is None:
-        return scores.softmax(-1)
-    by_row.masked_fill_(group.padding[:, None, None, :], -torch.inf)
-    weights = by_row.softmax(-1)
-    # Zero rows keep the garbage of the padding out of every gradient.
-    return weights.masked_fill_(group.padding[:, None, :, None], 0).view_as(scores)
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`(heads, tokens, tokens)`: softmax over the keys that a token sees."""
+    if mask is None:
+        return torch.bmm(q, k.transpose(1, 2)).mul_(scale).softmax(-1)
+    return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1)
