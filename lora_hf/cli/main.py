@@ -74,6 +74,8 @@ NOT_OPTIONS = {"verb", "run", "what", "file", "runs", "overrides", "source", "ta
 def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int:
     """Runs one verb, the first argument unless `verb` names it, and returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        _hide_peft()
     options = _parse(words if verb is None else [verb, *words], verb)
 
     def run() -> None:
@@ -82,6 +84,14 @@ def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int
         options.run(options)
 
     return exit_code_of(run, options.verb, vars(options).keys() - NOT_OPTIONS, ends_process=arguments is None)
+
+
+def _hide_peft() -> None:
+    """Makes `import peft` fail in this process: transformers' Trainer imports PEFT if it can, which takes seconds.
+
+    No command uses it. `is_peft_available` of transformers is false from here on.
+    """
+    sys.modules.setdefault("peft", None)  # type: ignore[arg-type]
 
 
 def exit_code_of(run: Callable[[], None], verb: str, options: Iterable[str] = (), ends_process: bool = False) -> int:

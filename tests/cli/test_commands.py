@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils import is_peft_available
 
 from lora_hf.cli.main import main, with_flags
 from lora_hf.core.records import RunRecord
 from tests.support.command_lines import REPO, ask, last_json, run
 
+LOAD_TRANSFORMERS_AFTER_A_COMMAND = """
+import contextlib, sys
+from lora_hf.cli.main import main
+sys.argv = ["lora-hf", "--help"]
+with contextlib.suppress(SystemExit):
+    main()
+from transformers.utils import is_peft_available
+print(is_peft_available())
+"""
 QUICK = ["train.max_steps=12", "train.warmup_steps=2"]
 
 
@@ -47,6 +57,15 @@ def test_without_a_verb_help_lists_all(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main([])
     assert "  sweep " in capsys.readouterr().err
+
+
+def test_a_process_that_runs_a_command_does_not_import_peft() -> None:
+    """Transformers imports it if it finds it; in this process, which runs other things as well, it still does."""
+    command = [sys.executable, "-c", LOAD_TRANSFORMERS_AFTER_A_COMMAND]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.endswith("\nFalse\n")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert is_peft_available()
 
 
 @pytest.fixture(scope="module")

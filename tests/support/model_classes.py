@@ -11,7 +11,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_hf.adapters.save_load import load_adapter
-from tests.support.small_models import small_config, token_ids
+from tests.support.small_models import token_ids
 
 AUTO_CLASSES = (
     "AutoModel",
