@@ -77,7 +77,7 @@ def test_rows_see_only_themselves() -> None:
 @pytest.fixture(params=[10, pytest.param(0, marks=pytest.mark.full), pytest.param(15, marks=pytest.mark.full)])
 def _limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row alone, some together, and all together; weights of up to 5 tokens are saved, others computed again."""
-    monkeypatch.setattr(attention, "TOGETHER_CPU", request.param)
+    monkeypatch.setattr(attention, "TOGETHER", request.param)
     monkeypatch.setattr(attention, "SAVED", 5)
 
 
@@ -105,6 +105,24 @@ def test_the_attention_of_rows_is_torchs(causal: bool, key_heads: int, lengths: 
         results.append([output.detach(), *(tensor.grad for tensor in inputs)])
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("rows", ["plain", "causal", "trees"])
+def test_padded_attention_is_the_same(rows: str) -> None:
+    """What a GPU without a kernel for rows of any length runs: the output and all three gradients, in float64."""
+    torch.manual_seed(0)
+    tensors, weight = torch.randn(3, 2, 15, 8, dtype=torch.float64), torch.randn(15, 2, 8)
+    tree = torch.ones(3, 3, dtype=torch.bool).tril_()
+    tree[2, 1] = False
+    layout = Rows(LENGTHS, sees=[None, tree, None] if rows == "trees" else None)
+    results = []
+    for attend in (attention._attend_padded, attend_rows):
+        inputs = [tensor.clone().requires_grad_() for tensor in tensors]
+        output = attend(*inputs, layout, 0.3, rows == "causal", 0.0)
+        (output * weight).sum().backward()
+        results.append([output.detach(), *(tensor.grad for tensor in inputs)])
+    for padded, binned in zip(*results, strict=True):
+        torch.testing.assert_close(padded, binned, atol=1e-12, rtol=0)
 
 
 @pytest.mark.usefixtures("_limit")

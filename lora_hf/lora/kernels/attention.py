@@ -2,7 +2,8 @@
 
 On the CPU torch's flash kernel is the fastest where no gradients are taken, one row at a time. It does not help in
 training: it has no dropout, and in bf16 its backward pass takes several times as long as the plain matrix products.
-There, each long row is multiplied on its own, and several short ones together behind a mask.
+There, each long row is multiplied on its own, and several short ones together behind a mask. A GPU runs the kernel for
+rows of any length, or where that lacks what a batch needs, such as dropout, torch's kernels for padded rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,9 +20,9 @@ from lora_hf.lora.host_batch import to_device
 from lora_hf.lora.kernels.dropout import apply_mask, dropout_mask, round_dropout
 from lora_hf.lora.kernels.varlen import varlen_kernel
 
-# Rows of up to so many tokens together are multiplied in one product, to start fewer operators. On the CPU, 64 is as
-# fast as 32, 96 and 128 or faster, at 10 to 100 tokens a row (measured with AVX2); other devices are not measured.
-TOGETHER_CPU, TOGETHER = 64, 512
+# Rows of up to so many tokens together are multiplied in one product, to start fewer operators: as fast as 32, 96 and
+# 128 or faster, at 10 to 100 tokens a row (measured with AVX2).
+TOGETHER = 64
 SAVED = 64  # weights of more tokens are computed again in the backward pass instead of saved
 
 
@@ -55,9 +56,10 @@ class Rows:
         self.tokens = sum(self.lengths)
         self.ends = to_device(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), self.device)
         self._bins: dict[tuple[int, bool, torch.dtype], list[_Bin]] = {}
+        self._padded: dict[bool, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def bins(self, limit: int, is_causal: bool, dtype: torch.dtype) -> list[_Bin]:
-        """Bins of at most `limit` tokens; a longer row has one to itself."""
+        """Bins of at most `limit` tokens on the CPU; a longer row has one to itself."""
         key = (limit, is_causal, dtype)
         if key not in self._bins:
             parts: list[list[int]] = []
@@ -69,20 +71,47 @@ class Rows:
             later = None
             if is_causal or self.sees is not None:
                 longest = max(self.lengths)
-                later = torch.full((longest, longest), -torch.inf, dtype=dtype, device=self.device).triu_(1)
+                later = torch.full((longest, longest), -torch.inf, dtype=dtype).triu_(1)
             self._bins[key] = [self._bin(rows, later, dtype) for rows in parts]
         return self._bins[key]
+
+    def padded(self, is_causal: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Where the rows lie if all are padded to the longest at their ends.
+
+        Returns:
+            The token at each of the `rows * longest` positions, a row's last one for padding, so that a NaN stays in
+            its row; the position of each token; and which keys a query sees, `(rows, 1, 1 or longest, longest)`, or
+            None if it sees the tokens before it, among which is no padding.
+        """
+        if is_causal not in self._padded:
+            lengths, longest = torch.tensor(self.lengths)[:, None], max(self.lengths)
+            positions = torch.arange(longest)
+            real = positions < lengths
+            source = positions.minimum(lengths - 1) + lengths.cumsum(0) - lengths
+            seen = None if is_causal else real[:, None, None]
+            if self.sees is not None:
+                seen = torch.ones(len(lengths), 1, longest, longest, dtype=torch.bool).tril_()
+                for row, sees in enumerate(self.sees):
+                    if sees is not None:
+                        seen[row, 0, : len(sees), : len(sees)] = sees
+            target = real.flatten().nonzero()[:, 0]
+            self._padded[is_causal] = (
+                to_device(source.flatten(), self.device),
+                to_device(target, self.device),
+                None if seen is None else to_device(seen, self.device),
+            )
+        return self._padded[is_causal]
 
     def _bin(self, rows: list[int], later: Tensor | None, dtype: torch.dtype) -> _Bin:
         lengths = [self.lengths[row] for row in rows]
         trees = [self.sees[row] if self.sees is not None else None for row in rows]
         if trees == [None]:
             return _Bin(lengths[0], None if later is None else later[: lengths[0], : lengths[0]])
-        mask = torch.full((sum(lengths), sum(lengths)), -torch.inf, dtype=dtype, device=self.device)
+        mask = torch.full((sum(lengths), sum(lengths)), -torch.inf, dtype=dtype)
         for end, length, sees in zip(accumulate(lengths), lengths, trees, strict=True):
             block = mask[end - length : end, end - length : end]
             if sees is not None:
-                block.masked_fill_(to_device(sees, self.device), 0)
+                block.masked_fill_(sees, 0)
             elif later is not None:
                 block.copy_(later[:length, :length])
             else:
@@ -120,10 +149,10 @@ def attend_rows(
         return kernel(query, key, value, rows.ends, max(rows.lengths), scale, is_causal, dropout)
     if shared > 1:
         key, value = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
-    limit = TOGETHER_CPU if query.device.type == "cpu" else TOGETHER
-    if not torch.is_grad_enabled():
-        limit = 0  # a row with a NaN must not reach the others, and a weight of 0 does not stop it
-    bins = rows.bins(limit, is_causal, query.dtype)
+    if query.device.type != "cpu":
+        return _attend_padded(query, key, value, rows, scale, is_causal, dropout)
+    # Without gradients, a row with a NaN must not reach the others, and a weight of 0 does not stop it.
+    bins = rows.bins(TOGETHER if torch.is_grad_enabled() else 0, is_causal, query.dtype)
     return _BinnedRows.apply(query, key, value, bins, scale, round_dropout(dropout))  # type: ignore[return-value]
 
 
@@ -147,6 +176,18 @@ def _attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, rows: Rows, sc
         )
         row.copy_(attended[0].transpose(0, 1))
     return output
+
+
+def _attend_padded(
+    query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, is_causal: bool, dropout: float
+) -> Tensor:
+    """`attend_rows` by torch's kernels for padded rows."""
+    source, target, mask = rows.padded(is_causal)
+    heads, _, size = query.shape
+    shape = (heads, len(rows.lengths), -1, size)
+    q, k, v = (each.index_select(1, source).view(shape).transpose(0, 1) for each in (query, key, value))
+    attended = scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scale)
+    return attended.transpose(1, 2).reshape(-1, heads, size).index_select(0, target)
 
 
 class _BinnedRows(torch.autograd.Function):
