@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.errors import AdapterError
+from lora_hf.core.git_lfs import explain_pointer
 from lora_hf.core.parsing import parse_json, read_json
 
 if TYPE_CHECKING:
@@ -250,7 +251,8 @@ def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMeta
     except MemoryError as error:
         raise AdapterError(f"{folder / WEIGHTS_FILE}: {TOO_LARGE}") from error
     except (ValueError, TypeError, AttributeError, SafetensorError, OSError) as error:
-        raise AdapterError(f"{folder}: damaged adapter: {error}. Copy it again, or train it again") from error
+        reason = explain_pointer([folder / WEIGHTS_FILE, folder / CONFIG_FILE]) or error
+        raise AdapterError(f"{folder}: damaged adapter: {reason}. Copy it again, or train it again") from error
     source = folder / CONFIG_FILE
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         method = config.get("peft_type") if isinstance(config, dict) else config
