@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_hf.core.errors import DataError, ModelError
 from lora_hf.data.tasks.base import Task
 from lora_hf.lora.heads import task_type
+
+logger = logging.getLogger(__name__)
 
 # The names that transformers gives to embeddings of absolute positions: position_embeddings, embed_positions, wpe.
 _POSITIONS = re.compile(r"(^|_)(pos|positions?)(_|$)|^wpe$")
@@ -44,6 +47,13 @@ def align_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
         )
     if not _counts_from_padding(model):
         model.config.pad_token_id = config.pad_token_id = pad
+    elif pad not in (config.pad_token_id, tokenizer.eos_token_id):  # the end token stands in where there is no other
+        raise ModelError(
+            f"{name}: the tokenizer pads with {tokenizer.pad_token!r} (id {pad}), but config.json has the pad_token_id "
+            f"{config.pad_token_id}, from which {model.config.model_type} counts positions; expected the id with which "
+            "the base was trained in both"
+        )
+    _warn_of_another_end(tokenizer, model)
     limit = position_limit(model)
     if limit is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
@@ -56,6 +66,18 @@ def align_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     unread = [each for each in tokenizer.model_input_names if not _reads(model, each)]
     if unread:
         tokenizer.model_input_names = [each for each in tokenizer.model_input_names if each not in unread]
+
+
+def _warn_of_another_end(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """The end token is where a tokenizer of another model shows, even if all its ids have embeddings."""
+    end = model.config.get_text_config().eos_token_id
+    ends = end if isinstance(end, list) else [end]
+    if tokenizer.eos_token_id is not None and end is not None and tokenizer.eos_token_id not in ends:
+        logger.warning(
+            "%s: the end token of the tokenizer %s, %r, has id %s, but in config.json it is %s; if this is the "
+            "tokenizer of another model, name the base's own with model.tokenizer",
+            model.name_or_path, tokenizer.name_or_path, tokenizer.eos_token, tokenizer.eos_token_id, end,
+        )  # fmt: skip
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

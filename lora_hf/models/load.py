@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -30,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import ConfigError, HubError, ModelError, UserError, did_you_mean
+from lora_hf.core.git_lfs import explain_pointer
 from lora_hf.core.hub_access import explain_hub_error, hub_is_reachable, hub_unreachable, is_hub_error
 from lora_hf.data.tasks.base import ModelKind, Task
 from lora_hf.lora.architectures import ARCHITECTURES
@@ -314,16 +316,26 @@ def _pretrained(auto: Any, model: ModelConfig, config: PretrainedConfig, dtype: 
 def _check_filled(base: PreTrainedModel, info: dict[str, Any], name: str) -> None:
     """Warns of what the checkpoint did not fill besides a new head; raises ModelError where that is the base itself."""
     head = tuple(f"{path}." for path in head_paths(base))
-    mismatched = {str(entry[0]) for entry in info["mismatched_keys"]}
+    shapes = {str(key): (tuple(held), tuple(expected)) for key, held, expected in info["mismatched_keys"]}
+    mismatched = set(shapes)
     unfilled = {key for key in info["missing_keys"] if not key.startswith(head)} - mismatched
     new, missing = sort_new(base, unfilled, strict=True)
     wrong = sorted(key for key in mismatched if not key.startswith(head))
     if missing or wrong:
+        others = [f"{key}: {shapes[key][0]} instead of {shapes[key][1]}" for key in wrong[:3]]
         raise ModelError(
             f"{name}: the weights do not fill this model with num_labels={base.config.num_labels}: "
             f"{len(missing)} missing ({', '.join(missing[:3]) or '-'}), "
-            f"{len(wrong)} of another shape ({', '.join(wrong[:3]) or '-'})"
+            f"{len(wrong)} of another shape ({'; '.join(others) or '-'}); expected the config.json that these weights "
+            "were saved with"
         )
+    left_out = sorted(key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key))
+    if left_out:
+        logger.warning(
+            "%s: the checkpoint holds %d tensors of layers that %s does not have, such as %s; they are left out. If "
+            "the model should have them, restore the config.json that these weights were saved with",
+            name, len(left_out), type(base).__name__, left_out[0],
+        )  # fmt: skip
     if mismatched:
         logger.warning(
             "%s: its own head has another shape (%s); a new one is trained", name, ", ".join(sorted(mismatched))
@@ -363,6 +375,11 @@ def _from_pretrained(name: str, revision: str | None, load: Callable[..., T]) ->
 def _cannot_load(name: str, error: Exception, revision: str | None = None) -> ModelError:
     text = explain_hub_error(error, revision) if is_hub_error(error) else str(error).strip()
     reason = (text or type(error).__name__).splitlines()[0]
+    folder = Path(name)
+    if pointer := explain_pointer(sorted(folder.iterdir()) if folder.is_dir() else ()):
+        return ModelError(f"{name}: cannot be loaded: {pointer}")
+    if isinstance(error, SafetensorError):
+        return ModelError(f"{name}: its safetensors cannot be read ({reason}); copy or download them again")
     if not isinstance(error, (OSError, ValueError, ImportError)):  # the text of others assumes a reader of their code
         reason = f"check config.json, its values and the files it comes with ({type(error).__name__}: {reason})"
     return ModelError(f"{name}: cannot be loaded: {reason}{suggest_model(name)}")

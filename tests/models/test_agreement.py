@@ -57,6 +57,19 @@ def test_positions_that_count_from_the_padding_token_stay(tmp_path: Path) -> Non
         loaded(broken)
 
 
+def test_another_padding_token_than_positions_count_from_is_refused(tmp_path: Path) -> None:
+    folder = base_folder(tmp_path, "roberta", pad_token_id=0)
+    with pytest.raises(ModelError, match=r"'<pad>' \(id 1\), but config.json has the pad_token_id 0.*roberta counts"):
+        loaded(folder)
+
+
+@pytest.mark.parametrize("end", [2, [5, 2], None, 3, [5, 6]])
+def test_a_tokenizer_of_another_model_is_named(end: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = small_model("llama", 2, eos_token_id=end)
+    align_tokenizer(word_tokenizer(pad_token="<pad>"), model)
+    assert (f"'</s>', has id 2, but in config.json it is {end}" in caplog.text) == (end in (3, [5, 6]))
+
+
 def test_a_tokenizer_with_neither_token_is_refused(tmp_path: Path) -> None:
     folder = base_folder(tmp_path, "gpt2", word_tokenizer(eos_token=None))
     with pytest.raises(ModelError, match=r"neither a padding token \(pad_token\) nor an end token"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,31 @@ def test_weights_that_lack_part_of_the_base_are_refused(folder: Path) -> None:
     with pytest.raises(
         ModelError, match=r"do not fill this model with num_labels=2: 1 missing \(roberta\.encoder\.layer\.0\.att"
     ):
+        load_base(ModelConfig(name=str(folder)), SST2)
+
+
+def test_a_config_that_does_not_fit_its_weights(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    load_base(ModelConfig(name=str(folder)), SST2)
+    assert "holds 16 tensors of layers that RobertaForSequenceClassification does not have" in caplog.text
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 120}))
+    with pytest.raises(
+        ModelError, match=r"word_embeddings\.weight: \(100, 32\) instead of \(120, 32\)\); expected the"
+    ):
+        load_base(ModelConfig(name=str(folder)), SST2)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "is a pointer of git-lfs"),
+        (b"", "its safetensors cannot be read"),
+    ],
+)
+def test_weights_that_were_not_downloaded(folder: Path, content: bytes, reason: str) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=reason):
         load_base(ModelConfig(name=str(folder)), SST2)
 
 
