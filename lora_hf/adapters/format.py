@@ -310,14 +310,14 @@ def read_adapter(folder: str | Path) -> AdapterFile:
 
 
 def suggest_adapter(folder: Path) -> str:
-    """Returns `` (did you mean 'outputs/sst2/adapter'?)``: the adapter in a run folder, or in one of a similar name.
+    """Returns `` (did you mean 'outputs/sst2/adapter'?)``: the one around a file, in a run, or of a similar name.
 
     PEFT saves an adapter that is not called `default` in a folder of its name, and Trainer in one for each checkpoint.
     """
     if within := sorted(file.parent for file in folder.glob(f"*/{CONFIG_FILE}")):
         return f" (did you mean {' or '.join(repr(str(each)) for each in within[:3])}?)"
     if folder.exists():
-        return ""
+        return f" (did you mean {str(folder.parent)!r}?)" if (folder.parent / CONFIG_FILE).is_file() else ""
     parent = next(parent for parent in folder.parents if parent.is_dir())
     first, *rest = folder.relative_to(parent).parts
     adapters = {}

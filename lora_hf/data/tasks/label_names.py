@@ -48,7 +48,7 @@ def _names(config: TaskConfig, path: Path, changed: int, size: int) -> tuple[str
     column = config.label_column or ""
     values = _labels(config, read_rows(path, (column,)), path)
     names = _sorted({_name(value, config, path) for value in values if value is not None and str(value).strip()})
-    if len(names) < 2 and config.kind == "classification":
+    if len(names) < 2:
         raise DataError(
             f"{path}: expected two or more classes in column {column!r}, found {', '.join(names) or 'none'} in "
             f"{len(values)} rows; set another task.label_column, or list the classes in task.label_names"
