@@ -84,6 +84,31 @@ def test_weights_that_were_not_downloaded(folder: Path, content: bytes, reason: 
         load_base(ModelConfig(name=str(folder)), SST2)
 
 
+@pytest.mark.parametrize(
+    ("place", "said"), [("", "is an adapter, not a base"), ("adapter", "is a run folder, not a base")]
+)
+def test_an_adapter_is_no_base(place: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "adapter_config.json").write_text("{}")
+    for load in (lambda model: load_base(model, SST2), load_tokenizer):
+        with pytest.raises(ModelError, match=rf"{said}.*train\.start_from={tmp_path / place}"):
+            load(ModelConfig(name=str(tmp_path)))
+
+
+def test_an_adapter_beside_a_base_is_not_loaded_in_its_place(folder: Path) -> None:
+    """transformers would load the base that adapter_config.json names, with the adapter."""
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}')
+    with pytest.raises(ModelError, match=r"holds an adapter beside a model\. Move adapter_config\.json out"):
+        load_base(ModelConfig(name=str(folder)), SST2)
+
+
+def test_names_of_another_wrapper_are_shown(folder: Path) -> None:
+    tensors = {f"module.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"of a name that it does not have \(module\."):
+        load_base(ModelConfig(name=str(folder)), SST2)
+
+
 def test_precision_is_that_of_the_base(folder: Path) -> None:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         assert load_base(ModelConfig(name=str(folder), precision=name), SST2).dtype == dtype
