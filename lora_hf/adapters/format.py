@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.errors import AdapterError
+from lora_hf.core.git_lfs import explain_pointer
 from lora_hf.core.parsing import parse_json, read_json
 
 if TYPE_CHECKING:
@@ -250,7 +251,8 @@ def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMeta
     except MemoryError as error:
         raise AdapterError(f"{folder / WEIGHTS_FILE}: {TOO_LARGE}") from error
     except (ValueError, TypeError, AttributeError, SafetensorError, OSError) as error:
-        raise AdapterError(f"{folder}: damaged adapter: {error}. Copy it again, or train it again") from error
+        reason = explain_pointer([folder / WEIGHTS_FILE, folder / CONFIG_FILE]) or error
+        raise AdapterError(f"{folder}: damaged adapter: {reason}. Copy it again, or train it again") from error
     source = folder / CONFIG_FILE
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         method = config.get("peft_type") if isinstance(config, dict) else config
@@ -308,14 +310,14 @@ def read_adapter(folder: str | Path) -> AdapterFile:
 
 
 def suggest_adapter(folder: Path) -> str:
-    """Returns `` (did you mean 'outputs/sst2/adapter'?)``: the adapter in a run folder, or in one of a similar name.
+    """Returns `` (did you mean 'outputs/sst2/adapter'?)``: the one around a file, in a run, or of a similar name.
 
     PEFT saves an adapter that is not called `default` in a folder of its name, and Trainer in one for each checkpoint.
     """
     if within := sorted(file.parent for file in folder.glob(f"*/{CONFIG_FILE}")):
         return f" (did you mean {' or '.join(repr(str(each)) for each in within[:3])}?)"
     if folder.exists():
-        return ""
+        return f" (did you mean {str(folder.parent)!r}?)" if (folder.parent / CONFIG_FILE).is_file() else ""
     parent = next(parent for parent in folder.parents if parent.is_dir())
     first, *rest = folder.relative_to(parent).parts
     adapters = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.custom import task_section
 from lora_hf.data.tasks.registry import get_task, task_names, task_of
 from lora_hf.models.model_ids import is_hub_id, is_path
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,11 @@ def _task_of(
             f"{folder} was trained for {name!r}, which is not a built-in task. A custom task is described by the "
             f"{RUN_CONFIG_FILE} of its run: copy that file into this folder"
         )
+    if metadata.problem_type and task.problem_type not in (None, metadata.problem_type):
+        raise AdapterError(
+            f"{folder} was trained for {metadata.problem_type}; task {task.name} is {task.problem_type}. Restore "
+            f"task.kind in the {RUN_CONFIG_FILE} of its run"
+        )
     unnamed = not are_named(metadata.labels) and len(metadata.labels) == len(task.label_names or ())
     if task.label_names and task.label_names != metadata.labels and not unnamed:
         raise AdapterError(
@@ -159,8 +167,14 @@ def run_config(folder: Path) -> RunConfig | None:
     run = folder.resolve().parent  # there a user edits the config, so it counts more than the copy in the folder
     for parent in (run, folder) if (run / RECORD_FILE).is_file() else (folder, run):
         if (parent / RUN_CONFIG_FILE).is_file():
+            _warn_of_another_copy(parent / RUN_CONFIG_FILE, folder / RUN_CONFIG_FILE)
             return load_config(parent / RUN_CONFIG_FILE)
     return None
+
+
+def _warn_of_another_copy(counts: Path, copy: Path) -> None:
+    if copy.is_file() and copy.read_bytes() != counts.read_bytes():
+        logger.warning("%s differs from %s, which is the one that counts in a run folder", copy, counts)
 
 
 def fetch_adapter(folder: str | Path, revision: str | None = None) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from lora_hf.adapters.peft_config import (
     base_dependent_init,
     from_peft,
     peft_config,
+    read_layers,
     to_peft,
     token_rows_in_file,
 )
@@ -52,6 +54,7 @@ from lora_hf.lora.inject import (
     merge,
     set_adapter,
 )
+from lora_hf.lora.target_modules import adaptable_modules
 from lora_hf.lora.variants.biases import (
     add_biases,
     load_standalone_biases,
@@ -228,9 +231,25 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
     shapes |= {key: tuple(bias.shape) for key, bias in standalone_biases(model, name, PREFIX).items()}
     found = {key: tensor for key, tensor in without_copies(model, file).tensors.items() if not in_head(model, key)}
     check_shapes(shapes, found, f"{file.folder}/{WEIGHTS_FILE}")
+    _warn_of_another_scaling(model, file, name)
     for path, layer in layers.items():
         from_peft(layer, name, file.tensors, f"{PREFIX}{path}")
     load_standalone_biases(model, name, file.tensors, PREFIX)
+
+
+def _warn_of_another_scaling(model: PreTrainedModel, file: AdapterFile, name: str) -> None:
+    """Names the first layer whose `lora_alpha` differs from the file's, so that its update does too."""
+    layers = lora_layers(model)
+    for saved in read_layers(adaptable_modules(model), file):
+        weights = layers[saved.path].adapters[name]
+        _, alpha = saved.adapter_rank_and_alpha(weights.use_rslora)
+        if not math.isclose(alpha, weights.lora_alpha):
+            logger.warning(
+                "%s was trained with lora_alpha=%g, and this adapter has %g (%s): the update that it starts from is %g "
+                "times as large as there",
+                file.folder, alpha, weights.lora_alpha, saved.path, weights.lora_alpha / alpha,
+            )  # fmt: skip
+            return
 
 
 def load_saved_model(

@@ -103,7 +103,7 @@ def _read(file: Path, limit: int) -> str:
     with file.open("rb") as stream:
         content = stream.read(limit + 1)
     _check_size(len(content), limit)
-    return content.decode("utf-8")
+    return content.decode("utf-8-sig")
 
 
 def _check_size(size: int, limit: int) -> None:

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import DataError, did_you_mean
+from lora_hf.core.git_lfs import ADVICE, POINTER, explain_pointer
 from lora_hf.core.parsing import parse_json
-from lora_hf.data.tasks.row_checks import check_columns, check_filled, check_text, nfc
+from lora_hf.data.arrays import to_array
+from lora_hf.data.tasks.row_checks import ONE_OBJECT, check_columns, check_filled, check_text, nfc
 
 if TYPE_CHECKING:
     import pyarrow
@@ -41,6 +43,7 @@ _OTHER_FORMATS = {
     b"BZh": "this is a bzip2 file; unpack it first",
     b"\xfd7zXZ": "this is an xz file; unpack it first",
     b"ARROW1": "this is an Arrow file; save the table as parquet",
+    POINTER: f"this is {ADVICE}",
 }
 
 
@@ -161,13 +164,16 @@ def read_text(path: Path) -> str:
 def read_lines(path: Path) -> list[str]:
     """Returns the lines of a UTF-8 file. Only line feeds end a line: a text may hold Unicode's other separators.
 
+    A file without line feeds, from an old Mac or some exports, ends its lines with carriage returns.
+
     Raises:
         DataError: as `read_text`; also an empty file.
     """
     text = read_text(path)
     if not text.strip():
         raise DataError(f"{path}: empty; expected a text on each line")
-    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    end = "\r\n" if "\n" in text else "\r"
+    return text.replace(end, "\n").removesuffix("\n").split("\n")
 
 
 def read_parquet(path: Path, wanted: _Wanted | None = None) -> Dataset:
@@ -188,9 +194,12 @@ def read_parquet(path: Path, wanted: _Wanted | None = None) -> Dataset:
         for index, column in enumerate(table.schema):
             if pyarrow.types.is_dictionary(column.type):  # a category of pandas
                 table = table.set_column(index, column.name, table.column(index).cast(column.type.value_type))
+            elif pyarrow.types.is_string_view(column.type):  # a text of polars
+                table = table.set_column(index, column.name, table.column(index).cast(pyarrow.string()))
         return to_dataset(table).rename_columns(dict(zip(table.column_names, found, strict=True)))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {error}. Download or write the file again.") from error
+        reason = explain_pointer([path]) or error
+        raise DataError(f"{path} cannot be read as parquet: {reason}. Download or write the file again.") from error
 
 
 def to_dataset(table: pyarrow.Table) -> Dataset:
@@ -239,6 +248,8 @@ def _read_csv(path: Path, wanted: _Wanted, delimiter: str = ",") -> Dataset:
     start = empty_line = 0
     try:
         header = next(filter(None, lines), [])
+        if not header:
+            raise DataError(f"{path}: empty; expected the names of the columns in the first line")
         width = max((index for index, name in enumerate(header, start=1) if name), default=0)
         found = wanted.find(header[:width], _explain_header(header, delimiter))
         start = lines.line_num + 1
@@ -264,7 +275,7 @@ def _read_csv(path: Path, wanted: _Wanted, delimiter: str = ",") -> Dataset:
     return _to_dataset({name: [row[index] for row in rows] for name, index in found.items()}, path)
 
 
-_SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
+_SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 
 
 def _explain_header(header: list[str], delimiter: str) -> str:
@@ -279,8 +290,11 @@ def _explain_header(header: list[str], delimiter: str) -> str:
 def _read_json(path: Path, wanted: _Wanted) -> Dataset:
     """Reads the objects of a file; a key that a row lacks is null there."""
     rows = _json_objects(path)
+    if not rows:
+        raise DataError(f"{path}: no rows; expected at least one")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    found = wanted.find(names)
+    nested = len(rows) == 1 and any(isinstance(value, (list, dict)) for value in rows[0].values())
+    found = wanted.find(names, ONE_OBJECT if nested else "")
     return _to_dataset({column: [row.get(names[index]) for row in rows] for column, index in found.items()}, path)
 
 
@@ -294,14 +308,29 @@ def _json_objects(path: Path) -> list[dict[str, Any]]:
     while not lines[-1].strip():
         lines.pop()
     located = [(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
-    return [_checked_object(_parse_json(line, where, "a JSON object on one line"), where) for line, where in located]
+    hint = ONE_OBJECT if len(lines) > 1 and _is_json(text) else ""
+    return [_checked_object(_parse_line(line, where, hint), where) for line, where in located]
 
 
-def _parse_json(text: str, where: str, what: str) -> Any:
+def _parse_line(line: str, where: str, hint: str) -> Any:
+    if not line.strip():
+        raise DataError(f"{where}: empty; expected a JSON object")
+    return _parse_json(line, where, "a JSON object on one line", hint)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text, limit=None)
+    except ValueError:
+        return False
+    return True
+
+
+def _parse_json(text: str, where: str, what: str, hint: str = "") -> Any:
     try:
         return parse_json(text, limit=None)
     except ValueError as error:
-        raise DataError(f"{where}: not {what}: {error}") from error
+        raise DataError(f"{where}: not {what}: {error}{hint}") from error
 
 
 def _checked_object(value: Any, where: str) -> dict[str, Any]:
@@ -331,47 +360,7 @@ def _read_txt(path: Path, wanted: _Wanted) -> Dataset:
 def _to_dataset(columns: Mapping[str, list[Any]], path: Path) -> Dataset:
     import pyarrow
 
-    return to_dataset(pyarrow.table({name: _to_array(values, name, path) for name, values in columns.items()}))
-
-
-def _to_array(values: list[Any], column: str, path: Path) -> pyarrow.Array:
-    import pyarrow
-
-    if not values:
-        return pyarrow.array(values, pyarrow.string())
-    try:
-        return pyarrow.array(values)
-    except UnicodeEncodeError as error:
-        row = next(row for row, value in enumerate(values) if re.search("[\ud800-\udfff]", str(value)))
-        raise DataError(
-            f"{path}: row {row} (counting from 0): {column!r} holds half of a surrogate pair; write the whole character"
-        ) from error
-    except (pyarrow.ArrowException, OverflowError, ValueError) as error:
-        row, expected = _first_of_another_type(values)
-        raise DataError(
-            f"{path}: {column!r} has values of several types: row {row} (counting from 0) has {values[row]!r:.100}; "
-            f"expected {expected}"
-        ) from error
-
-
-def _first_of_another_type(values: list[Any]) -> tuple[int, str]:
-    """Returns the first row whose value is not of the type of the first one, and what that is in words."""
-    kinds = [_kind(value) for value in values]
-    first = next((kind for kind in kinds if kind not in (None, _MIXED)), "a list of one type")
-    others = (row for row, kind in enumerate(kinds) if kind not in (None, first))
-    return next(others, 0), f"{first}, as in the rows before"
-
-
-_MIXED = "a list of several types"
-_KINDS = {str: "a text", int: "a number", float: "a number", bool: "true or false", dict: "an object"}
-
-
-def _kind(value: Any) -> str | None:
-    """The type of a value in words; None if it fits every type."""
-    if not isinstance(value, list):
-        return _KINDS.get(type(value))
-    inner = {kind for item in value if (kind := _kind(item)) is not None}
-    return f"a list with {inner.pop()}" if len(inner) == 1 else _MIXED if inner else None
+    return to_dataset(pyarrow.table({name: to_array(values, name, path) for name, values in columns.items()}))
 
 
 def _or(names: Iterable[str]) -> str:

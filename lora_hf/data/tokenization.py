@@ -34,6 +34,26 @@ def encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_le
     return encoded.remove_columns(TRUNCATED)
 
 
+def digest_of(encoded: Dataset) -> str:
+    """Returns a hash of what the model reads of the rows of a split, labels included, in their order."""
+    digest = hashlib.sha256()
+    table: Any = encoded.with_format("arrow")[:]
+    for name in sorted(table.column_names):
+        digest.update(name.encode())
+        _add(digest, table.column(name).combine_chunks())
+    return digest.hexdigest()
+
+
+def _add(digest: Any, values: Any) -> None:
+    if pa.types.is_list(values.type):
+        digest.update(values.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+        _add(digest, values.flatten())
+    elif pa.types.is_primitive(values.type):
+        digest.update(values.to_numpy(zero_copy_only=False).tobytes())
+    else:
+        digest.update(repr(values.to_pylist()).encode())
+
+
 def _encode(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
     encode_batch = partial(task.encode, tokenizer=tokenizer, max_length=limit)
     encode_rows = partial(rows.map, encode_batch, batched=True, remove_columns=rows.column_names)

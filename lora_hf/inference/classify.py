@@ -21,7 +21,7 @@ from lora_hf.lora.inject import adapter_state, check_adapter_exists
 from lora_hf.lora.multi_adapter import mix_adapters
 from lora_hf.lora.precision import flush_denormals
 from lora_hf.lora.unpadding import enable_unpadding
-from lora_hf.models.align import align_tokenizer, check_tokens, padding_side
+from lora_hf.models.align import align_tokenizer, check_tokens, padding_side, split_by_length
 from lora_hf.models.load import dequantise
 from lora_hf.models.tokenizer_identity import tokenizer_identity
 
@@ -199,12 +199,13 @@ def batched_logits(
     stacks: dict[Any, Any] = {}
     with torch.inference_mode():
         for start in progress(range(0, len(order), batch_size)):
-            indices = order[start : start + batch_size]
-            batch = pad_rows([inputs[index] for index in indices], tokenizer, model)
-            with mix_adapters(model, [adapters[index] for index in indices], stacks) if adapters else nullcontext():
-                logits = output_logits(model(**batch))
-            for index, row in zip(indices, logits.float().cpu().numpy(), strict=True):
-                results[index] = row
+            chunk = order[start : start + batch_size]
+            for indices in split_by_length(model, chunk, [len(inputs[index]["input_ids"]) for index in chunk]):
+                batch = pad_rows([inputs[index] for index in indices], tokenizer, model)
+                with mix_adapters(model, [adapters[index] for index in indices], stacks) if adapters else nullcontext():
+                    logits = output_logits(model(**batch))
+                for index, row in zip(indices, logits.float().cpu().numpy(), strict=True):
+                    results[index] = row
     return results
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,10 +145,11 @@ class Generator:
         size = decoding.no_repeat_ngram_size
         processors: list[LogitsProcessor] = [FiniteLogits()] if finite else []
         processors += [NoRepeatedNGram(size, width)] if size else []
-        with flush_denormals():
+        config = self._generation_config(decoding)
+        with flush_denormals(), _base_settings_aside(self.model):
             output: Any = self.model.generate(  # type: ignore[operator]
                 **batch,
-                generation_config=self._generation_config(decoding),
+                generation_config=config,
                 logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList(stopping),
                 streamer=streamer,
@@ -196,6 +198,21 @@ class Generator:
         forced = {} if first is None else {"forced_bos_token_id": first}
         own.update(**(others | values | forced))
         return own
+
+
+@contextmanager
+def _base_settings_aside(model: PreTrainedModel) -> Iterator[None]:
+    """Hides the generation_config of a decoder's base, from which transformers fills what a call leaves open.
+
+    It may hold a repetition penalty or a shortest length, which no setting, record or server knows.
+    """
+    own = model.generation_config
+    if not model.config.is_encoder_decoder:
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def text_limit(model: PreTrainedModel, run_length: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -54,6 +55,9 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
     The base is hashed again only if one of its tensors has changed. A quantized base has the fingerprint that
     `store_fingerprint` stored, as long as its packed weights are the same, so that adapters fit both forms.
+
+    Raises:
+        ModelError: a weight is NaN or infinite.
     """
     stored = getattr(model, STORED, None)
     if stored is not None and stored["packed"] == _once(model, _digest, _packed_tensors(model)):
@@ -176,6 +180,12 @@ def _fingerprint(tensors: dict[str, Tensor]) -> dict[str, Any]:
     packed = torch.tensor(samples, dtype=torch.float32).to(torch.bfloat16).view(torch.uint8).numpy().tobytes().hex()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     projections = [_project(tensor) for tensor in tensors.values()]
+    for name, pair in zip(tensors, projections, strict=True):
+        if not all(map(math.isfinite, pair)):
+            raise ModelError(
+                f"{name} of the base holds NaN or infinity in {dtype}, so no adapter could be told to belong to it. "
+                "Download the base again, or load it in fp32"
+            )
     return {
         "sha256": _digest(tensors),
         "dtype": dtype,

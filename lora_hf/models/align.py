@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,13 @@ from lora_hf.core.errors import DataError, ModelError
 from lora_hf.data.tasks.base import Task
 from lora_hf.lora.heads import task_type
 
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+# Their outputs depend on padding whatever the mask says: convolutions, Fourier transforms and blocks run over it.
+READS_PADDING = ("big_bird", "convbert", "fnet", "nystromformer", "yoso")
+
 # The names that transformers gives to embeddings of absolute positions: position_embeddings, embed_positions, wpe.
 _POSITIONS = re.compile(r"(^|_)(pos|positions?)(_|$)|^wpe$")
 
@@ -24,7 +32,7 @@ def align_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     """Makes the two agree, in place, before either is used.
 
     The config gets the tokenizer's padding token. The tokenizer's `model_max_length` is at most the number of the
-    base's positions, and it returns only inputs that the base reads.
+    base's positions, and it returns only inputs that the base reads, the attention mask among them.
 
     Raises:
         ModelError: the base cannot be padded with the padding token, or no text fits into `model_max_length`.
@@ -44,6 +52,19 @@ def align_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
         )
     if not _counts_from_padding(model):
         model.config.pad_token_id = config.pad_token_id = pad
+    elif pad not in (config.pad_token_id, tokenizer.eos_token_id):  # the end token stands in where there is no other
+        raise ModelError(
+            f"{name}: the tokenizer pads with {tokenizer.pad_token!r} (id {pad}), but config.json has the pad_token_id "
+            f"{config.pad_token_id}, from which {model.config.model_type} counts positions; expected the id with which "
+            "the base was trained in both"
+        )
+    _warn_of_another_end(tokenizer, model)
+    if model.config.model_type in READS_PADDING:
+        logger.warning(
+            "%s: %s computes on padding too, so in training a row's loss and scores depend on the rows beside it, "
+            "unless train.batch_size and train.eval_batch_size are 1; predict, eval and serve batch rows of one length",
+            name, model.config.model_type,
+        )  # fmt: skip
     limit = position_limit(model)
     if limit is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
@@ -56,6 +77,20 @@ def align_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     unread = [each for each in tokenizer.model_input_names if not _reads(model, each)]
     if unread:
         tokenizer.model_input_names = [each for each in tokenizer.model_input_names if each not in unread]
+    if "attention_mask" not in tokenizer.model_input_names and _reads(model, "attention_mask"):
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
+
+
+def _warn_of_another_end(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """The end token is where a tokenizer of another model shows, even if all its ids have embeddings."""
+    end = getattr(model.config.get_text_config(), "eos_token_id", None)
+    ends = end if isinstance(end, list) else [end]
+    if tokenizer.eos_token_id is not None and end is not None and tokenizer.eos_token_id not in ends:
+        logger.warning(
+            "%s: the tokenizer's end token %r has id %s, but that in config.json is %s; if this is the tokenizer of "
+            "another model, name the base's own with model.tokenizer",
+            model.name_or_path or model.config.model_type, tokenizer.eos_token, tokenizer.eos_token_id, end,
+        )  # fmt: skip
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -81,6 +116,17 @@ def padding_side(model: PreTrainedModel) -> Literal["left", "right"]:
     return "left" if model.config.model_type == "xlnet" and not has_token_outputs else "right"
 
 
+def split_by_length(model: PreTrainedModel, rows: Sequence[T], lengths: Sequence[int]) -> list[list[T]]:
+    """Splits a batch into batches without padding, where padding would change the outputs; else returns it whole.
+
+    Args:
+        lengths: the number of tokens of each row.
+    """
+    if model.config.model_type not in READS_PADDING:
+        return [list(rows)]
+    return [[row for row, each in zip(rows, lengths, strict=True) if each == length] for length in sorted({*lengths})]
+
+
 def check_tokens(
     task: Task,
     ids: pa.ChunkedArray | Sequence[Sequence[int]],
@@ -88,6 +134,8 @@ def check_tokens(
     model: PreTrainedModel,
 ) -> None:
     """Checks encoded rows: the base can read every token, and an encoder-decoder's classifier finds its end tokens.
+
+    Rows that are mostly unknown to the tokenizer get a warning.
 
     Raises:
         DataError: the first row that the model cannot read.
@@ -109,6 +157,7 @@ def check_tokens(
             f"{model.name_or_path} has embeddings for ids below {vocabulary} only. Remove it from the text, name the "
             "base's own tokenizer with model.tokenizer, or resize the base's embeddings"
         )
+    _warn_of_unknown_words(task, values, parents, tokenizer)
     if _reads_end_token(model):
         end = model.config.eos_token_id
         encode: Any = tokenizer
@@ -122,6 +171,29 @@ def check_tokens(
                 f"{type(model).__name__} reads its answer; expected {max(expected, 1)}, which the base's own tokenizer "
                 f"adds. Remove {tokenizer.convert_ids_to_tokens(end)!r} from the text, or set model.tokenizer"
             )
+
+
+def _warn_of_unknown_words(
+    task: Task, tokens: np.ndarray, rows: np.ndarray, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Names the rows whose text, special tokens aside, is mostly the token for unknown words.
+
+    Args:
+        tokens, rows: the tokens of all rows `(tokens,)`, and the row of each.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return
+    special = [token for token in tokenizer.all_special_ids if token != unknown]
+    count = int(rows.max(initial=-1)) + 1
+    of_text = np.bincount(rows[~np.isin(tokens, special)], minlength=count)
+    affected = np.flatnonzero(2 * np.bincount(rows[tokens == unknown], minlength=count) > of_text)
+    if len(affected):
+        logger.warning(
+            "%s: of %d rows, more than half of the text is unknown to the tokenizer (%s), so the model cannot read it; "
+            "the first is row %d (counting from 0). Choose a base for this language or script",
+            task.name, len(affected), tokenizer.unk_token, affected[0],
+        )  # fmt: skip
 
 
 def _counts_from_padding(model: PreTrainedModel) -> bool:

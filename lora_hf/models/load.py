@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import ConfigError, HubError, ModelError, UserError, did_you_mean
-from lora_hf.core.hub_access import explain_hub_error, hub_is_reachable, hub_unreachable, is_hub_error
+from lora_hf.core.hub_access import hub_is_reachable, hub_unreachable
 from lora_hf.data.tasks.base import ModelKind, Task
 from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.checkpoint_header import quiet_transformers
@@ -41,6 +41,7 @@ from lora_hf.lora.kernels.dropout import MaskedDropout
 from lora_hf.lora.precision import flush_denormals, resolve_precision
 from lora_hf.lora.quantization import SCHEMES, QuantisedLinear
 from lora_hf.models.config_size import check_layers, check_size
+from lora_hf.models.load_errors import cannot_load, not_a_base
 from lora_hf.models.model_ids import BUNDLED, HUB_IDS, check_model_exists, suggest_model
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,8 @@ def load_model(
     Raises:
         ModelError, HubError: as `load_base`.
     """
+    if reason := not_a_base(model.name):
+        raise ModelError(reason)
     auto: Any = AUTO_CLASSES[kind]
     dtype = DTYPES[resolve_precision(model.precision)]
     config = read_config(model, head or {})
@@ -287,7 +290,7 @@ def _random(auto: Any, model: ModelConfig, config: PretrainedConfig, dtype: torc
     try:
         return auto.from_config(config, dtype=dtype)
     except Exception as error:  # transformers does not check a config
-        raise _cannot_load(model.name, error) from error
+        raise cannot_load(model.name, error) from error
 
 
 def _use_faster_kernels(base: PreTrainedModel) -> None:
@@ -314,16 +317,28 @@ def _pretrained(auto: Any, model: ModelConfig, config: PretrainedConfig, dtype: 
 def _check_filled(base: PreTrainedModel, info: dict[str, Any], name: str) -> None:
     """Warns of what the checkpoint did not fill besides a new head; raises ModelError where that is the base itself."""
     head = tuple(f"{path}." for path in head_paths(base))
-    mismatched = {str(entry[0]) for entry in info["mismatched_keys"]}
+    shapes = {str(key): (tuple(held), tuple(expected)) for key, held, expected in info["mismatched_keys"]}
+    mismatched = set(shapes)
     unfilled = {key for key in info["missing_keys"] if not key.startswith(head)} - mismatched
     new, missing = sort_new(base, unfilled, strict=True)
     wrong = sorted(key for key in mismatched if not key.startswith(head))
     if missing or wrong:
+        others = [f"{key}: {shapes[key][0]} instead of {shapes[key][1]}" for key in wrong[:3]]
+        unknown = sorted(info["unexpected_keys"])
+        held = f", {len(unknown)} of a name that it does not have ({', '.join(unknown[:2])})" if unknown else ""
         raise ModelError(
             f"{name}: the weights do not fill this model with num_labels={base.config.num_labels}: "
             f"{len(missing)} missing ({', '.join(missing[:3]) or '-'}), "
-            f"{len(wrong)} of another shape ({', '.join(wrong[:3]) or '-'})"
+            f"{len(wrong)} of another shape ({'; '.join(others) or '-'}){held}; expected the config.json that these "
+            "weights were saved with"
         )
+    left_out = sorted(key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key))
+    if left_out:
+        logger.warning(
+            "%s: the checkpoint holds %d tensors of layers that %s does not have, such as %s; they are left out. If "
+            "the model should have them, restore the config.json that these weights were saved with",
+            name, len(left_out), type(base).__name__, left_out[0],
+        )  # fmt: skip
     if mismatched:
         logger.warning(
             "%s: its own head has another shape (%s); a new one is trained", name, ", ".join(sorted(mismatched))
@@ -357,12 +372,4 @@ def _from_pretrained(name: str, revision: str | None, load: Callable[..., T]) ->
                 f"model.name to a local folder or to a bundled base ({', '.join(BUNDLED)}), or set HF_ENDPOINT to a "
                 "mirror"
             ) from error
-        raise _cannot_load(name, error, revision) from error
-
-
-def _cannot_load(name: str, error: Exception, revision: str | None = None) -> ModelError:
-    text = explain_hub_error(error, revision) if is_hub_error(error) else str(error).strip()
-    reason = (text or type(error).__name__).splitlines()[0]
-    if not isinstance(error, (OSError, ValueError, ImportError)):  # the text of others assumes a reader of their code
-        reason = f"check config.json, its values and the files it comes with ({type(error).__name__}: {reason})"
-    return ModelError(f"{name}: cannot be loaded: {reason}{suggest_model(name)}")
+        raise cannot_load(name, error, revision) from error

@@ -12,6 +12,7 @@ import torch
 
 from lora_hf.core.errors import AdapterError
 from lora_hf.inference.classify import output_logits, pad_rows
+from lora_hf.models.align import split_by_length
 from lora_hf.serving.requests import ClassifyResult, EmbedRequest, EmbedResult, RowsRequest
 from lora_hf.serving.worker import Worker
 
@@ -72,8 +73,9 @@ class ClassifyWorker(Worker):
         try:
             for embeds in (False, True):
                 rows = [row for row in batch if isinstance(row[0], EmbedRequest) == embeds]
-                if rows:
-                    self._run_batch(rows, embeds)
+                lengths = [len(request.inputs[index]["input_ids"]) for request, index in rows]
+                for part in split_by_length(self.model, rows, lengths) if rows else ():
+                    self._run_batch(part, embeds)
         except Exception as error:  # the thread must survive, and the clients need an answer
             requests = list(dict.fromkeys(request for request, _ in batch))
             if len(requests) > 1:

@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -172,10 +172,13 @@ class CheckpointCallback(TrainerCallback):
     Args:
         resumed_from: the checkpoint that the run resumes from.
         keep: how many checkpoints stay, besides the best; None: all.
+        data: the digest of each split, which a resumed run must have too.
     """
 
-    def __init__(self, trainer: RunTrainer, resumed_from: Path | None, keep: int | None) -> None:
-        self.trainer, self.resumed_from, self.keep = trainer, resumed_from, keep
+    def __init__(
+        self, trainer: RunTrainer, resumed_from: Path | None, keep: int | None, data: Mapping[str, str]
+    ) -> None:
+        self.trainer, self.resumed_from, self.keep, self.data = trainer, resumed_from, keep, data
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.training_began = True
@@ -196,6 +199,7 @@ class CheckpointCallback(TrainerCallback):
                 "finished": control.should_training_stop,
                 "skipped": self.trainer.loss_scaling.skipped,
                 "processes": args.world_size,
+                "data": self.data,
                 "evaluation_due": self.trainer.evaluation_due,
             }
             write_progress(checkpoint, progress)

@@ -151,6 +151,20 @@ def check_world_size(checkpoint: Path) -> None:
         )
 
 
+def check_data(checkpoint: Path, digests: Mapping[str, str]) -> None:
+    """Raises ConfigError where the run of the checkpoint began with other rows, or with a tokenizer that differs.
+
+    Args:
+        digests: `tokenization.digest_of` by split.
+    """
+    before = read_progress(checkpoint).get("data", digests)  # versions before this one wrote none
+    if changed := [split for split, digest in digests.items() if before.get(split) != digest]:
+        raise ConfigError(
+            f"{checkpoint}: the rows of {' and '.join(changed)}, or how the tokenizer encodes them, have changed since "
+            "this run began. Restore the data and the tokenizer's files, or start a new run under another output.name"
+        )
+
+
 def delete_newer(checkpoint: Path) -> None:
     """Deletes the checkpoints after this one, which the resumed run writes again."""
     for other in checkpoints_in(checkpoint.parent):

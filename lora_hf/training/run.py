@@ -38,7 +38,8 @@ from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.chat import self_contained
 from lora_hf.data.tasks.label_names import infer_label_names
 from lora_hf.data.tasks.registry import task_of
-from lora_hf.data.tokenization import encode
+from lora_hf.data.tokenization import digest_of, encode
+from lora_hf.lora.fingerprint import fingerprint
 from lora_hf.lora.inject import count_parameters, inject_at, inject_head
 from lora_hf.lora.precision import flush_denormals, resolve_precision
 from lora_hf.lora.target_modules import Site, plan
@@ -57,6 +58,7 @@ from lora_hf.training.callbacks import (
     install_callbacks,
 )
 from lora_hf.training.checkpoints import (
+    check_data,
     evaluation_is_due,
     read_progress,
     translate_disk_full,
@@ -229,6 +231,11 @@ def prepare_run(
     }
     for part in encoded.values():
         check_tokens(task, part.data.column("input_ids"), tokenizer, model)
+    if config.train.method != "full":
+        fingerprint(model)  # the first checkpoint needs it, and NaN in the base should not be found only then
+    digests = {split: digest_of(part) for split, part in encoded.items()}
+    if checkpoint is not None:
+        check_data(checkpoint, digests)
     optimizations = enable_optimizations(model, config.train.label_smoothing)
     arguments = training_arguments(config, task, folder, optimizations)
     keep, arguments.save_total_limit = arguments.save_total_limit, None  # CheckpointCallback deletes old ones
@@ -250,7 +257,7 @@ def prepare_run(
         log_prefix,
         TrainingGuard(config.train.method),
         LogFile(folder / LOG_FILE),
-        CheckpointCallback(trainer, checkpoint, keep),
+        CheckpointCallback(trainer, checkpoint, keep, digests),
         estimator,
         *callbacks,
     )

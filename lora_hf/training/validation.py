@@ -59,7 +59,11 @@ def check_run(config: RunConfig) -> None:
         raise ConfigError(
             f"train.loraplus_lr_ratio: train.method={settings.method} trains no lora_B; leave the key out"
         )
-    if settings.start_from and settings.method == "lora":
+    if settings.start_from and settings.method != "lora":
+        raise ConfigError(
+            f"train.start_from: train.method={settings.method} takes no LoRA weights from an adapter; leave the key out"
+        )
+    if settings.start_from:
         read_adapter_config(settings.start_from)
 
 

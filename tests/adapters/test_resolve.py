@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lora_hf.adapters.push import _read, push_adapter
 from lora_hf.adapters.resolve import fetch_adapter, find_saved_model
-from lora_hf.adapters.save_load import load_adapter
+from lora_hf.adapters.save_load import load_adapter, save_adapter
+from lora_hf.core.config.schema import LoraConfig, ModelConfig
 from lora_hf.core.errors import AdapterError, HubError
-from lora_hf.models.load import BUNDLED_FOLDER
+from lora_hf.data.tasks.registry import get_task
+from lora_hf.lora.inject import inject
+from lora_hf.models.load import BUNDLED_FOLDER, load_base
 from tests.support.adapters_on_disk import run_folder
 from tests.support.command_lines import ask
 from tests.support.hub_server import USER, WEIGHTS, Hub, Repository
@@ -73,7 +77,9 @@ def test_logits_are_those_of_the_local_adapter_and_the_cards_code_works(
     assert len(blocks) == 3
     code = f"""
 import json, sys, torch
-from lora_hf.models.load import BUNDLED_FOLDER
+from lora_hf.data.tasks.registry import get_task
+from lora_hf.lora.inject import inject
+from lora_hf.models.load import BUNDLED_FOLDER, load_base
 from transformers import AutoModelForSequenceClassification
 from lora_hf import load_adapter
 ids = torch.tensor([[0, 5, 6, 7, 2]])
@@ -277,3 +283,33 @@ def test_pickled_weights_alone_are_refused_with_a_way(name: str, tmp_path: Path)
     (tmp_path / name).write_bytes(b"a pickle")
     with pytest.raises(AdapterError, match=rf"{name} are not read.*safetensors: peft\."):
         find_saved_model(tmp_path)
+
+
+def test_a_task_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """The run's config is edited to a kind that reads the same head in another way."""
+    model = load_base(ModelConfig(name="tiny-roberta", precision="fp32"), get_task("rule-sentiment"))
+    folder = save_adapter(inject(model, LoraConfig(r=2, targets=("q",))), tmp_path / "adapter", task="mine")
+    task = {"name": "mine", "kind": "multi_label", "label_names": ["negative", "positive"]}
+    for kind, said in (("multi_label", "is multi_label_classification.*task.kind"), ("classification", "")):
+        config = {"model": {"name": "tiny-roberta"}, "task": {**task, "kind": kind}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        if said:
+            with pytest.raises(AdapterError, match=f"trained for single_label_classification; task mine {said}"):
+                find_saved_model(folder)
+        else:
+            assert find_saved_model(folder).task.label_names == ("negative", "positive")
+
+
+def test_files_as_an_editor_leaves_them(adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A byte-order mark is none of JSON's business; of two configs in a run, one counts."""
+    shutil.copytree(adapter.parent, tmp_path / "run")
+    run, folder = tmp_path / "run", tmp_path / "run" / "adapter"
+    for file in (run / "config.yaml", folder / "adapter_config.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert find_saved_model(folder).max_length == 64
+    assert "counts" not in caplog.text
+    (folder / "config.yaml").write_text((run / "config.yaml").read_text("utf-8-sig").replace("64", "32"))
+    assert find_saved_model(folder).max_length == 64
+    assert f"{folder}/config.yaml differs from {run}/config.yaml, which is the one that counts" in caplog.text
+    with pytest.raises(AdapterError, match=rf"a file \(did you mean '{folder}'\?\)"):
+        find_saved_model(folder / "adapter_model.safetensors")

@@ -24,7 +24,7 @@ from transformers import (
 
 from lora_hf.adapters.format import CONFIG_FILE, HEADER, WEIGHTS_FILE, read_adapter
 from lora_hf.adapters.resolve import find_saved_model
-from lora_hf.adapters.save_load import load_adapter, save_adapter
+from lora_hf.adapters.save_load import copy_lora_weights, load_adapter, save_adapter
 from lora_hf.cli.main import main
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError
@@ -318,7 +318,7 @@ def test_the_adapter_that_is_likely_meant_is_named(
             read_adapter(place)
     with pytest.raises(AdapterError, match=r"found no such folder$"):
         read_adapter("outputs/something else/adapter")
-    with pytest.raises(AdapterError, match=r"expected adapter_config.json, found a file$"):
+    with pytest.raises(AdapterError, match=r"found a file \(did you mean 'outputs/sst2/adapter'\?\)$"):
         find_saved_model(adapter / WEIGHTS_FILE)
     Path("outputs/notes.md").touch()  # of the form of a hub id
     with pytest.raises(AdapterError, match=r"expected adapter_config.json, found a file$"):
@@ -350,3 +350,16 @@ def test_an_adapter_of_a_model_without_label_names_gets_those_of_its_task(
     save_adapter(model, tmp_path / "adapter", task="rule-sentiment")
     assert main(["predict", "--adapter", str(tmp_path / "adapter"), "--text", "A warm film."]) == 0
     assert json.loads(capsys.readouterr().out)["label"] in ("negative", "positive")
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_weights_of_another_scaling_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, use_rslora: bool
+) -> None:
+    settings = {"r": 3, "targets": ("q", "v"), "use_rslora": use_rslora}
+    save_adapter(inject(small_model("gpt2"), LoraConfig(lora_alpha=6, **settings)), tmp_path)
+    for alpha in (6, 12):
+        caplog.clear()
+        copy_lora_weights(inject(small_model("gpt2"), LoraConfig(lora_alpha=alpha, **settings)), read_adapter(tmp_path))
+        assert ("lora_alpha=6, and this adapter has 12" in caplog.text) == (alpha == 12)
+        assert ("is 2 times as large" in caplog.text) == (alpha == 12)

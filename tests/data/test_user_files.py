@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import DataError
 from lora_hf.data.readers import TABLE_SUFFIXES, read_rows, read_texts, read_texts_of_adapters
+from lora_hf.data.tasks.custom import custom_task
 from lora_hf.data.tasks.label_names import infer_label_names
 from tests.support.split_files import columns, message, write_text
 
 TASK = TaskConfig("mine", kind="classification", label_names=("neg", "pos"))
+ROWS = {"text": ["a", "b"], "label": ["neg", "pos"]}
 Row = dict[str, Any]
 
 
@@ -88,14 +92,13 @@ def test_ends_of_lines(end: str, tmp_path: Path) -> None:
     rows = [{"text": "a", "label": "neg"}, {"text": "b", "label": "pos"}]
     for name, text in {"a.csv": _quoted(rows, ",", end), "a.tsv": f"text\tlabel{end}a\tneg{end}b\tpos"}.items():
         assert read_texts(write_text(tmp_path / name, text), ("text",)) == {"text": ["a", "b"]}
-    if end != "\r":
-        assert read_texts(write_text(tmp_path / "a.jsonl", _json_lines(rows, end)), ("text",)) == {"text": ["a", "b"]}
-        assert read_texts(write_text(tmp_path / "a.txt", f"a{end}b{end}"), ("text",)) == {"text": ["a", "b"]}
+    assert read_texts(write_text(tmp_path / "a.jsonl", _json_lines(rows, end)), ("text",)) == {"text": ["a", "b"]}
+    assert read_texts(write_text(tmp_path / "a.txt", f"a{end}b{end}"), ("text",)) == {"text": ["a", "b"]}
 
 
 def test_one_text_a_line(tmp_path: Path) -> None:
-    """Only line feeds end a line, as for `wc` and editors."""
-    lines = ["one\u2028two\x85three\x1cfour", '"quoted"', " spaces ", "text"]
+    """Only line feeds end a line, as for `wc` and editors, in a file that has one."""
+    lines = ["one\u2028two\x85three\x1cfour", '"quoted"', " spaces ", "50 %\r60 %", "text"]
     assert read_texts(write_text(tmp_path / "a.txt", "\n".join(lines) + "\n"), ("text",)) == {"text": lines}
 
 
@@ -144,11 +147,58 @@ def test_categories_of_pandas(tmp_path: Path) -> None:
     assert columns(TASK, tmp_path) == {"text": ["a", "b"], "label": [0, 1]}
 
 
+def test_texts_as_polars_writes_them(tmp_path: Path) -> None:
+    views = {name: pyarrow.array(values, pyarrow.string_view()) for name, values in ROWS.items()}
+    pyarrow.parquet.write_table(pyarrow.table(views), tmp_path / "train.parquet")
+    assert columns(TASK, tmp_path) == {"text": ["a", "b"], "label": [0, 1]}
+
+
+def test_a_split_as_the_hub_names_its_file(tmp_path: Path) -> None:
+    for number, names in ((1, ["train-00000-of-00001"]), (2, ["train-00000-of-00002", "train-00001-of-00002"])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in names:
+            pyarrow.parquet.write_table(pyarrow.table(ROWS), folder / f"{name}.parquet")
+    assert columns(TASK, tmp_path / "1") == {"text": ["a", "b"], "label": [0, 1]}
+    found = message(TASK, tmp_path / "2")
+    assert "in parts, train-00000-of-00002.parquet, train-00001" in found
+    assert "as one file train.parquet" in found
+
+
+@pytest.mark.parametrize(
+    ("content", "facts"),
+    [
+        ("text,label\n", "expected two or more classes in column 'label', found none in 0 rows"),
+        ("text,label\na,pos\nb,pos\n", "expected two or more classes in column 'label', found pos in 2 rows"),
+    ],
+)
+def test_too_few_classes(content: str, facts: str, tmp_path: Path) -> None:
+    path = write_text(tmp_path / "train.csv", content)
+    with pytest.raises(DataError) as error:
+        infer_label_names(TaskConfig("mine", kind="classification", data_dir=str(tmp_path)))
+    assert f"{path}: {facts}" in str(error.value)
+
+
+def test_columns_of_labels_instead_of_rows(tmp_path: Path) -> None:
+    write_text(tmp_path / "train.json", json.dumps(ROWS))
+    for task in (TASK, TaskConfig("mine", kind="classification", data_dir=str(tmp_path))):
+        with pytest.raises(DataError, match=r"train\.json: .*the file is one JSON object"):
+            custom_task(infer_label_names(task)).load(str(tmp_path), ["train"])
+
+
+def test_a_score_is_a_number_as_other_programs_read_it(tmp_path: Path) -> None:
+    write_text(tmp_path / "train.csv", "text,label\na,1\nb,2021_01\n")
+    found = message(TaskConfig("mine", kind="regression"), tmp_path)
+    assert "row 1 (counting from 0) has the label '2021_01' in column 'label'; expected a number" in found
+
+
 def test_missing_labels_are_no_class(tmp_path: Path) -> None:
     task = TaskConfig("mine", kind="classification", label_names=("None", "nan"))
     for label in (None, float("nan")):
         write_rows(tmp_path / "train.parquet", [{"text": "a", "label": label}, {"text": "b", "label": None}])
-        assert "row 0 (counting from 0)" in message(task, tmp_path)
+        found = message(task, tmp_path)
+        assert "row 0 (counting from 0)" in found
+        assert "did you mean" not in found
 
 
 def test_truth_values_in_either_spelling(tmp_path: Path) -> None:
@@ -186,10 +236,24 @@ REFUSED: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "zstd": ("a.jsonl", b"\x28\xb5\x2f\xfd\x04", ("a zstd file", "unpack it")),
     "bzip2": ("a.csv", b"BZh91AY&SY", ("a bzip2 file", "unpack it")),
     "xz": ("a.csv", b"\xfd7zXZ\0", ("an xz file", "unpack it")),
+    "a pointer of git-lfs": (
+        "a.csv",
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        ("git-lfs", "download"),
+    ),
     "Arrow as JSON": ("a.json", b"ARROW1\0\0", ("an Arrow file", "parquet")),
     "a comma after each object": ("a.jsonl", '{"text": "a"},\n', ("line 1", "a JSON object on one line", "column 14")),
-    "an object on several lines": ("a.json", '{\n"text": "a"\n}', ("line 1", "a JSON object on one line")),
+    "an object on several lines": (
+        "a.json",
+        '{\n"text": "a"\n}',
+        ("line 1", "a JSON object on one line", "the file is one"),
+    ),
+    "columns instead of rows": ("a.json", '{"text": {"0": "a", "1": "b"}}', ("'text'", "one JSON object", "orient=")),
+    "rows under a key": ("a.json", '{"data": [{"text": "a"}]}', ("found: data", "one JSON object")),
+    "an empty array": ("a.json", "[]", ("no rows",)),
+    "vertical bars": ("a.csv", "text|label\na|pos\n", ("no column 'text'", "Vertical bars", "commas")),
     "parquet as CSV": ("a.csv", b"PAR1\0", ("name it .parquet",)),
+    "a pointer as parquet": ("a.parquet", "version https://git-lfs.github.com/spec/v1\n", ("pointer of git-lfs",)),
     "CSV as parquet": ("a.parquet", "text\na\n", ("cannot be read as parquet",)),
     "a table as text": ("a.txt", 'label,"text"\npos,a\n', ("line 1", "a header", ".csv")),
     "JSON lines as text": ("a.txt", '{"text": "a"}\n', ("line 1", ".jsonl")),
@@ -204,14 +268,18 @@ REFUSED: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "an open quote": ("a.csv", 'text,label\na,pos\n"b,pos\nc,pos\n', ("line 3", "unexpected end")),
     "an empty line of one column": ("a.csv", "text\na\n\nb\n", ("line 3: empty",)),
     "an empty line": ("a.txt", "a\n\nb\n", ("line 2: empty",)),
-    "an empty line of JSON": ("a.jsonl", '{"text": "a"}\n\n{"text": "b"}\n', ("line 2: not a JSON object",)),
+    "an empty line of JSON": (
+        "a.jsonl",
+        '{"text": "a"}\n\n{"text": "b"}\n',
+        ("line 2: empty; expected a JSON object",),
+    ),
     "an empty text": ("a.csv", 'text\na\n""\n', ("row 1 (counting from 0)", "column 'text'", "found ''")),
     "a number": ("a.jsonl", '{"text": 3}\n', ("column 'text' should hold text", "found int64")),
     "a number among texts": ("a.json", '[{"text": "a"}, {"text": 3}]', ("'text'", "row 1", "has 3", "a text")),
     "a missing key": ("a.jsonl", '{"text": "a"}\n{"x": "b"}\n', ("row 1 (counting from 0)", "None")),
     "a list": ("a.json", '["a"]', ("entry 0", "expected an object", "'a'")),
     "a broken array": ("a.json", '[{"text": "a"},', ("not an array of objects",)),
-    "nothing": ("a.csv", "", ("no column 'text'",)),
+    "nothing": ("a.csv", "", ("empty; expected the names",)),
     "no rows": ("a.csv", "text\n", ("no rows",)),
     "half a surrogate pair": ("a.jsonl", '{"text": "\\ud800"}\n', ("row 0", "surrogate")),
     "Latin-1": ("a.csv", "text\ngut\ns\xfc\xdf\n".encode("latin-1"), ("line 3", "not UTF-8", "0xfc")),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lora_hf.core.config.schema import GenerateConfig, TaskConfig
 from lora_hf.data.tasks.custom import custom_task
@@ -14,7 +15,7 @@ from lora_hf.data.tasks.registry import get_task
 from lora_hf.inference.classify import Predictor
 from lora_hf.inference.generate import Generator
 from lora_hf.lora.unpadding import enable_unpadding
-from lora_hf.models.align import align_tokenizer
+from lora_hf.models.align import READS_PADDING, align_tokenizer
 from lora_hf.training.batches import padding_collator
 from lora_hf.training.trainer import completion_loss, enable_optimizations
 from tests.support.small_models import small_model
@@ -55,6 +56,32 @@ def test_logits(kind: str, pad: str | None, side: str, config_pad: int | None) -
     if enable_unpadding(model) is None:
         for size in (1, len(TEXTS)):
             np.testing.assert_allclose(predictor.logits(rows, batch_size=size), alone, atol=SAME, rtol=0)
+
+
+@pytest.mark.parametrize("kind", READS_PADDING)
+def test_models_that_compute_on_padding(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    more = {"block_size": 4, "num_random_blocks": 1, "embedding_size": 32, "num_landmarks": 64, "use_expectation": True}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=100, pad_token_id=1, initializer_range=0.2, **shape, **more)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    torch.nn.init.normal_([*model.parameters()][-2], std=0.5)  # the output layer
+    predictor = Predictor(model, tokenizer_with("<pad>", "right"), get_task("sst2"), 60)  # type: ignore[arg-type]
+    assert f"{kind} computes on padding too" in caplog.text
+    rows = {"sentence": ["w1", "w1 w2 w3 w4 w5 w6 w7", "w5 w7", "w9 w8", "w4 " * 20, "w3 " * 40]}
+    alone = predictor.logits(rows, batch_size=1)
+    assert far_apart(alone)
+    np.testing.assert_allclose(predictor.logits(rows, batch_size=64), alone, atol=SAME, rtol=SAME)
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_a_tokenizer_that_returns_no_mask(kind: str) -> None:
+    """Its model_input_names lack the mask, without which an encoder reads the padding."""
+    tokenizer = tokenizer_with("<pad>", "right", model_input_names=["input_ids"])
+    predictor = Predictor(small_model(kind, 3), tokenizer, get_task("sst2"), 60)  # type: ignore[arg-type]
+    alone = predictor.logits({"sentence": TEXTS}, batch_size=1)
+    together = predictor.logits({"sentence": TEXTS}, batch_size=len(TEXTS))
+    np.testing.assert_allclose(together, alone, atol=SAME, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])

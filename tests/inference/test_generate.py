@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import DataError
@@ -67,6 +67,19 @@ def test_the_score_of_a_greedy_text_is_its_mean_log_probability(generator: Gener
     assert made.score == pytest.approx(sum(chances) / len(chances), abs=1e-3)
     text = generator.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
     assert made.text == " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", DECODINGS)
+def test_a_decoder_is_decoded_by_our_settings_alone(
+    name: str, generator: Generator, contexts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen2.5's generation_config has a repetition penalty, which the server's running batch has never read."""
+    expected = list(generator.generate(contexts[:3], DECODINGS[name]))
+    settings = {"repetition_penalty": 9.0, "min_length": 60, "suppress_tokens": list(range(40_000)), "num_beams": 2}
+    settings |= {"no_repeat_ngram_size": 1, "forced_eos_token_id": 40_001, "max_length": 3, "length_penalty": -2.0}
+    monkeypatch.setattr(generator.model, "generation_config", GenerationConfig(**settings))
+    assert list(generator.generate(contexts[:3], DECODINGS[name])) == expected
+    assert generator.model.generation_config.repetition_penalty == 9.0
 
 
 @pytest.mark.full

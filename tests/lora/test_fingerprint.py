@@ -219,3 +219,10 @@ def test_a_base_without_weights_has_none(tmp_path: Path) -> None:
         load_adapter(small_model("llama").to("meta"), adapter)
     with pytest.raises(ModelError, match=r"embed_tokens\.weight is on the meta device"):
         save_adapter(inject(small_model("llama").to("meta"), lora), tmp_path / "other")
+
+
+def test_a_base_with_nan_is_named() -> None:
+    model = small_model("gpt2")
+    model.transformer.wte.weight.data[3] = float("nan")
+    with pytest.raises(ModelError, match=r"wte\.weight of the base holds NaN or infinity in float32"):
+        fingerprint(model)

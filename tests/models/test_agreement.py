@@ -57,6 +57,25 @@ def test_positions_that_count_from_the_padding_token_stay(tmp_path: Path) -> Non
         loaded(broken)
 
 
+def test_another_padding_token_than_positions_count_from_is_refused(tmp_path: Path) -> None:
+    folder = base_folder(tmp_path, "roberta", pad_token_id=0)
+    with pytest.raises(ModelError, match=r"'<pad>' \(id 1\), but config.json has the pad_token_id 0.*roberta counts"):
+        loaded(folder)
+
+
+@pytest.mark.parametrize("end", [2, [5, 2], None, 3, [5, 6]])
+def test_a_tokenizer_of_another_model_is_named(end: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = small_model("llama", 2, eos_token_id=end)
+    align_tokenizer(word_tokenizer(pad_token="<pad>"), model)
+    assert (f"'</s>' has id 2, but that in config.json is {end};" in caplog.text) == (end in (3, [5, 6]))
+
+
+def test_a_config_without_an_end_token(tmp_path: Path) -> None:
+    model = small_model("bert", 2)
+    del model.config.eos_token_id
+    align_tokenizer(word_tokenizer(pad_token="<pad>"), model)
+
+
 def test_a_tokenizer_with_neither_token_is_refused(tmp_path: Path) -> None:
     folder = base_folder(tmp_path, "gpt2", word_tokenizer(eos_token=None))
     with pytest.raises(ModelError, match=r"neither a padding token \(pad_token\) nor an end token"):
@@ -107,6 +126,15 @@ def test_rows_are_cut_to_the_positions_of_the_base(kind: str, limit: int | None)
 def test_a_tokenizer_that_leaves_no_space_for_a_text_is_refused() -> None:
     with pytest.raises(ModelError, match=r"1 special tokens and a text, found a model_max_length of 1"):
         align_tokenizer(word_tokenizer(ends=True, pad_token="<pad>", model_max_length=1), small_model("bert", 2))
+
+
+def test_texts_that_are_unknown_to_the_tokenizer_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    predictor = Predictor(small_model("bert", 2), word_tokenizer(ends=True, pad_token="<pad>"), SST2)  # type: ignore[arg-type]
+    predictor.logits({"sentence": ["w1 w2", "w1 \u6f22", ""]})
+    assert "unknown to the tokenizer" not in caplog.text
+    predictor.logits({"sentence": ["w1", "\u6f22\u5b57", "\u5b57 w1 \u6f22"]})
+    assert "of 2 rows, more than half of the text is unknown to the tokenizer (<unk>)" in caplog.text
+    assert "the first is row 1 " in caplog.text
 
 
 def test_a_token_that_the_base_does_not_have_is_named() -> None:

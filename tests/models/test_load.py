@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,56 @@ def test_weights_that_lack_part_of_the_base_are_refused(folder: Path) -> None:
     with pytest.raises(
         ModelError, match=r"do not fill this model with num_labels=2: 1 missing \(roberta\.encoder\.layer\.0\.att"
     ):
+        load_base(ModelConfig(name=str(folder)), SST2)
+
+
+def test_a_config_that_does_not_fit_its_weights(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    load_base(ModelConfig(name=str(folder)), SST2)
+    assert "holds 16 tensors of layers that RobertaForSequenceClassification does not have" in caplog.text
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 120}))
+    with pytest.raises(
+        ModelError, match=r"word_embeddings\.weight: \(100, 32\) instead of \(120, 32\)\); expected the"
+    ):
+        load_base(ModelConfig(name=str(folder)), SST2)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "is a pointer of git-lfs"),
+        (b"", "its safetensors cannot be read"),
+    ],
+)
+def test_weights_that_were_not_downloaded(folder: Path, content: bytes, reason: str) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=reason):
+        load_base(ModelConfig(name=str(folder)), SST2)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"), [("", "is an adapter, not a base"), ("adapter", "is a run folder, not a base")]
+)
+def test_an_adapter_is_no_base(place: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "adapter_config.json").write_text("{}")
+    for load in (lambda model: load_base(model, SST2), load_tokenizer):
+        with pytest.raises(ModelError, match=rf"{said}.*train\.start_from={tmp_path / place}"):
+            load(ModelConfig(name=str(tmp_path)))
+
+
+def test_an_adapter_beside_a_base_is_not_loaded_in_its_place(folder: Path) -> None:
+    """transformers would load the base that adapter_config.json names, with the adapter."""
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}')
+    with pytest.raises(ModelError, match=r"holds an adapter beside a model\. Move adapter_config\.json out"):
+        load_base(ModelConfig(name=str(folder)), SST2)
+
+
+def test_names_of_another_wrapper_are_shown(folder: Path) -> None:
+    tensors = {f"module.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"of a name that it does not have \(module\."):
         load_base(ModelConfig(name=str(folder)), SST2)
 
 

@@ -87,6 +87,19 @@ def test_what_concerns_no_step_may_change(
     assert again.record.metrics == finished.record.metrics
 
 
+def test_other_rows_or_tokens_are_another_run(finished: Run, rows: dict[str, Any]) -> None:
+    """Also behind the same config: the rows were edited, or the tokenizer's files were."""
+    checkpoint, before = str(finished.folder / "checkpoints" / "checkpoint-2"), content(finished.folder)
+    flipped = rows["train"].map(lambda row: {"label": 1 - row["label"]})
+    for changed_rows, said in (
+        ({**rows, "train": flipped}, "the rows of train, or how the tokenizer"),
+        ({split: part.select(range(len(part) - 1)) for split, part in rows.items()}, "of train and validation"),
+    ):
+        with pytest.raises(ConfigError, match=f"checkpoint-2: .*{said}.*Restore the data"):
+            train(config_of(finished, overwrite=True), checkpoint, changed_rows)
+    assert content(finished.folder) == before
+
+
 @pytest.mark.full
 def test_a_finished_run_and_newer_checkpoints_stay(finished: Run, rows: dict[str, Any]) -> None:
     checkpoint = finished.folder / "checkpoints" / "checkpoint-2"

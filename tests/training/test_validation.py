@@ -80,6 +80,7 @@ def test_no_mistake_waits_for_torch(tmp_path: Path) -> None:
         (["train.group_by_prompt=true"], ConfigError, "rule-sentiment has no prompts"),
         (["train.loraplus_lr_ratio=4", "train.method=head"], ConfigError, "train.method=head trains no lora_B"),
         (["train.start_from=nowhere"], AdapterError, "not an adapter folder"),
+        (["train.start_from=nowhere", "train.method=full"], ConfigError, "train.method=full takes no LoRA weights"),
     ],
 )
 def test_settings_that_do_not_go_together(words: list[str], kind: type[Exception], said: str) -> None:

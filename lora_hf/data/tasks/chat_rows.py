@@ -191,6 +191,8 @@ def _message(value: Any, where: str) -> Message:
             f"{where}: expected a role of {', '.join(ROLES)}, found {_shown(message['role'])}"
             f"{did_you_mean(str(message['role']), ROLES)}"
         )
+    if message.get("weight", 1) not in (0, 1):
+        raise ValueError(f"{where}: expected a weight of 0 or 1, found {_shown(message['weight'])}")
     if "content" in message:
         message["content"] = _text(message["content"], where)
     elif message["role"] != "assistant" or not message.get("tool_calls"):

@@ -131,12 +131,17 @@ class ChatEncoder:
     # Rendering
 
     def _render(self, messages: Sequence[Message], tools: Any, add_generation_prompt: bool = False) -> str:
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         template = None if self._own else self.template
         options: Any = {"tools": tools, "chat_template": template, "add_generation_prompt": add_generation_prompt}
         try:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)  # pyright: ignore[reportReturnType]
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template cannot render any conversation: line {error.lineno} of it: "
+                f"{str(error.message).rstrip('.')}. Correct it, or set task.chat_template to a file with another one"
+            ) from error
         except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             roles = ", ".join(str(message["role"]) for message in messages[:6]) + (", ..." if len(messages) > 6 else "")
             raise DataError(
@@ -196,7 +201,15 @@ class ChatEncoder:
         return start
 
     def _check_complete(self, chat: Chat, texts: Sequence[_Text]) -> None:
-        """Raises a DataError for tools or calls that the template leaves out: the model would learn to say nothing."""
+        """Raises a DataError for turns, tools or calls that the template leaves out: the model would learn nothing."""
+        spans = [span for each in texts for span in each.spans]
+        if all(start == end for start, end in spans) and any(
+            chat.messages[turn].get("content") for turn in chat.trained
+        ):
+            raise DataError(
+                "the chat template does not write the assistant's turns. Set task.chat_template to chatml, or to a "
+                "file with a template that does"
+            )
         text = "\n".join(each.text for each in texts)
         names = {f"the tool {name!r}": name for name in map(_tool_name, chat.tools or ()) if name}
         for index, message in enumerate(chat.messages[: chat.trained[-1] + 1] if chat.trained else ()):

@@ -35,6 +35,7 @@ from lora_hf.data.tasks.tokens import check_tokens_config, read_tokens, tokens_t
 if TYPE_CHECKING:
     from datasets import Dataset
 
+SHARD = re.compile(r"-\d{5}-of-\d{5}")  # as the hub names the parts of a split
 LARGEST_SCORE = 1e30  # labels are float32, whose largest number is 3e38
 
 
@@ -133,7 +134,7 @@ class CustomFiles:
             path
             for folder in (root / self.config.name, root)
             for path in sorted(folder.glob("*"))
-            if path.stem == split
+            if path.stem == split or SHARD.fullmatch(path.stem.removeprefix(split))
         ]
 
     def file(self, split: str, data_dir: str | None) -> Path:
@@ -158,6 +159,12 @@ class CustomFiles:
             others = named or sorted(root.glob("*"))
             found = f"; found {', '.join(path.name for path in others[:10]) or 'nothing'}"
             raise DataError(f"{name}: no file with the rows of split {split!r} in {root} ({setting}){found}. {how_to}")
+        shards = [path for path in files if path.stem != split]
+        if len(shards) > 1 or any(not path.stem.endswith("-of-00001") for path in shards):
+            raise DataError(
+                f"{name}: split {split!r} is in parts, {', '.join(path.name for path in shards[:5])} in {root}; write "
+                f"them as one file {split}{shards[0].suffix}"
+            )
         if len(files) > 1:
             raise DataError(f"{name}: split {split!r} is in {' and in '.join(map(str, files))}; keep one of them")
         return files[0]

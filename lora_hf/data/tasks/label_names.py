@@ -14,7 +14,7 @@ from lora_hf.core.errors import DataError
 from lora_hf.data.readers import read_rows
 from lora_hf.data.tasks.custom import KINDS, CustomFiles
 from lora_hf.data.tasks.multi_label import are_indicators, label_sets
-from lora_hf.data.tasks.row_checks import class_names
+from lora_hf.data.tasks.row_checks import class_names, explain_one_object
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,6 +48,11 @@ def _names(config: TaskConfig, path: Path, changed: int, size: int) -> tuple[str
     column = config.label_column or ""
     values = _labels(config, read_rows(path, (column,)), path)
     names = _sorted({_name(value, config, path) for value in values if value is not None and str(value).strip()})
+    if len(names) < 2:
+        raise DataError(
+            f"{path}: expected two or more classes in column {column!r}, found {', '.join(names) or 'none'} in "
+            f"{len(values)} rows; set another task.label_column, or list the classes in task.label_names"
+        )
     if len(names) > FEW_CLASSES and 2 * len(names) > len(values):
         raise DataError(
             f"{path}: column {column!r} has {len(names)} different values in {len(values)} rows, too "
@@ -66,7 +71,10 @@ def _labels(config: TaskConfig, rows: Dataset, path: Path) -> list[Any]:
                 "task.label_names to their names, in this order"
             )
         return [label for labels in sets for label in labels]
-    return class_names(rows, config.label_column or "")
+    values = class_names(rows, config.label_column or "")
+    if hint := explain_one_object(values):
+        raise DataError(f"{path}: column {config.label_column!r} holds {values[0]!r:.100}{hint}")
+    return values
 
 
 def _name(value: Any, config: TaskConfig, path: Path) -> str:

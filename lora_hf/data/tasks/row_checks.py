@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LONGEST_TEXT = 1_000_000  # bytes; a tokenizer takes a hundred times as much memory
+ONE_OBJECT = (
+    "; the file is one JSON object: expected an array of objects or an object on each line, one for each row, such as "
+    "pandas writes with orient='records'"
+)
 
 
 def nfc(text: str) -> str:
@@ -34,6 +38,11 @@ def check_columns(found: Sequence[str], required: Iterable[str], origin: str, hi
 def wrong_value(path: Path, row: int, column: str, expected: str, found: str) -> DataError:
     """Returns the error about one value of a file."""
     return DataError(f"{path}: row {row} (counting from 0), column {column!r}: expected {expected}; found {found:.300}")
+
+
+def explain_one_object(values: Sequence[Any]) -> str:
+    """Returns a hint for the only value of a column that is a list or an object: a file of columns instead of rows."""
+    return ONE_OBJECT if len(values) == 1 and isinstance(values[0], (list, dict)) else ""
 
 
 def check_filled(text: Any, path: Path, row: int, column: str) -> None:
@@ -58,7 +67,8 @@ def check_text(rows: Dataset, origin: str, columns: tuple[str, ...]) -> None:
     for column in columns:
         kind = getattr(rows.features[column], "dtype", rows.features[column])
         if kind not in ("string", "large_string"):
-            raise DataError(f"{origin}: column {column!r} should hold text (string), found {kind}")
+            one_object = explain_one_object(rows[column][:])
+            raise DataError(f"{origin}: column {column!r} should hold text (string), found {kind}{one_object}")
         _refuse(rows, column, _is_null(rows, column), origin, "expected text")
         lengths = call_function("binary_length", [rows.data.column(column)]).to_numpy()
         _refuse(rows, column, lengths > LONGEST_TEXT, origin, f"expected a text of at most {LONGEST_TEXT:,} bytes")
@@ -133,7 +143,8 @@ def read_labels(
         counts = ", ".join(f"{name} ({count})" for name, count in Counter(map(str, values)).most_common(10))
         raise DataError(
             f"{origin}: row {row} (counting from 0) has the label {values[row]!r:.100} in column {column!r}; expected "
-            f"{expected}{did_you_mean(str(values[row]), names)}{f'; the column holds {counts}' if names else ''}"
+            f"{expected}{did_you_mean(str(values[row]), names) if isinstance(values[row], str) else ''}"
+            f"{f'; the column holds {counts}' if names else ''}{explain_one_object(values)}"
         )
     return found  # pyright: ignore[reportReturnType]: no None is left
 
@@ -144,7 +155,7 @@ def label_of(value: Any, names: Sequence[str]) -> float | None:
         return None
     if not names:
         try:
-            return None if isinstance(value, bool) else float(value)
+            return None if isinstance(value, bool) or "_" in str(value) else float(value)  # Python reads 1_0 as 10
         except (TypeError, ValueError):
             return None
     text = nfc(str(value))

@@ -113,6 +113,7 @@ WRONG = [
     ({"messages": [USER, {"role": "assistant"}]}, "message 1: expected a text as 'content', found role"),
     ({"messages": [USER, {"role": "assistant", "content": 3}]}, "message 1: expected a text as 'content', found 3"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, REPLY]}, "text parts only, found image_url"),
+    ({"messages": [USER, {**REPLY, "weight": 0.5}]}, "message 1: expected a weight of 0 or 1, found 0.5"),
     ({"messages": ["hello", "you"]}, "message 0: expected an object .*found 'hello'"),
     ({"messages": []}, r"column 'messages': expected a list of messages, found \[\]"),
     ({"messages": "Hello"}, "column 'messages': expected a list of messages, found the text 'Hello'"),

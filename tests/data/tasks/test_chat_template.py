@@ -193,7 +193,13 @@ def test_what_a_template_cannot_render_is_named() -> None:
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHATML
     with pytest.raises(DataError, match=r"system, user, assistant.*no system turns.*task\.chat_template"):
         encoder(own=refusing).encode(chat_of(TWO, "all"))
-    with pytest.raises(DataError, match="cannot render"):
+    with pytest.raises(DataError, match=r"does not write the assistant's turns"):
+        encoder(own="{% for m in messages if m['role'] != 'assistant' %}{{ m['content'] }}{% endfor %}").encode(
+            chat_of(TWO, "all")
+        )
+    with pytest.raises(
+        DataError, match=r"cannot render any conversation: line 4 of it: Unexpected end.*'if'\. Correct it"
+    ):
         encoder(own=CHATML.replace("{% endif %}", "")).prompt(chat_of(TWO[:2]))
 
 

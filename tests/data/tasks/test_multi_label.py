@@ -173,7 +173,7 @@ def test_names_of_the_training_rows(tmp_path: Path) -> None:
     ("values", "error", "expected"),
     [
         ([0.5, 1.5, 0.5], DataError, "set task.kind=regression"),
-        (["only", "only", "only"], ConfigError, "expected two or more different classes"),
+        (["only", "only", "only"], DataError, "expected two or more classes in column 'label', found only in 3 rows"),
         (["a", "", "b"], DataError, "row 1 (counting from 0) has the label ''"),
     ],
 )
