@@ -21,8 +21,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-# Their outputs depend on padding whatever the mask says: convolutions, Fourier transforms and blocks run over it.
-READS_PADDING = ("big_bird", "convbert", "fnet", "nystromformer", "yoso")
+# Their outputs depend on padding whatever the mask says: convolutions, Fourier transforms and landmarks run over it.
+READS_PADDING = ("convbert", "fnet", "nystromformer", "yoso")
 
 # The names that transformers gives to embeddings of absolute positions: position_embeddings, embed_positions, wpe.
 _POSITIONS = re.compile(r"(^|_)(pos|positions?)(_|$)|^wpe$")

@@ -61,7 +61,7 @@ def test_logits(kind: str, pad: str | None, side: str, config_pad: int | None) -
 @pytest.mark.parametrize("kind", READS_PADDING)
 def test_models_that_compute_on_padding(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    more = {"block_size": 4, "num_random_blocks": 1, "embedding_size": 32, "num_landmarks": 64, "use_expectation": True}
+    more = {"embedding_size": 32, "num_landmarks": 64, "use_expectation": True}
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, vocab_size=100, pad_token_id=1, initializer_range=0.2, **shape, **more)
     model = AutoModelForSequenceClassification.from_config(config).eval()
