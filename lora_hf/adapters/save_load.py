@@ -54,6 +54,7 @@ from lora_hf.lora.inject import (
     merge,
     set_adapter,
 )
+from lora_hf.lora.layers import LoraLinear
 from lora_hf.lora.target_modules import adaptable_modules
 from lora_hf.lora.variants.biases import (
     add_biases,
@@ -231,15 +232,16 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
     shapes |= {key: tuple(bias.shape) for key, bias in standalone_biases(model, name, PREFIX).items()}
     found = {key: tensor for key, tensor in without_copies(model, file).tensors.items() if not in_head(model, key)}
     check_shapes(shapes, found, f"{file.folder}/{WEIGHTS_FILE}")
-    _warn_of_another_scaling(model, file, name)
+    _warn_of_another_scaling(model, layers, file, name)
     for path, layer in layers.items():
         from_peft(layer, name, file.tensors, f"{PREFIX}{path}")
     load_standalone_biases(model, name, file.tensors, PREFIX)
 
 
-def _warn_of_another_scaling(model: PreTrainedModel, file: AdapterFile, name: str) -> None:
+def _warn_of_another_scaling(
+    model: PreTrainedModel, layers: dict[str, LoraLinear], file: AdapterFile, name: str
+) -> None:
     """Names the first layer whose `lora_alpha` differs from the file's, so that its update does too."""
-    layers = lora_layers(model)
     for saved in read_layers(adaptable_modules(model), file):
         weights = layers[saved.path].adapters[name]
         _, alpha = saved.adapter_rank_and_alpha(weights.use_rslora)

@@ -308,14 +308,19 @@ def _json_objects(path: Path) -> list[dict[str, Any]]:
     while not lines[-1].strip():
         lines.pop()
     located = [(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
-    hint = ONE_OBJECT if len(lines) > 1 and _is_json(text) else ""
-    return [_checked_object(_parse_line(line, where, hint), where) for line, where in located]
+    return [_checked_object(_parse_line(line, where, text), where) for line, where in located]
 
 
-def _parse_line(line: str, where: str, hint: str) -> Any:
+def _parse_line(line: str, where: str, text: str) -> Any:
+    """Parses a line of `text`."""
     if not line.strip():
         raise DataError(f"{where}: empty; expected a JSON object")
-    return _parse_json(line, where, "a JSON object on one line", hint)
+    try:
+        return _parse_json(line, where, "a JSON object on one line")
+    except DataError as error:
+        if _is_json(text):
+            raise DataError(f"{error}{ONE_OBJECT}") from error
+        raise
 
 
 def _is_json(text: str) -> bool:
@@ -326,11 +331,11 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _parse_json(text: str, where: str, what: str, hint: str = "") -> Any:
+def _parse_json(text: str, where: str, what: str) -> Any:
     try:
         return parse_json(text, limit=None)
     except ValueError as error:
-        raise DataError(f"{where}: not {what}: {error}{hint}") from error
+        raise DataError(f"{where}: not {what}: {error}") from error
 
 
 def _checked_object(value: Any, where: str) -> dict[str, Any]:

@@ -182,7 +182,9 @@ def _warn_of_unknown_words(
         tokens, rows: the tokens of all rows `(tokens,)`, and the row of each.
     """
     unknown = tokenizer.unk_token_id
-    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+    if unknown is None or not (tokens == unknown).any():
+        return
+    if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         return
     special = [token for token in tokenizer.all_special_ids if token != unknown]
     count = int(rows.max(initial=-1)) + 1

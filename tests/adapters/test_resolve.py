@@ -77,9 +77,7 @@ def test_logits_are_those_of_the_local_adapter_and_the_cards_code_works(
     assert len(blocks) == 3
     code = f"""
 import json, sys, torch
-from lora_hf.data.tasks.registry import get_task
-from lora_hf.lora.inject import inject
-from lora_hf.models.load import BUNDLED_FOLDER, load_base
+from lora_hf.models.load import BUNDLED_FOLDER
 from transformers import AutoModelForSequenceClassification
 from lora_hf import load_adapter
 ids = torch.tensor([[0, 5, 6, 7, 2]])

@@ -70,10 +70,11 @@ def test_a_tokenizer_of_another_model_is_named(end: Any, caplog: pytest.LogCaptu
     assert (f"'</s>' has id 2, but that in config.json is {end};" in caplog.text) == (end in (3, [5, 6]))
 
 
-def test_a_config_without_an_end_token(tmp_path: Path) -> None:
-    model = small_model("bert", 2)
+def test_a_config_without_an_end_token() -> None:
+    model, tokenizer = small_model("bert", 2, pad_token_id=0), word_tokenizer(pad_token="<pad>")
     del model.config.eos_token_id
-    align_tokenizer(word_tokenizer(pad_token="<pad>"), model)
+    align_tokenizer(tokenizer, model)
+    assert model.config.pad_token_id == tokenizer.pad_token_id != 0
 
 
 def test_a_tokenizer_with_neither_token_is_refused(tmp_path: Path) -> None:

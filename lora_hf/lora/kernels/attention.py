@@ -41,7 +41,7 @@ class _Bin:
 
 
 class Rows:
-    """The rows of a batch of `tokens`, prepared once and used by every layer.
+    """The rows of a batch, prepared once and used by every layer.
 
     `sees[i]`, if it is not None, is `(length, length)` and True if a token of row i sees another: row i is then a tree
     of causal rows with a common prefix. All other rows are taken to be causal if `sees` is given.
@@ -53,7 +53,6 @@ class Rows:
         self.lengths = tuple(lengths)
         self.sees = sees
         self.device = torch.device(device)
-        self.tokens = sum(self.lengths)
         self.ends = to_device(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), self.device)
         self._bins: dict[tuple[int, bool, torch.dtype], list[_Bin]] = {}
         self._padded: dict[bool, tuple[Tensor, Tensor, Tensor | None]] = {}

@@ -38,18 +38,13 @@ def apply_mask(x: Tensor, keep: Tensor, dropout: float) -> Tensor:
     return (x * keep).mul_(1 / (1 - dropout))
 
 
-def drop(x: Tensor, dropout: float) -> Tensor:
-    """`nn.functional.dropout` with the mask of `dropout_mask` on the CPU; elsewhere torch's own kernel is faster."""
-    if not 0 < dropout < 1 or x.device.type != "cpu":
-        return nn.functional.dropout(x, dropout) if dropout else x
-    return _Dropout.apply(x, round_dropout(dropout))  # type: ignore[return-value]
-
-
 class MaskedDropout(nn.Dropout):
-    """`nn.Dropout` by `drop`."""
+    """`nn.Dropout` with the mask of `dropout_mask` on the CPU; elsewhere torch's own kernel is faster."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        return drop(input, self.p) if self.training else input
+        if not self.training or not 0 < self.p < 1 or input.device.type != "cpu":
+            return nn.functional.dropout(input, self.p, self.training)
+        return _Dropout.apply(input, round_dropout(self.p))  # type: ignore[return-value]
 
 
 class _Dropout(torch.autograd.Function):
