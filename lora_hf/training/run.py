@@ -146,7 +146,7 @@ def train(
     config, folder, checkpoint = find_run(config, resume)
     before = run_state(folder)
     handler = SignalHandler(folder)
-    with handler, translate_disk_full(folder), translate_lost_process(folder), run_lock(folder) as lock:
+    with translate_disk_full(folder), translate_lost_process(folder), handler, run_lock(folder) as lock:
         task = task_of(config.task)
         rows = rows or task.load(config.task.data_dir, task.splits)
         model, sites = prepare_model(config, task)

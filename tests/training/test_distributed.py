@@ -18,11 +18,12 @@ import yaml
 from lora_hf.adapters.format import read_adapter
 from lora_hf.cli.main import main
 from lora_hf.core.config.schema import RunConfig
-from lora_hf.core.errors import ConfigError
+from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.core.records import RunRecord
 from lora_hf.data.sampling import last_batch_share
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.training import distributed as processes
+from lora_hf.training import run as training
 from lora_hf.training.arguments import training_arguments
 from lora_hf.training.callbacks import SignalHandler
 from lora_hf.training.checkpoints import MANIFEST_FILE, checkpoints_in, find_damage
@@ -221,6 +222,26 @@ def test_who_has_lost_another_says_so_before_it_is_ended(
         with pytest.raises(error, match="lost"), SignalHandler(tmp_path):
             raise error("lost")
         assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if ignored else before)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_run_that_has_lost_another_process_is_not_ended_before_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own error says so, in which the handler of signals must still know the one of torch."""
+
+    def lose(*_: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(training, "find_run", lambda config, resume: (config, tmp_path, None))
+    monkeypatch.setattr(training, "task_of", lose)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(TrainingError, match="lost another process"):
+            training.train(small_config(tmp_path))
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
 
