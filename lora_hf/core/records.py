@@ -70,7 +70,7 @@ class RunRecord(_Record):
     majority: dict[str, dict[str, float]] = field(default_factory=dict)  # the same, of the majority class everywhere
     best: dict[str, Any] = field(default_factory=dict)  # step, epoch, metric and value of the best checkpoint
     history: list[dict[str, float]] = field(default_factory=list)  # what the Trainer logged, in order
-    timings: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)  # seconds: setup, train, score, total; cpu of the process
     throughput: dict[str, float] = field(default_factory=dict)  # of training, in examples and steps per second
     memory: dict[str, int] = field(default_factory=dict)  # peaks: rss, and cuda on a GPU
     estimate: dict[str, Any] = field(default_factory=dict)  # of time and memory, and measured / estimated

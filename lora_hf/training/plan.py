@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -17,7 +15,7 @@ from lora_hf.data.overview import DataOverview
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.training.callbacks import ProgressLines
 from lora_hf.training.estimate import Estimate
-from lora_hf.training.run import find_run, prepare_model, prepare_run
+from lora_hf.training.run import Start, find_run, prepare_model, prepare_run
 from lora_hf.training.run_dir import CHECKPOINTS_FOLDER, LOG_FILE
 
 
@@ -40,7 +38,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     Raises:
         UserError, TrainingError: as `train`.
     """
-    started = (datetime.now(timezone.utc), time.monotonic())
+    started = Start.now()
     config, folder, _ = find_run(config)
     task = task_of(config.task)
     rows = task.load(config.task.data_dir, task.splits)

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -100,6 +100,18 @@ class Run:
         return self.folder / ("model" if self.record.method == "full" else "adapter")
 
 
+class Start(NamedTuple):
+    """When a run started: the time of day, and in seconds the monotonic clock and the CPU time of its process."""
+
+    date: datetime
+    clock: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Start:
+        return cls(datetime.now(timezone.utc), time.monotonic(), time.process_time())
+
+
 @dataclass
 class PreparedRun:
     """A run that is ready to train."""
@@ -116,7 +128,7 @@ class PreparedRun:
     data: DataOverview
     estimator: Estimator
     log_prefix: str
-    clock: float  # when it started, on the monotonic clock
+    started: Start
 
 
 @flush_denormals()
@@ -142,7 +154,7 @@ def train(
         TrainingError: there is nothing to train, the run does not train, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM, once every finished step is saved.
     """
-    started, clock = datetime.now(timezone.utc), time.monotonic()
+    started = Start.now()
     config, folder, checkpoint = find_run(config, resume)
     before = run_state(folder)
     handler = SignalHandler(folder)
@@ -151,7 +163,7 @@ def train(
         rows = rows or task.load(config.task.data_dir, task.splits)
         model, sites = prepare_model(config, task)
         begin = partial(begin_run, config, folder, checkpoint, lock, before)
-        run = prepare_run(config, folder, rows, model, sites, (started, clock), begin, callbacks, checkpoint)
+        run = prepare_run(config, folder, rows, model, sites, started, begin, callbacks, checkpoint)
         training = time.monotonic()
         metrics = _fit(run, checkpoint, handler)
         return finish_run(run, metrics, training)
@@ -209,7 +221,7 @@ def prepare_run(
     rows: Mapping[str, Dataset],
     model: PreTrainedModel,
     sites: Sequence[Site],
-    started: tuple[datetime, float],
+    started: Start,
     begin: Callable[[], None],
     callbacks: Sequence[TrainerCallback] | None = None,
     checkpoint: Path | None = None,
@@ -217,7 +229,6 @@ def prepare_run(
     """Encodes the data, and begins the run folder once nothing can be wrong with data and model any more.
 
     Args:
-        started: when the run started, and the monotonic clock then.
         begin: creates the run folder.
     """
     task = task_of(config.task)
@@ -267,7 +278,7 @@ def prepare_run(
         model=config.model.name,
         config=config.to_dict(),
         seed=config.train.seed,
-        started=started[0].isoformat(timespec="seconds"),
+        started=started.date.isoformat(timespec="seconds"),
         parameters=asdict(counts),
         sites=[asdict(site) for site in sites],
         rows={split: len(part) for split, part in rows.items()},
@@ -276,7 +287,7 @@ def prepare_run(
         machine=machine() | {"threads": torch.get_num_threads(), "processes": arguments.world_size},
     )
     return PreparedRun(
-        config, task, folder, rows, encoded, tokenizer, model, trainer, record, data, estimator, log_prefix, started[1]
+        config, task, folder, rows, encoded, tokenizer, model, trainer, record, data, estimator, log_prefix, started
     )
 
 
@@ -371,7 +382,7 @@ def finish_run(run: PreparedRun, metrics: Mapping[str, float], training: float) 
     if rank():
         barrier()
         return Run(run.folder, RunRecord.load(run.folder / RECORD_FILE))
-    run.record.timings = {"setup": training - run.clock, "train": scoring - training}
+    run.record.timings = {"setup": training - run.started.clock, "train": scoring - training}
     _write_results(run, metrics, outputs, scoring)
     barrier()
     return Run(run.folder, run.record)
@@ -391,7 +402,9 @@ def _write_results(run: PreparedRun, metrics: Mapping[str, float], outputs: Mapp
     # So that a copy of the folder still has the run's tokenizer, length, task and decoding.
     shutil.copyfile(run.folder / RUN_CONFIG_FILE, weights / RUN_CONFIG_FILE)
     record_training(record, trainer, metrics, run.log_prefix)
-    record.timings |= {"score": time.monotonic() - scoring, "total": time.monotonic() - run.clock}
+    now = Start.now()
+    record.timings |= {"score": now.clock - scoring, "total": now.clock - run.started.clock}
+    record.timings["cpu"] = now.cpu - run.started.cpu
     if estimate := run.estimator.estimate:
         record.estimate = estimate.compared(record.timings["train"], peak_memory(record.memory))
     record.files = {weights.name: folder_size(weights)}

@@ -18,7 +18,7 @@ def test_the_guide_says_who_is_ahead_and_where_seeds_overlap() -> None:
     assert text.splitlines() == [
         "Over rte, sst2 on `tiny-roberta`, `full` has the best mean score.",
         (
-            "- `lora` is 4.5 points behind on average, takes 0.55 times as long, and its files are 0.050 times as "
+            "- `lora` is 4.5 points behind on average, takes 0.55 times the CPU time, and its files are 0.050 times as "
             "large. It is better on sst2; the seeds of both overlap on rte."
         ),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -77,6 +78,7 @@ def test_the_run_folder_holds_what_a_run_is(tmp_path: Path, few_rows: dict[str, 
     assert epochs == [1.0, 2.0], "the development metric after each epoch"
     assert record.memory["rss"] > 0
     assert record.timings["train"] > 0
+    assert 0 < record.timings["cpu"] <= record.timings["total"] * (os.cpu_count() or 1)
     assert not [text for text in json.dumps(record.__dict__).split('"') if text.startswith(str(Path.home()))]
     lines = [json.loads(line) for line in (run.folder / "predictions-validation.jsonl").read_text().splitlines()]
     right = np.mean([line["prediction"] == line["label"] for line in lines])

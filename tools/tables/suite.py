@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_hf.core.errors import DataError
 from lora_hf.core.records import SuiteRecord, record_files
-from lora_hf.experiments.suite.tables import Run, file_bytes, mean_score, seconds, shared_runs, task_means
+from lora_hf.experiments.suite.tables import Run, core_seconds, file_bytes, mean_score, shared_runs, task_means
 
 
 def from_results(render: Callable[[SuiteRecord], str]) -> Callable[[Path], str]:
@@ -38,14 +38,15 @@ def guide(record: SuiteRecord) -> str:
     for name, runs in by_name.items():
         behind = 100 * (mean_score(best_runs) - mean_score(runs))
         time, size = (
-            sum(task_means(runs, measure)) / sum(task_means(best_runs, measure)) for measure in (seconds, file_bytes)
+            sum(task_means(runs, measure)) / sum(task_means(best_runs, measure))
+            for measure in (core_seconds, file_bytes)
         )
         better = [task for task in runs if mean_score({task: runs[task]}) > mean_score({task: best_runs[task]})]
         overlapping = [task for task in runs if _overlap(runs[task], best_runs[task])]
         lines.append(
-            f"- `{name}` is {behind:.1f} points behind on average, takes {time:.2f} times as long, and its files are "
-            f"{size:.3f} times as large. It is better on {', '.join(better) or 'no task'}; the seeds of both overlap "
-            f"on {', '.join(overlapping) or 'no task'}."
+            f"- `{name}` is {behind:.1f} points behind on average, takes {time:.2f} times the CPU time, and its files "
+            f"are {size:.3f} times as large. It is better on {', '.join(better) or 'no task'}; the seeds of both "
+            f"overlap on {', '.join(overlapping) or 'no task'}."
         )
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from typing import Any
 from lora_hf.core.formatting import count
 from lora_hf.core.records import SuiteRecord
 from lora_hf.experiments.plots import draw_frontier, draw_majority, load_pyplot, pareto_frontier, save, series_style
-from lora_hf.experiments.suite.tables import group_runs, mean_score, metric_label, seconds, shared_runs, task_means
+from lora_hf.experiments.suite.tables import core_seconds, group_runs, mean_score, metric_label, shared_runs, task_means
 
 COLUMNS = 4
 
@@ -23,10 +23,10 @@ def draw_suite(record: SuiteRecord, folder: Path) -> list[Path]:
     paths = [_draw_scores(record, folder / "scores.png")]
     if by_name := shared_runs(record):
         parameters = [task_means(tasks, lambda run: run["parameters"]["trainable"]) for tasks in by_name.values()]
-        times = [task_means(tasks, lambda run: seconds(run) / 60) for tasks in by_name.values()]
+        times = [task_means(tasks, lambda run: core_seconds(run) / 60) for tasks in by_name.values()]
         for name, label, means in (
             ("parameters.png", "trainable parameters, mean over the tasks", parameters),
-            ("time.png", "minutes per run, mean over the tasks", times),
+            ("time.png", "CPU minutes per run, mean over the tasks", times),
         ):
             paths.append(_draw_costs(record, list(map(statistics.fmean, means)), label, folder / name))
     return paths

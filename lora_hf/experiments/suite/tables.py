@@ -118,7 +118,7 @@ def choice(record: SuiteRecord) -> str:
                 percent(mean_score(tasks)),
                 f"{statistics.median(run['parameters']['trainable'] for run in runs):,.0f}",
                 f"{sum(task_means(tasks, seconds)) / 3600:.2f}",
-                f"{sum(task_means(tasks, lambda run: seconds(run) * (run['threads'] or 1))) / 3600:.2f}",
+                f"{sum(task_means(tasks, core_seconds)) / 3600:.2f}",
                 _megabytes(max(map(_peak_memory, runs))),
                 _megabytes(sum(task_means(tasks, file_bytes)), 2),
             ]
@@ -173,6 +173,14 @@ def metric_label(run: Run) -> str:
 def seconds(run: Run) -> float:
     """The time of the run, with generating and scoring texts."""
     return run["timings"]["total"] + sum(run.get("texts", {}).get("timings", {}).values())
+
+
+def core_seconds(run: Run) -> float:
+    """The CPU time of the run, which other programs on the machine do not change."""
+    cpu = run["timings"].get("cpu")  # older records lack it
+    texts = seconds(run) - run["timings"]["total"]
+    threads = run["threads"] or 1
+    return seconds(run) * threads if cpu is None else cpu + texts * threads
 
 
 def file_bytes(run: Run) -> int:
