@@ -11,7 +11,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,18 @@ from lora_hf.data.tasks.classification import TextClassification
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.inference.classify import Predictor
 from lora_hf.models.load import load_base, load_tokenizer
-from lora_hf.training.run import prepare_model, train
+from lora_hf.training.run import Run, prepare_model, train
 from tools.benchmark.label_rows import label_rows
 
 EPOCHS = {"sst2": 1, "stsb": 3, "topics": 3}
 LEARNING_RATES = {"sst2": 2e-3, "stsb": 5e-4, "topics": 2e-3}  # with 2e-3, stsb diverges on both sides
 
 
-def config_of(name: str, model: str, data_dir: str, folder: Path) -> RunConfig:
+def config_of(name: str, model: str, data_dir: str, folder: Path, train_rows: int | None = None) -> RunConfig:
     """The run of a task: `sst2`, `stsb` or `topics`, whose rows with several labels are written to `folder`."""
-    task = TaskConfig(name, data_dir=data_dir, max_length=48, train_rows=2000)
+    task = TaskConfig(name, data_dir=data_dir, max_length=48, train_rows=train_rows or 2000)
     if name == "topics":
-        rows = "".join(f"{json.dumps(row)}\n" for row in label_rows(1000))
+        rows = "".join(f"{json.dumps(row)}\n" for row in label_rows((train_rows or 800) * 5 // 4))
         (folder / "train.jsonl").write_text(rows, encoding="utf-8")
         task = TaskConfig(name, str(folder), 48, kind="multi_label", validation=0.2)
     return RunConfig(
@@ -57,22 +57,40 @@ def config_of(name: str, model: str, data_dir: str, folder: Path) -> RunConfig:
     )
 
 
-def compare_with_peft(config: RunConfig) -> dict[str, Any]:
-    """Trains both sides, and returns their scores and the task's own scores of our logits."""
+@dataclass(frozen=True)
+class Compared:
+    """Both sides after training on the same rows, and their logits for the validation rows."""
+
+    run: Run
+    validation: Dataset
+    ours: np.ndarray
+    peft: np.ndarray
+
+
+def train_both(config: RunConfig, validation_rows: int | None = None) -> Compared:
+    """Trains lora_hf and PEFT; `validation_rows` leaves out the validation rows after the first ones."""
     task = task_of(config.task)
     assert isinstance(task, TextClassification)
-    rows = task.load(config.task.data_dir, task.splits)
+    rows = dict(task.load(config.task.data_dir, task.splits))
+    if validation_rows is not None:
+        rows["validation"] = rows["validation"].select(range(validation_rows))
     run = train(config, rows=rows)
     validation = rows["validation"]
     texts = {column: list(validation[column]) for column in task.text_columns}
     logits = Predictor.load(find_saved_model(run.weights)).logits(texts)
+    return Compared(run, validation, logits, _peft_logits(config, task, rows))
+
+
+def compare_with_peft(config: RunConfig) -> dict[str, Any]:
+    """Trains both sides, and returns their scores and the task's own scores of our logits."""
+    both, task = train_both(config), task_of(config.task)
     return {
         "task": task.name,
-        "rows": run.record.rows,
-        "config": run.record.config,
-        "recorded": run.record.metrics["validation"],
-        "ours": scores(task, logits, validation),
-        "peft": scores(task, _peft_logits(config, task, rows), validation),
+        "rows": both.run.record.rows,
+        "config": both.run.record.config,
+        "recorded": both.run.record.metrics["validation"],
+        "ours": scores(task, both.ours, both.validation),
+        "peft": scores(task, both.peft, both.validation),
     }
 
 
