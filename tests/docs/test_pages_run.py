@@ -8,8 +8,8 @@ their English page (tests/docs/test_pages.py), so only English pages run.
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from lora_hf.data.synthetic import rule_restaurants, rule_sentiment
 from lora_hf.data.tasks.glue import GLUE
 from lora_hf.models.model_ids import HUB_IDS
 from tests.support.pages import PAGES, REPO, RUN, blocks, page_name
+from tests.support.run_page import run_in_folder, start_reader
 
 ROWS = 24
 BASES = REPO / "lora_hf" / "models" / "bases"
@@ -66,8 +67,8 @@ def _write(file: Path, columns: dict[str, list]) -> None:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> dict[str, str]:
-    """The environment of a page, with the stand-ins in its cache of the hub."""
+def reader(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[ProcessPoolExecutor]:
+    """A process that runs pages, with the stand-ins in its cache of the hub."""
     hub = tmp_path_factory.mktemp("hf")
     for hub_id, base in STAND_INS.items():
         cached = hub / "hub" / f"models--{hub_id.replace('/', '--')}"
@@ -75,7 +76,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> dict[
         (cached / "refs" / "main").write_text(COMMIT)
         (cached / "snapshots").mkdir()
         (cached / "snapshots" / COMMIT).symlink_to(BASES / base)
-    return package_environment() | {"HF_HOME": str(hub), "LORA_HF_DATA_DIR": str(shared / "data")}
+    environment = package_environment() | {"HF_HOME": str(hub), "LORA_HF_DATA_DIR": str(shared / "data")}
+    with start_reader(environment) as process:
+        yield process
 
 
 @pytest.fixture
@@ -89,16 +92,9 @@ def checkout(tmp_path: Path, shared: Path) -> Path:
     return folder
 
 
-def run_page(page: Path, checkout: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Runs a page in a process of its own, which a reader's environment needs."""
-    command = [sys.executable, "-m", "tests.support.run_page", str(page)]
-    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=page_name)
-def test_the_page_runs(page: Path, checkout: Path, environment: dict[str, str]) -> None:
-    done = run_page(page, checkout, environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_page_runs(page: Path, checkout: Path, reader: ProcessPoolExecutor) -> None:
+    assert reader.submit(run_in_folder, page, checkout).result() == ""
 
 
 @pytest.mark.parametrize(
@@ -112,11 +108,10 @@ def test_the_page_runs(page: Path, checkout: Path, environment: dict[str, str]) 
     ],
 )
 def test_a_failing_block_is_detected(
-    language: str, text: str, error: str, tmp_path: Path, checkout: Path, environment: dict[str, str]
+    language: str, text: str, error: str, tmp_path: Path, checkout: Path, reader: ProcessPoolExecutor
 ) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"# Page\n```{language}\n{text}\n```\n")
-    done = run_page(page, checkout, environment)
-    assert done.returncode == 1
-    assert error in done.stderr
-    assert "-- page.md:2\n" in done.stderr
+    found = reader.submit(run_in_folder, page, checkout).result()
+    assert error in found
+    assert "-- page.md:2\n" in found

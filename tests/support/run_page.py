@@ -1,20 +1,26 @@
-"""Runs the blocks of one page in order: `python -m tests.support.run_page PAGE`, in the folder of a reader.
+"""Runs the blocks of a page in order, in the folder of a reader.
 
-Commands of the package run in this process, which has imported torch once, with a few rows and steps; servers run in
-their own. Python blocks share their names.
+A process of its own runs page after page, as a reader's environment is not that of the tests, and imports torch once.
+Commands of the package run in it too, with a few rows and steps; servers run in their own. Python blocks of a page
+share their names.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from lora_hf.cli.main import main
 from lora_hf.data.tasks.sources import Bundled
@@ -110,7 +116,35 @@ def run_page(file: Path) -> None:
         getattr(page_hooks, f"after_{name}", lambda names: None)(page.names)
 
 
-if __name__ == "__main__":
+def start_reader(environment: Mapping[str, str]) -> ProcessPoolExecutor:
+    """A process with this environment that runs pages: `submit(run_in_folder, PAGE, FOLDER)`."""
+    executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    with patch.dict(os.environ, environment):  # the libraries read theirs when they are imported
+        executor.submit(_prepare).result()
+    return executor
+
+
+def _prepare() -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     cut_rows()
-    run_page(Path(sys.argv[1]))
+
+
+def run_in_folder(page: Path, folder: Path) -> str:
+    """The error that ended the page, after all its output; empty if there was none."""
+    os.chdir(folder)
+    error = ""
+    with tempfile.TemporaryFile("w+") as output:
+        ours = [os.dup(1), os.dup(2)]
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+        try:
+            run_page(page)
+        except Exception:  # noqa: BLE001  whatever it is, the test reports it
+            error = traceback.format_exc()
+        finally:
+            for stream, own in zip((sys.stdout, sys.stderr), ours, strict=True):
+                stream.flush()
+                os.dup2(own, stream.fileno())
+                os.close(own)
+        output.seek(0)
+        return error and output.read() + error
