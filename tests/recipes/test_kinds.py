@@ -25,6 +25,7 @@ pytestmark = pytest.mark.full
 
 KINDS = ("chat", "multi_label", "tokens", "question_answering", "seq2seq")
 MIXED = ("multi_label",)  # one batch may hold rows of several adapters
+CONFIG = "own.yaml"
 TRAIN = {"max_steps": 2, "batch_size": 4, "lr": 1e-3, "hf": {"optim": "sgd"}}
 
 
@@ -54,7 +55,7 @@ def write_data(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def write_config(kind: str, folder: Path) -> Path:
-    file = folder / "own.yaml"
+    file = folder / CONFIG
     file.write_text(yaml.safe_dump({**write_data(kind, folder), "train": TRAIN, "lora": {"targets": ["all"]}}))
     return file
 
@@ -102,20 +103,25 @@ def test_rows_of_several_adapters(kind: str, runs: dict[str, Path], tmp_path: Pa
         assert f"own-{kind}" in line
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_what_one_trains(kind: str, tmp_path: Path) -> None:
-    config = write_config(kind, tmp_path)
-    words = ["--config", str(config), f"output.dir={tmp_path}"]
-    ask("train", *words, "output.name=one")
+@pytest.fixture(scope="module")
+def runs_of_two(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run folder of each kind, trained as `one`, but by two processes."""
+    folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["scripts/train.py", *words, "output.name=two", "train.batch_size=2"]
-    done = subprocess.run(
-        command, cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=LIMIT
-    )
+    command += ["-m", "tests.support.train_together", folder, *(runs[kind] / CONFIG for kind in KINDS)]
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
-    one, two = (read_adapter(tmp_path / name / "adapter").tensors for name in ("one", "two"))
+    return {kind: folder / runs[kind].name for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_what_one_trains(kind: str, runs: dict[str, Path], runs_of_two: dict[str, Path]) -> None:
+    folders = [runs[kind] / "runs/one", runs_of_two[kind]]
+    one, two = (read_adapter(folder / "adapter").tensors for folder in folders)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert (tensor - two[name]).abs().max() < PROCESSES_FP32, name
-    metrics = [RunRecord.load(tmp_path / name / "record.json").metrics["validation"] for name in ("one", "two")]
-    assert metrics[0].keys() == metrics[1].keys()
+    records = [RunRecord.load(folder / "record.json") for folder in folders]
+    assert [record.machine["processes"] for record in records] == [1, 2]
+    assert records[0].metrics["validation"].keys() == records[1].metrics["validation"].keys()

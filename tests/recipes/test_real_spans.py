@@ -91,8 +91,8 @@ def with_peft(base: Path, folder: Path, names: list[str]) -> float:
 
 
 def test_a_tagger_equals_seqeval_and_peft(real_models: Path, tmp_path: Path) -> None:
-    write_conll(tmp_path / "train.conll", 800, seed=0)
-    write_conll(tmp_path / "validation.conll", 200, seed=1)
+    write_conll(tmp_path / "train.conll", 400, seed=0)
+    write_conll(tmp_path / "validation.conll", 100, seed=1)
     options = {
         "model.name": real_models / "minilm", "model.precision": "fp32", "task.data_dir": tmp_path,
         "task.label_names": f"[{', '.join(TAG_NAMES)}]", "task.max_length": 64, "output.dir": tmp_path,
@@ -115,7 +115,7 @@ def test_a_tagger_equals_seqeval_and_peft(real_models: Path, tmp_path: Path) -> 
 def test_a_reader_on_bert_learns_and_keeps_its_head(real_models: Path, tmp_path: Path) -> None:
 
     choice = random.Random(0)
-    write_lines(tmp_path / "train.jsonl", [question(choice) for _ in range(400)])
+    write_lines(tmp_path / "train.jsonl", [question(choice) for _ in range(240)])
     write_lines(tmp_path / "validation.jsonl", [question(choice, 12) for _ in range(40)])
     options = [f"model.name={real_models / 'minilm'}", "model.precision=fp32", f"task.data_dir={tmp_path}"]
     options += ["task.max_length=64", "task.stride=24", "train.lr=2e-3", "train.batch_size=16", "train.epochs=2"]

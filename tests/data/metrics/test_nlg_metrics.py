@@ -29,13 +29,13 @@ def official(folder: Path) -> dict[str, dict[str, float]]:
 @pytest.mark.full
 @needs_java
 def test_real_systems_score_what_their_authors_logged(data_dir: Path) -> None:
-    """The worst, a middling and the best one of ten."""
+    """The worst and the best one of ten."""
     folder = data_dir / "e2e_eval"
     groups = read_references([folder / "dev_refs.txt"])
     expected = official(folder)
     assert len(expected) == 10
     ranked = sorted(expected, key=lambda seed: expected[seed]["BLEU"])
-    for seed in (ranked[0], ranked[5], ranked[-1]):
+    for seed in (ranked[0], ranked[-1]):
         texts = read_predictions(folder / "dev_system_outputs" / f"ukp_{seed}.txt", groups)
         scores = score_texts("e2e_nlg", texts, groups.groups)
         assert not scores.reasons
