@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from lora_hf.core.errors import DataError
 from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.classification import TextClassification
@@ -31,6 +32,7 @@ class SplitOverview:
         cut: how many of these are longer than `limit` tokens, and lose `loses`.
         tokens: estimate of all tokens of the split, after the cut.
         labels: rows by class; empty without classes.
+        empty: how many rows of a classifier have no text.
     """
 
     rows: int
@@ -41,6 +43,7 @@ class SplitOverview:
     loses: str
     tokens: int
     labels: dict[str, int]
+    empty: int
 
 
 @dataclass
@@ -58,8 +61,9 @@ class DataOverview:
             lengths = ", ".join(f"{word} {length:,}" for word, length in split.lengths.items())
             cut = f"; {split.cut:,} of {split.measured:,} are cut at {split.limit:,}: they lose {split.loses}"
             labels = f"; {', '.join(f'{label} {count:,}' for label, count in split.labels.items())}"
+            empty = f"; {split.empty:,} have no text"
             lines.append(f"{name}: {split.rows:,} rows; tokens: {lengths}{cut if split.cut else ''}"
-                         f"{labels if split.labels else ''}")  # fmt: skip
+                         f"{empty if split.empty else ''}{labels if split.labels else ''}")  # fmt: skip
         lines += [f"{count:,} rows of {pair}" for pair, count in self.duplicates.items() if count]
         return lines
 
@@ -70,10 +74,10 @@ def describe_data(
     """Returns what the rows of the task's splits are like.
 
     Raises:
-        DataError: as `Task.encode`.
+        DataError: as `Task.encode`; or no row of a classifier's split has a text.
     """
     limit = min(max_length, tokenizer.model_max_length)
-    splits = {name: _describe_split(task, part, tokenizer, limit) for name, part in rows.items()}
+    splits = {name: _describe_split(task, name, part, tokenizer, limit) for name, part in rows.items()}
     texts = {name: list(zip(*task.texts_of(part).values(), strict=True)) for name, part in rows.items()}
     duplicates = {}
     for first, second in combinations(texts, 2):
@@ -82,11 +86,26 @@ def describe_data(
     return DataOverview(splits, duplicates, _examples(task, rows[task.train_split], tokenizer, limit))
 
 
-def _describe_split(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> SplitOverview:
+def _count_empty(task: Task, split: str, rows: Dataset) -> int:
+    """How many rows have no text in any of the task's columns."""
+    columns = task.texts_of(rows)
+    empty = sum(not "".join(texts).strip() for texts in zip(*columns.values(), strict=True))
+    if empty == len(rows):
+        raise DataError(
+            f"{task.name}: no row of split {split!r} has a text in {' or '.join(map(repr, columns))}; expected texts. "
+            "For data of your own, task.text_columns names the columns"
+        )
+    return empty
+
+
+def _describe_split(
+    task: Task, split: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> SplitOverview:
     sample = rows[:SAMPLE]
     lengths = np.array([len(ids) for ids in task.encode(sample, tokenizer, UNLIMITED)["input_ids"]])
     per_row = np.minimum(lengths, limit).sum() / min(len(rows), SAMPLE)
     counts: list[int] = []
+    empty = _count_empty(task, split, rows) if isinstance(task, TextClassification) else 0
     if isinstance(task, TextClassification) and task.label_names and "label" in rows.column_names:
         counts = task.count_classes(rows).tolist()
     return SplitOverview(
@@ -98,6 +117,7 @@ def _describe_split(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBas
         loses=task.truncated_part(tokenizer),
         tokens=round(per_row * len(rows)),
         labels={name: count for name, count in zip(task.label_names, counts, strict=False) if count},
+        empty=empty,
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_hf.core.config.schema import ModelConfig, TaskConfig
+from lora_hf.core.errors import DataError
 from lora_hf.data.overview import describe_data
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.models.load import load_tokenizer
@@ -35,6 +36,20 @@ def test_lengths_labels_and_duplicates_of_a_classification(tmp_path: Path) -> No
     assert "cut" not in lines[1]
     assert lines[-1] == "1 rows of validation are also in train"
     assert data.examples[0] == [(tokenizer.decode(tokenizer("the")["input_ids"]), False)]  # type: ignore[arg-type]
+
+
+def test_empty_texts_are_counted_and_a_split_without_any_text_is_an_error(tmp_path: Path) -> None:
+    pair = TaskConfig(name="mine", kind="classification", text_columns=("a", "b"), label_names=("no", "yes"))
+    write(tmp_path / "train.csv", "a,b,label", ["the,,no", ",the,yes", '" ","",yes'])
+    write(tmp_path / "validation.csv", "a,b,label", ["the,the,yes"])
+    task, tokenizer = task_of(pair), load_tokenizer(ModelConfig(name="tiny-roberta"))
+    data = describe_data(task, task.load(str(tmp_path), task.splits), tokenizer, 512)
+    assert {name: split.empty for name, split in data.splits.items()} == {"train": 1, "validation": 0}
+    assert "1 have no text" in data.lines()[0]
+    assert "no text" not in data.lines()[1]
+    write(tmp_path / "validation.csv", "a,b,label", [",,yes", '" ",,no'])
+    with pytest.raises(DataError, match="no row of split 'validation' has a text in 'a' or 'b'"):
+        describe_data(task, task.load(str(tmp_path), task.splits), tokenizer, 512)
 
 
 @pytest.mark.parametrize("limit", [512, 12])
