@@ -153,7 +153,7 @@ PEFT_LOGITS = 3e-6
 PEFT multiplies, scales and adds in another order. That loses up to 1.1e-6 (Gemma 3, whose norms amplify it)."""
 
 TRL_LOSS = 1e-5
-"""The mean loss of a batch of conversations against TRL's over PEFT, in five steps of a real model: the same sums in
+"""The mean loss of a batch of conversations against TRL's over PEFT, in three steps of a real model: the same sums in
 another order. A token more or less in the loss moves it by 1e-3 and more."""
 
 TRAINED_LOGITS_SHARE = 0.05

@@ -23,7 +23,7 @@ from tests.tolerances import TRL_LOSS
 pytestmark = pytest.mark.full
 trl = pytest.importorskip("trl", reason="needs Python 3.11")
 
-ROWS, STEPS, BATCH, LR = 200, 5, 2, 1e-3
+ROWS, STEPS, BATCH, LR = 200, 3, 2, 1e-3
 # SmolLM2's own template with the marks that TRL needs.
 MARKED = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
