@@ -1,4 +1,4 @@
-"""Where a result comes from: package versions, git commit, hardware and memory.
+"""Where a result comes from: package versions, git commit, hardware, memory and time.
 
 Nothing here names the machine or its user.
 """
@@ -10,8 +10,10 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PACKAGES = ("lora-hf", "torch", "transformers", "datasets", "evaluate", "accelerate", "safetensors", "tokenizers")
 CPUINFO = Path("/proc/cpuinfo")
@@ -53,6 +55,18 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
     }
+
+
+class Start(NamedTuple):
+    """When a run started: the time of day, and in seconds the monotonic clock and the CPU time of its process."""
+
+    date: datetime
+    clock: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Start:
+        return cls(datetime.now(timezone.utc), time.monotonic(), time.process_time())
 
 
 def peak_rss() -> int:

@@ -10,12 +10,13 @@ from pathlib import Path
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from lora_hf.core.config.schema import RunConfig
+from lora_hf.core.provenance import Start
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE
 from lora_hf.data.overview import DataOverview
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.training.callbacks import ProgressLines
 from lora_hf.training.estimate import Estimate
-from lora_hf.training.run import Start, find_run, prepare_model, prepare_run
+from lora_hf.training.run import find_run, prepare_model, prepare_run
 from lora_hf.training.run_dir import CHECKPOINTS_FOLDER, LOG_FILE
 
 

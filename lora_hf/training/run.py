@@ -7,11 +7,11 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -30,7 +30,7 @@ from lora_hf.adapters.format import read_adapter
 from lora_hf.adapters.save_load import copy_lora_weights, save_adapter
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
-from lora_hf.core.provenance import folder_size, git_state, machine, versions
+from lora_hf.core.provenance import Start, folder_size, git_state, machine, versions
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord, peak_memory
 from lora_hf.data.overview import DataOverview, describe_data
 from lora_hf.data.sampling import number_prompts
@@ -98,18 +98,6 @@ class Run:
     def weights(self) -> Path:
         """The adapter, or the whole model where every parameter was trained."""
         return self.folder / ("model" if self.record.method == "full" else "adapter")
-
-
-class Start(NamedTuple):
-    """When a run started: the time of day, and in seconds the monotonic clock and the CPU time of its process."""
-
-    date: datetime
-    clock: float
-    cpu: float
-
-    @classmethod
-    def now(cls) -> Start:
-        return cls(datetime.now(timezone.utc), time.monotonic(), time.process_time())
 
 
 @dataclass
