@@ -44,8 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(
             "overrides",
             nargs="*",
-            metavar="[TASK:]key=value",
-            help="for all tasks, such as train.epochs=1, or for one, such as rte:train.epochs=10",
+            metavar="[TASK:][CONFIG:]key=value",
+            help="for all runs, such as train.epochs=1; for those of a task, such as rte:train.epochs=10, of a config, "
+            "or of both, such as rte:my_config:train.lr=1e-3",
         )
 
 

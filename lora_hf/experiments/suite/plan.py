@@ -51,7 +51,11 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """Options of a suite; `overrides` are `key=value`, `TASK:key=value` and `TASK:seeds=0,1`."""
+    """Options of a suite.
+
+    `overrides` are `key=value`, for all runs or those of `TASK:`, `CONFIGURATION:` or `TASK:CONFIGURATION:`, and
+    `TASK:seeds=0,1`.
+    """
 
     tasks: tuple[str, ...]
     output: Path
@@ -70,8 +74,8 @@ def plan_suite(options: SuiteOptions) -> list[PlannedRun]:
         ConfigError: an unknown task, an invalid config, several bases, or two configurations with the same name.
     """
     tasks = list(dict.fromkeys(get_task(name).name for name in options.tasks))
-    overrides, seeds = _parse_overrides(options, tasks)
     files = {Path(file).stem: file for file in options.configs} or {RECIPE: None}
+    overrides, seeds = _parse_overrides(options, tasks, list(files))
     if len(files) < len(options.configs):
         raise ConfigError(f"configs: expected different file names, found {', '.join(options.configs)}")
     if options.from_mnli:
@@ -81,7 +85,7 @@ def plan_suite(options: SuiteOptions) -> list[PlannedRun]:
     configs: dict[tuple[str, str], RunConfig] = {}
     for name, file in files.items():
         for task in tasks:
-            config = load_config(file or _recipe_file(task, options.model), overrides[task])
+            config = load_config(file or _recipe_file(task, options.model), overrides[task, name])
             configs[task, name] = replace(
                 config,
                 model=replace(config.model, name=options.model or config.model.name),
@@ -100,24 +104,31 @@ def plan_suite(options: SuiteOptions) -> list[PlannedRun]:
 
 
 def _parse_overrides(
-    options: SuiteOptions, tasks: Sequence[str]
-) -> tuple[dict[str, list[str]], dict[str, tuple[int, ...]]]:
-    """The overrides and the seeds of each task; an override for one task wins over those for all."""
-    shared: list[str] = []
-    by_task: dict[str, list[str]] = {task: [] for task in tasks}
+    options: SuiteOptions, tasks: Sequence[str], configurations: Sequence[str]
+) -> tuple[dict[tuple[str, str], list[str]], dict[str, tuple[int, ...]]]:
+    """The overrides of each task and configuration, in which the narrower ones win, and the seeds of each task."""
+    found: list[tuple[set[str], str]] = []
     seeds = dict.fromkeys(tasks, options.seeds)
     for override in options.overrides:
-        key, _, value = override.partition("=")
-        task, colon, key = key.rpartition(":")
-        if colon and task not in tasks:
-            raise ConfigError(f"{override!r}: {task!r} is not one of the tasks{did_you_mean(task, tasks)}")
+        path, _, value = override.partition("=")
+        *scope, key = path.split(":")
+        for word in scope:
+            if word not in (*tasks, *configurations):
+                suggestion = did_you_mean(word, (*tasks, *configurations))
+                raise ConfigError(f"{override!r}: {word!r} is not one of the tasks or configurations{suggestion}")
         if key in FIXED or key.startswith("output."):
             raise ConfigError(f"{override!r}: the suite sets {key} itself; use the options of the suite")
-        if colon and key == "seeds":
-            seeds[task] = parse_seeds(value, override)
+        if key == "seeds" and scope:
+            if len(scope) > 1 or scope[0] not in tasks:
+                raise ConfigError(
+                    f"{override!r}: expected TASK:seeds=0,1, as all configurations of a task share its seeds"
+                )
+            seeds[scope[0]] = parse_seeds(value, override)
         else:
-            (by_task[task] if colon else shared).append(override.removeprefix(f"{task}:"))
-    return {task: [*shared, *own] for task, own in by_task.items()}, seeds
+            found.append((set(scope), f"{key}={value}"))
+    found.sort(key=lambda each: len(each[0]))
+    pairs = ((task, name) for task in tasks for name in configurations)
+    return {pair: [text for scope, text in found if scope <= set(pair)] for pair in pairs}, seeds
 
 
 def parse_seeds(text: str, source: str) -> tuple[int, ...]:

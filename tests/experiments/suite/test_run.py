@@ -218,7 +218,9 @@ def test_errors_of_the_whole_suite_are_raised_before_the_first_run(
         (["rte,cola,sst2"], "the data of 2 of 3 tasks cannot be used:"),
         (["--seeds", "0,0"], "--seeds 0,0: expected different whole numbers"),
         (["rte:seeds=one"], "found 'one'"),
-        (["cola:train.lr=1"], "'cola' is not one of the tasks"),
+        (["cola:train.lr=1"], "'cola' is not one of the tasks or configurations"),
+        (["rte:tiny_glue_qv:train.lr=1"], "(did you mean 'tiny_glue_qv8'?)"),
+        (["tiny_glue_qv8:seeds=0,1"], "all configurations of a task share its seeds"),
         (["train.seed=3"], "the suite sets train.seed itself"),
         (["lora.rr=3"], "lora.rr: unknown key"),
         (["--from-mnli"], "add mnli to the tasks"),
@@ -231,6 +233,18 @@ def test_errors_of_the_whole_suite_are_raised_before_the_first_run(
         assert main(words(data, output, tasks, *more), verb="benchmark") == 2, (tasks, more)
         assert message in capsys.readouterr().err
         assert not output.exists()
+
+
+def test_the_narrowest_override_wins(tmp_path: Path) -> None:
+    from lora_hf.experiments.suite.plan import SuiteOptions, plan_suite
+
+    configs = ("tiny_glue_qv8.yaml", "tiny_glue_full.yaml")
+    overrides = ("cola:tiny_glue_full:train.lr=4", "cola:train.lr=2", "tiny_glue_full:train.lr=3", "train.lr=1")
+    runs = plan_suite(SuiteOptions(("cola", "rte"), tmp_path, configs=configs, overrides=overrides))
+    assert {(run.task, run.configuration): run.config.train.lr for run in runs} == {
+        ("cola", "tiny_glue_qv8"): 2, ("cola", "tiny_glue_full"): 4,
+        ("rte", "tiny_glue_qv8"): 1, ("rte", "tiny_glue_full"): 3,
+    }  # fmt: skip
 
 
 def test_without_configs_every_task_has_its_published_recipe(data: Path, tmp_path: Path) -> None:
