@@ -22,6 +22,7 @@ from transformers import (
 
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.inference.row_cache import RowCache
+from lora_hf.lora.unpadding import CACHE_ARGUMENTS
 
 Adapters = Callable[[Sequence[Any]], AbstractContextManager[Any]]  # runs each row of a batch under its own adapter
 
@@ -103,13 +104,15 @@ class RunningBatch:
         self.cache = RowCache()
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions, self._takes_kept = "position_ids" in parameters, "logits_to_keep" in parameters
+        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in parameters), None)
         # A state that is not keys and values has no rows to move: each step then reads its rows from their start.
-        self._caches = "past_key_values" in parameters and not any(DynamicCache(config=model.config).is_linear)
+        if any(DynamicCache(config=model.config).is_linear):
+            self._cache_argument = None
 
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> None:
         """Reads the prompts of further rows, with the tokens that they already have, and generates one token each."""
-        cache = DynamicCache() if self._caches else None
+        cache = DynamicCache() if self._cache_argument else None
         logits = self._read(rows, cache)
         if cache is not None:
             self.cache.join(cache, len(rows))
@@ -119,7 +122,7 @@ class RunningBatch:
     @torch.inference_mode()
     def step(self) -> None:
         """Generates the next token of each row. Rows that have finished must have been removed."""
-        if not self._caches:
+        if not self._cache_argument:
             self._choose(self.rows, self._read(self.rows, None))
             return
         self.cache.make_room()
@@ -143,7 +146,7 @@ class RunningBatch:
         kept = [index for index, row in enumerate(self.rows) if id(row) not in leaving]
         order = _fill_gaps(kept, len(self.rows))
         self.rows = [self.rows[index] for index in order]
-        if self._caches:
+        if self._cache_argument:
             # The cache holds all tokens but the last of each row.
             self.cache.keep(order, max((row.length - 1 for row in self.rows), default=0))
 
@@ -163,8 +166,8 @@ class RunningBatch:
 
     def _forward(self, rows: Sequence[Row], inputs: dict[str, Any], cache: Any) -> Tensor:
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        if self._caches:
-            inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+        if self._cache_argument:
+            inputs |= {self._cache_argument: cache, "use_cache": cache is not None}
         if self._takes_kept:
             inputs["logits_to_keep"] = 1
         with self.adapters([row.adapter for row in rows]):

@@ -29,6 +29,7 @@ from lora_hf.lora.kernels.prefixes import Trees, share_prefixes
 from lora_hf.lora.last_layer import READS, announce_token_read, positions_read, prepare_last_layer, token_read
 
 ATTENTION = "lora_hf_rows"
+CACHE_ARGUMENTS = ("past_key_values", "cache")  # transformers 5.24 renamed it
 
 
 def enable_unpadding(model: PreTrainedModel) -> str | None:
@@ -173,7 +174,7 @@ def _layout(
     It is made on the host and copied to the device: every size in it is needed there.
     """
     mask = named.get("attention_mask")
-    special = ("past_key_values", "encoder_hidden_states", "output_attentions", "output_hidden_states", "use_cache")
+    special = ("encoder_hidden_states", "output_attentions", "output_hidden_states", "use_cache", *CACHE_ARGUMENTS)
     if mask is None or mask.ndim != 2 or any(named.get(name) for name in special):
         return None
     device, mask = mask.device, host.get("attention_mask", mask)

@@ -74,6 +74,15 @@ def test_rows_that_join_and_leave_get_what_they_get_alone(kind: str, monkeypatch
         assert row.tokens == by_transformers[0, len(row.prompt) :].tolist()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_reads_one_token_a_row(kind: str) -> None:
+    model, widths = small_model(kind).eval(), []
+    model.register_forward_pre_hook(lambda _, args, named: widths.append(named["input_ids"].shape[1]), with_kwargs=True)
+    row = Row(prompt(0, 9), None, GenerateConfig(max_new_tokens=3, seed=0))
+    run(batch_of(model), {0: [row]})
+    assert widths == [9, 1, 1][: len(row.tokens)]
+
+
 def test_a_state_without_keys_and_values_is_read_anew() -> None:
     sizes = {"state_size": 4, "num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 100, "pad_token_id": 1}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)).eval()

@@ -14,6 +14,7 @@ from typing import Any
 from lora_hf.core.formatting import percent, table
 from lora_hf.core.records import SweepRecord, method_label, record_files
 from lora_hf.experiments.plots import load_pyplot, save, series_style
+from lora_hf.experiments.suite.tables import metric_label
 from lora_hf.experiments.sweep.lr_find import format_rate
 from lora_hf.experiments.sweep.space import RANK, RATE
 
@@ -112,7 +113,7 @@ def rate_ratios(results: Path) -> str:
 
 
 def found_rates(results: Path) -> str:
-    """The rate that `lr-find` chose for each method on MRPC."""
+    """The rate that `lr-find` chose for each task and method."""
     rows = []
     for file in record_files(results / "minilm"):
         record = SweepRecord.load(file)
@@ -120,15 +121,25 @@ def found_rates(results: Path) -> str:
         seconds = sum(trial["cpu_seconds"] for trial in record.trials)
         rows.append(
             [
+                record.task,
                 f"[{method_label(train['method'], lora)}](results/minilm/{file.name})",
+                f"{len(record.trials)}",
                 format_rate(record.best["values"][RATE]),
-                percent(record.best["score"]),
+                f"{metric_label(record.metric)} {percent(record.best['score'])}",
                 f"{sum(trial['steps'] for trial in record.trials):,}",
                 f"{seconds / 60:.1f}",
             ]
         )
-    head = ["method (record)", "lr that lr-find chose", "accuracy, %", "steps of all rates", "CPU minutes"]
-    return table(head, rows)
+    head = [
+        "task",
+        "method (record)",
+        "rates",
+        "lr that lr-find chose",
+        "score, %",
+        "steps of all rates",
+        "CPU minutes",
+    ]
+    return table(head, rows, text_columns=2)
 
 
 def _cells(curve: Curve) -> list[str]:

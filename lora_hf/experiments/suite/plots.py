@@ -49,7 +49,9 @@ def _draw_scores(record: SuiteRecord, path: Path) -> Path:
         handles[name] = axes.errorbar([x], [mean], yerr=bars, **style)
         if runs[0]["majority_value"] is not None:
             handles["majority class"] = draw_majority(axes, 100 * runs[0]["majority_value"])
-        axes.set(title=f"{task} ({count(len(values), 'seed')})", ylabel=f"{metric_label(runs[0])}, %", xticks=[])
+        axes.set(
+            title=f"{task} ({count(len(values), 'seed')})", ylabel=f"{metric_label(runs[0]['metric'])}, %", xticks=[]
+        )
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.grid(axis="y", alpha=0.3)
     for axes in grid.flat[len(tasks) :]:

@@ -24,7 +24,7 @@ def scores(record: SuiteRecord) -> str:
         majority, published = runs[0]["majority_value"], record.published[task][name]
         rows.append(
             [
-                f"{task}, {metric_label(runs[0])}",
+                f"{task}, {metric_label(runs[0]['metric'])}",
                 name,
                 percent(statistics.fmean(values)),
                 f"{percent(min(values))} to {percent(max(values))}" if len(values) > 1 else "-",
@@ -166,8 +166,8 @@ def glue_average(record: SuiteRecord, configuration: str) -> float | None:
     return mean_score(tasks) if len(tasks) == len(GLUE) else None
 
 
-def metric_label(run: Run) -> str:
-    return run["metric"].replace("_correlation", "").replace("_", " ")
+def metric_label(metric: str) -> str:
+    return metric.replace("_correlation", "").replace("_", " ")
 
 
 def seconds(run: Run) -> float:
