@@ -230,6 +230,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "suite-texts": from_results(suite_tables.texts),
     "suite-choice": from_results(suite_tables.choice),
     "suite-guide": from_results(guide),
+    "glue-scores": from_results(suite_tables.scores, "glue"),
+    "glue-choice": from_results(suite_tables.choice, "glue"),
     "damaged-input": robustness_tables.damaged,
     "malformed-requests": robustness_tables.malformed,
     "malformed-answers": robustness_tables.malformed_answers,

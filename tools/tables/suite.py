@@ -1,4 +1,4 @@
-"""The tables of suites in the docs, one for every record in `docs/results/suite`, and a guide to choose."""
+"""The tables of suites in the docs, one for every record in a folder of `docs/results`, and a guide to choose."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from lora_hf.core.records import SuiteRecord, record_files
 from lora_hf.experiments.suite.tables import Run, core_seconds, file_bytes, mean_score, shared_runs, task_means
 
 
-def from_results(render: Callable[[SuiteRecord], str]) -> Callable[[Path], str]:
-    """A function that renders every record in the folder `suite` of the results, each with a caption.
+def from_results(render: Callable[[SuiteRecord], str], folder: str = "suite") -> Callable[[Path], str]:
+    """A function that renders every record in a folder of the results, each with a caption.
 
     It raises DataError if there is no record.
     """
 
     def render_all(results: Path) -> str:
         parts = []
-        for file in record_files(results / "suite"):
+        for file in record_files(results / folder):
             record = SuiteRecord.load(file)
             caption = f"`{record.base['name']}`, {len(record.runs)} of {record.planned} runs "
-            parts.append(f"{caption}([record](results/suite/{file.name})):\n\n{render(record)}")
+            parts.append(f"{caption}([record](results/{folder}/{file.name})):\n\n{render(record)}")
         return "\n\n".join(parts)
 
     return render_all

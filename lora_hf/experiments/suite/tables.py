@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lora_hf.core.formatting import minutes, percent, table
+from lora_hf.core.formatting import count, minutes, percent, table
 from lora_hf.core.records import SuiteRecord, peak_memory
 from lora_hf.data.tasks import glue
 
@@ -123,8 +123,8 @@ def choice(record: SuiteRecord) -> str:
                 _megabytes(sum(task_means(tasks, file_bytes)), 2),
             ]
         )
-    count = max(map(len, shared.values()), default=0)
-    head = ["configuration", f"mean score of {count} tasks, %", "trainable parameters", "hours", "core-hours"]
+    common = count(max(map(len, shared.values()), default=0), "task")
+    head = ["configuration", f"mean score of {common}, %", "trainable parameters", "hours", "core-hours"]
     return table([*head, "peak memory, MB", "files, MB"], rows)
 
 

@@ -69,7 +69,7 @@ def test_the_choice_is_over_the_tasks_that_all_have_and_of_one_run_a_task() -> N
         run["timings"] |= {"cpu": 3.6 * run["timings"]["total"]}
     assert [row[3:5] for row in cells(choice(record))] == [["0.06", "0.22"], ["0.11", "0.40"]], "CPU times, if known"
     record.runs = record.runs[:-1]
-    assert "mean score of 1 tasks" in choice(record)
+    assert "mean score of 1 task," in choice(record)
     assert cells(choice(record))[0][:2] == ["lora", "55.0"]
 
 
