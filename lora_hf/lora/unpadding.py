@@ -175,7 +175,8 @@ def _layout(
     """
     mask = named.get("attention_mask")
     special = ("encoder_hidden_states", "output_attentions", "output_hidden_states", "use_cache", *CACHE_ARGUMENTS)
-    if mask is None or mask.ndim != 2 or any(named.get(name) for name in special):
+    asked = [named.get(name) for name in special]  # an empty cache is false, but it wants the keys and values
+    if mask is None or mask.ndim != 2 or any(each is not None and each is not False for each in asked):
         return None
     device, mask = mask.device, host.get("attention_mask", mask)
     lengths = mask.sum(1).tolist()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.inject import inject
 from lora_hf.lora.kernels import attention
 from lora_hf.lora.kernels.attention import Rows, attend_rows
-from lora_hf.lora.unpadding import ATTENTION, _filling, _register_attention, enable_unpadding
+from lora_hf.lora.unpadding import ATTENTION, CACHE_ARGUMENTS, _filling, _register_attention, enable_unpadding
 from lora_hf.training.trainer import enable_optimizations
 from tests import tolerances
 from tests.support.small_models import CLASSIFIERS, randomize_lora_b, small_model, token_ids
@@ -186,6 +187,15 @@ def test_generation_is_left_alone() -> None:
     before = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     enable_unpadding(model)
     assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), before)
+
+
+def test_a_cache_that_is_still_empty_is_filled() -> None:
+    model, caches = small_model("gpt2").eval(), [DynamicCache(), DynamicCache()]
+    argument = next(name for name in CACHE_ARGUMENTS if name in inspect.signature(model.forward).parameters)
+    padded = model(**batch(), **{argument: caches[0]}).logits
+    enable_unpadding(model)
+    torch.testing.assert_close(model(**batch(), **{argument: caches[1]}).logits, padded)
+    assert [cache.get_seq_length() for cache in caches] == [7, 7]
 
 
 def hooks_of(model: PreTrainedModel) -> int:
