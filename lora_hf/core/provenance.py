@@ -57,15 +57,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-class Start(NamedTuple):
-    """When a run started: the time of day, and in seconds the monotonic clock and the CPU time of its process."""
+class Moment(NamedTuple):
+    """The time of day, and in seconds the monotonic clock and the CPU time of this process."""
 
     date: datetime
     clock: float
     cpu: float
 
     @classmethod
-    def now(cls) -> Start:
+    def now(cls) -> Moment:
         return cls(datetime.now(timezone.utc), time.monotonic(), time.process_time())
 
 

@@ -43,7 +43,7 @@ class SplitOverview:
     loses: str
     tokens: int
     labels: dict[str, int]
-    empty: int
+    empty: int = 0
 
 
 @dataclass
@@ -77,8 +77,11 @@ def describe_data(
         DataError: as `Task.encode`; or no row of a classifier's split has a text.
     """
     limit = min(max_length, tokenizer.model_max_length)
-    splits = {name: _describe_split(task, name, part, tokenizer, limit) for name, part in rows.items()}
+    splits = {name: _describe_split(task, part, tokenizer, limit) for name, part in rows.items()}
     texts = {name: list(zip(*task.texts_of(part).values(), strict=True)) for name, part in rows.items()}
+    if isinstance(task, TextClassification):
+        for name, split in splits.items():
+            split.empty = _count_empty(task, name, texts[name])
     duplicates = {}
     for first, second in combinations(texts, 2):
         known = set(map(repr, texts[first]))
@@ -86,26 +89,23 @@ def describe_data(
     return DataOverview(splits, duplicates, _examples(task, rows[task.train_split], tokenizer, limit))
 
 
-def _count_empty(task: Task, split: str, rows: Dataset) -> int:
+def _count_empty(task: Task, split: str, texts: Sequence[tuple[str, ...]]) -> int:
     """How many rows have no text in any of the task's columns."""
-    columns = task.texts_of(rows)
-    empty = sum(not "".join(texts).strip() for texts in zip(*columns.values(), strict=True))
-    if empty == len(rows):
+    empty = sum(not "".join(row).strip() for row in texts)
+    if empty == len(texts):
+        columns = " or ".join(map(repr, task.text_columns))
         raise DataError(
-            f"{task.name}: no row of split {split!r} has a text in {' or '.join(map(repr, columns))}; expected texts. "
-            "For data of your own, task.text_columns names the columns"
+            f"{task.name}: no row of split {split!r} has a text in {columns}; expected texts. For data of your own, "
+            "task.text_columns names the columns"
         )
     return empty
 
 
-def _describe_split(
-    task: Task, split: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int
-) -> SplitOverview:
+def _describe_split(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> SplitOverview:
     sample = rows[:SAMPLE]
     lengths = np.array([len(ids) for ids in task.encode(sample, tokenizer, UNLIMITED)["input_ids"]])
     per_row = np.minimum(lengths, limit).sum() / min(len(rows), SAMPLE)
     counts: list[int] = []
-    empty = _count_empty(task, split, rows) if isinstance(task, TextClassification) else 0
     if isinstance(task, TextClassification) and task.label_names and "label" in rows.column_names:
         counts = task.count_classes(rows).tolist()
     return SplitOverview(
@@ -117,7 +117,6 @@ def _describe_split(
         loses=task.truncated_part(tokenizer),
         tokens=round(per_row * len(rows)),
         labels={name: count for name, count in zip(task.label_names, counts, strict=False) if count},
-        empty=empty,
     )
 
 

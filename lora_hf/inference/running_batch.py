@@ -22,7 +22,7 @@ from transformers import (
 
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.inference.row_cache import RowCache
-from lora_hf.lora.unpadding import CACHE_ARGUMENTS
+from lora_hf.lora.unpadding import cache_argument
 
 Adapters = Callable[[Sequence[Any]], AbstractContextManager[Any]]  # runs each row of a batch under its own adapter
 
@@ -104,10 +104,9 @@ class RunningBatch:
         self.cache = RowCache()
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions, self._takes_kept = "position_ids" in parameters, "logits_to_keep" in parameters
-        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in parameters), None)
         # A state that is not keys and values has no rows to move: each step then reads its rows from their start.
-        if any(DynamicCache(config=model.config).is_linear):
-            self._cache_argument = None
+        is_linear = any(DynamicCache(config=model.config).is_linear)
+        self._cache_argument = None if is_linear else cache_argument(model)
 
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> None:

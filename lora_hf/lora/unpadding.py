@@ -32,6 +32,12 @@ ATTENTION = "lora_hf_rows"
 CACHE_ARGUMENTS = ("past_key_values", "cache")  # transformers 5.24 renamed it
 
 
+def cache_argument(model: PreTrainedModel) -> str | None:
+    """The name under which the model takes a cache of keys and values; None if it takes none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), None)
+
+
 def enable_unpadding(model: PreTrainedModel) -> str | None:
     """Makes the model run without padding; doing it again changes nothing.
 

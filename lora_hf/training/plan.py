@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from lora_hf.core.config.schema import RunConfig
-from lora_hf.core.provenance import Start
+from lora_hf.core.provenance import Moment
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE
 from lora_hf.data.overview import DataOverview
 from lora_hf.data.tasks.registry import task_of
@@ -39,7 +39,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     Raises:
         UserError, TrainingError: as `train`.
     """
-    started = Start.now()
+    started = Moment.now()
     config, folder, _ = find_run(config)
     task = task_of(config.task)
     rows = task.load(config.task.data_dir, task.splits)

@@ -30,7 +30,7 @@ from lora_hf.adapters.format import read_adapter
 from lora_hf.adapters.save_load import copy_lora_weights, save_adapter
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
-from lora_hf.core.provenance import Start, folder_size, git_state, machine, versions
+from lora_hf.core.provenance import Moment, folder_size, git_state, machine, versions
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord, peak_memory
 from lora_hf.data.overview import DataOverview, describe_data
 from lora_hf.data.sampling import number_prompts
@@ -116,7 +116,7 @@ class PreparedRun:
     data: DataOverview
     estimator: Estimator
     log_prefix: str
-    started: Start
+    started: Moment
 
 
 @flush_denormals()
@@ -142,7 +142,7 @@ def train(
         TrainingError: there is nothing to train, the run does not train, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM, once every finished step is saved.
     """
-    started = Start.now()
+    started = Moment.now()
     config, folder, checkpoint = find_run(config, resume)
     before = run_state(folder)
     handler = SignalHandler(folder)
@@ -209,7 +209,7 @@ def prepare_run(
     rows: Mapping[str, Dataset],
     model: PreTrainedModel,
     sites: Sequence[Site],
-    started: Start,
+    started: Moment,
     begin: Callable[[], None],
     callbacks: Sequence[TrainerCallback] | None = None,
     checkpoint: Path | None = None,
@@ -390,7 +390,7 @@ def _write_results(run: PreparedRun, metrics: Mapping[str, float], outputs: Mapp
     # So that a copy of the folder still has the run's tokenizer, length, task and decoding.
     shutil.copyfile(run.folder / RUN_CONFIG_FILE, weights / RUN_CONFIG_FILE)
     record_training(record, trainer, metrics, run.log_prefix)
-    now = Start.now()
+    now = Moment.now()
     record.timings |= {"score": now.clock - scoring, "total": now.clock - run.started.clock}
     record.timings["cpu"] = now.cpu - run.started.cpu
     if estimate := run.estimator.estimate:

@@ -94,7 +94,7 @@ def checkout(tmp_path: Path, shared: Path) -> Path:
 
 @pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=page_name)
 def test_the_page_runs(page: Path, checkout: Path, reader: ProcessPoolExecutor) -> None:
-    assert reader.submit(run_in_folder, page, checkout).result() == ""
+    reader.submit(run_in_folder, page, checkout).result()
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,7 @@ def test_a_failing_block_is_detected(
 ) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"# Page\n```{language}\n{text}\n```\n")
-    found = reader.submit(run_in_folder, page, checkout).result()
-    assert error in found
-    assert "-- page.md:2\n" in found
+    with pytest.raises(RuntimeError) as failed:
+        reader.submit(run_in_folder, page, checkout).result()
+    assert error in str(failed.value)
+    assert "-- page.md:2\n" in str(failed.value)

@@ -79,8 +79,8 @@ def test_a_step_reads_one_token_a_row(kind: str) -> None:
     model, widths = small_model(kind).eval(), []
     model.register_forward_pre_hook(lambda _, args, named: widths.append(named["input_ids"].shape[1]), with_kwargs=True)
     row = Row(prompt(0, 9), None, GenerateConfig(max_new_tokens=3, seed=0))
-    run(batch_of(model), {0: [row]})
-    assert widths == [9, 1, 1][: len(row.tokens)]
+    run(RunningBatch(model, [], 1, lambda _: nullcontext()), {0: [row]})
+    assert widths == [9, 1, 1]
 
 
 def test_a_state_without_keys_and_values_is_read_anew() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import pickle
 
 import pytest
@@ -15,7 +14,7 @@ from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.inject import inject
 from lora_hf.lora.kernels import attention
 from lora_hf.lora.kernels.attention import Rows, attend_rows
-from lora_hf.lora.unpadding import ATTENTION, CACHE_ARGUMENTS, _filling, _register_attention, enable_unpadding
+from lora_hf.lora.unpadding import ATTENTION, _filling, _register_attention, cache_argument, enable_unpadding
 from lora_hf.training.trainer import enable_optimizations
 from tests import tolerances
 from tests.support.small_models import CLASSIFIERS, randomize_lora_b, small_model, token_ids
@@ -191,10 +190,10 @@ def test_generation_is_left_alone() -> None:
 
 def test_a_cache_that_is_still_empty_is_filled() -> None:
     model, caches = small_model("gpt2").eval(), [DynamicCache(), DynamicCache()]
-    argument = next(name for name in CACHE_ARGUMENTS if name in inspect.signature(model.forward).parameters)
-    padded = model(**batch(), **{argument: caches[0]}).logits
+    inputs = [batch() | {cache_argument(model): cache} for cache in caches]
+    padded = model(**inputs[0]).logits
     enable_unpadding(model)
-    torch.testing.assert_close(model(**batch(), **{argument: caches[1]}).logits, padded)
+    torch.testing.assert_close(model(**inputs[1]).logits, padded)
     assert [cache.get_seq_length() for cache in caches] == [7, 7]
 
 

@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +26,7 @@ from lora_hf.cli.main import main
 from lora_hf.data.tasks.sources import Bundled
 from tests.support import page_hooks
 from tests.support.pages import RUN, Block, blocks
+from tests.support.process_state import restored_process_state
 from tests.support.server_process import serving
 
 ROWS = 48  # of a bundled task: pages show commands, not scores
@@ -119,32 +120,39 @@ def run_page(file: Path) -> None:
 def start_reader(environment: Mapping[str, str]) -> ProcessPoolExecutor:
     """A process with this environment that runs pages: `submit(run_in_folder, PAGE, FOLDER)`."""
     executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    with patch.dict(os.environ, environment):  # the libraries read theirs when they are imported
-        executor.submit(_prepare).result()
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with patch.dict(os.environ, {**environment, **path}):  # the libraries read theirs when they are imported
+        executor.submit(cut_rows).result()
     return executor
 
 
-def _prepare() -> None:
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    cut_rows()
+def run_in_folder(page: Path, folder: Path) -> None:
+    """Runs a page, which leaves nothing behind for the next one.
 
-
-def run_in_folder(page: Path, folder: Path) -> str:
-    """The error that ended the page, after all its output; empty if there was none."""
-    os.chdir(folder)
-    error = ""
-    with tempfile.TemporaryFile("w+") as output:
-        ours = [os.dup(1), os.dup(2)]
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
+    Raises:
+        RuntimeError: a block failed; the message is all output of the page, and the error.
+    """
+    with tempfile.TemporaryFile("w+") as output, restored_process_state():
+        os.chdir(folder)
         try:
-            run_page(page)
-        except Exception:  # noqa: BLE001  whatever it is, the test reports it
-            error = traceback.format_exc()
-        finally:
-            for stream, own in zip((sys.stdout, sys.stderr), ours, strict=True):
-                stream.flush()
-                os.dup2(own, stream.fileno())
-                os.close(own)
-        output.seek(0)
-        return error and output.read() + error
+            with _output_to(output.fileno()):
+                run_page(page)
+        except Exception as error:
+            output.seek(0)
+            raise RuntimeError(output.read() + traceback.format_exc()) from error
+
+
+@contextmanager
+def _output_to(descriptor: int) -> Iterator[None]:
+    """Sends what this process and its children print to a file."""
+    streams = (sys.stdout, sys.stderr)
+    own = [os.dup(stream.fileno()) for stream in streams]
+    try:
+        for stream in streams:
+            os.dup2(descriptor, stream.fileno())
+        yield
+    finally:
+        for stream, copy in zip(streams, own, strict=True):
+            stream.flush()
+            os.dup2(copy, stream.fileno())
+            os.close(copy)

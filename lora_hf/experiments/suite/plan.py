@@ -107,28 +107,35 @@ def _parse_overrides(
     options: SuiteOptions, tasks: Sequence[str], configurations: Sequence[str]
 ) -> tuple[dict[tuple[str, str], list[str]], dict[str, tuple[int, ...]]]:
     """The overrides of each task and configuration, in which the narrower ones win, and the seeds of each task."""
-    found: list[tuple[set[str], str]] = []
+    found: list[tuple[str | None, str | None, str]] = []
     seeds = dict.fromkeys(tasks, options.seeds)
     for override in options.overrides:
         path, _, value = override.partition("=")
         *scope, key = path.split(":")
-        for word in scope:
-            if word not in (*tasks, *configurations):
-                suggestion = did_you_mean(word, (*tasks, *configurations))
-                raise ConfigError(f"{override!r}: {word!r} is not one of the tasks or configurations{suggestion}")
+        task = scope.pop(0) if scope and scope[0] in tasks else None
+        name = scope.pop(0) if scope and scope[0] in configurations else None
+        if scope:
+            raise ConfigError(
+                f"{override!r}: {scope[0]!r} is not one of the tasks or configurations"
+                f"{did_you_mean(scope[0], (*tasks, *configurations))}; expected [TASK:][CONFIGURATION:]key=value"
+            )
         if key in FIXED or key.startswith("output."):
             raise ConfigError(f"{override!r}: the suite sets {key} itself; use the options of the suite")
-        if key == "seeds" and scope:
-            if len(scope) > 1 or scope[0] not in tasks:
+        if key == "seeds" and (task or name):
+            if name or not task:
                 raise ConfigError(
                     f"{override!r}: expected TASK:seeds=0,1, as all configurations of a task share its seeds"
                 )
-            seeds[scope[0]] = parse_seeds(value, override)
+            seeds[task] = parse_seeds(value, override)
         else:
-            found.append((set(scope), f"{key}={value}"))
-    found.sort(key=lambda each: len(each[0]))
-    pairs = ((task, name) for task in tasks for name in configurations)
-    return {pair: [text for scope, text in found if scope <= set(pair)] for pair in pairs}, seeds
+            found.append((task, name, f"{key}={value}"))
+    found.sort(key=lambda each: each[:2].count(None), reverse=True)
+    chosen = {
+        (task, name): [text for of_task, of_name, text in found if of_task in (None, task) and of_name in (None, name)]
+        for task in tasks
+        for name in configurations
+    }
+    return chosen, seeds
 
 
 def parse_seeds(text: str, source: str) -> tuple[int, ...]:

@@ -172,15 +172,17 @@ def metric_label(metric: str) -> str:
 
 def seconds(run: Run) -> float:
     """The time of the run, with generating and scoring texts."""
-    return run["timings"]["total"] + sum(run.get("texts", {}).get("timings", {}).values())
+    return run["timings"]["total"] + _text_seconds(run)
 
 
 def core_seconds(run: Run) -> float:
-    """The CPU time of the run, which other programs on the machine do not change."""
-    cpu = run["timings"].get("cpu")  # older records lack it
-    texts = seconds(run) - run["timings"]["total"]
-    threads = run["threads"] or 1
-    return seconds(run) * threads if cpu is None else cpu + texts * threads
+    """The CPU time of the run, which other programs on the machine do not change; of texts, the time of all threads."""
+    threads, timings = run["threads"] or 1, run["timings"]
+    return timings.get("cpu", timings["total"] * threads) + _text_seconds(run) * threads  # older records lack `cpu`
+
+
+def _text_seconds(run: Run) -> float:
+    return sum(run.get("texts", {}).get("timings", {}).values())
 
 
 def file_bytes(run: Run) -> int:

@@ -28,6 +28,7 @@ def test_meteor_and_every_other_score_without_a_network(monkeypatch: pytest.Monk
     monkeypatch.setattr(socket.socket, "connect", refuse)
     texts, references = ["", "a cheap pub"], [["a pub"], ["food", "a cheap pub"]]
     assert 0.5 < meteor(texts, references) < 1, "an empty text has no match, the other one matches its best reference"
+    assert meteor(["", "a cheap bar"], references) < meteor(texts, references)
     values: Any = NlgMetric("web_nlg", tokenized=True).compute(predictions=["a b"], references=[["a b"]])
     assert values["TER"] == 0
     assert values["METEOR"] == pytest.approx(1)

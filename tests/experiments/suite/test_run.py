@@ -220,6 +220,7 @@ def test_errors_of_the_whole_suite_are_raised_before_the_first_run(
         (["rte:seeds=one"], "found 'one'"),
         (["cola:train.lr=1"], "'cola' is not one of the tasks or configurations"),
         (["rte:tiny_glue_qv:train.lr=1"], "(did you mean 'tiny_glue_qv8'?)"),
+        (["rte:rte:train.lr=1"], "expected [TASK:][CONFIGURATION:]key=value"),
         (["tiny_glue_qv8:seeds=0,1"], "all configurations of a task share its seeds"),
         (["train.seed=3"], "the suite sets train.seed itself"),
         (["lora.rr=3"], "lora.rr: unknown key"),
