@@ -41,6 +41,7 @@ class Architecture:
         plain_logits: whether its language model is `base(x) W^T` and nothing else.
         counts_from_padding: whether positions start after the id of the padding token, as in RoBERTa.
         refused: roles that this type has but that cannot be adapted, with the reason.
+        several_inputs: whether a layer calls its q, k and v with different inputs, or some of them twice.
     """
 
     projections: Mapping[str, Projection]
@@ -49,6 +50,7 @@ class Architecture:
     plain_logits: bool = False
     counts_from_padding: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
+    several_inputs: bool = False
 
 
 def _in_layer(layer: str, **paths: str) -> dict[str, Projection]:
@@ -201,8 +203,8 @@ _ROBERTA = Architecture(_BERT, counts_from_padding=True)
 _LLAMA_LIKE = _decoder(_LLAMA)
 _SCALED_LOGITS = _decoder(_LLAMA, plain_logits=False)
 _MOE = replace(_decoder(_ATTENTION), refused=_NO_EXPERTS)
-_SUMMARIZER = Architecture(_BART, padded_because="an encoder and a decoder")
-_TEXT_TO_TEXT = Architecture(_T5, padded_because=_RELATIVE)
+_SUMMARIZER = Architecture(_BART, padded_because="an encoder and a decoder", several_inputs=True)
+_TEXT_TO_TEXT = Architecture(_T5, padded_because=_RELATIVE, several_inputs=True)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _ENCODER,
@@ -222,6 +224,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deberta-v2": Architecture(
         _BERT | {role: Projection(f"{_BERT[role].path}_proj") for role in "qkv"},
         padded_because=_RELATIVE,
+        several_inputs=True,
     ),
     "gpt2": _decoder(_GPT2),
     "gpt_neo": _decoder(_GPT_NEO, padded_because="a sliding-window attention"),

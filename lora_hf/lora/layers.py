@@ -196,6 +196,7 @@ class LoraLinear(AdaptedModule):
     def __init__(self, base_layer: nn.Module, adapter_state: AdapterState) -> None:
         super().__init__(base_layer, adapter_state)
         self.merged_layer: tuple[str, Any] | None = None  # the adapter and the copy, which is no submodule
+        self.shared_input: Any = None  # the `shared_inputs.SharedInput` of the layers that run together with this one
         self.drift: Drift | None = None
         self.in_features, self.out_features = linear_shape(base_layer)
 
@@ -240,7 +241,13 @@ class LoraLinear(AdaptedModule):
         if isinstance(current, BatchRouting):
             return self._run_mixed(x, current)
         adapters = self.adapters
-        return adapters[current](self.base_layer, x) if current in adapters else self.base_layer(x)
+        if current is None or current not in adapters:
+            return self.base_layer(x)
+        if self.shared_input is not None and torch.is_grad_enabled():
+            y = self.shared_input.output(self, x, current)
+            if y is not None:
+                return y
+        return adapters[current](self.base_layer, x)
 
     def _run_mixed(self, x: Tensor, routing: BatchRouting) -> Tensor:
         """Each item of the batch with its own adapter."""

@@ -27,6 +27,7 @@ from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.sampling import EpochSampler, PromptSampler, last_batch_share
 from lora_hf.lora.chunked_loss import enable_chunked_loss
 from lora_hf.lora.host_batch import ON_HOST
+from lora_hf.lora.shared_inputs import share_inputs
 from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.training.checkpoints import (
     STATE_FILE,
@@ -305,10 +306,12 @@ class Optimizations:
     Attributes:
         scores_labels_only: the model computes logits, and its label smoothing, at labelled positions only.
         padded_because: why batches stay padded; None where padding is not computed.
+        shared_inputs: how many groups of projections run together because they read one input.
     """
 
     scores_labels_only: bool
     padded_because: str | None
+    shared_inputs: int
 
     def training_arguments(self, label_smoothing: float = 0.0) -> dict[str, Any]:
         """What the Trainer has to do itself, as its arguments."""
@@ -319,12 +322,12 @@ class Optimizations:
 
 
 def enable_optimizations(model: PreTrainedModel, label_smoothing: float = 0.0) -> Optimizations:
-    """Makes the model skip padding, and logits at positions without a label, where its type allows it."""
+    """Skips padding and logits without a label, and computes q, k and v together, where the model type allows it."""
     scores_labels_only = enable_chunked_loss(model, label_smoothing)
     padded_because = enable_unpadding(model)
     if padded_because:
         logger.warning("batches stay padded, and rows of similar length are grouped: %s", padded_because)
-    return Optimizations(scores_labels_only, padded_because)
+    return Optimizations(scores_labels_only, padded_because, share_inputs(model))
 
 
 def completion_loss(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from lora_hf.core.errors import ConfigError
 from lora_hf.lora.inject import inject
 from lora_hf.lora.kernels.attention import Rows, attend_rows
 from lora_hf.lora.kernels.cross_entropy import token_losses
-from lora_hf.lora.kernels.fused import STEPS, lora_linear
+from lora_hf.lora.kernels.fused import STEPS, Projection, lora_linear, lora_linears
 from lora_hf.lora.kernels.reference import add_lora
 from lora_hf.lora.kernels.varlen import varlen_kernel
 from lora_hf.lora.quantization import pack, unpack
@@ -81,6 +81,17 @@ def _fused(check: Check) -> Found:
                     y = add_lora(linear(x, weight), x, a, b, 1.5, slices)
                 sides.append([y, *torch.autograd.grad(y, (x, a, b), upstream)])
             yield f", {dtype}, {len(slices)} slices", _compared(sides[0], sides[1], tolerance)
+
+
+def _together(check: Check) -> Found:
+    """Three projections of one input in one function against each alone."""
+    for dtype, tolerance in ((torch.float32, FP32), (torch.bfloat16, BF16)):
+        weight, x, a, b, upstream = _projection(check, dtype, SLICES[0])
+        parts = [Projection(weight, None, (a * k).detach().requires_grad_(), b, k, SLICES[0]) for k in (1.0, 1.5, 2.0)]
+        inputs = [x, b, *(part.lora_A for part in parts)]
+        outputs = ([*lora_linears(x, parts)], [lora_linear(x, *part) for part in parts])
+        sides = [[*ys, *torch.autograd.grad(ys, inputs, [upstream] * 3)] for ys in outputs]
+        yield f", {dtype}", _compared(sides[0], sides[1], tolerance)
 
 
 def _triton_dropout(check: Check) -> Found:
@@ -203,6 +214,7 @@ def _nothing() -> Iterator[None]:
 
 CHECKS: dict[str, Callable[[Check], Found]] = {
     "fused projection": _fused,
+    "projections of one input": _together,
     "Triton dropout": _triton_dropout,
     "packed attention": _attention,
     "chunked loss": _losses,

@@ -1,16 +1,16 @@
-"""The adapted projection as one autograd function; `reference.py` defines what it computes.
+"""The adapted projections of one input as one autograd function; `reference.py` defines what each computes.
 
 It saves over the plain operations: x is saved once, and never in the precision of A; the low-rank product is added to
 the projection's output in place; the backward pass adds the low-rank part of x's gradient in place, and skips it if
-nothing below is trained.
+nothing below is trained. Projections of one input multiply it once by all A, and sum its gradient in place.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,17 @@ from lora_hf.lora.slices import Slices, block_diagonal, diagonal_blocks
 
 # A frozen weight, or the function that unpacks it to a precision for each product, so that it is not kept in between.
 Weight = Tensor | Callable[[torch.dtype], Tensor]
+
+
+class Projection(NamedTuple):
+    """The frozen projection `x W^T + bias` and the low-rank update beside it, as `lora_linear` describes them."""
+
+    weight: Weight
+    bias: Tensor | None
+    lora_A: Tensor  # noqa: N815 - its name everywhere
+    lora_B: Tensor  # noqa: N815
+    scaling: float
+    slices: Slices
 
 
 def lora_linear(
@@ -60,7 +71,14 @@ def lora_linear(
     elif not torch.is_grad_enabled():
         # A function of autograd would take longer than the products of a single token.
         return _without_gradients(x, weight, bias, lora_A, lora_B, scaling, slices)
-    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling / (1 - dropout), slices, keep)  # type: ignore[return-value]
+    projection = Projection(weight, bias, lora_A, lora_B, scaling / (1 - dropout), slices)
+    return _LoraLinears.apply(x, [projection], keep, lora_A, lora_B)[0]  # type: ignore[index]
+
+
+def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """The `lora_linear` of each projection, without dropout: x is multiplied once by all A."""
+    factors = [factor for each in projections for factor in (each.lora_A, each.lora_B)]
+    return _LoraLinears.apply(x, projections, None, *factors)  # type: ignore[return-value]
 
 
 @functools.cache
@@ -103,66 +121,97 @@ def _without_gradients(
     return output
 
 
-class _LoraLinear(torch.autograd.Function):
+class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Weight,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        slices: Slices,
-        keep: Any,
-    ) -> Tensor:
-        """`scaling` includes that of the dropout, and `keep` is its mask, a `Philox` that draws it, or None."""
+        ctx: Any, x: Tensor, projections: Sequence[Projection], keep: Any, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """`keep` is the mask of the dropout, a `Philox` that draws it, or None; `factors` are A and B of each."""
         inputs = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        tensor = weight if isinstance(weight, Tensor) else None
-        ctx.unpacker = None if isinstance(weight, Tensor) else weight
-        frozen = _unpacked(weight, x.dtype)
-        # Some models go on in place, which autograd refuses for a view, such as `linear` returns if there is a bias.
-        output = x.new_empty(*x.shape[:-1], len(frozen))
-        y = output.view(len(inputs), len(frozen))
-        _project(inputs, frozen, bias, y)
-        down, up = lora_A.to(x.dtype), block_diagonal(lora_B.to(x.dtype), slices, y.shape[1])
+        downs, scalings = factors[::2], [each.scaling for each in projections]
+        down = (downs[0] if len(downs) == 1 else torch.cat(downs)).to(x.dtype)
         mask, ctx.philox = (keep, None) if keep is None or isinstance(keep, Tensor) else (None, keep)
+        ctx.scalings, ctx.ranks = scalings, [len(each) for each in downs]
         if ctx.philox is not None:
-            projected = ctx.philox.project(inputs, down, scaling)
+            projected = ctx.philox.project(inputs, down, *scalings)
         else:
-            # Scaling is cheapest on the smallest tensor, (rows, r).
-            projected = ((inputs if mask is None else inputs * mask) @ down.T).mul_(scaling)
-        y.addmm_(projected, up.T)
-        ctx.save_for_backward(x, tensor, projected, down, up, mask)
-        ctx.scaling, ctx.slices, ctx.dtypes = scaling, slices, (lora_A.dtype, lora_B.dtype)
-        return output
+            projected = _scale((inputs if mask is None else inputs * mask) @ down.T, ctx)
+        outputs, ups = [], []
+        for each, part in zip(projections, _parts(projected, ctx.ranks, 1), strict=True):
+            frozen = _unpacked(each.weight, x.dtype)
+            # Some models go on in place, which autograd refuses for a view, such as `linear` returns with a bias.
+            output = x.new_empty(*x.shape[:-1], len(frozen))
+            y = output.view(len(inputs), len(frozen))
+            _project(inputs, frozen, each.bias, y)
+            up = block_diagonal(each.lora_B.to(x.dtype), each.slices, len(frozen))
+            y.addmm_(part, up.T)
+            outputs.append(output)
+            ups.append(up)
+        tensors = [each.weight if isinstance(each.weight, Tensor) else None for each in projections]
+        ctx.save_for_backward(x, projected, down, mask, *ups, *tensors)
+        ctx.unpackers = [None if isinstance(each.weight, Tensor) else each.weight for each in projections]
+        ctx.slices, ctx.dtypes = [each.slices for each in projections], [each.dtype for each in factors]
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, tensor, projected, down, up, keep = ctx.saved_tensors
-        needs_dx, _, _, needs_dA, needs_dB, *_ = ctx.needs_input_grad
+        x, projected, down, keep, *rest = ctx.saved_tensors
+        count = len(gradients)
+        ups, tensors = rest[:count], rest[count:]
+        needs_dx, _, _, *needs = ctx.needs_input_grad
         inputs = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        dy = gradients[0].reshape(len(inputs), gradients[0].shape[-1])
-        dprojected = (dy @ up).mul_(ctx.scaling)
-        dx = dA = dB = None
-        if needs_dx:
-            dx = dy @ (ctx.unpacker(x.dtype) if tensor is None else tensor)
+        dys = [each.reshape(len(inputs), each.shape[-1]) for each in gradients]
+        products = [dy @ up for dy, up in zip(dys, ups, strict=True)]
+        dprojected = _scale(products[0] if count == 1 else torch.cat(products, 1), ctx)
+        dx = _input_gradient(ctx, x, dys, tensors, dprojected, down, keep) if needs_dx else None
+        factors: list[Tensor | None] = [None] * len(needs)
+        if any(needs[::2]):
             if ctx.philox is not None:
-                ctx.philox.add_product(dx, dprojected, down)
-            elif keep is None:
-                dx.addmm_(dprojected, down)
+                dA = ctx.philox.gradient(dprojected, inputs)
             else:
-                dx.addcmul_(dprojected @ down, keep.to(dx.dtype))
-            dx = dx.view_as(x)
-        if needs_dA and ctx.philox is not None:
-            dA = ctx.philox.gradient(dprojected, inputs).to(ctx.dtypes[0])
-        elif needs_dA:
-            dropped = inputs if keep is None else inputs * keep
-            dA = (dprojected.T @ dropped).to(ctx.dtypes[0])
-        if needs_dB:
-            # The transposed product is twice as fast, because it has so few rows.
-            blocks = diagonal_blocks((projected.T @ dy).T, ctx.slices)
-            dB = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-            dB = dB.to(ctx.dtypes[1], memory_format=torch.contiguous_format)
-        return dx, None, None, dA, dB, None, None, None
+                dA = dprojected.T @ (inputs if keep is None else inputs * keep)
+            parts = _parts(dA, ctx.ranks, 0)
+            factors[::2] = [part.to(dtype) for part, dtype in zip(parts, ctx.dtypes[::2], strict=True)]
+        for index, (dy, part) in enumerate(zip(dys, _parts(projected, ctx.ranks, 1), strict=True)):
+            if needs[2 * index + 1]:
+                # The transposed product is twice as fast, because it has so few rows.
+                blocks = diagonal_blocks((part.T @ dy).T, ctx.slices[index])
+                dB = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+                factors[2 * index + 1] = dB.to(ctx.dtypes[2 * index + 1], memory_format=torch.contiguous_format)
+        return dx, None, None, *factors
+
+
+def _parts(tensor: Tensor, sizes: Sequence[int], dim: int) -> Sequence[Tensor]:
+    return [tensor] if len(sizes) == 1 else tensor.split(sizes, dim)  # a view less for most projections
+
+
+def _scale(product: Tensor, ctx: Any) -> Tensor:
+    """Multiplies the columns of each projection by its scaling: cheapest on the smallest tensor, `(rows, r)`."""
+    if len(set(ctx.scalings)) == 1:
+        return product.mul_(ctx.scalings[0])
+    for part, scaling in zip(_parts(product, ctx.ranks, 1), ctx.scalings, strict=True):
+        part.mul_(scaling)
+    return product
+
+
+def _input_gradient(
+    ctx: Any,
+    x: Tensor,
+    dys: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
+    dprojected: Tensor,
+    down: Tensor,
+    keep: Tensor | None,
+) -> Tensor:
+    dx: Any = None
+    for dy, tensor, unpacker in zip(dys, tensors, ctx.unpackers, strict=True):
+        weight = unpacker(x.dtype) if tensor is None else tensor
+        dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+    if ctx.philox is not None:
+        ctx.philox.add_product(dx, dprojected, down)
+    elif keep is None:
+        dx.addmm_(dprojected, down)
+    else:
+        dx.addcmul_(dprojected @ down, keep.to(dx.dtype))
+    return dx.view_as(x)

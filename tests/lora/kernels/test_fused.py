@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import linear
 
 from lora_hf.lora.kernels.dropout import STEPS, dropout_mask
-from lora_hf.lora.kernels.fused import can_fuse, lora_linear
+from lora_hf.lora.kernels.fused import Projection, can_fuse, lora_linear, lora_linears
 from lora_hf.lora.kernels.reference import add_lora
 from tests.tolerances import FUSED_RTOL, GRADCHECK
 
@@ -138,3 +138,60 @@ def test_it_stands_in_only_where_it_is_the_same() -> None:
     assert not can_fuse(x, weight.bfloat16(), None), "another precision"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not can_fuse(x, weight, None), "autocast decides the precision"
+
+
+def several(dtype: torch.dtype, scalings: tuple[float, ...] = (SCALING, 0.4, 2.0)) -> list[Projection]:
+    """Projections of one input: of several widths, ranks, slices and scalings, with a bias, and packed."""
+    torch.manual_seed(0)
+    wide, narrow = parameters(SLICES["two"], dtype), parameters([(0, 4)], dtype)
+    higher = draw(3, 5, dtype=wide[0].dtype), draw(7, 3, dtype=wide[0].dtype)
+    return [
+        Projection(
+            draw(7, 5, dtype=dtype, frozen=True), draw(7, dtype=dtype, frozen=True), *wide, scalings[0], SLICES["two"]
+        ),
+        Projection(draw(4, 5, dtype=dtype, frozen=True).to, None, *narrow, scalings[1], [(0, 4)]),
+        Projection(draw(5, 7, dtype=dtype, frozen=True).T, None, *higher, scalings[2], [(0, 7)]),
+    ]
+
+
+def outputs_and_gradients(projections: list[Projection], together: bool, used: tuple[int, ...] = (0, 1, 2)) -> list:
+    torch.manual_seed(1)
+    dtype = projections[2].weight.dtype  # type: ignore[union-attr]
+    x = draw(4, 9, 5, dtype=dtype)
+    ys = lora_linears(x, projections) if together else [lora_linear(x, *each) for each in projections]
+    factors = [factor for each in projections for factor in (each.lora_A, each.lora_B) if factor.requires_grad]
+    upstream = [torch.randn(*y.shape).to(dtype) for y in ys]
+    loss = sum((ys[index] * upstream[index]).sum() for index in used)
+    gradients = torch.autograd.grad(loss, [x, *factors], allow_unused=True)  # type: ignore[arg-type]
+    return [*(y.detach() for y in ys), *(x.new_zeros(1) if each is None else each for each in gradients)]
+
+
+@pytest.mark.parametrize("dtype", FUSED_RTOL, ids=str)
+def test_projections_of_one_input_are_each_of_them_alone(dtype: torch.dtype) -> None:
+    wanted = outputs_and_gradients(several(dtype), together=False)
+    found = outputs_and_gradients(several(dtype), together=True)
+    assert [each.shape for each in found] == [each.shape for each in wanted]
+    for number, (ours, alone) in enumerate(zip(found, wanted, strict=True)):
+        assert apart([ours], [alone]) < FUSED_RTOL[dtype], number
+    other = outputs_and_gradients(several(dtype, (0.4, SCALING, 2.0)), together=True)
+    assert apart(other, wanted) > FUSED_RTOL[dtype], "scalings in another order would pass"
+
+
+def test_equal_scalings_of_one_input_are_those_of_each_alone() -> None:
+    scalings = (SCALING,) * 3
+    wanted = outputs_and_gradients(several(torch.float64, scalings), together=False)
+    assert (
+        apart(outputs_and_gradients(several(torch.float64, scalings), together=True), wanted)
+        < FUSED_RTOL[torch.float64]
+    )
+
+
+def test_an_output_that_nothing_uses_and_frozen_factors_change_no_gradient() -> None:
+    frozen = several(torch.float64)
+    frozen[0].lora_A.requires_grad_(False)
+    frozen[2].lora_B.requires_grad_(False)
+    found = outputs_and_gradients(frozen, together=True, used=(0, 2))
+    wanted = outputs_and_gradients(frozen, together=False, used=(0, 2))
+    assert all(not each.any() for each in found[5:7]), "those of the one in the middle"
+    for ours, alone in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, alone.expand_as(ours))
