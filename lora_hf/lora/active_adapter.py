@@ -130,11 +130,12 @@ class AdapterState:
         self.names: dict[str, None] = {}
         self.labels: dict[str | None, Labels] = {}
         self.merged = False
+        self._was_overridden = False  # until then no context is asked, which torch.compile cannot trace
 
     @property
     def current(self) -> Choice:
         """What runs in this context."""
-        return _overrides.get().get(self, self.active_adapter)
+        return _overrides.get().get(self, self.active_adapter) if self._was_overridden else self.active_adapter
 
     @property
     def routing(self) -> BatchRouting | None:
@@ -150,6 +151,7 @@ class AdapterState:
     @contextmanager
     def override(self, choice: Choice) -> Iterator[None]:
         """Runs `choice` in this context, whatever `active_adapter` is; other contexts do not see it."""
+        self._was_overridden = True
         before = _overrides.get()
         _overrides.set(MappingProxyType({**before, self: choice}))
         try:

@@ -140,7 +140,10 @@ def unpack(packed: Mapping[str, Tensor], scheme: str, shape: tuple[int, int], dt
 
 def is_torchao(weight: object) -> bool:
     """Whether torchao has packed this tensor; its `shape` and `dtype` are those of the original all the same."""
-    return type(weight).__module__.partition(".")[0] == "torchao"
+    kind = type(weight)
+    if kind is nn.Parameter or kind is Tensor:  # torch.compile cannot trace the name of a module
+        return False
+    return kind.__module__.partition(".")[0] == "torchao"
 
 
 def unpack_quantized(module: nn.Module) -> nn.Module:

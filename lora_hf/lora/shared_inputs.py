@@ -64,6 +64,8 @@ class SharedInput:
 
     def output(self, layer: LoraLinear, x: Tensor, name: str) -> Tensor | None:
         """The output of one of the layers with adapter `name`; None if it has to be computed alone."""
+        if torch.compiler.is_compiling():
+            return None  # what is pending would be compiled in
         pending = self._pending
         if pending is not None and pending.x is x and pending.version == x._version and pending.name == name:
             y = pending.outputs.pop(layer, None)
@@ -72,7 +74,7 @@ class SharedInput:
             if y is not None:
                 return y
         projections = {each: projection for each in self.layers if (projection := _projection(each, x, name))}
-        if layer not in projections or len(projections) < 2 or torch.compiler.is_compiling():
+        if layer not in projections or len(projections) < 2:
             return None
         outputs = dict(zip(projections, lora_linears(x, list(projections.values())), strict=True))
         y = outputs.pop(layer)
