@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,17 +14,34 @@ from tools.report import fill
 from tools.tables.suite import guide
 
 
-def test_the_guide_says_who_is_ahead_and_where_seeds_overlap() -> None:
+def test_the_guide_says_who_is_ahead_and_what_is_too_close_to_tell() -> None:
     text = guide(two_methods())
     assert text.splitlines() == [
         "Over rte, sst2 on `tiny-roberta`, `full` has the best mean score.",
         (
             "- `lora` is 4.5 points behind on average, takes 0.55 times the CPU time, and its files are 0.050 times as "
-            "large. It is better on sst2; the seeds of both overlap on rte."
+            "large. It is better on no task, and too close to tell on rte, sst2."
         ),
     ]
     with pytest.raises(DataError, match="two configurations"):
         guide(suite_record([suite_run("rte", "lora", 0, 0.5)]))
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "verdict"),
+    [
+        ((0.7, 0.6), {}, "better on rte, and too close to tell on no task"),  # two standard errors of 277 rows: 0.080
+        ((0.67, 0.6), {}, "better on no task, and too close to tell on rte"),
+        ((0.67, 0.6), {"rows": {"train": 9, "validation": 1000}}, "better on rte, and too close to tell on no task"),
+        ((0.67, 0.6), {"metric": "pearson"}, "better on rte, and too close to tell on no task"),
+    ],
+)
+def test_single_seeds_are_too_close_within_two_standard_errors(
+    values: tuple[float, float], more: dict[str, Any], verdict: str
+) -> None:
+    runs = [suite_run("rte", name, 0, value, **more) for name, value in zip("ab", values, strict=True)]
+    runs += [suite_run("sst2", "a", 0, 0.1), suite_run("sst2", "b", 0, 0.9)]  # so `b` is the best on average
+    assert verdict in guide(suite_record(runs))
 
 
 def test_a_page_gets_the_tables_from_the_files(tmp_path: Path) -> None:

@@ -41,16 +41,27 @@ def guide(record: SuiteRecord) -> str:
             sum(task_means(runs, measure)) / sum(task_means(best_runs, measure))
             for measure in (core_seconds, file_bytes)
         )
-        better = [task for task in runs if mean_score({task: runs[task]}) > mean_score({task: best_runs[task]})]
-        overlapping = [task for task in runs if _overlap(runs[task], best_runs[task])]
+        close = [task for task in runs if _too_close(runs[task], best_runs[task])]
+        ahead = [task for task in runs if mean_score({task: runs[task]}) > mean_score({task: best_runs[task]})]
+        better = [task for task in ahead if task not in close]
         lines.append(
             f"- `{name}` is {behind:.1f} points behind on average, takes {time:.2f} times the CPU time, and its files "
-            f"are {size:.3f} times as large. It is better on {', '.join(better) or 'no task'}; the seeds of both "
-            f"overlap on {', '.join(overlapping) or 'no task'}."
+            f"are {size:.3f} times as large. It is better on {', '.join(better) or 'no task'}, and too close to tell "
+            f"on {', '.join(close) or 'no task'}."
         )
     return "\n".join(lines)
 
 
-def _overlap(ours: Sequence[Run], theirs: Sequence[Run]) -> bool:
+def _too_close(ours: Sequence[Run], theirs: Sequence[Run]) -> bool:
+    """Whether the seeds of both overlap, or of single seeds the accuracies lie within two standard errors.
+
+    Those are of the difference of two proportions of the validation rows. Other metrics of single seeds have none here.
+    """
     low, high = (sorted(run["value"] for run in runs) for runs in (ours, theirs))
-    return len(low) > 1 and len(high) > 1 and low[0] <= high[-1] and high[0] <= low[-1]
+    if len(low) > 1 and len(high) > 1:
+        return low[0] <= high[-1] and high[0] <= low[-1]
+    if len(low) > 1 or len(high) > 1 or ours[0]["metric"] != "accuracy":
+        return False
+    rows = next(count for split, count in ours[0]["rows"].items() if split != "train")
+    variance = sum(value * (1 - value) / rows for value in (low[0], high[0]))
+    return abs(low[0] - high[0]) <= 2 * variance**0.5
