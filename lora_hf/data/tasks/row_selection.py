@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -14,6 +15,8 @@ from lora_hf.data.tasks.sources import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class TrainingRows:
 
 def limit_rows(rows: Dataset, count: int, seed: int) -> Dataset:
     """Returns `count` of the rows in their order, each class with its share; all rows if there are no more."""
+    if count > len(rows):
+        logger.warning("task.train_rows=%d: there are only %d training rows", count, len(rows))
     if count >= len(rows):
         return rows
     return rows.select(_draw(classes_of(rows), count, seed))

@@ -55,11 +55,15 @@ def test_a_split_needs_rows_and_one_file(folder: Path, tmp_path: Path) -> None:
     assert "also" in message(MAIL, folder, "validation")
 
 
-def test_a_part_of_the_training_rows(folder: Path) -> None:
+def test_a_part_of_the_training_rows(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     part = replace(MAIL, train_rows=30)
     assert Counter(columns(part, folder)["label"]) == {0: 21, 1: 6, 2: 3}
     assert columns(part, folder, "validation") == columns(MAIL, folder, "validation")
-    assert columns(replace(MAIL, train_rows=1000), folder) == columns(MAIL, folder)
+    everything = columns(MAIL, folder)
+    assert columns(replace(MAIL, train_rows=len(everything["label"])), folder) == everything
+    assert not caplog.records
+    assert columns(replace(MAIL, train_rows=1000), folder) == everything
+    assert f"task.train_rows=1000: there are only {len(everything['label'])} training rows" in caplog.text
 
 
 def test_a_part_of_a_built_in_task() -> None:
