@@ -67,7 +67,6 @@ from lora_hf.training.checkpoints import (
 from lora_hf.training.classifier_loss import configured_loss
 from lora_hf.training.distributed import (
     DEFAULT_TIMEOUT,
-    all_reduce_max,
     barrier,
     configure_fsdp,
     init_processes,
@@ -75,8 +74,17 @@ from lora_hf.training.distributed import (
     run_on_rank,
 )
 from lora_hf.training.estimate import Estimator
+from lora_hf.training.regression_head import center_new_head
 from lora_hf.training.results import draw_curves, record_training, score_outputs
-from lora_hf.training.run_dir import LOG_FILE, begin_run, find_run_folder, run_lock, run_state, save_thresholds
+from lora_hf.training.run_dir import (
+    LOG_FILE,
+    begin_run,
+    check_shared_folder,
+    find_run_folder,
+    run_lock,
+    run_state,
+    save_thresholds,
+)
 from lora_hf.training.trainer import (
     AdapterTrainer,
     RunTrainer,
@@ -230,6 +238,7 @@ def prepare_run(
     }
     for part in encoded.values():
         check_tokens(task, part.data.column("input_ids"), tokenizer, model)
+    center_new_head(model, task, encoded[task.train_split])
     if config.train.method != "full":
         fingerprint(model)  # the first checkpoint needs it, and NaN in the base should not be found only then
     digests = {split: digest_of(part) for split, part in encoded.items()}
@@ -240,7 +249,7 @@ def prepare_run(
     keep, arguments.save_total_limit = arguments.save_total_limit, None  # CheckpointCallback deletes old ones
     barrier()  # a problem in any process is reported before anything is written
     run_on_rank(begin)
-    _check_shared_folder(folder)
+    check_shared_folder(folder)
     with explain_argument_errors(config.train.hf):
         trainer = _new_trainer(config, task, model, tokenizer, rows, encoded, arguments)
         trainer.classifier_loss = configured_loss(task, config.train, rows[task.train_split])
@@ -277,15 +286,6 @@ def prepare_run(
     return PreparedRun(
         config, task, folder, rows, encoded, tokenizer, model, trainer, record, data, estimator, log_prefix, started
     )
-
-
-def _check_shared_folder(folder: Path) -> None:
-    """Raises ConfigError, in all processes, where one does not see the folder that rank 0 has made."""
-    if blind := all_reduce_max(0 if (folder / RUN_CONFIG_FILE).is_file() else rank()):
-        raise ConfigError(
-            f"output.dir: process {blind} does not see {folder}, which process 0 created; expected a folder that all "
-            "machines share"
-        )
 
 
 def _new_trainer(

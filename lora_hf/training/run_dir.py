@@ -32,7 +32,7 @@ from lora_hf.training.checkpoints import (
     newest_valid,
     reopen,
 )
-from lora_hf.training.distributed import rank
+from lora_hf.training.distributed import all_reduce_max, rank
 
 logger = logging.getLogger(__name__)
 
@@ -309,3 +309,12 @@ def _saved_config(folder: Path) -> dict[str, Any] | None:
         return None
     good = isinstance(sections, dict) and all(isinstance(keys, dict) for keys in sections.values())
     return sections if good else None
+
+
+def check_shared_folder(folder: Path) -> None:
+    """Raises ConfigError, in all processes, where one does not see the folder that rank 0 has made."""
+    if blind := all_reduce_max(0 if (folder / RUN_CONFIG_FILE).is_file() else rank()):
+        raise ConfigError(
+            f"output.dir: process {blind} does not see {folder}, which process 0 created; expected a folder that all "
+            "machines share"
+        )
