@@ -45,13 +45,13 @@ def test_single_seeds_are_too_close_within_two_standard_errors(
 
 
 def test_a_page_gets_the_tables_from_the_files(tmp_path: Path) -> None:
-    page = "<!-- table: suite-storage -->\n<!-- end -->"
-    with pytest.raises(DataError, match="suite: no records"):
+    page = "<!-- table: glue-storage -->\n<!-- end -->"
+    with pytest.raises(DataError, match="glue: no records"):
         fill(page, tmp_path)
-    (tmp_path / "suite").mkdir()
+    (tmp_path / "glue").mkdir()
     record = two_methods()
-    file = record.write(tmp_path / "suite" / "tiny.json")
+    file = record.write(tmp_path / "glue" / "tiny.json")
     assert asdict(SuiteRecord.load(file)) == asdict(record)
     filled = fill(page, tmp_path)
-    assert "`tiny-roberta`, 6 of 6 runs ([record](results/suite/tiny.json)):\n\n" in filled
+    assert "`tiny-roberta`, 6 of 6 runs ([record](results/glue/tiny.json)):\n\n" in filled
     assert storage(record) in filled

@@ -34,6 +34,7 @@ from lora_hf.data.tasks.classification import TextClassification
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.inference.classify import Predictor
 from lora_hf.models.load import load_base, load_tokenizer
+from lora_hf.training.regression_head import center_new_head
 from lora_hf.training.run import Run, prepare_model, train
 from tools.benchmark.label_rows import label_rows
 
@@ -84,6 +85,11 @@ def train_both(config: RunConfig, validation_rows: int | None = None) -> Compare
 def compare_with_peft(config: RunConfig) -> dict[str, Any]:
     """Trains both sides, and returns their scores and the task's own scores of our logits."""
     both, task = train_both(config), task_of(config.task)
+    assert isinstance(task, TextClassification)
+    from_zero = {}
+    if task.problem_type == "regression":
+        logits = _peft_logits(config, task, task.load(config.task.data_dir, task.splits), from_mean=False)
+        from_zero = {"peft_from_zero": scores(task, logits, both.validation)}
     return {
         "task": task.name,
         "rows": both.run.record.rows,
@@ -91,6 +97,7 @@ def compare_with_peft(config: RunConfig) -> dict[str, Any]:
         "recorded": both.run.record.metrics["validation"],
         "ours": scores(task, both.ours, both.validation),
         "peft": scores(task, both.peft, both.validation),
+        **from_zero,
     }
 
 
@@ -112,8 +119,14 @@ def scores(task: Task, logits: np.ndarray, rows: Dataset) -> dict[str, float]:
     }
 
 
-def _peft_logits(config: RunConfig, task: TextClassification, rows: Mapping[str, Dataset]) -> np.ndarray:
-    """The logits of the validation rows after training with PEFT and the Trainer, from the weights ours starts with."""
+def _peft_logits(
+    config: RunConfig, task: TextClassification, rows: Mapping[str, Dataset], from_mean: bool = True
+) -> np.ndarray:
+    """The logits of the validation rows after training with PEFT and the Trainer, from the weights ours starts with.
+
+    Args:
+        from_mean: whether the head of a regression starts at the mean of the labels, as ours, or at zero, as PEFT's.
+    """
     import peft
 
     tokenizer = load_tokenizer(config.model)
@@ -122,7 +135,10 @@ def _peft_logits(config: RunConfig, task: TextClassification, rows: Mapping[str,
         for split, part in rows.items()
     }
     with tempfile.TemporaryDirectory() as folder:
-        start = save_adapter(prepare_model(config, task)[0], Path(folder) / "start")
+        ours, _ = prepare_model(config, task)
+        if from_mean:
+            center_new_head(ours, task, encoded["train"])
+        start = save_adapter(ours, Path(folder) / "start")
         base = load_base(config.model, task, config.train.seed)
         model = peft.PeftModel.from_pretrained(base, str(start), is_trainable=True)
         set_seed(config.train.seed)

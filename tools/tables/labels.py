@@ -17,6 +17,7 @@ def label_scores(results: Path) -> str:
             metric.replace("_", " "),
             percent(value),
             percent(found["peft"][metric]),
+            percent(found["peft_from_zero"][metric]) if "peft_from_zero" in found else "-",
             f"{found['rows']['train']:,}",
             f"{found['rows']['validation']:,}",
             f"{found['config']['train']['epochs']:g}",
@@ -24,5 +25,5 @@ def label_scores(results: Path) -> str:
         for found in record["compared"]
         for metric, value in found["ours"].items()
     ]
-    head = ["task", "score", "lora_hf, %", "PEFT, %", "training rows", "validation rows", "epochs"]
-    return table(head, rows, text_columns=2)
+    head = ["task", "score", "lora_hf, %", "PEFT, %", "PEFT, head from zero, %", "training rows"]
+    return table([*head, "validation rows", "epochs"], rows, text_columns=2)
