@@ -125,12 +125,13 @@ class AdapterState:
         merged: whether any layer may hold an adapter in its base weight.
     """
 
+    _was_overridden = False  # until it is, no context is asked, which torch.compile cannot trace
+
     def __init__(self) -> None:
         self.active_adapter: str | None = None
         self.names: dict[str, None] = {}
         self.labels: dict[str | None, Labels] = {}
         self.merged = False
-        self._was_overridden = False  # until then no context is asked, which torch.compile cannot trace
 
     @property
     def current(self) -> Choice:
