@@ -171,8 +171,7 @@ class _LoraLinears(torch.autograd.Function):
                 dA = ctx.philox.gradient(dprojected, inputs)
             else:
                 dA = dprojected.T @ (inputs if keep is None else inputs * keep)
-            parts = _parts(dA, ctx.ranks, 0)
-            factors[::2] = [part.to(dtype) for part, dtype in zip(parts, ctx.dtypes[::2], strict=True)]
+            factors[::2] = _parts(dA.to(ctx.dtypes[0]), ctx.ranks, 0)
         for index, (dy, part) in enumerate(zip(dys, _parts(projected, ctx.ranks, 1), strict=True)):
             if needs[2 * index + 1]:
                 # The transposed product is twice as fast, because it has so few rows.
