@@ -311,7 +311,7 @@ class Optimizations:
 
     scores_labels_only: bool
     padded_because: str | None
-    shared_inputs: int
+    shared_inputs: int = 0
 
     def training_arguments(self, label_smoothing: float = 0.0) -> dict[str, Any]:
         """What the Trainer has to do itself, as its arguments."""
