@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import AdapterState, BatchRouting
 from lora_hf.lora.adapter_dict import AdapterDict
-from lora_hf.lora.kernels.fused import Weight, can_fuse, lora_linear
+from lora_hf.lora.kernels.fused import Projection, Weight, can_fuse, lora_linear
 from lora_hf.lora.kernels.grouped import Pair, Stack, add_grouped
 from lora_hf.lora.kernels.reference import add_lora
 from lora_hf.lora.precision import keep_dtype
@@ -111,12 +111,19 @@ class LoraWeights(nn.Module):
     def adapt(self, base_layer: nn.Module, x: Tensor) -> Tensor:
         """`forward` without the trained bias; variants override it."""
         dropout = self.lora_dropout if self.training else 0.0
-        low_rank = (*self.factors(), self.scaling, self.slices)
-        weight = frozen_weight(base_layer)
-        if can_fuse(x, weight, base_layer.bias):  # type: ignore[arg-type]
-            return lora_linear(x, weight, base_layer.bias, *low_rank, dropout)  # type: ignore[arg-type]
+        projection = self.projection(base_layer, x)
+        if projection is not None:
+            return lora_linear(x, *projection, dropout)
         dropped = nn.functional.dropout(x, dropout) if dropout else x
-        return add_lora(base_layer(x), dropped, *low_rank)
+        return add_lora(base_layer(x), dropped, *self.factors(), self.scaling, self.slices)
+
+    def projection(self, base_layer: Any, x: Tensor) -> Projection | None:
+        """What `lora_linear` multiplies x by; None where it cannot replace the reference."""
+        weight, bias = frozen_weight(base_layer), base_layer.bias
+        if not can_fuse(x, weight, bias):
+            return None
+        lora_A, lora_B = self.factors()
+        return Projection(weight, bias, lora_A, lora_B, self.scaling, self.slices)
 
     def delta_weight(self, out_features: int, original: Callable[[], Tensor] | None = None) -> Tensor:
         """`scaling * B A` as an fp32 `(out, in)` matrix, zero outside the slices.

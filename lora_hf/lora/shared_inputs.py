@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.inject import lora_layers
-from lora_hf.lora.kernels.fused import Projection, can_fuse, lora_linears
-from lora_hf.lora.layers import LoraLinear, frozen_weight
+from lora_hf.lora.kernels.fused import Projection, lora_linears
+from lora_hf.lora.layers import LoraLinear
 from lora_hf.lora.role_guesses import guess_roles
 
 _READERS = {role: readers for readers in (("q", "k", "v"), ("ffn_gate", "ffn_up")) for role in readers}
@@ -92,8 +92,4 @@ def _projection(layer: LoraLinear, x: Tensor, name: str) -> Projection | None:
     weights = layer.adapters[name]
     if not weights.plain or (weights.training and weights.lora_dropout):  # each has a mask of its own
         return None
-    weight, bias = frozen_weight(layer.base_layer), layer.base_layer.bias
-    if not can_fuse(x, weight, bias):
-        return None
-    lora_A, lora_B = weights.factors()
-    return Projection(weight, bias, lora_A, lora_B, weights.scaling, weights.slices)
+    return weights.projection(layer.base_layer, x)

@@ -17,6 +17,7 @@ from lora_hf.lora.inject import lora_layers, mark_only_lora_as_trainable
 from lora_hf.lora.kernels.fused import Projection
 from lora_hf.lora.shared_inputs import share_inputs
 from tests import tolerances
+from tests.support.gradients import assert_same, loss_and_gradients
 from tests.support.small_models import CLASSIFIERS, SHAPES, randomize_lora_b, small_model, token_ids
 
 # The types that fuse q, k and v themselves, gate and up included, have nothing to share.
@@ -42,21 +43,6 @@ def adapted(kind: str, **lora: object) -> PreTrainedModel:
     model = inject(small_model(kind, 3 if kind in CLASSIFIERS else None), LoraConfig(r=2, targets=("all",), **lora))  # type: ignore[arg-type]
     randomize_lora_b(model)
     return model.eval()  # dropout of the base would draw other masks after other draws
-
-
-def loss_and_gradients(model: PreTrainedModel) -> list[torch.Tensor]:
-    model.zero_grad()
-    logits = model(token_ids()).logits
-    loss = (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum()
-    loss.backward()
-    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
-def assert_same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
-    assert len(found) == len(wanted) > 4
-    for ours, alone in zip(found, wanted, strict=True):
-        atol = tolerances.PADDING_FREE_GRADIENTS * max(1, float(alone.abs().max()))
-        torch.testing.assert_close(ours, alone, atol=atol, rtol=0)
 
 
 def nothing_is_kept(model: PreTrainedModel) -> bool:
