@@ -42,6 +42,7 @@ from lora_hf.cli.commands import (
     train,
 )
 from lora_hf.core.errors import Interrupted, UserError, did_you_mean
+from lora_hf.core.imports import hide_peft
 from lora_hf.training.distributed import claim_error_report, rank, require_single_process
 
 # Each has HELP, `add_arguments` and `run`.
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int
     """Runs one verb, the first argument unless `verb` names it, and returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
-        _hide_peft()
+        hide_peft()
     options = _parse(words if verb is None else [verb, *words], verb)
 
     def run() -> None:
@@ -84,14 +85,6 @@ def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int
         options.run(options)
 
     return exit_code_of(run, options.verb, vars(options).keys() - NOT_OPTIONS, ends_process=arguments is None)
-
-
-def _hide_peft() -> None:
-    """Makes `import peft` fail in this process: transformers' Trainer imports PEFT if it can, which takes seconds.
-
-    No command uses it. `is_peft_available` of transformers is false from here on.
-    """
-    sys.modules.setdefault("peft", None)  # type: ignore[arg-type]
 
 
 def exit_code_of(run: Callable[[], None], verb: str, options: Iterable[str] = (), ends_process: bool = False) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_hf.cli.commands.generate import add_decoding, decoding_of
 from lora_hf.cli.terminal import add_adapter, add_json, print_json
 from lora_hf.core.errors import ConfigError, DataError
+from lora_hf.core.imports import heavy_imports
 
 if TYPE_CHECKING:
     from lora_hf.core.config.schema import GenerateConfig
@@ -43,7 +44,8 @@ def run(options: argparse.Namespace) -> None:
         if options.num_beams:
             raise ConfigError(f"num_beams={options.num_beams}: beam search has no text to stream; leave it out")
         decoding = replace(decoding, num_beams=1)
-    from lora_hf.inference.generate import Generator
+    with heavy_imports():
+        from lora_hf.inference.generate import Generator
 
     interactive = sys.stdin.isatty()
     generator = Generator.load(saved)

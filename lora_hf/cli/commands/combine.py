@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_hf.cli.terminal import add_json, add_model, print_json
 from lora_hf.core.errors import ConfigError
+from lora_hf.core.imports import heavy_imports
 
 HELP = "combine several adapters of one base into one"
 
@@ -31,7 +32,8 @@ def run(options: argparse.Namespace) -> None:
     adapters = [_weighted_adapter(argument) for argument in options.adapter]
     # Before importing torch takes seconds.
     check_output_folder(options.output, COMBINE_FILE, options.overwrite)
-    from lora_hf.adapters.combine import combine_saved
+    with heavy_imports():
+        from lora_hf.adapters.combine import combine_saved
 
     record = combine_saved(
         adapters,

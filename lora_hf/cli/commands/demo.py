@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lora_hf.cli.terminal import add_json, print_json
 from lora_hf.core.child_process import ChildProcesses, package_command, package_environment
 from lora_hf.core.errors import TrainingError
+from lora_hf.core.imports import heavy_imports
 
 if TYPE_CHECKING:
     from lora_hf.core.records import RunRecord
@@ -99,8 +100,9 @@ def _classifiers(output: str) -> dict[str, Any]:
 
 def _train(name: str, output: str, *overrides: str) -> Run:
     from lora_hf.core.config.loader import load_config
-    from lora_hf.training.run import train
 
+    with heavy_imports():
+        from lora_hf.training.run import train
     logger.info("training %s", name)
     return train(load_config(CLASSIFIER_RECIPE, [*overrides, *_folder(name, output)]))
 

@@ -21,6 +21,7 @@ from lora_hf.cli.terminal import (
     progress,
 )
 from lora_hf.core.errors import ConfigError
+from lora_hf.core.imports import heavy_imports
 
 if TYPE_CHECKING:
     from lora_hf.adapters.resolve import SavedModel
@@ -60,7 +61,8 @@ def run(options: argparse.Namespace) -> None:
     elif options.without_adapter:
         raise ConfigError(f"--without-adapter: {saved.task.name} needs a trained head, which the bare base lacks")
     else:
-        from lora_hf.inference.classify import Predictor, evaluate
+        with heavy_imports():
+            from lora_hf.inference.classify import Predictor, evaluate
 
         found = evaluate(Predictor.load(saved, options.precision, options.exact), rows, progress)
         scores = {split: metrics for split, (metrics, _) in found.items()}
@@ -104,7 +106,8 @@ def _draw(evaluation: Mapping[str, dict[str, Any]], task: str, folder: Path) -> 
 
 def _evaluate_texts(saved: SavedModel, rows: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """The scores by split and subset."""
-    from lora_hf.inference.generate import Generator, evaluate_texts
+    with heavy_imports():
+        from lora_hf.inference.generate import Generator, evaluate_texts
 
     adapted = not options.without_adapter
     generator = Generator.load(saved, adapted, options.precision, options.exact)

@@ -11,6 +11,7 @@ from lora_hf.cli.terminal import add_adapter, add_exact, add_json, check_exact, 
 from lora_hf.core.config.fields import field_types
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import ConfigError
+from lora_hf.core.imports import heavy_imports
 
 HELP = "generate texts from prompts"
 # The keys of the config's `generate` section that have an option. Sampling follows from temperature, top_p and top_k.
@@ -74,7 +75,8 @@ def run(options: argparse.Namespace) -> None:
     else:
         given = task.read_prompts(options.input)
     prompts, contexts = [prompt for prompt, _ in given], [context for _, context in given]
-    from lora_hf.inference.generate import Generator, write_texts
+    with heavy_imports():
+        from lora_hf.inference.generate import Generator, write_texts
 
     generator = Generator.load(saved, precision=options.precision, exact=options.exact, merge=options.merge)
     stream = progress(generator.generate(contexts, decoding), total=len(prompts))

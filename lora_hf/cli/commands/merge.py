@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from lora_hf.cli.terminal import add_json, add_model, print_json
+from lora_hf.core.imports import heavy_imports
 
 HELP = "merge an adapter into its base and save a plain Hugging Face model"
 
@@ -27,7 +28,8 @@ def run(options: argparse.Namespace) -> None:
 
     saved = find_saved_model(options.adapter, model=options.model)
     check_output_folder(options.output, MERGE_FILE, options.overwrite)  # before importing torch takes seconds
-    from lora_hf.adapters.merge import merge_adapter
+    with heavy_imports():
+        from lora_hf.adapters.merge import merge_adapter
 
     record = merge_adapter(saved, options.output, options.dtype, options.overwrite)
     if options.json:

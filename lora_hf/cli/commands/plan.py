@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from lora_hf.cli.terminal import add_json, print_json
+from lora_hf.core.imports import heavy_imports
 
 if TYPE_CHECKING:
     from lora_hf.core.config.schema import RunConfig
@@ -32,7 +33,8 @@ def run(options: argparse.Namespace) -> None:
 
 def show_plan(config: RunConfig, as_json: bool) -> None:
     """Prints the plan of a run: the rows, two of them as the model reads them, the modules, memory, time and files."""
-    from lora_hf.training.plan import plan_run
+    with heavy_imports():
+        from lora_hf.training.plan import plan_run
 
     plan = plan_run(config)
     if as_json:

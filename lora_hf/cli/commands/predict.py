@@ -18,6 +18,7 @@ from lora_hf.cli.terminal import (
     progress,
 )
 from lora_hf.core.errors import ConfigError
+from lora_hf.core.imports import heavy_imports
 
 if TYPE_CHECKING:
     from lora_hf.data.tasks.base import Task
@@ -119,7 +120,8 @@ def _predict_one(options: argparse.Namespace, adapters: dict[str, str]) -> list[
         rows = saved.task.read_inputs(options.input)
     else:
         rows = _rows_of_texts(saved.task, options.text, options.text_pair)
-    from lora_hf.inference.classify import Predictor
+    with heavy_imports():
+        from lora_hf.inference.classify import Predictor
 
     answers = Predictor.load(saved, options.precision).predict(rows, progress=progress if options.input else iter)
     return [({column: rows[column][i] for column in columns}, answer) for i, answer in enumerate(answers)]
@@ -139,7 +141,8 @@ def _predict_mixed(options: argparse.Namespace, adapters: dict[str, str]) -> lis
                 f"adapters are for classifiers only; run it alone with {each.task.verb} --adapter {adapters[name]}"
             )
     rows = read_texts_of_adapters(options.input, {name: each.task.text_columns for name, each in saved.items()})
-    from lora_hf.inference.classify import MultiAdapterPredictor
+    with heavy_imports():
+        from lora_hf.inference.classify import MultiAdapterPredictor
 
     answers = MultiAdapterPredictor.load(saved, options.precision).predict(rows, progress=progress)
     return [({"adapter": name, **row}, answer) for (name, row), answer in zip(rows, answers, strict=True)]

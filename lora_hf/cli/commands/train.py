@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_hf.cli.commands.plan import show_plan
 from lora_hf.cli.terminal import add_json, print_json
+from lora_hf.core.imports import heavy_imports
 
 if TYPE_CHECKING:
     from lora_hf.training.run import Run
@@ -50,7 +51,8 @@ def run(options: argparse.Namespace) -> None:
     check_run_folder(config, options.resume)
     task = task_of(config.task)
     rows = task.load(config.task.data_dir, task.splits)
-    from lora_hf.training.run import train
+    with heavy_imports():
+        from lora_hf.training.run import train
 
     run = train(config, options.resume, rows)
     destroy_processes()
