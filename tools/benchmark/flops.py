@@ -95,12 +95,21 @@ class FrozenProducts:
                 torch.mm(linear(x[: count[use]], weight), weight)
 
 
-def matmul_peak(device: torch.device, seconds: float, precisions: Sequence[str] = ("fp32", "bf16")) -> dict[str, float]:
+def matmul_peak(
+    device: torch.device,
+    seconds: float,
+    precisions: Sequence[str] = ("fp32", "bf16"),
+    counts: Sequence[int] | None = None,
+) -> dict[str, float]:
     """The best rate in FLOP/s of each shape and precision, named like `1024x768->3072 bf16`. Each takes `seconds`.
 
     A processor without bf16 units emulates bf16: its peak is the one in fp32.
+
+    Args:
+        counts: the rows of the input; by default those that keep the device busy.
     """
-    counts = (1024, 4096, 16384) if device.type == "cuda" else (1024, 4096)
+    if counts is None:
+        counts = (1024, 4096, 16384) if device.type == "cuda" else (1024, 4096)
     rates = {}
     for in_features, out_features in SHAPES:
         for rows in counts:

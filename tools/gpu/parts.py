@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from lora_hf.core.atomic_io import write_json_atomic
-from tools.benchmark.flops import matmul_peak
-from tools.gpu.numbers import numeric_checks
-from tools.gpu.serve import serve_mixed
-from tools.gpu.shapes import Check, chat_rows, e2e_rows, mnli_rows, sst2_rows
-from tools.gpu.train import compare, ours, train, unavailable
+from lora_hf.core.imports import heavy_imports
+
+with heavy_imports():
+    from tools.benchmark.flops import matmul_peak
+    from tools.gpu.numbers import numeric_checks
+    from tools.gpu.serve import serve_mixed
+    from tools.gpu.shapes import Check, chat_rows, e2e_rows, mnli_rows, sst2_rows
+    from tools.gpu.train import compare, ours, train, unavailable
 
 QLORA_LIMIT = 24e9  # bytes of a common GPU
 AGAINST = ("lora", "peft-best", "frozen", "peft-default", "full")
@@ -33,7 +36,8 @@ def _sizes(check: Check) -> tuple[int, int, int]:
 
 def _peak(check: Check) -> float:
     """The bf16 rate of this device in FLOP/s, measured."""
-    return max(matmul_peak(check.device, 0.01 if check.rehearses else 0.3, ("bf16",)).values())
+    seconds, counts = (0.01, (16,)) if check.rehearses else (0.3, None)
+    return max(matmul_peak(check.device, seconds, ("bf16",), counts).values())
 
 
 def _train(check: Check) -> Found:
