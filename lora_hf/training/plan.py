@@ -16,6 +16,7 @@ from lora_hf.data.overview import DataOverview
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.training.callbacks import ProgressLines
 from lora_hf.training.estimate import Estimate
+from lora_hf.training.results import CURVES
 from lora_hf.training.run import find_run, prepare_model, prepare_run
 from lora_hf.training.run_dir import CHECKPOINTS_FOLDER, LOG_FILE
 
@@ -62,10 +63,11 @@ def plan_run(config: RunConfig) -> RunPlan:
     estimate = run.estimator.estimate
     assert estimate is not None, "a training has at least one step"
     weights = "model" if config.train.method == "full" else "adapter"
-    files = [RUN_CONFIG_FILE, f"{weights}/", RECORD_FILE, LOG_FILE, "curves.png", f"{CHECKPOINTS_FOLDER}/"]
+    files = [RUN_CONFIG_FILE, f"{weights}/", RECORD_FILE, LOG_FILE, f"{CHECKPOINTS_FOLDER}/"]
     files += [f"predictions-{split}.jsonl" for split in task.evaluation_splits if task.verb == "predict"]
-    if task.label_names:
-        files += [f"{name}-{split}.png" for split in task.evaluation_splits for name in ("confusion", "reliability")]
+    if config.output.plots:
+        pictures = ("confusion", "reliability") if task.label_names else ()
+        files += [CURVES, *(f"{name}-{split}.png" for split in task.evaluation_splits for name in pictures)]
     roles = Counter(site.role for site in sites)
     modules = {role: [site.path for site in sites if site.role == role] for role in roles}
     return RunPlan(folder, run.data, modules, run.record.parameters, run.trainer.state.max_steps, estimate, files)

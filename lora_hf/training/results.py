@@ -21,6 +21,8 @@ from lora_hf.training.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
 
+CURVES = "curves.png"
+
 
 def score_outputs(
     record: RunRecord,
@@ -48,7 +50,6 @@ def score_outputs(
         found = task.evaluation(values, rows[split])
         if found:
             record.evaluation[split] = found
-            draw_evaluation(found, f"{record.task}, {split}", folder, split)
         warnings = task.weaknesses(values) or never_predicted(found)
         if majority:
             record.majority[split] = majority
@@ -96,7 +97,14 @@ def _write_predictions(path: Path, lines: Iterator[dict[str, Any]]) -> None:
             file.writelines(json.dumps(line) + "\n" for line in itertools.chain([first], lines))
 
 
-def draw_curves(record: RunRecord, path: Path) -> None:
+def draw_run(record: RunRecord, folder: Path) -> None:
+    """Draws the curves and, of a classifier, how it errs on each split."""
+    for split, found in record.evaluation.items():
+        draw_evaluation(found, f"{record.task}, {split}", folder, split)
+    _draw_curves(record, folder / CURVES)
+
+
+def _draw_curves(record: RunRecord, path: Path) -> None:
     """Plots training loss and development scores against the epoch."""
     pyplot = load_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))

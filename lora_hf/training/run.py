@@ -75,7 +75,7 @@ from lora_hf.training.distributed import (
 )
 from lora_hf.training.estimate import Estimator
 from lora_hf.training.regression_head import center_new_head
-from lora_hf.training.results import draw_curves, record_training, score_outputs
+from lora_hf.training.results import draw_run, record_training, score_outputs
 from lora_hf.training.run_dir import (
     LOG_FILE,
     begin_run,
@@ -367,13 +367,11 @@ def finish_run(run: PreparedRun, metrics: Mapping[str, float], training: float) 
     for split in run.task.evaluation_splits:
         predictions = run.trainer.final_outputs(split, run.encoded[split])
         outputs[split] = run.task.row_outputs(predictions, run.encoded[split], run.rows[split])
-    if rank():
-        barrier()
-        return Run(run.folder, RunRecord.load(run.folder / RECORD_FILE))
-    run.record.timings = {"setup": training - run.started.clock, "train": scoring - training}
-    _write_results(run, metrics, outputs, scoring)
+    if not rank():
+        run.record.timings = {"setup": training - run.started.clock, "train": scoring - training}
+        _write_results(run, metrics, outputs, scoring)
     barrier()
-    return Run(run.folder, run.record)
+    return Run(run.folder, RunRecord.load(run.folder / RECORD_FILE) if rank() else run.record)
 
 
 def _write_results(run: PreparedRun, metrics: Mapping[str, float], outputs: Mapping[str, Any], scoring: float) -> None:
@@ -396,5 +394,6 @@ def _write_results(run: PreparedRun, metrics: Mapping[str, float], outputs: Mapp
     if estimate := run.estimator.estimate:
         record.estimate = estimate.compared(record.timings["train"], peak_memory(record.memory))
     record.files = {weights.name: folder_size(weights)}
-    draw_curves(record, run.folder / "curves.png")
+    if run.config.output.plots:
+        draw_run(record, run.folder)
     record.save(run.folder)

@@ -30,7 +30,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "own.jinja").write_text(CHATML.replace("<|im_start|>", "</s>"))
     task = f"{{name: shop, kind: chat, data_dir: {folder / 'data'}, chat_template: {folder / 'own.jinja'}}}"
     (folder / "shop.yaml").write_text(f"model: {{name: {base}}}\ntask: {task}\n")
-    words = ["--config", folder / "shop.yaml", *RUN, f"output.dir={folder}", "output.name=run"]
+    words = ["--config", folder / "shop.yaml", *RUN, f"output.dir={folder}", "output.plots=false", "output.name=run"]
     ask("train", *words)
     (folder / "own.jinja").unlink()  # the run holds the template itself
     return folder / "run/adapter"
@@ -49,6 +49,7 @@ def test_without_a_template_the_run_ends_before_training(adapter: Path) -> None:
         config,
         *RUN,
         f"output.dir={adapter.parent.parent}",
+        "output.plots=false",
         "output.name=none",
         "task.chat_template=null",
     ]

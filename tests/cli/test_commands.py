@@ -71,7 +71,9 @@ def test_a_process_that_runs_a_command_does_not_import_peft() -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("outputs")
-    done = run("train", "--config", "rule_sentiment.yaml", *QUICK, f"output.dir={folder}", "--json")
+    done = run(
+        "train", "--config", "rule_sentiment.yaml", *QUICK, f"output.dir={folder}", "output.plots=false", "--json"
+    )
     assert len(done.stdout.splitlines()) == 1, "standard output is for the result"
     assert "validation_accuracy" in done.stderr
     return last_json(done)
@@ -127,7 +129,9 @@ INVALID: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("case", INVALID)
 def test_an_invalid_config_is_one_message_and_exit_code_2(case: str, tmp_path: Path) -> None:
     words, message = INVALID[case]
-    done = ask("train", "--config", "rule_sentiment.yaml", f"output.dir={tmp_path}", *words, code=2)
+    done = ask(
+        "train", "--config", "rule_sentiment.yaml", f"output.dir={tmp_path}", "output.plots=false", *words, code=2
+    )
     assert message in done.stderr
     assert done.stderr.count("error:") == 1
     assert not done.stdout
@@ -205,7 +209,13 @@ def test_a_damaged_or_missing_adapter_is_reported_before_torch_is_imported(
 
 @pytest.mark.full
 def test_a_real_task_trains_from_the_command_line(data_dir: Path, tmp_path: Path) -> None:
-    words = ["model.name=tiny-roberta", f"task.data_dir={data_dir}", f"output.dir={tmp_path}", "train.max_steps=8"]
+    words = [
+        "model.name=tiny-roberta",
+        f"task.data_dir={data_dir}",
+        f"output.dir={tmp_path}",
+        "output.plots=false",
+        "train.max_steps=8",
+    ]
     result = last_json(ask("train", "--config", "glue_sst2.yaml", *words, "train.batch_size=8", "--json"))
     assert RunRecord.load(Path(result["run"]) / "record.json").rows == {"train": 67349, "validation": 872}
     scored = ask("eval", "--adapter", result["weights"], "--split", "validation", "--data-dir", data_dir, "--json")

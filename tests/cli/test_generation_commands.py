@@ -19,7 +19,9 @@ pytestmark = pytest.mark.full
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("outputs")
     words = ["train.max_steps=25", "train.warmup_steps=5", "generate.num_beams=2", "generate.max_new_tokens=24"]
-    done = ask("train", "--config", "rule_restaurants.yaml", *words, f"output.dir={folder}", "--json")
+    done = ask(
+        "train", "--config", "rule_restaurants.yaml", *words, f"output.dir={folder}", "output.plots=false", "--json"
+    )
     record = RunRecord.load(Path(last_json(done)["run"]) / "record.json")
     perplexity = record.metrics["validation"]["perplexity"]
     assert perplexity == pytest.approx(record.best["value"])

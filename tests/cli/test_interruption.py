@@ -33,7 +33,7 @@ AFTER_TRAINING = {
     "taking the last logits": "lora_hf.training.trainer:RunTrainer.final_outputs",
     "scoring them": "lora_hf.training.run:score_outputs",
     "writing the adapter": "lora_hf.training.run:save_adapter",
-    "drawing the curves": "lora_hf.training.run:draw_curves",
+    "drawing the curves": "lora_hf.training.run:draw_run",
 }
 
 # Runs `train` and sends itself a signal when it begins to import a module.

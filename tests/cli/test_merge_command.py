@@ -26,9 +26,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs `one` and `two` of tiny-roberta, and `writer` of tiny-gpt2."""
     outputs = tmp_path_factory.mktemp("outputs")
     for name, seed in (("one", 0), ("two", 1)):
-        words = [f"output.dir={outputs}", f"output.name={name}", f"train.seed={seed}", "train.lr=3e-3"]
+        words = [
+            f"output.dir={outputs}",
+            "output.plots=false",
+            f"output.name={name}",
+            f"train.seed={seed}",
+            "train.lr=3e-3",
+        ]
         assert main(["train", "--config", "rule_sentiment.yaml", *QUICK, *words]) == 0
-    words = [f"output.dir={outputs}", "output.name=writer", "generate.num_beams=1", "generate.max_new_tokens=8"]
+    words = [
+        f"output.dir={outputs}",
+        "output.plots=false",
+        "output.name=writer",
+        "generate.num_beams=1",
+        "generate.max_new_tokens=8",
+    ]
     assert main(["train", "--config", "rule_restaurants.yaml", *QUICK, *words]) == 0
     return outputs
 

@@ -23,7 +23,7 @@ def train(folder: Path, rows: list[dict[str, str]], *words: str, code: int = 0, 
         write_rows(folder / f"{split}.jsonl", rows)
     config = write_text(folder / "config.yaml", f"model: {{name: {base}, precision: fp32}}\n")
     settings = ["task.name=mine", f"task.data_dir={folder}", "train.max_steps=1"]
-    settings += ["train.warmup_ratio=0", f"output.dir={folder}"]
+    settings += ["train.warmup_ratio=0", f"output.dir={folder}", "output.plots=false"]
     return ask("train", "--config", config, *settings, "output.name=run", *words, code=code)
 
 
@@ -122,7 +122,7 @@ def test_classes_without_and_with_few_training_rows(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.csv", rows)
     config = write_text(tmp_path / "config.yaml", "model: {name: tiny-roberta, precision: fp32}\n")
     words = [*CLASSES[:3], "task.label_names=[neg, pos, rare, absent]", "task.name=mine", f"task.data_dir={tmp_path}"]
-    done = ask("train", "--config", config, *words, "train.max_steps=1", f"output.dir={tmp_path}")
+    done = ask("train", "--config", config, *words, "train.max_steps=1", f"output.dir={tmp_path}", "output.plots=false")
     assert "no row of train has the class 'absent', validation has 1" in done.stderr
     assert "only 1 of 81 rows of train have the class 'rare', validation has 0" in done.stderr
     assert "rows of train have the class 'neg'" not in done.stderr

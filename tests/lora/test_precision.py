@@ -39,7 +39,7 @@ def test_a_run_flushes_and_leaves_the_caller_as_it_was(tmp_path) -> None:
         def on_step_end(self, *_: object, **__: object) -> None:
             seen.append(flushed())
 
-    words = ["train.max_steps=2", f"output.dir={tmp_path}"]
+    words = ["train.max_steps=2", f"output.dir={tmp_path}", "output.plots=false"]
     train(load_config("rule_sentiment.yaml", words), callbacks=[Look()])
     assert seen == [True, True]
     assert not flushed()

@@ -379,7 +379,7 @@ def test_a_run_on_a_packed_base_resumes_scores_and_predicts(
 ) -> None:
     sections = load_config("rule_sentiment.yaml", ["model.precision=fp32", f"model.quantised={scheme}"]).to_dict()
     sections["train"] |= {"epochs": 2, "batch_size": 16, "hf": {"save_total_limit": 2}}
-    sections["output"] |= {"dir": str(tmp_path), "name": "run"}
+    sections["output"] |= {"dir": str(tmp_path), "plots": False, "name": "run"}
     config = RunConfig.from_dict(sections)
     task = get_task("rule-sentiment")
     rows = {split: part.select(range(96)) for split, part in task.load(None, task.splits).items()}

@@ -211,7 +211,7 @@ def test_training_on_hostile_rows_and_settings(tmp_path: Path, kind: str) -> Non
     labels = ["task.label_names=[neg, pos]"] if kind == "classification" else []
     (tmp_path / "run.yaml").write_text(f"task: {{name: mine, kind: {kind}, data_dir: {tmp_path}, max_length: 1024}}\n")
     words = ["--config", tmp_path / "run.yaml", f"model.name={base}", "model.precision=fp32", *labels]
-    words += ["train.max_steps=2", f"output.dir={tmp_path / 'out'}"]
+    words += ["train.max_steps=2", f"output.dir={tmp_path / 'out'}", "output.plots=false"]
     ask("train", *words)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["zyzzyva"])

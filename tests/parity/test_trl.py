@@ -92,7 +92,7 @@ def test_trains_as_trl_does(real_models: Path, tmp_path: Path) -> None:
             "lora": {"r": 8, "lora_alpha": 16, "targets": ["all"]},
             "train": {"max_steps": STEPS, "batch_size": BATCH, "lr": LR, "schedule": "constant", "warmup_steps": 0}
             | {"hf": SETTINGS},
-            "output": {"dir": str(tmp_path), "name": "run"},
+            "output": {"dir": str(tmp_path), "plots": False, "name": "run"},
         }
     )
     task = task_of(config.task)

@@ -19,7 +19,15 @@ def test_smollm2_answers_as_taught(real_models: Path, tmp_path: Path, monkeypatc
     write_rows(tmp_path / "data/validation.jsonl", taught_rows(2, seed=1))
     words = [f"model.name={real_models / 'smollm2'}", "model.precision=fp32", f"task.data_dir={tmp_path / 'data'}"]
     words += ["train.max_steps=36", "train.batch_size=2", "train.lr=2e-3", "lora.layers=[24,25,26,27,28,29]"]
-    ask("train", "--config", "chat_smollm2.yaml", *words, f"output.dir={tmp_path}", "output.name=run")
+    ask(
+        "train",
+        "--config",
+        "chat_smollm2.yaml",
+        *words,
+        f"output.dir={tmp_path}",
+        "output.plots=false",
+        "output.name=run",
+    )
     adapter = tmp_path / "run/adapter"
     asked = [{"role": "user", "content": "Send 3 × lamp to Lyon, please.\n\nWhen? 🚲"}]
     write_rows(tmp_path / "held-out.jsonl", [{"messages": asked}])

@@ -32,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         f"model: {{name: tiny-roberta}}\ntask: {{name: reviews, kind: classification, text_columns: review, "
         f"label_column: tone, label_names: [positive, negative], metric: macro_f1, data_dir: {folder}}}\n"
     )
-    words = [*FAST, f"output.dir={folder}/runs"]
+    words = [*FAST, f"output.dir={folder}/runs", "output.plots=false"]
     assert main(["--config", str(config), *words, "output.name=first"], verb="train") == 0
     assert main(["--config", str(config), *words, "output.name=second", "train.seed=1"], verb="train") == 0
     return {"data": folder, "runs": folder / "runs", "adapter": folder / "runs/first/adapter"}
@@ -118,7 +118,7 @@ def test_custom_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         f"model: {{name: tiny-gpt2}}\ntask: {{name: greetings, kind: generation, data_dir: {tmp_path}}}\n"
         "generate: {max_new_tokens: 8}\n"
     )
-    words = [*FAST, f"output.dir={tmp_path}", "output.name=run"]
+    words = [*FAST, f"output.dir={tmp_path}", "output.plots=false", "output.name=run"]
     assert main(["--config", str(config), *words], verb="train") == 0
     (text,) = answer(capsys, "generate", "--adapter", tmp_path / "run/adapter", "--prompt", "Greet me.")["texts"]
     assert text["prompt"] == "Greet me."

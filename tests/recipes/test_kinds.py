@@ -65,7 +65,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two run folders of each kind, `one` and `other`, by kind their parent."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     for kind, folder in folders.items():
-        words = ["--config", write_config(kind, folder), f"output.dir={folder / 'runs'}", "output.name=one"]
+        words = [
+            "--config",
+            write_config(kind, folder),
+            f"output.dir={folder / 'runs'}",
+            "output.plots=false",
+            "output.name=one",
+        ]
         ask("train", *words)
         ask("train", *words[:-1], "output.name=other", "train.seed=1")
     return folders

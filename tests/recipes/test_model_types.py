@@ -39,7 +39,13 @@ def test_it_trains_and_answers(kind: str, targets: str, tmp_path: Path, capsys: 
         f"lora.targets={targets}",
         "train.max_steps=2",
     ]
-    options += ["train.batch_size=4", "task.max_length=128", f"output.dir={tmp_path}", "output.name=run"]
+    options += [
+        "train.batch_size=4",
+        "task.max_length=128",
+        f"output.dir={tmp_path}",
+        "output.plots=false",
+        "output.name=run",
+    ]
     assert main(["train", "--config", TASKS[kind], "--json", *options]) == 0
     assert json.loads(capsys.readouterr().out)["run"] == str(tmp_path / "run")
     adapter = ["--adapter", str(tmp_path / "run/adapter")]

@@ -66,7 +66,14 @@ def test_minilm_learns_sst2_from_the_command_line(
     real_models: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [f"model.name={real_models / 'minilm'}", "model.precision=fp32", f"task.data_dir={data_dir}"]
-    options += ["lora.targets=all", "train.lr=1e-3", "train.max_steps=60", f"output.dir={tmp_path}", "output.name=run"]
+    options += [
+        "lora.targets=all",
+        "train.lr=1e-3",
+        "train.max_steps=60",
+        f"output.dir={tmp_path}",
+        "output.plots=false",
+        "output.name=run",
+    ]
     assert main(["train", "--config", "glue_sst2.yaml", "--json", *options]) == 0
     metrics = json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]["validation"]
     assert metrics["accuracy"] > 0.6, "half of the labels are right by chance"

@@ -119,7 +119,9 @@ def test_a_reader_on_bert_learns_and_keeps_its_head(real_models: Path, tmp_path:
     write_lines(tmp_path / "validation.jsonl", [question(choice, 12) for _ in range(40)])
     options = [f"model.name={real_models / 'minilm'}", "model.precision=fp32", f"task.data_dir={tmp_path}"]
     options += ["task.max_length=64", "task.stride=24", "train.lr=2e-3", "train.batch_size=16", "train.epochs=2"]
-    done = last_json(ask("train", "--config", "squad_bert.yaml", *options, f"output.dir={tmp_path}", "--json"))
+    done = last_json(
+        ask("train", "--config", "squad_bert.yaml", *options, f"output.dir={tmp_path}", "output.plots=false", "--json")
+    )
     assert RunRecord.load(Path(done["run"]) / "record.json").metrics["validation"]["exact_match"] > 0.8
     predictor = Predictor.load(find_saved_model(done["weights"]), "fp32")
     batch: Any = predictor.tokenizer("Where?", "Li Wei lives in Oslo.", return_tensors="pt")

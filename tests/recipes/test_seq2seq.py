@@ -27,7 +27,16 @@ def train(folder: Path, kind: str, *more: str) -> Path:
     write_copies(folder / "validation.jsonl", 12, seed=1)
     config = ["task.name=copies", "task.prefix=w0 ", f"task.data_dir={folder}", f"model.name={base}", "train.lr=1e-2"]
     words = ["model.precision=fp32", "train.max_steps=12", "lora.targets=all", "task.max_length=32", *more]
-    done = ask("train", "--config", "summarize_t5.yaml", *config, *words, f"output.dir={folder}", "--json")
+    done = ask(
+        "train",
+        "--config",
+        "summarize_t5.yaml",
+        *config,
+        *words,
+        f"output.dir={folder}",
+        "output.plots=false",
+        "--json",
+    )
     return Path(last_json(done)["weights"])
 
 

@@ -33,7 +33,15 @@ def tagger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ["task.name=people", "task.kind=tokens", "task.label_names=[PER, LOC, ORG]", f"task.data_dir={folder}"]
     words = [*FAST, "task.max_length=16", "train.max_steps=16", "train.lr=5e-3", "lora.targets=all"]
     done = ask(
-        "train", "--config", "ner_bert.yaml", *config, *words, f"output.dir={folder}", "output.name=run", "--json"
+        "train",
+        "--config",
+        "ner_bert.yaml",
+        *config,
+        *words,
+        f"output.dir={folder}",
+        "output.plots=false",
+        "output.name=run",
+        "--json",
     )
     return Path(last_json(done)["weights"])
 
@@ -94,7 +102,15 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     words = [*FAST, "task.max_length=48", "train.max_steps=16", "train.lr=5e-3", "lora.targets=all"]
     done = ask(
-        "train", "--config", "squad_bert.yaml", *config, *words, f"output.dir={folder}", "output.name=run", "--json"
+        "train",
+        "--config",
+        "squad_bert.yaml",
+        *config,
+        *words,
+        f"output.dir={folder}",
+        "output.plots=false",
+        "output.name=run",
+        "--json",
     )
     return Path(last_json(done)["weights"])
 

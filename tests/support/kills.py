@@ -50,7 +50,7 @@ def small_config(folder: Path, **train: Any) -> RunConfig:
             "task": {"name": "rule-sentiment", "max_length": 64},
             "lora": {"r": 4, "lora_dropout": 0.1, "targets": ["attention"]},
             "train": {"epochs": 2, "batch_size": 8, "lr": 1e-3, "hf": EVERY, **train},
-            "output": {"dir": str(folder), "name": "run"},
+            "output": {"dir": str(folder), "plots": False, "name": "run"},
         }
     )
 

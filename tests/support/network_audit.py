@@ -108,7 +108,13 @@ def verbs(folder: Path) -> dict[str, list[str]]:
     data, run, writer = folder / "data", folder / "runs" / "run", folder / "writer"
     adapter = run / "adapter"
     train = [f"model.name={folder / 'base'}", f"task.data_dir={data}", "train.max_steps=2", "model.precision=fp32"]
-    train += [f"output.dir={run.parent}", "output.name=run", "task.max_length=32", "train.batch_size=8"]
+    train += [
+        f"output.dir={run.parent}",
+        "output.plots=false",
+        "output.name=run",
+        "task.max_length=32",
+        "train.batch_size=8",
+    ]
     texts = ["--predictions", str(folder / "texts.txt"), "--references", str(folder / "references.txt")]
     return {
         "train": ["--config", "glue_sst2.yaml", *train],

@@ -18,6 +18,11 @@ if __name__ == "__main__":
     init_processes()
     for file in configs:
         size = load_config(file).train.batch_size // 2
-        overrides = [f"train.batch_size={size}", f"output.dir={folder}", f"output.name={file.parent.name}"]
+        overrides = [
+            f"train.batch_size={size}",
+            f"output.dir={folder}",
+            "output.plots=false",
+            f"output.name={file.parent.name}",
+        ]
         train(load_config(file, overrides))
     destroy_processes()

@@ -158,8 +158,7 @@ def test_both_processes_return_the_run_that_the_first_wrote(shared: Path, seen: 
     folder = Path(seen[1]["classify"]["folder"])
     assert seen[1]["classify"]["metrics"] == RunRecord.load(folder / "record.json").metrics
     files = {path.name for path in folder.iterdir()}
-    written = {"config.yaml", "adapter", "record.json", "predictions-validation.jsonl", "log.jsonl", "curves.png"}
-    written |= {"confusion-validation.png", "reliability-validation.png"}
+    written = {"config.yaml", "adapter", "record.json", "predictions-validation.jsonl", "log.jsonl"}
     assert files == written | {"checkpoints", LOCK_FILE}
     checkpoints = folder / "checkpoints"
     assert all((each / MANIFEST_FILE).exists() for each in checkpoints_in(checkpoints))

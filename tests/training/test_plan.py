@@ -15,8 +15,10 @@ SHORT = ["model.precision=fp32", "train.hf={use_cpu: true}", "train.batch_size=1
 
 
 @pytest.mark.full
-def test_a_plan_says_what_the_run_then_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("plots", ["true", "false"])
+def test_a_plan_says_what_the_run_then_does(plots: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", "rule_sentiment.yaml", *SHORT, f"output.dir={tmp_path / 'runs'}", "output.name=mine"]
+    words.append(f"output.plots={plots}")
     assert main(["plan", *words, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not (tmp_path / "runs").exists()
@@ -30,6 +32,8 @@ def test_a_plan_says_what_the_run_then_does(tmp_path: Path, capsys: pytest.Captu
     assert plan["data"]["splits"]["train"]["rows"] == record.rows["train"]
     written = {path.name + "/" * path.is_dir() for path in (tmp_path / "runs" / "mine").iterdir()}
     assert set(plan["files"]) <= written
+    assert {name for name in written if name.endswith(".png")} == {name for name in plan["files"] if ".png" in name}
+    assert any(name.endswith(".png") for name in written) == (plots == "true")
     estimate = record.estimate
     assert estimate["memory"]["weights"] == plan["estimate"]["memory"]["weights"]
     assert estimate["seconds_ratio"] == pytest.approx(record.timings["train"] / estimate["seconds"])

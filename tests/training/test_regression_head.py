@@ -62,7 +62,7 @@ def test_a_run_trains_from_the_mean(tmp_path: Path, caplog: pytest.LogCaptureFix
             "task": {"name": "score", "kind": "regression", "data_dir": str(tmp_path)},
             "lora": {"r": 2, "targets": ["q"]},
             "train": {"max_steps": 1, "lr": 1e-5},
-            "output": {"dir": str(tmp_path), "name": "run"},
+            "output": {"dir": str(tmp_path), "plots": False, "name": "run"},
         }
     )
     caplog.set_level(logging.INFO, "lora_hf")

@@ -48,7 +48,7 @@ def config(folder: Path, name: str = "run", lora: dict[str, Any] | None = None, 
     sections = load_config("rule_sentiment.yaml", ["model.precision=fp32"]).to_dict()
     sections["lora"] |= lora or {}
     sections["train"] |= {"epochs": 2, "batch_size": 16, **train}
-    sections["output"] |= {"dir": str(folder), "name": name}
+    sections["output"] |= {"dir": str(folder), "plots": False, "name": name}
     return RunConfig.from_dict(sections)
 
 
@@ -58,6 +58,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 def test_the_run_folder_holds_what_a_run_is(tmp_path: Path, few_rows: dict[str, Any]) -> None:
     wanted = config(tmp_path, seed=3)
+    wanted = replace(wanted, output=replace(wanted.output, plots=True))
     run = train(wanted, rows=few_rows)
     names = {"config.yaml", "adapter", "record.json", "predictions-validation.jsonl", "log.jsonl", "curves.png"}
     names |= {"confusion-validation.png", "reliability-validation.png"}

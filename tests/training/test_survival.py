@@ -129,7 +129,7 @@ def test_generation_rows_grouped_by_prompt_go_on_inside_an_epoch(tmp_path: Path)
     rows = {split: part.select(range(24)) for split, part in task.load(None, task.splits).items()}
 
     def config_in(folder: Path) -> Any:
-        return RunConfig.from_dict(sections | {"output": {"dir": str(folder), "name": "run"}})
+        return RunConfig.from_dict(sections | {"output": {"dir": str(folder), "plots": False, "name": "run"}})
 
     whole = train(config_in(tmp_path / "whole"), rows=rows)
     inside = newest(whole.folder).name

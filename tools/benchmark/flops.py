@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lora_hf.lora.target_modules import plan, projections
 from lora_hf.models.load import DTYPES
 
 SHAPES = ((768, 768), (768, 3072))  # (in, out): the projections of roberta-base and gpt2
+HOPELESS = 0.5  # of the rate of the fastest precision
 
 
 @dataclass(frozen=True)
@@ -103,21 +105,24 @@ def matmul_peak(
 ) -> dict[str, float]:
     """The best rate in FLOP/s of each shape and precision, named like `1024x768->3072 bf16`. Each takes `seconds`.
 
-    A processor without bf16 units emulates bf16: its peak is the one in fp32.
+    A precision that is much slower than another with few rows cannot be the peak, and is left out with more: a
+    processor without bf16 units emulates bf16.
 
     Args:
-        counts: the rows of the input; by default those that keep the device busy.
+        counts: the rows of the input, ascending; by default those that keep the device busy.
     """
     if counts is None:
         counts = (1024, 4096, 16384) if device.type == "cuda" else (1024, 4096)
-    rates = {}
-    for in_features, out_features in SHAPES:
-        for rows in counts:
-            for name in precisions:
-                x = torch.randn(rows, in_features, device=device, dtype=DTYPES[name])
-                weight = torch.randn(out_features, in_features, device=device, dtype=DTYPES[name])
-                shape = f"{rows}x{in_features}->{out_features} {name}"
-                rates[shape] = 2 * weight.numel() * rows / _fastest(x, weight, seconds)
+    rates: dict[str, float] = {}
+    fastest = dict.fromkeys(precisions, 0.0)
+    for rows in counts:
+        worthwhile = [name for name in precisions if fastest[name] >= HOPELESS * max(fastest.values())]
+        for (in_features, out_features), name in product(SHAPES, worthwhile):
+            x = torch.randn(rows, in_features, device=device, dtype=DTYPES[name])
+            weight = torch.randn(out_features, in_features, device=device, dtype=DTYPES[name])
+            rate = 2 * weight.numel() * rows / _fastest(x, weight, seconds)
+            rates[f"{rows}x{in_features}->{out_features} {name}"] = rate
+            fastest[name] = max(fastest[name], rate)
     return rates
 
 

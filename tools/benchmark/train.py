@@ -91,7 +91,7 @@ def benchmark_train(
         },
         "peak": {
             "flops_per_second": spread(peaks),
-            "shapes": {shape: spread([rate[shape] for rate in rates]) for shape in rates[0]},
+            "shapes": {shape: spread([rate[shape] for rate in rates if shape in rate]) for shape in rates[0]},
         },
         "precision_probe": {"bf16_gain": bf16_gain(), "fastest": fastest},
         **environment({PEERS[name] for name in names if name in PEERS}),

@@ -13,19 +13,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import Trainer, TrainerCallback
-
 from lora_hf.core.errors import UserError
-from tools.benchmark.flops import FrozenProducts, matmul_peak, matrix_weights, step_flops, synchronize
-from tools.benchmark.infer_sides import SIDES as INFER_SIDES
-from tools.benchmark.infer_sides import build
+from lora_hf.core.imports import heavy_imports
 from tools.benchmark.job import PEAK, PRODUCTS, Job
-from tools.benchmark.memory import MemoryTracker
-from tools.benchmark.peers import PEER_SIDES
-from tools.benchmark.train_sides import FLOPS_PER_WEIGHT, SIDES, Setup
 from tools.benchmark.worker_process import Channel
+
+with heavy_imports():
+    import torch
+    from torch import nn
+    from transformers import Trainer, TrainerCallback
+
+    from tools.benchmark.flops import FrozenProducts, matmul_peak, matrix_weights, step_flops, synchronize
+    from tools.benchmark.infer_sides import SIDES as INFER_SIDES
+    from tools.benchmark.infer_sides import build
+    from tools.benchmark.memory import MemoryTracker
+    from tools.benchmark.peers import PEER_SIDES
+    from tools.benchmark.train_sides import FLOPS_PER_WEIGHT, SIDES, Setup
 
 
 class RoundCallback(TrainerCallback):

@@ -70,6 +70,6 @@ def _print_summary(run: Run) -> None:
     for split, scores in record.metrics.items():
         print(f"{split}: " + "  ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))
     print(f"trained {record.parameters['trainable']:,} of {record.parameters['total']:,} parameters")
-    print(f"weights: {run.weights}\nrecord:  {run.folder / 'record.json'}\ncurves:  {run.folder / 'curves.png'}")
-    for picture in sorted([*run.folder.glob("confusion-*.png"), *run.folder.glob("reliability-*.png")]):
+    print(f"weights: {run.weights}\nrecord:  {run.folder / 'record.json'}")
+    for picture in sorted(run.folder.glob("*.png")):
         print(f"picture: {picture}")

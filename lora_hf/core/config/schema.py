@@ -293,6 +293,7 @@ class OutputConfig(Section):
     dir: str = setting("outputs", "parent of the run folders", check=_path_problem)
     name: str | None = setting(None, "by default made of task, model, method and time", check=_name_problem)
     overwrite: bool = setting(False, "replace the results of an earlier run of this name")
+    plots: bool = setting(True, "draw the curves, and a classifier's confusion matrix and reliability")
 
 
 @dataclass(frozen=True)

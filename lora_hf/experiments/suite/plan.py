@@ -119,7 +119,7 @@ def _parse_overrides(
                 f"{override!r}: {scope[0]!r} is not one of the tasks or configurations"
                 f"{did_you_mean(scope[0], (*tasks, *configurations))}; expected [TASK:][CONFIGURATION:]key=value"
             )
-        if key in FIXED or key.startswith("output."):
+        if key in FIXED or (key.startswith("output.") and key != "output.plots"):
             raise ConfigError(f"{override!r}: the suite sets {key} itself; use the options of the suite")
         if key == "seeds" and (task or name):
             if name or not task:

@@ -34,6 +34,7 @@ FIXED = {
     "task.name": "scores of different tasks cannot be compared",
     "task.data_dir": "scores on different rows cannot be compared",
     "task.kind": "scores of different kinds cannot be compared",
+    "output.plots": "pictures change no score",
     "task.label_column": "scores on different labels cannot be compared",
     "task.label_names": "scores on different labels cannot be compared",
     "task.label_columns": "scores on different labels cannot be compared",
@@ -259,7 +260,7 @@ def _parse_words(words: Sequence[str]) -> tuple[list[str], list[Range | Choice |
             problems.append(f"{word!r}: expected section.key=low..high, section.key=a,b or section.key=value")
         elif key in seen:
             problems.append(f"{key}: given twice")
-        elif key.startswith("output."):
+        elif key.startswith("output.") and key != "output.plots":
             problems.append(f"{key}: a sweep sets the output folder itself; use the options of the sweep")
         else:
             try:

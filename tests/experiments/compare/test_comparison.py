@@ -41,7 +41,7 @@ def trained(folder: Path, name: str, task: str = "rule-sentiment", r: int = 4, *
         "lora": {"r": r, "lora_alpha": 8, "targets": ["q", "v"]},
         "train": {**SHORT, "lr": 5e-3, **values},
         "generate": {"max_new_tokens": 16},
-        "output": {"dir": str(folder), "name": name},
+        "output": {"dir": str(folder), "plots": False, "name": name},
     }
     config = RunConfig.from_dict(sections)
     whole = get_task(task).load(None, ("train", "validation"))

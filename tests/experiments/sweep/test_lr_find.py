@@ -62,7 +62,7 @@ def rows() -> dict[str, Dataset]:
 
 def find(output: Path, rows: dict[str, Dataset], **more: Any) -> tuple[Path, SweepRecord]:
     config, space = read_lr_find("rule_sentiment.yaml", WORDS, RATES)
-    config = replace(config, output=OutputConfig(dir=str(output)))
+    config = replace(config, output=OutputConfig(dir=str(output), plots=False))
     return lr_find(config, space, "s", STEPS, rows=rows, **more)
 
 

@@ -28,7 +28,7 @@ REPO = Path(__file__).parents[3]
 WORDS = [
     "--config", "rule_sentiment.yaml", "--study", "shared", "--json",
     "lora.r=4..16:log2", "train.lr=1e-4..1e-2:log", "train.max_steps=3", "train.batch_size=8", "task.max_length=8",
-    "model.precision=fp32",
+    "model.precision=fp32", "output.plots=false",
 ]  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_a_sweep_goes_on_after_its_process_was_killed(
     url = f"sqlite:///{tmp_path}/shared/study.db"
     victim = started(tmp_path, 50)
     try:
-        killed_in = _wait_for_the_second_trial(tmp_path, url)
+        killed_in = _wait_for_the_second_trial(victim, tmp_path, url)
         os.kill(victim.pid, signal.SIGKILL)
     finally:
         victim.kill()
@@ -90,9 +90,11 @@ def test_a_sweep_goes_on_after_its_process_was_killed(
     assert (tmp_path / "shared" / "trial-0" / "record.json").stat().st_mtime_ns == first, "what was done is not redone"
 
 
-def _wait_for_the_second_trial(output: Path, url: str) -> int:
+def _wait_for_the_second_trial(process: subprocess.Popen[str], output: Path, url: str) -> int:
     """Waits until one trial is complete and another has begun to train; returns the other's number."""
-    wait_until((output / "shared" / "trial-1" / "config.yaml").exists)
+    begun = output / "shared" / "trial-1" / "config.yaml"
+    wait_until(lambda: begun.exists() or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
 
     def running() -> list[int]:
         last = stored_trials(url)[-1]

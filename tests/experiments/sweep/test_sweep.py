@@ -49,7 +49,7 @@ def run(
     output: Path, rows: dict[str, Dataset], *words: str, trials: int | None = 3, **more: Any
 ) -> tuple[Path, SweepRecord]:
     config, space = read_sweep("rule_sentiment.yaml", [*QUICK, *steps(words), *words])
-    config = replace(config, output=OutputConfig(dir=str(output)))
+    config = replace(config, output=OutputConfig(dir=str(output), plots=more.pop("plots", False)))
     more.setdefault("pruner", "none")  # so that few trials are complete
     storage = more.pop("storage", None)
     return sweep(SweepSettings(config, space, more.pop("name", "s"), trials, **more), storage, rows)
@@ -57,7 +57,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, Dataset]) -> tuple[Path, SweepRecord]:
-    return run(tmp_path_factory.mktemp("outputs"), rows, *SPACE, trials=3)
+    return run(tmp_path_factory.mktemp("outputs"), rows, *SPACE, trials=3, plots=True)
 
 
 def test_the_record_and_the_runs_agree(swept: tuple[Path, SweepRecord]) -> None:
@@ -96,7 +96,7 @@ def test_the_best_config_trains_to_the_same_score(
     text = (folder / "best.yaml").read_text()
     assert f"# python scripts/train.py --config {folder / 'best.yaml'}\n" in text
     assert "output:" not in text
-    again = train(load_config(folder / "best.yaml", [f"output.dir={tmp_path}"]), rows=rows).record
+    again = train(load_config(folder / "best.yaml", [f"output.dir={tmp_path}", "output.plots=false"]), rows=rows).record
     best = RunRecord.load(folder / record.best["record"])
     assert again.metrics == best.metrics
     losses = [[entry["loss"] for entry in each.history if "loss" in entry] for each in (again, best)]

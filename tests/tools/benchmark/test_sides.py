@@ -16,6 +16,7 @@ from lora_hf.lora.inject import inject
 from lora_hf.models.load import load_base
 from tests.support.small_models import small_model, token_ids
 from tests.tolerances import PARITY_FP32
+from tools.benchmark import flops
 from tools.benchmark.flops import FrozenProducts, Weights, matrix_weights, step_flops
 from tools.benchmark.job import PEAK, PRODUCTS, Job
 from tools.benchmark.peers import PEER_SIDES, with_loralib
@@ -108,9 +109,25 @@ def test_the_products_of_a_step_are_as_many_as_its_flops_say(model: str, task: s
 def test_the_peak_side_measures_each_shape_in_each_round() -> None:
     ready, first, second, done = messages(make_job(PEAK))
     assert (ready, done) == ({"ready": {}}, {"done": {}})
-    rates = first["round"]["rates"]
-    assert rates.keys() == second["round"]["rates"].keys() >= {"1024x768->768 fp32", "1024x768->3072 bf16"}
-    assert all(1e8 < rate < 1e16 for rate in rates.values())
+    for measured in (first, second):
+        rates = measured["round"]["rates"]
+        for shape in ("768->768", "768->3072"):
+            assert {f"1024x{shape} fp32", f"1024x{shape} bf16"} <= rates.keys()
+            assert {f"4096x{shape} fp32", f"4096x{shape} bf16"} & rates.keys(), "at least the faster one"
+        assert all(1e8 < rate < 1e16 for rate in rates.values())
+
+
+def test_a_precision_that_is_hopeless_with_few_rows_is_not_measured_with_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {torch.float32: 1.0, torch.bfloat16: 3.0}
+    monkeypatch.setattr(flops, "_fastest", lambda x, weight, limit: seconds[x.dtype])
+    rates = flops.matmul_peak(torch.device("cpu"), 0.0, counts=(2, 4))
+    wide = 2 * 768 * 3072
+    assert rates["2x768->3072 fp32"] == 2 * wide
+    assert rates["2x768->3072 bf16"] == 2 * wide / 3
+    assert rates["4x768->3072 fp32"] == 4 * wide
+    assert not [shape for shape in rates if shape.startswith("4x") and "bf16" in shape]
+    seconds[torch.bfloat16] = 1.5
+    assert "4x768->3072 bf16" in flops.matmul_peak(torch.device("cpu"), 0.0, counts=(2, 4))
 
 
 def test_an_invalid_config_is_reported_through_the_pipe() -> None:
