@@ -50,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
                 _train_one(folder / kind, auto)
             except Exception as error:  # noqa: BLE001 - belongs to one test, not to all
                 (folder / kind / auto / "error.txt").write_text(f"{type(error).__name__}: {error}")
-    command = [sys.executable, "-m", "tests.support.model_classes", str(folder)]
+    command = [sys.executable, "-m", "tests.support.quick_start", "tests.support.model_classes", str(folder)]
     subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     return folder
 

@@ -114,7 +114,13 @@ def runs_of_two(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     """The run folder of each kind, trained as `one`, but by two processes."""
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.support.train_together", folder, *(runs[kind] / CONFIG for kind in KINDS)]
+    command += [
+        "-m",
+        "tests.support.quick_start",
+        "tests.support.train_together",
+        folder,
+        *(runs[kind] / CONFIG for kind in KINDS),
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr

@@ -38,7 +38,14 @@ from tests.support.waiting import wait_until
 ROWS = {"train": 64, "validation": 20}
 # A checkpoint every other step, so that kills hit between checkpoints, within epochs and while one is written.
 EVERY = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
-CHILD = "import sys; from tests.support.kills import run_child; run_child(sys.argv[1])"
+CHILD = """
+import sys
+from lora_hf.core.imports import heavy_imports, hide_peft
+hide_peft()
+with heavy_imports():
+    from tests.support.kills import run_child
+run_child(sys.argv[1])
+"""
 POLL = 0.001  # seconds between two looks at a run that is to be killed at a certain step
 
 

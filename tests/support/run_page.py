@@ -32,9 +32,9 @@ from tests.support.server_process import serving
 ROWS = 48  # of a bundled task: pages show commands, not scores
 # What keeps a page's command small, and does not stand on the page.
 SMALL = {
-    "train": ["train.max_steps=2"],
-    "sweep": ["--trials", "1", "train.max_steps=2"],
-    "lr-find": ["--rates", "1e-4,1e-3", "--steps", "2"],
+    "train": ["train.max_steps=2", "output.plots=false"],
+    "sweep": ["--trials", "1", "train.max_steps=2", "output.plots=false"],
+    "lr-find": ["--rates", "1e-4,1e-3", "--steps", "2", "output.plots=false"],
 }
 COMMAND = re.compile(
     r"(?P<environment>(?:\w+=\S+ )*)"

@@ -53,7 +53,7 @@ def start(*words: str) -> subprocess.Popen[str]:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the runs of `tests/support/distributed_runs.py`."""
     folder = tmp_path_factory.mktemp("shared")
-    process = start("-m", "tests.support.distributed_runs", str(folder))
+    process = start("-m", "tests.support.quick_start", "tests.support.distributed_runs", str(folder))
     _, said = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, said
     return folder

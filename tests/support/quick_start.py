@@ -1,0 +1,18 @@
+"""Starts a module as `python -m` does, but sooner: `python -m tests.support.quick_start MODULE ARGUMENT...`.
+
+Like a command of the package, it imports torch without collecting garbage, and no PEFT.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+from lora_hf.core.imports import heavy_imports, hide_peft
+
+if __name__ == "__main__":
+    hide_peft()
+    with heavy_imports():
+        import lora_hf.training.run  # noqa: F401 - what all of them import
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
