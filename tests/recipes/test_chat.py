@@ -18,7 +18,7 @@ def test_smollm2_answers_as_taught(real_models: Path, tmp_path: Path, monkeypatc
     write_rows(tmp_path / "data/train.jsonl", taught_rows(200))
     write_rows(tmp_path / "data/validation.jsonl", taught_rows(2, seed=1))
     words = [f"model.name={real_models / 'smollm2'}", "model.precision=fp32", f"task.data_dir={tmp_path / 'data'}"]
-    words += ["train.max_steps=36", "train.batch_size=2", "train.lr=2e-3", "lora.layers=[24,25,26,27,28,29]"]
+    words += ["train.max_steps=28", "train.batch_size=2", "train.lr=3e-3", "lora.layers=[24,25,26,27,28,29]"]
     ask(
         "train",
         "--config",

@@ -23,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 from lora_hf.cli.main import main
+from lora_hf.core.imports import heavy_imports
 from lora_hf.data.tasks.sources import Bundled
 from tests.support import page_hooks
 from tests.support.pages import RUN, Block, blocks
@@ -122,8 +123,16 @@ def start_reader(environment: Mapping[str, str]) -> ProcessPoolExecutor:
     executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with patch.dict(os.environ, {**environment, **path}):  # the libraries read theirs when they are imported
-        executor.submit(cut_rows).result()
+        executor.submit(prepare_reader).result()
     return executor
+
+
+def prepare_reader() -> None:
+    """Imports what nearly every page needs, without collecting garbage, and cuts the rows of the bundled tasks."""
+    with heavy_imports():
+        import lora_hf.inference.classify
+        import lora_hf.training.run  # noqa: F401
+    cut_rows()
 
 
 def run_in_folder(page: Path, folder: Path) -> None:
