@@ -24,13 +24,11 @@ from tests.support.model_classes import AUTO_CLASSES, from_base, has_class, outp
 from tests.support.small_models import SHAPES, UNKNOWN_SHAPES, small_config
 from tests.tolerances import MERGE_FP32, PEFT_LOGITS
 
-QUICK = ("electra", "qwen3", "t5")  # the others run in `make test-full`
+pytestmark = pytest.mark.full
+
 KINDS = tuple({**SHAPES, **UNKNOWN_SHAPES})
 PAIRS = [
-    pytest.param(kind, auto, marks=() if kind in QUICK else pytest.mark.full, id=f"{kind}-{auto}")
-    for kind in KINDS
-    for auto in AUTO_CLASSES
-    if has_class(kind, auto)
+    pytest.param(kind, auto, id=f"{kind}-{auto}") for kind in KINDS for auto in AUTO_CLASSES if has_class(kind, auto)
 ]
 
 

@@ -38,6 +38,7 @@ def test_one_graph_gives_the_same_logits_and_gradients(kind: str) -> None:
     assert_same(loss_and_gradients(model, compiled), loss_and_gradients(model))
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_compiled_code_runs_the_adapter_that_is_chosen() -> None:
     model = adapted("llama")

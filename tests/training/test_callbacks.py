@@ -51,7 +51,7 @@ def test_a_run_without_a_terminal_prints_lines(
     task = get_task("rule-sentiment")
     rows = {split: part.select(range(24)) for split, part in task.load(None, task.splits).items()}
     words = ["model.precision=fp32", "train.hf={use_cpu: true}", "train.batch_size=8", "train.max_steps=3"]
-    words.append(f"output.dir={tmp_path}", "output.plots=false")
+    words += [f"output.dir={tmp_path}", "output.plots=false"]
     train(load_config("rule_sentiment.yaml", words), rows=rows)
     out, err = capsys.readouterr()
     assert out == ""
