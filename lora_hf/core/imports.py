@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-MANY = 500  # modules; torch and transformers import about 3,500, after which a single import has nothing to freeze
-
 
 def hide_peft() -> None:
     """Makes `import peft` fail in this process: transformers' Trainer imports PEFT if it can, which takes seconds.
@@ -22,15 +20,16 @@ def hide_peft() -> None:
 def heavy_imports() -> Iterator[None]:
     """Imports torch and transformers without collecting garbage, which would take a fifth of the time.
 
-    The modules and their classes are over a million objects, and nearly all of them stay. They are frozen afterwards,
-    so that no later collection looks through them; the Trainer starts some itself.
+    The modules and their classes are over a million objects, and nearly all of them stay. The first time they are
+    frozen afterwards, so that no later collection looks through them; the Trainer starts some itself. Later there may
+    be a model among the objects, which must not stay.
     """
-    modules, was_enabled = len(sys.modules), gc.isenabled()
+    is_first, was_enabled = "torch" not in sys.modules, gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if len(sys.modules) - modules > MANY:
+        if is_first and "torch" in sys.modules:
             gc.freeze()
         if was_enabled:
             gc.enable()

@@ -18,13 +18,13 @@ from typing import Any
 
 from lora_hf.core.errors import UserError
 from lora_hf.core.imports import heavy_imports
-from lora_hf.serving.inputs import CHUNK
 from lora_hf.serving.limits import Limits
 from lora_hf.serving.requests import AdapterVersion, ClassifyResult, Observer, Request
 from lora_hf.serving.wire import describe_error, pack, receive
 
 with heavy_imports():
     from lora_hf.serving.engine import Engine
+    from lora_hf.serving.inputs import CHUNK
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ share their names.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
@@ -132,6 +133,7 @@ def prepare_reader() -> None:
     with heavy_imports():
         import lora_hf.inference.classify
         import lora_hf.training.run  # noqa: F401
+    gc.freeze()
     cut_rows()
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_hf.core.atomic_io import write_json_atomic
 from lora_hf.core.imports import heavy_imports
 
 with heavy_imports():
+    import torch
+
     from tools.benchmark.flops import matmul_peak
     from tools.gpu.numbers import numeric_checks
     from tools.gpu.serve import serve_mixed

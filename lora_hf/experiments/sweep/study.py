@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError, did_you_mean
+from lora_hf.core.imports import heavy_imports
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, SweepRecord
 from lora_hf.data.tasks.base import Task
@@ -209,7 +210,8 @@ def _is_alive(trial: FrozenTrial) -> bool:
 
 
 def _run_one(settings: SweepSettings, study: optuna.Study, rows: Mapping[str, Dataset]) -> None:
-    from lora_hf.experiments.sweep import trials  # imports torch, which takes seconds
+    with heavy_imports():
+        from lora_hf.experiments.sweep import trials
 
     given_up = False  # by another process, while the trial was running
 
