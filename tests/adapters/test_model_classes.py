@@ -24,7 +24,7 @@ from tests.support.model_classes import AUTO_CLASSES, from_base, has_class, outp
 from tests.support.small_models import SHAPES, UNKNOWN_SHAPES, small_config
 from tests.tolerances import MERGE_FP32, PEFT_LOGITS
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.minutes]
 
 KINDS = tuple({**SHAPES, **UNKNOWN_SHAPES})
 PAIRS = [

@@ -59,6 +59,7 @@ def recipe(tmp_path: Path) -> Path:
     sections = small_config(tmp_path / "out", max_steps=STEPS, batch_size=4).to_dict()
     sections["task"] |= {"name": "mine", "kind": "classification", "label_names": ["neg", "pos"]}
     sections["task"]["data_dir"] = str(tmp_path)
+    sections["output"]["plots"] = True
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(sections))
     return tmp_path / "recipe.yaml"
 

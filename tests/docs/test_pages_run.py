@@ -35,7 +35,7 @@ PAGES_THAT_RUN = [
     if not page.name.endswith(".vi.md") and any(b.language in RUN and not b.not_run for b in blocks(page))
 ]
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.minutes]
 
 
 @pytest.fixture(scope="module")

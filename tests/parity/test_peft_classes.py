@@ -22,6 +22,8 @@ from tests.support.peft_settings import SETTINGS, peft_settings, save_random_ada
 from tests.support.small_models import SHAPES, UNKNOWN_SHAPES, small_config
 from tests.tolerances import PEFT_LOGITS
 
+pytestmark = pytest.mark.minutes
+
 KINDS = tuple({**SHAPES, **UNKNOWN_SHAPES})
 PAIRS = [
     pytest.param(kind, auto, id=f"{kind}-{auto}") for kind in KINDS for auto in AUTO_CLASSES if has_class(kind, auto)

@@ -1,6 +1,6 @@
 """OpenAI's own client against a server with two adapters on a chat model, one on gpt2 and one on an encoder.
 
-The model is a small random Llama, and in the long tests also smollm2 in a server process of its own.
+The model is a small random Llama, and in the long tests also six layers of smollm2 in a server process of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from tests.support.engine_client import ThreadClient, app_of
 from tests.support.random_adapters import PROMPTS, TEXTS, save_random
 from tests.support.server_process import serving
 from tests.support.waiting import LIMIT, wait_until
+
+pytestmark = pytest.mark.minutes
 
 TOKEN = "a-token-of-this-test"
 CHAT: list[Any] = [
@@ -63,8 +65,8 @@ def serve_in_thread(folders: dict[str, Path]) -> Iterator[str]:
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("adapters")
     tiny = request.param == "tiny"
-    base = save_chat_model(root / "tiny-chat") if tiny else request.getfixturevalue("real_models") / "smollm2"
-    std = 0.5 if tiny else 0.04
+    base = save_chat_model(root / "tiny-chat") if tiny else request.getfixturevalue("short_smollm2")
+    std = 0.5 if tiny else 0.2
     folders = {name: save_random_on(base, root / name, "rule-restaurants", seed, std) for seed, name in enumerate("ab")}
     folders |= {"writer": save_random(root / "writer", "rule-restaurants"), "encoder": save_random(root / "encoder")}
     if tiny:

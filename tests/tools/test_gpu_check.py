@@ -19,6 +19,8 @@ from tools.gpu.train import compare
 from tools.gpu_check import main
 from tools.tables.gpu import NOT_MEASURED, gpu
 
+pytestmark = pytest.mark.minutes
+
 # In place of a part: `a` and `d` never end, and `d` does not even listen; `c` finds something, then crashes.
 PROGRAM = """
 import json, os, signal, sys, time

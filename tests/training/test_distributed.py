@@ -35,7 +35,7 @@ from tests.support.kills import differences, small_config
 from tests.support.waiting import LIMIT, wait_until
 from tests.tolerances import BF16_LOSS_RTOL, PROCESSES_FP32
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.minutes]
 
 REPO = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

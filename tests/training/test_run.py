@@ -33,6 +33,8 @@ from lora_hf.training.run_dir import LOCK_FILE
 from lora_hf.training.trainer import AdapterTrainer
 from tests.tolerances import ACCUMULATION_FP32, PARITY_FP32
 
+pytestmark = pytest.mark.minutes
+
 ROWS = 96
 
 

@@ -27,6 +27,8 @@ from lora_hf.training.run import Run, train
 from tests.support.kills import differences, kill_once, small_config, small_rows
 from tests.support.waiting import LIMIT, wait_until
 
+pytestmark = pytest.mark.minutes
+
 REPO = Path(__file__).parents[2]
 
 
