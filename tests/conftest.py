@@ -183,7 +183,7 @@ def real_models() -> Path:
 
 @pytest.fixture(scope="session")
 def short_smollm2(real_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 with 6 of its 30 layers, in a fifth of the time: real tokens, shapes and weights, and texts without sense."""
+    """SmolLM2 with 6 of its 30 layers: real tokens and weights in a fifth of the time, and texts without sense."""
     from transformers import AutoModelForCausalLM
 
     whole, folder = real_models / "smollm2", tmp_path_factory.mktemp("models") / "smollm2"
