@@ -16,9 +16,8 @@ from lora_hf.data.overview import DataOverview
 from lora_hf.data.tasks.registry import task_of
 from lora_hf.training.callbacks import ProgressLines
 from lora_hf.training.estimate import Estimate
-from lora_hf.training.results import CURVES
 from lora_hf.training.run import find_run, prepare_model, prepare_run
-from lora_hf.training.run_dir import CHECKPOINTS_FOLDER, LOG_FILE
+from lora_hf.training.run_dir import CHECKPOINTS_FOLDER, CURVES, LOG_FILE
 
 
 @dataclass

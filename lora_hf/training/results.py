@@ -17,11 +17,10 @@ from lora_hf.core.records import RunRecord
 from lora_hf.data.metrics.evaluation import never_predicted
 from lora_hf.data.tasks.base import Task
 from lora_hf.training.evaluation_plots import draw_evaluation, load_pyplot
+from lora_hf.training.run_dir import CURVES
 from lora_hf.training.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
-
-CURVES = "curves.png"
 
 
 def score_outputs(

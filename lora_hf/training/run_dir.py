@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
+CURVES = "curves.png"
+PICTURES = (CURVES, "confusion-*.png", "reliability-*.png")
 LOCK_FILE = ".lock"  # held while a run trains in the folder; the system releases it when the process dies
 
 # What a run may change when it resumes from a checkpoint that is named: it concerns no step of the training. The
@@ -214,6 +216,11 @@ def run_state(folder: Path) -> list[str]:
     return [RECORD_FILE] * (folder / RECORD_FILE).exists() + names
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of the run."""
+    return sorted(path for pattern in PICTURES for path in folder.glob(pattern))
+
+
 def begin_run(
     config: RunConfig, folder: Path, checkpoint: Path | None, lock: FileLock, before: Sequence[str] | None = None
 ) -> None:
@@ -236,7 +243,8 @@ def begin_run(
     if checkpoint is not None and saved is not None and lengthens(saved, config):
         logger.warning("%s", describe_longer(saved, config, checkpoint))
         reopen(checkpoint)
-    (folder / RECORD_FILE).unlink(missing_ok=True)
+    for result in (folder / RECORD_FILE, *pictures_in(folder)):
+        result.unlink(missing_ok=True)
     if checkpoint is None:
         (folder / LOG_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)

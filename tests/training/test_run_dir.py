@@ -181,6 +181,14 @@ def test_what_another_run_wrote_while_this_one_loaded_stays(finished: Run) -> No
     assert (finished.folder / RECORD_FILE).exists()
 
 
+def test_pictures_of_an_earlier_run_go_and_others_stay(tmp_path: Path) -> None:
+    for name in ("curves.png", "confusion-test.png", "reliability-validation.png", "mine.png"):
+        (tmp_path / name).touch()
+    with run_lock(tmp_path) as lock:
+        begin_run(RunConfig(), tmp_path, None, lock)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["mine.png"]
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [

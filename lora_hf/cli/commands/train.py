@@ -66,10 +66,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _print_summary(run: Run) -> None:
+    from lora_hf.training.run_dir import pictures_in
+
     record = run.record
     for split, scores in record.metrics.items():
         print(f"{split}: " + "  ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))
     print(f"trained {record.parameters['trainable']:,} of {record.parameters['total']:,} parameters")
     print(f"weights: {run.weights}\nrecord:  {run.folder / 'record.json'}")
-    for picture in sorted(run.folder.glob("*.png")):
+    for picture in pictures_in(run.folder):
         print(f"picture: {picture}")

@@ -42,7 +42,7 @@ from lora_hf.experiments.sweep.storage import (
     open_study,
     parse_url,
 )
-from lora_hf.training.run_dir import LOG_FILE
+from lora_hf.training.run_dir import CURVES, LOG_FILE
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLERS = ("tpe", "grid")
 DATABASE, BEST, BEST_CONFIG, SWEEP_RECORD = "study.db", "best", "best.yaml", "trials.json"
-KEPT = (RECORD_FILE, RUN_CONFIG_FILE, LOG_FILE, "curves.png")  # of every trial; the best one keeps more
+KEPT = (RECORD_FILE, RUN_CONFIG_FILE, LOG_FILE, CURVES)  # of every trial; the best one keeps more
 POLL = 1.0  # seconds between two checks of the trials of other processes
 
 
