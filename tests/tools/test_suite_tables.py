@@ -33,7 +33,10 @@ def test_the_guide_says_who_is_ahead_and_what_is_too_close_to_tell() -> None:
         ((0.7, 0.6), {}, "better on rte, and too close to tell on no task"),  # two standard errors of 277 rows: 0.080
         ((0.67, 0.6), {}, "better on no task, and too close to tell on rte"),
         ((0.67, 0.6), {"rows": {"train": 9, "validation": 1000}}, "better on rte, and too close to tell on no task"),
-        ((0.67, 0.6), {"metric": "pearson"}, "better on rte, and too close to tell on no task"),
+        ((0.67, 0.6), {"metric": "pearson"}, "better on no task, and too close to tell on rte"),  # 0.102
+        ((0.71, 0.6), {"metric": "pearson"}, "better on rte, and too close to tell on no task"),
+        ((0.71, 0.6), {"metric": "matthews_correlation"}, "better on rte, and too close to tell on no task"),
+        ((0.9, 0.6), {"metric": "f1"}, "better on no task, and too close to tell on rte"),
     ],
 )
 def test_single_seeds_are_too_close_within_two_standard_errors(

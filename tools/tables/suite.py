@@ -9,6 +9,8 @@ from lora_hf.core.errors import DataError
 from lora_hf.core.records import SuiteRecord, record_files
 from lora_hf.experiments.suite.tables import Run, core_seconds, file_bytes, mean_score, shared_runs, task_means
 
+CORRELATIONS = ("pearson", "matthews_correlation")  # the latter is Pearson's of labels that are 0 and 1
+
 
 def from_results(render: Callable[[SuiteRecord], str], folder: str = "suite") -> Callable[[Path], str]:
     """A function that renders every record in a folder of the results, each with a caption.
@@ -53,15 +55,21 @@ def guide(record: SuiteRecord) -> str:
 
 
 def _too_close(ours: Sequence[Run], theirs: Sequence[Run]) -> bool:
-    """Whether the seeds of both overlap, or of single seeds the accuracies lie within two standard errors.
+    """Whether the seeds of both overlap, or single seeds lie within two standard errors of their difference.
 
-    Those are of the difference of two proportions of the validation rows. Other metrics of single seeds have none here.
+    The variance of an accuracy p over n validation rows is p(1 - p)/n, that of a correlation r about
+    (1 - r^2)^2/(n - 1). Single seeds of another metric cannot be told apart.
     """
     low, high = (sorted(run["value"] for run in runs) for runs in (ours, theirs))
     if len(low) > 1 and len(high) > 1:
         return low[0] <= high[-1] and high[0] <= low[-1]
-    if len(low) > 1 or len(high) > 1 or ours[0]["metric"] != "accuracy":
+    if len(low) > 1 or len(high) > 1:
         return False
     rows = next(count for split, count in ours[0]["rows"].items() if split != "train")
-    variance = sum(value * (1 - value) / rows for value in (low[0], high[0]))
+    if ours[0]["metric"] == "accuracy":
+        variance = sum(value * (1 - value) / rows for value in (low[0], high[0]))
+    elif ours[0]["metric"] in CORRELATIONS:
+        variance = sum((1 - value**2) ** 2 / (rows - 1) for value in (low[0], high[0]))
+    else:
+        return True
     return abs(low[0] - high[0]) <= 2 * variance**0.5
