@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+MANY = 500  # modules; torch and transformers import about 3,500, at the start of a process, when there is no model yet
+
 
 def hide_peft() -> None:
     """Makes `import peft` fail in this process: transformers' Trainer imports PEFT if it can, which takes seconds.
@@ -20,16 +22,15 @@ def hide_peft() -> None:
 def heavy_imports() -> Iterator[None]:
     """Imports torch and transformers without collecting garbage, which would take a fifth of the time.
 
-    The modules and their classes are over a million objects, and nearly all of them stay. The first time they are
-    frozen afterwards, so that no later collection looks through them; the Trainer starts some itself. Later there may
-    be a model among the objects, which must not stay.
+    The modules and their classes are over a million objects, and nearly all of them stay. After many of them they are
+    frozen, so that no later collection looks through them; the Trainer starts some itself.
     """
-    is_first, was_enabled = "torch" not in sys.modules, gc.isenabled()
+    modules, was_enabled = len(sys.modules), gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if is_first and "torch" in sys.modules:
+        if len(sys.modules) - modules > MANY:
             gc.freeze()
         if was_enabled:
             gc.enable()

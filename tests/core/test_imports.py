@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import sys
+from types import ModuleType
 
 import pytest
-import torch
 
+from lora_hf.core import imports
 from lora_hf.core.imports import heavy_imports
 
 
@@ -33,13 +34,14 @@ def test_a_collector_that_was_off_stays_off() -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize(("before", "frozen"), [(False, True), (True, False)])
-def test_objects_are_frozen_only_when_torch_is_first_imported(
-    before: bool, frozen: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("modules", "frozen"), [(3, True), (2, False)])
+def test_objects_are_frozen_only_after_many_modules(
+    modules: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not before:
-        monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(imports, "MANY", 2)
     gc.unfreeze()
     with heavy_imports():
-        monkeypatch.setitem(sys.modules, "torch", torch)
+        for number in range(modules):
+            name = f"imported_{number}"
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
     assert (gc.get_freeze_count() > 0) == frozen

@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> None:
     if options.without_adapter and saved.is_full_model:
         raise ConfigError(f"--without-adapter: {options.adapter} is a whole model and has no adapter to leave out")
     splits = saved.task.evaluation_splits if options.split in (None, "validation") else (options.split,)
-    rows = saved.task.load(_data_dir(options, saved), splits)
+    with heavy_imports():
+        rows = saved.task.load(_data_dir(options, saved), splits)  # with `datasets`, which imports torch
     evaluation: dict[str, dict[str, Any]] = {}
     if saved.task.verb == "generate":
         if options.precision == "int8":

@@ -50,8 +50,8 @@ def run(options: argparse.Namespace) -> None:
         return
     check_run_folder(config, options.resume)
     task = task_of(config.task)
-    rows = task.load(config.task.data_dir, task.splits)
     with heavy_imports():
+        rows = task.load(config.task.data_dir, task.splits)  # with `datasets`, which imports torch
         from lora_hf.training.run import train
 
     run = train(config, options.resume, rows)
