@@ -7,7 +7,6 @@ share their names.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import re
@@ -133,7 +132,6 @@ def prepare_reader() -> None:
     with heavy_imports():
         import lora_hf.inference.classify
         import lora_hf.training.run  # noqa: F401
-    gc.freeze()
     cut_rows()
 
 
