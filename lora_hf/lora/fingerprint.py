@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -207,12 +208,24 @@ def _project(tensor: Tensor) -> tuple[float, float]:
     The signs are those of a block times those within each block: a matrix product, not a random number for each.
     """
     flat = tensor.detach().reshape(-1).float()
-    blocks = nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    whole = len(flat) // BLOCK
+    blocks, rest = flat[: whole * BLOCK].view(whole, BLOCK), flat[whole * BLOCK :]
+    within, between = (signs.to(flat.device) for signs in _signs(whole + 1))
+    sums = torch.cat([blocks @ within, (rest @ within[: len(rest)]).reshape(1)])
+    norms = torch.cat([torch.linalg.vector_norm(part, dim=-1).reshape(-1) for part in (blocks, rest)])
+    norm = float(norms.double().norm())
+    if not math.isfinite(norm):  # in fp32, the squares of huge numbers are not
+        norm = float(flat.double().norm())
+    return float(sums.double() @ between), norm
+
+
+@lru_cache(maxsize=32)
+def _signs(blocks: int) -> tuple[Tensor, Tensor]:
+    """The signs within each block, as fp32, and those of the blocks, as fp64."""
     generator = torch.Generator().manual_seed(0)
     within = torch.randint(0, 2, (BLOCK,), generator=generator).float() * 2 - 1
-    between = torch.randint(0, 2, (len(blocks),), generator=generator).float() * 2 - 1
-    signed = (blocks @ within.to(blocks.device)).double() @ between.to(blocks.device).double()
-    return float(signed), float(flat.double().norm())
+    between = torch.randint(0, 2, (blocks,), generator=generator).double() * 2 - 1
+    return within, between
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

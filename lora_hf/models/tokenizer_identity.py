@@ -29,17 +29,33 @@ _PROBES = (
     "\U0001f600 \U0001f44d\U0001f3fd \ufb01 \uff21\uff22 \u00bd \u200bzero\u00a0width \u00ad",
 )
 
+# Of the tokenizers seen so far, by all that decides what one of transformers answers: a run hashes its own at each save.
+_digests: dict[tuple[Any, ...], str] = {}
+
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> dict[str, str]:
     """`name`, by default the one that the tokenizer was loaded by, and `sha256`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not type(tokenizer).__module__.startswith("transformers."):
+        sha256 = _digest(tokenizer)  # the code of another class may give other answers the next time
+    else:
+        rules = hashlib.sha256(backend.to_str().encode()).digest()
+        special = (str(tokenizer.special_tokens_map), tokenizer.split_special_tokens)
+        state = (type(tokenizer), rules, *special, tokenizer.truncation_side)
+        if state not in _digests:
+            _digests[state] = _digest(tokenizer)
+        sha256 = _digests[state]
+    return {"name": name or tokenizer.name_or_path, "sha256": sha256}
+
+
+def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
     vocabulary = sorted(tokenizer.get_vocab().items())
     step = max(1, len(vocabulary) // SAMPLES)
     texts = [*_PROBES, *(word for word, _ in vocabulary[::step])]
     roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if role != "pad_token"}
     known = [vocabulary, _pieces(tokenizer), sorted(roles.items()), tokenizer.truncation_side]
     answers = [_ids(tokenizer, texts), _ids(tokenizer, texts[:1], texts[1:2])]
-    digest = hashlib.sha256(json.dumps([known, answers]).encode())
-    return {"name": name or tokenizer.name_or_path, "sha256": digest.hexdigest()}
+    return hashlib.sha256(json.dumps([known, answers]).encode()).hexdigest()
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, *texts: Sequence[str]) -> list[list[int]]:

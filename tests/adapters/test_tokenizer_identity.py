@@ -21,7 +21,7 @@ from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import AdapterError
 from lora_hf.inference.classify import MultiAdapterPredictor, Predictor
 from lora_hf.models.load import BUNDLED_FOLDER, load_tokenizer
-from lora_hf.models.tokenizer_identity import tokenizer_identity
+from lora_hf.models.tokenizer_identity import _digests, tokenizer_identity
 from lora_hf.serving.engine import Engine
 from lora_hf.training.run import train
 from tests.support.adapters_on_disk import TASK, run_folder
@@ -43,6 +43,7 @@ def test_a_tokenizer_that_is_moved_and_saved_again_is_the_same(kind: str, tmp_pa
     tokenizer.model_max_length, tokenizer.model_input_names = 16, ["input_ids"]
     assert digest(tokenizer) == before
     tokenizer.save_pretrained(tmp_path / "moved")
+    _digests.clear()  # computes it again
     again = AutoTokenizer.from_pretrained(tmp_path / "moved")
     assert digest(again) == before
     again.pad_token = again.eos_token or again.pad_token
@@ -109,6 +110,13 @@ def test_another_end_token_or_side_is_another() -> None:
         other = tokenizer_of("llama")
         setattr(other, key, value)
         assert digest(other) != before
+
+
+def test_a_tokenizer_that_was_hashed_before_it_changed_is_hashed_again() -> None:
+    tokenizer = tokenizer_of("bert")
+    before = digest(tokenizer)
+    tokenizer.add_tokens(["zyzzyva"])
+    assert digest(tokenizer) != before
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,8 @@ def restored_process_state() -> Iterator[None]:
         yield
     finally:
         for logger, level, handlers in loggers:
-            logger.setLevel(level)
+            if logger.level != level:  # setting it clears the caches of thousands of loggers
+                logger.setLevel(level)
             for handler in logger.handlers[:]:
                 if handler not in handlers:
                     logger.removeHandler(handler)
