@@ -29,7 +29,7 @@ _PROBES = (
     "\U0001f600 \U0001f44d\U0001f3fd \ufb01 \uff21\uff22 \u00bd \u200bzero\u00a0width \u00ad",
 )
 
-# Of the tokenizers seen so far, by all that decides what one of transformers answers: a run hashes its own at each save.
+# Of the tokenizers seen so far, by all that decides what one of transformers answers: each save needs the same again.
 _digests: dict[tuple[Any, ...], str] = {}
 
 

@@ -6,9 +6,7 @@ any random part stayed out of the adapter, the reloaded model would give other o
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from peft import PeftModel
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.lora.inject import eject, inject, merge
+from tests.support import fork_server, model_classes
 from tests.support.model_classes import AUTO_CLASSES, from_base, has_class, outputs_of, train
 from tests.support.small_models import SHAPES, UNKNOWN_SHAPES, small_config
 from tests.tolerances import MERGE_FP32, PEFT_LOGITS
@@ -48,13 +47,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
                 _train_one(folder / kind, auto)
             except Exception as error:  # noqa: BLE001 - belongs to one test, not to all
                 (folder / kind / auto / "error.txt").write_text(f"{type(error).__name__}: {error}")
-    command = [sys.executable, "-m", "tests.support.quick_start", "tests.support.model_classes", str(folder)]
-    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    fork_server.run(model_classes.reload, folder)
     return folder
 
 
 def _train_one(folder: Path, auto: str) -> None:
     model = from_base(auto, folder / "base", seed=1)
+    with torch.no_grad():
+        torch.save(outputs_of(model), folder / auto / "plain.pt")
     inject(model, LoraConfig(r=2, targets=("all",)))
     train(model)
     save_adapter(model, folder / auto)
@@ -64,23 +64,22 @@ def _train_one(folder: Path, auto: str) -> None:
 
 @pytest.mark.parametrize(("kind", "auto"), PAIRS)
 def test_a_saved_adapter_gives_the_same_outputs_in_a_new_process(kind: str, auto: str, trained: Path) -> None:
-    folder, base = trained / kind / auto, trained / kind / "base"
+    folder = trained / kind / auto
     assert not (folder / "error.txt").exists(), (folder / "error.txt").read_text()
-    outputs = torch.load(folder / "outputs.pt")
-    assert torch.equal(torch.load(folder / "reloaded.pt"), outputs)
-    plain = outputs_of(from_base(auto, base, seed=1))
+    plain, outputs, reloaded = (torch.load(folder / f"{name}.pt") for name in ("plain", "outputs", "reloaded"))
+    assert torch.equal(reloaded, outputs)
     assert not torch.allclose(plain, outputs, atol=1e-3), "the adapter changes nothing: this test could not fail"
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # a decoder alone trains its own embeddings
 @pytest.mark.parametrize(("kind", "auto"), PAIRS)
 def test_peft_reads_the_adapter_and_merging_keeps_its_outputs(kind: str, auto: str, trained: Path) -> None:
-    folder, base = trained / kind / auto, trained / kind / "base"
+    folder = trained / kind / auto
     outputs = torch.load(folder / "outputs.pt")
     scale = float(outputs.abs().max())
-    theirs: Any = PeftModel.from_pretrained(from_base(auto, base, seed=5), folder)
+    model = from_base(auto, trained / kind / "base", seed=6)
+    theirs: Any = PeftModel.from_pretrained(copy.deepcopy(model), folder)
     assert torch.allclose(outputs_of(theirs.get_base_model().eval()), outputs, rtol=0, atol=PEFT_LOGITS * scale)
-    model = from_base(auto, base, seed=6)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     load_adapter(model, folder)
     after = eject(model).state_dict()

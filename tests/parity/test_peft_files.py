@@ -18,6 +18,7 @@ from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.inject import adapter_heads, eject, merge
 from tests.support.model_classes import from_base, outputs_of
+from tests.support.peft_settings import save_without_card
 from tests.support.small_models import small_config
 from tests.tolerances import MERGE_FP32, PEFT_LOGITS
 
@@ -102,7 +103,7 @@ def save_with_peft(base: Path, auto: str, modules: list[str], fields: dict[str, 
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
-        model.save_pretrained(str(folder))
+        save_without_card(model, folder)
     with torch.no_grad():
         return outputs_of(model.get_base_model().eval())
 

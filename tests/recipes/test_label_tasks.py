@@ -15,7 +15,7 @@ from tools.benchmark.labels import EPOCHS, config_of, scores, train_both
 
 pytestmark = pytest.mark.full
 
-TRAIN_ROWS, VALIDATION_ROWS = 320, 80  # 20 steps
+TRAIN_ROWS, VALIDATION_ROWS = 160, 40  # 10 steps
 
 
 @pytest.mark.parametrize("name", EPOCHS)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,16 @@ from transformers import (
 
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.core.records import RunRecord
-from lora_hf.inference.classify import Predictor
-from tests.recipes.test_spans import LOGITS
+from tests.support import fork_server
 from tests.support.command_lines import ask, last_json
-from tests.support.span_data import TAG_NAMES, question, write_conll, write_lines
+from tests.support.span_data import (
+    TAG_NAMES,
+    question,
+    save_start_logits,
+    start_logits,
+    write_conll,
+    write_lines,
+)
 
 pytestmark = pytest.mark.full
 
@@ -123,10 +127,7 @@ def test_a_reader_on_bert_learns_and_keeps_its_head(real_models: Path, tmp_path:
         ask("train", "--config", "squad_bert.yaml", *options, f"output.dir={tmp_path}", "output.plots=false", "--json")
     )
     assert RunRecord.load(Path(done["run"]) / "record.json").metrics["validation"]["exact_match"] > 0.8
-    predictor = Predictor.load(find_saved_model(done["weights"]), "fp32")
-    batch: Any = predictor.tokenizer("Where?", "Li Wei lives in Oslo.", return_tensors="pt")
-    with torch.no_grad():
-        here = predictor.model(**batch).start_logits
-    subprocess.run([sys.executable, "-c", LOGITS, done["weights"], str(tmp_path / "there.pt")], check=True)
+    here = start_logits(Path(done["weights"]))
+    fork_server.run(save_start_logits, done["weights"], tmp_path / "there.pt")
     assert torch.equal(torch.load(tmp_path / "there.pt"), here)
     assert np.ptp(here.numpy()) > 1

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +16,16 @@ from lora_hf.core.records import RunRecord
 from lora_hf.inference.classify import Predictor
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.model_process import describe
+from tests.support import fork_server
 from tests.support.command_lines import ask, last_json
-from tests.support.span_data import TAG_NAMES, question, write_conll, write_lines
+from tests.support.span_data import (
+    TAG_NAMES,
+    question,
+    save_start_logits,
+    start_logits,
+    write_conll,
+    write_lines,
+)
 
 FAST = ["model.name=tiny-roberta", "model.precision=fp32", "train.warmup_steps=2", "train.batch_size=8"]
 
@@ -144,24 +149,11 @@ def test_a_served_reader_gives_the_same_answers(reader: Path) -> None:
     assert [answer["answer"] for answer in result.answers] == [answer["answer"] for answer in expected]
 
 
-LOGITS = """
-import sys, torch
-from lora_hf.adapters.resolve import find_saved_model
-from lora_hf.inference.classify import Predictor
-predictor = Predictor.load(find_saved_model(sys.argv[1]), "fp32")
-batch = predictor.tokenizer("Where?", "Li Wei lives in Oslo.", return_tensors="pt")
-with torch.no_grad():
-    torch.save(predictor.model(**batch).start_logits, sys.argv[2])
-"""
-
-
 @pytest.mark.full
 def test_the_head_of_a_reader_is_kept(reader: Path, tmp_path: Path) -> None:
     predictor = Predictor.load(find_saved_model(reader), "fp32")
     assert any("qa_outputs" in name for name, _ in predictor.model.named_parameters())
-    batch: Any = predictor.tokenizer("Where?", "Li Wei lives in Oslo.", return_tensors="pt")
-    with torch.no_grad():
-        here = predictor.model(**batch).start_logits
-    subprocess.run([sys.executable, "-c", LOGITS, str(reader), str(tmp_path / "there.pt")], check=True)
+    here = start_logits(reader)
+    fork_server.run(save_start_logits, reader, tmp_path / "there.pt")
     assert torch.equal(torch.load(tmp_path / "there.pt"), here)
     assert np.ptp(here.numpy()) > 0

@@ -25,7 +25,6 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers.trainer_pt_utils import safe_globals
 
-from lora_hf.core.child_process import ChildProcesses, package_environment
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE, RunRecord
@@ -33,19 +32,12 @@ from lora_hf.data.tasks.registry import get_task
 from lora_hf.training import checkpoints
 from lora_hf.training.checkpoints import MANIFEST_FILE, STATE_FILE, checkpoints_in, newest_valid
 from lora_hf.training.run import Run, train
+from tests.support import fork_server
 from tests.support.waiting import wait_until
 
 ROWS = {"train": 64, "validation": 20}
 # A checkpoint every other step, so that kills hit between checkpoints, within epochs and while one is written.
 EVERY = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
-CHILD = """
-import sys
-from lora_hf.core.imports import heavy_imports, hide_peft
-hide_peft()
-with heavy_imports():
-    from tests.support.kills import run_child
-run_child(sys.argv[1])
-"""
 POLL = 0.001  # seconds between two looks at a run that is to be killed at a certain step
 
 
@@ -137,20 +129,20 @@ def kill_once(
     With `die_in`, the arguments of `die_while_writing`, the run kills itself.
     """
     folder = Path(config.output.dir) / str(config.output.name)
-    request = json.dumps({"config": config.to_dict(), "die_in": die_in})
-    with ChildProcesses(grace=10.0) as children:
-        child = children.start([sys.executable, "-c", CHILD, request], env=package_environment())
-        wait_until(lambda: child.poll() is not None or (folder / RUN_CONFIG_FILE).exists(), POLL)
+    child = fork_server.start(run_child, config.to_dict(), die_in)
+    try:
+        wait_until(lambda: not child.is_alive() or (folder / RUN_CONFIG_FILE).exists(), POLL)
         start = time.monotonic()
-        wait_until(lambda: child.poll() is not None or when(folder), POLL)
+        wait_until(lambda: not child.is_alive() or when(folder), POLL)
+    finally:
         child.kill()
-        child.wait()
-        seconds = time.monotonic() - start
+        child.join()
+    seconds = time.monotonic() - start
     checkpoint = newest_valid(folder / "checkpoints")
     log = folder / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     return {
-        "killed": child.returncode == -signal.SIGKILL and not (folder / RECORD_FILE).exists(),
+        "killed": child.exitcode == -signal.SIGKILL and not (folder / RECORD_FILE).exists(),
         "seconds": seconds,
         "logged_steps": len({json.loads(line)["step"] for line in lines if line.endswith("}")}),
         "checkpoint": checkpoint.name if checkpoint else None,
@@ -158,12 +150,11 @@ def kill_once(
     }
 
 
-def run_child(request: str) -> None:
+def run_child(config: dict[str, Any], die_in: tuple[str, bool] | None) -> None:
     """The run that `kill_once` starts."""
-    job = json.loads(request)
-    if job["die_in"]:
-        die_while_writing(*job["die_in"])
-    train(RunConfig.from_dict(job["config"]), rows=small_rows())
+    if die_in:
+        die_while_writing(*die_in)
+    train(RunConfig.from_dict(config), rows=small_rows())
 
 
 def die_while_writing(name: str, complete: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def train(model: PreTrainedModel, steps: int = 2) -> None:
         optimizer.zero_grad()
 
 
-def main(folder: Path) -> None:
+def reload(folder: Path) -> None:
     """Loads every adapter under `folder` onto a fresh base with another head, and writes what it computes."""
     transformers.logging.set_verbosity_error()
     for adapter in sorted(folder.glob("*/*/adapter_config.json")):
@@ -90,7 +89,3 @@ def main(folder: Path) -> None:
                 torch.save(outputs_of(model), adapter.parent / "reloaded.pt")
         except Exception as error:  # noqa: BLE001 - the test shows it
             (adapter.parent / "error.txt").write_text(f"{type(error).__name__}: {error}")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

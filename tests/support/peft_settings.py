@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import torch
@@ -71,6 +72,12 @@ def _is_in(path: str, modules: list[str]) -> bool:
     return f"{path}.".startswith(tuple(f"{module}." for module in modules))
 
 
+def save_without_card(adapted: Any, folder: Path) -> None:
+    """Lets PEFT save its adapter without the model card, which takes longer to render than the rest."""
+    with patch.object(type(adapted), "create_or_update_model_card"):
+        adapted.save_pretrained(str(folder))
+
+
 def save_random_adapter(model: PreTrainedModel, fields: dict[str, Any], folder: Path) -> torch.Tensor:
     """Lets PEFT save an adapter with random weights, and returns what it computes. It changes the model."""
     with warnings.catch_warnings():
@@ -80,6 +87,6 @@ def save_random_adapter(model: PreTrainedModel, fields: dict[str, Any], folder: 
         for parameter in adapted.parameters():
             if parameter.requires_grad:  # little, so that rounding is not amplified from layer to layer
                 parameter.data += torch.randn(parameter.shape, generator=generator) * 0.01
-        adapted.save_pretrained(str(folder))
+        save_without_card(adapted, folder)
     with torch.no_grad():
         return outputs_of(adapted.get_base_model().eval())

@@ -8,11 +8,8 @@ from __future__ import annotations
 import runpy
 import sys
 
-from lora_hf.core.imports import heavy_imports, hide_peft
+from tests.support import preloaded  # noqa: F401
 
 if __name__ == "__main__":
-    hide_peft()
-    with heavy_imports():
-        import lora_hf.training.run  # noqa: F401 - what all of them import
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -23,7 +23,6 @@ from typing import Any
 from unittest.mock import patch
 
 from lora_hf.cli.main import main
-from lora_hf.core.imports import heavy_imports
 from lora_hf.data.tasks.sources import Bundled
 from tests.support import page_hooks
 from tests.support.pages import RUN, Block, blocks
@@ -128,10 +127,9 @@ def start_reader(environment: Mapping[str, str]) -> ProcessPoolExecutor:
 
 
 def prepare_reader() -> None:
-    """Imports what nearly every page needs, without collecting garbage, and cuts the rows of the bundled tasks."""
-    with heavy_imports():
-        import lora_hf.inference.classify
-        import lora_hf.training.run  # noqa: F401
+    """Imports what nearly every page needs, and cuts the rows of the bundled tasks."""
+    from tests.support import preloaded  # noqa: F401
+
     cut_rows()
 
 

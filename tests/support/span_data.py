@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers
 
+from lora_hf.adapters.resolve import find_saved_model
+from lora_hf.inference.classify import Predictor
 from tests.support.small_models import small_config
 from tests.support.word_tokenizer import word_tokenizer
 
@@ -90,3 +92,15 @@ def save_encoder_decoder(folder: Path, kind: str) -> Path:
     model.save_pretrained(folder)
     word_tokenizer(ends=True, pad_token="<pad>").save_pretrained(folder)
     return folder
+
+
+def start_logits(adapter: Path) -> torch.Tensor:
+    """What the reader of this adapter computes for a question."""
+    predictor = Predictor.load(find_saved_model(adapter), "fp32")
+    batch: Any = predictor.tokenizer("Where?", "Li Wei lives in Oslo.", return_tensors="pt")
+    with torch.no_grad():
+        return predictor.model(**batch).start_logits
+
+
+def save_start_logits(adapter: Path, file: Path) -> None:
+    torch.save(start_logits(adapter), file)

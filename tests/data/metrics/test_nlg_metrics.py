@@ -28,19 +28,17 @@ def official(folder: Path) -> dict[str, dict[str, float]]:
 
 @pytest.mark.full
 @needs_java
-def test_real_systems_score_what_their_authors_logged(data_dir: Path) -> None:
-    """The worst and the best one of ten."""
+def test_a_real_system_scores_what_its_authors_logged(data_dir: Path) -> None:
+    """The best one of ten."""
     folder = data_dir / "e2e_eval"
     groups = read_references([folder / "dev_refs.txt"])
     expected = official(folder)
     assert len(expected) == 10
-    ranked = sorted(expected, key=lambda seed: expected[seed]["BLEU"])
-    for seed in (ranked[0], ranked[-1]):
-        texts = read_predictions(folder / "dev_system_outputs" / f"ukp_{seed}.txt", groups)
-        scores = score_texts("e2e_nlg", texts, groups.groups)
-        assert not scores.reasons
-        for name, value in scores.values.items():
-            assert value == pytest.approx(expected[seed][name], abs=FOUR_DECIMALS), (seed, name)
+    best = max(expected, key=lambda seed: expected[seed]["BLEU"])
+    texts = read_predictions(folder / "dev_system_outputs" / f"ukp_{best}.txt", groups)
+    scores = score_texts("e2e_nlg", texts, groups.groups)
+    assert not scores.reasons
+    assert scores.values == pytest.approx({name: expected[best][name] for name in scores.values}, abs=FOUR_DECIMALS)
 
 
 def test_bleu_by_hand() -> None:

@@ -1,0 +1,8 @@
+"""Imports what nearly every run needs, as a command of the package does: without PEFT, and no garbage collected."""
+
+from lora_hf.core.imports import heavy_imports, hide_peft
+
+hide_peft()
+with heavy_imports():
+    import lora_hf.inference.classify
+    import lora_hf.training.run  # noqa: F401
