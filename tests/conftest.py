@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import ipaddress
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ import pytest
 
 REPO = Path(__file__).parent.parent
 CACHE_PREFIX = "lora_hf_tests_"
+ALL_LONG = re.compile(r"^pytestmark = .*\bpytest\.mark\.full\b", re.MULTILINE)
 DISCARD = "http://127.0.0.1:9"  # nothing listens there: a command that tries the network fails at once
 
 _cache: tempfile.TemporaryDirectory[str] | None = None
@@ -109,6 +111,13 @@ gc.disable()  # until all test modules are imported: collecting among millions o
 _set_environment()
 _cut_network()
 _receive_sigint()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make test` does not import the files whose tests are all long."""
+    if config.option.markexpr != "not full" or collection_path.suffix != ".py":
+        return None
+    return ALL_LONG.search(collection_path.read_text(encoding="utf-8")) is not None or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -214,10 +214,11 @@ def test_a_real_task_trains_from_the_command_line(data_dir: Path, tmp_path: Path
         f"task.data_dir={data_dir}",
         f"output.dir={tmp_path}",
         "output.plots=false",
+        "task.train_rows=2000",
         "train.max_steps=8",
     ]
     result = last_json(ask("train", "--config", "glue_sst2.yaml", *words, "train.batch_size=8", "--json"))
-    assert RunRecord.load(Path(result["run"]) / "record.json").rows == {"train": 67349, "validation": 872}
+    assert RunRecord.load(Path(result["run"]) / "record.json").rows == {"train": 2000, "validation": 872}
     scored = ask("eval", "--adapter", result["weights"], "--split", "validation", "--data-dir", data_dir, "--json")
     assert last_json(scored)["metrics"] == result["metrics"]
     hidden = ask("eval", "--adapter", result["weights"], "--split", "test", "--data-dir", data_dir, code=2)

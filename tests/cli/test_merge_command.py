@@ -13,7 +13,7 @@ from tests.support.command_lines import ask, last_json
 
 pytestmark = pytest.mark.full
 
-QUICK = ["train.max_steps=12", "train.warmup_steps=2", "model.precision=fp32"]
+QUICK = ["train.max_steps=6", "train.warmup_steps=2", "model.precision=fp32"]
 
 
 def result_of(verb: str, *words: str | Path) -> dict[str, Any]:

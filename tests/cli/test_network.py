@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("audit")
     online = {name: value for name, value in os.environ.items() if not name.upper().endswith(("_OFFLINE", "_PROXY"))}
     del online["HF_HUB_DISABLE_TELEMETRY"]
+    online["PATH"] = ""  # no Java, which takes seconds to start and would not be under the hook
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.network_audit", str(folder)],
         cwd=REPO, env={**online, **TOKENS, "HF_HOME": str(folder / "cache")},

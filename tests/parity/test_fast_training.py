@@ -22,7 +22,7 @@ from tests.tolerances import BF16_BATCH_LOSS_RTOL, BF16_LOSS_RTOL, FAST_TRAINING
 
 pytestmark = pytest.mark.full
 
-STEPS, ROWS = {"sst2": 50, "e2e_nlg": 20}, 8
+STEPS, ROWS = {"sst2": 20, "e2e_nlg": 8}, 8
 WORK = {"sst2": "tiny-roberta", "e2e_nlg": "tiny-gpt2"}
 
 

@@ -69,6 +69,7 @@ def test_minilm_learns_sst2_from_the_command_line(
     options += [
         "lora.targets=all",
         "train.lr=1e-3",
+        "task.train_rows=2000",
         "train.max_steps=60",
         f"output.dir={tmp_path}",
         "output.plots=false",

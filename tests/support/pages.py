@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def links(page: Path, text: str | None = None) -> list[tuple[int, str]]:
     return found
 
 
+@cache  # several tests read each page
 def _tokens(page: Path, text: str | None) -> list[Token]:
     source = page.read_text(encoding="utf-8") if text is None else text
     return MarkdownIt("commonmark").enable("table").parse(source)

@@ -7,6 +7,7 @@ share their names.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
@@ -23,6 +24,9 @@ from typing import Any
 from unittest.mock import patch
 
 from lora_hf.cli.main import main
+from lora_hf.core.imports import heavy_imports
+from lora_hf.data.metrics import java
+from lora_hf.data.metrics.requirements import ScorerError
 from lora_hf.data.tasks.sources import Bundled
 from tests.support import page_hooks
 from tests.support.pages import RUN, Block, blocks
@@ -106,6 +110,15 @@ def cut_rows() -> None:
     Bundled.read = few  # type: ignore[method-assign]
 
 
+def leave_meteor_out() -> None:
+    """It reads its table for ten seconds at each start; other tests compute it."""
+
+    def refuse(*_: Any) -> float:
+        raise ScorerError("left out of the pages")
+
+    java.meteor = refuse
+
+
 def run_page(file: Path) -> None:
     page, name = Page(), file.stem.lower()
     with page.server:
@@ -127,18 +140,23 @@ def start_reader(environment: Mapping[str, str]) -> ProcessPoolExecutor:
 
 
 def prepare_reader() -> None:
-    """Imports what nearly every page needs, and cuts the rows of the bundled tasks."""
-    from tests.support import preloaded  # noqa: F401
-
+    """Imports what nearly every page needs, and leaves out what takes long and is no matter of the pages."""
+    with heavy_imports():  # with PEFT, which a page uses
+        import lora_hf.inference.classify
+        import lora_hf.training.run  # noqa: F401
     cut_rows()
+    leave_meteor_out()
 
 
 def run_in_folder(page: Path, folder: Path) -> None:
     """Runs a page, which leaves nothing behind for the next one.
 
+    What is loaded so far is not looked through for garbage again, which the Trainer starts after each run.
+
     Raises:
         RuntimeError: a block failed; the message is all output of the page, and the error.
     """
+    gc.freeze()
     with tempfile.TemporaryFile("w+") as output, restored_process_state():
         os.chdir(folder)
         try:

@@ -30,7 +30,16 @@ from lora_hf.training.checkpoints import MANIFEST_FILE, checkpoints_in, find_dam
 from lora_hf.training.run import Run, train
 from lora_hf.training.run_dir import LOCK_FILE
 from lora_hf.training.trainer import Optimizations
-from tests.support.distributed_runs import DEVELOPMENT, NONE_LEFT, WITH_FSDP, by_length, classify, generate, rows_of
+from tests.support.distributed_runs import (
+    DEVELOPMENT,
+    FEW,
+    NONE_LEFT,
+    WITH_FSDP,
+    by_length,
+    classify,
+    generate,
+    rows_of,
+)
 from tests.support.kills import differences, small_config
 from tests.support.waiting import LIMIT, wait_until
 from tests.tolerances import BF16_LOSS_RTOL, PROCESSES_FP32
@@ -118,7 +127,7 @@ def test_a_language_model_divides_by_the_labels_of_all_processes(shared: Path, t
 
 def test_a_base_in_bf16_trains_in_two_processes(shared: Path, tmp_path: Path) -> None:
     two = run_in(shared / "generate_bf16")
-    one = train(generate(tmp_path, "bf16", precision="bf16"), rows=rows_of("rule-restaurants"))
+    one = train(generate(tmp_path, "bf16", precision="bf16"), rows=rows_of("rule-restaurants", *FEW))
     assert history(two, "loss") == pytest.approx(history(one, "loss"), rel=BF16_LOSS_RTOL)
     assert {tensor.dtype for tensor in read_adapter(two.weights).tensors.values()} == {torch.float32}
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import optuna
 import pytest
 from datasets import Dataset
+from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from lora_hf.core.config.loader import load_config
@@ -49,10 +52,14 @@ def run(
     output: Path, rows: dict[str, Dataset], *words: str, trials: int | None = 3, **more: Any
 ) -> tuple[Path, SweepRecord]:
     config, space = read_sweep("rule_sentiment.yaml", [*QUICK, *steps(words), *words])
-    config = replace(config, output=OutputConfig(dir=str(output), plots=more.pop("plots", False)))
+    drawn = more.pop("plots", False)
+    config = replace(config, output=OutputConfig(dir=str(output), plots=drawn))
     more.setdefault("pruner", "none")  # so that few trials are complete
     storage = more.pop("storage", None)
-    return sweep(SweepSettings(config, space, more.pop("name", "s"), trials, **more), storage, rows)
+    settings = SweepSettings(config, space, more.pop("name", "s"), trials, **more)
+    # A picture takes half a second to write.
+    with nullcontext() if drawn else patch.object(Figure, "savefig"):
+        return sweep(settings, storage, rows)
 
 
 @pytest.fixture(scope="module")
