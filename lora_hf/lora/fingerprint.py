@@ -210,13 +210,14 @@ def _project(tensor: Tensor) -> tuple[float, float]:
     flat = tensor.detach().reshape(-1).float()
     whole = len(flat) // BLOCK
     blocks, rest = flat[: whole * BLOCK].view(whole, BLOCK), flat[whole * BLOCK :]
-    within, between = (signs.to(flat.device) for signs in _signs(whole + 1))
+    within, between = _signs(whole + 1)
+    within = within.to(flat.device)
     sums = torch.cat([blocks @ within, (rest @ within[: len(rest)]).reshape(1)])
     norms = torch.cat([torch.linalg.vector_norm(part, dim=-1).reshape(-1) for part in (blocks, rest)])
-    norm = float(norms.double().norm())
+    norm = float(norms.cpu().double().norm())
     if not math.isfinite(norm):  # in fp32, the squares of huge numbers are not
-        norm = float(flat.double().norm())
-    return float(sums.double() @ between), norm
+        norm = float(flat.cpu().double().norm())
+    return float(sums.cpu().double() @ between), norm
 
 
 @lru_cache(maxsize=32)

@@ -20,6 +20,7 @@ from lora_hf.lora import fingerprint as module
 from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.models.load import dequantise, quantise
 from tests.support.small_models import randomize_lora_b, small_model
+from tests.tolerances import PARITY_FP32
 
 
 @pytest.fixture
@@ -219,6 +220,21 @@ def test_a_base_without_weights_has_none(tmp_path: Path) -> None:
         load_adapter(small_model("llama").to("meta"), adapter)
     with pytest.raises(ModelError, match=r"embed_tokens\.weight is on the meta device"):
         save_adapter(inject(small_model("llama").to("meta"), lora), tmp_path / "other")
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 9000])
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_projections_are_those_of_earlier_adapters(size: int, scale: float) -> None:
+    """The sum with the signs of blocks of 4,096 numbers and of those within each, and the norm; here all in fp64."""
+    tensor = torch.randn(size, generator=torch.Generator().manual_seed(1)) * scale
+    generator, blocks = torch.Generator().manual_seed(0), -(-size // module.BLOCK)
+    within, between = (
+        torch.randint(0, 2, (count,), generator=generator).double() * 2 - 1 for count in (module.BLOCK, blocks)
+    )
+    signs = (between[:, None] * within).flatten()[:size]
+    norm = float(tensor.double().norm())
+    expected = (float(tensor.double() @ signs), norm)
+    assert module._project(tensor) == pytest.approx(expected, abs=PARITY_FP32 * norm)
 
 
 def test_a_base_with_nan_is_named() -> None:

@@ -29,6 +29,7 @@ HELP = "fine-tune the bundled tiny bases on bundled data, in a few minutes"
 CLASSIFIER_RECIPE = "rule_sentiment.yaml"
 GENERATOR_RECIPE = "rule_restaurants.yaml"
 WRITER = "demo-writer"
+EPOCHS = 1  # of the generator: enough for sentences, and it trains longest
 SENTENCES = 4  # held-out sentences to classify: the first ones, whatever the answers
 PROMPTS = 3  # prompts of the test split: the first ones, not the best
 WIDTH = 110
@@ -112,7 +113,7 @@ def _folder(name: str, output: str) -> list[str]:
 
 
 def _start_writer(children: ChildProcesses, output: str, messages: Path) -> subprocess.Popen[bytes]:
-    words = ["train", "--config", GENERATOR_RECIPE, *_folder(WRITER, output), "--json"]
+    words = ["train", "--config", GENERATOR_RECIPE, *_folder(WRITER, output), f"train.epochs={EPOCHS}", "--json"]
     with messages.open("wb") as file:
         return children.start(
             package_command(*words),
