@@ -14,6 +14,8 @@ from tests import tolerances
 from tests.support.gradients import assert_same, loss_and_gradients
 from tests.support.small_models import CLASSIFIERS, randomize_lora_b, small_model, token_ids
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(autouse=True)
 def _compiled_code_is_dropped() -> Iterator[None]:
@@ -29,7 +31,7 @@ def adapted(kind: str) -> PreTrainedModel:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch traces a Function so
-@pytest.mark.parametrize("kind", ["bert", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("llama", "gpt2"))])
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
 def test_one_graph_gives_the_same_logits_and_gradients(kind: str) -> None:
     model = adapted(kind)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -38,7 +40,6 @@ def test_one_graph_gives_the_same_logits_and_gradients(kind: str) -> None:
     assert_same(loss_and_gradients(model, compiled), loss_and_gradients(model))
 
 
-@pytest.mark.full
 @torch.no_grad()
 def test_compiled_code_runs_the_adapter_that_is_chosen() -> None:
     model = adapted("llama")
