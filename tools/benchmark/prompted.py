@@ -1,0 +1,131 @@
+"""Scores of a chat model that was not fine-tuned, prompted with examples: the baseline of a fine-tuned one.
+
+    python -m tools.benchmark.prompted --model DIR --data-dir DIR --output docs/results/e2e/smollm2-prompted.json
+
+Each input of the test split follows an instruction and the same few training rows, as turns of the model's own chat
+template. Decoding is greedy, in fp32, and ends with the model's turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_hf.core.provenance import git_state, machine, versions
+from lora_hf.core.records import ScoreRecord
+from lora_hf.data.tasks.generation import Example, TextGeneration
+from lora_hf.data.tasks.registry import get_task
+from lora_hf.inference.generate import score_subsets
+
+TASKS = ("e2e_nlg", "rule-restaurants")
+INSTRUCTION = (
+    "You describe restaurants. The user lists attributes, and you answer with one or two sentences that say all of "
+    "them and nothing else."
+)
+EXAMPLES = 3
+BATCH_SIZE = 16
+MAX_NEW_TOKENS = 96
+
+
+def messages(shots: Sequence[Example], context: str) -> list[dict[str, str]]:
+    """The conversation that the model continues."""
+    turns = [{"role": "system", "content": INSTRUCTION}]
+    for shot in shots:
+        turns += [
+            {"role": "user", "content": shot.context},
+            {"role": "assistant", "content": shot.references[0]},
+        ]
+    return [*turns, {"role": "user", "content": context}]
+
+
+def draw_examples(task: TextGeneration, data_dir: str | None, count: int, seed: int = 0) -> list[Example]:
+    """Random training inputs; each has the first of its references."""
+    groups = task.groups(task.load(data_dir, ["train"])["train"])
+    return random.Random(seed).sample(groups, count)
+
+
+@torch.inference_mode()
+def generate(model: Any, tokenizer: Any, conversations: Sequence[list[dict[str, str]]]) -> list[str]:
+    """The next turn of each conversation, in their order."""
+    texts = ["" for _ in conversations]
+    prompts = [
+        tokenizer.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in conversations
+    ]
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    batches = [by_length[start : start + BATCH_SIZE] for start in range(0, len(by_length), BATCH_SIZE)]
+    for batch in tqdm(batches):
+        encoded = tokenizer(
+            [prompts[index] for index in batch], return_tensors="pt", padding=True, add_special_tokens=False
+        )
+        made = model.generate(
+            **encoded, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.pad_token_id
+        )
+        width = encoded["input_ids"].shape[1]
+        for index, text in zip(batch, tokenizer.batch_decode(made[:, width:], skip_special_tokens=True), strict=True):
+            texts[index] = text
+    return texts
+
+
+def score_prompted(
+    task_name: str, folder: str, data_dir: str | None, limit: int | None = None
+) -> tuple[ScoreRecord, list[str]]:
+    """The scores of the test split, or of its first `limit` inputs, and the texts."""
+    task = get_task(task_name)
+    assert isinstance(task, TextGeneration)
+    shots = draw_examples(task, data_dir, EXAMPLES)
+    inputs = task.groups(task.load(data_dir, ["test"])["test"])[:limit]
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    start = time.perf_counter()
+    conversations = [messages(shots, each.context) for each in inputs]
+    texts = [task.clean(text) for text in generate(model, tokenizer, conversations)]
+    generated = time.perf_counter()
+    scores = score_subsets(task, inputs, texts)
+    record = ScoreRecord(
+        task=task_name,
+        model=Path(folder).name,
+        adapted=False,
+        split="test",
+        inputs=len(inputs),
+        decoding={
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "do_sample": False,
+            "batch_size": BATCH_SIZE,
+            "prompt": conversations[0][:-1],
+        },
+        metrics=scores,
+        precision="float32",
+        timings={"generate": generated - start, "score": time.perf_counter() - generated},
+        versions=versions(),
+        git=git_state(),
+        machine=machine(),
+    )
+    return record, texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmark.prompted", description=(__doc__ or "").splitlines()[0]
+    )
+    for option in ("--model", "--data-dir", "--output"):
+        parser.add_argument(option, required=True)
+    parser.add_argument("--task", default="e2e_nlg", choices=TASKS)
+    parser.add_argument("--limit", type=int, help="score the first inputs only")
+    options = parser.parse_args()
+    record, texts = score_prompted(options.task, options.model, options.data_dir, options.limit)
+    record.write(Path(options.output))
+    for text in texts[:3]:
+        print(text)
+    print(record.metrics["all"])
+
+
+if __name__ == "__main__":
+    main()
