@@ -21,8 +21,8 @@ demo: $(READY) ## trains and queries a small classifier and a small text generat
 test: $(READY) ## the fast tests: everything a change can break, in a few minutes
 	@$(BIN)/python -m pytest -m "not full"
 
-test-full: $(READY) ## the long tests as well: recipes, kills, documentation pages, parity sweeps
-	@$(BIN)/python -m pytest
+test-full: $(READY) ## the rest, which takes longer: recipes, kills, documentation pages, parity sweeps
+	@$(BIN)/python -m pytest -m full
 
 lint: $(READY) ## ruff and pyright
 	@$(BIN)/ruff check .

@@ -57,7 +57,7 @@ def test_the_same_seed_gives_the_same_run_to_the_last_bit(whole: Run, rows: dict
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(20))
 def test_a_run_killed_at_random_ends_as_the_whole_one(
     number: int, whole: Run, rows: dict[str, Any], tmp_path: Path
 ) -> None:
