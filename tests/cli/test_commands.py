@@ -71,7 +71,7 @@ def test_a_process_that_runs_a_command_does_not_import_peft() -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("outputs")
-    done = run(
+    done = ask(
         "train", "--config", "rule_sentiment.yaml", *QUICK, f"output.dir={folder}", "output.plots=false", "--json"
     )
     assert len(done.stdout.splitlines()) == 1, "standard output is for the result"

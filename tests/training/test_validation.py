@@ -52,6 +52,7 @@ print(json.dumps({"codes": codes, "loaded": sorted({"torch", "transformers"} & s
 """
 
 
+@pytest.mark.full
 def test_no_mistake_waits_for_torch(tmp_path: Path) -> None:
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "record.json").write_text("{}")
