@@ -81,6 +81,7 @@ def test_rows_without_such_tokens_make_no_warning(caplog: pytest.LogCaptureFixtu
     assert not caplog.records
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["tiny-roberta", "tiny-gpt2"])
 @pytest.mark.parametrize("task_name", ["sst2", "mrpc", "cola", "rte"])
 def test_real_texts_keep_their_tokens(name: str, task_name: str, data_dir: Path) -> None:
@@ -91,6 +92,7 @@ def test_real_texts_keep_their_tokens(name: str, task_name: str, data_dir: Path)
         assert encode_texts(tokenizer, texts)["input_ids"] == tokenizer(texts)["input_ids"]
 
 
+@pytest.mark.full
 def test_real_prompts_keep_their_tokens(data_dir: Path) -> None:
     task, tokenizer = get_task("e2e_nlg"), load_tokenizer(ModelConfig(name="tiny-gpt2"))
     rows = task.load(str(data_dir), ["validation"])["validation"]

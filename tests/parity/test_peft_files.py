@@ -35,7 +35,7 @@ MODELS = {
     ("t5", "AutoModelForSeq2SeqLM"): ["q", "v"],
     ("bart", "AutoModelForSequenceClassification"): ["q_proj", "v_proj"],
 }
-QUICK = (("roberta", "AutoModelForTokenClassification"), ("llama", "AutoModelForCausalLM"))
+QUICK = (("roberta", "AutoModelForTokenClassification"),)
 FIELDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "all-linear": {"target_modules": "all-linear"},

@@ -24,6 +24,9 @@ from tests.tolerances import PARITY_FP32
 CLASSES = ("AutoModelForSequenceClassification", "AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
 
 
+QUICK = ("bert", "deberta-v2", "gpt2", "llama", "mixtral", "modernbert", "roberta", "t5")
+
+
 def plain_model(kind: str) -> nn.Module:
     torch.manual_seed(0)
     auto = next(auto for auto in CLASSES if has_class(kind, auto))
@@ -36,7 +39,9 @@ def backward(model: Any) -> torch.Tensor:
     return outputs.detach()
 
 
-@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.full) for kind in sorted(ARCHITECTURES)]
+)
 def test_logits_and_every_gradient_are_those_of_peft(kind: str, tmp_path: Path) -> None:
     base = plain_model(kind)
     ours: Any = inject(copy.deepcopy(base), LoraConfig(r=4, lora_alpha=6, targets=("all",)))  # type: ignore[arg-type]

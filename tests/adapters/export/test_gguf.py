@@ -84,6 +84,7 @@ def test_rows_in_the_order_of_transformers_would_be_wrong(tmp_path: Path) -> Non
     assert (permute(delta, 4) - delta).abs().max() > 100 * EXPORT_DELTA
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind not in ENCODERS])
 def test_the_names_are_those_of_the_package(kind: str, tmp_path: Path) -> None:
     targets = ("q", "k", "v", "o") if kind in ("mixtral", "qwen2_moe", "qwen3_moe") else ("all",)
