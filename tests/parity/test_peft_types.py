@@ -22,8 +22,6 @@ from tests.support.small_models import randomize_lora_b, small_config
 from tests.tolerances import PARITY_FP32
 
 CLASSES = ("AutoModelForSequenceClassification", "AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
-
-
 QUICK = ("bert", "deberta-v2", "gpt2", "llama", "mixtral", "modernbert", "roberta", "t5")
 
 

@@ -16,16 +16,8 @@ from lora_hf.core.records import RunRecord
 from lora_hf.inference.classify import Predictor
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.model_process import describe
-from tests.support import fork_server
 from tests.support.command_lines import ask, last_json
-from tests.support.span_data import (
-    TAG_NAMES,
-    question,
-    save_start_logits,
-    start_logits,
-    write_conll,
-    write_lines,
-)
+from tests.support.span_data import TAG_NAMES, question, start_logits_here_and_there, write_conll, write_lines
 
 FAST = ["model.name=tiny-roberta", "model.precision=fp32", "train.warmup_steps=2", "train.batch_size=8"]
 
@@ -153,7 +145,6 @@ def test_a_served_reader_gives_the_same_answers(reader: Path) -> None:
 def test_the_head_of_a_reader_is_kept(reader: Path, tmp_path: Path) -> None:
     predictor = Predictor.load(find_saved_model(reader), "fp32")
     assert any("qa_outputs" in name for name, _ in predictor.model.named_parameters())
-    here = start_logits(reader)
-    fork_server.run(save_start_logits, reader, tmp_path / "there.pt")
-    assert torch.equal(torch.load(tmp_path / "there.pt"), here)
+    here, there = start_logits_here_and_there(reader, tmp_path)
+    assert torch.equal(there, here)
     assert np.ptp(here.numpy()) > 0

@@ -12,6 +12,7 @@ import transformers
 
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.inference.classify import Predictor
+from tests.support import fork_server
 from tests.support.small_models import small_config
 from tests.support.word_tokenizer import word_tokenizer
 
@@ -94,13 +95,18 @@ def save_encoder_decoder(folder: Path, kind: str) -> Path:
     return folder
 
 
-def start_logits(adapter: Path) -> torch.Tensor:
-    """What the reader of this adapter computes for a question."""
+def start_logits_here_and_there(adapter: Path, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the reader of this adapter computes for a question, in this process and in a new one."""
+    fork_server.run(_save_start_logits, adapter, folder / "there.pt")
+    return _start_logits(adapter), torch.load(folder / "there.pt")
+
+
+def _start_logits(adapter: Path) -> torch.Tensor:
     predictor = Predictor.load(find_saved_model(adapter), "fp32")
     batch: Any = predictor.tokenizer("Where?", "Li Wei lives in Oslo.", return_tensors="pt")
     with torch.no_grad():
         return predictor.model(**batch).start_logits
 
 
-def save_start_logits(adapter: Path, file: Path) -> None:
-    torch.save(start_logits(adapter), file)
+def _save_start_logits(adapter: Path, file: Path) -> None:
+    torch.save(_start_logits(adapter), file)

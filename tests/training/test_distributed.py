@@ -259,7 +259,8 @@ def test_a_mistake_is_told_once_and_only_training_is_shared(tmp_path: Path) -> N
     _, said = process.communicate(timeout=LIMIT)
     assert process.returncode != 0
     assert len(re.findall(r"^error: eval: expected one process, found 2", said, re.M)) == 1, said
-    assert f'File "{REPO / "lora_hf"}' not in said, "torchrun's traceback is its own"
+    traceback = said.split("Traceback")[-1].replace(str(REPO), "")  # a clone may be called lora_hf
+    assert "lora_hf" not in traceback.replace("error: ", "")
 
 
 @pytest.mark.parametrize("verb", ["sweep", "compare", "benchmark", "merge", "push", "predict"])
