@@ -178,7 +178,7 @@ def combine_saved(
         model: where the base is now, a folder or a hub id; by default where the adapters say.
 
     Raises:
-        AdapterError: a folder is no readable adapter; the adapters were trained on different bases or for different
+        AdapterError: a folder is not a readable adapter; the adapters were trained on different bases or for different
             labels; or as `combine_adapters`.
         ConfigError: as `combine_adapters`; also if `output` exists (see `check_output_folder`).
         ModelError, HubError: the base cannot be loaded.

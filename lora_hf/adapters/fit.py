@@ -170,7 +170,7 @@ def check_fit(
     if not own_head:
         _check_labels(model, file)
     _check_vocabulary(model, file)
-    owned = tuple(f"{path}." for path in heads)  # PEFT adapts no module that it trains whole
+    owned = tuple(f"{path}." for path in heads)  # PEFT adapts no module that it trains fully
     modules = {path: each for path, each in adaptable_modules(model).items() if not f"{path}.".startswith(owned)}
     layers = read_layers(modules, file)
     paths = [layer.path for layer in layers]

@@ -1,4 +1,4 @@
-"""`inject` and `load_adapter` for users' own code: what they return works wherever a model of transformers does.
+"""`inject` and `load_adapter` for users' own code: what they return works wherever a transformers model does.
 
 `Trainer` (its checkpoints too), accelerate and `push_to_hub` save a model with `save_pretrained`. The plain method
 would write a whole model under names that no other program knows. On a model from here it writes the adapter.
@@ -23,17 +23,17 @@ from lora_hf.lora.wrappers import on_unwrapped_model
 
 @on_unwrapped_model()
 def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> PreTrainedModel:
-    """Replaces the projections that `lora` names by LoRA layers, copies the task head and freezes the rest.
+    """Replaces the projections that `lora` names with LoRA layers, copies the task head and freezes the rest.
 
     What the checkpoint did not fill is copied, trained and saved like the head. `model.save_pretrained` writes the
     active adapter from then on, until `eject`.
 
     Args:
-        model: a model of transformers, or a module that holds one; changed in place and returned.
+        model: a transformers model, or a module that holds one; changed in place and returned.
         name: of the adapter; a model takes any number of them.
 
     Raises:
-        ModelError: no model of transformers, or one whose checkpoint left parameters random that cannot be saved.
+        ModelError: not a transformers model, or one whose checkpoint left parameters random that cannot be saved.
         ConfigError: a target that matches nothing, or a rank above the smaller side of a projection.
         AdapterError: the model already has an adapter of that name, or the name cannot be one.
     """
@@ -66,8 +66,8 @@ def load_adapter(
 
     Raises:
         HubError: the hub is out of reach, refuses, or has no such adapter.
-        AdapterError: the folder is no readable adapter, or does not fit this model: a missing or extra tensor, a wrong
-            shape, another base, other labels. The model is unchanged.
+        AdapterError: the folder is not a readable adapter, or does not fit this model: a missing or extra tensor, a
+            wrong shape, another base, other labels. The model is unchanged.
     """
     return _with_save_pretrained(save_load.load_adapter(model, folder, name, own_head, revision))
 

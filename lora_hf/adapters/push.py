@@ -48,7 +48,7 @@ def push_adapter(
 
     Raises:
         HubError: an invalid repository id, no token, or the hub is out of reach, refuses or drops the connection.
-        AdapterError: `folder` is no readable adapter.
+        AdapterError: `folder` is not a readable adapter.
         ConfigError, DataError: the config or the record of the run is damaged.
     """
     _check_repo_id(repo_id)

@@ -58,7 +58,7 @@ class SavedModel:
 def find_saved_model(folder: str | Path, revision: str | None = None, model: str | None = None) -> SavedModel:
     """Resolves an adapter or a full model to its task, its base and the settings of its run.
 
-    An adapter of PEFT records no task. It has that of a config.yaml beside it, or else `infer_task` tells it.
+    A PEFT adapter records no task. It comes from a config.yaml in its folder, or else from `infer_task`.
 
     Args:
         folder: `outputs/<run>/adapter` or `outputs/<run>/model`; a copy of an adapter folder; a merged model or a
@@ -174,7 +174,7 @@ def run_config(folder: Path) -> RunConfig | None:
 
 def _warn_of_another_copy(counts: Path, copy: Path) -> None:
     if copy.is_file() and copy.read_bytes() != counts.read_bytes():
-        logger.warning("%s differs from %s, which is the one that counts in a run folder", copy, counts)
+        logger.warning("%s differs from %s, which takes precedence in a run folder", copy, counts)
 
 
 def fetch_adapter(folder: str | Path, revision: str | None = None) -> Path:

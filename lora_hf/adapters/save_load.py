@@ -247,8 +247,8 @@ def _warn_of_another_scaling(
         _, alpha = saved.adapter_rank_and_alpha(weights.use_rslora)
         if not math.isclose(alpha, weights.lora_alpha):
             logger.warning(
-                "%s was trained with lora_alpha=%g, and this adapter has %g (%s): the update that it starts from is %g "
-                "times as large as there",
+                "%s was trained with lora_alpha=%g, and this adapter has %g (%s): the initial update is %g times as "
+                "large as in that adapter",
                 file.folder, alpha, weights.lora_alpha, saved.path, weights.lora_alpha / alpha,
             )  # fmt: skip
             return

@@ -13,7 +13,7 @@ MANY = 500  # modules; torch and transformers import about 3,500, at the start o
 def hide_peft() -> None:
     """Makes `import peft` fail in this process: transformers' Trainer imports PEFT if it can, which takes seconds.
 
-    No command uses it. `is_peft_available` of transformers is false from here on.
+    No command uses it. transformers' `is_peft_available` is false from here on.
     """
     sys.modules.setdefault("peft", None)  # type: ignore[arg-type]
 

@@ -212,7 +212,7 @@ def _reference(rng: random.Random, slots: dict[str, str]) -> str:
 
 
 def _with_articles(sentence: str) -> str:
-    """Replaces "a" by "an" before a vowel letter, which is right for all words above."""
+    """Replaces "a" with "an" before a vowel letter, which is right for all words above."""
     return re.sub(r"\ba (?=[aeiouAEIOU])", "an ", sentence)
 
 

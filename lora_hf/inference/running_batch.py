@@ -76,7 +76,7 @@ class Row:
 
 
 def _processors(decoding: GenerateConfig) -> list[LogitsProcessor]:
-    """What `generate` of transformers applies for these settings, in its order; n-grams are those of the new tokens."""
+    """What transformers' `generate` applies for these settings, in its order; n-grams are those of the new tokens."""
     processors: list[LogitsProcessor] = []
     if decoding.no_repeat_ngram_size:
         processors.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size))

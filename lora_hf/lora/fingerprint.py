@@ -184,7 +184,7 @@ def _fingerprint(tensors: dict[str, Tensor]) -> dict[str, Any]:
     for name, pair in zip(tensors, projections, strict=True):
         if not all(map(math.isfinite, pair)):
             raise ModelError(
-                f"{name} of the base holds NaN or infinity in {dtype}, so no adapter could be told to belong to it. "
+                f"{name} of the base holds NaN or infinity in {dtype}, so no adapter can be matched to it. "
                 "Download the base again, or load it in fp32"
             )
     return {

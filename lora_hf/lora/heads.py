@@ -182,8 +182,8 @@ def _filled_by_checkpoint(model: PreTrainedModel) -> frozenset[str]:
         return frozenset()
     logger.log(
         logging.WARNING if lacking else logging.INFO,
-        "from_pretrained left no marks on this model (copies lose them, from_config makes none), so the tensor names "
-        "in the checkpoint %s decide what is pretrained; it lacks: %s",
+        "cannot tell which weights of this model are new (it was copied, or built with from_config), so the tensor "
+        "names in the checkpoint %s decide what is pretrained; it lacks: %s",
         model.name_or_path,
         ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in lacking)) or "nothing",
     )
@@ -229,7 +229,7 @@ def untrained_parameters(model: PreTrainedModel, whole: Iterable[str]) -> list[s
     """New parameters that no module of their own holds, so that they stay frozen; those of a base are constants.
 
     Args:
-        whole: the modules that the adapter trains whole.
+        whole: the modules that the adapter trains fully.
     """
     new = new_parameters(model)
     if new is None:
@@ -297,8 +297,8 @@ def _new_modules(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
     if unfilled:
         raise ModelError(
             f"{model.name_or_path or type(model).__name__}: the checkpoint does not hold {', '.join(unfilled[:3])}"
-            f"{f' and {len(unfilled) - 3} more' if len(unfilled) > 3 else ''}, so transformers drew random numbers. "
-            "They would stay frozen and would not be saved; load a complete checkpoint"
+            f"{f' and {len(unfilled) - 3} more' if len(unfilled) > 3 else ''}, so transformers initialized them "
+            "randomly. They would stay frozen and would not be saved; load a complete checkpoint"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Replaces the projections of a pretrained model by LoRA layers, and restores them.
+"""Replaces the projections of a pretrained model with LoRA layers, and restores them.
 
 Every function changes the model in place and returns it, as `nn.Module.to` does. The modules themselves hold what is
 trainable, what is merged and which adapters there are; there is no other record of it.
@@ -46,7 +46,7 @@ class ParameterCounts:
 
 
 def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> PreTrainedModel:
-    """Replaces the planned projections by LoRA layers, copies the task head for the adapter and freezes the rest.
+    """Replaces the planned projections with LoRA layers, copies the task head for the adapter and freezes the rest.
 
     What the checkpoint did not fill is copied, trained and saved like the head (`heads.modules_to_train`).
 
@@ -98,7 +98,7 @@ def inject_head(
     """Gives adapter `name` its own copy of the task head, makes it the active one and freezes everything else.
 
     Args:
-        heads: the modules that the adapter trains whole, by path; None is a copy of the base's own. By default those of
+        heads: the modules that the adapter trains fully, by path; None is a copy of the base's own. By default those of
             `modules_to_train`.
     """
     state = adapter_state(model)
@@ -107,8 +107,8 @@ def inject_head(
     if heads and new_parameters(model) is None:
         logger.log(
             logging.WARNING if model.name_or_path else logging.INFO,
-            "from_pretrained left no marks on this model (copies lose them, from_config makes none): %s is trained as "
-            "a new head, and the rest is taken for pretrained",
+            "cannot tell which weights of this model are new (it was copied, or built with from_config): %s is trained "
+            "as a new head, and the rest is treated as pretrained",
             comma_separated(heads),
         )
     for path, own in heads.items():
@@ -143,7 +143,7 @@ def add_weights(
     """Adds fresh A and B of adapter `name` at one projection, which becomes a LoRA layer if it is not one yet."""
     module, state = model.get_submodule(path), adapter_state(model)
     if isinstance(module, ModulesToSaveWrapper):
-        raise AdapterError(f"{path}: another adapter trains this module whole; put the two adapters on separate models")
+        raise AdapterError(f"{path}: another adapter trains this module fully; put the two adapters on separate models")
     if not isinstance(module, LoraLinear):
         model.set_submodule(path, module := LoraLinear(module, state))
     state.names.setdefault(name)
@@ -231,7 +231,7 @@ def unmerge(model: PreTrainedModel) -> PreTrainedModel:
 
 @on_unwrapped_model(changes=False)
 def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
-    """Makes adapter `name` the active one for everyone who has not chosen another; None is the bare base.
+    """Activates adapter `name` in every context that has not chosen another one; None is the bare base.
 
     Raises:
         AdapterError: the model has no adapter of that name.

@@ -38,7 +38,7 @@ _running: ContextVar[_Running | None] = ContextVar("running", default=None)
 
 
 def token_read(model: PreTrainedModel) -> str | None:
-    """`first` or `last`, if the head of this classifier of transformers reads that token alone; None otherwise."""
+    """`first` or `last`, if the head of this transformers classifier reads that token alone; None otherwise."""
     kind, base, architecture = type(model), model.base_model, ARCHITECTURES.get(model.config.model_type)
     if not (kind.__name__.endswith("ForSequenceClassification") and kind.__module__.startswith("transformers.models.")):
         return None

@@ -1,4 +1,4 @@
-"""The module that replaces one which is trained whole, such as a task head, and holds a copy of it for each adapter."""
+"""Replaces a fully trained module, such as a task head, and holds a copy of it for each adapter."""
 
 from __future__ import annotations
 

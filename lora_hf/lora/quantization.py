@@ -53,7 +53,7 @@ class QuantisedLinear(nn.Module):
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
     def requantise(self, weight: Tensor) -> None:
-        """Replaces the weight by another, `(out, in)`; the tensors of the old one are not changed."""
+        """Replaces the weight with another, `(out, in)`; the tensors of the old one are not changed."""
         for name, tensor in pack(weight, self.scheme).items():
             self.register_buffer(name, tensor)
 

@@ -3,7 +3,7 @@
 A target, and a key of a pattern, is one of
 
 - a role (`q`), or a preset of roles (`attention`, `all`);
-- `embeddings`, the token embeddings; `all-linear`, every projection but the output head and what is trained whole;
+- `embeddings`, the token embeddings; `all-linear`, every projection but the output head and what is fully trained;
 - a module path in which `*` stands for one segment, and the prefix of the base model may be left out;
 - as in PEFT, the end of a path (`q_proj`, `self_attn.q_proj`), or a regular expression of the whole path.
 """
@@ -174,7 +174,7 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every plain projection and nn.Embedding by its path; one inside an adapted module by the path of that module."""
     modules: dict[str, nn.Module] = {}
     for path, module in modules_of_base(model):
-        if ".original_module" in path:  # nothing within what is trained whole
+        if ".original_module" in path:  # nothing within a fully trained module
             continue
         plain = module.base_layer if isinstance(module, AdaptedModule) else module
         plain = plain.original_module if isinstance(plain, ModulesToSaveWrapper) else plain
@@ -310,8 +310,8 @@ def _no_match(target: str, model: PreTrainedModel, modules: Mapping[str, nn.Modu
                 path.rpartition(".")[2] for path, module in modules.items() if not isinstance(module, nn.Embedding)
             )
             return (
-                f"lora.targets: model type {kind!r} is not in the role table, and no name of its modules tells the "
-                f"role {target!r}. Set lora.targets to all-linear, or to some of its names: "
+                f"lora.targets: model type {kind!r} is not in the role table, and no module name matches the role "
+                f"{target!r}. Set lora.targets to all-linear, or to some of its names: "
                 f"{comma_separated(name for name in endings if not name.isdigit())}"
             )
         architecture = ARCHITECTURES[kind]

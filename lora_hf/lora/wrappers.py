@@ -33,7 +33,7 @@ def unwrap_model(model: Any, changes: bool = False) -> PreTrainedModel:
             _check_plain(model)
         return model
     if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a model of transformers, found {kind}")
+        raise ModelError(f"expected a transformers model, found {kind}")
     inner = _compiled_from(model)
     if inner is None and isinstance(model, PARALLEL):
         inner = model.module
@@ -55,7 +55,7 @@ def unwrap_model(model: Any, changes: bool = False) -> PreTrainedModel:
             paths.append(path)
     if len(found) != 1:
         listed = f"{len(found)} of them ({', '.join(paths)})" if found else "none"
-        raise ModelError(f"{kind}: expected a model of transformers, or a module that holds one; found {listed}")
+        raise ModelError(f"{kind}: expected a transformers model, or a module that holds one; found {listed}")
     return found[0]
 
 

@@ -294,7 +294,7 @@ def _random(auto: Any, model: ModelConfig, config: PretrainedConfig, dtype: torc
 
 
 def _use_faster_kernels(base: PreTrainedModel) -> None:
-    """Replaces GPT-2's `gelu_new`, eight elementwise operations, by torch's kernel, and its dropout by a faster one."""
+    """Replaces GPT-2's `gelu_new`, eight elementwise operations, with torch's kernel; makes its dropout faster."""
     for module in base.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):

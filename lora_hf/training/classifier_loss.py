@@ -31,7 +31,7 @@ def classifier_loss(
     weights: Tensor | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Returns the mean loss of logits `(rows, num_labels)`, as the models of transformers compute it.
+    """Returns the mean loss of logits `(rows, num_labels)`, as transformers models compute it.
 
     Args:
         labels: class ids `(rows,)`, scores `(rows,)`, or for several labels a row 0 and 1 `(rows, num_labels)`.

@@ -208,7 +208,7 @@ def configure_fsdp(model: PreTrainedModel, plugin: Any, device: torch.device) ->
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replaces every gradient by its mean over all processes."""
+    """Replaces every gradient with its mean over all processes."""
     import torch
     import torch.distributed as dist
 

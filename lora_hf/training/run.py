@@ -222,7 +222,7 @@ def prepare_run(
     callbacks: Sequence[TrainerCallback] | None = None,
     checkpoint: Path | None = None,
 ) -> PreparedRun:
-    """Encodes the data, and begins the run folder once nothing can be wrong with data and model any more.
+    """Encodes the data, and creates the run folder once the data and the model have passed all checks.
 
     Args:
         begin: creates the run folder.

@@ -150,7 +150,7 @@ class RunTrainer(Trainer):
         super().log(logs, start_time)
 
     def _correct_durations(self, logs: dict[str, float]) -> None:
-        """Replaces durations by the Trainer's wall clock, which may be set back, by those of the monotonic clock."""
+        """Replaces durations by the Trainer's wall clock, which may be set back, with those of the monotonic clock."""
         for prefix in [key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")]:
             if prefix not in self._started:
                 continue

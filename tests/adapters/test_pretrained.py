@@ -1,4 +1,4 @@
-"""What people call on any model of transformers works on an adapted one."""
+"""What people call on any transformers model works on an adapted one."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_other_wrappers_are_refused_by_name(base: tuple[Any, Path]) -> None:
         inject(theirs.get_base_model(), LoraConfig())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"expected a lora_hf\.LoraConfig, found peft\.LoraConfig"):
         inject(fresh(base), PeftConfig())  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match=r"Linear: expected a model of transformers, .* found none"):
+    with pytest.raises(ModelError, match=r"Linear: expected a transformers model, .* found none"):
         inject(nn.Linear(2, 2), LoraConfig())  # type: ignore[arg-type]
     two = nn.ModuleList([fresh(base), fresh(base)])
     with pytest.raises(ModelError, match=r"found 2 of them \(0, 1\)"):

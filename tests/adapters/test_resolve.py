@@ -308,6 +308,6 @@ def test_files_as_an_editor_leaves_them(adapter: Path, tmp_path: Path, caplog: p
     assert "counts" not in caplog.text
     (folder / "config.yaml").write_text((run / "config.yaml").read_text("utf-8-sig").replace("64", "32"))
     assert find_saved_model(folder).max_length == 64
-    assert f"{folder}/config.yaml differs from {run}/config.yaml, which is the one that counts" in caplog.text
+    assert f"{folder}/config.yaml differs from {run}/config.yaml, which takes precedence" in caplog.text
     with pytest.raises(AdapterError, match=rf"a file \(did you mean '{folder}'\?\)"):
         find_saved_model(folder / "adapter_model.safetensors")

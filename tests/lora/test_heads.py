@@ -1,4 +1,4 @@
-"""Which modules are trained whole: the head, what the checkpoint lacks, and what the user names."""
+"""Which modules are fully trained: the head, what the checkpoint lacks, and what the user names."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_layer_that_the_checkpoint_lacks_is_refused(bert: Path) -> None:
     del tensors["encoder.layer.1.output.dense.weight"]
     save_file(tensors, bert / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        ModelError, match=r"does not hold bert.encoder.layer.1.output.dense.weight.*drew random numbers"
+        ModelError, match=r"does not hold bert.encoder.layer.1.output.dense.weight.*initialized them randomly"
     ):
         inject(classifier(bert), LoraConfig(r=2))
 
@@ -241,7 +241,7 @@ def test_a_module_is_adapted_or_trained_whole_but_not_both() -> None:
     with pytest.raises(AdapterError, match=r"model.embed_tokens: another adapter has A and B in this module"):
         inject(model, LoraConfig(r=2, modules_to_save=("embed_tokens",)), name="other")
     model = inject(small_model("llama"), LoraConfig(r=2, modules_to_save=("embed_tokens",)))
-    with pytest.raises(AdapterError, match=r"model.embed_tokens: another adapter trains this module whole"):
+    with pytest.raises(AdapterError, match=r"model.embed_tokens: another adapter trains this module fully"):
         inject(model, LoraConfig(r=2, targets=("model.embed_tokens",)), name="other")
 
 

@@ -297,11 +297,9 @@ def test_the_roles_of_an_unknown_type_are_guessed_and_shown(caplog: pytest.LogCa
     assert "encoder.layer.*.attention.self.query  q (2 modules)" in caplog.text
     every = plan(model, LoraConfig(targets=("all",)))
     assert {site.path for site in every} == {path for path in projections(model) if layer_of(path) is not None}
-    with pytest.raises(ConfigError, match=r"no name of its modules tells the role 'ffn_gate'\. Set .*all-linear"):
+    with pytest.raises(ConfigError, match=r"no module name matches the role 'ffn_gate'\. Set .*all-linear"):
         plan(model, LoraConfig(targets=("ffn_gate",)))
-    with pytest.raises(
-        ConfigError, match=r"no name of its modules tells the role 'q'.*: c_attn, c_proj, c_fc, lm_head$"
-    ):
+    with pytest.raises(ConfigError, match=r"no module name matches the role 'q'.*: c_attn, c_proj, c_fc, lm_head$"):
         plan(small_model("gpt_bigcode"), LoraConfig(targets=("q",)))  # c_attn fuses q, k and v
 
 

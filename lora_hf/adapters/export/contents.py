@@ -52,7 +52,7 @@ TOKENS = "trained rows of single tokens"
 EMBEDDINGS = "adapted embeddings"
 OUTPUT_HEAD = "an adapted output head"
 TIED = "adapted embeddings that are the output head too"
-WHOLE_MODULES = "modules trained whole"
+WHOLE_MODULES = "fully trained modules"
 
 _UNMERGEABLE = (TOKENS, TIED)
 SHOWN = 3  # modules that a message names

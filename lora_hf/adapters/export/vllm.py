@@ -1,7 +1,7 @@
 """An adapter for vLLM: PEFT's two files with one rank and one scaling for all modules.
 
 vLLM reserves memory for `--max-lora-rank`, and its older versions ignore `rank_pattern` and `alpha_pattern`. Of the
-modules trained whole it takes the head of a classifier, if that is a single projection. Source: vllm/lora,
+fully trained modules it takes the head of a classifier, if that is a single projection. Source: vllm/lora,
 `peft_helper.py` and `lora_model.py`.
 """
 
@@ -53,7 +53,7 @@ def write(contents: Contents, folder: Path) -> list[str]:
 
 
 def _heads(contents: Contents) -> tuple[str, ...]:
-    """The prefixes of the head's tensors, if it is all that was trained whole and vLLM can load it."""
+    """The prefixes of the head's tensors, if it is all that was fully trained and vLLM can load it."""
     whole = contents.extras.get(WHOLE_MODULES, [])
     prefixes = tuple(f"{PREFIX}{name}." for name in whole)
     owned = {key.removeprefix(PREFIX) for key in contents.file.tensors if prefixes and key.startswith(prefixes)}

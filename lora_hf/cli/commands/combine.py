@@ -53,7 +53,8 @@ def run(options: argparse.Namespace) -> None:
     print(f"combined {len(adapters)} adapters by {record.method}: rank {low if low == high else f'{low} to {high}'}")
     if record.method != "linear":
         worst = max(record.errors, key=lambda path: record.errors[path], default="")
-        print(f"lost to the rank: {record.error:.2%} overall, at most {record.errors[worst]:.2%}, in {worst}")
+        most = f"{record.errors[worst]:.2%}, in {worst}"
+        print(f"lost by truncating to the rank: {record.error:.2%} overall, at most {most}")
     print(f"adapter: {options.output}\nrecord:  {options.output / COMBINE_FILE}")
 
 

@@ -19,7 +19,7 @@ from lora_hf.core.errors import how_to_install
 from lora_hf.core.provenance import cpuinfo, git_state, machine, version, versions
 from lora_hf.lora.architectures import ARCHITECTURES
 
-HELP = "show versions, hardware and missing packages, or which modules of a model LoRA targets select"
+HELP = "show versions, hardware and missing packages, or the modules of a model that LoRA targets select"
 DISTRIBUTION = "lora-hf"
 DEVELOPER_EXTRAS = ("dev", "docs", "test")  # no user misses these
 PEERS = ("loralib", "peft")

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-HELP = "print the JSON schema of configs, with which editors complete and check YAML"
+HELP = "print the JSON schema of a config, so that editors can complete and check the YAML"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ HELP = "fine-tune a model from a config"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, or a recipe's name in configs/")
-    parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue from the newest, or this, checkpoint")
+    parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue from the newest checkpoint or this one")
     parser.add_argument(
         "--max-train-rows", type=int, metavar="N", help="train on N rows only; the same as task.train_rows=N"
     )

@@ -134,17 +134,17 @@ class TaskConfig(Section):
     )
     metric: Metric | None = setting(None, "what chooses the best checkpoint; by default the kind's first metric")
     validation: float | None = setting(
-        None, "your own task: share of the rows of train that validates instead of a file", above=0, high=0.9
+        None, "your own task: fraction of the train rows to validate on instead of a file", above=0, high=0.9
     )
     train_rows: int | None = setting(None, "how many of the training rows to train on; by default all", low=1)
-    split_seed: int = setting(0, "of validation and train_rows; train.seed leaves the rows alone", low=0)
+    split_seed: int = setting(0, "seed of validation and train_rows; train.seed does not change the rows", low=0)
     stride: int | None = setting(
         None,
         "tokens, question_answering: tokens that two windows of a long row share; by default max_length / 3",
         low=0,
     )
     null_score_threshold: float | None = setting(
-        None, "question_answering: there may be no answer; it is given if its score leads by more than this"
+        None, "question_answering: allows questions without an answer; 'no answer' must lead by more than this"
     )
     prefix: str = setting("", "seq2seq: text before each source, such as 'summarize: '")
     source_lang: str | None = setting(None, "seq2seq: the tokenizer's code for the sources' language, such as en_XX")
@@ -153,7 +153,7 @@ class TaskConfig(Section):
     chat_template: str | None = setting(
         None, "chat: chatml, or a file with a Jinja template; by default the tokenizer's own"
     )
-    drop_unlearnable: bool = setting(False, "chat: leave out conversations of which nothing is left to train on")
+    drop_unlearnable: bool = setting(False, "chat: skip conversations with nothing left to train on")
 
 
 @dataclass(frozen=True)
@@ -178,11 +178,11 @@ class LoraConfig(Section):
         ("all",), "adapted modules: roles, presets, paths, or PEFT's target_modules", check=_target_problem
     )
     layers: tuple[int, ...] | None = setting(None, "numbers of the adapted layers, -1 is the last; by default all")
-    modules_to_save: tuple[str, ...] = setting((), "modules trained whole besides the head: paths or ends of paths")
+    modules_to_save: tuple[str, ...] = setting((), "modules to train fully besides the head: paths or ends of paths")
     rank_pattern: dict[str, int] = setting({}, "rank of single targets", low=1)
     alpha_pattern: dict[str, float] = setting({}, "lora_alpha of single targets", above=0)
     use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r): arXiv 2312.03732")
-    use_dora: bool = setting(False, "train magnitude and direction apart: arXiv 2402.09353")
+    use_dora: bool = setting(False, "train magnitude and direction separately: arXiv 2402.09353")
     bias: Literal["none", "all", "lora_only"] = setting("none", "which biases of the base are trained")
     init_lora_weights: str = setting("default", f"start of A and B: {', '.join(INITS)}", check=_init_problem)
     target_modules: InitVar[str | Iterable[str] | None] = None
@@ -245,7 +245,7 @@ class TrainConfig(Section):
     group_by_prompt: bool = setting(False, "generation: batch the rows of one prompt, which is computed once")
     seed: int = setting(0, "of weights, row order and dropout", low=0, high=2**32 - 1)
     patience: int | None = setting(None, "stop after this many evaluations without a better score", low=1)
-    start_from: str | None = setting(None, "an adapter to take LoRA weights, but not the head, from")
+    start_from: str | None = setting(None, "start from the LoRA weights of this adapter, but not from its head")
     hf: dict[str, Any] = setting({}, "other fields of transformers.TrainingArguments", check=_hf_problem)
 
 
@@ -260,14 +260,14 @@ class GenerateConfig(Section):
     length_penalty: float = setting(1.0, "a beam's score is log-probability / length ** this", low=-10, high=10)
     no_repeat_ngram_size: int = setting(0, "no n-gram of this size occurs twice; 0 turns it off", low=0)
     max_new_tokens: int = setting(64, "longest text, in tokens", low=1)
-    do_sample: bool = setting(False, "draw tokens instead of taking the likeliest")
+    do_sample: bool = setting(False, "sample tokens instead of taking the most likely one")
     temperature: float = setting(1.0, "sampling temperature", above=0)
     top_p: float = setting(1.0, "sample from the likeliest tokens with this total probability", above=0, high=1)
     top_k: int = setting(0, "sample from this many likeliest tokens; 0 is all", low=0)
     seed: int = setting(0, "random seed of sampling", low=0, high=2**32 - 1)
     batch_size: int = setting(16, "prompts per batch", low=1)
     from_base: tuple[str, ...] | None = setting(
-        None, "seq2seq: settings that are those of the base's generation_config; by default the ones not given"
+        None, "seq2seq: settings to take from the base's generation_config; by default those you do not set"
     )
 
     def override(self, **values: Any) -> GenerateConfig:

@@ -28,7 +28,7 @@ pytest.importorskip("gguf")
 EXTRAS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "dora": ({"use_dora": True}, "DoRA magnitudes (model.layers.0.self_attn.q_proj", ("mlx",)),
     "bias": ({"bias": "lora_only"}, "trained biases (model.layers.0.self_attn.q_proj", ()),
-    "whole": ({"modules_to_save": ("norm",)}, "modules trained whole (model.norm)", ()),
+    "whole": ({"modules_to_save": ("norm",)}, "fully trained modules (model.norm)", ()),
     "embeddings": ({"targets": ("q", "embeddings")}, "adapted embeddings (model.embed_tokens)", ()),
 }
 WRITERS = [target for target in TARGETS if target not in ("merged", "ollama")]
