@@ -12,6 +12,7 @@ import argparse
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_hf.core.config.schema import GenerateConfig, TaskConfig
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import ScoreRecord
 from lora_hf.data.tasks.generation import Example, TextGeneration
-from lora_hf.data.tasks.registry import get_task
-from lora_hf.inference.generate import score_subsets
+from lora_hf.data.tasks.registry import get_task, task_of
+from lora_hf.inference.generate import Generator, score_subsets
 
 TASKS = ("e2e_nlg", "rule-restaurants")
 INSTRUCTION = (
@@ -31,8 +33,7 @@ INSTRUCTION = (
     "them and nothing else."
 )
 EXAMPLES = 3
-BATCH_SIZE = 16
-MAX_NEW_TOKENS = 96
+DECODING = GenerateConfig(max_new_tokens=96, batch_size=16)
 
 
 def messages(shots: Sequence[Example], context: str) -> list[dict[str, str]]:
@@ -52,26 +53,22 @@ def draw_examples(task: TextGeneration, data_dir: str | None, count: int, seed: 
     return random.Random(seed).sample(groups, count)
 
 
-@torch.inference_mode()
-def generate(model: Any, tokenizer: Any, conversations: Sequence[list[dict[str, str]]]) -> list[str]:
-    """The next turn of each conversation, in their order."""
-    texts = ["" for _ in conversations]
-    prompts = [
-        tokenizer.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in conversations
-    ]
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    batches = [by_length[start : start + BATCH_SIZE] for start in range(0, len(by_length), BATCH_SIZE)]
-    for batch in tqdm(batches):
-        encoded = tokenizer(
-            [prompts[index] for index in batch], return_tensors="pt", padding=True, add_special_tokens=False
-        )
-        made = model.generate(
-            **encoded, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.pad_token_id
-        )
-        width = encoded["input_ids"].shape[1]
-        for index, text in zip(batch, tokenizer.batch_decode(made[:, width:], skip_special_tokens=True), strict=True):
-            texts[index] = text
-    return texts
+def load_generator(folder: str) -> Generator:
+    """The model alone in fp32, which continues conversations."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat: Any = task_of(TaskConfig(name="prompted", kind="chat"))
+    return Generator(model, tokenizer, chat, model.config.max_position_embeddings)
+
+
+def generate(
+    generator: Generator, task: TextGeneration, shots: Sequence[Example], contexts: Sequence[str]
+) -> list[str]:
+    """A text for each context."""
+    chat: Any = generator.task
+    conversations = [chat.conversation(messages(shots, context)) for context in contexts]
+    answers = tqdm(generator.generate(conversations, DECODING), total=len(contexts))
+    return [task.clean(answer.text) for answer in answers]
 
 
 def score_prompted(
@@ -82,11 +79,9 @@ def score_prompted(
     assert isinstance(task, TextGeneration)
     shots = draw_examples(task, data_dir, EXAMPLES)
     inputs = task.groups(task.load(data_dir, ["test"])["test"])[:limit]
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    generator = load_generator(folder)
     start = time.perf_counter()
-    conversations = [messages(shots, each.context) for each in inputs]
-    texts = [task.clean(text) for text in generate(model, tokenizer, conversations)]
+    texts = generate(generator, task, shots, [each.context for each in inputs])
     generated = time.perf_counter()
     scores = score_subsets(task, inputs, texts)
     record = ScoreRecord(
@@ -95,12 +90,7 @@ def score_prompted(
         adapted=False,
         split="test",
         inputs=len(inputs),
-        decoding={
-            "max_new_tokens": MAX_NEW_TOKENS,
-            "do_sample": False,
-            "batch_size": BATCH_SIZE,
-            "prompt": conversations[0][:-1],
-        },
+        decoding=asdict(DECODING) | {"prompt": messages(shots, "")[:-1]},
         metrics=scores,
         precision="float32",
         timings={"generate": generated - start, "score": time.perf_counter() - generated},

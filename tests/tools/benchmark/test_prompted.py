@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.data.tasks.registry import get_task
 from tests.support.chat_models import save_chat_model
 from tools.benchmark import prompted
@@ -15,7 +15,8 @@ from tools.benchmark import prompted
 @pytest.mark.usefixtures("without_java")
 def test_each_input_follows_the_same_training_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_chat_model(tmp_path / "tiny-chat")
-    monkeypatch.setattr(prompted, "MAX_NEW_TOKENS", 8)
+    monkeypatch.setattr(prompted, "EXAMPLES", 1)  # the small model reads 256 tokens
+    monkeypatch.setattr(prompted, "DECODING", GenerateConfig(max_new_tokens=8, batch_size=4))
     record, texts = prompted.score_prompted("rule-restaurants", str(model), None, limit=5)
     assert record.inputs == len(texts) == 5
     assert (record.adapted, record.model) == (False, "tiny-chat")
@@ -30,8 +31,7 @@ def test_each_input_follows_the_same_training_examples(tmp_path: Path, monkeypat
     assert [answers[turn["content"]] for turn in asked] == [turn["content"] for turn in answered]
     assert len({turn["content"] for turn in asked}) == prompted.EXAMPLES
 
-    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    shots = prompted.draw_examples(task, None, prompted.EXAMPLES)
+    generator, shots = prompted.load_generator(str(model)), prompted.draw_examples(task, None, prompted.EXAMPLES)
     for example, text in zip(test, texts, strict=False):
-        alone = prompted.generate(loaded.eval(), tokenizer, [prompted.messages(shots, example.context)])
-        assert task.clean(alone[0]) == text, "a text must not depend on its batch"
+        alone = prompted.generate(generator, task, shots, [example.context])
+        assert alone == [text], "a text must not depend on its batch"
