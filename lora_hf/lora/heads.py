@@ -20,6 +20,7 @@ from transformers.models.auto import modeling_auto as auto
 from lora_hf.core.errors import ConfigError, ModelError, did_you_mean
 from lora_hf.lora.adapter_dict import modules_of_base
 from lora_hf.lora.checkpoint_header import loaded_from_header
+from lora_hf.lora.quantization import QuantisedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -250,8 +251,18 @@ def named_modules(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
                 f"lora.modules_to_save: no module of this {model.config.model_type} is named {name!r}"
                 f"{did_you_mean(name, endings)}; it has: {', '.join(endings)}"
             )
+        for path in matches:
+            _check_trainable(model.get_submodule(path), path)
         found += matches
     return found
+
+
+def _check_trainable(module: nn.Module, path: str) -> None:
+    packed = [each for each in module.modules() if isinstance(each, QuantisedLinear)]
+    if packed or next(module.parameters(), None) is None:
+        reason = f"has a weight packed in {packed[0].scheme}" if packed else "has no parameters"
+        advice = "; leave model.quantised out, or do not name it" if packed else ""
+        raise ConfigError(f"lora.modules_to_save: {path} {reason}, so it cannot be trained{advice}")
 
 
 def outermost(model: PreTrainedModel, paths: Iterable[str]) -> list[str]:

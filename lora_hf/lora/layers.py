@@ -220,8 +220,7 @@ class LoraLinear(AdaptedModule):
     @property
     def weight(self) -> Tensor:
         """The weight that runs; a packed one dequantized to fp32, as a copy."""
-        layer = self.running_layer
-        return layer.dequantise() if isinstance(layer, QuantisedLinear) else layer.weight
+        return self.running_layer.weight
 
     @property
     def bias(self) -> Any:

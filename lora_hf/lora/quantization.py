@@ -57,6 +57,11 @@ class QuantisedLinear(nn.Module):
         for name, tensor in pack(weight, self.scheme).items():
             self.register_buffer(name, tensor)
 
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight in fp32, a copy in the layout of the original layer, for models that read it."""
+        return self.dequantise().T if self.transposed else self.dequantise()
+
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """`(out, in)`, also where the layer was a Conv1D."""
         return self.unpacker()(dtype)
@@ -174,9 +179,9 @@ def check_torchao_gradients(model: nn.Module) -> None:
     """
     tried = set()
     for path, module in modules_of_base(model):
-        weight: Any = getattr(module, "weight", None)
-        if not isinstance(module, nn.Linear) or not is_torchao(weight):
+        if not isinstance(module, nn.Linear) or not is_torchao(module.weight):
             continue
+        weight: Any = module.weight
         kind = (type(weight), weight.shape, repr(weight.__tensor_flatten__()[1]))
         if kind not in tried and (reason := _lost_gradient(module)):
             raise ModelError(

@@ -130,7 +130,11 @@ def ranks_and_alphas(
             for roles of one projection.
     """
     sites, modules, prefix = list(sites), adaptable_modules(model), base_prefix(model)
-    expressions = {key: _path_expression(key, prefix) for key in (*lora.rank_pattern, *lora.alpha_pattern)}
+    expressions = {
+        key: _path_expression(key, prefix, f"lora.{name}")
+        for name in ("alpha_pattern", "rank_pattern")
+        for key in getattr(lora, name)
+    }
 
     def matches(key: str, site: Site) -> bool:
         return _is_named(site, key) or expressions[key].fullmatch(site.path) is not None
@@ -278,14 +282,14 @@ def _is_named(site: Site, key: str) -> bool:
     return site.role in PRESETS.get(key, (key,)) or f".{site.path}".endswith(f".{key}")
 
 
-def _path_expression(pattern: str, prefix: str) -> re.Pattern[str] | PathPattern:
+def _path_expression(pattern: str, prefix: str, where: str = "lora.targets") -> re.Pattern[str] | PathPattern:
     """What matches the path of a module: a regular expression as it is, or a path with `*` for one segment.
 
     Raises:
         ConfigError: it is no regular expression, although it has characters of one.
     """
     if _REGEX.search(pattern):
-        return PathPattern(pattern, "lora.targets", ConfigError)
+        return PathPattern(pattern, where, ConfigError)
     return re.compile(f"(?:{re.escape(prefix)})?" + re.escape(pattern).replace(r"\*", r"[^.]+"))
 
 

@@ -65,20 +65,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-large": {"model_type": "gpt2", "n_embd": 1280, "n_layer": 36, "n_head": 20},
 }
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The attributes of configs that hold a dropout probability: `attention_dropout`, `dropout_rate`, `resid_pdrop`, ...
+DROPOUT = re.compile("dropout|pdrop")
 
-# The config attributes that hold dropout probabilities, over all model types.
-DROPOUTS = (
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "embd_pdrop",
-    "attn_pdrop",
-    "resid_pdrop",
-    "dropout",
-    "attention_dropout",
-    "seq_classif_dropout",
-    "pooler_dropout",
-)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 AUTO_CLASSES: dict[ModelKind, type] = {
     "sequence-classification": AutoModelForSequenceClassification,
@@ -238,8 +228,15 @@ def read_config(model: ModelConfig, head: Mapping[str, Any]) -> PretrainedConfig
         check_layers(values, model.name)
         config = _from_pretrained(model.name, model.revision, functools.partial(AutoConfig.from_pretrained, **head))
     if model.dropout is not None:
-        config.update({name: model.dropout for name in DROPOUTS if hasattr(config, name)})
+        set_dropout(config, model.dropout)
     return config
+
+
+def set_dropout(config: PretrainedConfig, dropout: float) -> None:
+    """Sets every dropout probability of a config; one that is None keeps following another."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        values = part.to_dict().items()
+        part.update({key: dropout for key, value in values if DROPOUT.search(key) and type(value) in (int, float)})
 
 
 def _check_kind(config: PretrainedConfig, kind: ModelKind, name: str) -> None:
@@ -366,7 +363,7 @@ def _from_pretrained(name: str, revision: str | None, load: Callable[..., T]) ->
     except UserError:
         raise
     except Exception as error:  # transformers checks neither the configs nor the files of a base
-        if options.get("local_files_only"):
+        if options.get("local_files_only") and isinstance(error, OSError):  # other errors are about files that are here
             raise HubError(
                 f"{name}{suggest_model(name)}: {hub_unreachable()}, and the local cache does not hold this model. Set "
                 f"model.name to a local folder or to a bundled base ({', '.join(BUNDLED)}), or set HF_ENDPOINT to a "

@@ -23,7 +23,8 @@ from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError, ModelError
 from lora_hf.lora.heads import head_paths, modules_to_train, new_parameters, task_type
-from lora_hf.lora.inject import adapter_heads, inject, merge
+from lora_hf.lora.inject import adapter_heads, inject, lora_layers, merge
+from lora_hf.models.load import quantise
 from tests.support.small_models import randomize_lora_b, small_config, small_model, token_ids
 from tests.tolerances import FILE_ROUNDTRIP
 
@@ -80,7 +81,7 @@ def test_without_a_checkpoint_the_head_is_new(bert: Path, caplog: pytest.LogCapt
     (bert / "model.safetensors").unlink()
     assert new_parameters(copied) is None, "a copy has lost what from_pretrained reported"
     inject(copied, LoraConfig(r=2))
-    assert "classifier is trained as a new head, and the rest is taken for pretrained" in caplog.text
+    assert "classifier is trained as a new head, and the rest is treated as pretrained" in caplog.text
 
 
 def test_the_checkpoint_tells_what_is_new_in_a_copy(bert: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -234,6 +235,15 @@ def test_modules_to_save_are_trained_besides_the_head_and_merged(tmp_path: Path)
     assert torch.allclose(merge(again)(token_ids()).logits, logits, atol=FILE_ROUNDTRIP, rtol=0)
     with pytest.raises(ConfigError, match=r"no module of this llama is named 'lm_heat' \(did you mean 'lm_head'"):
         modules_to_train(model, ("lm_heat",))
+
+
+def test_modules_to_save_that_cannot_be_trained_are_refused() -> None:
+    model = quantise(small_model("roberta", 3), "int8")
+    with pytest.raises(ConfigError, match=r"modules_to_save: .*intermediate.dense has a weight packed in int8"):
+        inject(model, LoraConfig(r=2, targets=("q",), modules_to_save=("intermediate.dense",)))
+    with pytest.raises(ConfigError, match=r"modules_to_save: .*dropout has no parameters"):
+        inject(model, LoraConfig(r=2, targets=("q",), modules_to_save=("embeddings.dropout",)))
+    assert not lora_layers(model)
 
 
 def test_a_module_is_adapted_or_trained_whole_but_not_both() -> None:

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.pytorch_utils import Conv1D
 
 from lora_hf.adapters.format import read_adapter
@@ -43,7 +51,7 @@ from lora_hf.lora.quantization import QuantisedLinear, pack, unpack
 from lora_hf.lora.target_modules import plan, projections
 from lora_hf.models.load import dequantise, load_base, quantise, quantised_layers
 from lora_hf.training.run import train
-from tests.support.small_models import randomize_lora_b, small_model, token_ids
+from tests.support.small_models import randomize_lora_b, small_config, small_model, token_ids
 from tests.tolerances import (
     INT8_LAYER_RTOL,
     INT8_MODEL_RTOL,
@@ -216,7 +224,7 @@ def test_merge_requantises_the_fp32_sum_and_tells_what_it_lost(scheme: str, tran
     for _ in range(5):
         layer.merge()
         layer.merge()
-        assert torch.equal(layer.weight, held)
+        assert torch.equal(layer.weight, held.T if transposed else held)
         assert layer.drift is not None
         lost = float((asked - held).norm())
         assert lost > 0
@@ -273,6 +281,38 @@ def test_every_model_type_trains_through_its_packed_projections(kind: str, schem
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, expected[name], atol=QUANTISED_FP32), name
         assert gradient.any() or "lora_A" in name or "key" in name, f"{name}: no gradient came through"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kind", ["roberta", "gpt2"])
+def test_dora_has_the_norms_of_a_packed_weight(kind: str, scheme: str) -> None:
+    model, ids = quantise(small_model(kind, 3), scheme), token_ids()
+    inject(model, LoraConfig(r=2, targets=("q", "v", "ffn_up"), use_dora=True))
+    randomize_lora_b(model)
+    other = dequantise(copy.deepcopy(model))
+    logits, gradients = loss_gradients(model, ids)
+    expected_logits, expected = loss_gradients(other, ids)
+    assert torch.allclose(logits, expected_logits, atol=QUANTISED_FP32)
+    assert any("lora_magnitude_vector" in name for name in gradients)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, expected[name], atol=QUANTISED_FP32), name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_model_may_read_the_weight_of_a_packed_layer(scheme: str) -> None:
+    """T5 reads the precision of `wo`, and Mamba multiplies `dt_proj` itself."""
+    ids = token_ids()
+    t5 = AutoModelForSeq2SeqLM.from_config(small_config("t5")).eval()
+    sizes = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 100}
+    mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)).eval()
+    for model, more in ((t5, {"decoder_input_ids": ids}), (mamba, {})):
+        quantise(model, scheme)
+        assert quantised_layers(model)
+        expected = dequantise(copy.deepcopy(model))(ids, **more).logits
+        assert torch.allclose(model(ids, **more).logits, expected, atol=QUANTISED_FP32)
+    for plain in (nn.Linear(32, 48), Conv1D(48, 32)):
+        assert QuantisedLinear(plain, scheme).weight.shape == plain.weight.shape
 
 
 def loss_gradients(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 from transformers.activations import ACT2FN
 
 from lora_hf.core.config.schema import ModelConfig, TaskConfig
@@ -15,7 +15,8 @@ from lora_hf.data.tasks.custom import custom_task
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.lora import precision
 from lora_hf.models import load as load_module
-from lora_hf.models.load import BUNDLED, SHAPES, load_base, load_tokenizer
+from lora_hf.models.load import BUNDLED, SHAPES, load_base, load_tokenizer, set_dropout
+from tests.support import small_models
 from tests.support.small_models import small_config, small_model
 from tests.tolerances import PARITY_FP32
 
@@ -130,6 +131,40 @@ def test_gpt2s_activation_is_one_kernel_of_the_same_formula() -> None:
     assert type(fused) is torch.nn.GELU
     assert torch.allclose(fused(x), ACT2FN[config.activation_function](x), atol=PARITY_FP32)
     assert not torch.allclose(torch.nn.functional.gelu(x), fused(x), atol=PARITY_FP32), "the other gelu would not do"
+
+
+@pytest.mark.parametrize("kind", [*small_models.SHAPES, *small_models.UNKNOWN_SHAPES])
+def test_one_dropout_is_set_everywhere(kind: str) -> None:
+    config = small_config(kind)
+    set_dropout(config, 0.25)
+    model = AutoModel.from_config(config)
+    own = {path: module.p for path, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert set(own.values()) <= {0.25}, own
+    rates = {
+        key: value
+        for key, value in config.to_dict().items()
+        if "drop" in key and "layer" not in key and "path" not in key and type(value) is float
+    }
+    assert rates.keys() or kind in ("bloom", "mpt"), "every type has a dropout"
+    assert set(rates.values()) == {0.25}, rates
+
+
+def test_a_model_in_the_cache_that_cannot_be_loaded_is_not_called_missing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    snapshot = cache / "models--someone--model/snapshots/1234"
+    snapshot.mkdir(parents=True)
+    for file in [path for path in folder.iterdir() if path.is_file()]:
+        file.rename(snapshot / file.name)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("1234")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    load_base(ModelConfig(name="someone/model"), SST2)
+    config = json.loads((snapshot / "config.json").read_text())
+    (snapshot / "config.json").write_text(json.dumps(config | {"hidden_act": "no such activation"}))
+    with pytest.raises(ModelError, match=r"someone/model: .*no such activation"):
+        load_base(ModelConfig(name="someone/model"), SST2)
 
 
 def test_a_random_base_is_drawn_from_its_seed(folder: Path) -> None:

@@ -21,8 +21,9 @@ from lora_hf.lora.adapter_dict import modules_of_base
 from lora_hf.lora.layers import AdaptedModule, LoraLinear
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.precision import keep_dtype
+from lora_hf.lora.quantization import QuantisedLinear
 
-AFFINE = (nn.Linear, Conv1D, nn.LayerNorm)  # modules that add their bias last
+AFFINE = (nn.Linear, Conv1D, QuantisedLinear, nn.LayerNorm)  # modules that add their bias last
 
 
 class Bias(nn.Module):

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from lora_hf.lora.layers import LoraWeights
+from lora_hf.lora.layers import LoraWeights, frozen_weight
 from lora_hf.lora.slices import column_indices, split_slices
 
 TINY = torch.finfo(torch.float32).tiny  # the norm of a row of zeros, which is divided by
@@ -38,16 +37,16 @@ class DoraWeights(LoraWeights):
             norms.append(torch.linalg.vector_norm(adapted, dim=1))
         return torch.cat(norms).clamp_min(TINY)
 
-    def adapt(self, base_layer: nn.Module, x: Tensor) -> Tensor:
+    def adapt(self, base_layer: Any, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`: the output of plain LoRA without the bias times `m / norm`, plus the bias.
 
         Dropout acts on the input of A alone. PEFT also drops it in `(m / norm - 1) W x`, which has the same mean and
         takes a second product with W.
         """
         y = super().adapt(base_layer, x)
-        weight: Any = base_layer.weight
-        bias: Any = base_layer.bias
-        gain = self.lora_magnitude_vector / self.norms(weight.T if isinstance(base_layer, Conv1D) else weight) - 1
+        weight, bias = frozen_weight(base_layer), base_layer.bias
+        norms = self.norms(weight if isinstance(weight, Tensor) else weight(torch.float32))
+        gain = self.lora_magnitude_vector / norms - 1
         # Written as a sum, a magnitude that is still the norm leaves y unchanged, bit for bit and in any precision.
         return y + self._scatter(gain, y.shape[-1]).to(y.dtype) * (y if bias is None else y - bias)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from lora_hf.core.errors import AdapterError, ModelError
 from lora_hf.lora.fingerprint import fingerprint
 from lora_hf.lora.inject import count_parameters, eject, inject, lora_layers, merge, set_adapter, unmerge
 from lora_hf.lora.variants.biases import biased_modules
+from lora_hf.models.load import dequantise, quantise
 from tests.support.small_models import small_model, token_ids
-from tests.tolerances import FILE_ROUNDTRIP, MERGE_FP32
+from tests.tolerances import FILE_ROUNDTRIP, MERGE_FP32, QUANTISED_FP32
 
 BIASES = ["lora_only", "all"]
 
@@ -102,6 +104,14 @@ def test_two_adapters_of_all_biases_answer_each_for_itself() -> None:
     second = model(token_ids()).logits
     assert not torch.allclose(first, second, atol=1e-3)
     assert torch.equal(set_adapter(model, "default")(token_ids()).logits, first)
+
+
+def test_an_adapter_of_all_biases_loads_beside_packed_weights(tmp_path: Path) -> None:
+    save_adapter(trained("all"), tmp_path)
+    packed = load_adapter(quantise(small_model("roberta", 3), "int8"), tmp_path)
+    expected = dequantise(copy.deepcopy(packed))(token_ids()).logits
+    assert torch.allclose(packed(token_ids()).logits, expected, atol=QUANTISED_FP32)
+    assert not torch.allclose(set_adapter(packed, None)(token_ids()).logits, expected, atol=1e-2)
 
 
 def test_places_that_cannot_be_shared_and_biases_of_another_kind_are_refused() -> None:

@@ -47,6 +47,8 @@ def test_chosen_layers_count_from_either_end() -> None:
         ("bert", {"layers": (0,), "targets": ("q", "pooler.dense")}, "'pooler.dense' has no module in the layers 0"),
         ("roberta", {"targets": ("q",), "rank_pattern": {"k": 2}}, "lora.rank_pattern: 'k' matches no adapted module"),
         ("roberta", {"alpha_pattern": {"encoder.layer.9.x": 2}}, "'encoder.layer.9.x' matches no adapted module"),
+        ("roberta", {"alpha_pattern": {"(query": 2}}, "lora.alpha_pattern: '(query'"),
+        ("roberta", {"rank_pattern": {"(query": 2}}, "lora.rank_pattern: '(query'"),
         ("gpt2", {"rank_pattern": {"q": 2}}, "one projection for several roles, which share r and lora_alpha"),
         ("roberta", {"rank_pattern": {"q": 33}}, "expected a rank of at most 32, found 33"),
     ],
