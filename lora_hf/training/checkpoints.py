@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,6 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: found[path], reverse=True)
 
 
-def best_checkpoint(checkpoint: Path, best_step: int | None) -> Path | None:
-    """The checkpoint of step `best_step` that lies beside another, if it is there."""
-    best = checkpoint.with_name(f"checkpoint-{best_step}")
-    return best if best.is_dir() else None
-
-
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """What `CheckpointCallback` saved beside the Trainer's state.
 
@@ -78,12 +72,7 @@ def write_progress(checkpoint: Path, progress: Mapping[str, Any]) -> None:
 def reopen(checkpoint: Path) -> None:
     """Makes the checkpoint at the end of a run one from which training goes on."""
     write_progress(checkpoint, read_progress(checkpoint) | {"finished": False})
-    write_manifest(checkpoint)
-
-
-def evaluation_is_due(checkpoint: Path) -> bool:
-    """Whether a signal stopped the evaluation that belongs to this checkpoint."""
-    return bool(read_progress(checkpoint).get("evaluation_due"))
+    update_manifest(checkpoint, [PROGRESS_FILE])
 
 
 def is_evaluation(entry: Mapping[str, Any], step: int) -> bool:
@@ -94,9 +83,19 @@ def is_evaluation(entry: Mapping[str, Any], step: int) -> bool:
 def write_manifest(checkpoint: Path) -> None:
     """Completes a checkpoint: flushes every file to disk, then writes the list of their digests."""
     (checkpoint / MANIFEST_FILE).unlink(missing_ok=True)
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    digests = {str(file.relative_to(checkpoint)): sha256(file) for file in files}
+    _write_digests(checkpoint, {}, sorted(path for path in checkpoint.rglob("*") if path.is_file()))
+
+
+def update_manifest(checkpoint: Path, changed: Iterable[str]) -> None:
+    """Stores the digests of changed files of a complete checkpoint, which stays complete."""
+    known = read_json(checkpoint / MANIFEST_FILE)
+    _write_digests(checkpoint, known, [checkpoint / name for name in changed])
+
+
+def _write_digests(checkpoint: Path, known: Mapping[str, str], files: Iterable[Path]) -> None:
+    digests = dict(known)
     for file in files:
+        digests[str(file.relative_to(checkpoint))] = sha256(file)
         _flush(file)
     with atomic_path(checkpoint / MANIFEST_FILE) as partial:
         partial.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")

@@ -46,7 +46,9 @@ def plan_run(config: RunConfig) -> RunPlan:
     model, sites = prepare_model(config, task)
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary) / folder.name
-        inside = replace(config, output=replace(config.output, dir=temporary, name=folder.name))
+        # Nothing is evaluated, which patience would need, and the steps are no run for a tracker.
+        train = replace(config.train, patience=None, hf=config.train.hf | {"report_to": "none"})
+        inside = replace(config, train=train, output=replace(config.output, dir=temporary, name=folder.name))
 
         def begin() -> None:
             scratch.mkdir()

@@ -59,7 +59,6 @@ from lora_hf.training.callbacks import (
 )
 from lora_hf.training.checkpoints import (
     check_data,
-    evaluation_is_due,
     read_progress,
     translate_disk_full,
     translate_lost_process,
@@ -337,7 +336,7 @@ def _fit(run: PreparedRun, checkpoint: Path | None, handler: SignalHandler) -> M
     trainer.add_callback(handler)  # the last one: it stops the run once the others have done their part
     with handler.training(), explain_argument_errors(run.config.train.hf, lambda: trainer.training_began):
         try:
-            if checkpoint and evaluation_is_due(checkpoint):
+            if checkpoint and read_progress(checkpoint).get("evaluation_due"):
                 trainer.evaluate_checkpoint(checkpoint)
             if checkpoint and read_progress(checkpoint)["finished"]:
                 trainer.finish_from(checkpoint)

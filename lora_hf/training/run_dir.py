@@ -26,10 +26,10 @@ from lora_hf.training.checkpoints import (
     check_world_size,
     checkpoints_in,
     delete_newer,
-    evaluation_is_due,
     find_damage,
     is_evaluation,
     newest_valid,
+    read_progress,
     reopen,
 )
 from lora_hf.training.distributed import all_reduce_max, rank
@@ -40,6 +40,8 @@ LOG_FILE = "log.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 CURVES = "curves.png"
 PICTURES = (CURVES, "confusion-*.png", "reliability-*.png")
+# Of the weights that a run ends with; `eval` writes the scores.
+RESULTS = (RECORD_FILE, *PICTURES, "predictions-*", "outputs-*.jsonl", "scores-*.json")
 LOCK_FILE = ".lock"  # held while a run trains in the folder; the system releases it when the process dies
 
 # What a run may change when it resumes from a checkpoint that is named: it concerns no step of the training. The
@@ -243,8 +245,9 @@ def begin_run(
     if checkpoint is not None and saved is not None and lengthens(saved, config):
         logger.warning("%s", describe_longer(saved, config, checkpoint))
         reopen(checkpoint)
-    for result in (folder / RECORD_FILE, *pictures_in(folder)):
-        result.unlink(missing_ok=True)
+    for pattern in RESULTS:
+        for result in folder.glob(pattern):
+            result.unlink(missing_ok=True)
     if checkpoint is None:
         (folder / LOG_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
@@ -287,7 +290,7 @@ def _cut_log(path: Path, checkpoint: Path) -> None:
     """Drops the lines of a log after the checkpoint, and one that was cut off: the resumed run writes them again."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     entries = [(line, parse_json(line)) for line in lines if line.endswith("\n")]
-    step, due = _step(checkpoint), evaluation_is_due(checkpoint)
+    step, due = _step(checkpoint), read_progress(checkpoint).get("evaluation_due")
     kept = [line for line, entry in entries if entry["step"] <= step and not (due and is_evaluation(entry, step))]
     path.write_text("".join(kept), encoding="utf-8")
 
@@ -299,13 +302,13 @@ def _resumable(config: RunConfig) -> Path | None:
     for folder in (file.parent for file in sorted(files, key=os.path.getmtime, reverse=True)):
         if not checkpoints_in(folder / CHECKPOINTS_FOLDER) or (saved := _saved_config(folder)) is None:
             continue
-        differences = config_differences(saved, here)
+        # A run chooses its thresholds before it writes its other results, and may die in between.
+        differences = [each for each in config_differences(saved, here) if not each.startswith("task.thresholds ")]
         if not (folder / RECORD_FILE).exists():
             if not differences:
                 return folder
         elif finished is None and lengthens(saved, config):
-            free = (*LENGTHS, "task.thresholds ")  # the run has chosen its thresholds
-            finished = folder if all(each.startswith(free) for each in differences) else None
+            finished = folder if all(each.startswith(LENGTHS) for each in differences) else None
     return finished
 
 

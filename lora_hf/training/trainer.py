@@ -30,11 +30,11 @@ from lora_hf.lora.host_batch import ON_HOST
 from lora_hf.lora.shared_inputs import share_inputs
 from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.training.checkpoints import (
+    PROGRESS_FILE,
     STATE_FILE,
-    best_checkpoint,
     is_evaluation,
     read_progress,
-    write_manifest,
+    update_manifest,
     write_progress,
 )
 from lora_hf.training.classifier_loss import Loss, classifier_loss
@@ -222,7 +222,7 @@ class RunTrainer(Trainer):
 
     def evaluate_checkpoint(self, checkpoint: Path) -> None:
         """Makes the evaluation that a checkpoint still needs, and stores its outcome there."""
-        state = self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        state = self.state = self._read_state(checkpoint)
         stateful = [each for each in self.callback_handler.callbacks if isinstance(each, ExportableState)]
         states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         for callback in stateful:  # how long patience has lasted
@@ -244,23 +244,31 @@ class RunTrainer(Trainer):
         if self.args.should_save:
             state.save_to_json(str(checkpoint / STATE_FILE))
             write_progress(checkpoint, progress)
-            write_manifest(checkpoint)
+            random_states = [file.name for file in checkpoint.glob("rng_state*")]
+            update_manifest(checkpoint, [STATE_FILE, PROGRESS_FILE, *random_states])
         self.accelerator.wait_for_everyone()
 
     def finish_from(self, checkpoint: Path) -> None:
         """Takes the state and the best weights of a run whose training had ended, without another step."""
-        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        self.state = self._read_state(checkpoint)
         self.restore_progress(checkpoint)
         if self.state.best_model_checkpoint:
             self._load_best_model()
         self.log({"train_runtime": 0.0, "total_flos": self.state.total_flos})
         self.loss_scaling.on_train_end(self.args, self.state, self.control)
 
+    def _read_state(self, checkpoint: Path) -> TrainerState:
+        """The state in a checkpoint, which was written by the first of several processes, as that of this one."""
+        state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
+        return state
+
     def restore_progress(self, checkpoint: Path) -> None:
         """Restores what the Trainer does not, once it has the state of the checkpoint."""
         # The run folder may have been moved since.
-        best = best_checkpoint(checkpoint, self.state.best_global_step)
-        self.state.best_model_checkpoint = str(best) if best else None
+        best = checkpoint.with_name(f"checkpoint-{self.state.best_global_step}")
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         progress = read_progress(checkpoint)
         self.loss_monitor.sum += progress["loss"]
         self.loss_monitor.logged_step = progress["logged"]

@@ -9,17 +9,23 @@ from pathlib import Path
 import pytest
 
 from lora_hf.core.errors import TrainingError
+from lora_hf.training import checkpoints
 from lora_hf.training.checkpoints import (
     MANIFEST_FILE,
+    PROGRESS_FILE,
     STATE_FILE,
     checkpoints_in,
     delete_newer,
     find_damage,
     newest_valid,
+    read_progress,
+    reopen,
     resume_hint,
     rotate_checkpoints,
+    sha256,
     translate_disk_full,
     write_manifest,
+    write_progress,
 )
 
 
@@ -102,6 +108,25 @@ def test_old_checkpoints_are_deleted_but_for_the_newest_and_the_best(tmp_path: P
     assert after(2, 1) == ["4", "1"]
     assert after(3, 1) == ["4", "3", "1"]
     assert after(1, 2) == ["4", "2"], "the newest is to resume from, the best for the end"
+
+
+def test_a_reopened_checkpoint_is_complete_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights may be gigabytes, and the run may die while they are read."""
+    written = checkpoint(tmp_path, 3, complete=False)
+    write_progress(written, {"finished": True})
+    write_manifest(written)
+    read: list[str] = []
+
+    def watched(file: Path) -> str:
+        assert (written / MANIFEST_FILE).is_file()
+        read.append(file.name)
+        return sha256(file)
+
+    monkeypatch.setattr(checkpoints, "sha256", watched)
+    reopen(written)
+    assert read == [PROGRESS_FILE]
+    assert not find_damage(written)
+    assert read_progress(written) == {"finished": False}
 
 
 def test_a_resumed_run_deletes_what_came_after_its_checkpoint(tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ def test_a_plan_reports_what_a_run_would(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_one_step_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also with patience, which ends a run by its evaluations."""
     words: list[Any] = ["--config", "rule_sentiment.yaml", *SHORT[:3], "train.max_steps=1", f"output.dir={tmp_path}"]
+    words.append("train.patience=1")
     assert main(["plan", *words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["estimate"]["seconds"] > 0

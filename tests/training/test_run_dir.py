@@ -21,7 +21,7 @@ from lora_hf.cli.main import main
 from lora_hf.core.config.loader import load_config
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
-from lora_hf.core.records import RECORD_FILE
+from lora_hf.core.records import RECORD_FILE, RUN_CONFIG_FILE
 from lora_hf.training.checkpoints import checkpoints_in, translate_disk_full
 from lora_hf.training.run import Run, train
 from lora_hf.training.run_dir import LOCK_FILE, begin_run, find_run_folder, run_lock, run_state
@@ -115,6 +115,23 @@ def test_a_finished_run_and_newer_checkpoints_stay(finished: Run, rows: dict[str
     assert content(finished.folder) == before
     again = train(config_of(finished, overwrite=True), str(checkpoint), rows)
     assert again.record.metrics == finished.record.metrics
+
+
+def test_a_run_that_chose_its_thresholds_before_it_died_resumes(finished: Run) -> None:
+    config = finished.folder / RUN_CONFIG_FILE
+    config.write_text(config.read_text().replace("thresholds: null", "thresholds: [0.3, 0.6]"))
+    (finished.folder / RECORD_FILE).unlink()
+    folder, checkpoint = find_run_folder(config_of(finished), "auto")
+    assert (folder, checkpoint) == (finished.folder, finished.folder / "checkpoints" / "checkpoint-6")
+
+
+def test_a_new_run_keeps_no_results_of_the_weights_before(tmp_path: Path) -> None:
+    results = ("record.json", "scores-test.json", "outputs-test.jsonl", "predictions-test.txt", "confusion-test.png")
+    for name in (*results, "notes.md"):
+        (tmp_path / name).write_text("{}")
+    with run_lock(tmp_path) as lock:
+        begin_run(RunConfig(), tmp_path, None, lock)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != LOCK_FILE) == ["config.yaml", "notes.md"]
 
 
 def test_resume_auto_deletes_nothing(finished: Run, rows: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from lora_hf.core.errors import Interrupted
 from lora_hf.core.records import RECORD_FILE
-from lora_hf.training.checkpoints import checkpoints_in, evaluation_is_due, find_damage
+from lora_hf.training.checkpoints import checkpoints_in, find_damage, read_progress
 from lora_hf.training.run import train
 from tests.support.kills import differences, small_config, small_rows
 
@@ -64,7 +64,7 @@ def test_a_signal_in_an_evaluation_saves_and_the_run_goes_on(
     folder = tmp_path / "run"
     newest = checkpoints_in(folder / "checkpoints")[0]
     assert newest.name == f"checkpoint-{step}"
-    assert evaluation_is_due(newest)
+    assert read_progress(newest)["evaluation_due"]
     # A second signal, in the evaluation that is repeated, changes nothing.
     with pytest.raises(Interrupted, match=f"resume after step {step}"):
         train(small_config(tmp_path, **more), "auto", rows, callbacks=[InEvaluation(step, kind)])
