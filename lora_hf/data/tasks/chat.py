@@ -303,5 +303,6 @@ CHAT = Kind(
     _check,
     max_texts=1,
     read=_read,
+    input_columns=lambda _: (MESSAGES,),
     keys=("train_on", "chat_template", "drop_unlearnable"),
 )

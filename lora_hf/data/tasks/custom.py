@@ -19,7 +19,7 @@ from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.chat import CHAT
 from lora_hf.data.tasks.classification import TextClassification
 from lora_hf.data.tasks.generation import TextToText
-from lora_hf.data.tasks.kind import Kind, check_no_classes, read_columns, text_arrays
+from lora_hf.data.tasks.kind import Kind, check_no_classes, read_columns, text_arrays, text_columns_of
 from lora_hf.data.tasks.multi_label import LABEL_COLUMN, check_multi_label, multi_label_task, read_label_sets
 from lora_hf.data.tasks.question_answering import METRICS as ANSWER_METRICS
 from lora_hf.data.tasks.question_answering import check_questions_config, question_answering_task
@@ -28,7 +28,7 @@ from lora_hf.data.tasks.row_checks import class_names, nfc, read_labels
 from lora_hf.data.tasks.row_selection import limit_rows, split_rows
 from lora_hf.data.tasks.seq2seq import seq2seq_task
 from lora_hf.data.tasks.sources import DATA_DIR_VARIABLE, Source, find_data_folder
-from lora_hf.data.tasks.token_files import CONLL, TAGS, TOKENS
+from lora_hf.data.tasks.token_files import CONLL, TAGS, TOKENS, text_column
 from lora_hf.data.tasks.tokens import METRICS as TAG_METRICS
 from lora_hf.data.tasks.tokens import check_tokens_config, read_tokens, tokens_task
 
@@ -111,15 +111,20 @@ class CustomFiles:
         rows, path = self._read_file("train" if held_out else split, data_dir)
         if config.validation is not None and split in ("train", "validation"):
             self._check_one_file(data_dir)
-            parts = split_rows(rows, config.validation, config.split_seed, config.text_columns or (), str(path))
+            columns = self._kind.input_columns(config)
+            parts = split_rows(rows, config.validation, config.split_seed, columns, str(path))
             rows = parts[1] if held_out else parts[0]
         if config.train_rows is not None and split == "train":
             rows = limit_rows(rows, config.train_rows, config.split_seed)
         return rows, str(path)
 
+    @property
+    def _kind(self) -> Kind:
+        return KINDS[self.config.kind or "classification"]
+
     def _read_file(self, split: str, data_dir: str | None) -> tuple[Dataset, Path]:
         path = self.file(split, data_dir)
-        return KINDS[self.config.kind or "classification"].read(self.config, path), path
+        return self._kind.read(self.config, path), path
 
     def _check_one_file(self, data_dir: str | None) -> None:
         root, _ = find_data_folder(data_dir, "")
@@ -143,7 +148,7 @@ class CustomFiles:
         Raises:
             DataError: no folder, or not exactly one file.
         """
-        suffixes = KINDS[self.config.kind or "classification"].suffixes
+        suffixes = self._kind.suffixes
         name = self.config.name
         one_file = " With task.validation=0.1 these rows come from the training file." if split == "validation" else ""
         how_to = (
@@ -254,6 +259,7 @@ KINDS: dict[str, Kind] = {
         check_tokens_config,
         max_texts=1,
         read=read_tokens,
+        input_columns=lambda config: tuple(map(text_column, text_columns_of(config))),
         suffixes=(*TABLE_SUFFIXES, CONLL, ".txt"),
         keys=("stride",),
     ),

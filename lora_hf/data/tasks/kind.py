@@ -32,6 +32,10 @@ def text_arrays(config: TaskConfig, rows: Dataset, path: Path) -> dict[str, Any]
     return {column: rows.data.column(column).cast(pyarrow.string()) for column in texts}
 
 
+def text_columns_of(config: TaskConfig) -> tuple[str, ...]:
+    return config.text_columns or ()
+
+
 def check_no_classes(config: TaskConfig) -> list[str]:
     return [f"task.label_names: task.kind={config.kind} has no classes; leave it out"] if config.label_names else []
 
@@ -47,6 +51,7 @@ class Kind:
         check: returns what is wrong with such a config; by default that it names classes.
         max_texts: how many text columns a row may have.
         read: returns the rows of the task from a file; by default its text columns and its label column.
+        input_columns: of the rows that `read` returns, what the model reads; by default the text columns.
         suffixes: of such files.
         keys: of the `task` section that only some kinds have, and this one does.
     """
@@ -58,5 +63,6 @@ class Kind:
     check: Callable[[TaskConfig], list[str]] = check_no_classes
     max_texts: int = 2
     read: Callable[[TaskConfig, Path], Dataset] = read_columns
+    input_columns: Callable[[TaskConfig], tuple[str, ...]] = text_columns_of
     suffixes: tuple[str, ...] = TABLE_SUFFIXES
     keys: tuple[str, ...] = ()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import ConfigError
+from lora_hf.data.tasks.custom import KINDS
 from lora_hf.data.tasks.registry import task_of
 from tests.data.test_user_files import write_rows
-from tests.support.split_files import columns, message
+from tests.support.split_files import columns, load, message
 from tools.benchmark.label_rows import LABELS, label_rows
 
 SHARES = {"often": 70, "rare": 20, "rarest": 10}
@@ -81,3 +85,36 @@ def test_label_sets_are_drawn_by_their_rarest_label(tmp_path: Path) -> None:
     everything = [sum(column) for column in zip(*columns(topics, tmp_path)["label"], strict=True)]
     rarest = LABELS.index("praise")
     assert counts[rarest] == pytest.approx((counts[rarest] + everything[rarest]) / 4, abs=1)
+
+
+# By kind, the values of the text columns and of the label column of a row about a text.
+VALUES: dict[str, Callable[[str], tuple[list[Any], Any]]] = {
+    "classification": lambda text: ([text], "often"),
+    "multi_label": lambda text: ([text], ["often"]),
+    "regression": lambda text: ([text], 1.5),
+    "generation": lambda text: ([text], "Yes."),
+    "seq2seq": lambda text: ([text], "Yes."),
+    "tokens": lambda text: ([text.split()], ["O"] * len(text.split())),
+    "question_answering": lambda text: ([text, text], [{"text": text, "answer_start": 0}]),
+    "chat": lambda text: ([[{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]], None),
+}
+CLASSES = {"classification": ("often", "rare"), "multi_label": ("often", "rare"), "tokens": ("PER", "LOC")}
+
+
+@pytest.mark.parametrize("prefix", ["", "my_"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_holds_rows_out(kind: Any, prefix: str, tmp_path: Path) -> None:
+    texts = tuple(prefix + column for column in KINDS[kind].text_columns)
+    label = prefix + KINDS[kind].label_column
+    rows = []
+    for number in range(40):
+        values, answer = VALUES[kind](f"Number {number // 4} is here.")
+        rows.append(dict(zip(texts, values, strict=True)) | ({} if answer is None else {label: answer}))
+    write_rows(tmp_path / "train.jsonl", rows)
+    own = TaskConfig("own", kind=kind, text_columns=texts, label_column=label, label_names=CLASSES.get(kind))
+    config = replace(own if prefix else replace(own, text_columns=None, label_column=None), validation=0.2)
+    train, validation = load(config, tmp_path), load(config, tmp_path, "validation")
+    assert (len(train), len(validation)) == (32, 8)
+    numbers = [set(re.findall(r"Number (\d+)", str(part.to_list()))) for part in (train, validation)]
+    assert list(map(len, numbers)) == [8, 2], "rows with the same input stay together"
+    assert not numbers[0] & numbers[1]
