@@ -78,32 +78,51 @@ class Seq2Seq(TextToText):
     def _languages(self, tokenizer: Any) -> Iterator[None]:
         """Tells a tokenizer of many languages which two it reads."""
         languages = {"src_lang": self.source_lang, "tgt_lang": self.target_lang}
-        before = {}
-        for name, value in languages.items():
-            if value is not None:
-                self._check_language(tokenizer, name, value)
-                before[name] = getattr(tokenizer, name)
-                setattr(tokenizer, name, value)
+        chosen = {name: code for name, code in languages.items() if code is not None}
+        for name, code in chosen.items():
+            _language_token(tokenizer, name, code)  # raises before one of them is set
+        before = {name: getattr(tokenizer, name) for name in chosen}
+        for name, code in chosen.items():
+            setattr(tokenizer, name, code)
         try:
             yield
         finally:
-            for name, value in before.items():
-                setattr(tokenizer, name, value)
-
-    def _check_language(self, tokenizer: Any, name: str, value: str) -> None:
-        key = {"src_lang": "source_lang", "tgt_lang": "target_lang"}[name]
-        if not hasattr(tokenizer, name):
-            raise ConfigError(f"task.{key}={value}: the tokenizer of this model has no languages; leave it out")
-        known = getattr(tokenizer, "lang_code_to_id", None) or {}
-        if known and value not in known:
-            raise ConfigError(f"task.{key}={value}: expected one of {', '.join(known)}{did_you_mean(value, known)}")
+            for name, code in before.items():
+                setattr(tokenizer, name, code)
 
     def first_token(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
-        """Returns the token of the target language, with which every text begins; None for other models."""
-        if self.target_lang is None:
-            return None
-        token: Any = tokenizer.convert_tokens_to_ids(self.target_lang)
-        return token
+        """Returns the token of the target language, with which every text begins; None for other models.
+
+        Raises:
+            ConfigError: the tokenizer does not know the language.
+        """
+        return None if self.target_lang is None else _language_token(tokenizer, "tgt_lang", self.target_lang)
+
+
+def _language_token(tokenizer: Any, name: str, code: str) -> int:
+    """Returns the token of a language that the tokenizer takes as its attribute `name`.
+
+    Raises:
+        ConfigError: the tokenizer has no languages, or not this one.
+    """
+    key = {"src_lang": "source_lang", "tgt_lang": "target_lang"}[name]
+    known = _languages_of(tokenizer) if hasattr(tokenizer, name) else {}
+    if not known:
+        raise ConfigError(f"task.{key}={code}: the tokenizer of this model has no tokens for languages; leave it out")
+    token = known.get(code, known.get(f"__{code}__"))  # SeamlessM4T and PLBart take `fra` and `__fra__`
+    if token is None:
+        raise ConfigError(f"task.{key}={code}: expected one of {', '.join(known)}{did_you_mean(code, known)}")
+    return token
+
+
+def _languages_of(tokenizer: Any) -> dict[str, int]:
+    """Returns the tokens of the languages by their codes, or for a tokenizer without such a table all added tokens.
+
+    A code may also be an ordinary word of the vocabulary: M2M100 writes the language `fr` as the token `__fr__`.
+    """
+    known = getattr(tokenizer, "lang_code_to_id", None) or tokenizer.get_added_vocab()
+    others = {tokenizer.convert_tokens_to_ids(token) for token in tokenizer.special_tokens_map.values()}
+    return {code: token for code, token in known.items() if token not in others}
 
 
 def seq2seq_task(config: TaskConfig, source: Source) -> Task:
