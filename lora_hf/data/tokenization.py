@@ -89,7 +89,8 @@ def _key(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, backend:
     state = json.loads(backend) | {"truncation": None, "padding": None}
     names = tokenizer.model_input_names
     values = [type(tokenizer).__name__, tokenizer.special_tokens_map, names, limit, repr(task), state]
-    values.append(tokenizer.chat_template)
+    # What the tokenizer holds beside its backend, which has its source language.
+    values += [tokenizer.chat_template, tokenizer.truncation_side, getattr(tokenizer, "tgt_lang", None)]
     key.update(json.dumps(values, sort_keys=True, default=str).encode())
     for source in sorted((Path(__file__).parent / "tasks").glob("*.py")):
         key.update(source.read_bytes())

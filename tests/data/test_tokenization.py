@@ -11,11 +11,12 @@ from typing import Any
 import datasets
 import pytest
 from datasets import Dataset
+from transformers import SeamlessM4TTokenizer
 
 from lora_hf.core.child_process import package_environment
-from lora_hf.core.config.schema import ModelConfig
+from lora_hf.core.config.schema import ModelConfig, TaskConfig
 from lora_hf.data import tokenization
-from lora_hf.data.tasks.registry import get_task
+from lora_hf.data.tasks.registry import get_task, task_of
 from lora_hf.models.load import load_tokenizer
 
 TASK = get_task("rule-sentiment")
@@ -54,6 +55,31 @@ def test_other_rows_lengths_and_tokenizers_have_other_keys(cache: Path, tokenize
     tokenizer.add_tokens(["soup"])
     tokenization.encode(TASK, rows(), tokenizer, 64)
     assert len(list(cache.glob("*.arrow"))) == 4
+
+
+def test_the_side_that_is_truncated_is_part_of_the_key(cache: Path, tokenizer: Any) -> None:
+    first = tokenization.encode(TASK, rows(), tokenizer, 4)["input_ids"][:]
+    tokenizer.truncation_side = "left"
+    other = tokenization.encode(TASK, rows(), tokenizer, 4)["input_ids"][:]
+    assert other == [
+        tokenizer(text, truncation=True, max_length=4)["input_ids"] for text in rows()[TASK.text_columns[0]]
+    ]
+    assert other != first
+    tokenizer.padding_side = "left"  # the rows are not padded
+    assert tokenization.encode(TASK, rows(), tokenizer, 4)["input_ids"][:] == other
+    assert len(list(cache.glob("*.arrow"))) == 2
+
+
+@pytest.mark.parametrize(("language", "column"), [("src_lang", "input_ids"), ("tgt_lang", "labels")])
+def test_the_languages_of_the_tokenizer_are_part_of_the_key(language: str, column: str, cache: Path) -> None:
+    """A task without languages of its own uses those of the tokenizer, which its file need not hold."""
+    task = task_of(TaskConfig("translation", kind="seq2seq"))
+    texts = Dataset.from_dict({"source": ["a", "b", "c"], "target": ["a", "b", "c"]})
+    codes = ["__eng__", "__fra__"]
+    tokenizers = [SeamlessM4TTokenizer(additional_special_tokens=codes, **{language: code}) for code in codes]
+    for tokenizer in tokenizers:
+        ids = tokenization.encode(task, texts, tokenizer, 16)[column][:]
+        assert all(tokenizer.convert_tokens_to_ids(getattr(tokenizer, language)) in row for row in ids)
 
 
 @pytest.mark.parametrize("name", ["sst2", "web_nlg"])
