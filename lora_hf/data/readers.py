@@ -19,7 +19,7 @@ from lora_hf.core.errors import DataError, did_you_mean
 from lora_hf.core.git_lfs import ADVICE, POINTER, explain_pointer
 from lora_hf.core.parsing import parse_json
 from lora_hf.data.arrays import to_array
-from lora_hf.data.tasks.row_checks import ONE_OBJECT, check_columns, check_filled, check_text, nfc
+from lora_hf.data.tasks.row_checks import ONE_OBJECT, check_any, check_columns, check_filled, check_text, nfc
 
 if TYPE_CHECKING:
     import pyarrow
@@ -290,8 +290,7 @@ def _explain_header(header: list[str], delimiter: str) -> str:
 def _read_json(path: Path, wanted: _Wanted) -> Dataset:
     """Reads the objects of a file; a key that a row lacks is null there."""
     rows = _json_objects(path)
-    if not rows:
-        raise DataError(f"{path}: no rows; expected at least one")
+    check_any(rows, path)
     names = list(dict.fromkeys(name for row in rows for name in row))
     nested = len(rows) == 1 and any(isinstance(value, (list, dict)) for value in rows[0].values())
     found = wanted.find(names, ONE_OBJECT if nested else "")

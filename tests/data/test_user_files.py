@@ -15,7 +15,8 @@ import pytest
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import DataError
 from lora_hf.data.readers import TABLE_SUFFIXES, read_rows, read_texts, read_texts_of_adapters
-from lora_hf.data.tasks.custom import custom_task
+from lora_hf.data.tasks.custom import KINDS, custom_task
+from lora_hf.data.tasks.generation import TextGeneration
 from lora_hf.data.tasks.label_names import infer_label_names
 from tests.support.split_files import columns, message, write_text
 
@@ -304,3 +305,35 @@ def test_a_split_of_another_suffix_is_named(tmp_path: Path) -> None:
     assert "found train.xlsx" in found
     assert "found dev.csv, train.xlsx" in message(TASK, tmp_path, "validation")
     assert all(suffix in found for suffix in TABLE_SUFFIXES)
+
+
+NOTHING: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((".csv", ".tsv"), ("", "COLUMNS\n")),
+    **dict.fromkeys((".jsonl", ".txt"), ("", "\n")),
+    ".json": ("", "[]", "{}", '{"data": []}', '{"data": [{"paragraphs": []}]}'),
+    ".conll": ("", "-DOCSTART- -X- O\n\n"),
+    ".parquet": ("string", "list", "null"),  # the types of its columns
+}
+TYPES = {"string": pyarrow.string(), "list": pyarrow.list_(pyarrow.string()), "null": pyarrow.null()}
+NO_ROWS = {"tokens": (".conll", ".parquet"), "question_answering": (".json",)}
+
+
+@pytest.mark.parametrize("suffix", NOTHING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_to_answer_without_rows(kind: Any, suffix: str, tmp_path: Path) -> None:
+    named = kind in ("classification", "multi_label", "tokens")
+    task = custom_task(TaskConfig("mine", kind=kind, label_names=("neg", "pos") if named else None))
+    read = task.read_prompts if isinstance(task, TextGeneration) else task.read_inputs
+    path, names = tmp_path / f"rows{suffix}", KINDS[kind].text_columns
+    for content in NOTHING[suffix]:
+        if suffix == ".parquet":
+            pyarrow.parquet.write_table(
+                pyarrow.table({name: pyarrow.array([], TYPES[content]) for name in names}), path
+            )
+        else:
+            write_text(path, content.replace("COLUMNS", (",\t"[suffix == ".tsv"]).join(names)))
+        with pytest.raises(DataError) as error:
+            read(path)
+        assert str(error.value).startswith(str(path))
+        if suffix in NO_ROWS.get(kind, ()) and content and content in NOTHING[suffix][-2:]:
+            assert "no rows; expected at least one" in str(error.value)

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from lora_hf.core.errors import DataError, did_you_mean
 from lora_hf.data.readers import read_objects
 from lora_hf.data.tasks.chat_template import Chat, Message
+from lora_hf.data.tasks.row_checks import check_any
 
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 OTHER_NAMES = ("conversations", "conversation", PROMPT)  # of the column `messages`, the first that a file has
@@ -119,8 +120,7 @@ def _rows(path: Path, column: str) -> tuple[str, list[dict[str, Any]]]:
     names = list(dict.fromkeys(name for row in rows for name in row))
     wanted = (MESSAGES, *OTHER_NAMES) if column == MESSAGES else (column,)
     found = next((name for name in wanted if name in names), None)
-    if not rows:
-        raise DataError(f"{path}: no rows; expected at least one")
+    check_any(rows, path)
     if found is None:
         expected = f"{', '.join(wanted[:2])}, or prompt and completion" if column == MESSAGES else repr(column)
         raise DataError(

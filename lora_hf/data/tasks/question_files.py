@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import DataError
 from lora_hf.data.readers import read_rows, read_text, read_texts, to_dataset
-from lora_hf.data.tasks.row_checks import check_filled, wrong_value
+from lora_hf.data.tasks.row_checks import check_any, check_filled, wrong_value
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,8 +36,7 @@ def read_questions(path: Path, columns: Sequence[str], label: str) -> Dataset:
         values = list(zip(*(rows[name][:] for name in names), strict=True))
     else:
         values, names = list(_squad_rows(nested, path)), ("question", "context", "answers")
-    if not values:
-        raise DataError(f"{path}: no rows; expected at least one")
+    check_any(values, path)
     answers = [_check_row(value, names, path, row) for row, value in enumerate(values)]
     text = pyarrow.string()
     types = (text, text, pyarrow.list_(text), pyarrow.list_(pyarrow.int64()))
@@ -60,6 +59,7 @@ def read_inputs(path: Path, columns: Sequence[str]) -> dict[str, list]:
     if nested is None:
         return read_texts(path, columns)
     rows = list(_squad_rows(nested, path))
+    check_any(rows, path)
     for row, (question, context, _) in enumerate(rows):
         _check_texts((question, context), ("question", "context"), path, row)
     return {column: [row[index] for row in rows] for index, column in enumerate(columns)}

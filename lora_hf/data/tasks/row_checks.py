@@ -53,6 +53,12 @@ def check_filled(text: Any, path: Path, row: int, column: str) -> None:
         raise wrong_value(path, row, column, f"a text of at most {LONGEST_TEXT:,} characters", f"{len(text):,}")
 
 
+def check_any(rows: Sequence[Any] | Dataset, origin: str | Path) -> None:
+    """Raises a DataError if there are no rows."""
+    if len(rows) == 0:
+        raise DataError(f"{origin}: no rows; expected at least one")
+
+
 def check_text(rows: Dataset, origin: str, columns: tuple[str, ...]) -> None:
     """Checks that there are rows and that each of `columns` holds text, without nulls.
 
@@ -61,8 +67,7 @@ def check_text(rows: Dataset, origin: str, columns: tuple[str, ...]) -> None:
     """
     from pyarrow.compute import call_function
 
-    if len(rows) == 0:
-        raise DataError(f"{origin}: no rows; expected at least one")
+    check_any(rows, origin)
     check_columns(rows.column_names, columns, origin)
     for column in columns:
         kind = getattr(rows.features[column], "dtype", rows.features[column])

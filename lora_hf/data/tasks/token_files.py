@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import DataError, did_you_mean
 from lora_hf.data.readers import read_lines, read_rows, read_texts, to_dataset
-from lora_hf.data.tasks.row_checks import LONGEST_TEXT, check_filled, class_names, nfc, wrong_value
+from lora_hf.data.tasks.row_checks import LONGEST_TEXT, check_any, check_filled, class_names, nfc, wrong_value
 from lora_hf.data.tasks.words import Words, join_words, split_words, tag_spans
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ def read_tagged_rows(path: Path, column: str, label: str, names: Sequence[str]) 
     import pyarrow
 
     rows = list(_read(path, column, label, names))
-    if not rows:
-        raise DataError(f"{path}: no rows; expected at least one")
+    check_any(rows, path)
     name, numbers = text_column(column), pyarrow.list_(pyarrow.int32())
     columns = {
         name: [words.text for words, _ in rows],
@@ -56,7 +55,7 @@ def read_untagged_rows(path: Path, column: str) -> dict[str, list]:
     """Returns the rows of a file to answer as `read_tagged_rows`, without tags; the words of a text are found later.
 
     Raises:
-        DataError: as `read_rows`; also a row without words.
+        DataError: as `read_rows`; also no rows, or one without words.
     """
     name = text_column(column)
     if path.suffix.lower() == CONLL:
@@ -68,6 +67,7 @@ def read_untagged_rows(path: Path, column: str) -> dict[str, list]:
         if column not in rows.column_names or _holds_text(rows, column):
             return read_texts(path, (name,))
         words = [join_words(_checked_tokens(tokens, path, row, column)) for row, tokens in enumerate(rows[column][:])]
+    check_any(words, path)
     return {name: [each.text for each in words], STARTS: [each.starts for each in words], ENDS: [w.ends for w in words]}
 
 
