@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lora_hf.core.errors import DataError, did_you_mean
+from lora_hf.core.parsing import parse_json
 from lora_hf.data.readers import read_objects
 from lora_hf.data.tasks.chat_template import Chat, Message
 from lora_hf.data.tasks.row_checks import check_any
@@ -159,7 +160,7 @@ def _unpacked(value: Any) -> Any:
     """The value, or what its JSON says: tables without nested columns hold conversations as text."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
-            return json.loads(value)
+            return parse_json(value, limit=None)
         except ValueError:
             return value
     return value
@@ -212,7 +213,7 @@ def _from_share_gpt(message: Message, where: str) -> Message:
     if speaker != "function_call":
         return {"role": role, **others} if content is None else {"role": role, "content": content, **others}
     try:
-        call: Any = json.loads(content) if isinstance(content, str) else content
+        call: Any = parse_json(content, limit=None) if isinstance(content, str) else content
         function = {"name": call["name"], "arguments": call.get("arguments", {})}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -239,7 +240,7 @@ def _text(content: Any, where: str) -> str:
 def _tools(value: Any) -> list[dict[str, Any]] | None:
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = parse_json(value, limit=None)
         except ValueError as error:
             raise ValueError(f"column 'tools': expected a list of JSON schemas, found {value!r:.60}") from error
     if not value:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_hf.core.errors import DataError
+from lora_hf.core.parsing import parse_json
 from lora_hf.data.readers import read_rows, read_text, read_texts, to_dataset
 from lora_hf.data.tasks.row_checks import check_any, check_filled, wrong_value
 
@@ -66,16 +67,22 @@ def read_inputs(path: Path, columns: Sequence[str]) -> dict[str, list]:
 
 
 def _nested(path: Path) -> list[Any] | None:
-    """Returns the `data` of a file in SQuAD's format; None for any other file."""
+    """Returns the `data` of a file in SQuAD's format; None for any other file.
+
+    Raises:
+        DataError: as `read_text`; also JSON that is nested too deeply or repeats a key.
+    """
     if path.suffix.lower() != ".json":
         return None
     text = read_text(path)
     if not text.lstrip().startswith("{"):
         return None
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = parse_json(text, limit=None)
+    except json.JSONDecodeError:
         return None  # perhaps JSON lines; their reader explains what is wrong
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
     data = content.get("data")
     return data if isinstance(data, list) else None
 

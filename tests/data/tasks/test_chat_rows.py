@@ -134,6 +134,23 @@ def test_a_wrong_row(row: dict[str, Any], problem: str, tmp_path: Path) -> None:
         chats(tmp_path, [good, row])
 
 
+DEEP = "[" * 2000 + "]" * 2000
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"messages": f'[{{"role": {DEEP}}}]'}, "column 'messages': expected a list of messages"),
+        ({"messages": [USER, REPLY], "tools": DEEP}, "column 'tools': expected a list of JSON schemas"),
+        ({"messages": [USER, {"from": "function_call", "value": f'{{"name": "f", "arguments": {DEEP}}}'}]}, "a call"),
+    ],
+    ids=["messages", "tools", "a call"],
+)
+def test_json_in_a_text_that_is_too_deep(row: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"1 of 1 rows are wrong, the first is row 0 .*{problem}"):
+        chats(tmp_path, [row])
+
+
 def test_a_file_without_conversations(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"train\.jsonl: no column with conversations.*messages, conversations.*found: t"

@@ -100,6 +100,13 @@ def test_wrong_files(tmp_path: Path, text: str, expected: str) -> None:
 def test_a_damaged_squad_file(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text('{"data": [{"paragraphs": [{"context": "b"}]}]}')
     assert "data[0].paragraphs[0]: expected an object with a list 'qas'" in message(HOMES, tmp_path)
+    for text, expected in (
+        ('{"data": %s}' % ("[" * 200 + "]" * 200), "levels of nesting"),
+        ('{\n "data": [],\n "data": []\n}', "'data' appears more than once"),
+        ('{\n "data": [\n}', "not a JSON object"),
+    ):
+        (tmp_path / "train.json").write_text(text)
+        assert expected in message(HOMES, tmp_path)
 
 
 def test_wrong_configs() -> None:
