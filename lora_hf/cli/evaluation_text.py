@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lora_hf.core.formatting import cut
+
 MOST_CLASSES = 50
 MISTAKES = 5  # --json and the record of the run have all
 LONGEST = 100  # characters of a text
@@ -24,14 +26,9 @@ def describe_evaluation(evaluation: Mapping[str, Any]) -> Iterator[str]:
         worst = "most confident mistakes" if classes else "largest errors"
         yield f"{worst} ({min(MISTAKES, len(mistakes))} of {len(mistakes)} kept; --json shows all):"
     for mistake in mistakes[:MISTAKES]:
-        texts = " | ".join(map(_shortened, mistake["texts"].values()))
+        texts = " | ".join(cut(" ".join(text.split()), LONGEST) for text in mistake["texts"].values())
         confidence = f" ({mistake['confidence']:.4f})" if "confidence" in mistake else ""
         yield f"  row {mistake['row']}: {mistake['prediction']}{confidence}, label {mistake['label']}: {texts}"
-
-
-def _shortened(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def _table(classes: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Markdown tables, percentages and durations as reports and progress lines show them."""
+"""Markdown tables, percentages, durations and long texts as reports, progress lines and messages show them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], text_columns:
 def count(number: int, noun: str) -> str:
     """Such as "1 run" and "2 runs"."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def cut(text: str, longest: int) -> str:
+    """Returns the text, or the first `longest` characters of a longer one and an ellipsis."""
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def percent(fraction: float) -> str:

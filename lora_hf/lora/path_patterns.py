@@ -15,7 +15,9 @@ from typing import Any
 import regex
 
 from lora_hf.core.errors import UserError
+from lora_hf.core.formatting import cut
 
+SHOWN = 200  # characters of an expression in a message
 MAX_REPEATS = 10_000  # `regex` writes out fixed repetitions: ((a{1000}){1000}){1000} would take gigabytes
 # Names and escapes stay as they are. To `re`, a brace that begins no repetition is a brace, and a colon after a bracket
 # is a colon; to `regex`, they can begin a fuzzy match and a POSIX class.
@@ -49,7 +51,7 @@ class PathPattern:
             rewritten = _READ_DIFFERENTLY.sub(lambda found: _REWRITTEN.get(found[0], found[0]), expression)
             self._compiled = regex.compile(rewritten, regex.VERSION0)
         except (re.error, regex.error, TypeError, ValueError, OverflowError, RecursionError) as problem:
-            raise error(f"{where}: {_shown(expression)} is not a regular expression: {problem}") from problem
+            raise error(f"{where}: {cut(repr(expression), SHOWN)} is not a regular expression: {problem}") from problem
 
     def fullmatch(self, path: str) -> Any:
         return self._within_budget(self._compiled.fullmatch, path)
@@ -63,13 +65,8 @@ class PathPattern:
             return match(path, timeout=self.budget.seconds)
         except TimeoutError:
             raise self.error(
-                f"{self.where}: {_shown(self.expression)} takes too long to match module paths; write it without "
-                "repetitions inside repetitions"
+                f"{self.where}: {cut(repr(self.expression), SHOWN)} takes too long to match module paths; write it "
+                "without repetitions inside repetitions"
             ) from None
         finally:
             self.budget.seconds = max(1e-3, self.budget.seconds - (time.thread_time() - start))
-
-
-def _shown(expression: object) -> str:
-    text = repr(expression)
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from lora_hf.core.formatting import cut
+
 BINS = 15
 SHOWN = 20  # mistakes
 LONGEST_TEXT = 300  # characters of a text that are kept with a mistake
@@ -111,7 +113,7 @@ def calibration(correct: np.ndarray, confidence: np.ndarray) -> dict[str, Any]:
 def with_texts(evaluation: dict[str, Any], columns: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Returns the evaluation with the texts of each mistake, those that are long cut."""
     mistakes = [
-        {**mistake, "texts": {name: _cut(str(texts[mistake["row"]])) for name, texts in columns.items()}}
+        {**mistake, "texts": {name: cut(str(texts[mistake["row"]]), LONGEST_TEXT) for name, texts in columns.items()}}
         for mistake in evaluation["mistakes"]
     ]
     return {**evaluation, "mistakes": mistakes}
@@ -151,7 +153,3 @@ def _indicators(classes: np.ndarray, count: int) -> np.ndarray:
 
 def _most_confident(wrong: np.ndarray, confidence: np.ndarray) -> list[int]:
     return wrong[np.argsort(-confidence[wrong], kind="stable")][:SHOWN].tolist()
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}..."

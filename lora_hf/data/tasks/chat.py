@@ -30,7 +30,6 @@ from lora_hf.data.tasks.chat_rows import (
 from lora_hf.data.tasks.chat_template import Chat, ChatEncoder, read_template
 from lora_hf.data.tasks.generation import Example, TextGeneration, causal_inputs, shown
 from lora_hf.data.tasks.kind import Kind, check_no_classes
-from lora_hf.data.tasks.row_checks import check_text
 from lora_hf.data.tasks.sources import Source
 
 if TYPE_CHECKING:
@@ -79,9 +78,7 @@ class ChatTask(TextGeneration):
 
     # Rows
 
-    def check(self, rows: Dataset, split: str, origin: str) -> None:
-        """The rows have been checked one by one when they were read."""
-        check_text(rows, origin, self.text_columns)
+    check = Task.check  # the rows have been checked one by one when they were read
 
     def _example(self, *values: Any) -> Example:
         chat = self._chat(values[0])

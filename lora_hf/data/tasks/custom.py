@@ -273,12 +273,7 @@ KINDS: dict[str, Kind] = {
         keys=("stride", "null_score_threshold"),
     ),
     "seq2seq": Kind(
-        ("source",),
-        "target",
-        (),
-        seq2seq_task,
-        max_texts=1,
-        keys=("prefix", "source_lang", "target_lang"),
+        ("source",), "target", (), seq2seq_task, max_texts=1, keys=("prefix", "source_lang", "target_lang")
     ),
     "chat": CHAT,
 }

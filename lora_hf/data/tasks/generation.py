@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_hf.core.errors import DataError, ModelError
+from lora_hf.core.formatting import cut
 from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.readers import read_texts
 from lora_hf.data.tasks.base import TRUNCATED, ModelKind, Task
@@ -245,8 +246,7 @@ def one_line(text: str) -> str:
 
 def shown(value: object, longest: int = 160) -> str:
     """Returns the value as a message shows it, truncated if it is long."""
-    text = repr(value)
-    return text if len(text) <= longest else f"{text[:longest]}..."
+    return cut(repr(value), longest)
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:

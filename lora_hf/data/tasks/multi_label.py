@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.errors import DataError, did_you_mean
 from lora_hf.data.readers import to_dataset
-from lora_hf.data.tasks.base import ProblemType
+from lora_hf.data.tasks.base import ProblemType, Task
 from lora_hf.data.tasks.classification import TextClassification
 from lora_hf.data.tasks.kind import read_columns, text_arrays
-from lora_hf.data.tasks.row_checks import check_text, class_names, label_of, nfc, wrong_value
+from lora_hf.data.tasks.row_checks import class_names, label_of, nfc, wrong_value
 from lora_hf.data.tasks.sources import Source
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ class MultiLabelClassification(TextClassification):
     problem_type: ProblemType | None = "multi_label_classification"
     thresholds: tuple[float, ...] = field(default=(), repr=False)  # they are no part of the key of cached tokens
 
-    def check(self, rows: Dataset, split: str, origin: str) -> None:
-        check_text(rows, origin, self.text_columns)
+    check = Task.check  # the labels have been checked when they were read
 
     def count_classes(self, rows: Dataset) -> np.ndarray:
         return _labels_of(rows).sum(axis=0)
