@@ -15,29 +15,28 @@ HEADROOM = 128  # columns to allocate beyond those in use, so that few steps hav
 class RowCache(Cache):
     """A cache whose rows end in the same column, as in a batch padded in front.
 
-    The columns in use are `start` to `end`; a row of `n` tokens uses the last `n` of them. What stands before it is
-    masked, but must be finite: a masked NaN is still a NaN in the sum.
+    The `width` columns before a layer's `end` are in use; a row of `n` tokens uses the last `n` of them. What stands
+    before it is masked, but must be finite: a masked NaN is still a NaN in the sum.
     """
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=partial(RowLayer, self))  # type: ignore[arg-type]
-        self.rows = self.start = self.end = 0
-
-    @property
-    def width(self) -> int:
-        return self.end - self.start
+        self.rows = self.width = 0
 
     def join(self, rows: DynamicCache, count: int) -> None:
-        """Adds `count` rows, whose prompts a forward pass has written to another cache."""
-        width = rows.get_seq_length()
+        """Adds `count` rows, whose prompts a forward pass has written to another cache.
+
+        Without memory for them the rows in the cache stay as they are.
+        """
+        width = max(self.width, rows.get_seq_length())
         while len(self.layers) < len(rows.layers):
             self.layers.append(RowLayer(self))
-        fits = self.layers[0].holds(self.rows + count) and width <= self.end  # type: ignore[union-attr]
-        if not fits:
-            self._reallocate(self.rows + count, max(self.width, width), rows)
-        for layer, source in zip(self.layers, rows.layers, strict=True):
-            layer.write_rows(source.keys, source.values)  # type: ignore[union-attr]
-        self.start = min(self.start, self.end - width)
+        pairs: list[tuple[Any, Any]] = list(zip(self.layers, rows.layers, strict=True))
+        for layer, source in pairs:
+            layer.make_room(self.rows + count, width, [source.keys, source.values])
+        for layer, source in pairs:
+            layer.write_rows(source.keys, source.values)
+        self.width = width
         self.rows += count
 
     def keep(self, rows: list[int], width: int) -> None:
@@ -45,42 +44,34 @@ class RowCache(Cache):
         if rows != list(range(len(rows))):
             for layer in self.layers:
                 layer.select(rows)  # type: ignore[union-attr]
-        self.rows, self.start = len(rows), self.end - width
+        self.rows, self.width = len(rows), width
         if not rows:
             self.layers.clear()
-            self.start = self.end = 0
 
     def make_room(self) -> None:
         """Makes sure that a column is free for the next token of each row."""
-        if self.layers and self.end == self.layers[0].columns:  # type: ignore[union-attr]
-            self._reallocate(self.rows, self.width)
+        for layer in self.layers:
+            layer.make_room(self.rows, self.width, layer.buffers)  # type: ignore[union-attr]
 
     def advance(self) -> None:
         """Counts the column that a forward pass has written."""
-        self.end += 1
-
-    def _reallocate(self, rows: int, width: int, like: DynamicCache | None = None) -> None:
-        for index, layer in enumerate(self.layers):
-            source: Any = like.layers[index] if like else None
-            states = [source.keys, source.values] if source else layer.buffers  # type: ignore[union-attr]
-            layer.reallocate(rows, width, states)  # type: ignore[union-attr]
-        self.start, self.end = width - self.width, width
+        self.width += 1
+        for layer in self.layers:
+            layer.end += 1  # type: ignore[union-attr]
 
 
 class RowLayer(DynamicLayer):
-    """The keys and values of one layer: a view of the first rows and the columns in use of a larger buffer."""
+    """The keys and values of one layer: a view of the first rows and the columns in use of a larger buffer.
+
+    Each layer has its own `end`, so that it can move to a larger buffer alone: if memory runs out in between, the
+    layers still hold the same rows.
+    """
 
     def __init__(self, cache: RowCache) -> None:
         super().__init__()
         self.cache = cache
         self.buffers: list[Tensor] = []
-
-    @property
-    def columns(self) -> int:
-        return self.buffers[0].shape[2] if self.buffers else 0
-
-    def holds(self, rows: int) -> bool:
-        return bool(self.buffers) and rows <= len(self.buffers[0])
+        self.end = 0
 
     def get_seq_length(self) -> int:
         return self.cache.width
@@ -89,26 +80,33 @@ class RowLayer(DynamicLayer):
         return self.cache.width + query_length, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start, end, rows = self.cache.start, self.cache.end, self.cache.rows
+        start, end, rows = self.end - self.cache.width, self.end, self.cache.rows
         views = []
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:rows, :, end] = states[:, :, 0]
             views.append(buffer[:rows, :, start : end + 1])
         return views[0], views[1]
 
-    def reallocate(self, rows: int, width: int, states: list[Tensor]) -> None:
-        """Moves the rows to buffers like `states` for `rows` of them, which end in column `width`."""
-        start, end, used = self.cache.start, self.cache.end, self.cache.rows
-        before, self.buffers = self.buffers, []
+    def make_room(self, rows: int, width: int, states: list[Tensor]) -> None:
+        """Makes sure that `rows` rows of up to `width` tokens fit, and one more token of each.
+
+        Args:
+            states: tensors like the buffers, except for the number of rows and columns.
+        """
+        if self.buffers and rows <= len(self.buffers[0]) and width <= self.end < self.buffers[0].shape[2]:
+            return
+        used, held = self.cache.rows, self.cache.width
+        buffers = []
         for index, like in enumerate(states):
             buffer = like.new_zeros(rows, like.shape[1], width + HEADROOM, like.shape[3])
             if used:
-                buffer[:used, :, width - (end - start) : width] = before[index][:used, :, start:end]
-            self.buffers.append(buffer)
+                buffer[:used, :, width - held : width] = self.buffers[index][:used, :, self.end - held : self.end]
+            buffers.append(buffer)
+        self.buffers, self.end = buffers, width
 
     def write_rows(self, keys: Tensor, values: Tensor) -> None:
         """Writes further rows after those in use, and zeros before them."""
-        first, end = self.cache.rows, self.cache.end
+        first, end = self.cache.rows, self.end
         for buffer, states in zip(self.buffers, (keys, values), strict=True):
             rows = buffer[first : first + len(states)]
             rows[:, :, : end - states.shape[2]] = 0
@@ -118,4 +116,4 @@ class RowLayer(DynamicLayer):
         for buffer in self.buffers:
             for target, source in enumerate(rows):
                 if target != source:
-                    buffer[target, :, : self.cache.end] = buffer[source, :, : self.cache.end]
+                    buffer[target, :, : self.end] = buffer[source, :, : self.end]

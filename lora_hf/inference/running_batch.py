@@ -36,6 +36,10 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+# A token, its log-probability after temperature, top_p and top_k, and what to record of it.
+Choice = tuple[int, float, TokenLogprob | None]
+
+
 @dataclass(eq=False)
 class Row:
     """A prompt to continue.
@@ -110,19 +114,22 @@ class RunningBatch:
 
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> None:
-        """Reads the prompts of further rows, with the tokens that they already have, and generates one token each."""
+        """Reads the prompts of further rows, with the tokens that they already have, and generates one token each.
+
+        If it fails, the batch and the texts of the rows are as they were before.
+        """
         cache = DynamicCache() if self._cache_argument else None
-        logits = self._read(rows, cache)
+        choices = _choose(rows, self._read(rows, cache))
         if cache is not None:
             self.cache.join(cache, len(rows))
         self.rows += rows
-        self._choose(rows, logits)
+        self._append(rows, choices)
 
     @torch.inference_mode()
     def step(self) -> None:
         """Generates the next token of each row. Rows that have finished must have been removed."""
         if not self._cache_argument:
-            self._choose(self.rows, self._read(self.rows, None))
+            self._append(self.rows, _choose(self.rows, self._read(self.rows, None)))
             return
         self.cache.make_room()
         lengths = torch.tensor([row.length for row in self.rows])
@@ -134,7 +141,7 @@ class RunningBatch:
             inputs["position_ids"] = lengths[:, None] - 1
         logits = self._forward(self.rows, inputs, self.cache)
         self.cache.advance()
-        self._choose(self.rows, logits)
+        self._append(self.rows, _choose(self.rows, logits))
 
     @torch.inference_mode()
     def remove(self, rows: Sequence[Row]) -> None:
@@ -172,37 +179,52 @@ class RunningBatch:
         with self.adapters([row.adapter for row in rows]):
             return self.model(**inputs).logits[:, -1].float().cpu()
 
-    def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
-        """Appends a token to each row, from the logits `(rows, vocabulary)` of its next position."""
-        finite = logits.amax(1).isfinite().tolist()
-        for index, row in enumerate(rows):
-            if not finite[index]:
+    def _append(self, rows: Sequence[Row], choices: Sequence[Choice | None]) -> None:
+        """Appends to each row its next token; a row without one is broken."""
+        for row, choice in zip(rows, choices, strict=True):
+            if choice is None:
                 row.finish_reason = "broken"
-        recorded = {
-            index: logits[index].log_softmax(0)
-            for index, row in enumerate(rows)
-            if row.top_logprobs is not None and finite[index]
-        }
-        for index, row in enumerate(rows):
-            if finite[index]:
-                for processor in row.processors:
-                    generated = torch.tensor([row.tokens], dtype=torch.long)
-                    logits[index] = processor(generated, logits[index : index + 1])[0]  # type: ignore[arg-type]
-        totals, likeliest = logits.logsumexp(1).tolist(), logits.argmax(1).tolist()
-        for index, row in enumerate(rows):
-            if finite[index]:
-                token = likeliest[index]
-                if row.generator is not None:
-                    chances = logits[index : index + 1].softmax(1)
-                    token = int(torch.multinomial(chances, 1, generator=row.generator))
-                row.tokens.append(token)
-                row.log_probability += float(logits[index, token]) - totals[index]
-                if index in recorded:
-                    row.logprobs.append(_logprob(recorded[index], token, row.top_logprobs or 0))
-                if token in self.end_tokens or token in row.end_tokens:
-                    row.finish_reason = "stop"
-                elif len(row.tokens) >= row.decoding.max_new_tokens:
-                    row.finish_reason = "length"
+                continue
+            token, log_probability, recorded = choice
+            row.tokens.append(token)
+            row.log_probability += log_probability
+            if recorded is not None:
+                row.logprobs.append(recorded)
+            if token in self.end_tokens or token in row.end_tokens:
+                row.finish_reason = "stop"
+            elif len(row.tokens) >= row.decoding.max_new_tokens:
+                row.finish_reason = "length"
+
+
+def _choose(rows: Sequence[Row], logits: Tensor) -> list[Choice | None]:
+    """The next token of each row, from the logits `(rows, vocabulary)`; None where they are not finite.
+
+    Processors can make them so too: a temperature that overflows, n-grams that ban all tokens.
+    """
+    finite = logits.amax(1).isfinite()
+    recorded = {
+        index: logits[index].log_softmax(0)
+        for index, row in enumerate(rows)
+        if row.top_logprobs is not None and finite[index]
+    }
+    for index, row in enumerate(rows):
+        for processor in row.processors:
+            generated = torch.tensor([row.tokens], dtype=torch.long)
+            logits[index] = processor(generated, logits[index : index + 1])[0]  # type: ignore[arg-type]
+    finite &= logits.amax(1).isfinite()
+    totals, likeliest = logits.logsumexp(1).tolist(), logits.argmax(1).tolist()
+    choices: list[Choice | None] = []
+    for index, row in enumerate(rows):
+        if not finite[index]:
+            choices.append(None)
+            continue
+        token = likeliest[index]
+        if row.generator is not None:
+            chances = logits[index : index + 1].softmax(1)
+            token = int(torch.multinomial(chances, 1, generator=row.generator))
+        logprob = _logprob(recorded[index], token, row.top_logprobs or 0) if index in recorded else None
+        choices.append((token, float(logits[index, token]) - totals[index], logprob))
+    return choices
 
 
 def _mask(lengths: Tensor, width: int) -> Tensor:

@@ -245,7 +245,7 @@ class Engine:
             adapter: its name, or that of a base, which then runs alone.
             prompt: a text, in the form of the adapter's task; chat messages with `role` and `content`; or tokens.
             decoding: fields of `GenerateConfig` that override those of the adapter's run. `temperature`, `top_p` or
-                `top_k` turn on sampling; a temperature of 0 turns it off.
+                `top_k` turn on sampling; a temperature below 0.01 turns it off.
             deadline: as for `submit_classify`.
             bare: generate with the base alone, without the adapter.
             on_text: called with each new piece of text in the engine's thread; never under beam search.

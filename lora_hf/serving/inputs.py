@@ -26,6 +26,8 @@ from lora_hf.serving.limits import BadInputError, Limits, RefusalError, TooLarge
 from lora_hf.serving.requests import AdapterVersion
 from lora_hf.serving.worker import Worker
 
+# Below it sampling is greedy but for rounding, and logits divided by it may overflow. Clients send 1e-8 for 0.
+LEAST_TEMPERATURE = 0.01
 CHUNK = 16_384  # characters to tokenize at a time, so that a long request does not block short ones
 
 Text = str | Sequence[str]  # one text, or the texts of a task that reads two
@@ -255,7 +257,8 @@ def decoding_settings(
         BadInputError, TooLargeError: a value is invalid or above a limit.
     """
     values = {key: value for key, value in overrides.items() if value is not None}
-    if values.get("temperature") == 0:
+    temperature = values.get("temperature")
+    if isinstance(temperature, int | float) and 0 <= temperature < LEAST_TEMPERATURE:
         values = {key: value for key, value in values.items() if key not in ("temperature", "top_p", "top_k")}
         values |= {"num_beams": 1, "do_sample": False}
     elif values.keys() & {"temperature", "top_p", "top_k"}:

@@ -104,7 +104,7 @@ def openai_bodies(limits: Limits) -> tuple[Any, Any, Any]:
     nothing: Any = Annotated[float, Field(ge=0, le=0)]
     zero: Any = (nothing | None, Field(None, description="only 0"))
     no_bias: Any = Annotated[dict[str, float], Field(max_length=0)]
-    greedy = "0: the most probable text; default: as in the adapter's run, which for most is 0"
+    greedy = "below 0.01: the most probable text; default: as in the adapter's run, which for most is 0"
     sampling: dict[str, Any] = {
         "temperature": (float | None, Field(None, ge=0, le=2, description=greedy)),
         "top_p": (float | None, Field(None, gt=0, le=1)),

@@ -135,6 +135,51 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
         assert row.tokens == alone(model, row, batch.adapters).tokens
 
 
+def test_settings_that_leave_no_finite_logit_end_their_row_alone() -> None:
+    model = small_model("llama", initializer_range=0.2)
+    made = rows(do_sample=True, temperature=1.3)
+    tiny = Row(prompt(9, 8), None, GenerateConfig(max_new_tokens=5, do_sample=True, temperature=1e-40))
+    banned = Row(prompt(8, 8), None, GenerateConfig(max_new_tokens=200, no_repeat_ngram_size=1))  # of 100 words
+    run(RunningBatch(model, [], 1, lambda _: nullcontext()), {0: [made[0], banned], 1: [tiny, made[1]], 3: made[2:]})
+    assert (tiny.tokens, tiny.finish_reason) == ([], "broken")
+    assert (sorted(banned.tokens), banned.finish_reason) == (list(range(100)), "broken")
+    for row in made:
+        wanted = Row(row.prompt, None, row.decoding)
+        run(RunningBatch(model, [], 1, lambda _: nullcontext()), {0: [wanted]})
+        assert row.tokens == wanted.tokens
+
+
+@pytest.mark.parametrize("cause", ["a choice that fails", "no memory for the second layer"])
+def test_a_join_that_fails_changes_nothing(cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model("llama", initializer_range=0.5)
+    made, batch = rows(), batch_of(model)
+    batch.join(made[:2])
+    if cause == "a choice that fails":
+        faulty = Row(prompt(9, 30), None, GenerateConfig(), top_logprobs=1000)  # of 100 words
+        with pytest.raises(RuntimeError):
+            batch.join([*made[2:], faulty])
+    else:
+        new_zeros, buffers = torch.Tensor.new_zeros, []
+
+        def two_only(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
+            buffers.append(sizes)
+            if len(buffers) > 2:  # the keys and values of a layer
+                raise MemoryError
+            return new_zeros(tensor, *sizes)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_zeros", two_only)
+            with pytest.raises(MemoryError):
+                batch.join(made[2:])
+    assert batch.rows == made[:2]
+    assert not any(row.tokens for row in made[2:])
+    run(batch, {2: made[2:]})
+    for row in made:
+        wanted = alone(model, row)
+        assert row.tokens == wanted.tokens
+        assert row.log_probability == pytest.approx(wanted.log_probability, abs=MIXED_FP32 * len(row.tokens))
+
+
 def test_a_row_continues_with_the_tokens_that_it_has() -> None:
     model = small_model("llama", initializer_range=0.2)
     (wanted, row) = (rows()[4] for _ in range(2))

@@ -363,6 +363,28 @@ def test_a_failing_row_fails_only_its_own_request(
         assert close_to(engine.classify("b", TEXTS).logits, expected[digest_of(folders["b"])])
 
 
+def test_a_text_that_cannot_start_fails_only_its_own_request(folders: dict[str, Path]) -> None:
+    with served(folders, "w", "x") as engine:
+        wanted = engine.generate("x", PROMPTS[1], max_new_tokens=12)
+        with paused(engine, "w"):
+            requests = [
+                engine.submit_generate(name, PROMPTS[1], {"max_new_tokens": 12}, top_logprobs=count)
+                for name, count in (("x", None), ("w", 10**6), ("x", None))  # more than there are tokens
+            ]
+        assert [request.future.result(LIMIT) for request in requests[::2]] == [wanted, wanted]
+        with pytest.raises(RuntimeError):
+            requests[1].future.result(LIMIT)
+        assert engine.generate("x", PROMPTS[1], max_new_tokens=12) == wanted
+
+
+def test_a_temperature_next_to_zero_is_greedy(folders: dict[str, Path]) -> None:
+    with served(folders, "w") as engine:
+        greedy = engine.generate("w", PROMPTS[0], max_new_tokens=12, temperature=0)
+        for temperature in (1e-40, 1e-8, 0.0099):
+            assert engine.generate("w", PROMPTS[0], max_new_tokens=12, temperature=temperature) == greedy
+        assert engine.generate("w", PROMPTS[0], max_new_tokens=12, temperature=2.0) != greedy
+
+
 def test_close_answers_accepted_requests(folders: dict[str, Path], expected: dict[str, np.ndarray]) -> None:
     engine = served(folders, "a", "b", max_batch=1)
     with paused(engine, "a"):
