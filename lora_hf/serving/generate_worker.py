@@ -94,14 +94,14 @@ class GenerateWorker(Worker):
         return request.decoding.num_beams > 1 or self.model.config.is_encoder_decoder
 
     def _next_whole(self) -> list[GenerateRequest]:
-        """Requests with equal settings; a sampled one alone, with its own seed."""
-        decoding = self._queue[0].decoding
+        """Requests of one task with equal settings; a sampled one alone, with its own seed."""
+        decoding, task = self._queue[0].decoding, self._queue[0].version.saved.task
         size = 1 if decoding.do_sample else max(1, MAX_BEAM_TOKENS // (decoding.num_beams * decoding.max_new_tokens))
         size = min(size, self.limits.max_batch)
         requests: list[GenerateRequest] = []
         remaining: deque[GenerateRequest] = deque()
         for request in self._queue:
-            takes = len(requests) < size and request.decoding == decoding
+            takes = len(requests) < size and request.decoding == decoding and request.version.saved.task == task
             (requests if takes else remaining).append(request)
         self._queue = remaining
         return requests

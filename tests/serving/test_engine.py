@@ -157,6 +157,20 @@ def test_texts_match_generate(decoding: dict[str, Any], folders: dict[str, Path]
     assert len({text.text for text in results}) > 2, "identical texts would prove nothing"
 
 
+def test_beam_searches_of_one_task_share_a_batch(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The task decides how a text begins and ends, and what is made of it."""
+    batches: list[list[str]] = []
+    with served(folders, "w", "x") as engine:
+        engine.load("other", save_random(tmp_path / "other", "e2e_nlg"))
+        engine._current["w"][1].observer.on_batch = lambda base, rows, *_: batches.append(rows)
+        decoding = {"num_beams": 2, "max_new_tokens": 4}
+        with paused(engine, "w"):
+            requests = [engine.submit_generate(name, PROMPTS[0], decoding) for name in ("w", "other", "x", "other")]
+        for request in requests:
+            request.future.result(LIMIT)
+    assert batches == [["w", "x"], ["other", "other"]]
+
+
 def test_streamed_pieces_join_to_the_text(folders: dict[str, Path]) -> None:
     with served(folders, "w", "x") as engine:
         pieces: dict[str, list[Piece]] = {"w": [], "x": []}
