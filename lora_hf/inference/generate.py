@@ -36,6 +36,7 @@ from lora_hf.core.records import ScoreRecord
 from lora_hf.data.metrics.nlg import NlgMetric
 from lora_hf.data.tasks.generation import Example, TextGeneration, one_line
 from lora_hf.data.tasks.user_texts import honored_tokens, warn_honored_tokens
+from lora_hf.inference.text_files import text_files
 from lora_hf.lora.inject import merge as add_to_base
 from lora_hf.lora.precision import flush_denormals
 from lora_hf.models.align import check_tokens
@@ -371,7 +372,7 @@ def write_texts(path: Path, prompts: Sequence[Any], texts: Iterator[GeneratedTex
     Raises:
         ConfigError: the folder cannot be written to.
     """
-    files = (path.with_suffix(".txt") if path.suffix == ".jsonl" else path, path.with_suffix(".jsonl"))
+    files = text_files(path)
     partial_files = [file.with_name(f"{file.name}.part") for file in files]
     written = []
     try:

@@ -158,6 +158,16 @@ def test_texts_of_several_lines(writer: Path, tmp_path: Path, monkeypatch: pytes
     assert written == [CODE, CODE]
 
 
+def test_generate_never_replaces_its_prompts(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "what is 1"}])
+    before = path.read_bytes()
+    words = ["--input", path, "--output", tmp_path / "a.txt"]
+    told = ask("generate", "--adapter", tmp_path / "nowhere", *words, code=2).stderr  # before anything is loaded
+    assert f"--output {tmp_path / 'a.txt'}" in told
+    assert f"{path}, which is written too, is the --input file" in told
+    assert path.read_bytes() == before
+
+
 def test_score_reads_the_texts_of_a_table(tmp_path: Path) -> None:
     references = write_text(tmp_path / "refs.txt", "The Vaults is a pub.\n\nThe Mill is cheap.\n")
     texts = [{"prompt": "x", "text": "The Vaults is\na pub."}, {"prompt": "y", "text": "The Mill is cheap."}]

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from lora_hf.core.config.schema import GenerateConfig
-from lora_hf.core.errors import DataError
+from lora_hf.core.errors import ConfigError, DataError
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.inference.generate import GeneratedText, Generator, NoRepeatedNGram, write_texts
+from lora_hf.inference.text_files import check_text_files
 from lora_hf.training.trainer import completion_loss
 from tests.support.small_models import small_model
 from tests.tolerances import PARITY_FP32
@@ -127,6 +128,20 @@ def test_texts_and_scores_are_written_in_order(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows[1] == {"prompt": "b", "text": "zwö", "score": -2.0}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.jsonl", "out.txt"]
+
+
+@pytest.mark.parametrize("output", ["a.txt", "a.jsonl", "a.csv", "a", "elsewhere/../a.txt"])
+def test_an_output_that_would_replace_its_prompts_is_refused(output: str, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    write_texts(tmp_path / output, ["a"], iter([GeneratedText("one", -1.0)]))
+    written = {file.name for file in tmp_path.iterdir() if file.is_file()}
+    assert len(written) == 2
+    for name in ("a", "a.txt", "a.jsonl", "a.csv", "b.jsonl"):
+        if name in written:
+            with pytest.raises(ConfigError, match=r"--output .*a.* is the --input file"):
+                check_text_files(tmp_path / output, tmp_path / name)
+        else:
+            check_text_files(tmp_path / output, tmp_path / name)
 
 
 def test_an_interruption_keeps_what_it_had_and_the_older_file(tmp_path: Path) -> None:

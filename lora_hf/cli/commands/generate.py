@@ -63,8 +63,11 @@ def decoding_of(options: argparse.Namespace, default: GenerateConfig) -> Generat
 def run(options: argparse.Namespace) -> None:
     from lora_hf.adapters.resolve import find_saved_model
     from lora_hf.data.tasks.generation import TextGeneration, one_line
+    from lora_hf.inference.text_files import check_text_files
 
     check_exact(options)
+    if options.output is not None and options.input is not None:
+        check_text_files(options.output, options.input)
     saved = find_saved_model(options.adapter, options.revision, options.model)
     task = saved.task
     if not isinstance(task, TextGeneration):
