@@ -76,6 +76,16 @@ def test_the_console_answers_each_line_as_generate_does(adapter: Path, monkeypat
     assert again.text == messages[4]["content"]
 
 
+def test_sampled_replies_follow_the_seed(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, again, other = (
+        talk(monkeypatch, adapter, ["one", "/reset", "one"], "--temperature", "3", "--seed", seed) for seed in "334"
+    )
+    assert first == again
+    assert first[1] != other[1]
+    printed, (_, reply) = first
+    assert not printed.startswith(f"{reply['content']}\n"), "each turn has draws of its own"
+
+
 def test_reset_and_exit(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, messages = talk(monkeypatch, adapter, ["one", "/reset", "two", "/exit", "three"], "--system", "S")
     assert [each["content"] for each in messages if each["role"] != "assistant"] == ["S", "two"]

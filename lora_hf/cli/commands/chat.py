@@ -45,10 +45,13 @@ def run(options: argparse.Namespace) -> None:
             raise ConfigError(f"num_beams={options.num_beams}: beam search has no text to stream; leave it out")
         decoding = replace(decoding, num_beams=1)
     with heavy_imports():
+        import torch
+
         from lora_hf.inference.generate import Generator
 
     interactive = sys.stdin.isatty()
     generator = Generator.load(saved)
+    torch.manual_seed(decoding.seed)  # once: seeded for each turn, equal turns would get equal replies
     if interactive:
         print(f"{options.adapter} on {saved.model.name}; {COMMANDS}", file=sys.stderr)
     messages = _talk(generator, saved.task, decoding, options.system, interactive)
