@@ -218,7 +218,7 @@ def _base_settings_aside(model: PreTrainedModel) -> Iterator[None]:
 
 def text_limit(model: PreTrainedModel, run_length: int) -> int:
     """The most tokens of a text: the positions of a decoder, or what the encoder read in the run."""
-    positions = getattr(model.config, "max_position_embeddings", run_length)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", run_length)
     return min(run_length, positions) if model.config.is_encoder_decoder else positions
 
 

@@ -102,7 +102,9 @@ class ClassifyWorker(Worker):
             if not embeds:
                 return output_logits(self.model(**inputs)).float().cpu().numpy()
             hidden: Any = self.model.base_model(**inputs)[0].float()
-            return _mean(hidden, inputs["attention_mask"]).cpu().numpy()
+            # Without a mask, as for FNet, the batch has no padding.
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+            return _mean(hidden, mask).cpu().numpy()
 
 
 def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -262,9 +262,7 @@ class Engine:
                 raise BadInputError("num_beams: expected 1 with stop strings or log-probabilities")
             if top_logprobs is not None and worker.model.config.is_encoder_decoder:
                 raise BadInputError("logprobs: not available for an encoder-decoder")
-            encoded = encode_prompt(
-                version, worker, prompt, replace(settings, max_new_tokens=1) if fit else settings, self.limits, is_base
-            )
+            encoded = encode_prompt(version, worker, prompt, settings, self.limits, is_base, fit)
             request = GenerateRequest(
                 version,
                 self._deadline(deadline),

@@ -168,9 +168,8 @@ class GenerateWorker(Worker):
         self._record(names, names, tokens, start)
 
     def _run_whole(self, requests: Sequence[GenerateRequest]) -> int:
-        decoding = requests[0].decoding
-        positions = getattr(self.model.config, "max_position_embeddings", 0)
-        generator = Generator(self.model, self.tokenizer, requests[0].version.saved.task, positions)  # type: ignore[arg-type]
+        decoding, saved = requests[0].decoding, requests[0].version.saved
+        generator = Generator(self.model, self.tokenizer, saved.task, saved.max_length)  # type: ignore[arg-type]
         prompts = [request.prompt for request in requests]
         # The decoder of an encoder-decoder starts with one token, and not with the prompt.
         width = 1 if self.model.config.is_encoder_decoder else max(map(len, prompts))

@@ -179,9 +179,15 @@ class EncodedPrompt:
 
 
 def encode_prompt(
-    version: AdapterVersion, worker: Worker, prompt: Prompt, settings: GenerateConfig, limits: Limits, raw: bool
+    version: AdapterVersion,
+    worker: Worker,
+    prompt: Prompt,
+    settings: GenerateConfig,
+    limits: Limits,
+    raw: bool,
+    fit: bool = False,
 ) -> EncodedPrompt:
-    """Encodes a prompt that leaves space for the new tokens of `settings`.
+    """Encodes a prompt that leaves space for the new tokens of `settings`; with `fit`, for one of them at least.
 
     A text is put into the form of the adapter's task, and so is the answer; with `raw`, for a bare base, both stay as
     they are. Chat messages go through the chat template of the adapter's task or of the tokenizer.
@@ -192,7 +198,8 @@ def encode_prompt(
     task: TextGeneration = version.saved.task  # type: ignore[assignment]
     tokenizer: Any = worker.request_tokenizer
     limit = text_limit(worker.model, version.saved.max_length)
-    room = prompt_limit(worker.model, limit, settings)
+    least = replace(settings, max_new_tokens=1) if fit else settings
+    room = prompt_limit(worker.model, limit, least)
     clean: Callable[[str], str] = str
     ends: list[int] = []
     tokens: list[Any]
@@ -215,7 +222,7 @@ def encode_prompt(
         check_tokens(task, [tokens], tokenizer, worker.model)
     if len(tokens) > room:
         raise BadInputError(
-            f"prompt: has {len(tokens)} tokens; the model reads at most {room} before {settings.max_new_tokens} new "
+            f"prompt: has {len(tokens)} tokens; the model reads at most {room} before {least.max_new_tokens} new "
             "ones. Shorten it, or ask for fewer new tokens",
             "context_length_exceeded",
         )

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import ConfigError, DataError
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.inference.generate import GeneratedText, Generator, NoRepeatedNGram, write_texts
+from lora_hf.inference.generate import GeneratedText, Generator, NoRepeatedNGram, text_limit, write_texts
 from lora_hf.inference.text_files import check_text_files
 from lora_hf.training.trainer import completion_loss
 from tests.support.small_models import small_model
@@ -106,6 +108,22 @@ def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_made(gen
     long = TASK.context(f"name[{'The Vaults ' * 60}]")  # type: ignore[attr-defined]
     with pytest.raises(DataError, match=r"prompt 1 \(counting from 0\) has \d+ tokens.*reads at most 64"):
         generator.generate(["name : A", long], GenerateConfig(max_new_tokens=64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "limit"),
+    [
+        ("gpt2", {"n_positions": 70}, 70),
+        ("gemma3", {"text_config": {"max_position_embeddings": 70}}, 70),
+        ("bloom", {}, 50),
+        ("bart", {"max_position_embeddings": 70}, 50),
+        ("bart", {"max_position_embeddings": 30}, 30),
+        ("t5", {}, 50),
+    ],
+)
+def test_the_limit_of_a_text(kind: str, settings: dict[str, Any], limit: int) -> None:
+    model: Any = SimpleNamespace(config=AutoConfig.for_model(kind, **settings))
+    assert text_limit(model, 50) == limit
 
 
 def test_the_loss_of_a_completion_by_hand() -> None:

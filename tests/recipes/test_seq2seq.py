@@ -94,7 +94,11 @@ def test_it_is_served(writer: Path) -> None:
         engine.load("copies", writer)
         assert [engine.generate("copies", source).text for source in SOURCES] == expected
         request = engine.submit_generate("copies", SOURCES[0], {"num_beams": 1}, on_text=streamed.append)
-        assert engine.wait(request).text.startswith("".join(piece.text for piece in streamed))
+        greedy = engine.wait(request)
+        assert greedy.text.startswith("".join(piece.text for piece in streamed))
+        assert greedy.completion_tokens > 1
+        # A chat request without max_tokens: the source takes no space from the new tokens.
+        assert engine.wait(engine.submit_generate("copies", SOURCES[0], {"num_beams": 1}, fit=True)) == greedy
 
 
 @pytest.mark.full

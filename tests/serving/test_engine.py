@@ -16,14 +16,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
 
 from lora_hf.adapters.format import WEIGHTS_FILE
 from lora_hf.adapters.resolve import find_saved_model
-from lora_hf.core.config.schema import GenerateConfig
+from lora_hf.adapters.save_load import save_adapter
+from lora_hf.core.config.schema import GenerateConfig, LoraConfig, ModelConfig
 from lora_hf.core.errors import AdapterError, ConfigError
+from lora_hf.data.tasks.registry import get_task
 from lora_hf.inference.classify import Predictor
 from lora_hf.inference.generate import Generator
-from lora_hf.lora.inject import lora_layers
+from lora_hf.lora.inject import inject, lora_layers
+from lora_hf.models.load import load_base
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.limits import (
     BadInputError,
@@ -40,6 +44,7 @@ from lora_hf.serving.requests import Piece, digest_of
 from tests import tolerances
 from tests.support.random_adapters import PROMPTS, TEXTS, save_random
 from tests.support.waiting import LIMIT
+from tests.support.word_tokenizer import word_tokenizer
 
 TASKS = {"a": "rule-sentiment", "b": "rule-sentiment", "pair": "rte", "w": "rule-restaurants", "x": "rule-restaurants"}
 
@@ -193,6 +198,21 @@ def test_bare_requests_match_the_base_without_adapter(folders: dict[str, Path]) 
         bare = engine.submit_generate("w", PROMPTS[0], {"max_new_tokens": 12}, bare=True).future.result(LIMIT)
         assert (bare.text, bare.version) == (wanted.text, None)
         assert engine.generate("w", PROMPTS[0], max_new_tokens=12) == adapted != bare
+
+
+def test_embeddings_of_an_encoder_without_a_mask(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "pad_token_id": 1}
+    AutoModel.from_config(AutoConfig.for_model("fnet", vocab_size=100, **shape)).save_pretrained(tmp_path / "base")
+    word_tokenizer(pad_token="<pad>").save_pretrained(tmp_path / "base")
+    base = load_base(ModelConfig(name=str(tmp_path / "base"), precision="fp32"), get_task("rule-sentiment")).eval()
+    with torch.no_grad():
+        wanted = [base.base_model(torch.tensor([ids]))[0][0].mean(0) for ids in ([4, 5], [6, 7, 8], [9, 5])]
+    save_adapter(inject(base, LoraConfig(r=2, targets=("all-linear",))), tmp_path / "f", task="rule-sentiment")
+    with Engine(Limits(deadline=LIMIT), precision="fp32") as engine:
+        engine.load("f", tmp_path / "f")
+        found = engine.wait(engine.submit_embed("f", ["w0 w1", "w2 w3 w4", "w5 w1"]))
+    expected = torch.nn.functional.normalize(torch.stack(wanted))
+    assert torch.allclose(torch.tensor(found.vectors), expected, atol=tolerances.MIXED_FP32)
 
 
 def test_a_lone_adapter_is_merged_until_another_is_loaded(
