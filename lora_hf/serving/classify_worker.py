@@ -51,7 +51,7 @@ class ClassifyWorker(Worker):
             self._recent_requests = max(float(len(self._queue)), 0.9 * self._recent_requests)
             self._drop_abandoned()
             batch = self._next_batch()
-            self._waiting_rows -= len(batch)
+            self.waiting -= len(batch)
             return batch
 
     def _next_batch(self) -> Batch:

@@ -58,7 +58,7 @@ class GenerateWorker(Worker):
             with self._changed:
                 self._drop_abandoned()
                 requests = self._next_requests()
-                self._waiting_rows -= len(requests)
+                self.waiting -= len(requests)
         self._just_joined = bool(requests)
         if requests and self._runs_whole(requests[0]):
             self._generate_whole(requests)

@@ -66,7 +66,7 @@ class Worker(ABC):
         self._changed = threading.Condition()  # guards what follows, up to `_stopping`
         self._queue: deque[Any] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
-        self._waiting_rows = 0
+        self.waiting = 0  # rows in the queue
         self._wake_at = 1  # queued requests that wake the thread
         self._running = self._closed = self._stopping = False
         self._rows_per_second = 0.0  # moving average
@@ -80,11 +80,6 @@ class Worker(ABC):
         self.thread.start()
 
     # Methods for other threads.
-
-    @property
-    def waiting(self) -> int:
-        """How many rows wait."""
-        return self._waiting_rows
 
     @property
     def idle(self) -> bool:
@@ -118,16 +113,16 @@ class Worker(ABC):
         with self._changed:
             if self._stopping:
                 raise ClosingError(SHUTTING_DOWN)
-            if self._waiting_rows + request.waiting_rows > self.limits.max_queue:
+            if self.waiting + request.waiting_rows > self.limits.max_queue:
                 self._drop_abandoned()
-            if self._waiting_rows + request.waiting_rows > self.limits.max_queue:
-                seconds = self._waiting_rows / self._rows_per_second if self._rows_per_second else 1.0
+            if self.waiting + request.waiting_rows > self.limits.max_queue:
+                seconds = self.waiting / self._rows_per_second if self._rows_per_second else 1.0
                 raise QueueFullError(
-                    f"the queue is full ({self._waiting_rows} of {self.limits.max_queue} rows); retry later",
+                    f"the queue is full ({self.waiting} of {self.limits.max_queue} rows); retry later",
                     retry_after=min(max(1, round(seconds)), 60),
                 )
             self._queue.append(request)
-            self._waiting_rows += request.waiting_rows
+            self.waiting += request.waiting_rows
             if len(self._queue) >= self._wake_at:
                 self._changed.notify()
 
@@ -226,7 +221,7 @@ class Worker(ABC):
             requests, calls = list(self._queue), list(self._calls)
             self._queue.clear()
             self._calls.clear()
-            self._stopping, self._waiting_rows, self._running = True, 0, False
+            self._stopping, self.waiting, self._running = True, 0, False
         for request in requests:
             request.fail(ending)
         for _, future in calls:
@@ -300,7 +295,7 @@ class Worker(ABC):
         abandoned = [request for request in self._queue if request.abandoned]
         if abandoned:
             self._queue = deque(request for request in self._queue if request not in abandoned)
-            self._waiting_rows = sum(request.waiting_rows for request in self._queue)
+            self.waiting = sum(request.waiting_rows for request in self._queue)
             for request in abandoned:
                 request.expire()
 
