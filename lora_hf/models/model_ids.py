@@ -50,8 +50,8 @@ def is_path(name: str) -> bool:
 
 
 def is_local(name: str) -> bool:
-    """Whether a name refers to a local folder. An existing folder takes precedence over the hub."""
-    return is_path(name) or Path(name).is_dir()
+    """Whether a name refers to a local folder. An existing folder takes precedence over the hub; no name is neither."""
+    return is_path(name) or (name != "" and Path(name).is_dir())
 
 
 def is_hub_id(name: str) -> bool:

@@ -7,17 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 from lora_hf.adapters import push as push_module
+from lora_hf.adapters.format import read_adapter
 from lora_hf.adapters.push import push_adapter
+from lora_hf.adapters.save_load import save_adapter
 from lora_hf.core.config.loader import load_config
-from lora_hf.core.config.schema import ModelConfig
+from lora_hf.core.config.schema import LoraConfig, ModelConfig
 from lora_hf.core.errors import AdapterError, HubError
 from lora_hf.core.records import RECORD_FILE, RunRecord
+from lora_hf.lora.inject import inject
 from lora_hf.models.load import load_tokenizer
-from tests.support.adapters_on_disk import run_folder
+from lora_hf.models.model_ids import base_name
+from tests.support.adapters_on_disk import TASK, run_folder
 from tests.support.hub_server import TOKEN, USER, WEIGHTS, Hub, Repository
 from tests.support.small_models import small_model
 
@@ -61,6 +67,27 @@ def test_the_record_of_another_run_is_not_taken_for_its_own(adapter: Path, tmp_p
     for other in (replace(record, task="sst2"), replace(record, model="roberta-base")):
         other.save(tmp_path / "run")
         assert "**Not known:**" in push_adapter(tmp_path / "run" / "adapter", NAME, dry_run=True).card
+
+
+@pytest.mark.parametrize("base", ["tiny-roberta", "./my-base"])
+@pytest.mark.parametrize("writer", ["lora_hf", "peft"])
+def test_an_adapter_without_a_recorded_tokenizer_reads_back(
+    writer: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = inject(small_model("roberta", 2), LoraConfig(r=2, targets=("q",)))
+    model.name_or_path = base
+    folder = save_adapter(model, tmp_path / "adapter", task=TASK.name)
+    saved = read_adapter(folder)
+    if writer == "peft":
+        save_file(saved.tensors, folder / WEIGHTS)  # without the header
+        saved = read_adapter(folder)
+    uploaded = push_module._read(folder, None)[1]
+    for name, content in uploaded.items():
+        (tmp_path / name).write_bytes(content)
+    pushed = read_adapter(tmp_path)
+    assert pushed.metadata == replace(saved.metadata, base=base_name(base))
+    assert pushed.tensors.keys() == saved.tensors.keys()
+    assert all(torch.equal(tensor, saved.tensors[key]) for key, tensor in pushed.tensors.items())
 
 
 @pytest.mark.parametrize("name", ["a-lora", "a/b/c", "a b/c", "/c", "a/", "a/--b", "", "a/b.git", "ä/b"])

@@ -42,6 +42,7 @@ def test_a_folder_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "someone" / "a").mkdir(parents=True)
     assert is_local("someone/a")
     assert not is_hub_id("someone/a")
+    assert not is_local(""), "no name is no folder"
 
 
 @pytest.mark.parametrize("path", ["/x/y/last", "~/last/", "last", "C:\\x\\last", "../last"])
