@@ -21,7 +21,9 @@ from lora_hf.core.provenance import folder_size, git_state, machine, versions
 from lora_hf.core.records import MERGE_FILE, MergeRecord
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.sources import Bundled
+from lora_hf.lora.heads import task_type
 from lora_hf.lora.inject import adapter_heads, eject, merge
+from lora_hf.models.align import output_logits, reads_end_token
 from lora_hf.models.load import DTYPES, dequantise, load_base
 
 logger = logging.getLogger(__name__)
@@ -112,12 +114,18 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def draw_probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
-    """`PROBE_ROWS` random rows of token ids `(1, PROBE_LENGTH)`, shorter if the model is; without special tokens."""
-    special = set(tokenizer.all_special_ids)
-    ids = torch.tensor([token for token in range(model.config.vocab_size) if token not in special])
+    """`PROBE_ROWS` random rows of token ids `(1, PROBE_LENGTH)`, shorter if the model is.
+
+    They have no special tokens but, for a model that answers at the end token, this one at their end.
+    """
+    special, vocabulary = set(tokenizer.all_special_ids), model.config.get_text_config().vocab_size
+    ids = torch.tensor([token for token in range(vocabulary) if token not in special])
     length = min(PROBE_LENGTH, tokenizer.model_max_length)
     generator = torch.Generator().manual_seed(PROBE_SEED)
-    return list(ids[torch.randint(len(ids), (PROBE_ROWS, 1, length), generator=generator)])
+    rows = ids[torch.randint(len(ids), (PROBE_ROWS, 1, length), generator=generator)]
+    if reads_end_token(model):
+        rows[..., -1] = model.config.eos_token_id
+    return list(rows)
 
 
 def bundled_rows(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[torch.Tensor]:
@@ -131,9 +139,13 @@ def bundled_rows(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
 
 @torch.inference_mode()
 def logits(model: PreTrainedModel, probe: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The logits of all rows, flattened into one fp32 tensor on the CPU."""
-    rows = [model(input_ids=ids.to(model.device)).logits for ids in probe]
-    return torch.cat([row.float().flatten().cpu() for row in rows])
+    """The logits of all rows, flattened into one fp32 tensor on the CPU. A decoder after an encoder reads them too."""
+    decodes = task_type(model) == "SEQ_2_SEQ_LM"
+    rows = []
+    for ids in (row.to(model.device) for row in probe):
+        output = model(input_ids=ids, decoder_input_ids=ids) if decodes else model(input_ids=ids)
+        rows.append(output_logits(output).float().flatten().cpu())
+    return torch.cat(rows)
 
 
 def _drift(before: torch.Tensor, after: torch.Tensor, dtype: Dtype) -> dict[str, float]:

@@ -21,7 +21,7 @@ from lora_hf.lora.inject import adapter_state, check_adapter_exists
 from lora_hf.lora.multi_adapter import mix_adapters
 from lora_hf.lora.precision import flush_denormals
 from lora_hf.lora.unpadding import enable_unpadding
-from lora_hf.models.align import align_tokenizer, check_tokens, padding_side, split_by_length
+from lora_hf.models.align import align_tokenizer, check_tokens, output_logits, padding_side, split_by_length
 from lora_hf.models.load import dequantise
 from lora_hf.models.tokenizer_identity import tokenizer_identity
 
@@ -169,13 +169,6 @@ def pad_rows(
 ) -> BatchEncoding:
     """The rows as a batch `(rows, seq)` on the model's device."""
     return tokenizer.pad(list(rows), padding_side=padding_side(model), return_tensors="pt").to(model.device)
-
-
-def output_logits(output: Any) -> torch.Tensor:
-    """The logits of a batch; those of the starts and ends of answers as `(batch, seq, 2)`."""
-    if "start_logits" in output:
-        return torch.stack([output.start_logits, output.end_logits], dim=-1)
-    return output.logits
 
 
 @flush_denormals()

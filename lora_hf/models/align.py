@@ -1,4 +1,4 @@
-"""Holds a base and its tokenizer against each other: padding, length, inputs and token ids."""
+"""Holds a base and its tokenizer against each other: padding, length, inputs, token ids and outputs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,7 +46,7 @@ def align_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
             f"for ids below {vocabulary} only. Set pad_token in tokenizer_config.json to a token that the base has, or "
             "name another tokenizer with model.tokenizer"
         )
-    if _reads_end_token(model) and pad == model.config.eos_token_id:
+    if reads_end_token(model) and pad == model.config.eos_token_id:
         raise ModelError(
             f"{name}: the tokenizer pads with the end token {tokenizer.pad_token!r} (id {pad}), where "
             f"{type(model).__name__} reads its answer. Set pad_token in tokenizer_config.json to another token"
@@ -116,6 +117,11 @@ def padding_side(model: PreTrainedModel) -> Literal["left", "right"]:
     return "left" if model.config.model_type == "xlnet" and not has_token_outputs else "right"
 
 
+def reads_end_token(model: PreTrainedModel) -> bool:
+    """Whether this is the classifier of an encoder-decoder, whose answer is at the end token."""
+    return model.config.is_encoder_decoder and hasattr(model, "classification_head")
+
+
 def split_by_length(model: PreTrainedModel, rows: Sequence[T], lengths: Sequence[int]) -> list[list[T]]:
     """Splits a batch into batches without padding, where padding would change the outputs; else returns it whole.
 
@@ -125,6 +131,13 @@ def split_by_length(model: PreTrainedModel, rows: Sequence[T], lengths: Sequence
     if model.config.model_type not in READS_PADDING:
         return [list(rows)]
     return [[row for row, each in zip(rows, lengths, strict=True) if each == length] for length in sorted({*lengths})]
+
+
+def output_logits(output: Any) -> torch.Tensor:
+    """The logits of a batch; those of the starts and ends of answers as `(batch, seq, 2)`."""
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    return output.logits
 
 
 def check_tokens(
@@ -158,7 +171,7 @@ def check_tokens(
             "base's own tokenizer with model.tokenizer, or resize the base's embeddings"
         )
     _warn_of_unknown_words(task, values, parents, tokenizer)
-    if _reads_end_token(model):
+    if reads_end_token(model):
         end = model.config.eos_token_id
         encode: Any = tokenizer
         usual = encode(*["a"] * len(task.text_columns))
@@ -206,11 +219,6 @@ def _counts_from_padding(model: PreTrainedModel) -> bool:
         and _POSITIONS.search(path.rpartition(".")[2])
         for path, module in model.base_model.named_modules()
     )
-
-
-def _reads_end_token(model: PreTrainedModel) -> bool:
-    """Whether this is the classifier of an encoder-decoder, whose answer is at the end token."""
-    return model.config.is_encoder_decoder and hasattr(model, "classification_head")
 
 
 def _reads(model: PreTrainedModel, name: str) -> bool:

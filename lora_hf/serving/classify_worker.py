@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from lora_hf.core.errors import AdapterError
-from lora_hf.inference.classify import output_logits, pad_rows
-from lora_hf.models.align import split_by_length
+from lora_hf.inference.classify import pad_rows
+from lora_hf.models.align import output_logits, split_by_length
 from lora_hf.serving.requests import ClassifyResult, EmbedRequest, EmbedResult, RowsRequest
 from lora_hf.serving.worker import Worker
 

@@ -11,7 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    pipeline,
+)
 
 from lora_hf.adapters import merge as merge_module
 from lora_hf.adapters.merge import merge_adapter, plain_model
@@ -27,6 +34,7 @@ from lora_hf.lora.fingerprint import base_tensors
 from lora_hf.lora.inject import (
     adapter_heads,
     add_weights,
+    eject,
     inject,
     inject_head,
     lora_layers,
@@ -35,7 +43,9 @@ from lora_hf.lora.inject import (
     unmerge,
 )
 from lora_hf.models.load import DTYPES, load_base
-from tests.support.small_models import randomize_lora_b, small_model, token_ids
+from tests.support.model_classes import outputs_of
+from tests.support.small_models import SHAPES, randomize_lora_b, small_config, small_model, token_ids
+from tests.support.word_tokenizer import word_tokenizer
 from tests.tolerances import MERGE_BF16, MERGE_FP16, MERGE_FP32
 
 # kind, num_labels, targets: nn.Linear, Conv1D, and slices of a fused projection.
@@ -89,6 +99,24 @@ def test_a_head_that_is_the_embeddings_is_not_merged() -> None:
     with pytest.raises(AdapterError, match="lm_head: the input embeddings and the output head share its weight"):
         merge(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base_tensors(model).items())
+
+
+# Models whose inputs or outputs differ from those of a classifier or a causal language model.
+KINDS = [
+    ("roberta", AutoModelForQuestionAnswering),
+    ("bart", AutoModelForQuestionAnswering),
+    ("bart", AutoModelForSequenceClassification),
+    ("t5", AutoModelForSeq2SeqLM),
+    ("marian", AutoModelForSeq2SeqLM),
+    ("gemma3", AutoModelForCausalLM),
+]
+
+
+# A config in two parts, so that the outer one has no vocabulary.
+_GEMMA3 = {
+    "text_config": {"vocab_size": 100, **SHAPES["gemma3_text"]},
+    "vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+}
 
 
 def saved_adapter(folder: Path, kind: str, std: float = 0.05, lora: bool = True) -> Path:
@@ -176,6 +204,30 @@ def test_an_adapter_that_is_only_a_head_merges_too(tmp_path: Path) -> None:
     rows = {"sentence": ["A fine film.", "A dull film."]}
     answers = [Predictor.load(find_saved_model(place), "fp32").logits(rows) for place in (folder, tmp_path / "merged")]
     assert answers[0] == pytest.approx(answers[1], abs=MERGE_FP32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "auto"), KINDS)
+def test_models_of_every_kind_are_compared(
+    kind: str, auto: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **_GEMMA3) if kind == "gemma3" else small_config(kind)
+    auto.from_config(config).save_pretrained(tmp_path / "base")
+    word_tokenizer(ends=True, pad_token="<pad>").save_pretrained(tmp_path / "base")
+    model = auto.from_pretrained(tmp_path / "base").eval()
+    bare = outputs_of(model)
+    randomize_lora_b(inject(model, LoraConfig(r=2, targets=("q", "v"))))
+    expected = outputs_of(model)
+    saved = find_saved_model(save_adapter(model, tmp_path / "adapter"))
+    record = merge_adapter(saved, tmp_path / "merged")
+    assert record.drift["relative"] <= merge_module.TOLERANCES["fp32"]
+    found = outputs_of(auto.from_pretrained(tmp_path / "merged").eval())
+    assert float((found - expected).abs().max()) <= MERGE_FP32 * max(1.0, float(expected.abs().max()))
+    assert not torch.allclose(bare, expected, atol=10 * MERGE_FP32), "the adapter does something"
+    monkeypatch.setattr(merge_module, "plain_model", eject)  # a merge that forgets the adapter
+    with pytest.raises(AdapterError, match="not written: merging in fp32"):
+        merge_adapter(saved, tmp_path / "wrong")
 
 
 def test_the_merged_head_is_that_of_the_active_adapter() -> None:
