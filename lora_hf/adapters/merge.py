@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_hf.adapters.resolve import SavedModel, run_sections
-from lora_hf.adapters.save_load import load_saved_model
+from lora_hf.adapters.save_load import load_saved_model, plain_model
 from lora_hf.core.atomic_io import atomic_folder
 from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import AdapterError
@@ -22,7 +22,6 @@ from lora_hf.core.records import MERGE_FILE, MergeRecord
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.sources import Bundled
 from lora_hf.lora.heads import task_type
-from lora_hf.lora.inject import adapter_heads, eject, merge
 from lora_hf.models.align import output_logits, reads_end_token
 from lora_hf.models.load import DTYPES, dequantise, load_base
 
@@ -102,15 +101,6 @@ def _rounding(saved: SavedModel, dtype: Dtype, probe: Sequence[torch.Tensor]) ->
     exact = logits(base, probe)
     rounded = logits(dequantise(base).to(DTYPES[dtype]).float(), probe)  # type: ignore[arg-type]
     return _drift(exact, rounded, dtype)["relative"]
-
-
-def plain_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without LoRA layers: the active adapter merged into the base, and its head in place of the base's."""
-    heads = {path: head.modules_to_save[head.active] for path, head in adapter_heads(model).items() if head.active}
-    eject(merge(model))
-    for path, head in heads.items():  # eject restores the base's head if the adapter has no LoRA layer
-        model.set_submodule(path, head)
-    return model
 
 
 def draw_probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:

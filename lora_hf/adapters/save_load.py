@@ -278,10 +278,19 @@ def load_saved_model(
         check_tokenizer(saved.folder, tokenizer_identity(tokenizer))
     model.eval()
     if dynamic:
-        return quantise(eject(merge(dequantise(model))), "int8", dynamic=True), tokenizer
+        return quantise(plain_model(dequantise(model)), "int8", dynamic=True), tokenizer
     if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
         model.to(device)  # type: ignore[call-arg]
     return model, tokenizer
+
+
+def plain_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without LoRA layers: the active adapter merged into the base, and its head in place of the base's."""
+    heads = {path: head.modules_to_save[head.active] for path, head in adapter_heads(model).items() if head.active}
+    eject(merge(model))
+    for path, head in heads.items():  # eject restores the base's head if the adapter has no LoRA layer
+        model.set_submodule(path, head)
+    return model
 
 
 def _load_heads(model: PreTrainedModel, file: AdapterFile, name: str) -> None:

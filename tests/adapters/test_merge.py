@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,9 +22,10 @@ from transformers import (
 )
 
 from lora_hf.adapters import merge as merge_module
-from lora_hf.adapters.merge import merge_adapter, plain_model
+from lora_hf.adapters import save_load
+from lora_hf.adapters.merge import merge_adapter
 from lora_hf.adapters.resolve import find_saved_model
-from lora_hf.adapters.save_load import load_adapter, save_adapter
+from lora_hf.adapters.save_load import load_adapter, plain_model, save_adapter
 from lora_hf.core.config.schema import LoraConfig, ModelConfig
 from lora_hf.core.errors import AdapterError, ConfigError, DataError
 from lora_hf.core.records import MERGE_FILE, MergeRecord
@@ -34,7 +36,6 @@ from lora_hf.lora.fingerprint import base_tensors
 from lora_hf.lora.inject import (
     adapter_heads,
     add_weights,
-    eject,
     inject,
     inject_head,
     lora_layers,
@@ -46,7 +47,7 @@ from lora_hf.models.load import DTYPES, load_base
 from tests.support.model_classes import outputs_of
 from tests.support.small_models import SHAPES, randomize_lora_b, small_config, small_model, token_ids
 from tests.support.word_tokenizer import word_tokenizer
-from tests.tolerances import MERGE_BF16, MERGE_FP16, MERGE_FP32
+from tests.tolerances import INT8_MODEL_RTOL, MERGE_BF16, MERGE_FP16, MERGE_FP32
 
 # kind, num_labels, targets: nn.Linear, Conv1D, and slices of a fused projection.
 PLACES: dict[str, tuple[str, int | None, tuple[str, ...]]] = {
@@ -206,6 +207,13 @@ def test_an_adapter_that_is_only_a_head_merges_too(tmp_path: Path) -> None:
     assert answers[0] == pytest.approx(answers[1], abs=MERGE_FP32)
 
 
+def test_an_adapter_that_is_only_a_head_runs_in_int8_too(tmp_path: Path) -> None:
+    saved = find_saved_model(saved_adapter(tmp_path / "adapter", "roberta", lora=False))
+    rows = {"sentence": ["A fine film.", "A dull film."]}
+    exact, found = (Predictor.load(saved, precision).logits(rows) for precision in ("fp32", "int8"))
+    assert 0 < np.linalg.norm(found - exact) <= INT8_MODEL_RTOL * np.linalg.norm(exact)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "auto"), KINDS)
 def test_models_of_every_kind_are_compared(
@@ -225,7 +233,7 @@ def test_models_of_every_kind_are_compared(
     found = outputs_of(auto.from_pretrained(tmp_path / "merged").eval())
     assert float((found - expected).abs().max()) <= MERGE_FP32 * max(1.0, float(expected.abs().max()))
     assert not torch.allclose(bare, expected, atol=10 * MERGE_FP32), "the adapter does something"
-    monkeypatch.setattr(merge_module, "plain_model", eject)  # a merge that forgets the adapter
+    monkeypatch.setattr(save_load, "merge", lambda model: model)  # a merge that forgets the adapter
     with pytest.raises(AdapterError, match="not written: merging in fp32"):
         merge_adapter(saved, tmp_path / "wrong")
 
@@ -250,7 +258,7 @@ def test_a_drift_that_rounding_does_not_explain_writes_nothing(
     monkeypatch.setattr(merge_module, "_rounding", lambda *_: 1e-6)
     with pytest.raises(AdapterError, match=r"not written: merging in bf16 .* Merge in fp32"):
         merge_adapter(find_saved_model(classifier), tmp_path / "merged", "bf16")
-    monkeypatch.setattr(merge_module, "merge", lambda model: model)  # a merge that forgets the adapter
+    monkeypatch.setattr(save_load, "merge", lambda model: model)  # a merge that forgets the adapter
     with pytest.raises(AdapterError, match="not written: merging in fp32"):
         merge_adapter(find_saved_model(classifier), tmp_path / "merged")
     assert not list(tmp_path.iterdir())
