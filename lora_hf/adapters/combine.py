@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -25,8 +25,10 @@ from lora_hf.core.records import COMBINE_FILE, CombineRecord
 from lora_hf.lora.inject import adapter_heads, adapter_names, add_weights, check_new_adapter, inject_head, lora_layers
 from lora_hf.lora.kernels.combination import Factors, drop, elect, shorten, sum_of_factors, svd_of_factors, trim
 from lora_hf.lora.layers import LoraLinear, LoraWeights
+from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.slices import diagonal_blocks, slice_columns, slice_width
 from lora_hf.lora.variants.biases import standalone_biases
+from lora_hf.lora.variants.tokens import token_rows
 from lora_hf.models.tokenizer_identity import tokenizer_identity
 
 Method = Literal["linear", "svd", "ties", "dare"]
@@ -125,7 +127,8 @@ def combine_adapters(
 
     Raises:
         AdapterError: no adapter of a name; `name` is taken; `ties` on adapters that adapt different columns; `linear`
-            or `svd` on a variant that adds more than `scaling * B A`; trained biases. The model is unchanged.
+            or `svd` on a variant that adds more than `scaling * B A`; trained biases or rows of tokens; a module that
+            only some of the adapters train whole. The model is unchanged.
         ConfigError: an invalid argument, or a rank above the smaller side of a module.
     """
     _check(model, weights, name, method, rank, density)
@@ -148,7 +151,7 @@ def combine_adapters(
         added = add_weights(model, path, name, new.slices, new.rank, lora_alpha=new.rank)  # B includes the scaling
         added.lora_A.copy_(torch.cat([a for a, _ in new.factors]))
         added.lora_B.copy_(torch.cat([b for _, b in new.factors]))
-    for head in adapter_heads(model).values():
+    for head in _shared_heads(model, weights):
         head.add(name, _average(head.modules_to_save, weights))
     inject_head(model, name)
     return Combination(
@@ -279,6 +282,20 @@ def _threshold(sources: Sequence[_Source], name: str, density: float) -> torch.T
     return magnitudes.kthvalue(len(magnitudes) - count + 1).values
 
 
+def _shared_heads(model: PreTrainedModel, adapters: Collection[str]) -> list[ModulesToSaveWrapper]:
+    """The heads that the adapters train; raises AdapterError for one that only some of them train."""
+    shared = []
+    for path, head in adapter_heads(model).items():
+        training = [name for name in adapters if name in head.modules_to_save]
+        if 0 < len(training) < len(adapters):
+            raise AdapterError(
+                f"{path}: of {', '.join(adapters)}, only {', '.join(training)} trained this module whole, so it has no "
+                "average; combine adapters with the same modules_to_save"
+            )
+        shared += [head] if training else []
+    return shared
+
+
 def _average(heads: nn.ModuleDict, weights: Mapping[str, float]) -> nn.Module:
     states = [(heads[name].state_dict(), weight / sum(weights.values())) for name, weight in weights.items()]
     average = copy.deepcopy(heads[next(iter(weights))])
@@ -307,14 +324,20 @@ def _check(
             raise AdapterError(f"no adapter {adapter!r} on this model{hint}; it has: {', '.join(known) or 'none'}")
         if not math.isfinite(weight):
             raise ConfigError(f"weight of {adapter}: expected a number, found {weight}")
-        layers = [layer for layer in lora_layers(model).values() if adapter in layer.adapters]
-        biased = any(layer.adapters[adapter].bias is not None for layer in layers)
+        layers = [layer.adapters[adapter] for layer in lora_layers(model).values() if adapter in layer.adapters]
+        biased = any(each.bias is not None or each.lora_bias is not None for each in layers)
         if biased or standalone_biases(model, adapter, ""):
             raise AdapterError(
-                f"adapter {adapter!r} trains biases, which cannot be combined; combine adapters with lora.bias=none"
+                f"adapter {adapter!r} trains biases, which cannot be combined; combine adapters with lora.bias=none "
+                "and without PEFT's lora_bias"
+            )
+        if token_rows(model, adapter):
+            raise AdapterError(
+                f"adapter {adapter!r} trains rows of the embeddings, which cannot be combined; combine adapters "
+                "without PEFT's trainable_token_indices"
             )
     check_new_adapter(model, name)
-    if adapter_heads(model) and abs(sum(weights.values())) < 1e-6:
+    if _shared_heads(model, weights) and abs(sum(weights.values())) < 1e-6:
         raise ConfigError(
             f"weights: expected a sum other than 0, because heads are divided by it, found {sum(weights.values()):g}"
         )

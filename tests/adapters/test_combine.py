@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from lora_hf.adapters.format import CONFIG_FILE
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError, UserError
-from lora_hf.lora.inject import adapter_heads, adapter_names, inject, lora_layers, set_adapter
+from lora_hf.lora.inject import adapter_heads, adapter_names, adapter_state, inject, lora_layers, set_adapter
 from lora_hf.lora.layers import LoraLinear
+from lora_hf.lora.variants.tokens import add_token_rows
 from tests.support.small_models import randomize_lora_b, small_model, token_ids
 from tests.tolerances import COMBINE_RTOL, COMBINE_SVD_RTOL, FILE_ROUNDTRIP, LEFT_OUT_RTOL, PARITY_FP32
 
@@ -314,10 +316,48 @@ def test_folders_that_do_not_belong_together_are_refused(saved: Path) -> None:
         combine_saved([(saved / "binary", 0.5)], saved / "out")
 
 
-def test_trained_biases_are_not_dropped_in_silence() -> None:
+def with_bias_of_b(model: Any, name: str) -> None:
+    inject(model, LoraConfig(r=2), name)
+    for layer in lora_layers(model).values():
+        layer.adapters[name].lora_bias = nn.Parameter(torch.ones(layer.out_features))
+
+
+def with_token_rows(model: Any, name: str) -> None:
+    inject(model, LoraConfig(r=2), name)
+    add_token_rows(model, {"roberta.embeddings.word_embeddings": [7]}, name, adapter_state(model))
+
+
+# How an adapter gets what cannot be combined, and the words of the refusal.
+MORE_THAN_LORA: dict[str, tuple[Callable[[Any, str], object], str]] = {
+    "biases": (lambda model, name: inject(model, LoraConfig(r=2, bias="lora_only"), name), "trains biases"),
+    "biases of B": (with_bias_of_b, "trains biases"),
+    "token rows": (with_token_rows, "trainable_token_indices"),
+}
+
+
+@pytest.mark.parametrize("more", MORE_THAN_LORA)
+def test_what_cannot_be_combined_is_not_dropped_in_silence(more: str) -> None:
+    add, message = MORE_THAN_LORA[more]
     model = small_model("roberta", 2)
-    inject(model, LoraConfig(r=2, bias="lora_only"), "biased")
+    add(model, "more")
     inject(model, LoraConfig(r=2), "plain")
-    with pytest.raises(AdapterError, match="'biased' trains biases"):
-        combine_adapters(model, {"plain": 1.0, "biased": 1.0})
+    with pytest.raises(AdapterError, match=f"'more' .*{message}"):
+        combine_adapters(model, {"plain": 1.0, "more": 1.0})
+    assert adapter_names(model) == ["more", "plain"]
     combine_adapters(model, {"plain": 1.0})
+
+
+def test_a_module_that_only_some_adapters_train_is_not_averaged() -> None:
+    model = inject(small_model("llama"), LoraConfig(r=2, targets=("q",)), "plain")
+    inject(model, LoraConfig(r=2, targets=("q",), modules_to_save=("norm",)), "whole")
+    norms = model.model.norm.modules_to_save
+    nn.init.normal_(norms["whole"].weight)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(AdapterError, match=r"model\.norm: of plain, whole, only whole"):
+        combine_adapters(model, {"plain": 0.5, "whole": 0.5}, "mix")
+    after = model.state_dict()
+    assert adapter_names(model) == ["plain", "whole"]
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    combine_adapters(model, {"whole": 2.0}, "mix")
+    assert torch.equal(norms["mix"].weight, norms["whole"].weight)
