@@ -41,6 +41,15 @@ MODEL_KINDS: dict[str, ModelKind] = {
     "SEQ_2_SEQ_LM": "seq2seq-lm",
     "CAUSAL_LM": "causal-lm",
 }
+# transformers' class for the base by PEFT's task_type: names, because a model card needs no torch.
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,11 @@ class PlainText(TextToText):
 
 def plain_text() -> Task:
     return PlainText(name=UNRECORDED, source=NoSource(), text_columns=("prompt", "completion"), metric="e2e_nlg")
+
+
+def auto_class(task_type: str | None) -> str | None:
+    """The class in `AUTO_CLASSES`, None for another task_type; PEFT users often give a causal language model none."""
+    return AUTO_CLASSES.get(task_type or "CAUSAL_LM")
 
 
 def infer_task(config: Mapping[str, Any], metadata: AdapterMetadata, folder: Path, base: ModelConfig) -> Task | None:

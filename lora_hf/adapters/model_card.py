@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_hf.adapters.format import AdapterMetadata, base_of
+from lora_hf.adapters.infer_task import auto_class
 from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.formatting import table
 from lora_hf.core.records import RunRecord, ScoreRecord
@@ -228,16 +229,15 @@ def _usage(repo_id: str, facts: Facts) -> str:
         ("transformers, which needs peft for this", "", f'model.load_adapter("{repo_id}")'),
     ]
     parts = [f"With {name}:\n\n```python\n{_code(facts, imported, load)}\n```" for name, imported, load in blocks]
-    if facts.metadata.task:
-        verb = "predict --text TEXT" if facts.config.get("task_type") == "SEQ_CLS" else "generate --input FILE"
-        parts.append(f"From the command line, with lora_hf: `lora-hf {verb} --adapter {repo_id}`.")
+    if (task := facts.task) is not None:
+        given = "--text TEXT" if task.verb == "predict" and len(task.text_columns) == 1 else "--input FILE"
+        parts.append(f"From the command line, with lora_hf: `lora-hf {task.verb} {given} --adapter {repo_id}`.")
     return "\n\n".join(parts)
 
 
 def _code(facts: Facts, imported: str, load: str) -> str:
-    classifies = facts.config.get("task_type") == "SEQ_CLS"
-    auto_class = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
-    lines = [imported, f"from transformers import {auto_class}"]
+    name = auto_class(facts.config.get("task_type")) or "AutoModel"
+    lines = [imported, f"from transformers import {name}"]
     base = f'"{facts.hub_base}"' if facts.hub_base else f'"path/to/{base_name(facts.base) or "the-base"}"'
     if facts.base in BUNDLED:
         lines.insert(1, "from lora_hf.models.load import BUNDLED_FOLDER")
@@ -247,5 +247,5 @@ def _code(facts: Facts, imported: str, load: str) -> str:
         options.append(f"num_labels={facts.metadata.num_labels}")
     if facts.hub_base and facts.metadata.revision:
         options.append(f'revision="{facts.metadata.revision}"')
-    call = f"model = {auto_class}.from_pretrained({base}, {', '.join(options)})"
+    call = f"model = {name}.from_pretrained({base}, {', '.join(options)})"
     return "\n".join([*filter(None, lines), "", call, load, "model.eval()"])

@@ -8,9 +8,12 @@ import pytest
 from huggingface_hub import ModelCard
 
 from lora_hf.adapters.format import AdapterMetadata, read_adapter_config
+from lora_hf.adapters.infer_task import MODEL_KINDS, auto_class
 from lora_hf.adapters.model_card import Facts, model_card
 from lora_hf.adapters.resolve import run_config
+from lora_hf.core.config.schema import TaskConfig
 from lora_hf.core.records import RECORD_FILE, RunRecord, ScoreRecord
+from lora_hf.models.load import AUTO_CLASSES
 from tests.support.adapters_on_disk import run_folder
 
 NAME = "someone/a-lora"
@@ -116,6 +119,37 @@ def test_a_file_of_peft_alone_says_what_is_not_known(facts: Facts) -> None:
     assert "`lora-hf" not in card, "the command line needs to know the task"
     assert card_data(card).base_model == "openai-community/gpt2"
     assert card_data(card).eval_results is None
+
+
+# The class of the base and the command by PEFT's task_type, and the kind of the task.
+KINDS: dict[tuple[str, str], tuple[str, str]] = {
+    ("SEQ_CLS", "classification"): ("AutoModelForSequenceClassification", "predict --text TEXT"),
+    ("TOKEN_CLS", "tokens"): ("AutoModelForTokenClassification", "predict --text TEXT"),
+    ("QUESTION_ANS", "question_answering"): ("AutoModelForQuestionAnswering", "predict --input FILE"),
+    ("SEQ_2_SEQ_LM", "seq2seq"): ("AutoModelForSeq2SeqLM", "generate --input FILE"),
+    ("CAUSAL_LM", "generation"): ("AutoModelForCausalLM", "generate --input FILE"),
+}
+
+
+@pytest.mark.parametrize(("task_type", "kind"), KINDS)
+def test_the_code_loads_the_base_and_asks_for_what_the_task_answers(task_type: str, kind: Any, facts: Facts) -> None:
+    auto_class, command = KINDS[task_type, kind]
+    assert facts.run is not None
+    labels = ("O", "B-X", "I-X") if task_type.endswith("_CLS") else None
+    run = replace(facts.run, task=TaskConfig("mine", kind=kind, label_names=labels))
+    config, metadata = {**facts.config, "task_type": task_type}, AdapterMetadata(task="mine")
+    card = model_card(NAME, Facts(config, metadata, run))
+    assert card.count(f"import {auto_class}\n") == card.count(f"model = {auto_class}.from_pretrained(") == 3
+    assert f"`lora-hf {command} --adapter {NAME}`" in card
+    assert "`lora-hf" not in model_card(NAME, Facts(config, metadata)), "without its run nobody knows the task"
+
+
+def test_the_classes_are_those_that_the_commands_load() -> None:
+    assert {name: auto_class(name) for name in MODEL_KINDS} == {
+        name: AUTO_CLASSES[kind].__name__ for name, kind in MODEL_KINDS.items()
+    }
+    assert (auto_class("FEATURE_EXTRACTION"), auto_class(None)) == ("AutoModel", "AutoModelForCausalLM")
+    assert auto_class("SOMETHING_ELSE") is None
 
 
 def test_a_local_base_is_called_by_its_base_name(facts: Facts, tmp_path: Path) -> None:

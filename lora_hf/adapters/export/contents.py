@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -19,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_hf.adapters.fit import check_shapes
 from lora_hf.adapters.format import WEIGHTS_FILE, AdapterFile, base_of, read_adapter
+from lora_hf.adapters.infer_task import AUTO_CLASSES, auto_class
 from lora_hf.adapters.peft_config import (
     PREFIX,
     TARGET_FIELDS,
@@ -33,17 +33,6 @@ from lora_hf.core.errors import AdapterError
 from lora_hf.lora.target_modules import adaptable_modules
 from lora_hf.lora.variants.tokens import FILE_KEY
 from lora_hf.models.load import read_config
-
-# The class of the base by PEFT's task_type.
-_AUTO_CLASSES: dict[str | None, Any] = {
-    None: transformers.AutoModelForCausalLM,
-    "CAUSAL_LM": transformers.AutoModelForCausalLM,
-    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
-    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": transformers.AutoModel,
-}
 
 # What an adapter may hold besides A and B of projections.
 DORA = "DoRA magnitudes"
@@ -171,14 +160,12 @@ def read_contents(folder: str | Path, model: str | None = None) -> Contents:
 
 def _empty_model(base: str, file: AdapterFile) -> PreTrainedModel:
     kind, labels = file.config.get("task_type"), file.metadata.num_labels
-    if kind not in _AUTO_CLASSES:
-        raise AdapterError(
-            f"{file.folder}: task_type: expected one of {', '.join(filter(None, _AUTO_CLASSES))}, found {kind!r}"
-        )
+    if (name := auto_class(kind)) is None:
+        raise AdapterError(f"{file.folder}: task_type: expected one of {', '.join(AUTO_CLASSES)}, found {kind!r}")
     config = read_config(ModelConfig(name=base), {} if labels is None else {"num_labels": labels})
     try:
         with torch.device("meta"):
-            return _AUTO_CLASSES[kind].from_config(config)
+            return getattr(transformers, name).from_config(config)
     except ValueError as error:  # the auto class does not know this config
         raise AdapterError(
             f"{file.folder}: its task_type is {kind}, and no such model of {base} ({config.model_type}) exists. Name "
