@@ -20,7 +20,7 @@ from lora_hf.adapters.resolve import find_saved_model, run_sections
 from lora_hf.adapters.save_load import load_adapter, load_saved_model, save_adapter
 from lora_hf.core.atomic_io import atomic_folder
 from lora_hf.core.errors import AdapterError, ConfigError, did_you_mean
-from lora_hf.core.provenance import git_state, machine, versions
+from lora_hf.core.provenance import provenance
 from lora_hf.core.records import COMBINE_FILE, CombineRecord
 from lora_hf.lora.inject import adapter_heads, adapter_names, add_weights, check_new_adapter, inject_head, lora_layers
 from lora_hf.lora.kernels.combination import Factors, drop, elect, shorten, sum_of_factors, svd_of_factors, trim
@@ -213,9 +213,7 @@ def combine_saved(
             ranks=combination.ranks,
             errors=combination.errors,
             error=combination.error,
-            versions=versions(),
-            git=git_state(),
-            machine=machine(),
+            **provenance(),
         )
         record.write(folder / COMBINE_FILE)
     return record

@@ -17,7 +17,7 @@ from lora_hf.adapters.save_load import load_saved_model, plain_model
 from lora_hf.core.atomic_io import atomic_folder
 from lora_hf.core.config.schema import ModelConfig
 from lora_hf.core.errors import AdapterError
-from lora_hf.core.provenance import folder_size, git_state, machine, versions
+from lora_hf.core.provenance import folder_size, provenance
 from lora_hf.core.records import MERGE_FILE, MergeRecord
 from lora_hf.data.tasks.base import Task
 from lora_hf.data.tasks.sources import Bundled
@@ -87,9 +87,7 @@ def merge_adapter(saved: SavedModel, output: Path, dtype: Dtype = "fp32", overwr
             probe={"drawn": len(random_rows), "real": len(task_rows), "seed": PROBE_SEED},
             files={"model": folder_size(folder)},
             timings={"merge": written - started, "probe": time.perf_counter() - written},
-            versions=versions(),
-            git=git_state(),
-            machine=machine(),
+            **provenance(),
         )
         record.write(folder / MERGE_FILE)
     return record

@@ -57,6 +57,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def provenance() -> dict[str, Any]:
+    """Returns what a record says about its origin: `versions`, `git` and `machine`."""
+    return {"versions": versions(), "git": git_state(), "machine": machine()}
+
+
 class Moment(NamedTuple):
     """The time of day, and in seconds the monotonic clock and the CPU time of this process."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_hf.core.child_process import ChildProcesses, package_command, package_environment
 from lora_hf.core.errors import ConfigError, DataError
-from lora_hf.core.provenance import git_state, machine, versions
+from lora_hf.core.provenance import provenance
 from lora_hf.core.records import RECORD_FILE, SuiteRecord
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.experiments.suite.plan import (
@@ -77,9 +77,7 @@ def run_suite(options: SuiteOptions, jobs: int = 1) -> tuple[SuiteRecord, Path]:
         planned=len(runs),
         jobs=jobs,
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        versions=versions(),
-        git=git_state(),
-        machine=machine(),
+        **provenance(),
     )
     for run in runs:
         record.configurations.setdefault(run.configuration, {}).setdefault(run.task, shared_config(run.config))
