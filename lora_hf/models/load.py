@@ -68,6 +68,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 # The attributes of configs that hold a dropout probability: `attention_dropout`, `dropout_rate`, `resid_pdrop`, ...
 DROPOUT = re.compile("dropout|pdrop")
 
+LEAK = 1e-3  # of the largest logit: what a later token changes at most, where rounding depends on it
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 AUTO_CLASSES: dict[ModelKind, type] = {
@@ -125,6 +127,8 @@ def load_model(
     _check_padding(config, model.name)
     check_size(auto, config, dtype, model.name)
     base = _random(auto, model, config, dtype) if model.init == "random" else _pretrained(auto, model, config, dtype)
+    if kind == "causal-lm" and config.model_type not in ARCHITECTURES:
+        _check_causal(base, model.name)
     _use_faster_kernels(base)
     if model.init == "random":
         mark_head_as_new(base)
@@ -266,6 +270,21 @@ def _form(config: PretrainedConfig) -> str:
     architecture = ARCHITECTURES.get(config.model_type)
     masked = config.model_type in auto_names.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return "a decoder" if (architecture.causal if architecture else not masked) else "an encoder"
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel, name: str) -> None:
+    """Raises ModelError if a token's logits depend on a later token, as in XLNet: it would be trained to copy it."""
+    ids = torch.arange(4).expand(2, 4).clone()
+    ids[1, -1] = 0
+    training = model.training
+    one, other = model.eval()(input_ids=ids).logits[:, :-1].float()  # type: ignore[operator]
+    model.train(training)
+    if (one - other).abs().max() > LEAK * (one - one.mean()).abs().max():
+        raise ModelError(
+            f"{name}: {model.config.model_type} reads the tokens after the one that it predicts, so it cannot learn to "
+            "continue a text; expected a causal language model"
+        )
 
 
 def _check_padding(config: PretrainedConfig, name: str) -> None:

@@ -256,6 +256,17 @@ class _StopError(BaseException):  # no error of a base, which becomes a ModelErr
         raise cls
 
 
+@pytest.mark.parametrize("kind", ["xlnet", "gpt_bigcode", "stablelm", "codegen"])
+def test_a_language_model_that_sees_what_it_should_predict_is_refused(kind: str, tmp_path: Path) -> None:
+    small_model(kind).save_pretrained(tmp_path)
+    task = custom_task(TaskConfig("own", kind="generation"))
+    if kind != "xlnet":
+        assert load_base(ModelConfig(str(tmp_path)), task).config.model_type == kind
+        return
+    with pytest.raises(ModelError, match="xlnet reads the tokens after the one that it predicts"):
+        load_base(ModelConfig(str(tmp_path)), task)
+
+
 @pytest.mark.parametrize(
     ("kind", "task", "said"),
     [
