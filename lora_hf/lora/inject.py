@@ -126,7 +126,8 @@ def inject_head(
     if hasattr(model, "is_quantized"):
         vars(model)["is_quantized"] = False  # Trainer refuses a base that transformers packed and PEFT did not adapt
     for head in adapter_heads(model).values():
-        head.modules_to_save[name].requires_grad_(True)
+        if name in head.modules_to_save:  # else another adapter alone trains it
+            head.modules_to_save[name].requires_grad_(True)
     return model
 
 

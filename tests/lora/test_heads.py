@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lora_hf.adapters.combine import combine_adapters
 from lora_hf.adapters.format import read_adapter
 from lora_hf.adapters.save_load import load_adapter, save_adapter
 from lora_hf.core.config.schema import LoraConfig
@@ -244,6 +245,17 @@ def test_modules_to_save_that_cannot_be_trained_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"modules_to_save: .*dropout has no parameters"):
         inject(model, LoraConfig(r=2, targets=("q",), modules_to_save=("embeddings.dropout",)))
     assert not lora_layers(model)
+
+
+def test_an_adapter_without_another_ones_modules_to_save_runs_the_bases_own() -> None:
+    model = inject(small_model("llama"), LoraConfig(r=2, targets=("q",), modules_to_save=("norm",)), "whole")
+    plain = inject(small_model("llama"), LoraConfig(r=2, targets=("q",)), "plain")
+    torch.nn.init.zeros_(model.model.norm.modules_to_save["whole"].weight)
+    inject(model, LoraConfig(r=2, targets=("q",)), "plain")
+    assert torch.equal(model(token_ids()).logits, plain(token_ids()).logits)
+    assert not any("norm" in name for name, each in model.named_parameters() if each.requires_grad)
+    combine_adapters(model, {"plain": 1.0}, "mix")
+    assert "mix" not in model.model.norm.modules_to_save
 
 
 def test_a_module_is_adapted_or_trained_whole_but_not_both() -> None:
