@@ -45,10 +45,14 @@ class Seq2Seq(TextToText):
 
         Raises:
             DataError: a target of more than `max_length` tokens.
+            ConfigError: a language that the tokenizer does not know, or none for the targets where it needs one.
         """
         pairs = self.pairs(rows)
         if not pairs:
             return {name: [] for name in (*tokenizer.model_input_names, "labels", TRUNCATED)}
+        known = _languages_of(tokenizer) if getattr(tokenizer, "tgt_lang", "") is None else ()
+        if known and self.target_lang is None:  # the tokenizer would take that of the sources, or fail
+            raise ConfigError(f"task.target_lang: expected the language of the targets, one of {', '.join(known)}")
         encoded = self._sources([source for source, _ in pairs], tokenizer, max_length)
         with self._languages(tokenizer):
             encoded_targets: Any = encode_texts(tokenizer, text_target=[target for _, target in pairs], verbose=False)

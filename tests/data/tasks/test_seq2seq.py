@@ -118,6 +118,15 @@ def test_a_language_that_the_tokenizer_does_not_know(wrong: str, family: Family,
         translation(None, wrong).first_token(tokenizer)
 
 
+def test_the_language_of_the_targets_is_not_guessed(family: Family, tokenizer: Any) -> None:
+    task = translation(family.source, None)
+    if tokenizer.tgt_lang is not None:
+        assert tokenizer.convert_tokens_to_ids(tokenizer.tgt_lang) in task.encode(ROWS, tokenizer, 16)["labels"][0]
+        return
+    with pytest.raises(ConfigError, match=rf"task\.target_lang: expected the language .*{family.target}"):
+        task.encode(ROWS, tokenizer, 16)
+
+
 def test_a_tokenizer_without_languages() -> None:
     tokenizer = word_tokenizer(ends=True)
     assert translation(None, None).first_token(tokenizer) is None
