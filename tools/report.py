@@ -103,6 +103,7 @@ def _e2e(results: Path) -> str:
     for name, file, perplexity, training in (
         (f"{run.model}, no adapter", "scores-base.json", "-", "-"),
         (describe_run(run), "scores-lora.json", f"{run.metrics['validation']['perplexity']:.2f}", _link(run)),
+        ("SmolLM2-135M-Instruct, prompted with 3 examples", "smollm2-prompted.json", "-", "-"),
     ):
         scored = ScoreRecord.load(results / "e2e" / file)
         scores = ["null" if value is None else f"{value:.4f}" for value in scored.metrics["all"].values()]
