@@ -17,10 +17,10 @@ from tools.tables.suite import guide
 def test_the_guide_says_who_is_ahead_and_what_is_too_close_to_tell() -> None:
     text = guide(two_methods())
     assert text.splitlines() == [
-        "Over rte, sst2 on `tiny-roberta`, `full` has the best mean score.",
+        "Over rte, sst2 on `tiny-roberta`, `full` has the highest mean score.",
         (
-            "- `lora` is 4.5 points behind on average, takes 0.55 times the CPU time, and its files are 0.050 times as "
-            "large. It is better on no task, and too close to tell on rte, sst2."
+            "- `lora` scores 4.5 points lower on average, takes 0.55 times the CPU time, and its files are 0.050 times "
+            "as large. It is too close to tell on rte, sst2."
         ),
     ]
     with pytest.raises(DataError, match="two configurations"):
@@ -30,13 +30,13 @@ def test_the_guide_says_who_is_ahead_and_what_is_too_close_to_tell() -> None:
 @pytest.mark.parametrize(
     ("values", "more", "verdict"),
     [
-        ((0.7, 0.6), {}, "better on rte, and too close to tell on no task"),  # two standard errors of 277 rows: 0.080
-        ((0.67, 0.6), {}, "better on no task, and too close to tell on rte"),
-        ((0.67, 0.6), {"rows": {"train": 9, "validation": 1000}}, "better on rte, and too close to tell on no task"),
-        ((0.67, 0.6), {"metric": "pearson"}, "better on no task, and too close to tell on rte"),  # 0.102
-        ((0.71, 0.6), {"metric": "pearson"}, "better on rte, and too close to tell on no task"),
-        ((0.71, 0.6), {"metric": "matthews_correlation"}, "better on rte, and too close to tell on no task"),
-        ((0.9, 0.6), {"metric": "f1"}, "better on no task, and too close to tell on rte"),
+        ((0.7, 0.6), {}, "It is better on rte; worse on sst2."),  # two standard errors of 277 rows: 0.080
+        ((0.67, 0.6), {}, "It is worse on sst2; too close to tell on rte."),
+        ((0.67, 0.6), {"rows": {"train": 9, "validation": 1000}}, "It is better on rte; worse on sst2."),
+        ((0.67, 0.6), {"metric": "pearson"}, "It is worse on sst2; too close to tell on rte."),  # 0.102
+        ((0.71, 0.6), {"metric": "pearson"}, "It is better on rte; worse on sst2."),
+        ((0.71, 0.6), {"metric": "matthews_correlation"}, "It is better on rte; worse on sst2."),
+        ((0.9, 0.6), {"metric": "f1"}, "It is worse on sst2; too close to tell on rte."),
     ],
 )
 def test_single_seeds_are_too_close_within_two_standard_errors(

@@ -36,7 +36,7 @@ def guide(record: SuiteRecord) -> str:
         raise DataError("a guide needs two configurations that have finished the same task")
     best = max(by_name, key=lambda name: mean_score(by_name[name]))
     best_runs = by_name.pop(best)
-    lines = [f"Over {', '.join(best_runs)} on `{record.base['name']}`, `{best}` has the best mean score."]
+    lines = [f"Over {', '.join(best_runs)} on `{record.base['name']}`, `{best}` has the highest mean score."]
     for name, runs in by_name.items():
         behind = 100 * (mean_score(best_runs) - mean_score(runs))
         time, size = (
@@ -45,11 +45,15 @@ def guide(record: SuiteRecord) -> str:
         )
         close = [task for task in runs if _too_close(runs[task], best_runs[task])]
         ahead = [task for task in runs if mean_score({task: runs[task]}) > mean_score({task: best_runs[task]})]
-        better = [task for task in ahead if task not in close]
+        verdicts = {
+            "better": [task for task in ahead if task not in close],
+            "worse": [task for task in runs if task not in (*ahead, *close)],
+            "too close to tell": close,
+        }
+        said = "; ".join(f"{verdict} on {', '.join(tasks)}" for verdict, tasks in verdicts.items() if tasks)
         lines.append(
-            f"- `{name}` is {behind:.1f} points behind on average, takes {time:.2f} times the CPU time, and its files "
-            f"are {size:.3f} times as large. It is better on {', '.join(better) or 'no task'}, and too close to tell "
-            f"on {', '.join(close) or 'no task'}."
+            f"- `{name}` scores {behind:.1f} points lower on average, takes {time:.2f} times the CPU time, and its "
+            f"files are {size:.3f} times as large. It is {said}."
         )
     return "\n".join(lines)
 
