@@ -36,6 +36,7 @@ from lora_hf.lora.heads import (
     input_embeddings,
     is_random,
     modules_to_train,
+    new_embeddings,
     outermost,
     plain_module,
     plain_paths,
@@ -46,7 +47,7 @@ from lora_hf.lora.slices import diagonal_blocks
 from lora_hf.lora.target_modules import adaptable_modules
 from lora_hf.lora.variants.biases import check_no_standalone_biases, unadapted_biases
 from lora_hf.lora.variants.embedding import is_base
-from lora_hf.lora.variants.tokens import FILE_KEY
+from lora_hf.lora.variants.tokens import BASE_KEY, FILE_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -105,19 +106,47 @@ def in_head(model: PreTrainedModel, key: str) -> bool:
 
 
 def without_copies(model: PreTrainedModel, file: AdapterFile) -> AdapterFile:
-    """The file without PEFT's duplicates: of the head's biases (`bias: all`) and of base embeddings."""
+    """The file without PEFT's duplicates: of the modules that it holds whole, of base embeddings and of token rows."""
+    file = _with_whole_embeddings(model, file)
     whole = modules_in_file(model, file)
-    parts = ("modules_to_save.", "original_module.") if file.config.get("bias") == "all" else ()
+    parts = () if file.metadata.fingerprint else ("modules_to_save.", "original_module.")
     copies = tuple(f"{PREFIX}{path}.{part}" for path in whole for part in parts)
     owned = tuple(f"{PREFIX}{path}." for path in whole)
     layers = adaptable_modules(model)
+    rows = {f"{PREFIX}{path}.{FILE_KEY}" for path in token_rows_in_file(model, file)}
     tensors = {
         key: tensor
         for key, tensor in file.tensors.items()
         if not key.startswith(copies)
         and (key.startswith(owned) or not is_base(layers, key.removeprefix(PREFIX), tensor))
+        and not _repeats(key, file.tensors, rows)
     }
     return replace(file, tensors=tensors)
+
+
+def _repeats(key: str, tensors: Mapping[str, torch.Tensor], rows: set[str]) -> bool:
+    """Whether a key holds the token rows of another one, as that of a head that is tied to the embeddings does."""
+    if key in rows or not key.endswith(f".{FILE_KEY}"):
+        return False
+    return any(each in tensors and torch.equal(tensors[key], tensors[each]) for each in rows)
+
+
+def _with_whole_embeddings(model: PreTrainedModel, file: AdapterFile) -> AdapterFile:
+    """The file with whole embeddings in place of PEFT's `trainable_token_indices` of a resized vocabulary.
+
+    The base lacks the new rows, so PEFT saves its own embeddings beside the trained rows.
+    """
+    saved = [path for path in new_embeddings(model) if f"{PREFIX}{path}.{FILE_KEY}" in file.tensors]
+    ids = next(iter(token_rows_in_file(model, file).values()), [])
+    if not saved or not ids:
+        return file
+    tensors = dict(file.tensors)
+    for path in saved:
+        rows, weight = tensors.pop(f"{PREFIX}{path}.{FILE_KEY}"), tensors.pop(f"{PREFIX}{path}.{BASE_KEY}", None)
+        if weight is None or rows.shape != (len(ids), *weight.shape[1:]) or max(ids) >= len(weight):
+            return file  # `check_fit` says what is wrong
+        tensors[f"{PREFIX}{path}.weight"] = weight.index_copy(0, torch.tensor(ids), rows.to(weight))
+    return replace(file, config=file.config | {"trainable_token_indices": None}, tensors=tensors)
 
 
 def new_heads(model: PreTrainedModel, file: AdapterFile, own_head: bool) -> dict[str, nn.Module]:
@@ -211,6 +240,13 @@ def _check_vocabulary(model: PreTrainedModel, file: AdapterFile) -> None:
         raise AdapterError(
             f"{file.folder} holds a vocabulary of {len(held)} tokens, and the base has {len(tokens.weight)}: call "
             f"resize_token_embeddings({len(held)}) on the base before load_adapter"
+        )
+    lacking = [path for path in new_embeddings(model) if f"{PREFIX}{path}.weight" not in file.tensors]
+    if lacking:
+        raise AdapterError(
+            f"{file.folder} does not hold {' and '.join(lacking)} as a whole, of which the base's checkpoint lacks the "
+            "rows of new tokens: they are random. Save the base that the adapter was trained on, resized as it was, "
+            "with save_pretrained, and load the adapter on that"
         )
 
 

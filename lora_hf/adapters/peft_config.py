@@ -20,7 +20,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from lora_hf.adapters.format import CONFIG_FILE, AdapterFile, AdapterMetadata
 from lora_hf.core.errors import AdapterError
-from lora_hf.lora.heads import input_embeddings, outermost, plain_module, plain_paths, task_type
+from lora_hf.lora.heads import input_embeddings, new_embeddings, outermost, plain_module, plain_paths, task_type
 from lora_hf.lora.layers import LoraLinear, LoraWeights, linear_shape
 from lora_hf.lora.path_patterns import MatchBudget, PathPattern
 from lora_hf.lora.slices import Slice, are_disjoint, block_diagonal, diagonal_blocks
@@ -187,7 +187,7 @@ def modules_in_file(model: PreTrainedModel, file: AdapterFile) -> list[str]:
 
 
 def _holds_new_embedding(model: PreTrainedModel, file: AdapterFile, path: str) -> bool:
-    """Whether the file holds other embeddings or another output head than the base, at a path that it does not name."""
+    """Whether the file holds embeddings or an output head that the base lacks or has otherwise, without naming it."""
     tensor = file.tensors.get(f"{PREFIX}{path}.weight")
     if tensor is None:
         return False
@@ -195,7 +195,8 @@ def _holds_new_embedding(model: PreTrainedModel, file: AdapterFile, path: str) -
     if model.get_submodule(path) not in embeddings:
         return False
     weight: Any = plain_module(model, path).weight
-    return tensor.shape != weight.shape or not torch.equal(tensor.to(weight), weight)
+    differs = tensor.shape != weight.shape or not torch.equal(tensor.to(weight), weight)
+    return differs or path in new_embeddings(model)
 
 
 def token_rows_in_file(model: PreTrainedModel, file: AdapterFile) -> dict[str, list[int]]:
@@ -212,7 +213,7 @@ def token_rows_in_file(model: PreTrainedModel, file: AdapterFile) -> dict[str, l
         if path is None or (isinstance(indices, dict) and plain_module(model, path) is not tokens):
             raise AdapterError(
                 f"{file.folder}/{CONFIG_FILE}: trainable_token_indices: expected the token embeddings {embedding}, "
-                f"found {name!r}"
+                f"found {name!r}. Merge the adapter with PEFT, and load the merged model"
             )
         found[path] = list(ids)
     return found

@@ -19,7 +19,7 @@ from lora_hf.core.errors import AdapterError
 from lora_hf.lora.inject import adapter_heads, eject, merge
 from tests.support.model_classes import from_base, outputs_of
 from tests.support.peft_settings import save_without_card
-from tests.support.small_models import small_config
+from tests.support.small_models import small_config, small_model
 from tests.tolerances import MERGE_FP32, PEFT_LOGITS
 
 # Names of projections in the attention of each type.
@@ -167,6 +167,71 @@ def test_embeddings_that_peft_saved_unchanged_are_those_of_the_base(bases: Path,
     model = load_adapter(from_base("AutoModelForCausalLM", bases / "llama", seed=2), tmp_path)
     assert list(adapter_heads(model)) == ["lm_head"], "PEFT saves a resized head without naming it"
     assert torch.allclose(outputs_of(model), 2 * theirs, rtol=0, atol=PEFT_LOGITS * 4 * float(theirs.abs().max()))
+
+
+SAVED_EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "unnamed": {},
+    "modules_to_save": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "embeddings to save": {"modules_to_save": ["embed_tokens"]},
+    "tokens": {"trainable_token_indices": [100, 7, 101, 102]},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("field", SAVED_EMBEDDINGS)
+def test_an_adapter_of_peft_on_a_resized_vocabulary(field: str, tied: bool, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    small_model("llama", tie_word_embeddings=tied).save_pretrained(base)
+    theirs = save_resized(base, SAVED_EMBEDDINGS[field], tmp_path / "adapter")
+    scale = float(theirs.abs().max())
+    for seed in (1, 2):  # the new rows are equal to PEFT's, or others
+        plain = resized(base, seed)
+        assert not torch.allclose(outputs_of(plain), theirs, rtol=0, atol=1e-2 * scale)
+        found = outputs_of(load_adapter(plain, tmp_path / "adapter"))
+        assert torch.allclose(found, theirs, rtol=0, atol=PEFT_LOGITS * scale)
+    save_adapter(plain, tmp_path / "again")
+    assert torch.equal(outputs_of(load_adapter(resized(base, seed=3), tmp_path / "again")), found)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("field", ["modules_to_save", "tokens"])
+def test_peft_saves_embeddings_beside_what_it_trains(field: str, tied: bool, tmp_path: Path) -> None:
+    small_model("llama", tie_word_embeddings=tied, vocab_size=103).save_pretrained(tmp_path / "base")
+    theirs = save_resized(tmp_path / "base", SAVED_EMBEDDINGS[field], tmp_path / "adapter", embeddings=True)
+    found = outputs_of(load_adapter(resized(tmp_path / "base"), tmp_path / "adapter"))
+    assert torch.allclose(found, theirs, rtol=0, atol=PEFT_LOGITS * float(theirs.abs().max()))
+
+
+def test_new_rows_that_peft_did_not_save_are_refused(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    small_model("llama").save_pretrained(base)
+    theirs = save_resized(base, {"target_modules": ["embed_tokens", "q_proj"]}, adapter)
+    with pytest.raises(AdapterError, match=r"not hold model.embed_tokens and lm_head .*resized as it was"):
+        load_adapter(resized(base, seed=2), adapter)
+    resized(base).save_pretrained(tmp_path / "resized")
+    found = outputs_of(load_adapter(resized(tmp_path / "resized"), adapter))
+    assert torch.allclose(found, theirs, rtol=0, atol=PEFT_LOGITS * float(theirs.abs().max()))
+
+
+def resized(base: Path, seed: int = 1) -> Any:
+    """The base with a vocabulary of 103 tokens."""
+    model = from_base("AutoModelForCausalLM", base, seed)
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(103, mean_resizing=False)
+    return model.eval()
+
+
+@torch.no_grad()
+def save_resized(base: Path, fields: dict[str, Any], folder: Path, embeddings: Any = "auto") -> torch.Tensor:
+    """Saves an adapter of PEFT on the resized base, and returns what it computes."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": ["q_proj"], **fields})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Any = peft.get_peft_model(resized(base), config)
+        for parameter in model.parameters():
+            parameter.data += parameter.requires_grad * torch.randn_like(parameter)
+        model.save_pretrained(str(folder), save_embedding_layers=embeddings)
+    return outputs_of(model.get_base_model().eval())
 
 
 def test_a_file_without_the_head_needs_a_base_whose_head_is_trained(bases: Path, tmp_path: Path) -> None:

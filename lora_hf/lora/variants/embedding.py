@@ -46,7 +46,7 @@ def embeddings_path(model: PreTrainedModel) -> str:
 
 def is_base(layers: Mapping[str, nn.Module], key: str, tensor: Tensor) -> bool:
     """Whether a tensor of a file equals an embedding or the output head of the base, which PEFT writes too."""
-    layer: Any = layers.get(key.removesuffix(".weight").removesuffix(".base_layer"))
+    layer: Any = layers.get(key.removesuffix(".weight").removesuffix(".base_layer").removesuffix(".token_adapter"))
     if layer is None or ".lora_" in key or not key.endswith(".weight") or layer.weight.shape != tensor.shape:
         return False
     return torch.equal(layer.weight, tensor.to(layer.weight))

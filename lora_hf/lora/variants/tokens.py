@@ -20,6 +20,7 @@ from lora_hf.lora.layers import AdaptedModule
 from lora_hf.lora.precision import keep_dtype
 
 FILE_KEY = "token_adapter.trainable_tokens_delta"  # relative to the embedding; PEFT's name, although it holds rows
+BASE_KEY = "token_adapter.base_layer.weight"  # the embedding beneath them, where PEFT saves it as well
 
 
 class TokenRows(nn.Module):
