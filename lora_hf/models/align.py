@@ -66,6 +66,11 @@ def align_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
             "unless train.batch_size and train.eval_batch_size are 1; predict, eval and serve batch rows of one length",
             name, model.config.model_type,
         )  # fmt: skip
+    if isinstance(tokenizer.model_max_length, bool) or not isinstance(tokenizer.model_max_length, (int, float)):
+        raise ModelError(
+            f"{name}: the tokenizer has the model_max_length {tokenizer.model_max_length!r}; expected a number. Set it "
+            "in tokenizer_config.json to the number of tokens that the base reads"
+        )
     limit = position_limit(model)
     if limit is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)

@@ -193,6 +193,19 @@ def test_a_score_is_a_number_as_other_programs_read_it(tmp_path: Path) -> None:
     assert "row 1 (counting from 0) has the label '2021_01' in column 'label'; expected a number" in found
 
 
+@pytest.mark.parametrize(
+    ("scores", "fact"),
+    [
+        ([0.5, True], "values of several types: row 1 (counting from 0) has True; expected a number"),
+        ([0.5, 10**400], "row 1 (counting from 0) has the integer 1000"),
+        ([1, 2**70], f"row 1 (counting from 0) has the integer {2**70}"),
+    ],
+)
+def test_a_score_that_no_column_of_numbers_holds_is_named(scores: list[Any], fact: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"text": "a", "label": score} for score in scores])
+    assert fact in message(TaskConfig("mine", kind="regression"), tmp_path)
+
+
 def test_missing_labels_are_no_class(tmp_path: Path) -> None:
     task = TaskConfig("mine", kind="classification", label_names=("None", "nan"))
     for label in (None, float("nan")):

@@ -129,6 +129,14 @@ def test_a_tokenizer_that_leaves_no_space_for_a_text_is_refused() -> None:
         align_tokenizer(word_tokenizer(ends=True, pad_token="<pad>", model_max_length=1), small_model("bert", 2))
 
 
+def test_a_limit_of_another_type_is_refused() -> None:
+    tokenizer: Any = word_tokenizer(ends=True, pad_token="<pad>")
+    for limit in ("512", True):
+        tokenizer.model_max_length = limit
+        with pytest.raises(ModelError, match=rf"model_max_length {limit!r}.*tokenizer_config.json"):
+            align_tokenizer(tokenizer, small_model("bert", 2))
+
+
 def test_texts_that_are_unknown_to_the_tokenizer_are_named(caplog: pytest.LogCaptureFixture) -> None:
     predictor = Predictor(small_model("bert", 2), word_tokenizer(ends=True, pad_token="<pad>"), SST2)  # type: ignore[arg-type]
     predictor.logits({"sentence": ["w1 w2", "w1 \u6f22", ""]})
