@@ -18,7 +18,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -30,12 +29,13 @@ from lora_hf.adapters.resolve import SavedModel
 from lora_hf.adapters.save_load import load_saved_model
 from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.config.schema import GenerateConfig
-from lora_hf.core.errors import ConfigError, TrainingError
+from lora_hf.core.errors import ConfigError
 from lora_hf.core.provenance import git_state, machine, versions
 from lora_hf.core.records import ScoreRecord
 from lora_hf.data.metrics.nlg import NlgMetric
 from lora_hf.data.tasks.generation import Example, TextGeneration, one_line
 from lora_hf.data.tasks.user_texts import honored_tokens, warn_honored_tokens
+from lora_hf.inference.logits import FiniteLogits, NoRepeatedNGram
 from lora_hf.inference.text_files import text_files
 from lora_hf.lora.inject import merge as add_to_base
 from lora_hf.lora.precision import flush_denormals
@@ -120,22 +120,40 @@ class Generator:
         (text,) = self.generate_batch(prompts, decoding, streamer=_Streamer(self.tokenizer, on_text))
         return text
 
-    @torch.inference_mode()
     def generate_batch(
+        self, prompts: Sequence[list[int]], decoding: GenerateConfig, streamer: TextStreamer | None = None
+    ) -> list[GeneratedText]:
+        """Returns a text for each encoded prompt, generated in one batch.
+
+        Args:
+            streamer: gets each token of a single prompt once it is generated, without beam search.
+
+        Raises:
+            TrainingError: logits are not finite.
+        """
+        ends, first = self.task.end_tokens(self.tokenizer), self.task.first_token(self.tokenizer)
+        outputs = self.generate_tokens(prompts, decoding, ends, first, [FiniteLogits()], streamer=streamer)
+        texts = self.tokenizer.batch_decode([tokens for tokens, _ in outputs], skip_special_tokens=True)
+        scored = zip(texts, outputs, strict=True)
+        return [GeneratedText(self.task.clean(text), round(score, 4)) for text, (_, score) in scored]
+
+    @torch.inference_mode()
+    def generate_tokens(
         self,
         prompts: Sequence[list[int]],
         decoding: GenerateConfig,
+        end_tokens: Sequence[int],
+        first_token: int | None,
+        processors: Sequence[LogitsProcessor] = (),
         stopping: Sequence[StoppingCriteria] = (),
-        finite: bool = True,
         streamer: TextStreamer | None = None,
-    ) -> Iterator[GeneratedText]:
-        """Yields a text for each encoded prompt, generated in one batch.
+    ) -> list[tuple[list[int], float]]:
+        """Returns the new tokens of each encoded prompt, end token included, and the score of its text.
 
         Args:
-            stopping: criteria to stop at, in addition to the end-of-text token and `max_new_tokens`.
-            finite: raise a TrainingError for logits that are not finite. Without it their row has such a score, and the
-                other rows, which may belong to other adapters, are right.
-            streamer: gets each token of a single prompt once it is generated, without beam search.
+            end_tokens: tokens that end a text besides those of the tokenizer and the model.
+            first_token: the token with which an encoder-decoder begins each text; None: as its base says.
+            stopping: criteria to stop at, in addition to the end tokens and `max_new_tokens`.
         """
         encodes = self.model.config.is_encoder_decoder
         # Padded in front where the text continues at the end of the prompt.
@@ -144,44 +162,43 @@ class Generator:
         batch = padded.to(self.model.device)
         width = 1 if encodes else batch["input_ids"].shape[1]  # a decoder of its own starts with one token
         size = decoding.no_repeat_ngram_size
-        processors: list[LogitsProcessor] = [FiniteLogits()] if finite else []
-        processors += [NoRepeatedNGram(size, width)] if size else []
-        config = self._generation_config(decoding)
+        own = [NoRepeatedNGram(size, width)] if size else []
+        ends = [*base_end_tokens(self.model, self.tokenizer), *end_tokens]
+        config = self._generation_config(decoding, ends, first_token)
         with flush_denormals(), _base_settings_aside(self.model):
             output: Any = self.model.generate(  # type: ignore[operator]
                 **batch,
                 generation_config=config,
-                logits_processor=LogitsProcessorList(processors),
+                logits_processor=LogitsProcessorList([*processors, *own]),
                 stopping_criteria=StoppingCriteriaList(stopping),
                 streamer=streamer,
             )
         tokens = output.sequences[:, width:]
+        lengths = self._lengths(tokens, ends)
         if decoding.num_beams > 1:
             scores = output.sequences_scores
         else:
             steps = self.model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)  # type: ignore[operator]
-            lengths = self._lengths(tokens)
             inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
             scores = steps.where(inside, 0.0).sum(1) / lengths**decoding.length_penalty
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for text, score in zip(texts, scores.tolist(), strict=True):
-            yield GeneratedText(self.task.clean(text), round(score, 4))
+        rows = zip(tokens.tolist(), lengths.tolist(), scores.tolist(), strict=True)
+        return [(row[:length], score) for row, length, score in rows]
 
-    @property
-    def _end_tokens(self) -> list[int]:
-        return [*end_tokens(self.model, self.tokenizer), *self.task.end_tokens(self.tokenizer)]
+    def _lengths(self, tokens: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
+        """The number of tokens of each row `(batch,)`, end token included; padding follows stopped ones."""
+        ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).cumsum(1)
+        padding = (tokens != self.tokenizer.pad_token_id).flip(1).cumsum(1).flip(1) == 0
+        before = ((ended == 0) & ~padding).sum(1)
+        return (before + ended[:, -1].clamp(max=1)).clamp(min=1)
 
-    def _lengths(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The number of tokens of each row `(batch,)`, end-of-text token included."""
-        ended = torch.isin(tokens, torch.tensor(self._end_tokens, device=tokens.device)).cumsum(1)
-        return ((ended == 0).sum(1) + 1).clamp(max=tokens.shape[1])
-
-    def _generation_config(self, decoding: GenerateConfig) -> GenerationConfig:
+    def _generation_config(
+        self, decoding: GenerateConfig, ends: Sequence[int], first_token: int | None
+    ) -> GenerationConfig:
         unused = {"seed", "batch_size", "no_repeat_ngram_size", "from_base"}
         unused |= set() if decoding.do_sample else {"temperature", "top_p", "top_k"}
         unused |= {"length_penalty"} if decoding.num_beams == 1 else set()
         values = {name: value for name, value in asdict(decoding).items() if name not in unused} | {
-            "eos_token_id": self._end_tokens,
+            "eos_token_id": list(ends),
             "pad_token_id": self.tokenizer.pad_token_id,
             "return_dict_in_generate": True,
             "output_scores": True,
@@ -195,8 +212,7 @@ class Generator:
             "no_repeat_ngram_size": None,
             **dict.fromkeys(unused & vars(own).keys()),
         }
-        first = self.task.first_token(self.tokenizer)
-        forced = {} if first is None else {"forced_bos_token_id": first}
+        forced = {} if first_token is None else {"forced_bos_token_id": first_token}
         own.update(**(others | values | forced))
         return own
 
@@ -252,38 +268,12 @@ class _Streamer(TextStreamer):
             self.on_text(text)
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def base_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's end token and those of the base: chat models also end a turn with one of their own."""
     sources = (tokenizer, model.generation_config, model.config)
     found = [getattr(source, "eos_token_id", None) for source in sources]
     ids = [token for each in found for token in (each if isinstance(each, list) else [each])]
     return list(dict.fromkeys(token for token in ids if token is not None))
-
-
-class FiniteLogits(LogitsProcessor):
-    """Raises a TrainingError for logits that are NaN or infinite: decoding would go on, with any token."""
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if not scores.amax(-1).isfinite().all():  # -inf may mask single tokens
-            raise TrainingError(
-                "the logits of a generated token are not finite; the model has diverged: train with a lower learning "
-                "rate, or check the adapter and its base for damage"
-            )
-        return scores
-
-
-class NoRepeatedNGram(LogitsProcessor):
-    """Bans n-grams that the generated text already contains, as the decoder of the LoRA paper does.
-
-    transformers' own processor also counts the prompt and the padding: `customer rating : 5 out of 5` in the prompt
-    would keep the text from saying `5 out of 5`.
-    """
-
-    def __init__(self, size: int, width: int) -> None:
-        self.processor, self.width = NoRepeatNGramLogitsProcessor(size), width
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return self.processor(input_ids[:, self.width :], scores)  # type: ignore[arg-type]
 
 
 def score_subsets(task: TextGeneration, examples: Sequence[Example], texts: Sequence[str]) -> dict[str, Scores]:

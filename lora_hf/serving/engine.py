@@ -274,6 +274,7 @@ class Engine:
                 top_logprobs=top_logprobs,
                 clean=encoded.clean,
                 end_tokens=encoded.end_tokens,
+                first_token=encoded.first_token,
             )
             return self._submit(request, worker)
 

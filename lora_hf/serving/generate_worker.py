@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from lora_hf.core.errors import AdapterError
-from lora_hf.inference.generate import Generator, end_tokens
+from lora_hf.inference.generate import Generator, base_end_tokens
 from lora_hf.inference.running_batch import Row, RunningBatch
 from lora_hf.serving.model_thread import run_apart
 from lora_hf.serving.requests import GenerateRequest, GenerateResult, Piece, Token
@@ -36,7 +36,7 @@ class GenerateWorker(Worker):
 
     def _prepare(self) -> None:
         self._texts: dict[Row, RunningText] = {}  # of the rows in the batch
-        ends = end_tokens(self.model, self.tokenizer)
+        ends = base_end_tokens(self.model, self.tokenizer)
         pad: Any = self.tokenizer.pad_token_id
         self._batch = RunningBatch(self.model, ends, pad or 0, self._adapters_of_rows)
         self._just_joined = False
@@ -95,13 +95,13 @@ class GenerateWorker(Worker):
 
     def _next_whole(self) -> list[GenerateRequest]:
         """Requests of one task with equal settings; a sampled one alone, with its own seed."""
-        decoding, task = self._queue[0].decoding, self._queue[0].version.saved.task
+        decoding, key = self._queue[0].decoding, _whole_key(self._queue[0])
         size = 1 if decoding.do_sample else max(1, MAX_BEAM_TOKENS // (decoding.num_beams * decoding.max_new_tokens))
         size = min(size, self.limits.max_batch)
         requests: list[GenerateRequest] = []
         remaining: deque[GenerateRequest] = deque()
         for request in self._queue:
-            takes = len(requests) < size and request.decoding == decoding and request.version.saved.task == task
+            takes = len(requests) < size and _whole_key(request) == key
             (requests if takes else remaining).append(request)
         self._queue = remaining
         return requests
@@ -125,10 +125,15 @@ class GenerateWorker(Worker):
         ended = []
         for row in rows:
             text = self._texts[row]
-            text.update(row)
+            try:
+                text.update(row)
+                if text.ended:
+                    text.finish(row)
+            except Exception as error:  # noqa: BLE001 - the other texts go on
+                text.ended = True
+                _fail(text.request, error)
             if text.ended:
                 ended.append(row)
-                text.finish(row)
         self._remove(ended)
         answered = [self._texts.pop(row).request.version.name for row in ended]
         self._record(names, answered, tokens, start)
@@ -142,27 +147,24 @@ class GenerateWorker(Worker):
         try:
             self.model_thread.run(self._batch.join, rows)
             return rows
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the thread must survive, and the client needs an answer
             if len(rows) > 1:
                 logger.warning("%d rows could not join; retrying each alone: %r", len(rows), error)
                 return [row for each in rows for row in self._run_isolating_failures([each])]
-            request = self._texts.pop(rows[0]).request
-            logger.error("a request for %s failed", request.version.name, exc_info=error)
-            request.fail(error)
+            _fail(self._texts.pop(rows[0]).request, error)
             return []
 
     def _generate_whole(self, requests: Sequence[GenerateRequest]) -> None:
         start = time.perf_counter()
         try:
             tokens = run_apart(self._run_whole, requests)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - as in `_run_isolating_failures`
             if len(requests) > 1:
                 logger.warning("%d texts failed; retrying each alone: %r", len(requests), error)
                 for request in requests:
                     self._generate_whole([request])
                 return
-            logger.error("a request for %s failed", requests[0].version.name, exc_info=error)
-            requests[0].fail(error)
+            _fail(requests[0], error)
             return
         names = [request.version.name for request in requests]
         self._record(names, names, tokens, start)
@@ -175,24 +177,36 @@ class GenerateWorker(Worker):
         width = 1 if self.model.config.is_encoder_decoder else max(map(len, prompts))
         criteria = WholeBatchCriteria(requests, self.tokenizer, width, decoding.num_beams)
         slots = [request.slot for request in requests]
+        ends, first = requests[0].end_tokens, requests[0].first_token
         with RNG_LOCK if decoding.do_sample else nullcontext(), self._adapters_of_rows(slots):
             if decoding.do_sample:
                 torch.manual_seed(decoding.seed)
-            texts = list(generator.generate_batch(prompts, decoding, [criteria], finite=False))
+            outputs = generator.generate_tokens(prompts, decoding, ends, first, stopping=[criteria])
         total = sum(map(len, prompts))
-        for request, generated in zip(requests, texts, strict=True):
-            count = len(self.tokenizer(generated.text)["input_ids"]) + 1  # type: ignore[arg-type] - and the end token
-            total += count
-            if request.abandoned:
-                request.expire()  # stopped half-way
-            elif not math.isfinite(generated.score):
-                request.fail(_not_finite(request))
-            else:
-                end = _stop_place(generated.text, request.stop)
-                text = generated.text[:end]
-                reason = "stop" if end is not None or count <= decoding.max_new_tokens else "length"
-                request.finish(_result(request, text, generated.score, reason, count))
+        for request, (tokens, score) in zip(requests, outputs, strict=True):
+            total += len(tokens)
+            try:
+                self._answer_whole(request, tokens, score)
+            except Exception as error:  # noqa: BLE001 - the other texts are right
+                _fail(request, error)
         return total
+
+    def _answer_whole(self, request: GenerateRequest, tokens: list[int], score: float) -> None:
+        if request.abandoned:
+            request.expire()  # stopped half-way
+            return
+        if not math.isfinite(score):
+            request.fail(_not_finite(request))
+            return
+        decoded = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        end = _stop_place(decoded, request.stop)
+        text = request.clean(decoded[:end])
+        ended = tokens[-1] in (*self._batch.end_tokens, *request.end_tokens)
+        reason = "stop" if end is not None or ended else "length"
+        rest = text[len(request.streamed) :]
+        if request.on_text is not None and request.decoding.num_beams == 1 and rest:
+            request.on_text(Piece(rest))
+        request.finish(_result(request, text, round(score, 4), reason, len(tokens)))
 
 
 class WholeBatchCriteria(StoppingCriteria):
@@ -206,7 +220,6 @@ class WholeBatchCriteria(StoppingCriteria):
     ) -> None:
         self.requests, self.tokenizer = requests, tokenizer
         self.prompt_width, self.num_beams = prompt_width, num_beams
-        self.streamed = [""] * len(requests)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         ended = [request.abandoned for request in self.requests]
@@ -214,17 +227,21 @@ class WholeBatchCriteria(StoppingCriteria):
             return torch.full((len(input_ids),), all(ended), device=input_ids.device)  # type: ignore[return-value]
         for row, request in enumerate(self.requests):
             if not ended[row] and (request.stop or request.on_text is not None):
-                ended[row] = self._update(row, request, input_ids[row, self.prompt_width :])
+                try:
+                    ended[row] = self._update(request, input_ids[row, self.prompt_width :])
+                except Exception as error:  # noqa: BLE001 - the other texts go on
+                    ended[row] = True
+                    _fail(request, error)
         return torch.tensor(ended, device=input_ids.device)  # type: ignore[return-value]
 
-    def _update(self, row: int, request: GenerateRequest, tokens: torch.Tensor) -> bool:
+    def _update(self, request: GenerateRequest, tokens: torch.Tensor) -> bool:
         """Streams the text so far; returns whether a stop string ends it."""
         decoded = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
         end = _stop_place(decoded, request.stop)
-        new = _new_text(request, decoded, end, self.streamed[row])
+        new = _new_text(request, decoded, end, request.streamed)
         if request.on_text is not None and new:
             request.on_text(Piece(new))
-            self.streamed[row] += new
+            request.streamed += new
         return end is not None
 
 
@@ -286,6 +303,16 @@ class RunningText:
 
     def _name(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
+
+
+def _fail(request: GenerateRequest, error: Exception) -> None:
+    logger.error("a request for %s failed", request.version.name, exc_info=error)
+    request.fail(error)
+
+
+def _whole_key(request: GenerateRequest) -> tuple[Any, ...]:
+    """What requests have in common that share a whole batch. A prompt for the bare base has no part of a task."""
+    return request.decoding, request.version.saved.task, request.end_tokens, request.first_token
 
 
 def _stop_place(text: str, stops: Sequence[str]) -> int | None:

@@ -169,12 +169,14 @@ class EncodedPrompt:
     Attributes:
         clean: makes the client's text of a generated one.
         end_tokens: tokens that end the text besides those of the base.
+        first_token: the token with which an encoder-decoder begins the text; None: as its base says.
         most: how many tokens the model can add.
     """
 
     tokens: list[int]
     clean: Callable[[str], str]
     end_tokens: tuple[int, ...]
+    first_token: int | None
     most: int
 
 
@@ -220,6 +222,7 @@ def encode_prompt(
             if not tokens or not all(0 <= token < vocabulary for token in tokens):
                 raise BadInputError(f"prompt: expected tokens from 0 to {vocabulary - 1}")
         check_tokens(task, [tokens], tokenizer, worker.model)
+        first = None if raw else task.first_token(tokenizer)
     if len(tokens) > room:
         raise BadInputError(
             f"prompt: has {len(tokens)} tokens; the model reads at most {room} before {least.max_new_tokens} new "
@@ -227,7 +230,7 @@ def encode_prompt(
             "context_length_exceeded",
         )
     most = settings.max_new_tokens if worker.model.config.is_encoder_decoder else limit - len(tokens)
-    return EncodedPrompt(tokens, clean, tuple(ends), max(most, 1))
+    return EncodedPrompt(tokens, clean, tuple(ends), first, max(most, 1))
 
 
 def has_template(version: AdapterVersion, worker: Worker) -> bool:

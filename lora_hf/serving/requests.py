@@ -214,6 +214,8 @@ class GenerateRequest(Request):
         top_logprobs: how many of the most probable tokens to record at each position; None: no log-probabilities.
         clean: makes the text that the client gets of what the model wrote.
         end_tokens: tokens that end the text besides those of the base.
+        first_token: the token with which an encoder-decoder begins the text; None: as its base says.
+        streamed: what a text that runs whole has given to `on_text`.
     """
 
     prompt: list[int] = field(default_factory=list)
@@ -223,3 +225,5 @@ class GenerateRequest(Request):
     top_logprobs: int | None = None
     clean: Callable[[str], str] = str
     end_tokens: tuple[int, ...] = ()
+    first_token: int | None = None
+    streamed: str = ""

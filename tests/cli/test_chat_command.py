@@ -148,7 +148,7 @@ def test_a_reply_stops_at_the_end_of_its_turn(adapter: Path) -> None:
     generator = Generator.load(find_saved_model(adapter))
     end, reply = generator.tokenizer.convert_tokens_to_ids(["<|im_end|>", "a"])
     generator.tokenizer.eos_token = "<s>"
-    assert end in generator._end_tokens
+    assert end in generator.task.end_tokens(generator.tokenizer)
     assert end not in {generator.tokenizer.eos_token_id, generator.model.config.eos_token_id}
     script = [reply, reply, end, reply]
 

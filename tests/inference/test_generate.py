@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import ConfigError, DataError
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.inference.generate import GeneratedText, Generator, NoRepeatedNGram, text_limit, write_texts
+from lora_hf.inference.generate import GeneratedText, Generator, text_limit, write_texts
+from lora_hf.inference.logits import NoRepeatedNGram
 from lora_hf.inference.text_files import check_text_files
 from lora_hf.training.trainer import completion_loss
 from tests.support.small_models import small_model

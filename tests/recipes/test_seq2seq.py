@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,13 @@ import yaml
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.records import RunRecord, ScoreRecord
+from lora_hf.data.tasks.seq2seq import Seq2Seq
 from lora_hf.inference.generate import Generator
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.requests import Piece
 from tests.support.command_lines import ask, last_json
 from tests.support.span_data import save_encoder_decoder, write_copies
+from tests.support.waiting import LIMIT
 
 SOURCES = ["w1 w2 w3 w4", "w9 w8 w7", "w5 w5 w6 w70 w71"]
 KINDS = [pytest.param(kind, marks=() if kind == "t5" else pytest.mark.full) for kind in ("t5", "bart", "mbart", "mt5")]
@@ -99,6 +103,45 @@ def test_it_is_served(writer: Path) -> None:
         assert greedy.completion_tokens > 1
         # A chat request without max_tokens: the source takes no space from the new tokens.
         assert engine.wait(engine.submit_generate("copies", SOURCES[0], {"num_beams": 1}, fit=True)) == greedy
+
+
+def test_a_served_prompt_for_the_bare_base_has_no_part_of_a_task(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Seq2Seq, "clean", lambda self, text: f"<{text}>")
+    with Engine() as engine:
+        base = engine.load("copies", writer).base
+        assert engine.generate("copies", SOURCES[0]).text.startswith("<")
+        assert not engine.generate(base, SOURCES[0]).text.startswith("<")
+
+
+def test_texts_that_share_a_batch_are_as_each_alone(writer: Path) -> None:
+    """A stop string ends one of them early, and what might begin a stop string is streamed in the end."""
+
+    def refuse(piece: Piece) -> None:
+        raise OSError("nobody takes it")
+
+    decoding = {"num_beams": 1, "max_new_tokens": 6}
+    with Engine() as engine:
+        engine.load("copies", writer)
+        text = engine.generate("copies", SOURCES[0], **decoding).text
+        first, *_, last = text.split()
+        asked: list[tuple[list[str], list[Piece]]] = [([first], []), ([f"{last} w999"], []), ([], [])]
+        alone = [engine.wait(engine.submit_generate("copies", SOURCES[0], decoding, stop=stop)) for stop, _ in asked]
+        blocked, resume = threading.Event(), threading.Event()
+        engine._current["copies"][1].call(lambda: blocked.set() or resume.wait())
+        assert blocked.wait(LIMIT)
+        requests = [
+            engine.submit_generate("copies", SOURCES[0], decoding, stop=stop, on_text=pieces.append)
+            for stop, pieces in asked
+        ]
+        failing = engine.submit_generate("copies", SOURCES[0], decoding, on_text=refuse)
+        resume.set()
+        assert [request.future.result(LIMIT) for request in requests] == [
+            replace(each, score=pytest.approx(each.score, abs=1e-3)) for each in alone
+        ]
+        with pytest.raises(OSError, match="nobody takes it"):
+            failing.future.result(LIMIT)
+    assert (alone[0].text, alone[0].finish_reason) == ("", "stop")
+    assert ["".join(piece.text for piece in pieces) for _, pieces in asked] == [each.text for each in alone]
 
 
 @pytest.mark.full

@@ -411,6 +411,22 @@ def test_a_text_that_cannot_start_fails_only_its_own_request(folders: dict[str, 
         assert engine.generate("x", PROMPTS[1], max_new_tokens=12) == wanted
 
 
+def test_a_text_that_cannot_be_passed_on_fails_only_its_own_request(folders: dict[str, Path]) -> None:
+    def refuse(piece: Piece) -> None:
+        raise OSError("nobody takes it")
+
+    with served(folders, "w", "x") as engine:
+        wanted = engine.generate("x", PROMPTS[1], max_new_tokens=12)
+        with paused(engine, "w"):
+            requests = [
+                engine.submit_generate(name, PROMPTS[1], {"max_new_tokens": 12}, on_text=on_text)
+                for name, on_text in (("x", None), ("w", refuse), ("x", None))
+            ]
+        assert [request.future.result(LIMIT) for request in requests[::2]] == [wanted, wanted]
+        with pytest.raises(OSError, match="nobody takes it"):
+            requests[1].future.result(LIMIT)
+
+
 def test_a_temperature_next_to_zero_is_greedy(folders: dict[str, Path]) -> None:
     with served(folders, "w") as engine:
         greedy = engine.generate("w", PROMPTS[0], max_new_tokens=12, temperature=0)

@@ -31,7 +31,7 @@ from lora_hf.core.config.schema import RunConfig
 from lora_hf.core.errors import ConfigError, TrainingError
 from lora_hf.core.records import RUN_CONFIG_FILE
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.inference.generate import end_tokens
+from lora_hf.inference.generate import base_end_tokens
 from lora_hf.lora.inject import inject, lora_layers
 from lora_hf.models.load import DTYPES, load_base
 from tools.benchmark.rounds import environment, with_resolved_precision
@@ -179,7 +179,7 @@ def _offline(folders: dict[str, Path], precision: str, new_tokens: int) -> tuple
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=new_tokens,
                 do_sample=False,
-                eos_token_id=end_tokens(model, tokenizer),
+                eos_token_id=base_end_tokens(model, tokenizer),
                 pad_token_id=tokenizer.pad_token_id,
             )
             expected[name, number] = tokenizer_.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
