@@ -82,9 +82,8 @@ class ChatTask(TextGeneration):
 
     def _example(self, *values: Any) -> Example:
         chat = self._chat(values[0])
-        turn = chat.trained[-1]
-        reference = chat.messages[turn].get("content") or ""
-        return Example(to_json(chat.before(turn)), (reference,) if reference else ())
+        reference = chat.messages[chat.trained[-1]].get("content") or ""
+        return Example(_context(chat), (reference,) if reference else ())
 
     def _chat(self, value: Any) -> Chat:
         """The conversation of a row: as this class writes it, or a list of messages from Python."""
@@ -249,6 +248,11 @@ def _origin(rows: Mapping[str, Any] | Dataset, index: int) -> str:
     return rows[ORIGIN][index] if ORIGIN in names else f"row {index} (counting from 0)"
 
 
+def _context(chat: Chat) -> str:
+    """What stands before the last trained turn."""
+    return to_json(chat.before(chat.trained[-1]))
+
+
 def _without_replies(chat: Chat) -> int:
     """How many messages there are before the assistant's at the end."""
     count = len(chat.messages)
@@ -300,6 +304,6 @@ CHAT = Kind(
     _check,
     max_texts=1,
     read=_read,
-    input_columns=lambda _: (MESSAGES,),
+    inputs=lambda _, rows: [_context(from_json(text)) for text in rows[MESSAGES][:]],
     keys=("train_on", "chat_template", "drop_unlearnable"),
 )

@@ -111,8 +111,8 @@ class CustomFiles:
         rows, path = self._read_file("train" if held_out else split, data_dir)
         if config.validation is not None and split in ("train", "validation"):
             self._check_one_file(data_dir)
-            columns = self._kind.input_columns(config)
-            parts = split_rows(rows, config.validation, config.split_seed, columns, str(path))
+            inputs = self._kind.inputs(config, rows)
+            parts = split_rows(rows, config.validation, config.split_seed, inputs, str(path))
             rows = parts[1] if held_out else parts[0]
         if config.train_rows is not None and split == "train":
             rows = limit_rows(rows, config.train_rows, config.split_seed)
@@ -259,7 +259,7 @@ KINDS: dict[str, Kind] = {
         check_tokens_config,
         max_texts=1,
         read=read_tokens,
-        input_columns=lambda config: tuple(map(text_column, text_columns_of(config))),
+        inputs=lambda config, rows: rows[text_column(text_columns_of(config)[0])][:],
         suffixes=(*TABLE_SUFFIXES, CONLL, ".txt"),
         keys=("stride",),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,10 @@ def text_columns_of(config: TaskConfig) -> tuple[str, ...]:
     return config.text_columns or ()
 
 
+def inputs_of(config: TaskConfig, rows: Dataset) -> list[tuple[Any, ...]]:
+    return list(zip(*(rows[column][:] for column in text_columns_of(config)), strict=True))
+
+
 def check_no_classes(config: TaskConfig) -> list[str]:
     return [f"task.label_names: task.kind={config.kind} has no classes; leave it out"] if config.label_names else []
 
@@ -51,7 +55,7 @@ class Kind:
         check: returns what is wrong with such a config; by default that it names classes.
         max_texts: how many text columns a row may have.
         read: returns the rows of the task from a file; by default its text columns and its label column.
-        input_columns: of the rows that `read` returns, what the model reads; by default the text columns.
+        inputs: what the model reads of each row that `read` returns; by default its text columns.
         suffixes: of such files.
         keys: of the `task` section that only some kinds have, and this one does.
     """
@@ -63,6 +67,6 @@ class Kind:
     check: Callable[[TaskConfig], list[str]] = check_no_classes
     max_texts: int = 2
     read: Callable[[TaskConfig, Path], Dataset] = read_columns
-    input_columns: Callable[[TaskConfig], tuple[str, ...]] = text_columns_of
+    inputs: Callable[[TaskConfig, Dataset], Sequence[Any]] = inputs_of
     suffixes: tuple[str, ...] = TABLE_SUFFIXES
     keys: tuple[str, ...] = ()

@@ -42,16 +42,16 @@ def limit_rows(rows: Dataset, count: int, seed: int) -> Dataset:
     return rows.select(_draw(classes_of(rows), count, seed))
 
 
-def split_rows(rows: Dataset, share: float, seed: int, columns: Sequence[str], origin: str) -> tuple[Dataset, Dataset]:
+def split_rows(rows: Dataset, share: float, seed: int, inputs: Sequence[Any], origin: str) -> tuple[Dataset, Dataset]:
     """Returns training and validation rows in their order; each class has the same share of its rows in both.
 
-    Rows with the same values in `columns`, the inputs, stay on one side.
+    Rows with the same input, of which `inputs` has one for each row, stay on one side.
 
     Raises:
         DataError: not both sides get a row.
     """
     groups: dict[Hashable, list[int]] = defaultdict(list)
-    for index, values in enumerate(zip(*(rows[column][:] for column in columns), strict=True)):
+    for index, values in enumerate(inputs):
         groups[repr(values)].append(index)
     members, classes = list(groups.values()), classes_of(rows)
     count = round(share * len(members))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -87,6 +88,7 @@ def test_label_sets_are_drawn_by_their_rarest_label(tmp_path: Path) -> None:
     assert counts[rarest] == pytest.approx((counts[rarest] + everything[rarest]) / 4, abs=1)
 
 
+REPLIES = (f"Yes, {number}." for number in itertools.count())
 # By kind, the values of the text columns and of the label column of a row about a text.
 VALUES: dict[str, Callable[[str], tuple[list[Any], Any]]] = {
     "classification": lambda text: ([text], "often"),
@@ -96,7 +98,7 @@ VALUES: dict[str, Callable[[str], tuple[list[Any], Any]]] = {
     "seq2seq": lambda text: ([text], "Yes."),
     "tokens": lambda text: ([text.split()], ["O"] * len(text.split())),
     "question_answering": lambda text: ([text, text], [{"text": text, "answer_start": 0}]),
-    "chat": lambda text: ([[{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]], None),
+    "chat": lambda text: ([[{"role": "user", "content": text}, {"role": "assistant", "content": next(REPLIES)}]], None),
 }
 CLASSES = {"classification": ("often", "rare"), "multi_label": ("often", "rare"), "tokens": ("PER", "LOC")}
 
