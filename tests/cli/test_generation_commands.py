@@ -80,4 +80,7 @@ def test_an_error_is_one_message_and_nothing_is_written(writer: Path, tmp_path: 
         done = ask("generate", "--adapter", writer, *words, "--output", out, code=2)
         assert message in done.stderr
     assert not list(tmp_path.iterdir())
+    for path, message in ((tmp_path / "new" / "out.txt", "create it first"), (tmp_path, "is a folder")):
+        # Before the adapter, which is not there either.
+        assert message in ask("generate", "--adapter", out, "--prompt", "x", "--output", path, code=2).stderr
     assert "use generate instead" in ask("predict", "--adapter", writer, "--text", "x", code=2).stderr

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     from lora_hf.inference.text_files import check_text_files
 
     check_exact(options)
-    if options.output is not None and options.input is not None:
+    if options.output is not None:
         check_text_files(options.output, options.input)
     saved = find_saved_model(options.adapter, options.revision, options.model)
     task = saved.task
