@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lora_hf.core.errors import DataError, ModelError
+from lora_hf.core.errors import DataError, ModelError, TrainingError
 from lora_hf.core.formatting import cut
 from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.data.readers import read_texts
@@ -197,14 +197,20 @@ class TextGeneration(Task):
                 their tokens, and the number of these tokens.
 
         Raises:
-            TrainingError: a likelihood is not finite.
+            TrainingError: a likelihood is not finite, or the perplexity is beyond floating-point numbers.
         """
         import numpy as np
 
         sums = np.asarray(outputs, dtype=np.float64)
         self.check_finite(sums, "likelihoods")
         loss, tokens = sums.sum(axis=0)
-        return {"perplexity": math.exp(loss / tokens)}
+        try:
+            return {"perplexity": math.exp(loss / tokens)}
+        except OverflowError:
+            raise TrainingError(
+                f"{self.name}: a loss of {loss / tokens:.0f} nats per token has no perplexity; the model has diverged: "
+                "lower the learning rate or train in fp32"
+            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -311,6 +311,8 @@ def test_perplexity_is_over_tokens_not_rows() -> None:
     assert nlg_task("dart").score_rows(np.array([[6.0, 2.0], [2.0, 6.0]]), rows) == {"perplexity": math.e}
     with pytest.raises(TrainingError, match="dart: the likelihoods of 1 of 2 rows are not finite, the first is row 1 "):
         nlg_task("dart").score_rows(np.array([[1.0, 2.0], [np.nan, 6.0]]), rows)
+    with pytest.raises(TrainingError, match="1000 nats"):
+        nlg_task("dart").score_rows(np.array([[2000.0, 2.0]]), rows)
 
 
 def test_the_table() -> None:
