@@ -187,7 +187,8 @@ class Generator:
     def _lengths(self, tokens: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
         """The number of tokens of each row `(batch,)`, end token included; padding follows stopped ones."""
         ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).cumsum(1)
-        padding = (tokens != self.tokenizer.pad_token_id).flip(1).cumsum(1).flip(1) == 0
+        pad: Any = self.tokenizer.pad_token_id
+        padding = tokens.ne(pad).flip(1).cumsum(1).flip(1) == 0
         before = ((ended == 0) & ~padding).sum(1)
         return (before + ended[:, -1].clamp(max=1)).clamp(min=1)
 
