@@ -19,7 +19,7 @@ import uvicorn
 
 from lora_hf.adapters.resolve import find_saved_model
 from lora_hf.adapters.save_load import load_saved_model
-from lora_hf.inference.generate import Generator, end_tokens
+from lora_hf.inference.generate import Generator, base_end_tokens
 from lora_hf.serving.app import ServerState
 from lora_hf.serving.engine import Engine
 from lora_hf.serving.limits import Limits
@@ -108,7 +108,7 @@ def greedy(offline: dict[str, Any], name: str, messages: list[Any] = CHAT) -> tu
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=NEW,
         do_sample=False,
-        eos_token_id=end_tokens(model, tokenizer),
+        eos_token_id=base_end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     tokens = made[0, len(prompt) :].tolist()
