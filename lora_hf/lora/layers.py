@@ -119,6 +119,8 @@ class LoraWeights(nn.Module):
 
     def projection(self, base_layer: Any, x: Tensor) -> Projection | None:
         """What `lora_linear` multiplies x by; None where it cannot replace the reference."""
+        if base_layer._forward_hooks or base_layer._forward_pre_hooks:
+            return None
         weight, bias = frozen_weight(base_layer), base_layer.bias
         if not can_fuse(x, weight, bias):
             return None
@@ -342,4 +344,6 @@ def _copy_of_layer(layer: Any) -> Any:
     """A module with the same tensors, which can be replaced without a change to the first."""
     twin = copy.copy(layer)
     twin._parameters, twin._buffers = dict(layer._parameters), dict(layer._buffers)
+    for name in ("forward", "_old_forward", "_hf_hook"):  # accelerate's, bound to the first module and its weight
+        vars(twin).pop(name, None)
     return twin

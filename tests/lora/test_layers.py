@@ -4,13 +4,18 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_hf.core.config.schema import LoraConfig
 from lora_hf.lora.active_adapter import AdapterState
+from lora_hf.lora.inject import inject, merge
 from lora_hf.lora.kernels.reference import add_lora
 from lora_hf.lora.layers import LoraLinear, LoraWeights
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
+from lora_hf.lora.multi_adapter import use_adapter
+from tests.support.small_models import randomize_lora_b, small_model, token_ids
 from tests.tolerances import GRADCHECK, MERGE_BF16, MERGE_FP32, PARITY_FP32
 
 FUSED = [(0, 6), (12, 18)]  # q and v of a projection to 18 columns
@@ -175,3 +180,27 @@ def test_the_bases_own_head_is_frozen_and_runs_without_an_adapter() -> None:
     head.to(torch.float64)
     assert head.original_module[0].weight.dtype == torch.float64
     assert head.modules_to_save["default"][0].weight.dtype == torch.float32
+
+
+def test_hooks_of_the_base_layer_run_with_an_adapter_merged_or_not() -> None:
+    model, ids = small_model("llama"), token_ids()
+    projection = model.get_submodule("model.layers.0.self_attn.v_proj")
+    model(input_ids=ids)
+    projection.register_forward_hook(lambda module, inputs, output: output * 2)
+    inject(model.eval(), LoraConfig(r=2, targets=("v",)))
+    adapted = model(input_ids=ids).logits
+    with use_adapter(model, None):
+        torch.testing.assert_close(adapted, model(input_ids=ids).logits)
+    torch.testing.assert_close(adapted, merge(model)(input_ids=ids).logits)
+
+
+def test_a_merge_counts_where_accelerate_has_replaced_the_forward_of_the_layers() -> None:
+    model, ids = small_model("llama"), token_ids()
+    for module in [module for module in model.modules() if isinstance(module, nn.Linear)]:
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))  # as device_map does on several GPUs
+    inject(model.eval(), LoraConfig(r=2, targets=("v",)))
+    base = model(input_ids=ids).logits
+    randomize_lora_b(model)
+    adapted = model(input_ids=ids).logits
+    assert (adapted - base).abs().max() > 1e-3
+    torch.testing.assert_close(merge(model)(input_ids=ids).logits, adapted)
