@@ -88,7 +88,10 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
     for path, (slices, r, alpha) in ranks.items():
         weights = add_weights(model, path, name, slices, r, alpha, lora.lora_dropout, variant)
         initialise(weights, model.get_submodule(path), lora.init_lora_weights)  # type: ignore[arg-type]
-    add_biases(model, biases, name, adapter_state(model))
+    state = adapter_state(model)
+    add_biases(model, biases, name, state)
+    if state.labels and state.active_adapter is not None:  # whose labels may be its own
+        state.labels[name] = state.labels[None]
     return inject_head(model, name, dict.fromkeys(whole))
 
 
@@ -168,8 +171,7 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(path, tokens.base_layer)
     for path, head in adapter_heads(model).items():
         plain = head.modules_to_save[head.active] if merged and head.active else head.original_module
-        if head.within_base:
-            plain.to(next(head.original_module.parameters()).dtype)
+        plain.to(next(head.original_module.parameters()).dtype)
         model.set_submodule(path, plain.requires_grad_(not head.within_base))
     vars(model).pop("save_pretrained", None)  # of `adapters.pretrained`
     if hasattr(model, "is_quantized"):

@@ -19,6 +19,7 @@ from lora_hf.core.errors import AdapterError, ConfigError
 from lora_hf.lora.architectures import ARCHITECTURES
 from lora_hf.lora.fingerprint import fingerprint
 from lora_hf.lora.inject import (
+    adapter_state,
     count_parameters,
     eject,
     inject,
@@ -355,3 +356,24 @@ def test_activations_computed_again_give_the_same_gradients(kind: str) -> None:
     plain, again, other = gradients(again=False), gradients(again=True), gradients(again=True, seed=4)
     assert [name for name in plain if not torch.equal(plain[name], again[name])] == []
     assert [name for name in plain if torch.equal(plain[name], other[name])] == [], "other masks, other gradients"
+
+
+def test_a_merged_head_has_the_precision_of_the_base_that_it_is_left_in() -> None:
+    model, ids = small_model("bert", 3).to(torch.bfloat16), token_ids()  # type: ignore[arg-type]
+    inject(model, LoraConfig(r=2))
+    eject(merge(model.eval()))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(input_ids=ids).logits.shape == (len(ids), 3)
+
+
+def test_an_adapter_beside_one_with_other_labels_has_those_of_the_base() -> None:
+    model = small_model("bert", 3)
+    inject(model, LoraConfig(r=2), "a")
+    state = adapter_state(model)
+    state.labels["b"] = (("x", "y"), None)  # as `load_adapter(own_head=True)` leaves it
+    state.names["b"] = None
+    set_adapter(model, "b")
+    inject(model, LoraConfig(r=2), "c")
+    assert model.config.num_labels == 3
+    set_adapter(model, "b")
+    assert model.config.num_labels == 2
