@@ -16,6 +16,11 @@ from lora_hf.lora.inject import (
     check_adapter_exists,
     set_adapter,
 )
+from lora_hf.lora.variants.biases import biased_modules
+from lora_hf.lora.variants.tokens import token_modules
+from lora_hf.lora.wrappers import unwrap_model
+
+SEQUENCE_FIRST = ("fsmt", "xlnet")  # types whose hidden states are (seq, batch, hidden)
 
 
 @contextmanager
@@ -54,13 +59,20 @@ def mix_adapters(
             each time, so that `stacks` holds one entry for them.
 
     Raises:
-        AdapterError: no rows, an adapter that the model does not have, or one that is merged into the base.
+        AdapterError: no rows, an adapter that the model does not have, or one that is merged into the base; several
+            adapters on a model whose layers get tokens before rows.
     """
     state = adapter_state(model)
     if not rows:
         raise AdapterError("mix_adapters: expected the adapter of each row of the batch, found no rows")
     for name in dict.fromkeys((*rows, *among)):
         check_adapter_exists(state, name)
+    kind = unwrap_model(model).config.model_type
+    if kind in SEQUENCE_FIRST and len(set(rows)) > 1:
+        raise AdapterError(
+            f"mix_adapters: the layers of {kind} get tokens before rows, so its rows cannot have adapters of their "
+            "own; run each adapter's rows in a batch of their own"
+        )
     with state.override(BatchRouting(rows, stacks, among)):
         yield model
 
@@ -80,6 +92,9 @@ def unload_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     for adapters, _ in list(adapter_dicts(model)):
         if name in adapters:
             del adapters[name]
+    for path, module in (biased_modules(model) | token_modules(model)).items():
+        if not module.adapters:  # what is left of it would keep A and B away
+            model.set_submodule(path, module.base_layer)
     state.labels.pop(name, None)
     del state.names[name]
     return model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, XLNetConfig, XLNetForSequenceClassification
 
 from lora_hf import load_adapter, mix_adapters, save_adapter, set_adapter, unload_adapter, use_adapter
 from lora_hf.core.config.schema import LoraConfig
@@ -370,3 +370,21 @@ def test_biases_of_all_modules_mix_too() -> None:
         unload_adapter(model, "x")
         assert alone(model, inputs, 0, "y").equal(alones[0])
     torch.testing.assert_close(mixed, torch.stack(alones), atol=tolerances.MIXED_FP32, rtol=0)
+
+
+def test_an_adapter_adapts_what_an_unloaded_one_trained_the_bias_of() -> None:
+    model = small_model("bert", 3)
+    inject(model, LoraConfig(r=2, targets=("q",), bias="all"), "x")
+    unload_adapter(model, "x")
+    assert adapter_names(inject(model, LoraConfig(r=2, targets=("v",)), "y")) == ["y"]
+
+
+def test_a_model_with_the_sequence_first_does_not_mix_rows() -> None:
+    config = XLNetConfig(vocab_size=100, d_model=16, n_layer=1, n_head=2, d_inner=32)
+    model, ids = XLNetForSequenceClassification(config).eval(), token_ids(2, 4)
+    for name in ("x", "y"):
+        inject(model, LoraConfig(r=2, targets=("layer_1",)), name)
+    with pytest.raises(AdapterError, match="xlnet"), mix_adapters(model, ["x", "y"]):
+        model(input_ids=ids)
+    with torch.no_grad(), mix_adapters(model, ["x", "x"]):
+        assert model(input_ids=ids).logits.shape == (2, 2)
