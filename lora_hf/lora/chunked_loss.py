@@ -50,6 +50,8 @@ def enable_chunked_loss(model: PreTrainedModel, smoothing: float = 0.0) -> bool:
         return False
     if head.bias is not None or head.weight.requires_grad:
         return False
+    if getattr(model.config, "output_router_logits", False):  # a second loss, which balances the experts
+        return False
     model.forward = functools.wraps(model.forward)(functools.partial(_forward, model, model.forward, smoothing))
     return True
 

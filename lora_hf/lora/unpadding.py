@@ -69,6 +69,8 @@ def _unsupported(model: PreTrainedModel) -> str | None:
         return f"model type {kind!r} has no entry in the role table"
     if ARCHITECTURES[kind].padded_because:
         return f"{kind} has {ARCHITECTURES[kind].padded_because}"
+    if getattr(model.config, "output_router_logits", False):
+        return "its loss reads the experts of a padded batch (output_router_logits)"
     if _slides(model.config):
         return f"{kind} has a sliding-window attention in this config"
     if model.config._attn_implementation not in ("sdpa", "eager", ATTENTION):

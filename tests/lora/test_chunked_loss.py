@@ -106,3 +106,12 @@ def test_a_head_that_is_unfrozen_later_is_refused() -> None:
     model.requires_grad_(True)
     with pytest.raises(TrainingError, match="head was frozen when its loss was set up"):
         model(**inputs())
+
+
+def test_the_loss_that_balances_experts_stays() -> None:
+    model = small_model("qwen2_moe", output_router_logits=True, router_aux_loss_coef=0.5)
+    inject(model, LoraConfig(r=2, targets=("q",)))
+    batch = inputs()
+    before = model.eval()(**batch).loss
+    assert not enable_optimizations(model).scores_labels_only
+    torch.testing.assert_close(model(**batch).loss, before)
