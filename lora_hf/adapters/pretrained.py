@@ -10,6 +10,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -88,5 +89,7 @@ def _save_pretrained(
         return
     folder = save_load.save_adapter(model, save_directory, name)
     # Trainer restores a model that is not PEFT's from this file, by the names of `state_dict`.
-    trained = {key: tensor.detach().clone() for key, tensor in model.named_parameters() if tensor.requires_grad}
-    save_file({key: tensor.cpu().contiguous() for key, tensor in trained.items()}, folder / SAFE_WEIGHTS_NAME)
+    trained: dict[str, torch.Tensor] = {key: each for key, each in model.named_parameters() if each.requires_grad}
+    trained |= {key: each for key, each in model.named_buffers() if f".adapters.{name}." in key}  # PiSSA's start
+    tensors = {key: tensor.detach().clone().cpu().contiguous() for key, tensor in trained.items()}
+    save_file(tensors, folder / SAFE_WEIGHTS_NAME)

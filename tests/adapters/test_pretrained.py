@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -212,3 +213,17 @@ def test_save_pretrained_without_an_active_adapter_is_an_error(base: tuple[Any, 
     model = set_adapter(adapted(base), None)
     with pytest.raises(AdapterError, match="no adapter is active"):
         model.save_pretrained(tmp_path / "saved")
+
+
+def test_the_file_for_trainers_resume_holds_the_start_of_a_randomized_pissa(tmp_path: Path) -> None:
+    lora, ids = LoraConfig(r=2, init_lora_weights="pissa_niter_1"), token_ids()
+    models = [small_model("llama").eval() for _ in range(2)]
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        inject(model, lora)
+    trained, resumed = models
+    for layer in lora_layers(trained).values():
+        layer.adapters["default"].lora_B.data += 0.1
+    trained.save_pretrained(tmp_path)
+    resumed.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    torch.testing.assert_close(resumed(input_ids=ids).logits, trained(input_ids=ids).logits)
