@@ -76,6 +76,17 @@ def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
         return None
 
 
+def embeddings_that_run(model: PreTrainedModel) -> list[str]:
+    """The paths of the embeddings that an encoder-decoder calls in place of its token embeddings; else none.
+
+    T5 and BART have a module `shared`, whose weight the encoder and the decoder hold in modules of their own.
+    """
+    tokens = input_embeddings(model)
+    weight = getattr(tokens, "weight", None)
+    modules = [(path, each) for path, each in model.named_modules() if isinstance(each, nn.Embedding)]
+    return [path.removesuffix(".base_layer") for path, each in modules if each.weight is weight and each is not tokens]
+
+
 def base_prefix(model: PreTrainedModel) -> str:
     """`"roberta."` for a model with a head, empty for the base model itself."""
     return "" if model.base_model is model else f"{model.base_model_prefix}."
@@ -252,12 +263,17 @@ def named_modules(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
                 f"{did_you_mean(name, endings)}; it has: {', '.join(endings)}"
             )
         for path in matches:
-            _check_trainable(model.get_submodule(path), path)
+            _check_trainable(model, path)
         found += matches
     return found
 
 
-def _check_trainable(module: nn.Module, path: str) -> None:
+def _check_trainable(model: PreTrainedModel, path: str) -> None:
+    module = model.get_submodule(path)
+    if module is input_embeddings(model) and (running := embeddings_that_run(model)):
+        raise ConfigError(
+            f"lora.modules_to_save: the model never calls {path}, so it cannot be trained; name {' or '.join(running)}"
+        )
     packed = [each for each in module.modules() if isinstance(each, QuantisedLinear)]
     if packed or next(module.parameters(), None) is None:
         reason = f"has a weight packed in {packed[0].scheme}" if packed else "has no parameters"

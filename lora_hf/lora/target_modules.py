@@ -25,7 +25,7 @@ from lora_hf.core.config.schema import PRESETS, ROLES, LoraConfig
 from lora_hf.core.errors import ConfigError, did_you_mean
 from lora_hf.lora.adapter_dict import modules_of_base
 from lora_hf.lora.architectures import ARCHITECTURES, Projection
-from lora_hf.lora.heads import base_prefix, input_embeddings, modules_to_train
+from lora_hf.lora.heads import base_prefix, embeddings_that_run, input_embeddings, modules_to_train
 from lora_hf.lora.layers import AdaptedModule, LoraLinear, linear_shape
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.path_patterns import PathPattern
@@ -74,6 +74,11 @@ def plan(model: PreTrainedModel, lora: LoraConfig) -> list[Site]:
         found = _sites_of(model, target, modules, prefix)
         if not found:
             raise ConfigError(_no_match(target, model, modules, prefix))
+        if (running := embeddings_that_run(model)) and embeddings_path(model) in {site.path for site in found}:
+            raise ConfigError(
+                f"lora.targets: {target!r} names {embeddings_path(model)}, which the model never calls, so an adapter "
+                f"would have no effect; name {' or '.join(running)}"
+            )
         matches = _without_uncalled(model, target, found)
         chosen = [site for site in matches if layers is None or layer_of(site.path) in layers]
         if not chosen:

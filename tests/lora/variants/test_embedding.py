@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForSeq2SeqLM
 
 from lora_hf.core.config.schema import PRESETS, LoraConfig
 from lora_hf.core.errors import AdapterError, ConfigError
@@ -11,7 +12,7 @@ from lora_hf.lora.inject import eject, inject, lora_layers, merge, unmerge
 from lora_hf.lora.layers import LoraLinear
 from lora_hf.lora.target_modules import plan
 from lora_hf.lora.variants.embedding import EmbeddingWeights
-from tests.support.small_models import CLASSIFIERS, small_model, token_ids
+from tests.support.small_models import CLASSIFIERS, small_config, small_model, token_ids
 from tests.tolerances import MERGE_FP32, PARITY_FP32
 
 
@@ -76,6 +77,23 @@ def test_a_bf16_base_has_fp32_factors() -> None:
     layer = adapted(torch.bfloat16)
     assert layer(torch.tensor([3])).dtype == torch.bfloat16
     assert {parameter.dtype for parameter in layer.adapters.parameters()} == {torch.float32}
+
+
+def test_the_shared_embeddings_of_an_encoder_decoder_are_refused_with_those_that_run() -> None:
+    """T5's encoder and decoder have modules of their own: at `shared` nothing would be trained."""
+    for kind, prefix in (("t5", ""), ("bart", "model.")):
+        model = AutoModelForSeq2SeqLM.from_config(small_config(kind)).eval()
+        running = f"name {prefix}encoder.embed_tokens or {prefix}decoder.embed_tokens"
+        for target in ("embeddings", "shared") if kind == "t5" else ():  # BART's are refused, because they scale
+            with pytest.raises(ConfigError, match=rf"'{target}' names {prefix}shared, which .* never calls.*{running}"):
+                inject(model, LoraConfig(targets=("q", target)))
+        with pytest.raises(ConfigError, match=rf"modules_to_save: .* never calls {prefix}shared.*{running}"):
+            inject(model, LoraConfig(targets=("q",), modules_to_save=("shared",)))
+        assert not lora_layers(model)
+    model = AutoModelForSeq2SeqLM.from_config(small_config("t5"))
+    inject(model, LoraConfig(r=2, targets=("encoder.embed_tokens", "decoder.embed_tokens")))
+    model(token_ids(), labels=token_ids()).loss.backward()
+    assert all(layer.adapters["default"].lora_A.grad.any() for layer in lora_layers(model).values())
 
 
 def test_no_preset_holds_embeddings_and_what_they_cannot_do_is_refused() -> None:
