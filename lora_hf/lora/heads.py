@@ -82,9 +82,12 @@ def embeddings_that_run(model: PreTrainedModel) -> list[str]:
     T5 and BART have a module `shared`, whose weight the encoder and the decoder hold in modules of their own.
     """
     tokens = input_embeddings(model)
-    weight = getattr(tokens, "weight", None)
+    if tokens is None:
+        return []
+    own = set(tokens.modules())  # also the plain module in an adapted one
     modules = [(path, each) for path, each in model.named_modules() if isinstance(each, nn.Embedding)]
-    return [path.removesuffix(".base_layer") for path, each in modules if each.weight is weight and each is not tokens]
+    twins = [path for path, each in modules if each.weight is tokens.weight and each not in own]
+    return [path.removesuffix(".base_layer") for path in twins]
 
 
 def base_prefix(model: PreTrainedModel) -> str:
