@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
+
+from lora_hf.lora.precision import keep_dtype
 
 
 class AdapterDict(nn.ModuleDict):
-    """What each adapter adds to one module, by the adapter's name."""
+    """What each adapter adds to one module, by the adapter's name: fp32, whatever the model is cast to."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterDict:
+        return super()._apply(keep_dtype(fn), recurse)
 
 
 def modules_of_base(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:

@@ -19,7 +19,6 @@ from lora_hf.lora.adapter_dict import AdapterDict
 from lora_hf.lora.kernels.fused import Projection, Weight, can_fuse, lora_linear
 from lora_hf.lora.kernels.grouped import Pair, Stack, add_grouped
 from lora_hf.lora.kernels.reference import add_lora
-from lora_hf.lora.precision import keep_dtype
 from lora_hf.lora.quantization import QuantisedLinear, is_torchao
 from lora_hf.lora.slices import Slices, block_diagonal, slice_width, split_slices
 
@@ -97,9 +96,6 @@ class LoraWeights(nn.Module):
     def moved(self) -> bool:
         """Whether training has changed B since the start."""
         return bool(self.lora_B.any())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraWeights:
-        return super()._apply(keep_dtype(fn), recurse)
 
     def forward(self, base_layer: nn.Module, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`: the base layer with this adapter and its bias."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import AdapterState, BatchRouting
 from lora_hf.lora.adapter_dict import AdapterDict
-from lora_hf.lora.precision import keep_dtype
 from lora_hf.lora.quantization import unpack_quantized
 
 
@@ -50,11 +48,6 @@ class ModulesToSaveWrapper(nn.Module):
         """Adds the copy of adapter `name`; without `head`, it starts as the base's own."""
         own: nn.Module = copy.deepcopy(self.original_module) if head is None else head
         self.modules_to_save[name] = own.float().requires_grad_(True)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ModulesToSaveWrapper:
-        self.original_module._apply(fn, recurse)
-        self.modules_to_save._apply(keep_dtype(fn), recurse)
-        return self
 
     @property
     def active(self) -> str | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import psutil
 import torch
 from transformers import PretrainedConfig
 
@@ -43,7 +43,7 @@ def check_size(auto: Any, config: PretrainedConfig, dtype: torch.dtype, name: st
             parameters = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
     except Exception as error:  # transformers does not check a config
         raise ModelError(f"{name}: config.json describes no model that can be built ({listed}): {error}") from error
-    needed, memory = parameters * dtype.itemsize, _memory()
+    needed, memory = parameters * dtype.itemsize, psutil.virtual_memory().total
     if needed > MEMORY_FACTOR * memory:
         raise ModelError(
             f"{name}: config.json ({listed}) describes a model of {needed / 1e9:,.0f} GB; this machine has "
@@ -63,7 +63,3 @@ def _sizes(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield from _sizes(value)
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and not key.endswith(("_id", "theta")):
             yield key, int(min(value, 2**63)) if value > 0 else 0  # also for infinity and NaN
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

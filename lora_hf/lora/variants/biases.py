@@ -9,7 +9,7 @@ other projections and norms outside the task head, which is trained anyway: a `B
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from lora_hf.lora.active_adapter import AdapterState
 from lora_hf.lora.adapter_dict import modules_of_base
 from lora_hf.lora.layers import AdaptedModule, LoraLinear
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
-from lora_hf.lora.precision import keep_dtype
 from lora_hf.lora.quantization import QuantisedLinear
 
 AFFINE = (nn.Linear, Conv1D, QuantisedLinear, nn.LayerNorm)  # modules that add their bias last
@@ -32,9 +31,6 @@ class Bias(nn.Module):
     def __init__(self, start: Tensor) -> None:
         super().__init__()
         self.bias = nn.Parameter(start.detach().float().clone())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bias:
-        return super()._apply(keep_dtype(fn), recurse)
 
 
 class BiasedModule(AdaptedModule):

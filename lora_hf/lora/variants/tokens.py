@@ -6,7 +6,7 @@ embeddings' weight, the logits of these tokens are those of the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import AdapterState
 from lora_hf.lora.adapter_dict import modules_of_base
 from lora_hf.lora.layers import AdaptedModule
-from lora_hf.lora.precision import keep_dtype
 
 FILE_KEY = "token_adapter.trainable_tokens_delta"  # relative to the embedding; PEFT's name, although it holds rows
 BASE_KEY = "token_adapter.base_layer.weight"  # the embedding beneath them, where PEFT saves it as well
@@ -32,9 +31,6 @@ class TokenRows(nn.Module):
         super().__init__()
         self.register_buffer("ids", torch.tensor(ids, device=weight.device))
         self.rows = nn.Parameter(weight.detach()[self.ids].float().clone())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenRows:
-        return super()._apply(keep_dtype(fn), recurse)
 
 
 class TokenAdaptedModule(AdaptedModule):
