@@ -287,7 +287,7 @@ def _shared_heads(model: PreTrainedModel, adapters: Collection[str]) -> list[Mod
         training = [name for name in adapters if name in head.modules_to_save]
         if 0 < len(training) < len(adapters):
             raise AdapterError(
-                f"{path}: of {', '.join(adapters)}, only {', '.join(training)} trained this module whole, so it has no "
+                f"{path}: of {', '.join(adapters)}, only {', '.join(training)} fully trained this module, so it has no "
                 "average; combine adapters with the same modules_to_save"
             )
         shared += [head] if training else []

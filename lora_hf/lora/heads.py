@@ -1,4 +1,4 @@
-"""Which modules an adapter trains and saves whole: the task head, and whatever no checkpoint has filled.
+"""Which modules an adapter fully trains and saves: the task head, and whatever no checkpoint has filled.
 
 A model with a task head is its base model and, beside it, the modules of the head. The head of a language model comes
 from pretraining, so it stays frozen like the base. A module that `from_pretrained` initialized because the
@@ -226,7 +226,7 @@ def is_random(model: PreTrainedModel, path: str) -> bool:
 
 
 def modules_to_train(model: PreTrainedModel, names: Sequence[str] = ()) -> list[str]:
-    """The modules that an adapter trains and saves whole, by path in the order of the model.
+    """The modules that an adapter fully trains and saves, by path in the order of the model.
 
     Args:
         names: further modules, as `lora.modules_to_save` names them.

@@ -354,7 +354,7 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
 def _check_unadapted(module: nn.Module, path: str) -> None:
     if any(isinstance(each, AdaptedModule) for each in module.modules()):
         raise AdapterError(
-            f"{path}: another adapter has A and B in this module, so no adapter can train it whole; put the two "
+            f"{path}: another adapter has A and B in this module, so no adapter can fully train it; put the two "
             "adapters on separate models"
         )
 
