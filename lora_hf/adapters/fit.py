@@ -241,8 +241,9 @@ def _check_vocabulary(model: PreTrainedModel, file: AdapterFile) -> None:
             f"{file.folder} holds a vocabulary of {len(held)} tokens, and the base has {len(tokens.weight)}: call "
             f"resize_token_embeddings({len(held)}) on the base before load_adapter"
         )
-    lacking = [path for path in new_embeddings(model) if f"{PREFIX}{path}.weight" not in file.tensors]
-    if lacking:
+    new = new_embeddings(model)
+    lacking = [each for each in new if f"{PREFIX}{each}.weight" not in file.tensors]
+    if lacking and path in new:  # otherwise the vocabulary is the checkpoint's, which has no output head
         raise AdapterError(
             f"{file.folder} does not hold {' and '.join(lacking)} as a whole, of which the base's checkpoint lacks the "
             "rows of new tokens: they are random. Save the base that the adapter was trained on, resized as it was, "
