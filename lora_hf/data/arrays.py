@@ -38,9 +38,9 @@ def to_array(values: list[Any], column: str, path: Path) -> pyarrow.Array:
                 f"{path}: {column!r}: row {large} (counting from 0) has the integer {str(values[large])[:100]}, which "
                 "is too large for a column of numbers; write it as a text or a fraction"
             ) from error
+        row = row or 0
         raise DataError(
-            f"{path}: {column!r} has values of several types: row {row or 0} (counting from 0) has "
-            f"{values[row or 0]!r:.100}; "
+            f"{path}: {column!r} has values of several types: row {row} (counting from 0) has {values[row]!r:.100}; "
             f"expected {expected}"
         ) from error
 

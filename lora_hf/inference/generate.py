@@ -30,7 +30,7 @@ from lora_hf.adapters.save_load import load_saved_model
 from lora_hf.core.atomic_io import atomic_path
 from lora_hf.core.config.schema import GenerateConfig
 from lora_hf.core.errors import ConfigError
-from lora_hf.core.provenance import git_state, machine, versions
+from lora_hf.core.provenance import provenance
 from lora_hf.core.records import ScoreRecord
 from lora_hf.data.metrics.nlg import NlgMetric
 from lora_hf.data.tasks.generation import Example, TextGeneration, one_line
@@ -334,9 +334,7 @@ def evaluate_texts(
                 metrics=scores[split],
                 precision=str(generator.model.dtype).removeprefix("torch."),
                 timings={"generate": generated - started, "score": time.perf_counter() - generated},
-                versions=versions(),
-                git=git_state(),
-                machine=machine(),
+                **provenance(),
             )
             records.append(record.write(run_folder / f"scores-{name}.json"))
     return records, scores

@@ -69,12 +69,13 @@ def plan(model: PreTrainedModel, lora: LoraConfig) -> list[Site]:
     whole = tuple(f"{path}." for path in modules_to_train(model, lora.modules_to_save))
     modules = {path: module for path, module in modules.items() if not f"{path}.".startswith(whole)}
     layers = None if lora.layers is None else _layer_numbers(lora.layers, modules)
+    running = embeddings_that_run(model)
     sites: dict[Site, None] = {}
     for target in dict.fromkeys(lora.targets):
         found = _sites_of(model, target, modules, prefix)
         if not found:
             raise ConfigError(_no_match(target, model, modules, prefix))
-        if (running := embeddings_that_run(model)) and embeddings_path(model) in {site.path for site in found}:
+        if running and embeddings_path(model) in {site.path for site in found}:
             raise ConfigError(
                 f"lora.targets: {target!r} names {embeddings_path(model)}, which the model never calls, so an adapter "
                 f"would have no effect; name {' or '.join(running)}"

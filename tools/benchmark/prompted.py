@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_hf.core.config.schema import GenerateConfig, TaskConfig
-from lora_hf.core.provenance import git_state, machine, versions
+from lora_hf.core.provenance import provenance
 from lora_hf.core.records import ScoreRecord
 from lora_hf.data.tasks.generation import Example, TextGeneration
 from lora_hf.data.tasks.registry import get_task, task_of
@@ -94,9 +94,7 @@ def score_prompted(
         metrics=scores,
         precision="float32",
         timings={"generate": generated - start, "score": time.perf_counter() - generated},
-        versions=versions(),
-        git=git_state(),
-        machine=machine(),
+        **provenance(),
     )
     return record, texts
 

@@ -20,6 +20,7 @@ from transformers import (
 
 from lora_hf.core.labels import IGNORE_INDEX
 from lora_hf.lora.heads import mark_head_as_new
+from lora_hf.models.load import set_dropout
 
 Row = dict[str, list[int]]
 
@@ -66,10 +67,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TINY_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}
-DROPOUTS = (
-    *("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "mlp_dropout", "embedding_dropout"),
-    *("classifier_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
-)
 ENCODERS = ("minilm", "roberta-base", "modernbert-base")
 
 # Tokens at 48 evenly spaced quantiles of 4,000 training rows, by MiniLM's tokenizer and SmolLM2's; for E2E those of the
@@ -119,10 +116,10 @@ class Check:
         if self.rehearses:
             shape |= {"vocab_size": 256} | (TINY_GPT2 if kind == "gpt2" else TINY)
             shape |= {"num_key_value_heads": 2, "head_dim": 8} if kind == "llama" else {}
-        # The libraries draw their dropout differently, and losses are compared.
-        without = dict.fromkeys(DROPOUTS, 0.0)
         special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-        return AutoConfig.for_model(kind, **shape, **special, **without)
+        config = AutoConfig.for_model(kind, **shape, **special)
+        set_dropout(config, 0.0)  # the libraries draw their dropout differently, and losses are compared
+        return config
 
     def build(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         """A base with the same weights each time: those of a folder, else random ones of its shape."""
@@ -132,8 +129,7 @@ class Check:
         if folder is not None and folder.is_dir():
             self.weights[name] = "pretrained"
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            for key in set(DROPOUTS) & set(config.to_dict()):
-                setattr(config, key, 0.0)
+            set_dropout(config, 0.0)
             return auto.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True).to(self.device)
         self.weights[name] = "random"
         small = name in ("minilm", "smollm2")  # of which a side in fp32 has the same weights
