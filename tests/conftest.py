@@ -149,6 +149,16 @@ def _a_file_leaves_no_trace() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _auto_precision_is_fp32() -> Iterator[None]:
+    """With `auto`, the numbers of a test would depend on whether its machine has bf16 units."""
+    from lora_hf.lora import precision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "bf16_gain", lambda: 1.0)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _a_test_leaves_no_trace() -> Iterator[None]:
     from tests.support.process_state import restored_process_state

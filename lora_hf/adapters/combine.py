@@ -22,7 +22,7 @@ from lora_hf.core.atomic_io import atomic_folder
 from lora_hf.core.errors import AdapterError, ConfigError, did_you_mean
 from lora_hf.core.provenance import provenance
 from lora_hf.core.records import COMBINE_FILE, CombineRecord
-from lora_hf.lora.inject import adapter_heads, adapter_names, add_weights, check_new_adapter, inject_head, lora_layers
+from lora_hf.lora.inject import adapter_heads, adapter_names, add_weights, inject_head, lora_layers, prepare_for_adapter
 from lora_hf.lora.kernels.combination import Factors, drop, elect, shorten, sum_of_factors, svd_of_factors, trim
 from lora_hf.lora.layers import LoraLinear, LoraWeights
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
@@ -334,7 +334,7 @@ def _check(
                 f"adapter {adapter!r} trains rows of the embeddings, which cannot be combined; combine adapters "
                 "without PEFT's trainable_token_indices"
             )
-    check_new_adapter(model, name)
+    prepare_for_adapter(model, name)
     if _shared_heads(model, weights) and abs(sum(weights.values())) < 1e-6:
         raise ConfigError(
             f"weights: expected a sum other than 0, because heads are divided by it, found {sum(weights.values()):g}"

@@ -46,12 +46,12 @@ from lora_hf.lora.inject import (
     adapter_names,
     adapter_state,
     add_weights,
-    check_new_adapter,
     eject,
     get_labels,
     inject_head,
     lora_layers,
     merge,
+    prepare_for_adapter,
     set_adapter,
 )
 from lora_hf.lora.layers import LoraLinear
@@ -160,7 +160,7 @@ def load_adapter(
     revision: str | None = None,
 ) -> PreTrainedModel:
     """`pretrained.load_adapter`, without changing what `save_pretrained` does."""
-    check_new_adapter(model, name)
+    prepare_for_adapter(model, name)
     file = without_copies(model, read_adapter(fetch_adapter(folder, revision)))
     heads = new_heads(model, file, own_head)
     saved_layers, biases = check_fit(model, file, heads, own_head)

@@ -39,7 +39,7 @@ from lora_hf.inference.logits import FiniteLogits, NoRepeatedNGram
 from lora_hf.inference.text_files import text_files
 from lora_hf.lora.inject import merge as add_to_base
 from lora_hf.lora.precision import flush_denormals
-from lora_hf.models.align import check_tokens
+from lora_hf.models.align import check_tokens, position_limit
 from lora_hf.models.load import dequantise
 
 logger = logging.getLogger(__name__)
@@ -100,9 +100,7 @@ class Generator:
             DataError: a context leaves no space for `max_new_tokens`. It is raised before anything is generated.
         """
         decoding = resolve_decoding(decoding, self.model)
-        limit = prompt_limit(self.model, self.max_length, decoding)
-        prompts = self.task.prompts(contexts, self.tokenizer, limit)
-        check_tokens(self.task, prompts, self.tokenizer, self.model)
+        prompts = self._encode(contexts, decoding)
         warn_honored_tokens(self.task.name, contexts, honored_tokens(self.tokenizer))
         torch.manual_seed(decoding.seed)
         size = decoding.batch_size
@@ -115,10 +113,16 @@ class Generator:
         Raises:
             DataError: as `generate`.
         """
-        prompts = self.task.prompts([context], self.tokenizer, self.max_length - decoding.max_new_tokens)
-        check_tokens(self.task, prompts, self.tokenizer, self.model)
+        decoding = resolve_decoding(decoding, self.model)
+        prompts = self._encode([context], decoding)
         (text,) = self.generate_batch(prompts, decoding, streamer=_Streamer(self.tokenizer, on_text))
         return text
+
+    def _encode(self, contexts: Sequence[str], decoding: GenerateConfig) -> list[list[int]]:
+        limit = prompt_limit(self.model, self.max_length, decoding)
+        prompts = self.task.prompts(contexts, self.tokenizer, limit)
+        check_tokens(self.task, prompts, self.tokenizer, self.model)
+        return prompts
 
     def generate_batch(
         self, prompts: Sequence[list[int]], decoding: GenerateConfig, streamer: TextStreamer | None = None
@@ -245,16 +249,25 @@ def prompt_limit(model: PreTrainedModel, text_limit: int, decoding: GenerateConf
 
 
 def resolve_decoding(decoding: GenerateConfig, model: PreTrainedModel) -> GenerateConfig:
-    """The settings with those of `from_base` taken from the base's generation_config, for an encoder-decoder."""
-    names = decoding.from_base
-    if not model.config.is_encoder_decoder or names == ():
+    """For an encoder-decoder, the settings with those of `from_base` taken from the base's generation_config.
+
+    Its decoder has positions of its own, or any number; a warning says if they are fewer than `max_new_tokens`.
+    """
+    if not model.config.is_encoder_decoder:
         return decoding
-    names = decoding.with_base_settings().from_base if names is None else names
+    names = decoding.with_base_settings().from_base if decoding.from_base is None else decoding.from_base
     own = model.generation_config
     values = {name: value for name in names or () if (value := getattr(own, name, None)) is not None}
     if "max_new_tokens" in (names or ()) and "max_new_tokens" not in values and (own.max_length or 0) > 1:
         values["max_new_tokens"] = own.max_length - 1  # it counts the token that the decoder starts with
-    return replace(decoding, **values, from_base=())
+    resolved = replace(decoding, **values, from_base=())
+    positions = position_limit(model) or resolved.max_new_tokens
+    if positions < resolved.max_new_tokens:
+        logger.warning(
+            "the model has %d positions, fewer than generate.max_new_tokens=%d; longer texts end there",
+            positions, resolved.max_new_tokens,
+        )  # fmt: skip
+    return replace(resolved, max_new_tokens=min(resolved.max_new_tokens, positions))
 
 
 class _Streamer(TextStreamer):

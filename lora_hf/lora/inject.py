@@ -21,7 +21,7 @@ from lora_hf.lora.adapter_dict import modules_of_base
 from lora_hf.lora.heads import has_labels, modules_to_train, new_parameters, task_type, untrained_parameters
 from lora_hf.lora.layers import AdaptedModule, Drift, LoraLinear, LoraWeights
 from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
-from lora_hf.lora.quantization import QuantisedLinear, check_torchao_gradients
+from lora_hf.lora.quantization import QuantisedLinear, check_torchao_gradients, keep_input_gradients
 from lora_hf.lora.slices import Slices
 from lora_hf.lora.target_modules import Site, comma_separated, plan, ranks_and_alphas
 from lora_hf.lora.variants.biases import add_biases, check_no_standalone_biases, unadapted_biases, unwrap_biases
@@ -73,7 +73,7 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
     if start and lora.use_dora:
         raise ConfigError(f"lora.use_dora and lora.init_lora_weights={start} exclude each other; choose one of them")
     ranks = ranks_and_alphas(model, sites, lora)
-    check_new_adapter(model, name)
+    prepare_for_adapter(model, name)
     check_no_standalone_biases(model, ranks)
     whole = modules_to_train(model, lora.modules_to_save)
     biases = unadapted_biases(model, ranks, whole) if lora.bias == "all" else {}
@@ -315,9 +315,15 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for adapters, _ in adapter_dicts(model) for name in adapters))
 
 
-def check_new_adapter(model: nn.Module, name: str) -> None:
-    """Raises AdapterError if `name` is taken or cannot be used, ModelError if the base gives no gradients."""
+def prepare_for_adapter(model: nn.Module, name: str) -> None:
+    """Prepares a base for another adapter, before any of it is added.
+
+    Raises:
+        AdapterError: the name is taken or cannot be used.
+        ModelError: the base gives no gradients.
+    """
     check_torchao_gradients(model)
+    keep_input_gradients(model)
     if name in adapter_names(model):
         raise AdapterError(f"the model already has an adapter named {name!r}; choose another name")
     if not name or "." in name or hasattr(nn.ModuleDict(), name):

@@ -153,6 +153,7 @@ def is_torchao(weight: object) -> bool:
 
 def unpack_quantized(module: nn.Module) -> nn.Module:
     """The module with plain weights where transformers has packed them (`BitsAndBytesConfig`, `TorchAoConfig`)."""
+    keep_input_gradients(module)
     for path, layer in list(module.named_modules()):
         packed: Any = layer
         if is_torchao(getattr(packed, "weight", None)):
@@ -170,6 +171,19 @@ def unpack_quantized(module: nn.Module) -> nn.Module:
             return plain
         module.set_submodule(path, plain)
     return module
+
+
+def keep_input_gradients(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights for its CPU kernel, through which the input gets no gradient.
+
+    On processors with AVX512-BF16 it does so at the first call in evaluation mode, and the next epoch would not train
+    what lies below. A weight that is already repacked is restored.
+    """
+    for module in model.modules():
+        packed: Any = module
+        if getattr(packed, "support_avx512bf16_for_cpu", False):
+            packed.state_dict()  # restores the weight, in place
+            packed.support_avx512bf16_for_cpu = False
 
 
 def check_torchao_gradients(model: nn.Module) -> None:

@@ -127,6 +127,7 @@ def load_model(
     _check_padding(config, model.name)
     check_size(auto, config, dtype, model.name)
     base = _random(auto, model, config, dtype) if model.init == "random" else _pretrained(auto, model, config, dtype)
+    _cast_leftovers(base, dtype)
     if kind == "causal-lm" and config.model_type not in ARCHITECTURES:
         _check_causal(base, model.name)
     _use_faster_kernels(base)
@@ -256,6 +257,14 @@ def _check_kind(config: PretrainedConfig, kind: ModelKind, name: str) -> None:
         f"{name}: {config.model_type} is {_form(config)}, which a task of kind {asked} cannot use; expected "
         f"task.kind={expected}, or another model"
     )
+
+
+def _cast_leftovers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Casts the parameters that a class creates in fp32 whatever the dtype, as DeBERTa and XLNet do, and then mixes."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for path, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32 and kept.isdisjoint(path.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _fits(config: PretrainedConfig, kind: ModelKind) -> bool:

@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from lora_hf.core.config.schema import GenerateConfig, TaskConfig
 from lora_hf.data.tasks.custom import custom_task
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.inference.classify import Predictor
-from lora_hf.inference.generate import Generator
+from lora_hf.inference.generate import Generator, resolve_decoding
 from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.models.align import READS_PADDING, align_tokenizer
 from lora_hf.training.batches import padding_collator
 from lora_hf.training.trainer import completion_loss, enable_optimizations
-from tests.support.small_models import small_model
+from tests.support.small_models import small_config, small_model
 from tests.support.word_tokenizer import word_tokenizer
 
 SAME = 1e-5
@@ -93,6 +93,18 @@ def test_logits_of_an_encoder_and_decoder(kind: str, side: str) -> None:
     alone = predictor.logits(rows, batch_size=1)
     assert far_apart(alone)
     np.testing.assert_allclose(predictor.logits(rows, batch_size=8), alone, atol=SAME, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_an_encoder_decoder_does_not_generate_beyond_its_positions(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = AutoModelForSeq2SeqLM.from_config(small_config(kind)).eval()
+    model.generation_config.min_new_tokens = longest = 64 if kind == "bart" else 80
+    task: Any = custom_task(TaskConfig(name="mine", kind="seq2seq"))
+    generator = Generator(model, tokenizer_with("<pad>", "right", ends=True), task, 60)
+    decoding = GenerateConfig(max_new_tokens=80, num_beams=1, from_base=())
+    ((tokens, _),) = generator.generate_tokens([[5, 6, 2]], resolve_decoding(decoding, model), [], None)
+    assert len(tokens) == longest
+    assert ("has 64 positions, fewer than generate.max_new_tokens=80" in caplog.text) == (kind == "bart")
 
 
 @pytest.mark.parametrize("kind", WRITERS)

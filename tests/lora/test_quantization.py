@@ -47,7 +47,7 @@ from lora_hf.lora.inject import (
 )
 from lora_hf.lora.layers import LoraLinear, LoraWeights
 from lora_hf.lora.multi_adapter import use_adapter
-from lora_hf.lora.quantization import QuantisedLinear, pack, unpack
+from lora_hf.lora.quantization import QuantisedLinear, keep_input_gradients, pack, unpack
 from lora_hf.lora.target_modules import plan, projections
 from lora_hf.models.load import dequantise, load_base, quantise, quantised_layers
 from lora_hf.training.run import train
@@ -562,9 +562,11 @@ def test_a_model_that_transformers_loaded_packed_is_trained_saved_and_loaded(
         return auto.from_pretrained(tmp_path / "base", quantization_config=quantization, dtype=torch.float32)
 
     model, ids = inject(packed(), LoraConfig(r=2, targets=("all",))), token_ids()
+    plain = packed()
+    keep_input_gradients(plain)  # a kernel of some processors cannot multiply matrices as small as these
     Trainer(model, TrainingArguments(str(tmp_path / "out"), report_to="none"))  # refuses what it takes for a plain base
     with use_adapter(model, None):
-        torch.testing.assert_close(model(ids).logits, packed()(ids).logits, atol=PACKED_HEAD_FP32, rtol=0)
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=PACKED_HEAD_FP32, rtol=0)
     model.train()(ids, labels=torch.tensor([0, 1, 2])).loss.backward()
     assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "lora_B" in name)
     assert all(head.modules_to_save["default"].weight.grad.any() for head in list(adapter_heads(model).values())[-1:])
@@ -572,3 +574,30 @@ def test_a_model_that_transformers_loaded_packed_is_trained_saved_and_loaded(
     save_adapter(model, tmp_path / "adapter")
     loaded = load_adapter(packed(), tmp_path / "adapter")
     assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
+
+
+@NEEDS_BITSANDBYTES
+@pytest.mark.parametrize("evaluated_before", [False, True])
+def test_4_bit_weights_give_gradients_after_an_evaluation(evaluated_before: bool, tmp_path: Path) -> None:
+    """On processors with AVX512-BF16, bitsandbytes repacks them in evaluation mode for a kernel without a gradient."""
+    small_model("llama", 3, hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    auto = AutoModelForSequenceClassification
+    base = auto.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.float32)
+    ids, gradients = token_ids(), []
+    if evaluated_before:
+        with torch.no_grad():
+            base.eval()(ids)
+    model = inject(base, LoraConfig(r=2, targets=("all",)))
+    randomize_lora_b(model)
+    for _ in range(2):
+        model.zero_grad()
+        model.train()(ids, labels=torch.tensor([0, 1, 2])).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        with torch.no_grad():
+            model.eval()(ids)
+    lowest = [name for name in gradients[0] if ".layers.0." in name and "lora_A" in name]
+    assert lowest
+    assert all(gradients[0][name].any() for name in lowest)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=PARITY_FP32, rtol=0, msg=name)

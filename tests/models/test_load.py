@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lora_hf.lora import precision
 from lora_hf.models import load as load_module
 from lora_hf.models.load import BUNDLED, SHAPES, load_base, load_tokenizer, set_dropout
 from tests.support import small_models
-from tests.support.small_models import small_config, small_model
+from tests.support.small_models import small_config, small_model, token_ids
 from tests.tolerances import PARITY_FP32
 
 SST2 = get_task("sst2")
@@ -113,6 +114,16 @@ def test_names_of_another_wrapper_are_shown(folder: Path) -> None:
 def test_precision_is_that_of_the_base(folder: Path) -> None:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         assert load_base(ModelConfig(name=str(folder), precision=name), SST2).dtype == dtype
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta", "xlnet"])
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+def test_every_parameter_has_the_precision_that_was_asked_for(kind: str, init: Any, tmp_path: Path) -> None:
+    """DeBERTa and XLNet create some in fp32, and cannot multiply them with the others."""
+    small_model(kind, 2).save_pretrained(tmp_path)
+    model = load_base(ModelConfig(name=str(tmp_path), precision="bf16", init=init), SST2)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model(input_ids=token_ids()).logits.sum().backward()
 
 
 def test_auto_is_bf16_where_this_machine_is_faster_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

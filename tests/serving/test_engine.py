@@ -152,8 +152,7 @@ def test_texts_match_generate(decoding: dict[str, Any], folders: dict[str, Path]
         results = [request.future.result(60) for request in requests]
     settings = replace(GenerateConfig(max_new_tokens=20, batch_size=1, do_sample="seed" in decoding), **decoding)
     for name in ("w", "x"):
-        saved = find_saved_model(folders[name])
-        generator = Generator.load(saved)
+        generator = Generator.load(find_saved_model(folders[name]), "fp32")
         contexts = [generator.task.context(prompt) for prompt in PROMPTS]
         wanted = [next(generator.generate([context], settings)) for context in contexts]
         texts = [text for text, (asked_name, _) in zip(results, asked, strict=True) if asked_name == name]
@@ -191,7 +190,7 @@ def test_streamed_pieces_join_to_the_text(folders: dict[str, Path]) -> None:
 
 
 def test_bare_requests_match_the_base_without_adapter(folders: dict[str, Path]) -> None:
-    generator = Generator.load(find_saved_model(folders["w"]), adapted=False)
+    generator = Generator.load(find_saved_model(folders["w"]), adapted=False, precision="fp32")
     (wanted,) = generator.generate([generator.task.context(PROMPTS[0])], GenerateConfig(max_new_tokens=12))
     with served(folders, "w") as engine:
         adapted = engine.generate("w", PROMPTS[0], max_new_tokens=12)
@@ -238,7 +237,7 @@ def test_an_adapter_that_cannot_be_merged_is_served_unmerged(tmp_path: Path) -> 
     change_tensors(tied, lambda key, value: torch.full_like(value, 0.3) if "embedding_A" in key else value)
     saved = find_saved_model(tied)
     decoding = replace(saved.generate, max_new_tokens=12)
-    (expected,) = Generator.load(saved).generate([saved.task.context(PROMPTS[0])], decoding)  # type: ignore[attr-defined]
+    (expected,) = Generator.load(saved, "fp32").generate([saved.task.context(PROMPTS[0])], decoding)  # type: ignore[attr-defined]
     with Engine(precision="fp32", merge=True) as engine:
         engine.load("tied", tied)
         alone = engine.generate("tied", PROMPTS[0], max_new_tokens=12)

@@ -26,9 +26,9 @@ from lora_hf.lora.inject import (
     adapter_heads,
     adapter_names,
     add_weights,
-    check_new_adapter,
     inject_head,
     lora_layers,
+    prepare_for_adapter,
     set_adapter,
 )
 from lora_hf.lora.layers import LoraLinear, LoraWeights, linear_shape
@@ -72,7 +72,7 @@ def load_loralib(
     Raises:
         AdapterError: the file is no readable loralib checkpoint or does not fit this model. The model is unchanged.
     """
-    check_new_adapter(model, name)
+    prepare_for_adapter(model, name)
     tensors = _with_model_paths(model, read_loralib(file))
     layers = _read_layers(model, tensors, lora_alpha, enable_lora, str(file))
     adapter_tensors = _without_base(model, tensors, str(file))
