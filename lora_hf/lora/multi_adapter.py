@@ -20,7 +20,7 @@ from lora_hf.lora.variants.biases import biased_modules
 from lora_hf.lora.variants.tokens import token_modules
 from lora_hf.lora.wrappers import unwrap_model
 
-SEQUENCE_FIRST = ("fsmt", "xlnet")  # types whose hidden states are (seq, batch, hidden)
+SEQUENCE_FIRST = ("fsmt", "led", "longformer", "xlnet")  # types with projections of (seq, batch, hidden)
 
 
 @contextmanager

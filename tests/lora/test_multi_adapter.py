@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, XLNetConfig, XLNetForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from lora_hf import load_adapter, mix_adapters, save_adapter, set_adapter, unload_adapter, use_adapter
 from lora_hf.core.config.schema import LoraConfig
@@ -379,12 +380,25 @@ def test_an_adapter_adapts_what_an_unloaded_one_trained_the_bias_of() -> None:
     assert adapter_names(inject(model, LoraConfig(r=2, targets=("v",)), "y")) == ["y"]
 
 
-def test_a_model_with_the_sequence_first_does_not_mix_rows() -> None:
-    config = XLNetConfig(vocab_size=100, d_model=16, n_layer=1, n_head=2, d_inner=32)
-    model, ids = XLNetForSequenceClassification(config).eval(), token_ids(2, 4)
+@pytest.mark.parametrize(
+    ("kind", "shape", "target"),
+    [
+        ("xlnet", {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}, "layer_1"),
+        (
+            "longformer",
+            {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+             "attention_window": 4, "pad_token_id": 1},
+            "query",
+        ),
+    ],
+)  # fmt: skip
+def test_a_model_with_the_sequence_first_does_not_mix_rows(kind: str, shape: dict[str, Any], target: str) -> None:
+    """A sequence whose length is a multiple of the rows would look like beams of these rows."""
+    model: Any = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, vocab_size=100, **shape))
+    ids = token_ids(2, 4)
     for name in ("x", "y"):
-        inject(model, LoraConfig(r=2, targets=("layer_1",)), name)
-    with pytest.raises(AdapterError, match="xlnet"), mix_adapters(model, ["x", "y"]):
+        inject(model.eval(), LoraConfig(r=2, targets=(target,)), name)
+    with pytest.raises(AdapterError, match=kind), mix_adapters(model, ["x", "y"]):
         model(input_ids=ids)
     with torch.no_grad(), mix_adapters(model, ["x", "x"]):
         assert model(input_ids=ids).logits.shape == (2, 2)
