@@ -105,7 +105,11 @@ class BatchRouting:
         rows = len(self._adapter_of_row)
         times, rest = divmod(count, rows)
         if rest or not times:
-            raise AdapterError(f"mix_adapters names the adapters of {rows} rows; found a batch of {count} rows")
+            raise AdapterError(
+                f"mix_adapters names the adapters of {rows} rows; a layer got a batch of {count}. If the model's batch "
+                "has the right size, the layer gets something else, as where DeBERTa's share_att_key projects its "
+                "positions: run each adapter's rows in a batch of their own, or leave this layer out of lora.targets"
+            )
         return self._adapter_of_row.repeat_interleave(times)
 
 
