@@ -7,6 +7,7 @@ quantized to 8 bits themselves; bitsandbytes packs and unpacks it, on the CPU as
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_hf.core.errors import ConfigError, ModelError, how_to_install
 from lora_hf.lora.adapter_dict import modules_of_base
+
+logger = logging.getLogger(__name__)
 
 SCHEMES = ("int8", "nf4")
 INT8_LARGEST = 127
@@ -224,10 +227,30 @@ def multiply_integers(x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | No
     """`x W^T + bias` of an int8 weight, with x rounded to 8 bits for each token; `(..., in)` to `(..., out)`."""
     rows = x.reshape(-1, x.shape[-1]).float()
     scales = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(INT8_LARGEST)
-    # torch's only product of 8-bit integers; torchao and bitsandbytes use it too.
-    product = torch._int_mm((rows / scales).round_().to(torch.int8), packed["values"].T)  # pyright: ignore[reportPrivateImportUsage]
+    integers, transposed = (rows / scales).round_(), packed["values"].T
+    if _integer_products_are_exact(x.device):
+        product = _multiply_int8(integers.to(torch.int8), transposed)
+    else:
+        product = integers @ transposed.float()
     y = product.mul(scales).mul_(packed["scales"]).to(x.dtype)
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[-1])
+
+
+# torch's only product of 8-bit integers; torchao and bitsandbytes use it too.
+_multiply_int8 = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
+
+
+@functools.cache
+def _integer_products_are_exact(device: torch.device) -> bool:
+    """Whether this machine multiplies int8 matrices without error.
+
+    On processors without VNNI, oneDNN adds two products of 8 bits in 16 bits, which saturate.
+    """
+    x = torch.arange(64 * 64, device=device).mul_(37).remainder_(255).sub_(127).view(64, 64).to(torch.int8)
+    exact = torch.equal(_multiply_int8(x, x.T).double(), x.double() @ x.T.double())
+    if not exact:
+        logger.warning("this processor does not multiply int8 matrices exactly, so int8 inference computes in fp32")
+    return exact
 
 
 class _MultiplyPacked(torch.autograd.Function):

@@ -308,7 +308,7 @@ def test_what_is_merged_cannot_be_mixed() -> None:
 
 def test_another_number_of_rows_than_named_is_an_error() -> None:
     model = adapted("roberta", 3)
-    with pytest.raises(AdapterError, match="5 rows; .*a batch of 3"), mix_adapters(model, NAMES):
+    with pytest.raises(AdapterError, match=r"5 rows; .*a batch of 3"), mix_adapters(model, NAMES):
         model(**{key: value[:3] for key, value in batch().items()})
 
 

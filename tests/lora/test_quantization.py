@@ -34,6 +34,7 @@ from lora_hf.core.config.schema import LoraConfig, ModelConfig, RunConfig
 from lora_hf.core.errors import AdapterError, ConfigError, ModelError, how_to_install
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.inference.classify import Predictor, evaluate
+from lora_hf.lora import quantization
 from lora_hf.lora.active_adapter import AdapterState
 from lora_hf.lora.inject import (
     adapter_heads,
@@ -475,6 +476,25 @@ def test_products_of_integers_are_near_and_not_without_a_scale() -> None:
         assert layer(x.bfloat16()).dtype == torch.bfloat16
     gradient = torch.autograd.grad(layer(x.requires_grad_(True)).sum(), x)[0]
     assert torch.allclose(gradient, layer.dequantise().sum(0).expand_as(x), atol=QUANTISED_FP32), "weights alone"
+
+
+def test_integers_are_multiplied_in_fp32_where_their_products_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As oneDNN does without VNNI: each pair of products is added in 16 bits."""
+
+    def saturating(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        products = (a.int() + 128)[:, None] * b.T.int()[None]
+        pairs = products.unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
+        return pairs.sum(-1) - 128 * b.int().sum(0)
+
+    torch.manual_seed(0)
+    layer = QuantisedLinear(nn.Linear(64, 48), "int8", dynamic=True)
+    x = torch.randn(10, 64)
+    expected = layer(x)
+    monkeypatch.setattr(quantization, "_multiply_int8", saturating)
+    quantization._integer_products_are_exact.cache_clear()
+    torch.testing.assert_close(layer(x), expected, atol=QUANTISED_FP32, rtol=0)
+    monkeypatch.undo()
+    quantization._integer_products_are_exact.cache_clear()
 
 
 def test_load_base_quantises_what_the_config_says() -> None:
