@@ -201,7 +201,7 @@ def _layout(
     if token is not None and routing is None:
         ids = host.get("input_ids", named["input_ids"]) if token == "last" and "input_ids" in named else None
         read = _read_only(positions_read(base, token, mask, ids), tokens, copies, base)
-    filling = _filling(sum(lengths)) if device.type == "cpu" else 0
+    filling = _filling(sum(lengths), base.dtype) if device.type == "cpu" else 0
     if filling:
         lengths, computed = [*lengths, filling], torch.cat([computed, computed[:1].expand(filling)])
         sees = None if sees is None else [*sees, None]
@@ -265,12 +265,15 @@ def _trees(
     return share_prefixes([row.tolist() for row in ids], base.config.hidden_size)
 
 
-def _filling(tokens: int) -> int:
-    """How many tokens to add: on the CPU oneDNN builds and caches kernels for every new number of tokens.
+def _filling(tokens: int, dtype: torch.dtype) -> int:
+    """How many tokens to add so that their numbers repeat, with 16 to 64 in each doubling.
 
-    With 32 to 64 sizes in each doubling, sizes repeat.
+    For each new number oneDNN compiles kernels. Those of half precision take about a millisecond and hundreds of
+    kilobytes each, and a thousand of them fill its cache.
     """
-    return -tokens % max(8, 2 ** (tokens.bit_length() - 6))
+    if dtype == torch.float32:
+        return -tokens % max(8, 2 ** (tokens.bit_length() - 6))
+    return -tokens % max(32, 2 ** (tokens.bit_length() - 5))
 
 
 def _positions(base: PreTrainedModel, named: dict[str, Any]) -> Tensor:

@@ -149,11 +149,12 @@ def test_dropped_attention_has_the_gradients_of_what_it_kept() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 15, 209, 256, 1069, 4000])
-def test_the_numbers_of_tokens_are_few(tokens: int) -> None:
-    filled = tokens + _filling(tokens)
-    assert tokens <= filled < tokens + max(8, tokens / 16)
-    assert _filling(filled) == 0
-    assert len({size + _filling(size) for size in range(tokens, 2 * tokens)}) <= 65
+@pytest.mark.parametrize(("dtype", "smallest", "most"), [(torch.float32, 8, 65), (torch.bfloat16, 32, 33)])
+def test_the_numbers_of_tokens_are_few(tokens: int, dtype: torch.dtype, smallest: int, most: int) -> None:
+    filled = tokens + _filling(tokens, dtype)
+    assert tokens <= filled < tokens + max(smallest, tokens / 16)
+    assert _filling(filled, dtype) == 0
+    assert len({size + _filling(size, dtype) for size in range(tokens, 2 * tokens)}) <= most
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta", "llama"])
