@@ -27,3 +27,9 @@ def percent(fraction: float) -> str:
 
 def minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min"
+
+
+def duration(seconds: float) -> str:
+    """Returns whole seconds below a minute, at least one; otherwise minutes."""
+    rounded = max(round(seconds), 1)
+    return f"{rounded} s" if rounded < 60 else minutes(seconds)

@@ -18,7 +18,7 @@ from lora_hf.data.tasks.classification import TextClassification
 
 SAMPLE = 2000  # rows whose full length is measured; the first ones of a split
 UNLIMITED = 10**9
-QUANTILES = {"median": 0.5, "95 %": 0.95, "longest": 1.0}
+QUANTILES = {"median": 0.5, "95th percentile": 0.95, "longest": 1.0}
 SHOWN = 2
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from lora_hf.core.formatting import minutes
+from lora_hf.core.formatting import duration
 from lora_hf.core.provenance import peak_rss
 from lora_hf.data.overview import DataOverview, SplitOverview
 
@@ -38,7 +38,7 @@ class Estimate:
         """Returns the estimate for a terminal."""
         parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in self.memory.items())
         total = sum(self.memory.values()) / 1e9
-        return f"training takes about {minutes(self.seconds)} and {total:.2f} GB ({parts})"
+        return f"training takes about {duration(self.seconds)} and {total:.2f} GB ({parts})"
 
     def compared(self, seconds: float, peak: int) -> dict[str, Any]:
         """Returns the estimate, and what the run took in relation to it: 1 is exact, 2 twice as much."""

@@ -10,6 +10,7 @@ import pytest
 
 from lora_hf.cli.main import main
 from lora_hf.core.records import RunRecord
+from lora_hf.training.estimate import Estimate
 
 SHORT = ["model.precision=fp32", "train.hf={use_cpu: true}", "train.batch_size=16", "train.max_steps=8"]
 
@@ -53,6 +54,7 @@ def test_a_plan_for_reading(verb: list[str], config: str, tmp_path: Path, capsys
     for fact in (
         "train: ",
         "tokens: median",
+        "95th percentile",
         "row 0: ",
         "adapts q: ",
         "trains ",
@@ -77,3 +79,9 @@ def test_one_step_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     words.append("train.patience=1")
     assert main(["plan", *words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["estimate"]["seconds"] > 0
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.2, "1 s"), (41.6, "42 s"), (59.7, "1.0 min"), (150, "2.5 min")])
+def test_a_short_training_is_estimated_in_seconds(seconds: float, words: str) -> None:
+    line = Estimate(seconds, {"weights": 1_500_000_000}).line()
+    assert line == f"training takes about {words} and 1.50 GB (weights 1.50)"
