@@ -1,4 +1,4 @@
-"""LoRA fine-tuning for pretrained Hugging Face models. The public names are resolved when they are first asked for."""
+"""LoRA fine-tuning for pretrained Hugging Face models. Public names are imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Combines several adapters of one model into one: weighted sum (exact or of a smaller rank), TIES and DARE."""
+"""Combines several adapters of a model into one: as a weighted sum (exact or of lower rank), with TIES or DARE."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ Slices = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Combination:
-    """The result of `combine_adapters`: by module path the rank of each slice, and the error of truncating to it.
+    """The result of `combine_adapters`: the rank of each slice and the truncation error, by module path.
 
-    Errors are relative, in the Frobenius norm; 0 is exact. `error` is that of all modules together.
+    Errors are relative, in the Frobenius norm; 0 is exact. `error` is the error over all modules.
     """
 
     name: str
@@ -111,24 +111,24 @@ def combine_adapters(
     With `delta_i` the update that adapter i adds to a base weight (with its scaling) and `w_i` its weight:
 
     - `linear`: `sum_i w_i delta_i`, exact for any mix of ranks, scalings, slices and targets; the ranks add up.
-    - `svd`: the nearest matrices of `rank` to that sum, slice by slice.
-    - `ties`: trim, elect, merge (TIES, arXiv 2306.01708, section 3.2), then as `svd`. Of each adapter the share
-      `density` of entries with the largest magnitude stays, counted over all modules together; at each entry the sign
-      of the weighted sum wins, and the weighted entries of that sign are averaged. If all weights are lambda, this is
-      the paper's `lambda tau_m`.
-    - `dare`: drop and rescale (DARE, arXiv 2311.03099, section 3.1), then as `svd`. An entry of `delta_i` stays with
-      probability `density`, divided by it, before the weighted sum; the generator is seeded with `seed`.
+    - `svd`: the best approximation of that sum by matrices of rank `rank`, slice by slice.
+    - `ties`: trim, elect, merge (TIES, arXiv 2306.01708, section 3.2), then `svd`. Each adapter keeps the share
+      `density` of its entries with the largest magnitude, counted over all modules. Each entry takes the sign of the
+      weighted sum, and the weighted entries with that sign are averaged. If all weights are lambda, this is the paper's
+      `lambda tau_m`.
+    - `dare`: drop and rescale (DARE, arXiv 2311.03099, section 3.1), then `svd`. Before the weighted sum, each entry of
+      `delta_i` is kept with probability `density` and divided by it; `seed` seeds the random choices.
 
-    A head is no update of a base, so every method averages the heads, with the weights divided by their sum.
+    Heads are not updates of a base, so every method averages them, with the weights divided by their sum.
 
     Args:
-        rank: of each slice, for all methods but `linear`; by default the largest rank that the adapters have there.
+        rank: the rank of each slice, for all methods but `linear`; by default the largest rank of the adapters there.
         density: for `ties` and `dare`, above 0 and at most 1.
 
     Raises:
-        AdapterError: no adapter of a name; `name` is taken; `ties` on adapters that adapt different columns; `linear`
-            or `svd` on a variant that adds more than `scaling * B A`; trained biases or rows of tokens; a module that
-            only some of the adapters train whole. The model is unchanged.
+        AdapterError: an adapter is unknown; `name` is taken; the adapters adapt different columns (`ties`), or add more
+            than `scaling * B A` (`linear`, `svd`); they train biases or rows of tokens; or only some of them train a
+            module fully. The model is unchanged.
         ConfigError: an invalid argument, or a rank above the smaller side of a module.
     """
     _check(model, weights, name, method, rank, density)
@@ -281,7 +281,7 @@ def _threshold(sources: Sequence[_Source], name: str, density: float) -> torch.T
 
 
 def _shared_heads(model: PreTrainedModel, adapters: Collection[str]) -> list[ModulesToSaveWrapper]:
-    """The heads that the adapters train; raises AdapterError for one that only some of them train."""
+    """The heads that the adapters train. Raises AdapterError for a head that only some of them train."""
     shared = []
     for path, head in adapter_heads(model).items():
         training = [name for name in adapters if name in head.modules_to_save]
@@ -389,6 +389,6 @@ def _check_compatible(folders: Sequence[Path]) -> None:
 
 
 def _has_other_base(one: AdapterMetadata, other: AdapterMetadata) -> bool:
-    """Whether the fingerprints prove it. If the bases have different dtypes, only loading can tell."""
+    """Whether the fingerprints show different bases. For bases of different dtypes, only loading can tell."""
     a, b = one.fingerprint, other.fingerprint
     return bool(a and b and a["dtype"] == b["dtype"] and a["sha256"] != b["sha256"])

@@ -1,6 +1,6 @@
-"""Whether an adapter file fits a model: its tensors, its head, its labels, its base and its tokenizer.
+"""Checks whether an adapter file fits a model: its tensors, head, labels, base and tokenizer.
 
-The model is not changed. A file that does not fit raises AdapterError with everything that is wrong.
+The model is not changed. For a file that does not fit, one AdapterError lists everything that is wrong.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.Tensor], source: str) -> None:
-    """Raises AdapterError that lists the tensors that are missing, extra or of a wrong shape, five of each kind."""
+    """Raises an AdapterError that lists missing, extra and wrongly shaped tensors, five of each kind."""
     problems = {
         "missing": [f"{key} {expected[key]}" for key in expected if key not in found],
         "extra": [f"{key} {tuple(found[key].shape)}" for key in found if key not in expected],
@@ -72,12 +72,12 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, to
 
 
 def check_tokenizer(folder: Path, tokenizer: Mapping[str, str]) -> bool:
-    """Whether an adapter is known to be trained with the tokenizer that has the identity `tokenizer`.
+    """Whether the adapter is known to be trained with the tokenizer whose identity is `tokenizer`.
 
-    An adapter that records none gets a warning.
+    Warns if the adapter records no tokenizer.
 
     Raises:
-        AdapterError: it was trained with another one.
+        AdapterError: the adapter was trained with another tokenizer.
     """
     trained = read_adapter_config(folder)[1].tokenizer
     if not trained:
@@ -178,7 +178,7 @@ def _resize_output(heads: dict[str, nn.Module], path: str, file: AdapterFile) ->
 
 
 def labels_of(switch: AdapterState, file: AdapterFile, heads: Mapping[str, nn.Module]) -> Labels:
-    """The adapter's labels: those in its file, else those of the base, else transformers' default names."""
+    """The adapter's labels: from its file, else from the base, else transformers' default names."""
     metadata, base = file.metadata, switch.labels[None]
     if metadata.num_labels is not None:
         return metadata.labels, metadata.problem_type
@@ -245,9 +245,9 @@ def _check_vocabulary(model: PreTrainedModel, file: AdapterFile) -> None:
     lacking = [each for each in new if f"{PREFIX}{each}.weight" not in file.tensors]
     if lacking and path in new:  # otherwise the vocabulary is the checkpoint's, which has no output head
         raise AdapterError(
-            f"{file.folder} does not hold {' and '.join(lacking)} as a whole, of which the base's checkpoint lacks the "
-            "rows of new tokens: they are random. Save the base that the adapter was trained on, resized as it was, "
-            "with save_pretrained, and load the adapter on that"
+            f"{file.folder} and the base's checkpoint both lack the rows of new tokens in {' and '.join(lacking)}, so "
+            "they are random. Save the resized base that the adapter was trained on with save_pretrained, and load the "
+            "adapter onto that"
         )
 
 

@@ -103,7 +103,7 @@ def _is_slice(value: Any) -> bool:
 
 
 def are_named(labels: Sequence[str]) -> bool:
-    """Whether labels have names of their own, not transformers' default LABEL_0, LABEL_1, ..."""
+    """Whether the labels have real names, not transformers' defaults LABEL_0, LABEL_1, ..."""
     return any(label != f"LABEL_{index}" for index, label in enumerate(labels))
 
 
@@ -178,7 +178,7 @@ HEADER_FIELDS: dict[str, tuple[str, Check]] = {
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """The header of the weights file: what PEFT's config has no field for. Every field is empty in a file of PEFT.
+    """The header of the weights file, for what PEFT's config has no field. In PEFT's own files, all fields are empty.
 
     `slices` gives, by module path, the output columns that are adapted (`lora.slices`). `start` is `pissa` or
     `olora` if A and B hold the trained factors next to the negated initial ones, so that the base stays unchanged.
@@ -198,7 +198,7 @@ class AdapterMetadata:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """The content of an adapter folder. It is valid in itself; whether it fits a model is not checked yet."""
+    """The content of an adapter folder. It is valid, but not yet checked against a model."""
 
     folder: Path
     config: dict[str, Any]
@@ -209,7 +209,7 @@ class AdapterFile:
 def write_adapter(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], metadata: AdapterMetadata
 ) -> None:
-    """Writes both files atomically: a process that dies here leaves complete files, old or new."""
+    """Writes both files atomically: if the process dies, each file is complete, either old or new."""
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ def write_adapter(
 
 
 def _with_sorted_metadata(content: bytes) -> bytes:
-    """A safetensors file with the keys of its metadata in order: safetensors draws it, so equal runs would differ."""
+    """Sorts the metadata of a safetensors file. safetensors writes it in random order, so equal runs would differ."""
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -231,7 +231,7 @@ def _with_sorted_metadata(content: bytes) -> bytes:
 
 
 def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMetadata]:
-    """Reads and checks the config and the header of an adapter. Takes milliseconds, because it needs no torch.
+    """Reads and checks the config and the header of an adapter. This takes milliseconds and does not import torch.
 
     Raises:
         AdapterError: a file is missing or damaged, or the adapter uses a method that lora_hf does not support.
@@ -279,7 +279,7 @@ def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMeta
 
 
 def base_of(config: Mapping[str, Any], metadata: AdapterMetadata) -> str:
-    """The base that an adapter names; empty if none. adapter_config.json comes first: its value can be edited."""
+    """The base that an adapter names, or an empty string. adapter_config.json comes first, as users may edit it."""
     return config.get("base_model_name_or_path") or metadata.base
 
 
@@ -287,7 +287,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     """Reads and checks an adapter folder with its tensors.
 
     Raises:
-        AdapterError: as `read_adapter_config`; also a tensor of integers or of fewer than 16 bits, NaN or infinity.
+        AdapterError: as `read_adapter_config`; or a tensor has integers, fewer than 16 bits, NaN or infinity.
     """
     import torch
     from safetensors.torch import load_file
@@ -331,7 +331,7 @@ def suggest_adapter(folder: Path) -> str:
 
 
 def _pickled_advice(folder: Path) -> str:
-    """What to do with a folder that holds pickled weights alone."""
+    """Advice for a folder that has only pickled weights."""
     pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLED_SUFFIXES)
     if not pickled:
         return ""

@@ -50,12 +50,12 @@ def merge_adapter(saved: SavedModel, output: Path, dtype: Dtype = "fp32", overwr
 
     The base is loaded in fp32 (a quantized base in its packed form, then unpacked), the adapter is added in fp32, and
     the sum is rounded once to `dtype`. A probe then runs through the adapter on its base and through the written
-    folder, both in fp32, so that their difference shows what merging did to the weights. The probe consists of random
-    token ids from a fixed seed and, for a task whose data come with the package, of rows of the task.
+    folder, both in fp32, so any difference comes from merging. The probe consists of random token ids from a fixed seed
+    and, for bundled tasks, of rows of the task.
 
     Raises:
-        AdapterError: `saved` is a full model; the adapter does not fit its base; or the logits of the probe drift by
-            more than `TOLERANCES` allows and than rounding the base explains. Nothing is written.
+        AdapterError: `saved` is a full model; the adapter does not fit its base; or the logits of the probe drift more
+            than `TOLERANCES` allows, and more than rounding the base explains. Nothing is written.
         ConfigError: `output` exists (see `check_output_folder`) or cannot be written.
         ModelError, HubError: the base cannot be loaded.
     """
@@ -94,7 +94,7 @@ def merge_adapter(saved: SavedModel, output: Path, dtype: Dtype = "fp32", overwr
 
 
 def _rounding(saved: SavedModel, dtype: Dtype, probe: Sequence[torch.Tensor]) -> float:
-    """The drift of the bare base, relative as in a merge, when its weights are rounded to `dtype`."""
+    """The relative drift of the bare base when its weights are rounded to `dtype`."""
     base, _ = load_saved_model(saved, "fp32", adapted=False)
     exact = logits(base, probe)
     rounded = logits(dequantise(base).to(DTYPES[dtype]).float(), probe)  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ def _rounding(saved: SavedModel, dtype: Dtype, probe: Sequence[torch.Tensor]) ->
 def draw_probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
     """`PROBE_ROWS` random rows of token ids `(1, PROBE_LENGTH)`, shorter if the model is.
 
-    They have no special tokens but, for a model that answers at the end token, this one at their end.
+    They have no special tokens, except that rows for a model that answers at the end token end with it.
     """
     special, vocabulary = set(tokenizer.all_special_ids), model.config.get_text_config().vocab_size
     ids = torch.tensor([token for token in range(vocabulary) if token not in special])
@@ -117,7 +117,7 @@ def draw_probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def bundled_rows(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[torch.Tensor]:
-    """The token ids `(1, tokens)` of the first rows of a task whose data come with the package; else nothing."""
+    """The token ids `(1, tokens)` of the first rows of a bundled task; empty for other tasks."""
     if not isinstance(task.source, Bundled):
         return []
     split = task.evaluation_splits[0]
@@ -147,10 +147,10 @@ def _drift(before: torch.Tensor, after: torch.Tensor, dtype: Dtype) -> dict[str,
 
 
 def _check_drift(drift: dict[str, float], rounding: Callable[[], float], dtype: Dtype, output: Path) -> None:
-    """Warns of a drift above the tolerance that rounding the base explains, and refuses any other.
+    """Checks the drift: above the tolerance, it warns if rounding the base explains it, and raises an error otherwise.
 
     Args:
-        rounding: computes the drift of the base alone, rounded to `dtype`.
+        rounding: computes the drift of the base alone when rounded to `dtype`.
     """
     relative, tolerance = drift["relative"], drift["tolerance"]
     if relative <= tolerance:

@@ -1,7 +1,7 @@
 """PEFT's config and tensor names, in both directions: which modules an adapter file adapts, with which rank and alpha.
 
-PEFT knows no slices of a fused projection. A file holds them as one standard LoRA of a larger rank: the A of all slices
-stacked, and B block-placed, with zeros outside the blocks.
+PEFT has no slices of fused projections. In the file, they are one standard LoRA of a larger rank: the A of all slices
+are stacked, and B has a block for each slice, with zeros elsewhere.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class SavedLayer:
 
 
 def _alpha_multiplier(rank_multiplier: int, use_rslora: bool) -> float:
-    """The factor of alpha that keeps the scaling, `alpha / r` or `alpha / sqrt(r)`, where the rank is multiplied."""
+    """The factor for alpha that keeps the scaling (`alpha / r` or `alpha / sqrt(r)`) when the rank is multiplied."""
     return math.sqrt(rank_multiplier) if use_rslora else rank_multiplier
 
 
@@ -77,7 +77,7 @@ def base_dependent_init(file: AdapterFile) -> tuple[str, bool]:
 def peft_config(
     model: PreTrainedModel, layers: list[SavedLayer], modules_to_save: list[str], metadata: AdapterMetadata
 ) -> dict[str, Any]:
-    """The fields of PEFT's LoraConfig. Ranks and alphas that differ from the most common ones go into its patterns."""
+    """The fields of PEFT's LoraConfig. Ranks and alphas other than the most common ones go into the patterns."""
     common = Counter((layer.r, layer.lora_alpha) for layer in layers).most_common(1)
     r, alpha = common[0][0] if common else (1, 1.0)
     others = [layer for layer in layers if (layer.r, layer.lora_alpha) != (r, alpha)]
@@ -104,7 +104,7 @@ def peft_config(
 
 
 def _names_in_file(model: PreTrainedModel, paths: list[str]) -> dict[str, str]:
-    """What the config calls each path: the path or, where PEFT would take it for that of experts, its weight."""
+    """The name of each path in the config: the path or, if PEFT would take it for experts, the name of its weight."""
     taken = _names_of_experts(model.config.model_type)
     return {path: f"{path}.weight" if path.rpartition(".")[2] in taken else path for path in paths}
 
@@ -137,7 +137,7 @@ def read_layers(modules: Mapping[str, nn.Module], file: AdapterFile) -> list[Sav
     """The modules that the file adapts, in the order of `modules`, the adaptable ones of the model by path.
 
     Raises:
-        AdapterError: `target_modules` matches nothing, or a rank or slices are impossible.
+        AdapterError: `target_modules` matches nothing, or a rank or a slice is impossible.
     """
     source = f"{file.folder}/{CONFIG_FILE}"
     init, holds_init = base_dependent_init(file)
@@ -166,7 +166,7 @@ def read_layers(modules: Mapping[str, nn.Module], file: AdapterFile) -> list[Sav
 
 
 def modules_in_file(model: PreTrainedModel, file: AdapterFile) -> list[str]:
-    """The modules that the file holds whole, by path.
+    """The fully trained modules in the file, by path.
 
     A file of lora_hf names the paths. PEFT compares the ends of paths without a dot before them, so that `classifier`
     is also DistilBERT's `pre_classifier`. It also saves embeddings that were resized, without naming them.
@@ -187,7 +187,7 @@ def modules_in_file(model: PreTrainedModel, file: AdapterFile) -> list[str]:
 
 
 def _holds_new_embedding(model: PreTrainedModel, file: AdapterFile, path: str) -> bool:
-    """Whether the file holds embeddings or an output head that the base lacks or has otherwise, without naming it."""
+    """Whether the file has embeddings or an output head that its config does not name and that differ from the base."""
     tensor = file.tensors.get(f"{PREFIX}{path}.weight")
     if tensor is None:
         return False
@@ -223,7 +223,7 @@ def _target_parameters(modules: Mapping[str, nn.Module], file: AdapterFile) -> C
     """Whether PEFT's `target_parameters` names the weight of a module.
 
     Raises:
-        AdapterError: it names something else than the weights of linear layers, such as a tensor of all experts.
+        AdapterError: it names anything but weights of linear layers, for example the tensor of all experts.
     """
     names = file.config.get("target_parameters") or []
     weights = [f"{path}.weight" for path, module in modules.items() if isinstance(module, nn.Linear)]
@@ -259,7 +259,7 @@ def _target_paths(
 
 
 def _selects(names: Any, where: str, budget: MatchBudget) -> Callable[[str], bool]:
-    """Whether a path matches an expression as a whole, or is or ends with one of a list of names."""
+    """Whether the whole path matches an expression, or the path is, or ends with, one of a list of names."""
     if isinstance(names, list):
         endings = tuple(f".{name}" for name in names)
         return lambda path: path in names or path.endswith(endings)

@@ -1,7 +1,7 @@
-"""`inject` and `load_adapter` for users' own code: what they return works wherever a transformers model does.
+"""The public `inject` and `load_adapter`. The models they return work wherever a transformers model does.
 
-`Trainer` (its checkpoints too), accelerate and `push_to_hub` save a model with `save_pretrained`. The plain method
-would write a whole model under names that no other program knows. On a model from here it writes the adapter.
+`Trainer` (also for its checkpoints), accelerate and `push_to_hub` save a model with `save_pretrained`. Transformers'
+method would write the whole model, with parameter names that no other program knows. Here it writes the adapter.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from lora_hf.lora.wrappers import on_unwrapped_model
 def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> PreTrainedModel:
     """Replaces the projections that `lora` names with LoRA layers, copies the task head and freezes the rest.
 
-    What the checkpoint did not fill is copied, trained and saved like the head. `model.save_pretrained` writes the
-    active adapter from then on, until `eject`.
+    Modules that the checkpoint did not initialize are copied, trained and saved like the head. Until `eject`,
+    `model.save_pretrained` writes the active adapter.
 
     Args:
-        model: a transformers model, or a module that holds one; changed in place and returned.
-        name: of the adapter; a model takes any number of them.
+        model: a transformers model, or a module that contains one; changed in place and returned.
+        name: the name of the adapter; a model can have any number of adapters.
 
     Raises:
-        ModelError: not a transformers model, or one whose checkpoint left parameters random that cannot be saved.
-        ConfigError: a target that matches nothing, or a rank above the smaller side of a projection.
-        AdapterError: the model already has an adapter of that name, or the name cannot be one.
+        ModelError: `model` is not a transformers model, or has random parameters that the adapter could not save.
+        ConfigError: a target matches nothing, or a rank exceeds the smaller dimension of a projection.
+        AdapterError: the name is taken or invalid.
     """
     if not isinstance(lora, LoraConfig):
         kind = f"{type(lora).__module__.partition('.')[0]}.{type(lora).__name__}"
         raise ConfigError(
-            f"inject: expected a lora_hf.LoraConfig, found {kind}; lora_hf.LoraConfig takes r, lora_alpha, "
-            "target_modules and PEFT's other names of what it supports"
+            f"inject: expected a lora_hf.LoraConfig, found {kind}; lora_hf.LoraConfig accepts PEFT's names, such as r, "
+            "lora_alpha and target_modules"
         )
     return _with_save_pretrained(injection.inject(model, lora, name))
 
@@ -55,14 +55,15 @@ def load_adapter(
     own_head: bool = False,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """Adds the adapter in `folder` to a plain or already adapted model as adapter `name`, and activates it.
+    """Loads the adapter in `folder` onto a plain or already adapted model as adapter `name`, and activates it.
 
-    `model.save_pretrained` writes the active adapter from then on, until `eject`.
+    The loaded adapter is trainable; everything else is frozen. Until `eject`, `model.save_pretrained` writes the active
+    adapter.
 
     Args:
         folder: an adapter folder, or the hub id of an adapter, `user/name`.
-        own_head: accept labels other than the model's, also another number of them. The model has these labels while
-            the adapter is active. Adapters of several tasks on one base need this.
+        own_head: allow labels that differ from the model's, even in number. The model has these labels while the
+            adapter is active. Use this for adapters of several tasks on one base.
         revision: a branch, tag or commit of the hub repository.
 
     Raises:
@@ -81,14 +82,14 @@ def _with_save_pretrained(model: PreTrainedModel) -> PreTrainedModel:
 def _save_pretrained(
     model: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, **ignored: Any
 ) -> None:
-    """Writes the active adapter in PEFT's format, and its tensors once more for Trainer's `resume_from_checkpoint`."""
+    """Writes the active adapter in PEFT's format, and a second copy for Trainer's `resume_from_checkpoint`."""
     name = injection.adapter_state(model).active_adapter
     if name is None:
-        raise AdapterError("save_pretrained: no adapter is active: set_adapter(model, name) chooses one to save")
+        raise AdapterError("save_pretrained: no adapter is active; first call set_adapter(model, name) to choose one")
     if not is_main_process:
         return
     folder = save_load.save_adapter(model, save_directory, name)
-    # Trainer restores a model that is not PEFT's from this file, by the names of `state_dict`.
+    # Trainer restores a model that PEFT did not wrap from this file, by the names in its `state_dict`.
     trained: dict[str, torch.Tensor] = {key: each for key, each in model.named_parameters() if each.requires_grad}
     trained |= {key: each for key, each in model.named_buffers() if f".adapters.{name}." in key}  # PiSSA's start
     tensors = {key: tensor.detach().clone().cpu().contiguous() for key, tensor in trained.items()}

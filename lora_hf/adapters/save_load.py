@@ -83,8 +83,8 @@ def save_adapter(
     """Writes adapter `name` with its task head to `folder`, and returns the folder.
 
     Args:
-        task: the name of the task it was trained for. The commands `eval`, `predict` and `generate` need it.
-        tokenizer: what encoded its texts. The adapter then refuses any other one.
+        task: the name of the task that the adapter was trained for. `eval`, `predict` and `generate` need it.
+        tokenizer: the tokenizer of the training texts. With any other one, loading the adapter fails.
 
     Raises:
         AdapterError: the model has no adapter of that name, or DeepSpeed has partitioned its tensors.
@@ -142,8 +142,8 @@ def save_adapter(
     config = peft_config(model, saved_layers, list(heads), metadata) | variant
     if config.get("target_parameters") and config["lora_dropout"]:
         logger.warning(
-            "lora_dropout=%g is left out of %s: PEFT has none for target_parameters, which name the projections that "
-            "it would take for experts; it only matters for further training",
+            "lora_dropout=%g is not saved in %s: PEFT has no dropout for target_parameters, which name the projections "
+            "that PEFT would take for experts. This matters only for further training",
             config["lora_dropout"],
             folder,
         )
@@ -213,7 +213,7 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
     """Copies A and B, without the head, into adapter `name` of the model.
 
     Raises:
-        AdapterError: the file adapts other modules than adapter `name`, with another rank, or is another variant.
+        AdapterError: the file has other modules, another rank or another variant than adapter `name`.
     """
     if file.metadata.fingerprint:
         check_base(model, file.metadata.fingerprint, str(file.folder))
@@ -241,7 +241,7 @@ def copy_lora_weights(model: PreTrainedModel, file: AdapterFile, name: str = "de
 def _warn_of_another_scaling(
     model: PreTrainedModel, layers: dict[str, LoraLinear], file: AdapterFile, name: str
 ) -> None:
-    """Names the first layer whose `lora_alpha` differs from the file's, so that its update does too."""
+    """Warns of the first layer whose `lora_alpha`, and so its initial update, differs from the file's."""
     for saved in read_layers(adaptable_modules(model), file):
         weights = layers[saved.path].adapters[name]
         _, alpha = saved.adapter_rank_and_alpha(weights.use_rslora)
@@ -260,9 +260,9 @@ def load_saved_model(
     """Loads an adapter on its base, or a full model, and its tokenizer: in evaluation mode, on the GPU if there is one.
 
     Args:
-        precision: of the base or the full model, as in a config; LoRA and head are always fp32. `int8` is for inference
-            on the CPU: it merges the adapter and multiplies the projections in integers.
-        adapted: if False, leaves the adapter out. A full model has no such base.
+        precision: the precision of the base or the full model, as in a config. LoRA and the head are always fp32.
+            `int8` is for inference on the CPU: it merges the adapter and multiplies the projections in integers.
+        adapted: False loads the base without the adapter, which a full model does not have.
 
     Raises:
         AdapterError: the adapter is damaged, does not fit the base, or was trained with another tokenizer.
@@ -285,7 +285,7 @@ def load_saved_model(
 
 
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without LoRA layers: the active adapter merged into the base, and its head in place of the base's."""
+    """Returns the model without LoRA layers: the active adapter is merged, and its head replaces the base's."""
     heads = {path: head.modules_to_save[head.active] for path, head in adapter_heads(model).items() if head.active}
     eject(merge(model))
     for path, head in heads.items():  # eject restores the base's head if the adapter has no LoRA layer

@@ -1,3 +1,3 @@
-"""LoRA itself: its layers, variants and kernels, which modules of a model they adapt, and what a base needs for them.
+"""LoRA: its layers, variants and kernels, the choice of modules to adapt, and the preparation of the base.
 
 Start at `inject`; `layers` holds the formulas and `architectures` the table of model types."""

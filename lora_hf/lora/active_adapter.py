@@ -1,4 +1,4 @@
-"""Which adapter runs: one for everyone, one for a thread, or one for each row of a batch."""
+"""Selects the adapter that runs: globally, for one thread, or for each row of a batch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Labels = tuple[tuple[str, ...], str | None]  # the label names and the problem t
 
 @dataclass(frozen=True)
 class Segments:
-    """The items of a batch sorted by adapter; an item is a row, or a token if the model runs without padding.
+    """The items of a batch, sorted by adapter. An item is a row, or a token if the model runs without padding.
 
     Attributes:
         count: the number of items.
-        order: the indices that sort them, items of the bare base last; None if they are sorted already.
-        ends: for each adapter the number of sorted items up to its end.
+        order: the indices that sort the items, those of the bare base last; None if they are already sorted.
+        ends: for each adapter, the end of its range among the sorted items.
     """
 
     count: int
@@ -35,7 +35,7 @@ class Segments:
 
 
 class BatchRouting:
-    """An adapter for each row of a batch; None is the bare base. The arguments are those of `mix_adapters`.
+    """Assigns an adapter to each row of a batch; None is the bare base. Takes the arguments of `mix_adapters`.
 
     Attributes:
         names: the adapters in alphabetical order.
@@ -61,7 +61,7 @@ class BatchRouting:
         return (self._repeated(count) == self._index(name)).nonzero()[:, 0]
 
     def segments(self, count: int) -> Segments:
-        """The segments of a batch of `count` rows: in a beam search a multiple of the named rows."""
+        """The segments of a batch of `count` rows, in beam search a multiple of the number of named rows."""
         if count not in self._segments:
             indices = self._repeated(count)
             ends = torch.bincount(indices, minlength=len(self.names) + 1)[:-1].cumsum(0)
@@ -82,7 +82,7 @@ class BatchRouting:
     def apply(
         self, y: Tensor, x: Tensor, change: Callable[[str, Tensor, Tensor], Tensor], adapters: Container[str]
     ) -> Tensor:
-        """`y` with the items of each of `adapters` replaced by `change(name, their x, their y)`."""
+        """Replaces the items of each of `adapters` in `y` with `change(name, x, y)` of those items."""
         if not any(name in adapters for name in self.names):
             return y
         inputs, outputs, segments = self.items(x, y)
@@ -117,10 +117,10 @@ Choice = str | BatchRouting | None  # an adapter, one for each row of a batch, o
 
 
 class AdapterState:
-    """Which adapters a model has and which one runs; all LoRA layers and heads of the model share one state.
+    """The adapters of a model and which one runs. All LoRA layers and heads of the model share one state.
 
-    `set_adapter` chooses for everyone (`active_adapter`). `use_adapter` and `mix_adapters` choose for the current
-    context alone (a thread or an asyncio task), see `override`. Copies and pickles keep the first, not the second.
+    `set_adapter` sets the global choice, `active_adapter`. `use_adapter` and `mix_adapters` override it in the current
+    context only (a thread or an asyncio task), see `override`. Copies and pickles keep only the global choice.
 
     Attributes:
         active_adapter: the adapter that `set_adapter` chose, or None for the bare base.
@@ -149,13 +149,13 @@ class AdapterState:
         return current if isinstance(current, BatchRouting) else None
 
     def active(self, adapters: Container[str]) -> str | None:
-        """The one of `adapters` that runs in this context; None if another one, none or a mix runs."""
+        """The adapter that runs in this context, if it is one of `adapters`; otherwise, and for a mix, None."""
         current = self.current
         return current if isinstance(current, str) and current in adapters else None
 
     @contextmanager
     def override(self, choice: Choice) -> Iterator[None]:
-        """Runs `choice` in this context, whatever `active_adapter` is; other contexts do not see it."""
+        """Overrides `active_adapter` with `choice` in this context. Other contexts are not affected."""
         self._was_overridden = True
         before = _overrides.get()
         _overrides.set(MappingProxyType({**before, self: choice}))

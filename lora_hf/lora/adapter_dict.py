@@ -1,4 +1,4 @@
-"""What adapters add to a module, and the walk over a model that leaves it out."""
+"""The container for the adapters of a module, and a walk over a model that skips it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lora_hf.lora.precision import keep_dtype
 
 
 class AdapterDict(nn.ModuleDict):
-    """What each adapter adds to one module, by the adapter's name: fp32, whatever the model is cast to."""
+    """The weights that each adapter adds to one module, by adapter name. They stay fp32 when the model is cast."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterDict:
         return super()._apply(keep_dtype(fn), recurse)
 
 
 def modules_of_base(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` without what adapters add: with eight of them on a model, that is most of its modules."""
+    """`model.named_modules()` without the modules of adapters. With eight adapters, those are the majority."""
 
     def walk(path: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         if module in seen:

@@ -1,8 +1,8 @@
-"""The fingerprint of a base model, which tells whether an adapter was trained on these weights.
+"""The fingerprint of a base model: it shows whether an adapter was trained on these weights.
 
-An adapter on other weights of the same shape loads without an error and gives wrong answers. The fingerprint holds a
-hash, which compares bases of one precision, projections of whole tensors, which compare bases of different precisions,
-and the settings of the config that change what the weights compute.
+Without it, an adapter would load onto other weights of the same shape and silently give wrong answers. The fingerprint
+consists of a hash, to compare bases of the same precision; random projections of whole tensors, to compare bases of
+different precisions; and the config settings that change what the weights compute.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ _computed: WeakKeyDictionary[nn.Module, dict[Callable[..., Any], tuple[Any, Any]
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """Hash, precision and `SAMPLES` evenly spaced values of each tensor of the base model, without LoRA and head.
 
-    The base is hashed again only if one of its tensors has changed. A quantized base has the fingerprint that
-    `store_fingerprint` stored, as long as its packed weights are the same, so that adapters fit both forms.
+    The base is hashed again only if one of its tensors has changed. A quantized base keeps the fingerprint that
+    `store_fingerprint` stored, as long as its packed weights stay the same. Adapters therefore fit both forms.
 
     Raises:
         ModelError: a weight is NaN or infinite.
@@ -67,7 +67,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def store_fingerprint(model: PreTrainedModel, before: dict[str, Any]) -> None:
-    """Stores the fingerprint of the model from before its weights were packed or sharded."""
+    """Stores the fingerprint of the model before its weights are packed or sharded."""
     setattr(model, STORED, {"fingerprint": before, "packed": _once(model, _digest, _packed_tensors(model))})
 
 
@@ -100,7 +100,7 @@ def check_base(model: PreTrainedModel, recorded: dict[str, Any], adapter: str) -
 def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The parameters of the base model by their names in the plain model, sorted.
 
-    Those that no checkpoint filled are left out: they differ in each process, and the adapter holds its own.
+    Parameters that no checkpoint filled are left out: they differ in each process, and the adapter has its own copy.
     """
     tensors, new = _packed_tensors(model), new_parameters(model) or frozenset()
     prefix = base_prefix(model)

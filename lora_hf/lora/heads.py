@@ -1,9 +1,9 @@
-"""Which modules an adapter fully trains and saves: the task head, and whatever no checkpoint has filled.
+"""Which modules an adapter trains and saves as a whole: the task head, and whatever the checkpoint does not contain.
 
-A model with a task head is its base model and, beside it, the modules of the head. The head of a language model comes
-from pretraining, so it stays frozen like the base. A module that `from_pretrained` initialized because the
-checkpoint does not hold it (a classifier, sometimes a pooler) is random: if it stayed frozen and out of the adapter's
-file, the next process would draw other numbers.
+A model with a task head consists of its base model and the modules of the head. The head of a language model comes from
+pretraining, so it stays frozen like the base. A module that is missing from the checkpoint (a classifier, sometimes a
+pooler) is initialized at random by `from_pretrained`. If it stayed frozen and were not saved with the adapter, the next
+process would draw other numbers.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def has_labels(model: PreTrainedModel) -> bool:
 
 
 def head_paths(model: PreTrainedModel) -> list[str]:
-    """The top-level modules of the model's task head; none for a bare base, and for a language model's head."""
+    """The top-level modules of the task head; none for a bare base or a language model."""
     if _has_output_embeddings(model):
         return []
     children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
@@ -69,7 +69,7 @@ def head_paths(model: PreTrainedModel) -> list[str]:
 
 
 def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
-    """The token embeddings; None for a model that reads no tokens, such as one of images or sound."""
+    """The token embeddings; None for a model that reads no tokens, such as an image or audio model."""
     try:
         return model.get_input_embeddings()
     except NotImplementedError:
@@ -77,9 +77,9 @@ def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
 
 
 def embeddings_that_run(model: PreTrainedModel) -> list[str]:
-    """The paths of the embeddings that an encoder-decoder calls in place of its token embeddings; else none.
+    """The paths of the embeddings that an encoder-decoder calls instead of its token embeddings; else empty.
 
-    T5 and BART have a module `shared`, whose weight the encoder and the decoder hold in modules of their own.
+    In T5 and BART, the encoder and the decoder have embedding modules that share the weight of the module `shared`.
     """
     tokens = input_embeddings(model)
     if tokens is None:
@@ -96,10 +96,10 @@ def base_prefix(model: PreTrainedModel) -> str:
 
 
 def new_parameters(model: PreTrainedModel) -> frozenset[str] | None:
-    """The parameters that `from_pretrained` initialized; None where neither the model nor a checkpoint tells.
+    """The parameters that `from_pretrained` initialized; None if neither the model nor a checkpoint tells.
 
-    A copied model has lost the marks of `from_pretrained`, and `from_config` makes none. The header of the checkpoint
-    that such a model names decides then, if it is on this machine.
+    `from_pretrained` marks the parameters that it loaded, but copies lose these marks, and `from_config` makes none.
+    For such a model, the header of the checkpoint that it names decides, if that is on this machine.
     """
     if not hasattr(model, NEW_PARAMETERS):
         filled, parameters = _filled(model), _plain_parameters(model)
@@ -130,7 +130,7 @@ def new_parameters(model: PreTrainedModel) -> frozenset[str] | None:
 
 
 def mark_head_as_new(model: PreTrainedModel) -> None:
-    """Records that the head alone is new, for a model that was drawn at random as a whole."""
+    """Records that only the head is new, for a model whose weights are all random."""
     _remember(model, _head_parameters(model))
 
 
@@ -163,7 +163,7 @@ def _saved_vocabulary(model: PreTrainedModel) -> int | None:
 
 
 def _plain_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The parameters without those of adapters, by their names in the plain model; tied ones by each name."""
+    """The parameters without those of adapters, by their names in the plain model. Tied ones appear under each name."""
     return {
         f"{path}.{name}".replace(".original_module.", ".").replace(".base_layer.", ".").removeprefix("."): parameter
         for path, module in modules_of_base(model, remove_duplicate=False)
@@ -178,7 +178,7 @@ def _filled(model: PreTrainedModel) -> frozenset[str]:
 
 
 def _filled_by_checkpoint(model: PreTrainedModel) -> frozenset[str]:
-    """The parameters of which the model's checkpoint holds a tensor of that shape.
+    """The parameters for which the model's checkpoint has a tensor of the same shape.
 
     None if there is no checkpoint, or if it lacks some of the layers: then the model is not the one in it.
     """
@@ -220,7 +220,7 @@ def _embedding_parameters(model: PreTrainedModel) -> frozenset[str]:
 
 
 def is_random(model: PreTrainedModel, path: str) -> bool:
-    """Whether a module of the head may hold random numbers: it is new, or nobody knows where it comes from."""
+    """Whether a module of the head may be random: it is new, or its origin is unknown."""
     new = new_parameters(model)
     return new is None or any(name.startswith(f"{path}.") for name in new)
 
@@ -229,11 +229,11 @@ def modules_to_train(model: PreTrainedModel, names: Sequence[str] = ()) -> list[
     """The modules that an adapter fully trains and saves, by path in the order of the model.
 
     Args:
-        names: further modules, as `lora.modules_to_save` names them.
+        names: further modules, as in `lora.modules_to_save`.
 
     Raises:
-        ModelError: random parameters that no module of their own holds, or within a numbered layer.
-        ConfigError: a name that no module has.
+        ModelError: random parameters are in a numbered layer, or do not form a module of their own.
+        ConfigError: a name matches no module.
     """
     heads = head_paths(model)
     chosen = {*heads, *_new_modules(model, heads), *named_modules(model, names)}
@@ -254,7 +254,7 @@ def untrained_parameters(model: PreTrainedModel, whole: Iterable[str]) -> list[s
 
 
 def named_modules(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """The modules whose path is or ends with one of the names; raises ConfigError where there is none."""
+    """The modules whose path is, or ends with, one of the names. Raises ConfigError for a name without a match."""
     found: list[str] = []
     paths = plain_paths(model)
     for name in names:
@@ -285,14 +285,14 @@ def _check_trainable(model: PreTrainedModel, path: str) -> None:
 
 
 def outermost(model: PreTrainedModel, paths: Iterable[str]) -> list[str]:
-    """The paths in the order of the model, without those inside another of them."""
+    """The paths in the order of the model, without those that lie inside another one."""
     chosen = set(paths)
     within = {path for path in chosen if any(path.startswith(f"{other}.") for other in chosen)}
     return [path for path in plain_paths(model) if path in chosen - within]
 
 
 def plain_module(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path of the plain model, without what adapters put around it."""
+    """The module at a path of the plain model, without the wrappers of adapters."""
     module: Any = model.get_submodule(path)
     while inner := getattr(module, "original_module", None) or getattr(module, "base_layer", None):
         module = inner
@@ -314,7 +314,7 @@ def _has_output_embeddings(model: PreTrainedModel) -> bool:
 
 
 def _new_modules(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
-    """The largest modules outside the head of which no parameter comes from the checkpoint."""
+    """The largest modules outside the head that have no parameter from the checkpoint."""
     new = {name for name in new_parameters(model) or () if not name.startswith(tuple(f"{path}." for path in heads))}
     loose = ", ".join(sorted(name for name in new if "." not in name))
     if loose and model.base_model is not model:

@@ -1,7 +1,7 @@
 """Replaces the projections of a pretrained model with LoRA layers, and restores them.
 
-Every function changes the model in place and returns it, as `nn.Module.to` does. The modules themselves hold what is
-trainable, what is merged and which adapters there are; there is no other record of it.
+Every function changes the model in place and returns it, as `nn.Module.to` does. The modules themselves are the only
+record of which adapters exist, what is trainable and what is merged.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Bias = Literal["none", "all", "lora_only"]
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """The parameters of the model as it runs, those that are trained, and the active adapter's two parts."""
+    """Numbers of parameters: of the running model, trainable, and in the two parts of the active adapter."""
 
     total: int
     trainable: int
@@ -48,12 +48,13 @@ class ParameterCounts:
 def inject(model: PreTrainedModel, lora: LoraConfig, name: str = "default") -> PreTrainedModel:
     """Replaces the planned projections with LoRA layers, copies the task head for the adapter and freezes the rest.
 
-    What the checkpoint did not fill is copied, trained and saved like the head (`heads.modules_to_train`).
+    Modules that the checkpoint did not initialize are copied, trained and saved like the head
+    (`heads.modules_to_train`).
 
     Raises:
-        ModelError: as `plan`; also weights that torchao has quantized for inference only.
-        ConfigError: as `plan`; also a rank above the smaller side of a projection.
-        AdapterError: the model already has an adapter of that name, or the name cannot be one.
+        ModelError: as `plan`; or torchao has quantized a weight for inference only.
+        ConfigError: as `plan`; or a rank exceeds the smaller dimension of a projection.
+        AdapterError: the name is taken or invalid.
     """
     wanted, found = vars(lora)["task_type"], task_type(model)
     if wanted is not None and wanted != found:
@@ -80,8 +81,8 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
     warn_if_tied(model, ranks)
     if untrained := untrained_parameters(model, whole):
         logger.warning(
-            "%s: not in the checkpoint, and no module that an adapter could train and save holds them alone. They stay "
-            "frozen at their initial values",
+            "%s: not in the checkpoint, and no module that an adapter can train and save consists of them alone. They "
+            "stay frozen at their initial values",
             comma_separated(untrained),
         )
     variant = Variant(lora.use_rslora, lora.use_dora, start, lora.bias != "none")
@@ -98,11 +99,11 @@ def inject_at(model: PreTrainedModel, sites: list[Site], lora: LoraConfig, name:
 def inject_head(
     model: PreTrainedModel, name: str = "default", heads: Mapping[str, nn.Module | None] | None = None
 ) -> PreTrainedModel:
-    """Gives adapter `name` its own copy of the task head, makes it the active one and freezes everything else.
+    """Gives adapter `name` its own copy of the task head, activates the adapter and freezes everything else.
 
     Args:
-        heads: the modules that the adapter trains fully, by path; None is a copy of the base's own. By default those of
-            `modules_to_train`.
+        heads: the modules that the adapter trains fully, by path; by default those of `modules_to_train`. The value
+            None stands for a copy of the base's own module.
     """
     state = adapter_state(model)
     state.names.setdefault(name)
@@ -144,7 +145,7 @@ def add_weights(
     lora_dropout: float = 0.0,
     variant: Variant = PLAIN,
 ) -> LoraWeights:
-    """Adds fresh A and B of adapter `name` at one projection, which becomes a LoRA layer if it is not one yet."""
+    """Adds new A and B for adapter `name` to one projection, which becomes a LoRA layer if it is not one yet."""
     module, state = model.get_submodule(path), adapter_state(model)
     if isinstance(module, ModulesToSaveWrapper):
         raise AdapterError(f"{path}: another adapter trains this module fully; put the two adapters on separate models")
@@ -158,7 +159,7 @@ def add_weights(
 
 @on_unwrapped_model()
 def eject(model: PreTrainedModel) -> PreTrainedModel:
-    """Restores the plain model: with its own projections and head or, after `merge`, the merged ones.
+    """Restores the plain model, with its original projections and head or, after `merge`, with the merged ones.
 
     The base stays frozen; the head is trainable again.
     """
@@ -183,16 +184,16 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
 
 @on_unwrapped_model()
 def merge(model: PreTrainedModel) -> PreTrainedModel:
-    """Adds the active adapter to the base weights (in fp32, rounded once); doing it again changes nothing.
+    """Adds the active adapter to the base weights: summed in fp32, rounded once. Merging twice has no effect.
 
-    Another thread may run the model meanwhile: its answers are the same merged or not, and it gets an AdapterError if
-    it runs another adapter than the merged one.
+    Other threads may run the model at the same time. They get the same outputs as before the merge, and an AdapterError
+    if they run an adapter other than the merged one.
 
     A quantized base rounds coarsely: a warning reports the error, and `merge_drift` returns it for each module.
 
     Raises:
-        AdapterError: it adapts a weight that the input embeddings and the output head share, which would change both,
-            trains rows of the embeddings, or adds a bias where the base has none. Nothing is merged then.
+        AdapterError: the adapter changes a weight that the input embeddings and the output head share, trains rows of
+            the embeddings, or adds a bias where the base has none. Nothing is merged.
     """
     check_mergeable(model)
     for layer in lora_layers(model).values():
@@ -219,7 +220,7 @@ def check_mergeable(model: PreTrainedModel) -> None:
 
 
 def merge_drift(model: nn.Module) -> dict[str, Drift]:
-    """The rounding error of each projection that is merged into a quantized weight, by its path."""
+    """The rounding errors of a merge into quantized weights, by module path."""
     return {path: layer.drift for path, layer in lora_layers(model).items() if layer.drift}
 
 
@@ -234,7 +235,9 @@ def unmerge(model: PreTrainedModel) -> PreTrainedModel:
 
 @on_unwrapped_model(changes=False)
 def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
-    """Activates adapter `name` in every context that has not chosen another one; None is the bare base.
+    """Activates adapter `name`, or the bare base for None, in every context that has not chosen another one.
+
+    This does not change what trains: after `inject` and `load_adapter`, only the adapter that was added last does.
 
     Raises:
         AdapterError: the model has no adapter of that name.
@@ -251,7 +254,7 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
 
 
 def adapter_state(model: PreTrainedModel) -> AdapterState:
-    """The state that all LoRA layers and heads of the model share; a plain model gets a new one."""
+    """The state that all LoRA layers and heads of the model share; created if the model has none."""
     model = unwrap_model(model)
     base = model.base_model
     if not hasattr(base, STATE_ATTRIBUTE):
@@ -278,7 +281,7 @@ def get_labels(model: PreTrainedModel) -> Labels:
 
 
 def set_labels(model: PreTrainedModel, labels: Labels) -> None:
-    """Sets the labels of the model: `id2label` and everything that transformers derives from it."""
+    """Sets the labels of the model: `id2label` and all that transformers derives from it."""
     names, problem_type = labels
     if get_labels(model) == labels:
         return
@@ -300,7 +303,7 @@ def adapter_heads(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
 
 
 def adapter_dicts(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, str | None]]:
-    """Each dict of a module's adapters by name (heads last), and which of them is active there."""
+    """For each adapted module (heads last): its adapters by name, and the name of the active one."""
     modules = [module for _, module in modules_of_base(model)]
     for module in modules:
         if isinstance(module, AdaptedModule):
@@ -316,11 +319,11 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def prepare_for_adapter(model: nn.Module, name: str) -> None:
-    """Prepares a base for another adapter, before any of it is added.
+    """Checks and prepares the base before an adapter is added.
 
     Raises:
-        AdapterError: the name is taken or cannot be used.
-        ModelError: the base gives no gradients.
+        AdapterError: the name is taken or invalid.
+        ModelError: gradients cannot pass through the base.
     """
     check_torchao_gradients(model)
     keep_input_gradients(model)
@@ -331,7 +334,7 @@ def prepare_for_adapter(model: nn.Module, name: str) -> None:
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> nn.Module:
-    """Freezes all but the active adapter's A and B and the biases that `bias` names; as loralib, also the head."""
+    """Freezes everything, also the head (as loralib does), but the active adapter's A and B and the `bias` biases."""
     model.requires_grad_(False)
     for parameter in _lora_parameters(model, bias):
         parameter.requires_grad_(True)
@@ -346,7 +349,7 @@ def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
 
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
-    """Counts the parameters, those of tied modules once; trained biases belong to LoRA."""
+    """Counts the parameters. Tied modules count once, and trained biases count as LoRA."""
     active = [adapters[name] for adapters, name in adapter_dicts(model) if name]
     heads = [head.modules_to_save[head.active] for head in adapter_heads(model).values() if head.active]
     return ParameterCounts(
@@ -377,7 +380,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _idle(model: nn.Module) -> list[nn.Module]:
-    """The adapters and heads that do not run; the base's own head does if no adapter is active."""
+    """The adapters and heads that are not running. The base's own head runs if no adapter is active."""
     idle = [adapters[name] for adapters, active in adapter_dicts(model) for name in adapters if name != active]
     return idle + [head.original_module for head in adapter_heads(model).values() if head.active]
 

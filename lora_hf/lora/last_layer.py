@@ -1,11 +1,11 @@
-"""Runs the last layer of a classifier after its attention for one token of each row only: the one that the head reads.
+"""Runs the last layer of a classifier, after its attention, only for the token of each row that the head reads.
 
-BERT and its relatives classify by the first token, causal models by the last. Of the last layer's hidden states the
-others are never read, so their output projection, feed-forward network and the backward pass of both are left out.
-Attention still has the queries, keys and values of every token. Works on rows without padding (`unpadding.py`).
+BERT and its relatives classify by the first token, causal models by the last. The last layer's other hidden states are
+never read, so their output projection, their feed-forward network and the backward pass of both are skipped. Attention
+still sees the queries, keys and values of every token. This works on rows without padding (`unpadding.py`).
 
-The layer gets the tokens that are read. What comes first in it, a norm or the attention, gets all tokens back, and from
-the output projection of the attention on there are few again. The layer returns zeros for the others.
+The layer is called with the tokens that are read. Its first module, a norm or the attention, gets all tokens. From the
+attention's output projection on, only the tokens that are read remain. The layer returns zeros for the others.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def token_read(model: PreTrainedModel) -> str | None:
 
 
 def announce_token_read(model: PreTrainedModel) -> None:
-    """Lets the base know which token the head reads, whenever the whole model runs."""
+    """Tells the base which token the head reads, each time the whole model runs."""
     if _announce not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_announce, with_kwargs=True)
 

@@ -1,4 +1,4 @@
-"""The module that replaces a pretrained projection and holds any number of adapters."""
+"""The LoRA layer: it replaces a pretrained projection and holds any number of adapters."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
 class LoraWeights(nn.Module):
     """A and B of one adapter at one projection, for one or several slices of its output.
 
-    `lora_A` is `(n * r, in)` and `lora_B` `(sum of slice widths, r)`: the slices of a fused projection stacked, each
-    with an A of its own (loralib's MergedLinear). Both are fp32 whatever the base's precision. A starts
-    Kaiming-uniform, B zero. A variant (`variants/`) is a subclass that multiplies other factors or adds something else.
+    `lora_A` is `(n * r, in)` and `lora_B` `(sum of slice widths, r)`: the slices of a fused projection are stacked, and
+    each has its own A, as in loralib's MergedLinear. Both are fp32, whatever the precision of the base. A starts
+    Kaiming-uniform and B zero. Variants (`variants/`) are subclasses that use other factors or add other terms.
     """
 
     start = ""  # how A and B started (`pissa`, `olora`), if the start is not zero
@@ -78,7 +78,7 @@ class LoraWeights(nn.Module):
 
     @property
     def plain(self) -> bool:
-        """Whether all it does is to add `scaling * B A` of its `factors`."""
+        """Whether the layer only adds `scaling * B A` of its `factors`."""
         return type(self).adapt is LoraWeights.adapt and self.bias is None and self.lora_bias is None
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ class LoraWeights(nn.Module):
         return self.lora_A, self.lora_B
 
     def saved_factors(self) -> tuple[Tensor, Tensor]:
-        """The A and B of a plain LoRA equal to this one, for a file; `load_factors` reads them."""
+        """The A and B of an equivalent plain LoRA, to write to a file. `load_factors` reads them back."""
         return self.lora_A, self.lora_B
 
     def load_factors(self, a: Tensor, b: Tensor) -> None:
@@ -114,7 +114,7 @@ class LoraWeights(nn.Module):
         return add_lora(base_layer(x), dropped, *self.factors(), self.scaling, self.slices)
 
     def projection(self, base_layer: Any, x: Tensor) -> Projection | None:
-        """What `lora_linear` multiplies x by; None where it cannot replace the reference."""
+        """The factors for `lora_linear`; None if the kernel cannot replace the reference."""
         if base_layer._forward_hooks or base_layer._forward_pre_hooks:
             return None
         weight, bias = frozen_weight(base_layer), base_layer.bias
@@ -136,7 +136,7 @@ class LoraWeights(nn.Module):
         return delta
 
     def merged_bias(self, base: Tensor | None) -> Tensor | None:
-        """The bias that a merge writes over that of the base, or None if it stays."""
+        """The bias that replaces the base's bias in a merge; None if that one stays."""
         if base is None or (self.bias is None and self.lora_bias is None):
             return None
         bias = base.float() if self.bias is None else self.bias
@@ -147,7 +147,7 @@ class LoraWeights(nn.Module):
 
 
 def frozen_weight(base_layer: Any) -> Weight:
-    """The weight `(out, in)`, or for a packed layer the function that unpacks it."""
+    """The weight `(out, in)` or, for a packed layer, a function that unpacks it."""
     if isinstance(base_layer, QuantisedLinear):
         return base_layer.unpacker()
     return base_layer.weight.T if isinstance(base_layer, Conv1D) else base_layer.weight
@@ -155,7 +155,7 @@ def frozen_weight(base_layer: Any) -> Weight:
 
 @dataclass(frozen=True)
 class Drift:
-    """The rounding error of a merge into a packed weight, in Frobenius norms relative to two others."""
+    """The rounding error of a merge into a packed weight (Frobenius norm), relative to the weight and to the update."""
 
     of_weight: float  # relative to the exact merged weight
     of_delta: float  # relative to the adapter's delta_weight: near 1, the error is as large as what was learned
@@ -178,7 +178,7 @@ class AdaptedModule(nn.Module):
 
     @property
     def active(self) -> str | None:
-        """The adapter that runs in this module and context; None if it has none of that name, or for a mix."""
+        """The adapter that runs here in this context; None for a mix, or if this module does not have it."""
         return self.adapter_state.active(self.adapters)
 
     @property
@@ -193,9 +193,9 @@ class AdaptedModule(nn.Module):
 class LoraLinear(AdaptedModule):
     """`y = base_layer(x) + (lora_alpha / r) * dropout(x) A^T B^T` with the A and B of the active adapter.
 
-    The base layer is an `nn.Linear`, `Conv1D`, `nn.Embedding` or `QuantisedLinear`, and nothing changes its weight.
-    `merge` makes a copy of it that runs in its place until `unmerge`. A call in another thread sees the one or the
-    other, and never a weight that is half merged. `drift` is the rounding error of a merge into a packed base.
+    The base layer is an `nn.Linear`, `Conv1D`, `nn.Embedding` or `QuantisedLinear`. Its weight never changes: `merge`
+    creates a merged copy that runs in its place until `unmerge`, so other threads never see a half-merged weight.
+    `drift` is the rounding error of a merge into a packed base.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_state: AdapterState) -> None:
@@ -212,12 +212,12 @@ class LoraLinear(AdaptedModule):
 
     @property
     def running_layer(self) -> Any:
-        """The base layer, or while an adapter is merged the copy that holds both."""
+        """The base layer or, while an adapter is merged, the merged copy."""
         return self.base_layer if self.merged_layer is None else self.merged_layer[1]
 
     @property
     def weight(self) -> Tensor:
-        """The weight that runs; a packed one dequantized to fp32, as a copy."""
+        """The weight in use. A packed weight is returned as a dequantized fp32 copy."""
         return self.running_layer.weight
 
     @property
@@ -266,7 +266,7 @@ class LoraLinear(AdaptedModule):
         return add_grouped(outputs, inputs, stack, segments.order, segments.ends).view_as(y)
 
     def _stack(self, routing: BatchRouting, dtype: torch.dtype) -> Stack | None:
-        """The weights of the adapters, cached; None if there are none or one does more than LoRA."""
+        """The stacked weights of the adapters, cached; None if there are none, or if one is not plain LoRA."""
         key = (id(self), routing.names, dtype)
         if key not in routing.stacks:
             weights = [self.adapters[name] for name in routing.names if name in self.adapters]
@@ -288,7 +288,7 @@ class LoraLinear(AdaptedModule):
         return stacks[key]
 
     def delta_weight(self, name: str) -> Tensor:
-        """What adapter `name` adds to the base weight: fp32 `(out, in)`, also if the base is stored `(in, out)`."""
+        """The update of the base weight by adapter `name`: fp32 `(out, in)`, even if the base is stored `(in, out)`."""
         return self.adapters[name].delta_weight(self.out_features, self.original_weight)
 
     def original_weight(self) -> Tensor:
@@ -299,8 +299,8 @@ class LoraLinear(AdaptedModule):
         if base.weight.dtype not in WHOLE or is_torchao(base.weight):
             kind = type(base.weight).__name__ if is_torchao(base.weight) else base.weight.dtype
             raise AdapterError(
-                f"{type(base).__name__}: its weight is packed ({kind}), so it can be neither merged nor "
-                "decomposed; use the adapter beside the base, or load the base unquantized and quantize with lora_hf"
+                f"{type(base).__name__}: its weight is packed ({kind}), so it can be neither merged nor decomposed; "
+                "keep the adapter unmerged, or load the base unquantized and quantize it with lora_hf"
             )
         return (base.weight.T if isinstance(base, TRANSPOSED) else base.weight).detach().float()
 
@@ -327,7 +327,7 @@ class LoraLinear(AdaptedModule):
         self.merged_layer = (active, merged)
 
     def unmerge(self) -> None:
-        """Runs the base layer again, which a merge has left as it was."""
+        """Runs the unchanged base layer again."""
         self.merged_layer = self.drift = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLinear:
@@ -337,7 +337,7 @@ class LoraLinear(AdaptedModule):
 
 
 def _copy_of_layer(layer: Any) -> Any:
-    """A module with the same tensors, which can be replaced without a change to the first."""
+    """A module that shares the tensors of the first. Replacing one of them leaves the first unchanged."""
     twin = copy.copy(layer)
     twin._parameters, twin._buffers = dict(layer._parameters), dict(layer._buffers)
     for name in ("forward", "_old_forward", "_hf_hook"):  # accelerate's, bound to the first module and its weight

@@ -1,4 +1,4 @@
-"""Replaces a fully trained module, such as a task head, and holds a copy of it for each adapter."""
+"""The wrapper around a fully trained module, such as a task head, with one copy for each adapter."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lora_hf.lora.quantization import unpack_quantized
 class ModulesToSaveWrapper(nn.Module):
     """A module with a trained copy per adapter, named and structured as in PEFT.
 
-    The copies are fp32 whatever the base's precision. The base's own is frozen and runs if no adapter is active.
+    The copies are fp32, whatever the precision of the base. The original is frozen and runs if no adapter is active.
 
     Args:
-        within_base: it is a part of the base model (a pooler, an embedding) and not of the head beside it: the output
-            of a copy has the precision of the base.
+        within_base: the module is part of the base model (a pooler, an embedding), not of the head. The copies then
+            return outputs in the precision of the base.
     """
 
     def __init__(self, original_module: nn.Module, adapter_state: AdapterState, within_base: bool = False) -> None:
@@ -45,13 +45,13 @@ class ModulesToSaveWrapper(nn.Module):
             return getattr(own, name)
 
     def add(self, name: str, head: nn.Module | None = None) -> None:
-        """Adds the copy of adapter `name`; without `head`, it starts as the base's own."""
+        """Adds a copy for adapter `name`: `head`, or by default a copy of the original module."""
         own: nn.Module = copy.deepcopy(self.original_module) if head is None else head
         self.modules_to_save[name] = own.float().requires_grad_(True)
 
     @property
     def active(self) -> str | None:
-        """The adapter whose head runs in this context; None for the base's own or a mix."""
+        """The adapter whose copy runs in this context; None for the original module, or for a mix."""
         return self.adapter_state.active(self.modules_to_save)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Several adapters on one model: one for the current context, one for each row of a batch, and removing one."""
+"""Several adapters on one model: choose one per context or per row of a batch, and remove one."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ SEQUENCE_FIRST = ("fsmt", "led", "longformer", "xlnet")  # types with projection
 
 @contextmanager
 def use_adapter(model: PreTrainedModel, name: str | None) -> Iterator[PreTrainedModel]:
-    """Inside, this thread runs adapter `name` (None: the bare base), whatever other threads run on the same model.
+    """Runs adapter `name` (None: the bare base) in this thread only, inside the `with` block.
 
-    A new thread starts with the choice of `set_adapter`, not with that of the thread that starts it.
+    A new thread starts with the adapter that `set_adapter` chose, not with that of the thread that starts it.
 
     Raises:
         AdapterError: the model has no adapter of that name, or another one is merged into it.
@@ -45,22 +45,22 @@ def mix_adapters(
     stacks: dict[Any, Any] | None = None,
     among: Sequence[str] = (),
 ) -> Iterator[PreTrainedModel]:
-    """Inside, this thread runs each row of a batch with its own adapter.
+    """Runs each row of a batch with its own adapter, in this thread only, inside the `with` block.
 
-    Forward passes and `generate` (greedy, beams, sampling) take a batch of `len(rows)` rows. The logits of a classifier
-    are `(rows, most labels)`, with -inf after the last label of a row whose adapter has fewer. Weights must not change
-    inside, unless gradients are taken.
+    Forward passes and `generate` (greedy, beam search, sampling) take a batch of `len(rows)` rows. A classifier returns
+    logits `(rows, largest number of labels)`; rows whose adapter has fewer labels are filled with -inf. Do not change
+    weights inside the block unless gradients are computed.
 
     Args:
         rows: the adapter of each row; None is the bare base.
-        stacks: a dict, empty at first, that caches the weights of the adapters from one call to the next. Its keys are
-            `(layer, adapter or adapters, dtype)`; drop those of an adapter whose weights have changed.
-        among: adapters to stack together with those of the rows. If each batch has different ones, name all of them
-            each time, so that `stacks` holds one entry for them.
+        stacks: a dict, empty at first, that caches the adapters' weights between calls. Its keys are
+            `(layer, adapter or adapters, dtype)`; delete the entries of an adapter whose weights have changed.
+        among: further adapters to stack with those of the rows. If the adapters vary from batch to batch, always name
+            all of them, so that `stacks` holds one entry for all batches.
 
     Raises:
-        AdapterError: no rows, an adapter that the model does not have, or one that is merged into the base; several
-            adapters on a model whose layers get tokens before rows.
+        AdapterError: `rows` is empty; an adapter is unknown or merged into the base; or there are several adapters, and
+            the layers of the model do not have rows as their first dimension.
     """
     state = adapter_state(model)
     if not rows:
@@ -78,9 +78,9 @@ def mix_adapters(
 
 
 def unload_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Removes adapter `name` and its head from the model; if it was the active one, the bare base is active then.
+    """Removes adapter `name` and its head from the model. If it was active, the bare base becomes active.
 
-    No other thread may be running it.
+    No other thread may be running the adapter.
 
     Raises:
         AdapterError: the model has no adapter of that name.

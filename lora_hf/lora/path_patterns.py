@@ -1,4 +1,4 @@
-"""Regular expressions over module paths: what they match is as in `re`, but a hostile one cannot hang the process.
+"""Regular expressions over module paths. They match as in `re`, but a hostile one cannot hang the process.
 
 `regex` can stop a match after some time, which `re` cannot. Where the two read an expression differently, it is
 rewritten so that `regex` reads it as `re` does.

@@ -1,4 +1,4 @@
-"""The precision of weights: what `auto` means, what a cast leaves in fp32, and which numbers count as zero."""
+"""The precision of weights: resolves `auto`, keeps LoRA in fp32 through casts, and flushes denormals to zero."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FASTER = 1.2  # how many times faster bf16 must be to be worth its rounding
 
 
 def resolve_precision(precision: str) -> Precision:
-    """The precision itself; for `auto` bf16 if it is faster on this machine, else fp32."""
+    """Resolves `auto` to bf16 if that is faster on this machine, else to fp32; returns other precisions unchanged."""
     if precision != "auto":
         return precision  # type: ignore[return-value]
     return "bf16" if bf16_gain() >= FASTER else "fp32"
@@ -43,7 +43,7 @@ def flush_denormals() -> Iterator[None]:
 @functools.cache
 @flush_denormals()
 def bf16_gain() -> float:
-    """How many times faster than fp32 this machine multiplies bf16 matrices; measured once, in milliseconds.
+    """The speedup of bf16 matrix products over fp32 on this machine. Measured once, which takes milliseconds.
 
     A GPU is not timed: every one with bf16 units is faster with them.
     """
@@ -53,7 +53,7 @@ def bf16_gain() -> float:
 
 
 def keep_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`fn` of `Module.to`, `.half()`, ... without its cast: the tensor moves to the device and stays exact."""
+    """Wraps the `fn` of `Module.to`, `.half()` and so on: the tensor moves to the device but keeps its dtype."""
 
     def move(tensor: Tensor) -> Tensor:
         moved = fn(tensor)

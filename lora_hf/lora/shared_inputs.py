@@ -1,8 +1,8 @@
-"""Projections that a model calls with one input, such as q, k and v of a layer, computed together.
+"""Computes projections of the same input together, such as q, k and v of a layer.
 
-The first of them that is called computes the outputs of all, and the others return theirs (`kernels.fused`). Which
-projections these are is known from their names; that the input is the same tensor is checked at each call, so a model
-that calls them with different ones computes what it would without this, only more slowly.
+The first one to be called computes the outputs of all, and the others return theirs (`kernels.fused`). Names decide
+which projections belong together. Each call checks that the input is the same tensor, so a model that passes different
+inputs gets the same results, only more slowly.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _READERS = {role: readers for readers in (("q", "k", "v"), ("ffn_gate", "ffn_up"
 
 
 def share_inputs(model: PreTrainedModel) -> int:
-    """Makes LoRA layers of one input run together in training; doing it again changes nothing.
+    """Makes LoRA layers with the same input run together in training. A second call has no effect.
 
     Returns:
-        How many groups there are: none in a type whose layers call their projections with several inputs.
+        The number of groups; 0 for a model type whose layers call their projections with several inputs.
     """
     architecture = ARCHITECTURES.get(model.config.model_type)
     if architecture is None or architecture.several_inputs:

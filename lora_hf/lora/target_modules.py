@@ -1,4 +1,4 @@
-"""Which modules of a model a config adapts: targets, layers and the ranks and alphas of patterns.
+"""Which modules of a model a config adapts, and with which rank and alpha.
 
 A target, and a key of a pattern, is one of
 
@@ -45,9 +45,9 @@ PROJECTIONS = (nn.Linear, Conv1D, QuantisedLinear)
 
 @dataclass(frozen=True)
 class Site:
-    """A module to adapt and, in a fused projection, the columns of its output (`lora.slices`) that belong to the role.
+    """A module to adapt and, in a fused projection, the output columns (`lora.slices`) that belong to the role.
 
-    `role` is the target itself where it does not name a role.
+    If the target does not name a role, `role` is the target itself.
     """
 
     path: str
@@ -60,9 +60,8 @@ def plan(model: PreTrainedModel, lora: LoraConfig) -> list[Site]:
     """The sites that `lora.targets` and `lora.layers` name in this model, in the order of its modules.
 
     Raises:
-        ModelError: the checkpoint left parameters random that the adapter could not save.
-        ConfigError: a target that matches nothing, two targets that adapt the same columns, or a layer that the model
-            does not have.
+        ModelError: the model has random parameters that the adapter could not save.
+        ConfigError: a target matches nothing, two targets adapt the same columns, or a layer does not exist.
     """
     model = unwrap_model(model, changes=True)
     modules, prefix = adaptable_modules(model), base_prefix(model)
@@ -96,7 +95,7 @@ def plan(model: PreTrainedModel, lora: LoraConfig) -> list[Site]:
 
 
 def _without_uncalled(model: PreTrainedModel, target: str, sites: list[Site]) -> list[Site]:
-    """The sites whose modules the model calls; the others are logged, or refused if the target names no more."""
+    """The sites whose modules the model calls. Others cause a warning, or an error if the target has no more."""
     uncalled = uncalled_modules(model, [site.path for site in sites])
     if uncalled:
         paths = comma_separated(dict.fromkeys(map(with_stars, uncalled)))
@@ -117,7 +116,7 @@ def _warn_of_refused_roles(kind: str, targets: Iterable[str]) -> None:
 
 
 def describe_guesses(kind: str, sites: Iterable[Site], prefix: str = "") -> str:
-    """What a user should check before training a model type that is not in the role table."""
+    """Describes the guessed roles, for a user to check before training a model type outside the role table."""
     paths: dict[str, list[str]] = {}
     for site in sites:
         paths.setdefault(with_stars(site.path.removeprefix(prefix)), []).append(site.role)
@@ -132,8 +131,8 @@ def ranks_and_alphas(
     """The slices, rank and alpha of each site, by path. The first pattern that matches a site decides.
 
     Raises:
-        ConfigError: a pattern that matches no site, a rank above the smaller side of a projection, or different numbers
-            for roles of one projection.
+        ConfigError: a pattern matches no site, a rank exceeds the smaller dimension of a projection, or roles of one
+            projection have different ranks or alphas.
     """
     sites, modules, prefix = list(sites), adaptable_modules(model), base_prefix(model)
     expressions = {
@@ -181,7 +180,7 @@ def projections(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every plain projection and nn.Embedding by its path; one inside an adapted module by the path of that module."""
+    """Every plain projection and nn.Embedding by path. One inside an adapted module has the path of that module."""
     modules: dict[str, nn.Module] = {}
     for path, module in modules_of_base(model):
         if ".original_module" in path:  # nothing within a fully trained module
@@ -196,7 +195,7 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_projection(module: nn.Module) -> bool:
-    """Whether a module is a projection, and not a router or the like that a model derives from nn.Linear."""
+    """Whether a module is a projection, not another subclass of nn.Linear, such as a router."""
     kind = type(module)
     differs = kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
     return isinstance(module, PROJECTIONS) and (not differs or kind.__name__ == "FalconLinear")
@@ -214,7 +213,7 @@ def comma_separated(names: Iterable[str]) -> str:
 
 
 def _layer_numbers(layers: Iterable[int], paths: Iterable[str]) -> set[int]:
-    """The layers from 0 on that `lora.layers` names, which counts from the end with -1, -2, ..."""
+    """The layer numbers in `lora.layers`, with -1, -2, ... resolved from the end."""
     count = 1 + max((number for path in paths if (number := layer_of(path)) is not None), default=-1)
     beyond = [str(layer) for layer in layers if not -count <= layer < count]
     if beyond:
@@ -289,10 +288,10 @@ def _is_named(site: Site, key: str) -> bool:
 
 
 def _path_expression(pattern: str, prefix: str, where: str = "lora.targets") -> re.Pattern[str] | PathPattern:
-    """What matches the path of a module: a regular expression as it is, or a path with `*` for one segment.
+    """The pattern for module paths: a regular expression, or a path in which `*` stands for one segment.
 
     Raises:
-        ConfigError: it is no regular expression, although it has characters of one.
+        ConfigError: the target has characters of a regular expression, but is not a valid one.
     """
     if _REGEX.search(pattern):
         return PathPattern(pattern, where, ConfigError)

@@ -1,9 +1,9 @@
 """Runs a base model on the tokens of a batch without its padding.
 
-Half of the tokens in GLUE's padded batches of 16 are padding. After `enable_unpadding(model)` the model is called as
-before, with a padded batch and its attention mask. Before the base model the rows are concatenated, its attention stays
-within each row, and after it the hidden states return to `(batch, length, hidden)`, with zeros for padding. Prefixes
-that rows of a causal model share are computed once (`kernels/prefixes.py`). Loss and gradients are those of the padded
+Half of the tokens in GLUE's padded batches of 16 are padding. After `enable_unpadding(model)`, you still call the model
+with a padded batch and its attention mask. The rows are then concatenated before they enter the base model, attention
+stays within each row, and the hidden states return to `(batch, length, hidden)` with zeros for padding. In a causal
+model, prefixes that rows share are computed once (`kernels/prefixes.py`). Loss and gradients equal those of the padded
 batch, up to rounding.
 """
 
@@ -39,10 +39,10 @@ def cache_argument(model: PreTrainedModel) -> str | None:
 
 
 def enable_unpadding(model: PreTrainedModel) -> str | None:
-    """Makes the model run without padding; doing it again changes nothing.
+    """Makes the model run without padding. A second call has no effect.
 
     Returns:
-        None, or why this model cannot run without padding. It is unchanged then.
+        None on success; otherwise the reason why this model cannot run without padding. It is then unchanged.
     """
     reason = _unsupported(model)
     base: Any = model.base_model

@@ -1,4 +1,4 @@
-"""Finds the transformers model in what users wrap around it, or refuses the wrapper by name."""
+"""Finds the transformers model inside a wrapper (DDP, torch.compile), or raises an error that names the wrapper."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def unwrap_model(model: Any, changes: bool = False) -> PreTrainedModel:
     """The transformers model inside `model`.
 
     Args:
-        changes: the caller replaces modules, which a wrapper that has already recorded them would not notice.
+        changes: the caller replaces modules. Wrappers that have already recorded the modules are then refused.
 
     Raises:
-        ModelError: there is no such model, more than one, or a wrapper that cannot be seen through.
+        ModelError: there is no transformers model, there are several, or the wrapper is not supported.
     """
     kind = type(model).__name__
     if isinstance(model, PreTrainedModel):
@@ -44,8 +44,8 @@ def unwrap_model(model: Any, changes: bool = False) -> PreTrainedModel:
         return unwrap_model(inner)
     if hasattr(model, "peft_config"):
         raise ModelError(
-            f"{kind} is a model of PEFT: save its adapter with save_pretrained, and load it here with load_adapter "
-            "onto the plain base"
+            f"{kind} is a model of PEFT: save its adapter with save_pretrained, then load it onto the plain base with "
+            "load_adapter"
         )
     found: list[PreTrainedModel] = []
     paths: list[str] = []
@@ -60,7 +60,7 @@ def unwrap_model(model: Any, changes: bool = False) -> PreTrainedModel:
 
 
 def _compiled_from(module: nn.Module) -> nn.Module | None:
-    """The module that torch.compile has wrapped in this one; None if it is no such wrapper."""
+    """The module inside a wrapper of torch.compile; None for any other module."""
     return dict(module.named_children()).get("_orig_mod")
 
 
@@ -69,7 +69,7 @@ def _check_plain(model: PreTrainedModel) -> None:
     for path, module in modules_of_base(model):
         if type(module).__module__.startswith("peft."):
             raise ModelError(
-                f"{path} is adapted by PEFT already. Load the plain base, and PEFT's adapter with load_adapter"
+                f"{path} is adapted by PEFT already. Load the plain base, then PEFT's adapter with load_adapter"
             )
         if _compiled_from(module) is not None:
             raise ModelError(
@@ -79,7 +79,7 @@ def _check_plain(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def _without_compiled_parts(model: PreTrainedModel) -> Iterator[None]:
-    """The model with its compiled submodules as they were before, so that all paths are the plain ones."""
+    """Temporarily replaces compiled submodules with the originals, so that module paths are the plain ones."""
     compiled = {path: module for path, module in model.named_modules() if _compiled_from(module) is not None}
     for path, module in reversed(compiled.items()):
         model.set_submodule(path, _compiled_from(module))  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def _without_compiled_parts(model: PreTrainedModel) -> Iterator[None]:
 
 
 def on_unwrapped_model(changes: bool = True, plain_paths: bool = False) -> Callable[[F], F]:
-    """A function of a model that also takes wrappers; it returns the wrapper where it would return the model.
+    """Lets a function of a model accept wrapped models too. It then returns the wrapper instead of the model.
 
     Args:
         plain_paths: compiled submodules are unwrapped while it runs.

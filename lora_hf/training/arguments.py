@@ -32,10 +32,10 @@ ARGUMENT_ERRORS = (
 
 @contextmanager
 def explain_argument_errors(hf: Mapping[str, Any], began: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Names `train.hf` in an error of transformers, accelerate or torch about the arguments of the Trainer.
+    """Turns errors of transformers, accelerate or torch about the Trainer's arguments into ones that name `train.hf`.
 
     Args:
-        began: whether the training has begun; later errors have other reasons.
+        began: returns whether training has begun; later errors have other causes.
 
     Raises:
         ConfigError: `train.hf` holds a value that cannot be used.
@@ -56,7 +56,7 @@ def explain_argument_errors(hf: Mapping[str, Any], began: Callable[[], bool] = l
 
 
 class _OneDeviceArguments(TrainingArguments):
-    """A process has one GPU: the Trainer would copy the model to every GPU it sees and multiply the batch size."""
+    """One GPU per process. The Trainer would copy the model to every GPU it sees and multiply the batch size."""
 
     @property
     def n_gpu(self) -> int:
@@ -64,10 +64,10 @@ class _OneDeviceArguments(TrainingArguments):
 
 
 def training_arguments(config: RunConfig, task: Task, folder: Path, optimizations: Optimizations) -> TrainingArguments:
-    """The arguments that a run's config means.
+    """Builds the Trainer's arguments from the config of a run.
 
     Raises:
-        ConfigError: `train.hf` does not go with the rest, or with this machine.
+        ConfigError: `train.hf` does not fit the rest of the config, or this machine.
     """
     train = config.train
     several_labels = task.problem_type == "multi_label_classification"  # `training.classifier_loss` smooths those

@@ -1,4 +1,4 @@
-"""How the rows of each kind of model become a padded batch, and what an evaluation keeps of its outputs."""
+"""Pads rows into batches for each kind of model, and selects the outputs that an evaluation keeps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EVALUATION_OUTPUTS: dict[ModelKind, Callable[..., torch.Tensor]] = {
 
 
 def padding_collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> Any:
-    """Returns what pads a batch on the base's side; `tokenizer` keeps its own, with which it is saved."""
+    """Returns a collator that pads on the base's side. `tokenizer` keeps its own side, which is saved with it."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.padding_side = padding_side(model)
     collate = COLLATORS[kind](tokenizer, model)

@@ -1,4 +1,4 @@
-"""Callbacks of a run: progress, a log file, checkpoints, signals, and a stop where nothing is trained."""
+"""Callbacks of a run: progress, the log file, checkpoints, signals, and a guard against training nothing."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ logger = logging.getLogger(__name__)
 
 
 def install_callbacks(trainer: Trainer, log_prefix: str, *callbacks: TrainerCallback) -> None:
-    """Adds callbacks, and replaces the Trainer's own printing: standard output belongs to results.
+    """Adds callbacks, and replaces the Trainer's own printing, because standard output is for results.
 
     Args:
-        log_prefix: opens each line of progress, to name the run where there are several.
+        log_prefix: starts each line of progress, to name the run if there are several.
     """
     trainer.remove_callback(PrinterCallback)
     shows_bars = trainer.pop_callback(ProgressCallback) is not None
@@ -59,7 +59,7 @@ class ProgressBars(ProgressCallback):
 
 
 class ProgressLines(TrainerCallback):
-    """Where standard error is no terminal: a line now and then, in training and evaluation."""
+    """Prints a line of progress now and then, if standard error is not a terminal."""
 
     def __init__(self, log_prefix: str = "") -> None:
         self.log_prefix = log_prefix
@@ -92,7 +92,7 @@ class ProgressLines(TrainerCallback):
 
 
 class RunLines(TrainerCallback):
-    """Lines on standard error, above any progress bars: what is trained on what, an estimate, and each evaluation."""
+    """Prints the data, the trained parameters, an estimate and each evaluation on standard error."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class RunLines(TrainerCallback):
 
 
 class LogFile(TrainerCallback):
-    """Appends what the Trainer logs to `log.jsonl`, one JSON object a line."""
+    """Appends the Trainer's logs to `log.jsonl`, one JSON object per line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -138,7 +138,7 @@ class LogFile(TrainerCallback):
 
 
 class TrainingGuard(TrainerCallback):
-    """Stops a run that trains nothing: an empty optimizer, or a lora_B that the first step leaves as it was."""
+    """Stops a run that trains nothing: the optimizer is empty, or the first step leaves every lora_B unchanged."""
 
     def __init__(self, method: str) -> None:
         self.method = method
@@ -171,8 +171,8 @@ class CheckpointCallback(TrainerCallback):
 
     Args:
         resumed_from: the checkpoint that the run resumes from.
-        keep: how many checkpoints stay, besides the best; None: all.
-        data: the digest of each split, which a resumed run must have too.
+        keep: how many checkpoints to keep besides the best; None keeps all.
+        data: the digest of each split; those of a resumed run must be equal.
     """
 
     def __init__(
@@ -209,9 +209,9 @@ class CheckpointCallback(TrainerCallback):
 
 
 def _follow_schedule(scheduler: Any) -> None:
-    """Sets the learning rate of a longer run, which has another schedule than the one in the checkpoint.
+    """Sets the learning rate of a longer run, whose schedule differs from the one in the checkpoint.
 
-    A scheduler that another library has wrapped, such as DeepSpeed, does so at its next step.
+    A scheduler that DeepSpeed or another library has wrapped does so at its next step.
     """
     if not isinstance(scheduler, LambdaLR):
         return
@@ -222,15 +222,15 @@ def _follow_schedule(scheduler: Any) -> None:
 
 
 class EvaluationStoppedError(Exception):
-    """A signal came during an evaluation."""
+    """Raised if a signal arrives during an evaluation."""
 
 
 class SignalHandler(TrainerCallback):
-    """On Ctrl-C or SIGTERM, stops a run; while it trains, finishes the step and saves a checkpoint first.
+    """Stops a run on Ctrl-C or SIGTERM. During training, it first finishes the step and saves a checkpoint.
 
-    An evaluation may take long, so it stops after its current batch, and the resumed run repeats it. With several
-    processes a signal may arrive in different steps, or in one process only: they agree after each step and all stop
-    at the same one. A second signal stops at once.
+    An evaluation can take long, so it stops after the current batch, and the resumed run repeats it. A signal may reach
+    several processes in different steps, or only one of them. They therefore agree after each step, and all stop at the
+    same one. A second signal stops at once.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -257,7 +257,7 @@ class SignalHandler(TrainerCallback):
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """While the block runs, a signal waits until what has been trained is saved."""
+        """Inside the `with` block, a signal takes effect only after all finished training is saved."""
         self.in_training = True
         try:
             yield

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: complete once their manifest is there, checked when they are read.
+"""Checkpoints of a run. A checkpoint is complete once it has a manifest, and it is checked when it is read.
 
-A run may die at any moment. The Trainer writes `checkpoints/checkpoint-N`; then `callbacks.CheckpointCallback` adds
-what the Trainer does not save, and last of all `manifest.json` with the digest of every file. A checkpoint without a
-manifest was being written when the run died, and one whose digests differ was damaged later: neither is ever resumed
-from.
+A run may die at any moment. The Trainer writes `checkpoints/checkpoint-N`. Then `callbacks.CheckpointCallback` adds
+what the Trainer does not save and, at the very end, `manifest.json` with the digest of every file. If the manifest is
+missing, the run died while it wrote the checkpoint. If a digest differs, the checkpoint was damaged later. A run never
+resumes from either.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def write_progress(checkpoint: Path, progress: Mapping[str, Any]) -> None:
 
 
 def reopen(checkpoint: Path) -> None:
-    """Makes the checkpoint at the end of a run one from which training goes on."""
+    """Reopens the final checkpoint of a finished run, so that training can continue from it."""
     write_progress(checkpoint, read_progress(checkpoint) | {"finished": False})
     update_manifest(checkpoint, [PROGRESS_FILE])
 
@@ -87,7 +87,7 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def update_manifest(checkpoint: Path, changed: Iterable[str]) -> None:
-    """Stores the digests of changed files of a complete checkpoint, which stays complete."""
+    """Updates the digests of changed files, so that the checkpoint stays complete."""
     known = read_json(checkpoint / MANIFEST_FILE)
     _write_digests(checkpoint, known, [checkpoint / name for name in changed])
 
@@ -105,10 +105,10 @@ def _write_digests(checkpoint: Path, known: Mapping[str, str], files: Iterable[P
 
 
 def find_damage(checkpoint: Path, check_best: bool = True) -> str:
-    """Why a run cannot resume from a checkpoint; an empty string where it can.
+    """The reason why a run cannot resume from a checkpoint, or an empty string if it can.
 
     Args:
-        check_best: check the best checkpoint so far as well, whose weights the run ends with.
+        check_best: also check the best checkpoint so far, because the run ends with its weights.
     """
     if not (checkpoint / MANIFEST_FILE).is_file():
         return f"{checkpoint.name} is incomplete: the run stopped while it was written"
@@ -131,7 +131,7 @@ def find_damage(checkpoint: Path, check_best: bool = True) -> str:
 
 
 def newest_valid(folder: Path) -> Path | None:
-    """The newest checkpoint that a run can resume from; a warning names each one that is skipped."""
+    """The newest checkpoint that a run can resume from. A warning names each checkpoint that is skipped."""
     for checkpoint in checkpoints_in(folder):
         damage = find_damage(checkpoint)
         if not damage:
@@ -141,7 +141,7 @@ def newest_valid(folder: Path) -> Path | None:
 
 
 def check_world_size(checkpoint: Path) -> None:
-    """Raises ConfigError where another number of processes wrote the checkpoint: the batch size would change."""
+    """Raises ConfigError if a different number of processes wrote the checkpoint: the batch size would change."""
     before = read_progress(checkpoint).get("processes", 1)
     if before != world_size():
         raise ConfigError(
@@ -151,7 +151,7 @@ def check_world_size(checkpoint: Path) -> None:
 
 
 def check_data(checkpoint: Path, digests: Mapping[str, str]) -> None:
-    """Raises ConfigError where the run of the checkpoint began with other rows, or with a tokenizer that differs.
+    """Raises ConfigError if the run of the checkpoint began with other rows or another tokenizer.
 
     Args:
         digests: `tokenization.digest_of` by split.
@@ -165,7 +165,7 @@ def check_data(checkpoint: Path, digests: Mapping[str, str]) -> None:
 
 
 def delete_newer(checkpoint: Path) -> None:
-    """Deletes the checkpoints after this one, which the resumed run writes again."""
+    """Deletes the checkpoints after this one. The resumed run writes them again."""
     for other in checkpoints_in(checkpoint.parent):
         if other == checkpoint:
             return
@@ -191,7 +191,7 @@ def sha256(file: Path) -> str:
 
 @contextmanager
 def translate_disk_full(folder: Path) -> Iterator[None]:
-    """Turns the error of a full disk into one that names the checkpoint to resume from.
+    """Turns a disk-full error into one that names the checkpoint to resume from.
 
     Raises:
         TrainingError: the disk is full, or a limit on file sizes is reached.
@@ -215,10 +215,10 @@ def translate_disk_full(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def translate_lost_process(folder: Path) -> Iterator[None]:
-    """Turns the error that a process meets once another has ended into one that says so.
+    """Turns the error that a process gets when another one has died into one that says so.
 
     Raises:
-        TrainingError: another process is gone.
+        TrainingError: another process has died.
     """
     try:
         yield
@@ -232,7 +232,7 @@ def translate_lost_process(folder: Path) -> Iterator[None]:
 
 
 def resume_hint(folder: Path) -> str:
-    """How to continue a run that stops early, and from where."""
+    """Advice on how to continue a stopped run, and from which checkpoint."""
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is None:
         return "start again: no checkpoint had been saved yet"

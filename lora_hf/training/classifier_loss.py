@@ -1,4 +1,4 @@
-"""The loss of a classifier: with weights of its classes and label smoothing, for one label a row or several."""
+"""The loss of a classifier with class weights and label smoothing, for one or several labels per row."""
 
 from __future__ import annotations
 
@@ -34,9 +34,11 @@ def classifier_loss(
     """Returns the mean loss of logits `(rows, num_labels)`, as transformers models compute it.
 
     Args:
-        labels: class ids `(rows,)`, scores `(rows,)`, or for several labels a row 0 and 1 `(rows, num_labels)`.
-        weights: `(num_labels,)`: of a row's class in the mean, or for several labels of the rows that have each.
-        smoothing: the share of the target that is spread evenly over the classes, or over having a label or not.
+        labels: class ids `(rows,)`, scores `(rows,)` or, for several labels per row, 0 and 1 `(rows, num_labels)`.
+        weights: `(num_labels,)`: the weight of each class in the mean or, for several labels per row, of the rows that
+            have the label.
+        smoothing: the share of the target that is spread evenly over the classes or, for several labels per row, over
+            having the label and not having it.
     """
     if problem_type == "regression":
         return mse_loss(logits.reshape(-1), labels.to(logits.dtype))
@@ -51,7 +53,7 @@ def _like(weights: Tensor | None, logits: Tensor) -> Tensor | None:
 
 
 def configured_loss(task: Task, train: TrainConfig, rows: Dataset) -> Loss | None:
-    """Returns the loss that a config asks for; None where the one of the model and the Trainer is that.
+    """Returns the loss that a config asks for; None if the model and the Trainer already compute it.
 
     Warns about heavily skewed classes without weights.
 
@@ -72,8 +74,9 @@ def configured_loss(task: Task, train: TrainConfig, rows: Dataset) -> Loss | Non
 def class_weights(task: Task, chosen: str | dict[str, float] | None, counts: np.ndarray, rows: int) -> Tensor | None:
     """Returns the weight of each class, `(num_labels,)`.
 
-    `balanced` is scikit-learn's: the mean number of rows of a class divided by that of this class. With several labels
-    a row it is the number of rows without the label divided by that with it. A class without rows weighs 1.
+    `balanced` is scikit-learn's: the mean number of rows per class, divided by the number of rows of this class. With
+    several labels per row, it is the number of rows without the label, divided by the number with it. A class without
+    rows has weight 1.
     """
     if chosen is None:
         return None

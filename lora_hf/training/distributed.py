@@ -1,7 +1,7 @@
-"""The processes that train one model together, as torchrun and accelerate launch start them.
+"""The processes that train one model together, started by torchrun or accelerate launch.
 
-Each runs the same code on rows of its own. What must be done or decided once, one of them does for all: it creates the
-folder, writes the files and reports errors. Importing this module does not import torch.
+Each process runs the same code on its own rows. One of them does what must happen only once: it creates the folder,
+writes the files and reports errors. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _groups: list[Any] = []  # of processes, on the CPU: small messages need not wai
 
 
 def world_size() -> int:
-    """How many processes were started together."""
+    """The number of processes that were started together."""
     return _number("WORLD_SIZE", 1)
 
 
@@ -43,7 +43,7 @@ def _number(name: str, default: int) -> int:
 
 
 def check_environment() -> None:
-    """Raises ConfigError for variables of a launcher that do not belong together."""
+    """Raises ConfigError if the launcher's environment variables are inconsistent."""
     found = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if os.environ.get(name)}
     numbers = all(value.isdecimal() for value in found.values())
     together = "WORLD_SIZE" in found and ("RANK" in found or world_size() == 1)
@@ -56,11 +56,11 @@ def check_environment() -> None:
 
 
 def init_processes(cpu: bool = False, backend: str | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> int:
-    """Waits until all processes are there; returns how many. Does nothing in a single process, or a second time.
+    """Waits for all processes and returns their number. Does nothing in a single process, or when called again.
 
     Args:
         cpu: do not use GPUs.
-        backend: of torch.distributed; None: nccl with GPUs, gloo without.
+        backend: the backend of torch.distributed; None chooses nccl with GPUs and gloo without.
         timeout: how long to wait for another process, here and later.
 
     Raises:
@@ -86,7 +86,7 @@ def init_processes(cpu: bool = False, backend: str | None = None, timeout: timed
 
 
 def all_reduce_max(number: int) -> int:
-    """The largest of the numbers that the processes pass; waits for all of them."""
+    """The largest number that any process passes. Waits for all processes."""
     if not _groups:
         return number
     import torch
@@ -103,13 +103,13 @@ def barrier() -> None:
 
 
 def run_on_rank(function: Callable[[], Any], chosen: int = 0) -> Any:
-    """Calls `function` in one process and returns its result in all of them.
+    """Calls `function` in one process and returns its result in all processes.
 
     Args:
-        function: returns None, or what JSON can hold.
+        function: returns None or a value that JSON can represent.
 
     Raises:
-        UserError: what `function` raised, in all processes.
+        UserError: raised in all processes if `function` raises it.
     """
     if not _groups:
         return function()
@@ -130,9 +130,9 @@ def run_on_rank(function: Callable[[], Any], chosen: int = 0) -> Any:
 
 
 def claim_error_report() -> bool:
-    """Whether this process reports the error that ends all of them: True for the first one that asks.
+    """Whether this process reports the error that ends all processes. The first one to ask gets True.
 
-    A failing process asks before its end makes the others fail.
+    A failing process asks before its exit makes the others fail.
     """
     if world_size() == 1:
         return True
@@ -143,7 +143,7 @@ def claim_error_report() -> bool:
 
 
 def require_single_process(action: str) -> None:
-    """Raises ConfigError where several processes would each do the same, over each other's files."""
+    """Raises ConfigError if there are several processes, which would overwrite each other's files."""
     if world_size() > 1:
         raise ConfigError(
             f"{action}: expected one process, found {world_size()} (WORLD_SIZE); start it without torchrun or "
@@ -152,7 +152,7 @@ def require_single_process(action: str) -> None:
 
 
 def destroy_processes() -> None:
-    """Leaves the process group, after all work is done."""
+    """Leaves the process group once all work is done."""
     if _groups:
         import torch.distributed as dist
 
@@ -165,7 +165,7 @@ def _address() -> tuple[str, int]:
 
 
 def _store() -> Any:
-    """The launcher's store of keys, which outlives the processes."""
+    """The launcher's key-value store, which outlives the processes."""
     import torch.distributed
 
     dist: Any = torch.distributed  # its stores are not in __all__
@@ -174,13 +174,13 @@ def _store() -> Any:
 
 
 def configure_fsdp(model: PreTrainedModel, plugin: Any, device: torch.device) -> list[nn.Parameter]:
-    """Makes accelerate's FSDP2 plugin shard the frozen layers only; returns the trained parameters.
+    """Makes accelerate's FSDP2 plugin shard only the frozen layers, and returns the trained parameters.
 
-    What LoRA trains is small: sharding it would save nothing. Unsharded it keeps its own precision beside a base in
-    another, and is saved, loaded and stepped as in one process. `average_gradients` keeps it equal everywhere.
+    LoRA's parameters are few, so sharding them would save nothing. Unsharded, they keep their own precision next to a
+    base in another, and are saved, loaded and updated as in one process. `average_gradients` keeps them in sync.
 
     Raises:
-        ConfigError: nothing is frozen, or FSDP's first version, which flattens trained and frozen parameters into one.
+        ConfigError: nothing is frozen, or FSDP is version 1, which flattens trained and frozen parameters into one.
     """
     if all(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("train.method=full: FSDP shards a frozen base here; use DDP or DeepSpeed, or train LoRA")
@@ -208,7 +208,7 @@ def configure_fsdp(model: PreTrainedModel, plugin: Any, device: torch.device) ->
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replaces every gradient with its mean over all processes."""
+    """Replaces each gradient with its mean over all processes."""
     import torch
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""Estimates what a training will take from its first steps."""
+"""Estimates the time and memory of a training from its first steps."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ OPTIMIZER = 3  # numbers beside each trained one: its gradient, and AdamW's two 
 
 @dataclass
 class Estimate:
-    """Seconds of training, its evaluations included, and bytes of memory by part, which add up to the peak.
+    """Seconds of training, including evaluations, and bytes of memory by part. The parts add up to the peak.
 
-    The memory is that of the process, or of the GPU where there is one.
+    Memory means that of the GPU if there is one, otherwise that of the process.
     """
 
     seconds: float
@@ -41,16 +41,16 @@ class Estimate:
         return f"training takes about {duration(self.seconds)} and {total:.2f} GB ({parts})"
 
     def compared(self, seconds: float, peak: int) -> dict[str, Any]:
-        """Returns the estimate, and what the run took in relation to it: 1 is exact, 2 twice as much."""
+        """Returns the estimate and its ratios to the actual run: 1 is exact; 2 means the run took twice as much."""
         ratios = {"seconds_ratio": seconds / self.seconds, "memory_ratio": peak / sum(self.memory.values())}
         return asdict(self) | ratios
 
 
 class Estimator(TrainerCallback):
-    """Times the first steps of a training; `estimate` is None until they are over.
+    """Times the first steps of a training. Until they are done, `estimate` is None.
 
     Args:
-        stop: whether training ends there.
+        stop: end the training after these steps.
     """
 
     def __init__(self, trainer: RunTrainer, data: DataOverview, train_split: str, stop: bool = False) -> None:
@@ -110,10 +110,10 @@ class Estimator(TrainerCallback):
 
 
 def memory_now() -> int:
-    """Returns the bytes that the process, or the GPU where there is one, holds."""
+    """Returns the bytes that are in use on the GPU or, without one, in the process."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
 def memory_peak() -> int:
-    """Returns the most bytes that it has held."""
+    """Returns the peak of `memory_now`."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()

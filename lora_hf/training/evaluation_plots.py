@@ -1,4 +1,4 @@
-"""Pictures of how a classifier errs: its confusion matrix, and how far its probabilities can be trusted."""
+"""Plots of a classifier's errors: the confusion matrix, and the reliability of its probabilities."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LABELS_PER_ROW = 4
 
 
 def draw_evaluation(evaluation: Mapping[str, Any], title: str, folder: Path, split: str) -> list[Path]:
-    """Draws `confusion-<split>.png` and `reliability-<split>.png`, and returns those that the evaluation has.
+    """Draws `confusion-<split>.png` and `reliability-<split>.png` where the evaluation has the data; returns the files.
 
     Args:
-        evaluation: as `data.metrics.evaluation` makes it.
+        evaluation: the output of `data.metrics.evaluation`.
     """
     draw = {"confusion": _draw_confusions, "calibration": _draw_reliability}
     files = {"confusion": f"confusion-{split}.png", "calibration": f"reliability-{split}.png"}
@@ -36,7 +36,7 @@ def escape_formula(text: str) -> str:
 
 
 def load_pyplot() -> Any:
-    """`matplotlib.pyplot` for files, which needs no display."""
+    """Returns `matplotlib.pyplot`, set up to write files without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -46,7 +46,7 @@ def load_pyplot() -> Any:
 
 
 def _draw_confusions(evaluation: Mapping[str, Any]) -> Any:
-    """One matrix of all classes, or one of having the label or not for each label."""
+    """Draws one matrix of all classes or, for several labels per row, one per label."""
     confusion, names = evaluation["confusion"], list(map(escape_formula, evaluation["classes"]))
     if isinstance(confusion, list):
         side = min(12.0, 3.5 + 0.45 * len(names))
@@ -70,7 +70,7 @@ def _draw_confusions(evaluation: Mapping[str, Any]) -> Any:
 
 
 def draw_matrix(axes: Any, counts: np.ndarray, names: list[str]) -> Any:
-    """A matrix of numbers of rows, colored by their share of the label's rows. Returns the image."""
+    """Draws a matrix of row counts, colored by their share of the label's rows. Returns the image."""
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(names) > MOST_NAMED:
@@ -84,7 +84,7 @@ def draw_matrix(axes: Any, counts: np.ndarray, names: list[str]) -> Any:
 
 
 def _draw_reliability(evaluation: Mapping[str, Any]) -> Any:
-    """The share of right predictions in each bin of probabilities, and how many there are."""
+    """Draws the accuracy and the number of predictions in each bin of probabilities."""
     bins, error = evaluation["calibration"]["bins"], evaluation["calibration"]["ece"]
     starts, widths = [each["from"] for each in bins], [each["to"] - each["from"] for each in bins]
     figure, (upper, lower) = load_pyplot().subplots(

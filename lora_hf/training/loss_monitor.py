@@ -1,4 +1,4 @@
-"""Stops a run at a loss that is NaN or infinite, and keeps the running mean that the log reports."""
+"""Stops a run when the loss is NaN or infinite, and keeps the running mean for the log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_UNCHECKED_LOSSES = 16  # on a GPU, where reading a loss waits for the device
 
 
 class LossMonitor(TrainerCallback):
-    """Sees every batch's loss.
+    """Watches the loss of every batch.
 
     Raises:
         DivergedError: in all processes, for the first batch whose loss is NaN or infinite.
@@ -31,7 +31,7 @@ class LossMonitor(TrainerCallback):
         self.unchecked: list[tuple[int, torch.Tensor]] = []  # (optimizer steps before, loss)
 
     def add(self, loss: torch.Tensor, step: int) -> None:
-        """Notes the loss of one batch; `step` optimizer steps came before it."""
+        """Records the loss of one batch, which follows `step` optimizer steps."""
         loss = loss.detach()
         self.sum += loss
         self.unchecked.append((step, loss))

@@ -1,7 +1,8 @@
 """Loss scaling for a frozen base in fp16.
 
-fp16 ends at 65504 and its smallest step is 6e-8. A base in fp16 returns gradients of that precision, and most of a
-plain loss would underflow to zero: the loss is multiplied before the backward pass, the gradients are divided after it.
+The largest fp16 number is 65504, and the smallest is 6e-8. A base in fp16 returns gradients in fp16. Without scaling,
+most of them would underflow to zero. The loss is therefore multiplied by a scale before the backward pass, and the
+gradients are divided by it afterwards.
 
 Source: Mixed Precision Training, arXiv 1710.03740, section 3.2. `torch.amp.GradScaler` halves and doubles the scale.
 """
@@ -24,14 +25,14 @@ FIRST_SCALE = 2.0**16
 
 
 class LossScaling(TrainerCallback):
-    """Gives accelerate a gradient scaler where weights are fp16, and counts the steps that overflow.
+    """Gives accelerate a gradient scaler if weights are fp16, and counts the steps that overflow.
 
-    Under autocast accelerate has a scaler of its own and unscales before clipping. Without autocast it does not, so
+    Under autocast, accelerate has its own scaler and unscales before clipping. Without autocast it does neither, so
     clipping happens here.
 
     Attributes:
         skipped: optimizer steps that were skipped because a gradient overflowed.
-        grad_norm: of the last step, unscaled; None where the Trainer computes it.
+        grad_norm: the unscaled gradient norm of the last step; None if the Trainer computes it.
 
     Raises:
         TrainingError: the gradients overflow at any scale, or in every step.

@@ -12,9 +12,9 @@ from lora_hf.lora.variants.embedding import EmbeddingWeights
 
 
 def apply_loraplus(optimizer: torch.optim.Optimizer, fast: Iterable[nn.Parameter], ratio: float) -> None:
-    """Moves parameters into groups of their own, with `ratio` times the learning rate of the group they come from.
+    """Moves parameters into new groups with `ratio` times the learning rate of their old group.
 
-    A new group keeps the other settings of the old one; a schedule scales both alike.
+    A new group keeps the other settings of the old one. A schedule scales both in the same way.
     """
     chosen = set(fast)
     for group in list(optimizer.param_groups):
@@ -25,6 +25,6 @@ def apply_loraplus(optimizer: torch.optim.Optimizer, fast: Iterable[nn.Parameter
 
 
 def loraplus_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The lora_B of the active adapter, without embeddings: there lora_B starts random, and lora_A at zero."""
+    """The lora_B of the active adapter, except in embeddings, where lora_B starts random and lora_A at zero."""
     weights = [layer.adapters[layer.active] for layer in lora_layers(model).values() if layer.active]
     return [each.lora_B for each in weights if not isinstance(each, EmbeddingWeights)]

@@ -1,4 +1,4 @@
-"""What a run will do and cost, before it is run: rows, modules, memory, time and files."""
+"""Shows what a run will do and cost, without running it: rows, modules, memory, time and files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_hf.training.run_dir import CHECKPOINTS_FOLDER, CURVES, LOG_FILE
 
 @dataclass
 class RunPlan:
-    """What a run will do: its folder and the files there, its data, and `modules`, the adapted modules by role."""
+    """A planned run: its folder and files, its data, and the adapted modules by role (`modules`)."""
 
     folder: Path
     data: DataOverview

@@ -1,4 +1,4 @@
-"""Where the head of a regression starts."""
+"""Initializes the head of a regression."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 def center_new_head(model: PreTrainedModel, task: Task, rows: Dataset) -> nn.Parameter | None:
     """Sets the bias of a regression's new head to the mean of the training labels, and returns it.
 
-    From zero, the mean is what the first steps learn, with every weight that they can move: MiniLM on STS-B then
+    If the bias starts at zero, the first steps use every weight they can to learn the mean. MiniLM on STS-B then
     predicts nearly the same score for all rows, and some runs never recover (`docs/results.md`).
 
     Returns:
-        None for other tasks, and where the checkpoint has filled the head or it has no bias. Nothing has changed then.
+        None if the task is no regression, the checkpoint has a head, or the head has no bias. Nothing changes then.
     """
     if task.problem_type != "regression":
         return None

@@ -1,4 +1,4 @@
-"""What a run measured: scores of the outputs, warnings about results that mean nothing, and the picture of the run."""
+"""Evaluates a run: scores its outputs, warns of meaningless results, and draws its plots."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def score_outputs(
     folder: Path,
     log_prefix: str = "",
 ) -> Task:
-    """Puts the scores of each evaluation split on the record, and writes the predictions for its rows to `folder`.
+    """Records the scores of each evaluation split, and writes the predictions for its rows to `folder`.
 
     Args:
-        outputs: by split what the task's `row_outputs` returned.
-        log_prefix: opens each warning, to name the run where there are several.
+        outputs: the result of the task's `row_outputs`, by split.
+        log_prefix: starts each warning, to name the run if there are several.
 
     Returns:
-        The task with what it chooses on the rows of the first split, such as thresholds.
+        The task with the settings that it chooses on the first split, such as thresholds.
     """
     for number, (split, values) in enumerate(outputs.items()):
         if not number:
@@ -61,10 +61,10 @@ def score_outputs(
 
 
 def record_training(record: RunRecord, trainer: RunTrainer, metrics: Mapping[str, float], log_prefix: str) -> None:
-    """Puts the history of the training on the record, and what it took.
+    """Records the history and the cost of the training.
 
     Args:
-        metrics: of the Trainer.
+        metrics: the Trainer's metrics.
     """
     state, skipped = trainer.state, trainer.loss_scaling.skipped
     if skipped:
@@ -90,14 +90,14 @@ def _no_better_than(majority: Mapping[str, float], scores: Mapping[str, float], 
 
 
 def _write_predictions(path: Path, lines: Iterator[dict[str, Any]]) -> None:
-    """Writes one JSON object a row, in the order of the split; no file for tasks without lines."""
+    """Writes one JSON object per row, in the order of the split. Tasks without lines get no file."""
     if first := next(lines, None):
         with path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in itertools.chain([first], lines))
 
 
 def draw_run(record: RunRecord, folder: Path) -> None:
-    """Draws the curves and, of a classifier, how it errs on each split."""
+    """Draws the curves and, for a classifier, its errors on each split."""
     for split, found in record.evaluation.items():
         draw_evaluation(found, f"{record.task}, {split}", folder, split)
     _draw_curves(record, folder / CURVES)

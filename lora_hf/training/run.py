@@ -1,4 +1,4 @@
-"""One run: from a config to a folder with the adapter, the scores and the record of it all."""
+"""One run, from a config to a folder with the adapter, the scores and the record."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Run:
 
     @property
     def weights(self) -> Path:
-        """The adapter, or the whole model where every parameter was trained."""
+        """The folder of the adapter, or of the whole model after full fine-tuning."""
         return self.folder / ("model" if self.record.method == "full" else "adapter")
 
 
@@ -133,21 +133,21 @@ def train(
     rows: Mapping[str, Dataset] | None = None,
     callbacks: Sequence[TrainerCallback] | None = None,
 ) -> Run:
-    """Fine-tunes as the config says and writes the run folder.
+    """Fine-tunes a model as the config says, and writes the run folder.
 
-    Where several processes call it together (`training.distributed`), each trains on rows of its own,
-    `train.batch_size` of them per step; rank 0 writes, and all return the same run.
+    If several processes call this together (`training.distributed`), each trains on its own rows, `train.batch_size` of
+    them per step. Rank 0 writes the files, and all processes return the same run.
 
     Args:
-        resume: a checkpoint folder, or `auto`: the newest checkpoint of the newest unfinished run of this very config,
-            or else of a finished one that has fewer epochs or steps.
-        rows: the task's splits, where they have been read already.
-        callbacks: for the Trainer, beside the run's own; None: a line on standard error for each evaluation.
+        resume: a checkpoint folder, or `auto`: the newest checkpoint of the newest unfinished run with exactly this
+            config or, if there is none, of a finished run with fewer epochs or steps.
+        rows: the task's splits, if they are already loaded.
+        callbacks: further callbacks for the Trainer; None prints a line on standard error for each evaluation.
 
     Raises:
-        UserError: the config, data, model or adapter cannot be used; nothing has been trained then.
-        TrainingError: there is nothing to train, the run does not train, or the disk is full.
-        Interrupted: Ctrl-C or SIGTERM, once every finished step is saved.
+        UserError: the config, data, model or adapter cannot be used. Nothing has been trained.
+        TrainingError: there is nothing to train, training changes nothing, or the disk is full.
+        Interrupted: Ctrl-C or SIGTERM. All finished steps are saved.
     """
     started = Moment.now()
     config, folder, checkpoint = find_run(config, resume)
@@ -183,7 +183,7 @@ def find_run(config: RunConfig, resume: str | None = None) -> tuple[RunConfig, P
 
 
 def prepare_model(config: RunConfig, task: Task) -> tuple[PreTrainedModel, list[Site]]:
-    """The base with what the run trains on it, initialized from the run's seed, and where its LoRA layers are.
+    """Loads the base, adds the modules to train, initialized from the run's seed, and returns the LoRA sites too.
 
     Raises:
         TrainingError: nothing would be trained.
@@ -221,7 +221,7 @@ def prepare_run(
     callbacks: Sequence[TrainerCallback] | None = None,
     checkpoint: Path | None = None,
 ) -> PreparedRun:
-    """Encodes the data, and creates the run folder once the data and the model have passed all checks.
+    """Encodes the data, and creates the run folder after the data and the model have passed all checks.
 
     Args:
         begin: creates the run folder.
@@ -331,7 +331,7 @@ def _new_trainer(
 
 
 def _fit(run: PreparedRun, checkpoint: Path | None, handler: SignalHandler) -> Mapping[str, float]:
-    """Trains, from the start or from the checkpoint; the Trainer's metrics, empty where training had ended before."""
+    """Trains from the start or a checkpoint. Returns the Trainer's metrics, empty if training was already finished."""
     trainer = run.trainer
     trainer.add_callback(handler)  # the last one: it stops the run once the others have done their part
     with handler.training(), explain_argument_errors(run.config.train.hf, lambda: trainer.training_began):
@@ -374,7 +374,7 @@ def finish_run(run: PreparedRun, metrics: Mapping[str, float], training: float) 
 
 
 def _write_results(run: PreparedRun, metrics: Mapping[str, float], outputs: Mapping[str, Any], scoring: float) -> None:
-    """Scores, weights, curves and, last, the record, whose presence means that the run is finished."""
+    """Writes scores, weights, curves and, last, the record, whose presence means that the run is finished."""
     record, trainer = run.record, run.trainer
     task = score_outputs(record, run.task, outputs, run.rows, run.folder, run.log_prefix)
     save_thresholds(task, run.folder / RUN_CONFIG_FILE)

@@ -1,4 +1,4 @@
-"""The folder of a run: a new one to begin in, or the unfinished one to resume."""
+"""Finds and prepares the folder of a run: a new one, or an unfinished one to resume."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ LENGTHS = ("train.epochs ", "train.max_steps ")  # what a finished run may have 
 
 
 def find_run_folder(config: RunConfig, resume: str | None) -> tuple[Path, Path | None]:
-    """The folder of the run and the checkpoint to resume from; nothing is created or written yet.
+    """Returns the folder of the run and the checkpoint to resume from. Creates and writes nothing.
 
-    `resume=auto` never replaces anything, whatever `output.overwrite` says, but the results of a run that it lengthens.
+    `resume=auto` replaces only the results of a run that it trains for longer, whatever `output.overwrite` says.
 
     Raises:
-        ConfigError: another run is in the way, or still training there; `resume` is no checkpoint, or one of a run with
-            another config.
+        ConfigError: another run is in the way, or still training there; `resume` is not a checkpoint, or belongs to a
+            run with another config.
     """
     if resume is not None and resume != "auto":
         return _resume_from(config, Path(resume))
@@ -77,7 +77,7 @@ def find_run_folder(config: RunConfig, resume: str | None) -> tuple[Path, Path |
 
 
 def check_run_folder(config: RunConfig, resume: str | None) -> None:
-    """Raises what `find_run_folder` will raise, as far as that is known before torch has chosen the precision."""
+    """Raises errors of `find_run_folder` early, as far as they are known before torch chooses the precision."""
     if resume != "auto":
         find_run_folder(config, resume)
     elif config.output.name is not None and _resumable(config) is None:
@@ -121,10 +121,9 @@ def _resume_from(config: RunConfig, checkpoint: Path) -> tuple[Path, Path]:
 
 
 def config_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """The keys whose values differ between two configs, in words.
+    """Describes the keys whose values differ between two configs.
 
-    The precision may differ where `auto` is asked for: torch has yet to choose it. Whether a run may replace another
-    is no difference between two runs.
+    With precision `auto`, the precision may differ, because torch has not chosen it yet. `output.overwrite` is ignored.
     """
     return [
         f"{section}.{key} is {old.get(key)!r} there and {new.get(key)!r} here"
@@ -136,7 +135,7 @@ def config_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> lis
 
 
 def lengthens(there: Mapping[str, Any], here: RunConfig) -> bool:
-    """Whether a config trains longer than the one that a run began with: more epochs, or more of its `max_steps`."""
+    """Whether a config has more epochs or `max_steps` than the one that a run began with."""
     before, now = there.get("train") or {}, here.to_dict()["train"]
     key = _length_key(here)
     other = "max_steps" if key == "epochs" else "epochs"
@@ -150,7 +149,7 @@ def _length_key(config: RunConfig) -> str:
 
 
 def describe_longer(there: Mapping[str, Any], here: RunConfig, checkpoint: Path) -> str:
-    """What changes where a run goes on beyond its end."""
+    """Describes what changes when a finished run is trained for longer."""
     train, before, key = here.train, there["train"], _length_key(here)
     text = (
         f"train.{key} is {getattr(train, key):g} instead of {before[key]:g}: training goes on after {checkpoint.name}"
@@ -180,7 +179,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _check_free(folder: Path, config: RunConfig, resume: str | None) -> None:
-    """Raises ConfigError where a new run cannot begin in `folder`."""
+    """Raises ConfigError if a new run cannot begin in `folder`."""
     _check_unlocked(folder)
     if config.output.overwrite and resume is None:
         return
@@ -226,10 +225,10 @@ def pictures_in(folder: Path) -> list[Path]:
 def begin_run(
     config: RunConfig, folder: Path, checkpoint: Path | None, lock: FileLock, before: Sequence[str] | None = None
 ) -> None:
-    """Creates and locks the folder and writes its config; deletes what a run wrote after the checkpoint, or before.
+    """Creates and locks the folder, writes its config, and deletes earlier results or those after the checkpoint.
 
     Args:
-        before: the `run_state` on which the choice of folder and checkpoint rests.
+        before: the `run_state` on which the choice of folder and checkpoint was based.
 
     Raises:
         ConfigError: the folder cannot be created, or another run has used it in the meantime.
@@ -259,7 +258,7 @@ def begin_run(
 
 
 def save_thresholds(task: Task, file: Path) -> None:
-    """Adds the thresholds that a run has chosen to its config, from which `eval`, `predict` and `serve` take them."""
+    """Adds the thresholds that a run has chosen to its config, where `eval`, `predict` and `serve` read them."""
     if isinstance(task, MultiLabelClassification):
         sections = read_yaml(file)
         sections["task"]["thresholds"] = list(task.thresholds)
@@ -279,7 +278,7 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 
 
 def _check_unlocked(folder: Path) -> None:
-    """Raises ConfigError where a run is training in `folder`."""
+    """Raises ConfigError if a run is training in `folder`."""
     if rank() or not (folder / LOCK_FILE).is_file():  # two processes of one run must not meet here
         return
     with run_lock(folder) as lock, suppress(OSError):  # without write permission, `begin_run` will say so
@@ -287,7 +286,7 @@ def _check_unlocked(folder: Path) -> None:
 
 
 def _cut_log(path: Path, checkpoint: Path) -> None:
-    """Drops the lines of a log after the checkpoint, and one that was cut off: the resumed run writes them again."""
+    """Removes log lines after the checkpoint, and a truncated one. The resumed run writes them again."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     entries = [(line, parse_json(line)) for line in lines if line.endswith("\n")]
     step, due = _step(checkpoint), read_progress(checkpoint).get("evaluation_due")
@@ -296,7 +295,7 @@ def _cut_log(path: Path, checkpoint: Path) -> None:
 
 
 def _resumable(config: RunConfig) -> Path | None:
-    """The newest run of this config that has a checkpoint and no record yet; else a finished one that it lengthens."""
+    """The newest unfinished run of this config with a checkpoint, or else a finished run that it trains for longer."""
     files = Path(config.output.dir).glob(f"*/{RUN_CONFIG_FILE}")
     here, finished = config.to_dict(), None
     for folder in (file.parent for file in sorted(files, key=os.path.getmtime, reverse=True)):
@@ -313,7 +312,7 @@ def _resumable(config: RunConfig) -> Path | None:
 
 
 def _saved_config(folder: Path) -> dict[str, Any] | None:
-    """The sections of the config that a run was started with; None where they cannot be read."""
+    """The sections of the config that a run was started with; None if they cannot be read."""
     try:
         sections = read_yaml(folder / RUN_CONFIG_FILE)
     except (OSError, ValueError):
@@ -323,7 +322,7 @@ def _saved_config(folder: Path) -> dict[str, Any] | None:
 
 
 def check_shared_folder(folder: Path) -> None:
-    """Raises ConfigError, in all processes, where one does not see the folder that rank 0 has made."""
+    """Raises ConfigError in all processes if one of them does not see the folder that rank 0 created."""
     if blind := all_reduce_max(0 if (folder / RUN_CONFIG_FILE).is_file() else rank()):
         raise ConfigError(
             f"output.dir: process {blind} does not see {folder}, which process 0 created; expected a folder that all "

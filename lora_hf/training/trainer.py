@@ -1,7 +1,7 @@
 """The Hugging Face Trainer with adapter-only checkpoints, in one process or several.
 
-Of the Trainer's private methods only four are overridden and three called; `tests/project/test_private_members.py`
-lists them with the reason, and fails with a clear message when a new transformers changes one.
+It overrides only four private methods of the Trainer and calls three. `tests/project/test_private_members.py` lists
+them with the reason, and fails with a clear message if a new version of transformers changes one.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class RunTrainer(Trainer):
     """A Trainer that evaluates rows in the order of the file, watches the loss and scales it for fp16 weights.
 
     Attributes:
-        prompts: of each training row the number of its prompt; rows of one prompt come together in a batch.
-        loraplus_lr_ratio: how many times larger the learning rate of lora_B is (LoRA+).
-        batch_sizes: of each batch the tokens, without and with padding, while `training.estimate` asks for them.
-        unsharded: under FSDP the trained parameters, which every process holds whole.
-        classifier_loss: of logits and labels, in place of the model's own.
+        prompts: the number of the prompt of each training row. Rows with the same prompt share a batch.
+        loraplus_lr_ratio: the learning rate of lora_B divided by that of lora_A (LoRA+).
+        batch_sizes: the tokens of each batch, without and with padding, while `training.estimate` needs them.
+        unsharded: the trained parameters under FSDP, which every process holds in full.
+        classifier_loss: a function of logits and labels that replaces the model's loss.
     """
 
     prompts: list[int] | None = None
@@ -97,7 +97,7 @@ class RunTrainer(Trainer):
         return super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
 
     def _without_repeats(self, batch: Any) -> Any:
-        """The last batch of an epoch without the rows that pad it, so that every row counts as in one process."""
+        """Removes the rows that pad the last batch of an epoch, so that every row counts as in a single process."""
         arguments, accelerator = self.args, self.accelerator
         plain = not accelerator.split_batches and arguments.train_sampling_strategy != "batch_rebalance"
         last = accelerator.gradient_state.end_of_dataloader and not arguments.dataloader_drop_last
@@ -150,7 +150,7 @@ class RunTrainer(Trainer):
         super().log(logs, start_time)
 
     def _correct_durations(self, logs: dict[str, float]) -> None:
-        """Replaces durations by the Trainer's wall clock, which may be set back, with those of the monotonic clock."""
+        """Replaces the Trainer's durations, measured with a wall clock that may be set back, by monotonic ones."""
         for prefix in [key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")]:
             if prefix not in self._started:
                 continue
@@ -171,7 +171,7 @@ class RunTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """With several processes the Trainer's loss counts rows that pad the last batch twice; the scores do not."""
+        """With several processes, the Trainer's loss counts rows that pad the last batch twice; scores do not."""
         self._started[metric_key_prefix] = time.monotonic()
         self.evaluated = metric_key_prefix
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -184,7 +184,7 @@ class RunTrainer(Trainer):
         return output
 
     def final_outputs(self, split: str, rows: Any) -> Any:
-        """The outputs of the trained model for the rows of a split: those of its evaluation, if it had one."""
+        """The outputs of the trained model for the rows of a split, taken from its evaluation if there was one."""
         uses_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint
         step = self.state.best_global_step if uses_best else self.state.global_step
         found = self._outputs.get(step or 0, {}).get(f"eval_{split}")
@@ -221,7 +221,7 @@ class RunTrainer(Trainer):
         self.callback_handler.on_save(self.args, state, self.control)
 
     def evaluate_checkpoint(self, checkpoint: Path) -> None:
-        """Makes the evaluation that a checkpoint still needs, and stores its outcome there."""
+        """Runs the evaluation that a checkpoint still lacks, and stores the result there."""
         state = self.state = self._read_state(checkpoint)
         stateful = [each for each in self.callback_handler.callbacks if isinstance(each, ExportableState)]
         states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
@@ -249,7 +249,7 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def finish_from(self, checkpoint: Path) -> None:
-        """Takes the state and the best weights of a run whose training had ended, without another step."""
+        """Restores the state and the best weights of a run whose training is finished, without another step."""
         self.state = self._read_state(checkpoint)
         self.restore_progress(checkpoint)
         if self.state.best_model_checkpoint:
@@ -258,14 +258,14 @@ class RunTrainer(Trainer):
         self.loss_scaling.on_train_end(self.args, self.state, self.control)
 
     def _read_state(self, checkpoint: Path) -> TrainerState:
-        """The state in a checkpoint, which was written by the first of several processes, as that of this one."""
+        """Reads the state in a checkpoint, which process 0 wrote, and adapts it to this process."""
         state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
         state.is_local_process_zero = self.is_local_process_zero()
         state.is_world_process_zero = self.is_world_process_zero()
         return state
 
     def restore_progress(self, checkpoint: Path) -> None:
-        """Restores what the Trainer does not, once it has the state of the checkpoint."""
+        """Restores what the Trainer does not, after it has loaded the state of the checkpoint."""
         # The run folder may have been moved since.
         best = checkpoint.with_name(f"checkpoint-{self.state.best_global_step}")
         self.state.best_model_checkpoint = str(best) if best.is_dir() else None
@@ -276,7 +276,7 @@ class RunTrainer(Trainer):
 
 
 class AdapterTrainer(RunTrainer):
-    """A trainer whose checkpoints hold the adapter instead of the model, and which loads them back strictly."""
+    """A trainer whose checkpoints contain the adapter instead of the model. It loads them strictly."""
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -312,9 +312,9 @@ class Optimizations:
     """What `enable_optimizations` did to a model.
 
     Attributes:
-        scores_labels_only: the model computes logits, and its label smoothing, at labelled positions only.
-        padded_because: why batches stay padded; None where padding is not computed.
-        shared_inputs: how many groups of projections run together because they read one input.
+        scores_labels_only: the model computes logits and label smoothing only at labeled positions.
+        padded_because: why batches stay padded; None if padding is skipped.
+        shared_inputs: the number of groups of projections that run together because they share an input.
     """
 
     scores_labels_only: bool
@@ -322,7 +322,7 @@ class Optimizations:
     shared_inputs: int = 0
 
     def training_arguments(self, label_smoothing: float = 0.0) -> dict[str, Any]:
-        """What the Trainer has to do itself, as its arguments."""
+        """Returns the settings that the Trainer handles itself, as its arguments."""
         return {
             "label_smoothing_factor": 0.0 if self.scores_labels_only else label_smoothing,
             "train_sampling_strategy": "group_by_length" if self.padded_because else "random",
@@ -330,7 +330,7 @@ class Optimizations:
 
 
 def enable_optimizations(model: PreTrainedModel, label_smoothing: float = 0.0) -> Optimizations:
-    """Skips padding and logits without a label, and computes q, k and v together, where the model type allows it."""
+    """Skips padding and unlabeled logits, and computes q, k and v together, if the model type supports it."""
     scores_labels_only = enable_chunked_loss(model, label_smoothing)
     padded_because = enable_unpadding(model)
     if padded_because:
@@ -339,10 +339,10 @@ def enable_optimizations(model: PreTrainedModel, label_smoothing: float = 0.0) -
 
 
 def completion_loss(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
-    """`(batch, 2)` from `(batch, seq, vocabulary)`: each row's summed loss in nats, and its number of labelled tokens.
+    """Turns logits `(batch, seq, vocabulary)` into `(batch, 2)`: each row's total loss in nats and number of labels.
 
-    The logits of a whole development set would take gigabytes; these two numbers are enough for a perplexity. A model
-    with chunked loss returns them itself.
+    The logits of a whole development set would take gigabytes, and these two numbers are enough for the perplexity. A
+    model with chunked loss returns them itself.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
     if logits.ndim == 2:

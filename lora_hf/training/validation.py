@@ -1,4 +1,4 @@
-"""Checks a config against its task and against itself, before torch and the data take their seconds."""
+"""Checks a config for contradictions and against its task, before loading torch and the data takes time."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def check_run(config: RunConfig) -> None:
     """Checks a run's settings against its task and against each other.
 
     Raises:
-        ModelError: there is no such base.
+        ModelError: the base does not exist.
         ConfigError: two settings exclude each other, or `train.class_weights` names no class of the task.
         AdapterError: `train.start_from` is no adapter folder.
-        DataError: there is no such task.
+        DataError: the task does not exist.
     """
     check_environment()
     check_model_exists(config.model.name)
@@ -68,7 +68,7 @@ def check_run(config: RunConfig) -> None:
 
 
 def _check_class_weights(settings: TrainConfig, task: Task) -> None:
-    """Raises ConfigError for weights or smoothing of classes that the task does not have."""
+    """Raises ConfigError for class weights or label smoothing that do not fit the classes of the task."""
     weights, names = settings.class_weights, task.label_names
     if not names and weights is not None:
         raise ConfigError(f"train.class_weights: {task.name} has no classes; leave the key out")
