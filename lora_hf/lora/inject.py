@@ -111,8 +111,8 @@ def inject_head(
     if heads and new_parameters(model) is None:
         logger.log(
             logging.WARNING if model.name_or_path else logging.INFO,
-            "cannot tell which weights of this model are new (it was copied, or built with from_config): %s is trained "
-            "as a new head, and the rest is treated as pretrained",
+            "cannot tell which weights of this model are new, because it was copied or built with from_config: %s is "
+            "trained as a new head, and the rest is treated as pretrained",
             comma_separated(heads),
         )
     for path, own in heads.items():
