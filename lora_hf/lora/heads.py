@@ -197,8 +197,8 @@ def _filled_by_checkpoint(model: PreTrainedModel) -> frozenset[str]:
         return frozenset()
     logger.log(
         logging.WARNING if lacking else logging.INFO,
-        "this model was copied or built with from_config, so the tensor names in its checkpoint %s decide which weights "
-        "are pretrained; it lacks: %s",
+        "this model was copied or built with from_config, so the tensor names in its checkpoint %s decide which "
+        "weights are pretrained; it lacks: %s",
         model.name_or_path,
         ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in lacking)) or "none",
     )
