@@ -15,7 +15,15 @@ from typing import Any
 
 from lora_hf.core.errors import DataError
 from lora_hf.core.formatting import minutes, percent, table
-from lora_hf.core.records import RunRecord, ScoreRecord, SweepRecord, describe_run, read_json_record, record_files
+from lora_hf.core.records import (
+    RunRecord,
+    ScoreRecord,
+    SweepRecord,
+    describe_method,
+    describe_run,
+    read_json_record,
+    record_files,
+)
 from lora_hf.experiments.suite import tables as suite_tables
 from tools.tables import export as export_tables
 from tools.tables import models as model_tables
@@ -98,22 +106,24 @@ def _sst2(results: Path) -> str:
 
 
 def _e2e(results: Path) -> str:
-    run = RunRecord.load(results / "e2e" / "lora.json")
     rows = []
-    for name, file, perplexity, training in (
-        (f"{run.model}, no adapter", "scores-base.json", "-", "-"),
-        (describe_run(run), "scores-lora.json", f"{run.metrics['validation']['perplexity']:.2f}", _link(run)),
-        ("SmolLM2-135M-Instruct, prompted with 3 examples", "smollm2-prompted.json", "-", "-"),
+    for name, trained, scores in (
+        ("tiny-gpt2, no adapter", None, "scores-base.json"),
+        ("tiny-gpt2", "lora.json", "scores-lora.json"),
+        ("SmolLM2-135M-Instruct, prompted with 3 examples", None, "smollm2-prompted.json"),
+        ("SmolLM2-135M-Instruct", "smollm2-qv4.json", "smollm2-qv4-scores.json"),
     ):
-        scored = ScoreRecord.load(results / "e2e" / file)
-        scores = ["null" if value is None else f"{value:.4f}" for value in scored.metrics["all"].values()]
-        generation = f"[{minutes(scored.timings['generate'])}](results/e2e/{file})"
-        rows.append([name, *scores, perplexity, training, generation])
+        method, perplexity, training = "", "-", "-"
+        if trained:
+            run = RunRecord.load(results / "e2e" / trained)
+            method = f" in {run.config['model']['precision']}, {describe_method(run)}, {run.rows['train']:,} rows"
+            perplexity = f"{run.metrics['validation']['perplexity']:.2f}"
+            training = f"[{minutes(run.timings['total'])}](results/e2e/{trained})"
+        scored = ScoreRecord.load(results / "e2e" / scores)
+        values = ["null" if value is None else f"{value:.4f}" for value in scored.metrics["all"].values()]
+        generation = f"[{minutes(scored.timings['generate'])}](results/e2e/{scores})"
+        rows.append([name + method, *values, perplexity, training, generation])
     return table(["model", *scored.metrics["all"], "dev perplexity", "training (record)", "generation (record)"], rows)
-
-
-def _link(run: RunRecord) -> str:
-    return f"[{minutes(run.timings['total'])}](results/e2e/lora.json)"
 
 
 def _grouping(results: Path) -> str:
