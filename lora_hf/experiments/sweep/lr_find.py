@@ -19,6 +19,8 @@ from lora_hf.experiments.sweep.space import RATE, Space, read_sweep
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from lora_hf.data.tasks.base import Task
+
 logger = logging.getLogger(__name__)
 
 RATES = ("5e-5", "1e-4", "2e-4", "5e-4", "1e-3", "2e-3", "5e-3", "1e-2")
@@ -79,10 +81,14 @@ def lr_find(
         raise ConfigError(f"steps: expected a whole number >= 1, found {steps}")
     task = task_of(config.task)
     rows = rows or task.load(config.task.data_dir, task.splits)
-    steps = min(steps, _steps_of(config, len(rows[task.train_split])))
+    whole = _steps_of(config, task, rows[task.train_split])
+    steps = min(steps, whole)
     rungs = {max(1, steps * share // 8): share for share in EIGHTHS}
     hf = config.train.hf | {"eval_strategy": "no", "save_strategy": "no"}
-    shortened = replace(config, train=replace(config.train, max_steps=steps, patience=None, hf=hf))
+    warmup = config.train.warmup_steps
+    if warmup is not None:  # else a rate would still be rising when it is judged
+        warmup = round(warmup * steps / whole)
+    shortened = replace(config, train=replace(config.train, max_steps=steps, warmup_steps=warmup, patience=None, hf=hf))
     settings = SweepSettings(shortened, space, name, pruner=pruner, sampler="grid", rungs=rungs, recipe=config)
     logger.info("%d learning rates, each for %d to %d steps", settings.trials, min(rungs), steps)
     limit = max(
@@ -115,10 +121,16 @@ def format_rate(rate: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def _steps_of(config: RunConfig, rows: int) -> int:
+def _steps_of(config: RunConfig, task: Task, rows: Dataset) -> int:
+    """The steps of a training on these rows, of which long ones are several entries."""
     train = config.train
-    in_epoch = math.ceil(math.ceil(rows / train.batch_size) / train.gradient_accumulation)
-    return train.max_steps or math.ceil(train.epochs * in_epoch)
+    if train.max_steps:
+        return train.max_steps
+    from lora_hf.data.tokenization import encode
+    from lora_hf.models.load import load_tokenizer
+
+    entries = len(encode(task, rows, task.prepare_tokenizer(load_tokenizer(config.model)), config.task.max_length))
+    return math.ceil(train.epochs * math.ceil(math.ceil(entries / train.batch_size) / train.gradient_accumulation))
 
 
 def _sample(part: Dataset, limit: int) -> Dataset:

@@ -19,6 +19,7 @@ from lora_hf.core.records import RunRecord, SweepRecord
 from lora_hf.data.tasks.registry import get_task
 from lora_hf.experiments.sweep import trials
 from lora_hf.experiments.sweep.lr_find import advice, format_rate, lr_find, read_lr_find
+from lora_hf.training.run import train
 
 WORDS = ["train.batch_size=8", "task.max_length=24", "model.precision=fp32"]
 RATES = ("1e-6", "3e-3", "1e-2", "1e36")
@@ -161,6 +162,35 @@ def test_the_advice(best: float, majority: float, said: str, tmp_path: Path) -> 
     run = RunRecord("t", "lora", "m", {}, 0, "now", majority={"validation": {"accuracy": majority}})
     run.save(tmp_path / "trial-0")
     assert said in advice(tmp_path, record)
+
+
+def test_the_steps_are_those_of_the_windows_of_long_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "validation"):
+        words = ["film"] * 200
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"tokens": words, "tags": ["B-A", *["O"] * 199]}) + "\n")
+    words = ["task.kind=tokens", "task.name=long", f"task.data_dir={tmp_path}", "task.label_names=[A]"]
+    words += ["task.max_length=24", "task.stride=0", "train.batch_size=1", "train.epochs=1", "model.precision=fp32"]
+    config, space = read_lr_find("rule_sentiment.yaml", words, ("1e-4", "1e-3"))
+    asked: list[Any] = []
+    monkeypatch.setattr("lora_hf.experiments.sweep.study.sweep", lambda settings, **_: asked.append(settings))
+    lr_find(config, space, "s")
+    steps = asked[0].config.train.max_steps
+    assert steps > 5, "200 words make several windows"
+    run = train(replace(config, output=OutputConfig(dir=str(tmp_path / "outputs"), plots=False)))
+    assert run.record.history[-1]["step"] == steps
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, None), (0, 0), (500, 100)])
+def test_the_warmup_keeps_its_share_of_the_steps(
+    given: int | None, found: int | None, rows: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*WORDS, "train.max_steps=1000", f"train.warmup_steps={'null' if given is None else given}"]
+    config, space = read_lr_find("rule_sentiment.yaml", words, RATES)
+    asked: list[Any] = []
+    monkeypatch.setattr("lora_hf.experiments.sweep.study.sweep", lambda settings, **_: asked.append(settings))
+    lr_find(config, space, "s", rows=rows)
+    assert asked[0].config.train.warmup_steps == found
+    assert asked[0].recipe.train.warmup_steps == given
 
 
 @pytest.mark.full
