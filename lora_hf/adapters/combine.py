@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from lora_hf.adapters.combine_heads import average, check_same_labels, shared_heads
 from lora_hf.adapters.fit import check_tokenizer
 from lora_hf.adapters.format import AdapterMetadata, read_adapter_config
 from lora_hf.adapters.peft_config import factor_keys, to_peft
@@ -22,10 +21,9 @@ from lora_hf.core.atomic_io import atomic_folder
 from lora_hf.core.errors import AdapterError, ConfigError, did_you_mean
 from lora_hf.core.provenance import provenance
 from lora_hf.core.records import COMBINE_FILE, CombineRecord
-from lora_hf.lora.inject import adapter_heads, adapter_names, add_weights, inject_head, lora_layers, prepare_for_adapter
+from lora_hf.lora.inject import adapter_names, add_weights, inject_head, lora_layers, prepare_for_adapter
 from lora_hf.lora.kernels.combination import Factors, drop, elect, shorten, sum_of_factors, svd_of_factors, trim
 from lora_hf.lora.layers import LoraLinear, LoraWeights
-from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.slices import diagonal_blocks, slice_columns, slice_width
 from lora_hf.lora.variants.biases import standalone_biases
 from lora_hf.lora.variants.tokens import token_rows
@@ -127,8 +125,8 @@ def combine_adapters(
 
     Raises:
         AdapterError: an adapter is unknown; `name` is taken; the adapters adapt different columns (`ties`), or add more
-            than `scaling * B A` (`linear`, `svd`); they train biases or rows of tokens; or only some of them train a
-            module fully. The model is unchanged.
+            than `scaling * B A` (`linear`, `svd`); they train biases or rows of tokens, have heads of different labels,
+            or only some of them train a module fully. The model is unchanged.
         ConfigError: an invalid argument, or a rank above the smaller side of a module.
     """
     _check(model, weights, name, method, rank, density)
@@ -151,8 +149,8 @@ def combine_adapters(
         added = add_weights(model, path, name, new.slices, new.rank, lora_alpha=new.rank)  # B includes the scaling
         added.lora_A.copy_(torch.cat([a for a, _ in new.factors]))
         added.lora_B.copy_(torch.cat([b for _, b in new.factors]))
-    for head in _shared_heads(model, weights):
-        head.add(name, _average(head.modules_to_save, weights))
+    for head in shared_heads(model, weights):
+        head.add(name, average(head.modules_to_save, weights))
     inject_head(model, name)
     return Combination(
         name,
@@ -280,27 +278,6 @@ def _threshold(sources: Sequence[_Source], name: str, density: float) -> torch.T
     return magnitudes.kthvalue(len(magnitudes) - count + 1).values
 
 
-def _shared_heads(model: PreTrainedModel, adapters: Collection[str]) -> list[ModulesToSaveWrapper]:
-    """The heads that the adapters train. Raises AdapterError for a head that only some of them train."""
-    shared = []
-    for path, head in adapter_heads(model).items():
-        training = [name for name in adapters if name in head.modules_to_save]
-        if 0 < len(training) < len(adapters):
-            raise AdapterError(
-                f"{path}: of {', '.join(adapters)}, only {', '.join(training)} fully trained this module, so it has no "
-                "average; combine adapters with the same modules_to_save"
-            )
-        shared += [head] if training else []
-    return shared
-
-
-def _average(heads: nn.ModuleDict, weights: Mapping[str, float]) -> nn.Module:
-    states = [(heads[name].state_dict(), weight / sum(weights.values())) for name, weight in weights.items()]
-    average = copy.deepcopy(heads[next(iter(weights))])
-    average.load_state_dict({key: sum(share * state[key] for state, share in states) for key in states[0][0]})
-    return average
-
-
 def _relative_error(layers: Sequence[_CombinedLayer]) -> float:
     total = sum(layer.total for layer in layers)
     return math.sqrt(sum(layer.lost for layer in layers) / total) if total else 0.0
@@ -335,7 +312,8 @@ def _check(
                 "without PEFT's trainable_token_indices"
             )
     prepare_for_adapter(model, name)
-    if _shared_heads(model, weights) and abs(sum(weights.values())) < 1e-6:
+    check_same_labels(model, weights)
+    if shared_heads(model, weights) and abs(sum(weights.values())) < 1e-6:
         raise ConfigError(
             f"weights: expected a sum other than 0, because heads are divided by it, found {sum(weights.values()):g}"
         )

@@ -361,3 +361,13 @@ def test_a_module_that_only_some_adapters_train_is_not_averaged() -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     combine_adapters(model, {"whole": 2.0}, "mix")
     assert torch.equal(norms["mix"].weight, norms["whole"].weight)
+
+
+@pytest.mark.parametrize("num_labels", [1, 2])  # the head of one label would be added to each row of the other
+def test_heads_of_other_labels_are_not_averaged(num_labels: int, tmp_path: Path) -> None:
+    model = adapted("roberta", 3, a=MIXED["a"])
+    save_adapter(adapted("roberta", num_labels, b=MIXED["a"]), tmp_path, "b")
+    load_adapter(model, tmp_path, "b", own_head=True)
+    with pytest.raises(AdapterError, match="trained for different labels: LABEL_0, LABEL_1, LABEL_2, and LABEL_0"):
+        combine_adapters(model, {"a": 0.5, "b": 0.5})
+    assert adapter_names(model) == ["a", "b"]
