@@ -159,10 +159,12 @@ def add_weights(
 
 @on_unwrapped_model()
 def eject(model: PreTrainedModel) -> PreTrainedModel:
-    """Restores the plain model, with its original projections and head or, after `merge`, with the merged ones.
+    """Restores the plain model or, after `merge`, the merged one. The base stays frozen; the head is trainable again."""
+    return restore_base(model)
 
-    The base stays frozen; the head is trainable again.
-    """
+
+def restore_base(model: PreTrainedModel) -> PreTrainedModel:
+    """`eject` for a model that may be compiled in parts."""
     layers = lora_layers(model)
     merged = any(layer.merged for layer in layers.values())
     for path, layer in layers.items():
@@ -172,8 +174,8 @@ def eject(model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(path, tokens.base_layer)
     for path, head in adapter_heads(model).items():
         plain = head.modules_to_save[head.active] if merged and head.active else head.original_module
-        plain.to(next(head.original_module.parameters()).dtype)
-        model.set_submodule(path, plain.requires_grad_(not head.within_base))
+        dtype = next(head.original_module.parameters()).dtype
+        model.set_submodule(path, plain.to(dtype).requires_grad_(not head.within_base))
     vars(model).pop("save_pretrained", None)  # of `adapters.pretrained`
     if hasattr(model, "is_quantized"):
         vars(model)["is_quantized"] = True

@@ -10,14 +10,10 @@ from transformers import PreTrainedModel
 
 from lora_hf.core.errors import AdapterError
 from lora_hf.lora.active_adapter import BatchRouting
-from lora_hf.lora.inject import (
-    adapter_dicts,
-    adapter_state,
-    check_adapter_exists,
-    set_adapter,
-)
-from lora_hf.lora.variants.biases import biased_modules
-from lora_hf.lora.variants.tokens import token_modules
+from lora_hf.lora.adapter_dict import modules_of_base
+from lora_hf.lora.inject import adapter_dicts, adapter_state, check_adapter_exists, restore_base, set_adapter
+from lora_hf.lora.layers import AdaptedModule
+from lora_hf.lora.modules_to_save import ModulesToSaveWrapper
 from lora_hf.lora.wrappers import unwrap_model
 
 SEQUENCE_FIRST = ("fsmt", "led", "longformer", "xlnet")  # types with projections of (seq, batch, hidden)
@@ -80,7 +76,8 @@ def mix_adapters(
 def unload_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """Removes adapter `name` and its head from the model. If it was active, the bare base becomes active.
 
-    No other thread may be running the adapter.
+    A module that no other adapter changes becomes the base's own again. Without any adapter the model is plain, as after
+    `eject`. No other thread may be running the adapter.
 
     Raises:
         AdapterError: the model has no adapter of that name.
@@ -92,9 +89,13 @@ def unload_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     for adapters, _ in list(adapter_dicts(model)):
         if name in adapters:
             del adapters[name]
-    for path, module in (biased_modules(model) | token_modules(model)).items():
-        if not module.adapters:  # what is left of it would keep A and B away
-            model.set_submodule(path, module.base_layer)
     state.labels.pop(name, None)
     del state.names[name]
+    if not state.names:
+        restore_base(unwrap_model(model))
+    for path, module in list(modules_of_base(model)):
+        if isinstance(module, AdaptedModule) and not module.adapters:
+            model.set_submodule(path, module.base_layer)
+        elif isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
+            model.set_submodule(path, module.original_module)
     return model

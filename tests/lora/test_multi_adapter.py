@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from lora_hf import load_adapter, mix_adapters, save_adapter, set_adapter, unload_adapter, use_adapter
 from lora_hf.core.config.schema import LoraConfig
 from lora_hf.core.errors import AdapterError
-from lora_hf.lora.active_adapter import BatchRouting
+from lora_hf.lora.active_adapter import STATE_ATTRIBUTE, BatchRouting
 from lora_hf.lora.inject import adapter_names, inject, lora_layers, merge
 from lora_hf.lora.kernels import grouped
 from lora_hf.lora.layers import LoraWeights
@@ -378,6 +378,25 @@ def test_an_adapter_adapts_what_an_unloaded_one_trained_the_bias_of() -> None:
     inject(model, LoraConfig(r=2, targets=("q",), bias="all"), "x")
     unload_adapter(model, "x")
     assert adapter_names(inject(model, LoraConfig(r=2, targets=("v",)), "y")) == ["y"]
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_an_unloaded_adapter_leaves_no_module_behind(others: bool) -> None:
+    model, ids = small_model("roberta", 3), token_ids(2, 4)
+    before = {path: type(module) for path, module in model.named_modules()}
+    logits = model(ids).logits
+    inject(model, LoraConfig(r=2, targets=("q", "ffn_up"), modules_to_save=("word_embeddings",)), "x")
+    if others:
+        inject(model, LoraConfig(r=2, targets=("q",)), "y")
+        unload_adapter(model, "x")
+        assert set(lora_layers(model)) == {path for path in before if path.endswith("attention.self.query")}
+        set_adapter(model, None)
+    unload_adapter(model, "y" if others else "x")
+    assert {path: type(module) for path, module in model.named_modules()} == before
+    assert not hasattr(model.base_model, STATE_ATTRIBUTE)
+    assert model(ids).logits.equal(logits)
+    assert {path.split(".")[0] for path, each in model.named_parameters() if each.requires_grad} == {"classifier"}
+    assert adapter_names(inject(model, LoraConfig(r=2), "x")) == ["x"]
 
 
 @pytest.mark.parametrize(
