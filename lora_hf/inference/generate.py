@@ -215,6 +215,7 @@ class Generator:
         others: dict[str, Any] = {
             "max_length": None,
             "no_repeat_ngram_size": None,
+            "num_return_sequences": 1,  # a prompt has one text
             **dict.fromkeys(unused & vars(own).keys()),
         }
         forced = {} if first_token is None else {"forced_bos_token_id": first_token}

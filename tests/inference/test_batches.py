@@ -107,6 +107,17 @@ def test_an_encoder_decoder_does_not_generate_beyond_its_positions(kind: str, ca
     assert ("has 64 positions, fewer than generate.max_new_tokens=80" in caplog.text) == (kind == "bart")
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_prompt_has_one_text_however_many_the_base_returns(beams: int) -> None:
+    model = AutoModelForSeq2SeqLM.from_config(small_config("bart")).eval()
+    model.generation_config.num_return_sequences = 2
+    task: Any = custom_task(TaskConfig(name="mine", kind="seq2seq"))
+    generator = Generator(model, tokenizer_with("<pad>", "right", ends=True), task, 60)
+    prompts = [text for text in TEXTS if text]
+    decoding = GenerateConfig(max_new_tokens=4, num_beams=beams, from_base=())
+    assert len(list(generator.generate(prompts, decoding))) == len(prompts)
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize(("pad", "side", "config_pad"), [("<pad>", "right", 5), (None, "left", None)])
 def test_texts_and_their_scores(kind: str, pad: str | None, side: str, config_pad: int | None) -> None:
