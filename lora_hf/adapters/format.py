@@ -241,7 +241,7 @@ def read_adapter_config(folder: str | Path) -> tuple[dict[str, Any], AdapterMeta
         if not (folder / name).is_file():
             raise AdapterError(
                 f"{folder}: not an adapter folder: expected {name}, found {_contents(folder)}"
-                f"{_pickled_advice(folder)}{suggest_adapter(folder)}"
+                f"{_weights_advice(folder)}{suggest_adapter(folder)}"
             )
     try:
         config = read_json(folder / CONFIG_FILE)
@@ -330,8 +330,13 @@ def suggest_adapter(folder: Path) -> str:
     return f" (did you mean {str(adapters[close[0]])!r}?)" if close else ""
 
 
-def _pickled_advice(folder: Path) -> str:
-    """Advice for a folder that has only pickled weights."""
+def _weights_advice(folder: Path) -> str:
+    """What to do with a folder whose weights are in parts, or pickled."""
+    if next(folder.glob("adapter_model-*-of-*.safetensors"), None):
+        return (
+            ". The weights are in parts, which are not read: load them all with safetensors.torch.load_file, and save "
+            f"them as one {WEIGHTS_FILE} with safetensors.torch.save_file"
+        )
     pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLED_SUFFIXES)
     if not pickled:
         return ""

@@ -279,6 +279,8 @@ _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical ba
 
 
 def _explain_header(header: list[str], delimiter: str) -> str:
+    if header[0].lower().startswith("sep="):
+        return ". The first line tells Excel the separator; delete it"
     if len(header) == 1:
         for other, name in _SEPARATORS.items():
             if other in header[0] and other != delimiter:

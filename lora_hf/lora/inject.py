@@ -159,7 +159,7 @@ def add_weights(
 
 @on_unwrapped_model()
 def eject(model: PreTrainedModel) -> PreTrainedModel:
-    """Restores the plain model or, after `merge`, the merged one. The base stays frozen; the head is trainable again."""
+    """Restores the plain model, after `merge` the merged one. The base stays frozen; the head is trainable again."""
     return restore_base(model)
 
 

@@ -76,8 +76,8 @@ def mix_adapters(
 def unload_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """Removes adapter `name` and its head from the model. If it was active, the bare base becomes active.
 
-    A module that no other adapter changes becomes the base's own again. Without any adapter the model is plain, as after
-    `eject`. No other thread may be running the adapter.
+    A module that no other adapter changes becomes the base's own again, and without any adapter the model is plain, as
+    after `eject`. No other thread may be running the adapter.
 
     Raises:
         AdapterError: the model has no adapter of that name.

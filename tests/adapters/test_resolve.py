@@ -283,6 +283,14 @@ def test_pickled_weights_alone_are_refused_with_a_way(name: str, tmp_path: Path)
         find_saved_model(tmp_path)
 
 
+def test_weights_in_parts_are_refused_with_a_way(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for name in (*(f"adapter_model-0000{part}-of-00002.safetensors" for part in (1, 2)), f"{WEIGHTS}.index.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(AdapterError, match=rf"in parts, which are not read.*save them as one {WEIGHTS}"):
+        find_saved_model(tmp_path)
+
+
 def test_a_task_of_another_kind_is_refused(tmp_path: Path) -> None:
     """The run's config is edited to a kind that reads the same head in another way."""
     model = load_base(ModelConfig(name="tiny-roberta", precision="fp32"), get_task("rule-sentiment"))

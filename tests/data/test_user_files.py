@@ -273,6 +273,8 @@ REFUSED: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "JSON lines as text": ("a.txt", '{"text": "a"}\n', ("line 1", ".jsonl")),
     "tabs as CSV": ("a.csv", "text\tlabel\na\tpos\n", ("no column 'text'", "Tabs", ".tsv")),
     "semicolons": ("a.csv", "text;label\na;pos\n", ("no column 'text'", "found: text;label", "Semicolons")),
+    "a line for Excel": ("a.csv", "sep=,\r\ntext,label\r\na,pos\r\n", ("no column 'text'", "Excel", "delete it")),
+    "a line for Excel and semicolons": ("a.csv", "sep=;\ntext;label\na;pos\n", ("Excel", "delete it")),
     "no header": ("a.csv", "good film,pos\n", ("no column 'text'", "found: good film, pos", "first line")),
     "another column": ("a.csv", "texd\na\n", ("no column 'text' (did you mean 'texd'?)",)),
     "a repeated column": ("a.csv", "text,text\na,b\n", ("the header names 'text' more than once",)),
