@@ -229,6 +229,33 @@ def test_white_space_around_a_label_makes_no_class(tmp_path: Path) -> None:
     assert infer_label_names(inferred).label_names == ("neg", "pos")
 
 
+@pytest.mark.parametrize("suffix", TABLE_SUFFIXES)
+def test_ids_that_pandas_has_written_as_fractions(suffix: str, tmp_path: Path) -> None:
+    in_table = suffix in (".csv", ".tsv")  # whose values are texts
+    rows = [
+        {"text": text, "label": str(id_) if in_table else id_} for text, id_ in (("a", 1.0), ("b", 0.0), ("c", 1.0))
+    ]
+    write_rows(tmp_path / f"train{suffix}", rows)
+    inferred = TaskConfig("mine", kind="classification", data_dir=str(tmp_path))
+    assert infer_label_names(inferred).label_names == ("0", "1")
+    for task in (TASK, inferred):
+        assert columns(task, tmp_path)["label"] == [1, 0, 1]
+
+
+def test_a_fraction_is_no_class_id(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.parquet", [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.0}])
+    assert "row 0 (counting from 0) has the label 0.5" in message(TASK, tmp_path)
+    with pytest.raises(DataError, match=r"holds 0\.5; expected classes.*task\.kind=regression"):
+        infer_label_names(TaskConfig("mine", kind="classification", data_dir=str(tmp_path)))
+
+
+def test_version_numbers_stay_the_names_of_classes(tmp_path: Path) -> None:
+    write_text(tmp_path / "train.csv", "text,label\na,1.0\nb,1.5\n")
+    task = TaskConfig("mine", kind="classification", data_dir=str(tmp_path))
+    assert infer_label_names(task).label_names == ("1.0", "1.5")
+    assert columns(task, tmp_path)["label"] == [0, 1]
+
+
 def test_rows_of_several_adapters(tmp_path: Path) -> None:
     rows = [{"adapter": "a", "text": "x", "other": ""}, {"adapter": "b", "text": "", "other": "y"}]
     for suffix in TABLE_SUFFIXES:

@@ -14,7 +14,7 @@ from lora_hf.core.errors import DataError
 from lora_hf.data.readers import read_rows
 from lora_hf.data.tasks.custom import KINDS, CustomFiles
 from lora_hf.data.tasks.multi_label import are_indicators, label_sets
-from lora_hf.data.tasks.row_checks import class_names, explain_one_object
+from lora_hf.data.tasks.row_checks import class_names, explain_one_object, without_fraction
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,7 +47,9 @@ def _names(config: TaskConfig, path: Path, changed: int, size: int) -> tuple[str
     """`changed` and `size` are those of the file: a run asks several times, another file is read again."""
     column = config.label_column or ""
     values = _labels(config, read_rows(path, (column,)), path)
-    names = _sorted({_name(value, config, path) for value in values if value is not None and str(value).strip()})
+    found = {_name(value, config, path) for value in values if value is not None and str(value).strip()}
+    whole = {without_fraction(name) for name in found}
+    names = _sorted(found if whole & found else whole)  # 1.0 beside 1.5, or beside 1, is a text like any other
     if len(names) < 2:
         raise DataError(
             f"{path}: expected two or more classes in column {column!r}, found {', '.join(names) or 'none'} in "
@@ -78,7 +80,7 @@ def _labels(config: TaskConfig, rows: Dataset, path: Path) -> list[Any]:
 
 
 def _name(value: Any, config: TaskConfig, path: Path) -> str:
-    if isinstance(value, float) or not isinstance(value, (str, int)):
+    if not isinstance(value, (str, int)) and not (isinstance(value, float) and value.is_integer()):
         raise DataError(
             f"{path}: column {config.label_column!r} holds {value!r:.100}; expected classes, which are texts or whole "
             "numbers; for numbers to predict set task.kind=regression"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -168,11 +169,18 @@ def label_of(value: Any, names: Sequence[str]) -> float | None:
         text = text.lower()  # as JSON writes it
     if text not in names:
         text = text.strip()
+    if text not in names:
+        text = without_fraction(text)
     if text in names:
         return names.index(text)
     # If the classes are called 1 to 5, a 0 is a mistake and not a class id.
-    is_id = isinstance(value, (int, str)) and text.isdecimal() and not any(name.isdecimal() for name in names)
+    is_id = text.isdecimal() and not any(name.isdecimal() for name in names)
     return int(text) if is_id and int(text) < len(names) else None
+
+
+def without_fraction(text: str) -> str:
+    """Returns 1 for 1.0, as pandas writes whole numbers in a column that has or had gaps; other texts unchanged."""
+    return re.sub(r"(?a)\A(-?\d+)\.0+\Z", r"\1", text)
 
 
 def _is_null(rows: Dataset, column: str) -> np.ndarray:
