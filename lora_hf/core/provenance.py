@@ -33,16 +33,20 @@ def version(package: str) -> str | None:
 
 
 def git_state() -> dict[str, Any]:
-    """Returns `commit` and `changed` (uncommitted changes of the package); empty outside a git checkout."""
-    package = Path(__file__).parents[1]
+    """Returns `commit` and `changed` (uncommitted changes of the package); empty outside a git checkout of it.
+
+    A virtual environment often lies in the checkout of another project, whose commit says nothing about the package.
+    """
 
     def git(*arguments: str) -> str:
-        result = subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True, timeout=10)
+        result = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
         return result.stdout.strip() if result.returncode == 0 else ""
 
     try:
-        commit = git("rev-parse", "HEAD")
-        return {"commit": commit, "changed": bool(git("status", "--porcelain", "--", "."))} if commit else {}
+        commit = git("ls-files", "--", Path(__file__).name) and git("rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(git("status", "--porcelain", "--", ".."))} if commit else {}
     except (OSError, subprocess.TimeoutExpired):
         return {}
 

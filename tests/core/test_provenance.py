@@ -24,6 +24,18 @@ def test_git_state_sees_uncommitted_changes_of_the_code(tmp_path: Path, monkeypa
     assert git_state()["changed"] is True
 
 
+def test_the_commit_of_another_project_is_not_that_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual environment within the user's own checkout holds the package."""
+    code = tmp_path / ".venv" / "lora_hf" / "core" / "provenance.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("installed")
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-qm", "x"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(provenance, "__file__", str(code))
+    assert git_state() == {}
+
+
 def test_provenance_does_not_name_the_machine() -> None:
     assert versions()["torch"] != "not installed"
     assert machine()["cores"] >= 1
