@@ -1,7 +1,8 @@
 """Fine-tune Hugging Face models with LoRA: train, evaluate, serve and share adapters.
 
 Results go to standard output, progress and logs to standard error. Exit codes: 0 for success, 2 for an invalid command,
-config or input (with one message), 130 and 143 after Ctrl-C and SIGTERM, 1 for a bug (with a traceback).
+config or input (with one message), 130 and 143 after Ctrl-C and SIGTERM, 141 if the reader of a pipe has left, 1 for a
+bug (with a traceback).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -71,6 +73,10 @@ VERBS = {
 RERUN = {"sweep": "to continue", "benchmark": "to continue", "demo": "to start over"}  # these have no --resume
 NOT_OPTIONS = {"verb", "run", "what", "file", "runs", "overrides", "source", "target"}  # other names in a namespace
 
+# Why a file system refuses a path that a command reads or writes; not ENOENT, which may be a file of our own.
+REFUSED = {errno.EACCES, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE has ended
+
 
 def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> int:
     """Runs one verb, the first argument unless `verb` names it, and returns the exit code."""
@@ -98,12 +104,17 @@ def exit_code_of(run: Callable[[], None], verb: str, options: Iterable[str] = ()
     try:
         with _stopped_by_sigterm():
             run()
+            sys.stdout.flush()
     except UserError as error:
         message, code = f"error: {with_flags(str(error), options)}", 2
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+    except BrokenPipeError:
+        if not _reader_has_left():
             raise
-        message, code = f"error: {error.filename!s:.60}...: the name is too long for this file system", 2
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in REFUSED or error.filename is None:
+            raise
+        message, code = f"error: {error.filename!s:.200}: {error.strerror}; choose another path", 2
     except Interrupted as stop:
         if ends_process:
             _ignore_signals()
@@ -122,6 +133,16 @@ def exit_code_of(run: Callable[[], None], verb: str, options: Iterable[str] = ()
     if claim_error_report():
         print(message, file=sys.stderr)
     return code
+
+
+def _reader_has_left() -> bool:
+    """Whether the program that standard output is piped to has ended, as head does. Then the rest goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    left = any(event & select.POLLERR for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of Python
+    return left
 
 
 def _ignore_signals() -> None:

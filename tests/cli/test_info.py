@@ -87,7 +87,7 @@ def test_missing_and_old_packages_are_listed_by_extra(monkeypatch: pytest.Monkey
     project = Message()
     for extra in ("sweep", "playground", "dev", "serve", "all"):
         project["Provides-Extra"] = extra
-    installed = {"optuna": "4.4", "uvicorn": "0.34.1"}
+    installed = {"lora-hf": "1.0", "optuna": "4.4", "uvicorn": "0.34.1"}
 
     def version(name: str) -> str:
         if name not in installed:
@@ -100,6 +100,16 @@ def test_missing_and_old_packages_are_listed_by_extra(monkeypatch: pytest.Monkey
     info = collect()
     assert info["missing"] == {"sweep": ["optuna>=4.5"], "playground": ["gradio>=6"]}
     assert info["optional"] == {"gradio": None, "loralib": None, "optuna": "4.4", "peft": None, "uvicorn": "0.34.1"}
+
+
+def test_a_clone_that_is_not_installed_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "distribution", _not_installed)
+    info = collect()
+    assert (info["missing"], info["versions"]["lora-hf"]) == ({}, "not installed")
+
+
+def _not_installed(name: str) -> None:
+    raise importlib.metadata.PackageNotFoundError(name)
 
 
 def test_it_runs_without_a_working_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

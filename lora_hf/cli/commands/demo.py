@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def _train(name: str, output: str, *overrides: str) -> Run:
 
 
 def _folder(name: str, output: str) -> list[str]:
-    return [f"output.name={name}", f"output.dir={output}", "output.overwrite=true"]
+    return [f"output.name={name}", f"output.dir={json.dumps(output)}", "output.overwrite=true"]  # JSON is YAML
 
 
 def _start_writer(children: ChildProcesses, output: str, messages: Path) -> subprocess.Popen[bytes]:

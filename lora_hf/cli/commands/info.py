@@ -106,6 +106,8 @@ def _extras() -> tuple[dict[str, str | None], dict[str, list[str]]]:
     """The version of each optional package, and for each extra the packages that are missing or too old."""
     optional = {name: version(name) for name in PEERS}
     missing: dict[str, list[str]] = {}
+    if version(DISTRIBUTION) is None:  # a clone whose scripts run without an installation
+        return optional, {}
     requirements = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or ()]
     extras = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or ()
     for extra in (each for each in extras if each not in DEVELOPER_EXTRAS):

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from lora_hf.core.errors import ConfigError
+
 HELP = "print the JSON schema of a config, so that editors can complete and check the YAML"
 
 
@@ -19,5 +21,8 @@ def run(options: argparse.Namespace) -> None:
 
     if options.output is None:
         print(json.dumps(json_schema(), indent=2))
-    else:
+        return
+    try:
         write_json_atomic(options.output, json_schema())
+    except OSError as error:
+        raise ConfigError(f"--output {options.output}: cannot be written: {error.strerror}") from error
