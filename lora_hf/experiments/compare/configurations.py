@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,8 @@ from lora_hf.core.config.loader import flatten
 from lora_hf.core.records import describe_base, describe_method, describe_run
 from lora_hf.experiments.compare.runs import FinishedRun
 
+# Keys that change which rows, or which tokens of them, a run is scored on; perplexities have no labels to tell it.
+CHOOSES_ROWS = ("validation", "split_seed", "train_on", "chat_template", "drop_unlearnable")
 Aspects = dict[str, dict[str, Any]]  # machine, data and recipe, each as names and values
 
 
@@ -73,9 +76,16 @@ def _settings(run: FinishedRun) -> dict[str, Any]:
     """The config without the seed, the location of files, and sections that have no effect."""
     sections = {name: dict(values) for name, values in run.record.config.items() if name != "output"}
     del sections["train"]["seed"], sections["task"]["data_dir"]
+    sections["train"]["start_from"] = _start(run)
     if run.record.method != "lora":
         del sections["lora"]
     return sections
+
+
+def _start(run: FinishedRun) -> str | None:
+    """What the run started from: in a suite, each seed from the run of its own seed."""
+    start = run.record.config["train"]["start_from"]
+    return start and re.sub(r"-seed\d+(?=[/\\]adapter$)", "-seed*", start)
 
 
 def _aspects(runs: Sequence[FinishedRun]) -> list[Aspects]:
@@ -108,7 +118,8 @@ def _data(run: FinishedRun) -> dict[str, Any]:
         found = run.predictions.get(split)
         digest = hashlib.sha256(found.labels.tobytes()).hexdigest()[:12] if found else None
         data[f"fingerprint of the {split} labels"] = digest
-    return data
+    section = run.record.config["task"]
+    return data | {f"task.{key}": "none" if section[key] is None else section[key] for key in CHOOSES_ROWS}
 
 
 def _recipe(run: FinishedRun) -> dict[str, Any]:
@@ -124,7 +135,7 @@ def _recipe(run: FinishedRun) -> dict[str, Any]:
         "label_smoothing": train["label_smoothing"],
         "class_weights": train["class_weights"] or "none",
         "patience": train["patience"] or "none",
-        "start_from": train["start_from"] or "nothing",
+        "start_from": _start(run) or "nothing",
     }
 
 

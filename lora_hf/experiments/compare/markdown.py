@@ -6,6 +6,7 @@ import base64
 import html
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 SPECIAL = re.compile(r"([\\`*_\[\]<>|#&~$!])")
 STYLE = Path(__file__).with_name("report.css")
@@ -32,7 +33,7 @@ def to_html(markdown: str, title: str, folder: Path) -> str:
     for token in tokens:
         for child in token.children or ():
             if child.type == "image":
-                image = base64.b64encode((folder / str(child.attrs["src"])).read_bytes()).decode("ascii")
+                image = base64.b64encode((folder / unquote(str(child.attrs["src"]))).read_bytes()).decode("ascii")
                 child.attrs["src"] = f"data:image/png;base64,{image}"
     body = parser.renderer.render(tokens, parser.options, {})
     return (

@@ -79,3 +79,8 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     assert "&lt;b&gt;not taken&lt;/b&gt;" in html
     for outside in ("http", "<script", "<link", "@import", "url(", 'src="a.png"'):
         assert outside not in html
+
+
+def test_a_picture_of_a_task_with_a_name_beyond_ascii_is_found(tmp_path: Path) -> None:
+    (tmp_path / "phân_loại-curves.png").write_bytes(b"a picture")
+    assert "data:image/png;base64," in to_html("![](phân_loại-curves.png)", "t", tmp_path)
