@@ -42,6 +42,9 @@ FIXED = {
     "task.thresholds": "they are chosen for each run",
     "task.validation": "scores on different rows cannot be compared",
     "task.split_seed": "scores on different rows cannot be compared",
+    "task.train_on": "perplexities of different tokens cannot be compared",
+    "task.chat_template": "perplexities of different tokens cannot be compared",
+    "task.drop_unlearnable": "scores on different rows cannot be compared",
     "task.metric": "scores by different metrics cannot be compared",
     "generate": "decoding has no effect on the score on the development rows",
 }

@@ -160,3 +160,9 @@ def test_words_are_checked_before_torch_and_optuna_are_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("word", ["task.train_on=all,last", "task.drop_unlearnable=true,false"])
+def test_what_changes_the_scored_tokens_is_not_swept(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be swept: .* cannot be compared"):
+        read_sweep("rule_sentiment.yaml", [word])
