@@ -99,10 +99,11 @@ class MultiAdapterPredictor:
             if other.is_full_model or other.task.model_kind != "sequence-classification":
                 raise AdapterError(f"{name}={other.folder}: expected an adapter for classification; run it alone")
         for name, other in others:
-            if replace(other.model, precision=base.model.precision) != base.model:
+            # Neither the precision nor the dropout of a run makes another base.
+            if replace(other.model, precision=base.model.precision, dropout=base.model.dropout) != base.model:
                 raise AdapterError(
                     f"{first}={base.folder} was trained on {base.model.name}, {name}={other.folder} on "
-                    f"{other.model.name}: adapters of one batch need one base"
+                    f"{other.model.name}: adapters of one batch need one base, with the same settings in model"
                 )
         model, tokenizer = load_saved_model(base, precision or base.model.precision, adapted=False)
         identity = tokenizer_identity(tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from lora_hf.core.config.schema import GenerateConfig, TaskConfig
+from lora_hf.adapters.resolve import SavedModel
+from lora_hf.core.config.schema import GenerateConfig, ModelConfig, TaskConfig
+from lora_hf.core.errors import AdapterError
 from lora_hf.data.tasks.custom import custom_task
 from lora_hf.data.tasks.registry import get_task
-from lora_hf.inference.classify import Predictor
+from lora_hf.inference import classify
+from lora_hf.inference.classify import MultiAdapterPredictor, Predictor
 from lora_hf.inference.generate import Generator, resolve_decoding
 from lora_hf.lora.unpadding import enable_unpadding
 from lora_hf.models.align import READS_PADDING, align_tokenizer
@@ -162,3 +166,20 @@ def test_the_likelihoods_of_a_perplexity(
     alone = torch.cat([likelihoods([row]) for row in rows_encoded])
     torch.testing.assert_close(likelihoods(rows_encoded), alone, atol=SAME, rtol=1e-6)
     assert tokenizer.padding_side == side, "a saved tokenizer keeps its side"
+
+
+def test_the_dropout_of_a_run_makes_no_other_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loaded(Exception):  # noqa: N818
+        pass
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise Loaded
+
+    monkeypatch.setattr(classify, "load_saved_model", load)
+    task = get_task("sst2")
+    models = [ModelConfig(name="tiny-roberta", dropout=dropout) for dropout in (None, 0.1)]
+    with pytest.raises(Loaded):
+        MultiAdapterPredictor.load({str(i): SavedModel(Path(), False, task, model) for i, model in enumerate(models)})
+    models[1] = ModelConfig(name="tiny-roberta", init="random")
+    with pytest.raises(AdapterError, match="with the same settings in model"):
+        MultiAdapterPredictor.load({str(i): SavedModel(Path(), False, task, model) for i, model in enumerate(models)})
