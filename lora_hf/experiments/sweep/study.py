@@ -221,7 +221,11 @@ def _run_one(settings: SweepSettings, study: optuna.Study, rows: Mapping[str, Da
         if sum(_is_alive(other) or is_finished(other) for other in earlier) >= settings.trials:
             raise TrialFailed("another process started the last trial at the same time")
         settings.space.draw(trial)
-        config = with_values(settings.config, settings.space.values(trial.params), f"trial {trial.number}")
+        try:
+            config = with_values(settings.config, settings.space.values(trial.params), f"trial {trial.number}")
+        except ConfigError as error:  # each value alone goes with the config, so others may work
+            trial.set_user_attr(ERROR, " ".join(str(error).split()))
+            raise TrialFailed(str(error)) from error
         output = replace(config.output, dir=str(settings.folder), name=trial_folder(trial.number), overwrite=True)
         try:
             return trials.run_trial(trial, replace(config, output=output), settings.task, rows, settings.rungs)

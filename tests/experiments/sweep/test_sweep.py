@@ -58,7 +58,7 @@ def run(
     storage = more.pop("storage", None)
     settings = SweepSettings(config, space, more.pop("name", "s"), trials, **more)
     # A picture takes half a second to write.
-    with nullcontext() if drawn else patch.object(Figure, "savefig"):
+    with nullcontext() if drawn else patch.object(Figure, "savefig", lambda *_, **__: None):
         return sweep(settings, storage, rows)
 
 
@@ -218,6 +218,20 @@ def test_a_trial_that_fails_is_recorded_and_the_sweep_goes_on(
         assert any(f"trial {trial['number']}: train.lr=1e+36: {trial['state']}: " in line for line in caplog.messages)
     assert record.best["values"]["train.lr"] == 1e-3
     assert any("so none can be pruned" in line for line in caplog.messages)
+
+
+def test_values_that_exclude_each_other_fail_one_trial(
+    tmp_path: Path, rows: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scored(trial: optuna.Trial, *_: Any) -> float:
+        trial.set_user_attr(storage.PRECISION, "fp32")
+        return 0.5
+
+    monkeypatch.setattr(trials, "run_trial", scored)
+    words = ("model.quantised=null|int8", "train.method=lora,full")
+    _, record = run(tmp_path, rows, *words, trials=None, sampler="grid")
+    assert [trial["state"] for trial in record.trials] == ["complete", "complete", "complete", "failed"]
+    assert "train.method=full cannot train quantized weights" in record.trials[-1]["error"]
 
 
 def test_all_failed_is_an_error_that_says_why(tmp_path: Path, rows: dict[str, Dataset]) -> None:
