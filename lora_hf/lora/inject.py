@@ -323,9 +323,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 def prepare_for_adapter(model: nn.Module, name: str) -> None:
     """Checks and prepares the base before an adapter is added.
 
-    Raises:
-        AdapterError: the name is taken or invalid.
-        ModelError: gradients cannot pass through the base.
+    Raises AdapterError if the name is taken or invalid, ModelError if gradients cannot pass through the base.
     """
     check_torchao_gradients(model)
     keep_input_gradients(model)
