@@ -102,8 +102,8 @@ def inject_head(
     """Gives adapter `name` its own copy of the task head, activates the adapter and freezes everything else.
 
     Args:
-        heads: the modules that the adapter trains fully, by path; by default those of `modules_to_train`. The value
-            None stands for a copy of the base's own module.
+        heads: the modules that the adapter trains fully, by path; None is a copy of the base's own. By default those of
+            `modules_to_train`.
     """
     state = adapter_state(model)
     state.names.setdefault(name)
@@ -125,13 +125,9 @@ def inject_head(
             module.add(name, own)
     if has_labels(model):
         state.labels.setdefault(name, get_labels(model))
-    set_adapter(model, name)
-    mark_only_lora_as_trainable(model)
+    set_adapter(model, name, trainable=True)
     if hasattr(model, "is_quantized"):
         vars(model)["is_quantized"] = False  # Trainer refuses a base that transformers packed and PEFT did not adapt
-    for head in adapter_heads(model).values():
-        if name in head.modules_to_save:  # else another adapter alone trains it
-            head.modules_to_save[name].requires_grad_(True)
     return model
 
 
@@ -236,10 +232,10 @@ def unmerge(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @on_unwrapped_model(changes=False)
-def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
+def set_adapter(model: PreTrainedModel, name: str | None, trainable: bool = False) -> PreTrainedModel:
     """Activates adapter `name`, or the bare base for None, in every context that has not chosen another one.
 
-    This does not change what trains: after `inject` and `load_adapter`, only the adapter that was added last does.
+    With `trainable`, it alone trains from then on. Without, the adapter that was added last keeps training.
 
     Raises:
         AdapterError: the model has no adapter of that name.
@@ -252,6 +248,11 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
         state.labels[state.active_adapter] = get_labels(model)  # the user may have renamed them
         set_labels(model, state.labels.get(name, state.labels[None]))
     state.active_adapter = name
+    if trainable:
+        mark_only_lora_as_trainable(model)
+        for head in adapter_heads(model).values():
+            if name in head.modules_to_save:  # not one that only other adapters train
+                head.modules_to_save[name].requires_grad_(True)
     return model
 
 
@@ -321,10 +322,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def prepare_for_adapter(model: nn.Module, name: str) -> None:
-    """Checks and prepares the base before an adapter is added.
-
-    Raises AdapterError if the name is taken or invalid, ModelError if gradients cannot pass through the base.
-    """
+    """Prepares the base for `name`. Raises AdapterError for a bad name, ModelError if the base gives no gradients."""
     check_torchao_gradients(model)
     keep_input_gradients(model)
     if name in adapter_names(model):

@@ -380,6 +380,25 @@ def test_an_adapter_adapts_what_an_unloaded_one_trained_the_bias_of() -> None:
     assert adapter_names(inject(model, LoraConfig(r=2, targets=("v",)), "y")) == ["y"]
 
 
+def test_another_adapter_trains_once_it_is_chosen_for_training() -> None:
+    model = small_model("roberta", 3)
+    for name in ("x", "y"):
+        inject(model, LoraConfig(r=2, targets=("q",), bias="lora_only"), name)
+
+    def trained() -> set[str]:
+        return {part for path, each in model.named_parameters() if each.requires_grad for part in path.split(".")}
+
+    assert "y" in trained()
+    assert "x" not in trained()
+    set_adapter(model, "x")
+    assert "x" not in trained()
+    set_adapter(model, "x", trainable=True)
+    assert {"x", "lora_A", "lora_B", "classifier"} <= trained()
+    assert "y" not in trained()
+    model(token_ids(2, 4), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(each.grad is not None for each in model.parameters() if each.requires_grad)
+
+
 @pytest.mark.parametrize("others", [True, False])
 def test_an_unloaded_adapter_leaves_no_module_behind(others: bool) -> None:
     model, ids = small_model("roberta", 3), token_ids(2, 4)
