@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import tempfile
 import time
@@ -349,13 +350,14 @@ def _trial_entry(settings: SweepSettings, trial: FrozenTrial) -> dict[str, Any]:
 
 def _best_config(settings: SweepSettings, best: FrozenTrial) -> str:
     recipe, values = settings.recipe or settings.config, settings.space.values(best.params)
-    sections = with_values(recipe, values, f"trial {best.number}").to_dict()
+    config = with_values(recipe, values, f"trial {best.number}")
+    weights, sections = "model" if config.train.method == "full" else "adapter", config.to_dict()
     del sections["output"]
     sections["model"]["precision"] = best.user_attrs[PRECISION]
     header = (
         f"# The best of the sweep {settings.name}: trial {best.number}, {settings.score} {best.value}.\n"
-        f"# Its adapter: {settings.folder / trial_folder(best.number) / 'adapter'}\n"
-        f"# python scripts/train.py --config {settings.folder / BEST_CONFIG}\n"
+        f"# Its {weights}: {settings.folder / trial_folder(best.number) / weights}\n"
+        f"# python scripts/train.py --config {shlex.quote(str(settings.folder / BEST_CONFIG))}\n"
     )
     return header + yaml.safe_dump(sections, sort_keys=False)
 

@@ -234,6 +234,22 @@ def test_values_that_exclude_each_other_fail_one_trial(
     assert "train.method=full cannot train quantized weights" in record.trials[-1]["error"]
 
 
+def test_the_best_config_names_the_weights_that_are_there(
+    tmp_path: Path, rows: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scored(trial: optuna.Trial, *_: Any) -> float:
+        trial.set_user_attr(storage.PRECISION, "fp32")
+        return float(trial.params["train.method"] == "full")
+
+    monkeypatch.setattr(trials, "run_trial", scored)
+    folder, _ = run(tmp_path / "my runs", rows, "train.method=lora,full", trials=None, sampler="grid")
+    header = (folder / "best.yaml").read_text(encoding="utf-8").splitlines()[:3]
+    assert header[1:] == [
+        f"# Its model: {folder / 'trial-1' / 'model'}",
+        f"# python scripts/train.py --config '{folder / 'best.yaml'}'",
+    ]
+
+
 def test_all_failed_is_an_error_that_says_why(tmp_path: Path, rows: dict[str, Dataset]) -> None:
     with pytest.raises(TrainingError, match="all 2 trials failed; the first error: ") as caught:
         run(tmp_path, rows, "train.lr=1e36..1e37", "train.max_steps=4", trials=2)
