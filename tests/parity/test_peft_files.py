@@ -206,9 +206,7 @@ def test_new_rows_that_peft_did_not_save_are_refused(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     small_model("llama").save_pretrained(base)
     theirs = save_resized(base, {"target_modules": ["embed_tokens", "q_proj"]}, adapter)
-    with pytest.raises(
-        AdapterError, match=r"new tokens in model.embed_tokens and lm_head.*Save the resized"
-    ):
+    with pytest.raises(AdapterError, match=r"new tokens in model.embed_tokens and lm_head.*Save the resized"):
         load_adapter(resized(base, seed=2), adapter)
     resized(base).save_pretrained(tmp_path / "resized")
     found = outputs_of(load_adapter(resized(tmp_path / "resized"), adapter))
