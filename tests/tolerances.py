@@ -92,6 +92,10 @@ BF16_LOSS_RTOL = 0.01
 BF16_BATCH_LOSS_RTOL = 0.03
 """The same for the loss of one batch of eight rows, over which little averages out."""
 
+AUTOCAST_GRADIENTS = 0.1
+"""The norm of the difference of a gradient under autocast in bfloat16, without padding against padded, relative to the
+norm of the gradient: sums are rounded to eight bits in another order in each layer."""
+
 FP16_LOSS_RTOL = 0.01
 """The same with a base in float16, and of the norm of the gradients. Gradients whose scale was left in are out by 65536
 times, and clipped ones by the factor that they were to be clipped by."""

@@ -138,6 +138,11 @@ def attend_rows(
     Returns:
         `(tokens, heads, head_dim)`.
     """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # rotated q and k are in fp32 there, and the backward pass has no autocast
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            return attend_rows(query.to(dtype), key.to(dtype), value.to(dtype), rows, scale, is_causal, dropout)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     shared = query.shape[0] // key.shape[0]
     if _can_attend_one_by_one(query, key, rows, dropout):
