@@ -332,10 +332,27 @@ class Optimizations:
 def enable_optimizations(model: PreTrainedModel, label_smoothing: float = 0.0) -> Optimizations:
     """Skips padding and unlabeled logits, and computes q, k and v together, if the model type supports it."""
     scores_labels_only = enable_chunked_loss(model, label_smoothing)
+    if not scores_labels_only:
+        score_in_fp32(model)
     padded_because = enable_unpadding(model)
     if padded_because:
         logger.warning("batches stay padded, and rows of similar length are grouped: %s", padded_because)
     return Optimizations(scores_labels_only, padded_because, share_inputs(model))
+
+
+def score_in_fp32(model: PreTrainedModel) -> None:
+    """Makes a language model return fp32 logits; doing it again changes nothing.
+
+    Most encoder-decoders, and the Trainer's label smoothing, sum the losses of all tokens in the precision of the
+    logits: the mean has three digits in bf16, and is infinite in fp16.
+    """
+    head: Any = model.get_output_embeddings()
+    if head is not None and _to_fp32 not in head._forward_hooks.values():
+        head.register_forward_hook(_to_fp32)
+
+
+def _to_fp32(head: nn.Module, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+    return logits.float()
 
 
 def completion_loss(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
