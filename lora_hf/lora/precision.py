@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -58,6 +59,14 @@ def bf16_gain() -> float:
     finally:
         torch.set_num_threads(threads)
     return min(slow for slow, _ in seconds) / min(fast for _, fast in seconds)
+
+
+def cast_leftovers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Casts the parameters that a class creates in fp32 whatever the dtype, as DeBERTa and XLNet do, and then mixes."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for path, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32 and kept.isdisjoint(path.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def keep_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -38,7 +38,7 @@ from lora_hf.lora.fingerprint import fingerprint, store_fingerprint
 from lora_hf.lora.heads import head_paths, mark_head_as_new, sort_new
 from lora_hf.lora.inject import lora_layers
 from lora_hf.lora.kernels.dropout import MaskedDropout
-from lora_hf.lora.precision import flush_denormals, resolve_precision
+from lora_hf.lora.precision import cast_leftovers, flush_denormals, resolve_precision
 from lora_hf.lora.quantization import SCHEMES, QuantisedLinear
 from lora_hf.models.config_size import check_layers, check_size
 from lora_hf.models.load_errors import cannot_load, not_a_base
@@ -127,7 +127,7 @@ def load_model(
     _check_padding(config, model.name)
     check_size(auto, config, dtype, model.name)
     base = _random(auto, model, config, dtype) if model.init == "random" else _pretrained(auto, model, config, dtype)
-    _cast_leftovers(base, dtype)
+    cast_leftovers(base, dtype)
     if kind == "causal-lm" and config.model_type not in ARCHITECTURES:
         _check_causal(base, model.name)
     _use_faster_kernels(base)
@@ -240,8 +240,9 @@ def read_config(model: ModelConfig, head: Mapping[str, Any]) -> PretrainedConfig
 def set_dropout(config: PretrainedConfig, dropout: float) -> None:
     """Sets every dropout probability of a config; one that is None keeps following another."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        values = part.to_dict().items()
-        part.update({key: dropout for key, value in values if DROPOUT.search(key) and type(value) in (int, float)})
+        values = {"classifier_dropout": 0.1} | part.to_dict()  # what a token classifier takes if its config has none
+        numbers = [key for key, value in values.items() if type(value) in (int, float)]
+        part.update({key: dropout for key in numbers if DROPOUT.search(key)})
 
 
 def _check_kind(config: PretrainedConfig, kind: ModelKind, name: str) -> None:
@@ -257,14 +258,6 @@ def _check_kind(config: PretrainedConfig, kind: ModelKind, name: str) -> None:
         f"{name}: {config.model_type} is {_form(config)}, which a task of kind {asked} cannot use; expected "
         f"task.kind={expected}, or another model"
     )
-
-
-def _cast_leftovers(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Casts the parameters that a class creates in fp32 whatever the dtype, as DeBERTa and XLNet do, and then mixes."""
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    for path, parameter in model.named_parameters():
-        if parameter.dtype == torch.float32 and kept.isdisjoint(path.split(".")):
-            parameter.data = parameter.data.to(dtype)
 
 
 def _fits(config: PretrainedConfig, kind: ModelKind) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification
 from transformers.activations import ACT2FN
 
 from lora_hf.core.config.schema import ModelConfig, TaskConfig
@@ -158,6 +158,14 @@ def test_one_dropout_is_set_everywhere(kind: str) -> None:
     }
     assert rates.keys() or kind in ("bloom", "mpt"), "every type has a dropout"
     assert set(rates.values()) == {0.25}, rates
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "bert"])
+def test_a_token_classifier_has_the_dropout_too(kind: str) -> None:
+    config = small_config(kind, num_labels=3)
+    set_dropout(config, 0.25)
+    model = AutoModelForTokenClassification.from_config(config)
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
 
 
 def test_a_model_in_the_cache_that_cannot_be_loaded_is_not_called_missing(
