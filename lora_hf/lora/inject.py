@@ -235,7 +235,7 @@ def unmerge(model: PreTrainedModel) -> PreTrainedModel:
 def set_adapter(model: PreTrainedModel, name: str | None, trainable: bool = False) -> PreTrainedModel:
     """Activates adapter `name`, or the bare base for None, in every context that has not chosen another one.
 
-    With `trainable`, it alone trains from then on. Without, the adapter that was added last keeps training.
+    With `trainable`, it alone trains from then on. Without, what trains does not change.
 
     Raises:
         AdapterError: the model has no adapter of that name.

@@ -62,7 +62,7 @@ def bf16_gain() -> float:
 
 
 def cast_leftovers(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Casts the parameters that a class creates in fp32 whatever the dtype, as DeBERTa and XLNet do, and then mixes."""
+    """Casts parameters that their class creates in fp32 whatever the dtype, as DeBERTa's and XLNet's do."""
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     for path, parameter in model.named_parameters():
         if parameter.dtype == torch.float32 and kept.isdisjoint(path.split(".")):

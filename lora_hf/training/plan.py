@@ -17,7 +17,7 @@ from lora_hf.data.tasks.registry import task_of
 from lora_hf.training.callbacks import ProgressLines
 from lora_hf.training.estimate import Estimate
 from lora_hf.training.run import find_run, prepare_model, prepare_run
-from lora_hf.training.run_dir import CHECKPOINTS_FOLDER, CURVES, LOG_FILE
+from lora_hf.training.run_dir import CHECKPOINTS_FOLDER, CURVES, LOG_FILE, weights_folder
 
 
 @dataclass
@@ -63,7 +63,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         run.trainer.train()
     estimate = run.estimator.estimate
     assert estimate is not None, "a training has at least one step"
-    weights = "model" if config.train.method == "full" else "adapter"
+    weights = weights_folder(config.train.method)
     files = [RUN_CONFIG_FILE, f"{weights}/", RECORD_FILE, LOG_FILE, f"{CHECKPOINTS_FOLDER}/"]
     files += [f"predictions-{split}.jsonl" for split in task.evaluation_splits if task.verb == "predict"]
     if config.output.plots:

@@ -83,6 +83,7 @@ from lora_hf.training.run_dir import (
     run_lock,
     run_state,
     save_thresholds,
+    weights_folder,
 )
 from lora_hf.training.trainer import (
     AdapterTrainer,
@@ -104,7 +105,7 @@ class Run:
     @property
     def weights(self) -> Path:
         """The folder of the adapter, or of the whole model after full fine-tuning."""
-        return self.folder / ("model" if self.record.method == "full" else "adapter")
+        return self.folder / weights_folder(self.record.method)
 
 
 @dataclass

@@ -50,6 +50,11 @@ FREE_TO_CHANGE = ("model.name", "task.data_dir", "task.thresholds", "train.eval_
 LENGTHS = ("train.epochs ", "train.max_steps ")  # what a finished run may have more of when it resumes
 
 
+def weights_folder(method: str) -> str:
+    """Returns the name of the folder for the weights that `train.method` trains."""
+    return "model" if method == "full" else "adapter"
+
+
 def find_run_folder(config: RunConfig, resume: str | None) -> tuple[Path, Path | None]:
     """Returns the folder of the run and the checkpoint to resume from. Creates and writes nothing.
 

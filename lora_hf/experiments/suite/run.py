@@ -29,7 +29,7 @@ from lora_hf.experiments.suite.plan import (
 from lora_hf.experiments.suite.results import base_bytes, compare_all, run_result
 from lora_hf.models.model_ids import public_name
 from lora_hf.training.checkpoints import checkpoints_in
-from lora_hf.training.run_dir import CHECKPOINTS_FOLDER
+from lora_hf.training.run_dir import CHECKPOINTS_FOLDER, weights_folder
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def _commands(run: PlannedRun) -> list[list[str]]:
         resume = ["--resume", "auto"] if checkpoints_in(run.folder / CHECKPOINTS_FOLDER) else []
         commands.append(["train", "--config", str(write_config(run)), *resume, "--json"])
     if run.writes_texts:
-        weights = run.folder / ("model" if run.config.train.method == "full" else "adapter")
+        weights = run.folder / weights_folder(run.config.train.method)
         data = ["--data-dir", run.config.task.data_dir] if run.config.task.data_dir else []
         commands.append(["eval", "--adapter", str(weights), "--split", "test", *data, "--json"])
     return commands

@@ -43,7 +43,7 @@ from lora_hf.experiments.sweep.storage import (
     open_study,
     parse_url,
 )
-from lora_hf.training.run_dir import CURVES, LOG_FILE
+from lora_hf.training.run_dir import CURVES, LOG_FILE, weights_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -351,7 +351,7 @@ def _trial_entry(settings: SweepSettings, trial: FrozenTrial) -> dict[str, Any]:
 def _best_config(settings: SweepSettings, best: FrozenTrial) -> str:
     recipe, values = settings.recipe or settings.config, settings.space.values(best.params)
     config = with_values(recipe, values, f"trial {best.number}")
-    weights, sections = "model" if config.train.method == "full" else "adapter", config.to_dict()
+    weights, sections = weights_folder(config.train.method), config.to_dict()
     del sections["output"]
     sections["model"]["precision"] = best.user_attrs[PRECISION]
     header = (
